@@ -1,0 +1,7 @@
+"""``python -m minitx`` is the ``minitx`` command."""
+
+import sys
+
+from minitx.cli import main
+
+sys.exit(main())

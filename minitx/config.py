@@ -1,0 +1,68 @@
+"""The sizes and choices that make one transformer: what a checkpoint says besides its weights."""
+
+from dataclasses import dataclass
+
+from minitx.errors import MinitxError
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+FAMILIES = ("llama", "gpt2", "gpt_neox")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Names as in the equations: D, L, H, K, d, F, V are width, layers, heads, kv_heads, head_width,
+    hidden, vocab_size. Loaders translate every foreign spelling into this one."""
+
+    family: str  # which small parts are put together: see model.build
+    vocab_size: int  # V
+    width: int  # D, the residual stream
+    layers: int  # L
+    heads: int  # H query heads
+    kv_heads: int  # K key/value heads; each serves G = H / K query heads
+    head_width: int  # d; free: H * d need not be D
+    hidden: int  # F, inside the feed-forward network
+    context: int  # the longest sequence
+    activation: str = "silu"
+    norm_eps: float = 1e-5
+    rope_width: int = 0  # how many of the d columns are rotated; 0: learned positions instead
+    rope_base: float = 10000.0
+    parallel: bool = False  # attention and FFN read the same input and are added together (gpt_neox)
+    tied: bool = False  # the head is the embedding table, transposed
+    qkv_bias: bool = False
+    out_bias: bool = False  # bias of the attention's output projection
+    ffn_bias: bool = False
+    bos: int | None = None  # token that begins a text, if the model has one
+    eos: tuple[int, ...] = ()  # tokens that end a text
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "hidden"):
+            _need_positive(name, getattr(self, name))
+        _need_positive("context", self.context)
+        if self.family not in FAMILIES:
+            raise MinitxError(
+                f"Unknown model family {self.family!r}; choose one of {', '.join(FAMILIES)}."
+            )
+        if self.activation not in ACTIVATIONS:
+            raise MinitxError(
+                f"Unknown activation {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}."
+            )
+        if self.heads % self.kv_heads:
+            raise MinitxError(
+                f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
+                "heads must be a multiple of kv_heads."
+            )
+        if self.rope_width % 2 or not 0 <= self.rope_width <= self.head_width:
+            raise MinitxError(
+                f"{self.rope_width} rotary columns do not fit heads of width {self.head_width}; "
+                "an even number of at most the head width is needed."
+            )
+
+    @property
+    def group(self) -> int:
+        """G, the query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+
+def _need_positive(name: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise MinitxError(f"The configuration has {name} = {value!r}; a positive integer is needed.")

@@ -1,0 +1,107 @@
+"""What every tokenizer here has, and decoding of a stream of ids.
+
+    encode(text, special=True) -> list[int]   with `special` the token that starts a text, if any
+    encode_bytes(data) -> list[int]           for any bytes, also those that are no valid UTF-8
+    decode(ids, skip_special=False) -> str    bytes that are no valid UTF-8 become U+FFFD
+    decode_bytes(ids, skip_special=False)     the bytes behind that text
+    token_bytes(id, previous=None) -> bytes   what a token adds after `previous` (None: it is first)
+    vocab_size, len()                         number of ids
+    bos, eos                                  the ids that start and end a text, or None
+    special_ids                               what `skip_special` leaves out
+
+``decode(encode(text)) == text`` for any text: a token that `encode` puts first by itself is no
+text, and `decode` leaves it out where it comes first. Exceptions lie in what a tokenizer file asks
+for: a token that swallows white space (lstrip, rstrip), a space put before the text
+(add_prefix_space), NFC normalization. Text with a lone surrogate is no Unicode and is refused.
+
+The tokenizers: GPT-2's `ByteLevelBPE` in ``byte_level_bpe.py`` (its files: ``tokenizer_json.py``)
+and `Llama2cTokenizer` in ``llama2c_tokenizer.py``.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from minitx.errors import MinitxError
+
+
+class Tokenizer:
+    """What all tokenizers share; a concrete one has its own encode, encode_bytes, token_bytes."""
+
+    vocab_size: int
+    bos: int | None = None
+    eos: int | None = None
+    special_ids: frozenset[int] = frozenset()
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        raise NotImplementedError
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        raise NotImplementedError
+
+    def token_bytes(self, id: int, previous: int | None = None) -> bytes:
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        return self.decode_bytes(ids, skip_special).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
+        parts, previous = [], None
+        for id in ids:
+            data = self.token_bytes(id, previous)
+            previous = id
+            if not (skip_special and id in self.special_ids):
+                parts.append(data)
+        return b"".join(parts)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def _check_id(self, id: int) -> None:
+        if not 0 <= id < self.vocab_size:
+            raise MinitxError(
+                f"token id {id} is outside the tokenizer's vocabulary of {self.vocab_size}; "
+                "use the tokenizer that belongs to the model"
+            )
+
+
+class StreamDecoder:
+    """Decodes ids as they come: `push(id)` gives what is certain by now, `finish()` the rest.
+
+    A character that is split over tokens is held back until its last byte is there. All the pieces
+    together are ``tokenizer.decode(ids)``. `previous` is the id before the first one pushed (the
+    last of the prompt), if there is one.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, previous: int | None = None, skip_special: bool = False
+    ):
+        self._tokenizer = tokenizer
+        self._previous = previous
+        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        data = self._tokenizer.token_bytes(id, self._previous)
+        self._previous = id
+        return self._utf8.decode(b"" if id in self._skipped else data)
+
+    def finish(self) -> str:
+        """What is still held back, as U+FFFD, for its last byte never came; then starts anew."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        self._previous = None
+        return rest
+
+
+def check_text(text: str) -> None:
+    """Refuse what is no Unicode text: a lone surrogate has no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise MinitxError(
+            f"character {error.start} of the text is the lone surrogate U+{code:04X}, half a "
+            "character and no Unicode; remove it, or use encode_bytes for raw bytes"
+        ) from None

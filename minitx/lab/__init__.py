@@ -1,0 +1,1 @@
+"""Everything that measures: benchmarks, comparisons, checks against reference outputs."""

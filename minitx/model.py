@@ -1,0 +1,267 @@
+"""The transformer, from top to bottom like the equations. No flag, no hook, no technique.
+
+Every class is a part (see tree.py): it holds weights and smaller parts, and calling it computes.
+A row of ``x`` is one token: x (..., T, D). ``layer`` is the block's memory (see state.py).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from minitx import ops
+from minitx.config import Config
+from minitx.state import Layer, State, positions
+from minitx.tree import Part, part, table
+
+
+@part
+class Transformer(Part):
+    """Token ids in, one score per vocabulary entry out."""
+
+    embed: Part
+    stack: Part
+    norm: Part
+    head: Part
+    config: Config
+
+    def __call__(self, ids, state: State | None = None):
+        """Logits (..., T, V) for ids (..., T): row t scores the token that follows ids[t].
+
+        With a state, the ids continue its sequence; without, they are a whole sequence.
+        """
+        return self.head(self.norm(self.hidden(ids, state)))
+
+    def next_logits(self, ids, state: State | None = None):
+        """Logits (..., V) after the last of the ids: the only row that choosing a token needs."""
+        return self.head(self.norm(self.hidden(ids, state)[..., -1:, :]))[..., 0, :]
+
+    def hidden(self, ids, state: State | None = None):
+        """The residual stream (..., T, D) after the last block."""
+        ids = np.asarray(ids)
+        state = self.new_state(remember=False) if state is None else state
+        x = self.embed(ids, positions(state.position, ids.shape[-1], state.start))
+        x = self.stack(x, state)
+        state.position += ids.shape[-1]
+        return x
+
+    def new_state(self, start=None, remember: bool = True) -> State:
+        """Empty memory for one sequence, or for a batch left-padded up to ``start`` (B,)."""
+        return State(self.config.layers, self.config.context, start, remember)
+
+
+@part
+class TokenEmbedding(Part):
+    """One row of a table per token."""
+
+    w: np.ndarray  # (V, D)
+
+    def __call__(self, ids, where):
+        return self.w[ids]  # (..., T, D)
+
+
+@part
+class PositionEmbedding(Part):
+    """One row per token plus one row per position, both learned (GPT-2)."""
+
+    tokens: Part
+    w: np.ndarray  # (context, D)
+
+    def __call__(self, ids, where):
+        return self.tokens(ids, where) + self.w[where]  # (..., T, D)
+
+
+@part
+class Stack(Part):
+    """The blocks, one after another."""
+
+    blocks: tuple
+
+    def __call__(self, x, state: State):
+        return self.run(x, state, 0, len(self.blocks))
+
+    def run(self, x, state: State, first: int, last: int):
+        """Blocks first .. last - 1. Each layer moves its own position on when its block is done."""
+        T = x.shape[-2]
+        for block, layer in zip(self.blocks[first:last], state.layers[first:last]):
+            x = block(x, layer)
+            layer.position += T
+        return x
+
+
+@part
+class Block(Part):
+    """Attention, then the feed-forward network, each added to the stream (llama, GPT-2)."""
+
+    attn_norm: Part
+    attn: Part
+    ffn_norm: Part
+    ffn: Part
+
+    def __call__(self, x, layer: Layer):
+        x = x + self.attn(self.attn_norm(x), layer)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+@part
+class ParallelBlock(Part):
+    """Attention and feed-forward network read the same x and are added together (GPT-NeoX)."""
+
+    attn_norm: Part
+    attn: Part
+    ffn_norm: Part
+    ffn: Part
+
+    def __call__(self, x, layer: Layer):
+        return x + self.attn(self.attn_norm(x), layer) + self.ffn(self.ffn_norm(x))
+
+
+@part
+class Attention(Part):
+    """Queries, keys and values; rotate; remember; mix; project back."""
+
+    qkv: Part
+    rope: Part
+    attend: Part
+    out: Part
+    heads: int  # H
+    kv_heads: int  # K
+
+    def __call__(self, x, layer: Layer):
+        return self.mix(*self.qkv(x), layer)
+
+    def mix(self, q, k, v, layer: Layer):
+        """All of attention that follows the projections q (..., T, H*d), k, v (..., T, K*d)."""
+        q = self.rope(split_heads(q, self.heads), layer)  # (..., H, T, d)
+        k = self.rope(split_heads(k, self.kv_heads), layer)  # (..., K, T, d)
+        v = split_heads(v, self.kv_heads)  # (..., K, T, d)
+        k, v = layer.extend(k, v)  # (..., K, S, d)
+        return self.out(merge_heads(self.attend(q, k, v, layer)))  # (..., T, D)
+
+
+@part
+class QKV(Part):
+    """Three products with the same input."""
+
+    q: Part
+    k: Part
+    v: Part
+
+    def __call__(self, x):
+        return self.q(x), self.k(x), self.v(x)
+
+
+def split_heads(x, heads: int):
+    """(..., T, heads*d) -> (..., heads, T, d)"""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-3, -2)
+
+
+def merge_heads(x):
+    """(..., heads, T, d) -> (..., T, heads*d)"""
+    x = x.swapaxes(-3, -2)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+@part
+class Rope(Part):
+    """Rotary positions: turn each head's columns by an angle that grows with the position."""
+
+    cos: np.ndarray = table()  # (context, rotated columns)
+    sin: np.ndarray = table()  # (context, rotated columns)
+
+    def __call__(self, x, layer: Layer):
+        where = positions(layer.position, x.shape[-2], layer.start)
+        cos, sin = self.cos[where], self.sin[where]  # (T, width), or (B, T, width) in a ragged batch
+        if layer.start is not None:
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, width): the same for every head
+        return ops.rotate(x, cos, sin)
+
+
+@part
+class NoRope(Part):
+    """Nothing to rotate: the positions were added to the embedding."""
+
+    def __call__(self, x, layer: Layer):
+        return x
+
+
+@part
+class Attend(Part):
+    """Softmax attention of the queries over all keys so far."""
+
+    scale: float  # 1 / sqrt(d)
+
+    def __call__(self, q, k, v, layer: Layer):
+        return ops.attention(q, k, v, self.scale, layer.start)  # (..., H, T, d)
+
+
+@part
+class FFN(Part):
+    """Expand to F hidden neurons, then project back to D."""
+
+    expand: Part
+    down: Part
+
+    def __call__(self, x):
+        return self.down(self.expand(x))  # (..., F) -> (..., D)
+
+
+@part
+class SwiGLU(Part):
+    """Hidden neurons silu(gate) * up (llama)."""
+
+    gate: Part
+    up: Part
+
+    def __call__(self, x):
+        return ops.swiglu(self.gate(x), self.up(x))  # (..., F)
+
+
+@part
+class Activated(Part):
+    """Hidden neurons activation(up) (GPT-2, GPT-NeoX)."""
+
+    up: Part
+    activation: Callable
+
+    def __call__(self, x):
+        return self.activation(self.up(x))  # (..., F)
+
+
+@part
+class Linear(Part):
+    """x @ w + b, with w stored (in, out)."""
+
+    w: np.ndarray
+    b: np.ndarray | None = None
+
+    def __call__(self, x):
+        return ops.linear(x, self.w, self.b)
+
+
+@part
+class TiedHead(Part):
+    """The embedding table once more, transposed: scores are products with every token's row."""
+
+    w: np.ndarray  # (V, D), the very array of the embedding
+
+    def __call__(self, x):
+        return ops.linear(x, self.w.T)  # (..., V)
+
+
+@part
+class RMSNorm(Part):
+    gain: np.ndarray  # (D,)
+    eps: float
+
+    def __call__(self, x):
+        return ops.rms_norm(x, self.gain, self.eps)
+
+
+@part
+class LayerNorm(Part):
+    gain: np.ndarray  # (D,)
+    bias: np.ndarray  # (D,)
+    eps: float
+
+    def __call__(self, x):
+        return ops.layer_norm(x, self.gain, self.bias, self.eps)

@@ -1,0 +1,222 @@
+"""The arithmetic: every product, norm, softmax and activation of the model, as plain functions.
+
+Shapes: T new tokens, S all tokens so far, D width, H query heads, K key/value heads, d head width.
+Leading batch axes are allowed everywhere and written "...". Everything stays in the type of its
+input (float32 in use, float64 for proofs), so Python floats are used for constants: a NumPy scalar
+would promote float32 to float64.
+"""
+
+import math
+from functools import cache, wraps
+
+import numpy as np
+
+
+def op(f):
+    """Mark an operation that is worth a gradient rule of its own.
+
+    A plain array just runs it. Any other array-like (the traced arrays of training) is asked
+    instead, by its method ``__op__``: so training runs through these same functions.
+    """
+
+    @wraps(f)
+    def call(x, *rest):
+        if isinstance(x, np.ndarray):
+            return f(x, *rest)
+        return x.__op__(call, x, *rest)
+
+    call.plain = f
+    return call
+
+
+def linear(x, w, b=None):
+    """``x @ w + b``: x (..., in), w (in, out), b (out,) or None -> (..., out)."""
+    if x.ndim > 2:  # one large product instead of one small product per row of the batch
+        y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+    else:
+        y = x @ w
+    return y if b is None else y + b
+
+
+# Norms -------------------------------------------------------------------------------------------
+
+
+@op
+def rms_norm(x, gain, eps):
+    """``x / sqrt(mean(x^2) + eps) * gain`` over the last axis (Zhang and Sennrich, 2019)."""
+    mean_square = np.einsum("...d,...d->...", x, x) / x.shape[-1]  # faster than (x * x).mean()
+    return x * (gain / np.sqrt(mean_square + eps)[..., None])
+
+
+@op
+def layer_norm(x, gain, bias, eps):
+    """``(x - mean) / sqrt(variance + eps) * gain + bias`` over the last axis (Ba et al., 2016)."""
+    x = x - x.mean(-1, keepdims=True)
+    variance = np.einsum("...d,...d->...", x, x) / x.shape[-1]
+    return x * (gain / np.sqrt(variance + eps)[..., None]) + bias
+
+
+# Activations -------------------------------------------------------------------------------------
+
+
+@op
+def silu(x):
+    """``x * sigmoid(x)``, also called swish."""
+    return x / (1 + np.exp(-x))
+
+
+@op
+def relu(x):
+    return np.maximum(x, 0)
+
+
+@op
+def gelu(x):
+    """``x * P(X <= x)`` for a standard normal X (Hendrycks and Gimpel, 2016), by the exact erf."""
+    return x * (0.5 + 0.5 * erf(x * math.sqrt(0.5)))
+
+
+@op
+def gelu_tanh(x):
+    """The tanh approximation of GELU, which GPT-2 was trained with."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+
+
+ACTIVATIONS = {"silu": silu, "relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+
+
+def erf(x):
+    """The error function, which NumPy lacks, to about 1e-15.
+
+    A Taylor polynomial around the nearest point of a grid of exact values (``math.erf``):
+    erf(c + t) = erf(c) + erf'(c) (t - c t^2 + (4c^2 - 2) t^3 / 6 + ...), the factors being the
+    Hermite polynomials that differentiating exp(-c^2) gives.
+    """
+    values, slopes = _erf_grid(x.dtype)
+    i = np.clip(np.rint(x * _ERF_STEPS), -_ERF_END, _ERF_END).astype(np.int32)
+    c = i.astype(x.dtype) * (1 / _ERF_STEPS)
+    t = np.clip(x - c, -1 / _ERF_STEPS, 1 / _ERF_STEPS)  # beyond the grid erf is +-1 anyway
+    cc = c * c
+    series = 12 - 48 * cc + 16 * cc * cc
+    series = c * (12 - 8 * cc) / 24 + series * t * (1 / 120)
+    series = (4 * cc - 2) / 6 + series * t
+    series = 1 + t * (series * t - c)
+    i += _ERF_END
+    return values[i] + slopes[i] * t * series
+
+
+_ERF_STEPS = 256  # grid points per unit: |t| < 1/512, so the next term is below 1e-16
+_ERF_END = 6 * _ERF_STEPS  # erf(6) differs from 1 by 2e-17
+
+
+@cache
+def _erf_grid(dtype) -> tuple[np.ndarray, np.ndarray]:
+    grid = [i / _ERF_STEPS for i in range(-_ERF_END, _ERF_END + 1)]
+    values = [math.erf(c) for c in grid]
+    slopes = [2 / math.sqrt(math.pi) * math.exp(-c * c) for c in grid]
+    return np.array(values, dtype), np.array(slopes, dtype)
+
+
+@op
+def swiglu(gate, up):
+    """``silu(gate) * up`` (Shazeer, 2020)."""
+    y = np.exp(-gate)
+    y += 1
+    np.divide(gate, y, out=y)
+    y *= up
+    return y
+
+
+# Positions ---------------------------------------------------------------------------------------
+
+
+def rope_tables(width: int, context: int, base: float, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Rotary angles (Su et al., 2021): cos and sin (context, width), ready for ``rotate``.
+
+    Column pair (i, i + width/2) turns by position * base^(-2i/width). The minus sign of the
+    rotation is kept in the first half of the sin table.
+    """
+    exponent = np.arange(0, width, 2, dtype=dtype) / width
+    frequency = (1.0 / base**exponent).astype(dtype)
+    angle = np.outer(np.arange(context, dtype=dtype), frequency)  # (context, width/2)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
+
+
+@op
+def rotate(x, cos, sin):
+    """Turn the first columns of x (..., T, d) by the angles cos, sin (..., T, width <= d)."""
+    width = cos.shape[-1]
+    half = width // 2
+    swapped = np.concatenate([x[..., half:width], x[..., :half]], -1)
+    if width == x.shape[-1]:
+        swapped *= sin
+        swapped += x * cos
+        return swapped
+    return np.concatenate([x[..., :width] * cos + swapped * sin, x[..., width:]], -1)
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+ROWS = 64  # queries handled at a time, so that most of the masked half of S x S is never computed
+
+
+@op
+def attention(q, k, v, scale, start=None):
+    """Causal attention: ``softmax(scale * q k^T + mask) v``.
+
+    q (..., H, T, d); k, v (..., K, S, d) with the T newest keys last, so query t sees the keys
+    before S - T + t + 1. Query heads share key heads in groups of G = H / K. ``start`` (B,), for a
+    batch padded on the left, is each row's first real key. Returns (..., H, T, d).
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    if T == 1:
+        return attend_rows(q, k, v, scale, hidden_keys(1, S, start))
+    out = np.empty_like(q)
+    for a in range(0, T, ROWS):
+        b = min(a + ROWS, T)
+        end = S - T + b  # the last row's own key is the last that this block needs
+        mask = hidden_keys(b - a, end, start)
+        out[..., a:b, :] = attend_rows(q[..., a:b, :], k[..., :end, :], v[..., :end, :], scale, mask)
+    return out
+
+
+def attend_rows(q, k, v, scale, hidden=None):
+    """Attention of q (..., H, T, d) over k, v (..., K, S, d); ``hidden`` (..., T, S) marks the keys
+    that a row must not see."""
+    p = attention_weights(q, k, scale, hidden)  # (..., K, G*T, S), not yet divided by their sum
+    mixed = p @ v  # (..., K, G*T, d)
+    mixed /= p.sum(-1, keepdims=True)  # dividing d columns is cheaper than dividing S
+    return mixed.reshape(q.shape)
+
+
+def attention_weights(q, k, scale, hidden=None):
+    """``exp(scale * q k^T - row maximum)`` (..., K, G*T, S): softmax before its division."""
+    *lead, H, T, d = q.shape
+    K, S = k.shape[-3], k.shape[-2]
+    G = H // K
+    q = q.reshape(*lead, K, G * T, d) * scale  # a group's rows meet their keys in one product
+    p = q @ k.swapaxes(-1, -2)
+    if hidden is not None:
+        by_head = p.reshape(*lead, K, G, T, S)  # a view: what is written here is written in p
+        by_head[np.broadcast_to(hidden[..., None, None, :, :], by_head.shape)] = MASKED
+    p -= p.max(-1, keepdims=True)
+    return np.exp(p, out=p)
+
+
+MASKED = -1e30  # finite, so that a row that may see nothing (padding) gives numbers and not NaN
+
+
+def hidden_keys(T: int, S: int, start=None):
+    """Which keys each of the T newest queries must not see: (T, S) booleans, (B, T, S) when rows
+    start late, or None when there is nothing to hide."""
+    if T == 1 and start is None:
+        return None
+    hidden = future(T, S)
+    return hidden if start is None else hidden | (np.arange(S) < start[:, None, None])
+
+
+@cache
+def future(T: int, S: int) -> np.ndarray:
+    """(T, S) booleans: key s comes after query t, the T queries being the newest tokens."""
+    return np.arange(S) > np.arange(S - T, S)[:, None]

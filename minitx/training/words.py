@@ -1,0 +1,292 @@
+"""The words of the stories and the wordings of their sentences; no choice is made here.
+
+A wording is a sentence with slots: ``" {who} went to the {place}."``. Slots named as the wording's
+*facts* are filled by the story (they change or ask about its world); every other slot is decoration
+and is filled from ``FREE``. A bar ``|`` stands for an answer word. Every fact of a kind of sentence
+appears in each of its wordings, and no two wordings can give the same text: from the text one can
+always tell which choices were made.
+
+Every word but a story's first has a leading space: that is how the GPT-2 pre-tokenizer cuts text.
+"""
+
+import re
+from typing import NamedTuple
+
+GIRLS = tuple("Eva Lily Anna Mia Nora Zoe Ruth Clara Ivy Lucy Rosa Emma".split())
+BOYS = tuple("Tom Sam Ben Max Leo Jack Finn Hugo Paul Oscar Noah Adam".split())
+NAMES = GIRLS + BOYS
+PLACES = tuple(
+    "park barn school garden forest kitchen market library field cave "
+    "castle village museum bakery stable harbour meadow cellar attic valley".split()
+)
+THINGS = tuple(
+    "kite ball bell book drum lamp ring coin key doll hat scarf spoon cup plate map flute rope "
+    "brush comb candle mirror button feather pencil ribbon shell stone whistle marble blanket "
+    "teapot".split()
+)
+BOXES = tuple("box basket bag chest bucket jar sack crate".split())  # the containers
+COLOURS = tuple("red blue green yellow white black brown pink purple grey".split())
+NUMBERS = tuple("zero one two three four five six seven eight nine".split())
+FOODS = tuple("apple pear plum nut cookie carrot egg bun lemon grape".split())  # plural: + s
+
+ANIMALS = tuple("dog cat bird horse rabbit duck frog mouse goat hen pony puppy".split())
+ADVERBS = tuple(
+    "slowly quickly quietly happily carefully gladly bravely calmly proudly sadly".split()
+)
+MOODS = tuple("happy sad tired hungry bored excited sleepy lonely curious thirsty".split())
+TRAITS = tuple("kind brave clever funny quiet tall polite cheerful".split())
+SIZES = tuple("big small new tiny shiny little heavy pretty".split())
+MEALS = tuple("breakfast lunch dinner".split())
+DEEDS = tuple("laughed smiled sang danced yawned waved whistled hummed clapped giggled".split())
+NOISES = tuple("barked hissed jumped stared ran growled".split())
+PLAYS = tuple("play read paint swim climb sleep dance draw".split())
+WEATHER = tuple("sunny rainy cold windy warm cloudy foggy snowy".split())
+PLANTS = tuple("tree bush rose hedge fern".split())
+
+# Slots that decoration may use, and what fills them. Places and colours are decoration in sentences
+# that state no fact ("Tom dreamed about the cave"): they mislead whoever picks the latest place.
+FREE = {
+    "animal": ANIMALS, "beast": ANIMALS, "adverb": ADVERBS, "mood": MOODS, "trait": TRAITS,
+    "size": SIZES, "meal": MEALS, "did": DEEDS, "noise": NOISES, "play": PLAYS,
+    "weather": WEATHER, "plant": PLANTS, "place": PLACES, "colour": COLOURS,
+}  # fmt: skip
+# Words that follow from a person's name.
+GRAMMAR = {name: {"he": "she", "his": "her", "boy": "girl"} for name in GIRLS}
+GRAMMAR |= {name: {"he": "he", "his": "his", "boy": "boy"} for name in BOYS}
+# Slots whose value can be the answer to a question, and the type of that value.
+TYPES = {"who": "name", "other": "name", "place": "place", "colour": "colour", "number": "number"}
+FILLERS = FREE | {
+    "who": NAMES,
+    "other": NAMES,
+    "thing": THINGS,
+    "object": THINGS + BOXES,
+    "box": BOXES,
+    "number": NUMBERS,
+    "foods": tuple(food + "s" for food in FOODS),
+    "food": FOODS + tuple(food + "s" for food in FOODS),
+    "he": ("he", "she"),
+    "his": ("his", "her"),
+    "boy": ("boy", "girl"),
+}
+
+# kind of sentence: (facts, wordings). For "mention" and "ask" the fact is the entity asked about.
+SENTENCES = {
+    "open": (
+        "who",
+        (
+            "Once upon a time there was a {boy} named {who}.",
+            "Once there was a {trait} {boy} named {who}.",
+            "Long ago there lived a {boy} named {who}.",
+            "One day a {boy} named {who} woke up early.",
+        ),
+    ),
+    "close": (
+        "",
+        (
+            " The end.",
+            " That was the end of the day.",
+            " They all lived happily ever after.",
+            " And then it was time for bed.",
+        ),
+    ),
+    "meet": (
+        "who",
+        (
+            " A {boy} named {who} lived there too.",
+            " There was also a {boy} named {who}.",
+            " Soon a {boy} named {who} came along.",
+            " {who} was a {trait} {boy}.",
+        ),
+    ),
+    "arrive": (
+        "who place",
+        (
+            " {who} was in the {place}.",
+            " {who} came to the {place}.",
+            " {who} waited in the {place}.",
+            " {who} sat with {his} {animal} in the {place}.",
+        ),
+    ),
+    "move": (
+        "who place",
+        (
+            " {who} went to the {place}.",
+            " {who} walked {adverb} to the {place}.",
+            " {who} and {his} {animal} ran to the {place}.",
+            " After {meal} {who} went to the {place}.",
+            " {who} was {mood}, so {he} went to the {place}.",
+            " Then {who} moved on to the {place}.",
+        ),
+    ),
+    "find": (
+        "who thing colour",
+        (
+            " {who} found a {colour} {thing}.",
+            " {who} got a {thing}. The {thing} was {colour}.",
+            " {who} had a {size} {thing}, and it was {colour}.",
+            " In the morning {who} bought a {colour} {thing}.",
+            " {who} saw a {colour} {thing} and picked it up.",
+        ),
+    ),
+    "give": (
+        "who thing other",
+        (
+            " {who} sent the {thing} to {other}.",
+            " {who} lent the {thing} to {other}.",
+            " {other} borrowed the {thing} from {who}.",
+        ),
+    ),
+    "spot": (
+        "box place",
+        (
+            " There was a {box} in the {place}.",
+            " A {size} {box} stood in the {place}.",
+            " Someone had left a {box} in the {place}.",
+        ),
+    ),
+    "carry": (
+        "who box",
+        (
+            " {who} had a {box}.",
+            " {who} carried a {size} {box}.",
+            " {who} never went out without a {box}.",
+        ),
+    ),
+    "fill": (
+        "box thing colour",
+        (
+            " In the {box} was a {colour} {thing}.",
+            " There was a {colour} {thing} in the {box}.",
+            " Inside the {box} lay a {thing}, and it was {colour}.",
+        ),
+    ),
+    "put": (
+        "who thing box",
+        (
+            " {who} put the {thing} in the {box}.",
+            " {who} hid the {thing} in the {box}.",
+            " {who} dropped the {thing} {adverb} into the {box}.",
+        ),
+    ),
+    "take": (
+        "who thing box",
+        (
+            " {who} took the {thing} out of the {box}.",
+            " {who} reached into the {box} and took the {thing}.",
+        ),
+    ),
+    "leave": (
+        "who object",
+        (" {who} left the {object} in the|.", " {who} {adverb} put down the {object} in the|."),
+    ),
+    "fetch": (
+        "who object",
+        (" {who} picked up the {object} in the|.", " {who} went to get the {object} from the|."),
+    ),
+    "own": (
+        "who number foods",
+        (" {who} had {number} {foods}.", " {who} put {number} {foods} in {his} pocket."),
+    ),
+    "more": (
+        "who number food",
+        (" {who} found {number} more {food}.", " {who} bought {number} more {food} at noon."),
+    ),
+    "fewer": (
+        "who number foods",
+        (" {who} ate {number} of the {foods}.", " {who} gave away {number} of the {foods}."),
+    ),
+    "scene": (
+        "",
+        (
+            " It was a {weather} day.",
+            " The {animal} {noise} at the {beast}.",
+            " A {animal} sat under a {plant}.",
+            " Far away, a {animal} slept behind a {plant}.",
+        ),
+    ),
+    "chat": (
+        "who",
+        (
+            " {who} felt {mood}.",
+            " {who} {did} {adverb}.",
+            " {who} wanted to {play}.",
+            " {who} dreamed about the {place}.",
+            " {who} liked to talk about the {place}.",
+            " {who} sang a song about a {colour} {animal}.",
+        ),
+    ),
+    "mention where": (
+        "who",
+        (
+            " {who} was still in the|, and {he} {did}.",
+            " {who} looked around in the| and {did}.",
+            " All this time {who} stayed in the|.",
+        ),
+    ),
+    "mention colour": (
+        "thing",
+        (
+            " The {thing} was still|.",
+            " Everyone liked the {thing} because it was|.",
+            " Even the {animal} could see that the {thing} was|.",
+        ),
+    ),
+    "ask where": ("object", (" Where is the {object}? The {object} is in the|.",)),
+    "ask where who": ("who", (" Where is {who}? {who} is in the|.",)),
+    "ask who": ("object", (" Who has the {object}? The {object} is with|.",)),
+    "ask colour": ("thing", (" What colour is the {thing}? The {thing} is|.",)),
+    "ask colour of": (
+        "who",
+        (" What colour is the thing that {who} has? The thing that {who} has is|.",),
+    ),
+    "ask count": (
+        "who foods",
+        (" How many {foods} does {who} have? The number of {foods} that {who} has is|.",),
+    ),
+}
+SHORT_OPENING = "One day"  # an "arrive" sentence follows: its wordings all begin with the name
+SHORT_CLOSING = " The end."
+SLOT = re.compile(r"\{(\w+)\}")
+
+
+class Fragment(NamedTuple):
+    """Text before or after an answer word, with what its slots need."""
+
+    template: str
+    free: tuple  # (slot, words) of every slot that decoration fills
+    typed: tuple  # (slot, type) of every value that a question may ask for, in reading order
+
+
+def compile_wording(facts: str, wording: str) -> tuple[Fragment, ...]:
+    """A wording as its fragments: one, or the two around the answer word."""
+    taken = {*facts.split(), "he", "his", "boy"}
+    return tuple(
+        Fragment(
+            text,
+            tuple((s, FREE[s]) for s in dict.fromkeys(SLOT.findall(text)) if s not in taken),
+            tuple((s, TYPES[s]) for s in SLOT.findall(text) if s in TYPES),
+        )
+        for text in wording.split("|")
+    )
+
+
+WORDINGS = {
+    kind: tuple(compile_wording(facts, wording) for wording in wordings)
+    for kind, (facts, wordings) in SENTENCES.items()
+}
+
+
+def vocabulary() -> list[str]:
+    """Every pre-token that a story can hold, sorted: ``"Once"``, ``" park"``, ``"."``.
+
+    Words have their leading space except those that begin a story.
+    """
+    found = {
+        *re.findall(r" ?[A-Za-z]+", SHORT_OPENING),
+        *(f" {w}" for w in (*PLACES, *NUMBERS, *COLOURS)),
+    }
+    for _, wordings in SENTENCES.values():
+        for wording in wordings:
+            found |= {f" {word}" for slot in SLOT.findall(wording) for word in FILLERS[slot]}
+            found |= set(re.findall(r" ?[A-Za-z]+|[.,?]", re.sub(r" \{\w+\}", "", wording)))
+    return sorted(found)

@@ -1,0 +1,287 @@
+"""The processes that train: each works on its shards of every batch, all on one shared model.
+
+A batch is always cut into the same shards, whose gradients are summed in the same order, and the
+flat vector of weights is always updated in the same blocks, as many as shards. So the result does
+not depend on the number of processes, to the last bit. A step has three parts, between which all
+wait for each other: gradients of the shards; sums over shards, block by block; update of blocks.
+
+The first process only gives orders (``Team``). Each worker computes on one thread: the batch is cut
+finely enough to keep every core busy, and BLAS's own threads would only be in the way.
+"""
+
+import ctypes
+import math
+import multiprocessing
+import os
+import signal
+import traceback
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
+from threading import BrokenBarrierError
+
+import numpy as np
+
+from minitx.errors import MinitxError
+from minitx.lab.evaluate import Tally, batches, encode
+from minitx.training.data import PADDING, Batch, Rows, drawn_stories, end_id, mix, story_tokenizer
+from minitx.training.grad import gradients
+from minitx.training.layerskip import drop_layers, exit_loss, exit_weights, kept
+from minitx.training.loss import cross_entropy
+from minitx.training.optimizer import Layout, adamw, clip_factor, learning_rate
+from minitx.training.recipe import Recipe, Stage
+
+ROWS, DROPOUT, CHECK = 1, 2, 3  # what a random number is for: part of its seed
+SUMS = LOSS, WEIGHT, TOKENS, SQUARES = range(4)  # columns of the sums that the workers share
+SETTINGS = {  # environment of a worker: one thread for every kind of BLAS
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "VECLIB_MAXIMUM_THREADS": "1",
+    "BLIS_NUM_THREADS": "1",
+    # glibc gives freed memory back to the system, and a training step takes the same again at once:
+    # keeping it saves 5 to 10 % of the time (on other systems nothing reads these).
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
+
+class Memory:
+    """What all processes share: P numbers for weights and moments, S * P for the gradients."""
+
+    def __init__(self, size: int, shards: int):
+        self.size, self.shards = size, shards
+        self.raw = {
+            name: multiprocessing.RawArray(kind, count)
+            for name, kind, count in (
+                ("weights", ctypes.c_float, size),
+                ("m", ctypes.c_float, size),
+                ("v", ctypes.c_float, size),
+                ("gradients", ctypes.c_float, shards * size),
+                ("sums", ctypes.c_double, shards * len(SUMS)),
+            )
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Views: weights, m, v (P,), gradients (S, P) float32, sums (S, 4) float64."""
+        found = {name: np.frombuffer(raw, _TYPES[name]) for name, raw in self.raw.items()}
+        found["gradients"] = found["gradients"].reshape(self.shards, self.size)
+        found["sums"] = found["sums"].reshape(self.shards, len(SUMS))
+        return found
+
+
+_TYPES = dict.fromkeys(("weights", "m", "v", "gradients"), np.float32) | {"sums": np.float64}
+
+
+class Worker:
+    """One process's share of the work: shards (and blocks) rank, rank + workers, ..."""
+
+    def __init__(self, rank: int, workers: int, recipe: Recipe, memory: Memory, barrier):
+        self.recipe, self.barrier = recipe, barrier
+        self.mine = range(rank, recipe.shards, workers)
+        self.tokenizer = story_tokenizer()
+        self.layout = Layout(recipe.config(len(self.tokenizer), end_id(self.tokenizer)))
+        self.decays = self.layout.decays()
+        self.shared = memory.arrays()
+        self.model = self.layout.model(self.shared["weights"])
+        self.stage_number = -1
+
+    def enter(self, number: int) -> Stage:
+        """Make ready for a stage, if this is another than the last time."""
+        stage = self.recipe.stages[number]
+        if number != self.stage_number:
+            self.stage_number = number
+            seed = mix(self.recipe.seed, ROWS, number)
+            self.rows = Rows(
+                self.tokenizer,
+                self.recipe.shares(stage),
+                stage.row,
+                seed,
+                chain=stage.chain,
+                answer_weight=stage.answer_weight,
+            )
+            self.calibration = {
+                shard: self.calibration_stories(stage, shard) for shard in self.mine
+            }
+        return stage
+
+    def step(self, number: int, step: int, total: int) -> tuple[float, int]:
+        """One step of training: ``step`` counts within the stage, ``total`` from the beginning.
+        Returns the mean loss of the batch and how many tokens it had."""
+        stage = self.enter(number)
+        for shard in self.mine:
+            self.shard_gradient(stage, step, shard)
+        self.barrier.wait()
+        for block in self.mine:
+            self.sum_block(block)
+        self.barrier.wait()
+        loss, weight, tokens, squares = (math.fsum(column) for column in self.shared["sums"].T)
+        norm = math.sqrt(squares) / weight
+        if not math.isfinite(norm + loss):
+            raise MinitxError(
+                f"Stage {stage.name!r}: the loss or its gradient is not finite at step {step}; "
+                "lower lr, or raise warmup."
+            )
+        scale = clip_factor(norm, stage.clip) / weight
+        lr = learning_rate(step, stage.steps, stage.lr, stage.warmup, stage.schedule, stage.final)
+        for block in self.mine:
+            self.update_block(block, stage, total + 1, lr, scale)
+        return loss / weight, int(tokens)
+
+    def shard_gradient(self, stage: Stage, step: int, shard: int) -> None:
+        """Leave the shard's gradient (not yet divided by the weights), loss and weight for all."""
+        count = stage.batch // self.recipe.shards
+        rows = range(shard * count, (shard + 1) * count)
+        batch = self.rows.batch(step, rows.start, rows.stop).trimmed()
+        seed = mix(self.recipe.seed, DROPOUT, self.stage_number, step)
+        loss, found, _ = gradients(
+            self.model, lambda m: batch_loss(m, batch, stage, step, rows, seed)
+        )
+        self.layout.pack(found, self.shared["gradients"][shard])
+        sums = self.shared["sums"][shard]
+        sums[LOSS] = loss
+        sums[WEIGHT] = batch.weights.sum(dtype=np.float64)
+        sums[TOKENS] = (batch.kinds != PADDING).sum()
+
+    def block(self, number: int) -> slice:
+        size, blocks = self.layout.size, self.recipe.shards
+        return slice(size * number // blocks, size * (number + 1) // blocks)
+
+    def sum_block(self, number: int) -> None:
+        """Sum a block of the gradients over the shards, in their order, into the first shard's."""
+        where = self.block(number)
+        first, *others = self.shared["gradients"][:, where]
+        for other in others:
+            first += other
+        squares = np.einsum("i,i->", first, first, dtype=np.float64)
+        self.shared["sums"][number, SQUARES] = squares
+
+    def update_block(self, number: int, stage: Stage, step: int, lr: float, scale: float) -> None:
+        where = self.block(number)
+        w, m, v = (self.shared[name][where] for name in ("weights", "m", "v"))
+        g = self.shared["gradients"][0, where]
+        g *= scale
+        adamw(w, g, m, v, step, lr, stage.betas, stage.weight_decay * self.decays[where])
+
+    def check(self, number: int) -> dict[int, Tally]:
+        """How the model does on each of my shards of the stage's calibration stories."""
+        self.enter(number)
+        found = {}
+        for shard, stories in self.calibration.items():
+            found[shard] = tally = Tally.empty()
+            for batch in batches(stories, None, 2048) if stories else ():
+                tally.floor += batch.floor
+                tally.add(self.model(batch.ids), batch.targets, batch.kinds)
+        return found
+
+    def calibration_stories(self, stage: Stage, shard: int) -> list:
+        """The shard's calibration stories as ids, no longer than the rows that are trained on."""
+        shards = self.recipe.shards
+        numbers = range(stage.check * shard // shards, stage.check * (shard + 1) // shards)
+        seed = mix(self.recipe.seed, CHECK, self.stage_number)
+        stories = drawn_stories(self.recipe.shares(stage), "calibration", seed, numbers)
+        return encode(self.tokenizer, stories, stage.row)
+
+
+def batch_loss(model, batch: Batch, stage: Stage, step: int, rows: range, seed: int):
+    """The weighted sum of the losses of some rows, with the stage's layer dropout and exits."""
+    ids, targets = batch.ids[:, :-1], batch.ids[:, 1:]
+    layers = model.config.layers
+    if stage.layer_dropout:
+        model = drop_layers(model, kept(layers, stage.layer_dropout, seed, rows))
+    if stage.early_exit is None:
+        return cross_entropy(model(ids), targets, batch.weights)
+    on = exit_weights(layers, stage.early_exit.scale, stage.early_exit.rotation, step)
+    return exit_loss(model, ids, on, lambda logits: cross_entropy(logits, targets, batch.weights))
+
+
+# Processes ---------------------------------------------------------------------------------------
+
+
+def work(rank: int, workers: int, recipe: Recipe, memory: Memory, barrier, pipe) -> None:
+    """The life of a worker: do what the pipe says, until it says None or breaks."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C is for the first process to act upon
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        worker = Worker(rank, workers, recipe, memory, barrier)
+        while (order := pipe.recv()) is not None:
+            name, *arguments = order
+            pipe.send((getattr(worker, name)(*arguments), None))
+    except (EOFError, OSError):
+        return  # the first process is gone
+    except BrokenBarrierError:
+        return  # another worker failed, and has said why
+    except Exception as error:
+        if not isinstance(error, MinitxError):  # a defect: say where, which pickling would lose
+            error = RuntimeError(traceback.format_exc())
+        pipe.send((None, error))
+        barrier.abort()
+
+
+class Team:
+    """The workers, for the length of a ``with`` block."""
+
+    def __init__(self, workers: int, recipe: Recipe, memory: Memory):
+        # A fresh interpreter each: a copy of this one would keep its BLAS threads.
+        context = multiprocessing.get_context("spawn")
+        self.barrier = context.Barrier(workers)  # kept: the system drops it with its last owner
+        self.pipes, self.processes = [], []
+        with environment(SETTINGS):
+            for rank in range(workers):
+                mine, theirs = context.Pipe()
+                arguments = rank, workers, recipe, memory, self.barrier, theirs
+                process = context.Process(target=work, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self.pipes.append(mine)
+                self.processes.append(process)
+
+    def ask(self, *order) -> list:
+        """Give all workers the same order; returns their answers by rank.
+
+        An error in a worker is raised here, and then the team is of no more use.
+        """
+        for pipe in self.pipes:
+            pipe.send(order)
+        answers: dict[int, object] = {}
+        while len(answers) < len(self.pipes):
+            for pipe in wait([p for i, p in enumerate(self.pipes) if i not in answers]):
+                rank = self.pipes.index(pipe)
+                try:
+                    answers[rank], error = pipe.recv()
+                except (EOFError, OSError):
+                    error = MinitxError(
+                        f"Worker process {rank} ended by itself (out of memory?); "
+                        "train again to go on from the last checkpoint."
+                    )
+                if error is not None:
+                    raise error
+        return [answers[rank] for rank in range(len(self.pipes))]
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, failed, *_) -> None:
+        for pipe, process in zip(self.pipes, self.processes):
+            if failed:
+                process.kill()  # it may wait for another that is gone
+            else:
+                with suppress(OSError):
+                    pipe.send(None)
+        for process in self.processes:
+            process.join()
+
+
+@contextmanager
+def environment(settings: dict[str, str]):
+    """Processes started in this block have these environment variables."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

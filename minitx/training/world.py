@@ -1,0 +1,147 @@
+"""The facts of a story so far: what can happen next, and what can be asked with which answer.
+
+Everything here is a function of what the story has said; nothing is drawn by chance.
+"""
+
+from collections.abc import Iterator
+
+from minitx.training.words import BOXES, NAMES, NUMBERS, PLACES, THINGS
+
+IS_PLACE = frozenset(PLACES)
+IS_PERSON = frozenset(NAMES)
+
+
+class World:
+    """Who and what is where. ``at`` says where each person, thing and box directly is.
+
+    That is a place, a person who has it, or (for a thing) a box; following it leads to the place.
+    """
+
+    def __init__(self):
+        self.people, self.things, self.boxes = [], [], []
+        self.at: dict[str, str] = {}
+        self.colour: dict[str, str] = {}
+        self.food: dict[str, tuple[str, int]] = {}  # person -> (sort of food, how many, 0 to 9)
+        self.told: dict[tuple[str, str], str] = {}  # (attribute, entity) -> last answer
+        self.repeated: dict[tuple[str, str], str] = {}  # (attribute, entity) -> last mention
+
+    # What is the case.
+
+    def chain(self, entity: str) -> list[str]:
+        """The entity and all that it is in, innermost first: ``["bell", "box", "Sam", "park"]``."""
+        links = [entity]
+        while entity in self.at:
+            entity = self.at[entity]
+            links.append(entity)
+        return links
+
+    def facts(self) -> Iterator[tuple[str, str, str, str]]:
+        """Everything that can be asked, as ``(kind, attribute, entity, value)``."""
+        at = self.at
+        for who in self.people:
+            if who in at:
+                yield "where1", "where", who, at[who]
+            if who in self.food:
+                yield "count", "count", who, NUMBERS[self.food[who][1]]
+            in_hand = [thing for thing in self.things if at[thing] == who]
+            if len(in_hand) == 1:
+                yield "colour2", "colour of", who, self.colour[in_hand[0]]
+        for item in self.things + self.boxes:
+            links = self.chain(item)
+            place = links[-1] if links[-1] in IS_PLACE else None
+            holder = links[-2] if place else links[-1]
+            if holder in IS_PERSON:
+                yield "who" if links[1] == holder else "who2", "who", item, holder
+            if place and not self.is_shortened(links):
+                yield f"where{len(links) - 1}", "where", item, place
+        for thing in self.things:
+            yield "colour", "colour", thing, self.colour[thing]
+
+    def is_shortened(self, links: list[str]) -> bool:
+        """Whether an earlier answer spares a step of the chain thing - box - person - place.
+
+        Such an answer told who has the thing, or where the box or something else in it is.
+        """
+        if len(links) < 4:
+            return False
+        thing, box, person, place = links
+        told, at = self.told, self.at
+        if told.get(("where", box)) == place or told.get(("who", thing)) == person:
+            return True
+        return any(at[t] == box and told.get(("where", t)) == place for t in self.things)
+
+    def is_news(self, attribute: str, entity: str, value: str) -> bool:
+        """Whether no question has been answered with that already, unchanged."""
+        return self.told.get((attribute, entity)) != value
+
+    def in_reach(self, who: str, box: str) -> bool:
+        """Whether the person has the box, or it stands where the person is."""
+        return self.at[box] == who or self.at[box] == self.at.get(who)
+
+    # What can happen: the options of each kind of sentence, all alike likely.
+
+    def new_people(self) -> list[str]:
+        return [name for name in NAMES if name not in self.people]
+
+    def new_things(self) -> list[str]:
+        return [thing for thing in THINGS if thing not in self.things]
+
+    def new_boxes(self) -> list[str]:
+        return [box for box in BOXES if box not in self.boxes]
+
+    def gifts(self) -> list[tuple[str, str, str]]:
+        """(who, thing, other): things in hand, and everyone else."""
+        return [
+            (who, thing, other)
+            for thing in self.things
+            if (who := self.at[thing]) in IS_PERSON
+            for other in self.people
+            if other != who
+        ]
+
+    def puts(self) -> list[tuple[str, str, str]]:
+        """(who, thing, box): things in hand, and the boxes that the person can reach."""
+        return [
+            (who, thing, box)
+            for thing in self.things
+            if (who := self.at[thing]) in IS_PERSON
+            for box in self.boxes
+            if self.in_reach(who, box)
+        ]
+
+    def takes(self) -> list[tuple[str, str, str]]:
+        """(who, thing, box): things in boxes, and the people who can reach the box."""
+        return [
+            (who, thing, box)
+            for thing in self.things
+            if (box := self.at[thing]) in self.boxes
+            for who in self.people
+            if self.in_reach(who, box)
+        ]
+
+    def leavable(self) -> list[tuple[str, str]]:
+        """(who, item): things and boxes in the hands of someone whose place is known."""
+        return [
+            (who, item)
+            for item in self.things + self.boxes
+            if (who := self.at[item]) in IS_PERSON and who in self.at
+        ]
+
+    def lying(self) -> list[tuple[str, str]]:
+        """(who, item): everyone, and the things and boxes that lie in some place."""
+        items = [item for item in self.things + self.boxes if self.at[item] in IS_PLACE]
+        return [(who, item) for item in items for who in self.people]
+
+    def without_food(self) -> list[str]:
+        return [who for who in self.people if who not in self.food]
+
+    def mentionable(self) -> list[tuple[str, str, str]]:
+        """(attribute, entity, value): news about places of people and colours of things."""
+        places = [("where", who, self.at[who]) for who in self.people if who in self.at]
+        colours = [("colour", thing, self.colour[thing]) for thing in self.things]
+        return [
+            (attribute, entity, value)
+            for attribute, entity, value in places + colours
+            if self.is_news(attribute, entity, value)
+            and self.repeated.get((attribute, entity)) != value
+        ]

@@ -1,0 +1,164 @@
+"""A model is a tree of parts: how to draw it, walk it, and make a changed copy.
+
+A part is a frozen dataclass that can be called. Its fields are weights (arrays), child parts,
+tuples of parts, and plain settings. Nothing here knows what any part computes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+
+class Part:
+    """Base of every part, for drawing only: ``print(part)`` shows the tree below it."""
+
+    def __repr__(self) -> str:
+        return draw(self)
+
+
+def part(cls):
+    """Class decorator: a frozen dataclass that is compared (and hashed) by identity, since arrays
+    cannot be compared with one ==."""
+    return dataclass(frozen=True, eq=False, repr=False)(cls)
+
+
+def table(**options) -> Any:
+    """A field for an array that follows from the settings (rotary angles): not a weight."""
+    return field(metadata={"weight": False}, **options)
+
+
+def children(node: Part) -> Iterator[tuple[str, Part]]:
+    """(field name, child) for each child part, tuples numbered: ``blocks.3``."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if isinstance(value, Part):
+            yield f.name, value
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if isinstance(item, Part):
+                    yield f"{f.name}.{i}", item
+
+
+def rebuild(node: Part, change: Callable[[Part], Part | None], seen: dict | None = None) -> Part:
+    """A copy of the tree with ``change(node)`` in the place of each node for which it gives a part.
+
+    Nodes are offered from the root down; what ``change`` gives is not walked again. Unchanged
+    subtrees, and parts that stand in two places, stay the very same objects.
+    """
+    seen = {} if seen is None else seen
+    if id(node) not in seen:
+        new = change(node)
+        seen[id(node)] = node, (_rebuild_children(node, change, seen) if new is None else new)
+    return seen[id(node)][1]  # the node itself is kept too, so that its id stays taken
+
+
+def _rebuild_children(node: Part, change, seen: dict) -> Part:
+    changed = {}
+    for f in fields(node):
+        old = getattr(node, f.name)
+        if isinstance(old, Part):
+            new = rebuild(old, change, seen)
+        elif isinstance(old, tuple):
+            new = tuple(rebuild(o, change, seen) if isinstance(o, Part) else o for o in old)
+            new = old if all(a is b for a, b in zip(new, old)) else new
+        else:
+            continue
+        if new is not old:
+            changed[f.name] = new
+    return replace(node, **changed) if changed else node
+
+
+def weights(node: Part, path: str = "") -> dict[str, np.ndarray]:
+    """Every weight below ``node`` by its path (``stack.blocks.0.ffn.down.w``), each array once,
+    under the first path that leads to it (a tied head is found under ``embed``)."""
+    found: dict[str, np.ndarray] = {}
+    _collect(node, path, found, set())
+    return found
+
+
+def _collect(node: Part, path: str, found: dict, seen: set) -> None:
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_weight(f, value) and id(value) not in seen:
+            seen.add(id(value))
+            found[f"{path}{f.name}"] = value
+    for name, child in children(node):
+        if id(child) not in seen:
+            seen.add(id(child))
+            _collect(child, f"{path}{name}.", found, seen)
+
+
+def is_weight(f, value) -> bool:
+    """Is this field's value an array that training would change?"""
+    return f.metadata.get("weight", True) and hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def map_weights(node: Part, make: Callable[[Any], Any]) -> Part:
+    """A copy of the tree with ``make(array)`` for every weight; an array shared by two parts
+    (tied embeddings) is made once and stays shared. Tables that are no weights stay as they are."""
+    made: dict[int, tuple] = {}
+
+    def once(array):
+        if id(array) not in made:
+            made[id(array)] = array, make(array)
+        return made[id(array)][1]
+
+    def walk(node: Part) -> Part:
+        changed = {}
+        for f in fields(node):
+            value = getattr(node, f.name)
+            if is_weight(f, value):
+                changed[f.name] = once(value)
+            elif isinstance(value, Part):
+                changed[f.name] = walk(value)
+            elif isinstance(value, tuple):
+                changed[f.name] = tuple(walk(v) if isinstance(v, Part) else v for v in value)
+        return replace(node, **changed)
+
+    return walk(node)
+
+
+# Drawing -----------------------------------------------------------------------------------------
+
+
+def draw(node: Part) -> str:
+    """The tree as indented text; a run of equal-looking blocks is folded into one entry."""
+    return "\n".join(_lines("", node))
+
+
+def _lines(name: str, node: Part) -> list[str]:
+    title = f"{name}: " if name else ""
+    lines = [f"{title}{type(node).__name__}{_settings(node)}"]
+    for label, body in _folded([(n, _lines("", c)) for n, c in children(node)]):
+        lines += [f"  {label}: {body[0]}"] + ["  " + line for line in body[1:]]
+    return lines
+
+
+def _folded(drawn: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """``blocks.0``, ``blocks.1``, ... that look the same become one ``blocks.0-7``."""
+    out: list[tuple[str, list[str]]] = []
+    first = ""
+    for name, body in drawn:
+        stem, _, index = name.rpartition(".")
+        if out and stem and body == out[-1][1] and out[-1][0].startswith(f"{stem}."):
+            out[-1] = (f"{first}-{index}", body)
+        else:
+            first = name
+            out.append((name, body))
+    return out
+
+
+def _settings(node: Part) -> str:
+    """``(128 -> 352, eps=1e-05)``: shapes of the arrays, then the plain settings."""
+    words = []
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if hasattr(value, "shape"):
+            words.append(f"{f.name} {'x'.join(map(str, value.shape))}")
+        elif isinstance(value, (bool, int, float, str)):
+            words.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
+        elif callable(value) and not isinstance(value, Part):
+            words.append(f"{f.name}={getattr(value, '__name__', value)}")
+    return f"({', '.join(words)})" if words else ""

@@ -1,0 +1,200 @@
+"""A slow second reader of stories: regexes on the text, its own facts, every answer derived again.
+
+It shares the lists of words with the generator, and no code.
+"""
+
+import re
+
+from minitx.training.words import BOXES, NUMBERS, THINGS
+
+
+class Reader:
+    """``read(text)`` gives ``[(kind, answer), ...]``, fails where a text contradicts itself."""
+
+    def __init__(self):
+        self.place, self.holder, self.colour, self.inside, self.food = {}, {}, {}, {}, {}
+        self.answers, self.asked = [], {}
+
+    def read(self, text):
+        sentences = re.findall(r"[A-Z][^.?]*[.?]", re.sub(r"^One day (?=[A-Z])", "", text))
+        assert " ".join(sentences) == re.sub(r"^One day (?=[A-Z])", "", text)
+        question = None
+        for sentence in sentences:
+            if sentence.endswith("?"):
+                question = sentence
+            elif question:
+                self.answer(question, sentence)
+                question = None
+            else:
+                self.sentence(sentence)
+        assert question is None
+        return self.answers
+
+    def put_at(self, item, *, holder=None, box=None, place=None):
+        for facts, value in ((self.holder, holder), (self.inside, box), (self.place, place)):
+            facts.pop(item, None)
+            if value:
+                facts[item] = value
+
+    def sentence(self, sentence):
+        for pattern, act in self.RULES:
+            if match := re.fullmatch(pattern, sentence):
+                act(self, *match.groups())
+                return
+        assert any(re.fullmatch(pattern, sentence) for pattern in self.IDLE), sentence
+
+    def changed(self, who, by, food):
+        assert self.food[who][0] == food.rstrip("s")
+        self.food[who] = (self.food[who][0], self.food[who][1] + by)
+
+    def own(self, who, number, food):
+        self.food[who] = (food.rstrip("s"), NUMBERS.index(number))
+
+    def found(self, thing, colour=None, **where):
+        self.put_at(thing, **where)
+        self.colour[thing] = colour
+
+    def given(self, who, thing, other):
+        assert self.holder[thing] == who
+        self.put_at(thing, holder=other)
+
+    def is_near(self, who, box):
+        near = self.place.get(box) is not None and self.place.get(box) == self.place.get(who)
+        assert self.holder.get(box) == who or near
+
+    def put(self, who, thing, box):
+        assert self.holder[thing] == who
+        self.is_near(who, box)
+        self.put_at(thing, box=box)
+
+    def taken(self, who, thing, box):
+        assert self.inside[thing] == box
+        self.is_near(who, box)
+        self.put_at(thing, holder=who)
+
+    def left(self, who, item, place):
+        assert self.holder[item] == who
+        self.told("mention", self.place[who], place)
+        self.put_at(item, place=place)
+
+    def fetched(self, who, item, place):
+        self.told("mention", self.place[item], place)
+        self.put_at(item, holder=who)
+        self.place[who] = place
+
+    def told(self, kind, derived, said):
+        assert derived == said
+        self.answers.append((kind, said))
+
+    W = r"([A-Z][a-z]+)"  # a name
+    x = r"([a-z]+)"  # any other word
+    RULES = [
+        (rf"{W} (?:was in|came to|waited in|sat with \w+ \w+ in|went to|moved on to) the {x}\.",
+         lambda s, who, place: s.place.update({who: place})),
+        (rf"(?:Then |After \w+ ){W} (?:went|moved on) to the {x}\.",
+         lambda s, who, place: s.place.update({who: place})),
+        (rf"{W} (?:walked \w+|and \w+ \w+ ran|was \w+, so s?he went) to the {x}\.",
+         lambda s, who, place: s.place.update({who: place})),
+        (rf"(?:In the morning )?{W} (?:found|bought) a {x} {x}\.",
+         lambda s, who, colour, thing: s.found(thing, colour, holder=who)),
+        (rf"{W} got a {x}\.", lambda s, who, thing: s.found(thing, holder=who)),
+        (rf"The {x} was {x}\.", lambda s, thing, colour: s.colour.update({thing: colour})),
+        (rf"{W} had a \w+ {x}, and it was {x}\.",
+         lambda s, who, thing, colour: s.found(thing, colour, holder=who)),
+        (rf"{W} saw a {x} {x} and picked it up\.",
+         lambda s, who, colour, thing: s.found(thing, colour, holder=who)),
+        (rf"{W} (?:sent|lent) the {x} to {W}\.", given),
+        (rf"{W} borrowed the {x} from {W}\.",
+         lambda s, other, thing, who: s.given(who, thing, other)),
+        (rf"(?:There was|Someone had left|A \w+) (?:a )?{x}(?: stood)? in the "
+         rf"((?!{'|'.join(BOXES)})[a-z]+)\.",
+         lambda s, box, place: s.put_at(box, place=place)),
+        (rf"{W} (?:had|never went out without) a {x}\.",
+         lambda s, who, box: s.put_at(box, holder=who)),
+        (rf"{W} carried a \w+ {x}\.", lambda s, who, box: s.put_at(box, holder=who)),
+        (rf"In the {x} was a {x} {x}\.",
+         lambda s, box, colour, thing: s.found(thing, colour, box=box)),
+        (rf"There was a {x} {x} in the {x}\.",
+         lambda s, colour, thing, box: s.found(thing, colour, box=box)),
+        (rf"Inside the {x} lay a {x}, and it was {x}\.",
+         lambda s, box, thing, colour: s.found(thing, colour, box=box)),
+        (rf"{W} (?:put|hid) the {x} in the {x}\.", put),
+        (rf"{W} dropped the {x} \w+ into the {x}\.", put),
+        (rf"{W} took the {x} out of the {x}\.", taken),
+        (rf"{W} reached into the {x} and took the {x}\.",
+         lambda s, who, box, thing: s.taken(who, thing, box)),
+        (rf"{W} (?:left|\w+ly put down) the {x} in the {x}\.", left),
+        (rf"{W} (?:picked up the {x} in|went to get the {x} from) the {x}\.",
+         lambda s, who, one, two, place: s.fetched(who, one or two, place)),
+        (rf"{W} (?:had|put) (two|three|four|five) {x}(?: in \w+ pocket)?\.", own),
+        (rf"{W} (?:found|bought) {x} more {x}(?: at noon)?\.",
+         lambda s, who, n, food: s.changed(who, NUMBERS.index(n), food)),
+        (rf"{W} (?:ate|gave away) {x} of the {x}\.",
+         lambda s, who, n, food: s.changed(who, -NUMBERS.index(n), food)),
+        (rf"{W} was still in the {x}, and s?he \w+\.",
+         lambda s, who, place: s.told("mention", s.place[who], place)),
+        (rf"{W} looked around in the {x} and \w+\.",
+         lambda s, who, place: s.told("mention", s.place[who], place)),
+        (rf"All this time {W} stayed in the {x}\.",
+         lambda s, who, place: s.told("mention", s.place[who], place)),
+        (rf"The {x} was still {x}\.", lambda s, t, c: s.told("mention", s.colour[t], c)),
+        (rf"Everyone liked the {x} because it was {x}\.",
+         lambda s, t, c: s.told("mention", s.colour[t], c)),
+        (rf"Even the \w+ could see that the {x} was {x}\.",
+         lambda s, t, c: s.told("mention", s.colour[t], c)),
+    ]  # fmt: skip
+    IDLE = [
+        r"Once upon a time there was a (boy|girl) named \w+\.",
+        r"Once there was a \w+ (boy|girl) named \w+\.",
+        r"Long ago there lived a (boy|girl) named \w+\.",
+        r"One day a (boy|girl) named \w+ woke up early\.",
+        r"A (boy|girl) named \w+ lived there too\.",
+        r"There was also a (boy|girl) named \w+\.",
+        r"Soon a (boy|girl) named \w+ came along\.",
+        r"\w+ was a \w+ (boy|girl)\.",
+        r"The end\.|That was the end of the day\.|And then it was time for bed\.",
+        r"They all lived happily ever after\.",
+        r"It was a \w+ day\.|The \w+ \w+ at the \w+\.|A \w+ sat under a \w+\.",
+        r"Far away, a \w+ slept behind a \w+\.",
+        r"\w+ felt \w+\.|\w+ \w+ \w+ly\.|\w+ wanted to \w+\.|\w+ dreamed about the \w+\.",
+        r"\w+ liked to talk about the \w+\.|\w+ sang a song about a \w+ \w+\.",
+    ]
+
+    def locate(self, item):
+        """(hops, place, who has it, hops to them)."""
+        hops, holder, to_holder = 1, None, None
+        if item in self.inside:
+            item, hops = self.inside[item], 2
+        if item in self.holder:
+            holder, to_holder = self.holder[item], hops
+            item, hops = holder, hops + 1
+        return hops, self.place.get(item), holder, to_holder
+
+    def answer(self, question, sentence):
+        said = re.fullmatch(r"(.*) ([a-zA-Z]+)\.", sentence)
+        start, value = said.groups()
+        if match := re.fullmatch(r"Where is (the )?(\w+)\?", question):
+            the, entity = match.groups()
+            assert start == f"{'The ' if the else ''}{entity} is in the"
+            hops, place, _, _ = self.locate(entity)
+            kind, derived = f"where{hops}", place
+        elif match := re.fullmatch(r"Who has the (\w+)\?", question):
+            assert start == f"The {match[1]} is with"
+            _, _, derived, hops = self.locate(match[1])
+            kind = "who" if hops == 1 else "who2"
+        elif match := re.fullmatch(r"What colour is the thing that (\w+) has\?", question):
+            assert start == f"The thing that {match[1]} has is"
+            (thing,) = [t for t, who in self.holder.items() if who == match[1] and t in THINGS]
+            kind, derived = "colour2", self.colour[thing]
+        elif match := re.fullmatch(r"What colour is the (\w+)\?", question):
+            assert start == f"The {match[1]} is"
+            kind, derived = "colour", self.colour[match[1]]
+        else:
+            match = re.fullmatch(r"How many (\w+)s does (\w+) have\?", question)
+            assert start == f"The number of {match[1]}s that {match[2]} has is"
+            food, number = self.food[match[2]]
+            assert food == match[1] and 0 <= number <= 9
+            kind, derived = "count", NUMBERS[number]
+        assert self.asked.get(question) != derived, f"asked again, unchanged: {question}"
+        self.asked[question] = derived
+        self.told(kind, derived, value)

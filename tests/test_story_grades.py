@@ -1,0 +1,127 @@
+"""Grades: lengths, shares of hops, what guessing would score, and bad input."""
+
+import itertools
+import json
+import re
+from collections import Counter
+from dataclasses import asdict
+
+import pytest
+
+from minitx.errors import MinitxError
+from minitx.training.grades import ROOM
+from minitx.training.stories import GRADES, HOPS, KINDS, grade_from, guess_baselines, stories
+from minitx.training.words import SENTENCES
+
+PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on such plain text
+
+
+def take(n, grade, seed=1):
+    return list(itertools.islice(stories("train", grade, seed), n))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """600 stories of every grade."""
+    return {name: take(600, name) for name in GRADES}
+
+
+def test_lengths_stay_inside_the_grade(drawn):
+    for name, found in drawn.items():
+        grade = GRADES[name]
+        lengths = [len(re.findall(r"\w+", story.text)) for story in found]
+        assert grade.min_words <= min(lengths) and max(lengths) <= grade.max_words, name
+    tokens = [len(PRE_TOKEN.findall(story.text)) for story in drawn["full"]]
+    assert 60 <= min(tokens) and max(tokens) <= 250
+    assert sum(tokens) / len(tokens) > 150
+    tiny = [len(PRE_TOKEN.findall(story.text)) for story in drawn["one_hop_tiny"]]
+    assert 25 <= min(tiny) and max(tiny) <= 60 and sum(tiny) / len(tiny) < 45
+    longest = max(len(re.findall(r"\w+|\|", w)) for _, group in SENTENCES.values() for w in group)
+    closing = max(len(w.split()) for w in SENTENCES["close"][1])
+    assert longest + closing <= ROOM
+
+
+def test_questions_come_in_useful_shares(drawn):
+    def shares(name):
+        kinds = Counter(a.kind for s in drawn[name] for a in s.answers if a.kind != "mention")
+        hops = Counter()
+        for kind, count in kinds.items():
+            hops[HOPS[kind]] += count / kinds.total()
+        return hops
+
+    assert all(0.16 < shares("full")[hops] < 0.36 for hops in (0, 1, 2, 3))
+    assert set(shares("one_hop")) == set(shares("one_hop_tiny")) == {1}
+    assert set(shares("two_hops")) == {1, 2} and shares("two_hops")[2] > 0.5
+    assert shares("three_hops")[3] > 0.3
+    assert not shares("set_phrases")
+    assert {a.kind for s in drawn["full"] for a in s.answers} == set(KINDS)
+    sentences = sum(s.text.count(".") for s in drawn["full"])
+    answers = Counter(a.kind == "mention" for s in drawn["full"] for a in s.answers)
+    assert 4 < sentences / answers[False] < 7 and 4 < sentences / answers[True] < 7
+
+
+def test_guessing_does_not_pay(drawn):
+    for name, found in drawn.items():
+        for kind, readers in guess_baselines(found).items():
+            assert set(readers) == {"mentioned", "latest", "most_mentioned", "most_frequent"}
+            assert all(share < 0.7 for share in readers.values()), (name, kind, readers)
+            if kind.startswith("where"):
+                assert readers["latest"] < 0.5 and readers["mentioned"] < 0.45
+                assert readers["most_frequent"] < 0.12
+    (where,) = guess_baselines(drawn["one_hop_tiny"]).values()
+    assert 0.25 < where["latest"] < 0.45
+
+
+def test_guess_baselines_by_hand():
+    class Told:
+        answers = (
+            ("where1", "park", 0, (("park", 2), ("barn", 1)), "barn"),
+            ("where1", "barn", 0, (("park", 1), ("barn", 1)), "barn"),
+            ("count", "four", 0, (("one", 1), ("two", 1)), "two"),
+        )
+
+    assert guess_baselines([Told]) == {
+        "where1": {
+            "mentioned": 0.5, "latest": 0.5, "most_mentioned": 0.75, "most_frequent": 0.5,
+        },
+        "count": {"mentioned": 0, "latest": 0, "most_mentioned": 0, "most_frequent": 1},
+    }  # fmt: skip
+
+
+def test_a_grade_survives_json_in_any_order():
+    for name, grade in GRADES.items():
+        again = grade_from(json.loads(json.dumps(asdict(grade), sort_keys=True)))
+        assert again == grade
+        assert take(3, again) == take(3, name)
+
+
+def test_a_story_ends_even_when_nothing_can_be_told():
+    (story,) = take(1, {"phrases": False, "sentences": {}, "min_words": 50, "max_words": 99})
+    assert re.fullmatch(r"One day \w+ .*\. The end\.", story.text)
+
+
+@pytest.mark.parametrize(
+    ("grade", "message"),
+    [
+        ("fulll", "Did you mean 'full'"),
+        (3, "not 3"),
+        ({"max_peple": 3}, "Unknown grade field 'max_peple'"),
+        ({"from": "hard"}, "Unknown grade 'hard'"),
+        ({"sentences": {"fly": 1}}, "unknown kind 'fly'"),
+        ({"questions": {"mention": 1}}, "unknown kind 'mention'"),
+        ({"questions": ["where1"]}, "must be an object"),
+        ({"sentences": {"move": -1}}, "must be a number >= 0"),
+        ({"sentences": {"move": float("nan")}}, "must be a number >= 0"),
+        ({"sentences": {"move": True}}, "must be a number >= 0"),
+        ({"max_people": 2.5}, "whole number"),
+        ({"max_people": 25}, "1 to 20 people"),
+        ({"phrases": 1}, "true or false"),
+        ({"stop": 0}, "between 0 and 1"),
+        ({"min_people": 3, "max_people": 2}, "min_people 3"),
+        ({"min_words": 100, "max_words": 100}, "leave room"),
+    ],
+)
+def test_bad_grades_are_one_clear_sentence(grade, message):
+    with pytest.raises(MinitxError, match=message) as caught:
+        grade_from(grade)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,445 @@
+"""Byte-level BPE and its files: the ids of the reference, round trips, streaming, refusals."""
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from minitx.errors import MinitxError
+from minitx.files.added_tokens import AddedToken
+from minitx.files.byte_level_bpe import ByteLevelBPE
+from minitx.files.merging import merge_best_first
+from minitx.files.tokenizer import StreamDecoder
+from minitx.files.tokenizer_json import read_tokenizer
+from minitx.files.tokenizer_json_write import write_tokenizer
+
+FOLDER = Path(__file__).parent / "reference/tokenizer"
+REFERENCE = json.loads((FOLDER / "reference.json").read_text(encoding="utf-8"))
+FIELDS = json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+def with_variant(variant):
+    """The reference's file with the keys of `variant` (as in make.py)."""
+    return FIELDS | variant | {"model": FIELDS["model"] | variant.get("model", {})}
+
+
+def write_fields(folder, fields):
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return read_tokenizer(FOLDER)
+
+
+@pytest.fixture(params=REFERENCE["variants"])
+def variant(request, tmp_path):
+    made = REFERENCE["variants"][request.param]
+    tokenizer = read_tokenizer(write_fields(tmp_path, with_variant(made["replaced"])))
+    return tokenizer, REFERENCE["texts"][:: made["step"]], made["ids"]
+
+
+def random_text(rng, length):
+    planes = [(0, 0x80), (0x80, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    return "".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(length))
+
+
+# Agreement with the reference
+
+
+def test_ids_are_those_of_the_reference(variant):
+    tokenizer, texts, ids = variant
+    for text, expected in zip(texts, ids, strict=True):
+        assert tokenizer.encode(text) == expected, text
+
+
+def test_a_written_file_reads_back_as_the_same_tokenizer(variant, tmp_path):
+    tokenizer, texts, ids = variant
+    again = tmp_path / "again"
+    again.mkdir()
+    write_tokenizer(tokenizer, again)
+    assert sorted(path.name for path in again.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    copied = read_tokenizer(again)
+    assert [copied.encode(text) for text in texts] == ids
+    for name in ("tokens", "merges", "added", "bos", "eos", "adds_bos", "vocab_size", "nfc"):
+        assert getattr(copied, name) == getattr(tokenizer, name), name
+
+
+def test_decoded_text_is_that_of_the_reference(plain):
+    for ids, text, without_special in REFERENCE["decoded"]:
+        assert plain.decode(ids) == text
+        assert plain.decode(ids, skip_special=True) == without_special
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("name", ["plain", "starts with bos", "no regex", "ignore merges"])
+def test_any_text_round_trips(name, tmp_path):
+    variant = REFERENCE["variants"][name]["replaced"]
+    tokenizer = read_tokenizer(write_fields(tmp_path, with_variant(variant)))
+    rng = random.Random(1)
+    for text in REFERENCE["texts"] + [random_text(rng, 30) for _ in range(200)]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(tokenizer.encode("")) == ""
+
+
+def test_every_code_point_round_trips(plain):
+    for start in range(0, 0x110000, 0x800):
+        if not 0xD800 <= start < 0xE000:
+            text = "".join(map(chr, range(start, start + 0x800)))
+            assert plain.decode(plain.encode(text)) == text
+
+
+def test_any_bytes_round_trip(plain):
+    rng = random.Random(2)
+    samples = [*BYTES, *(rng.randbytes(rng.randrange(40)) for _ in range(300))]
+    samples += ["caf\u00e9 <|endoftext|>".encode()[:k] for k in range(20)]
+    for data in samples:
+        assert plain.decode_bytes(plain.encode_bytes(data)) == data
+        assert plain.decode(plain.encode_bytes(data)) == data.decode(errors="replace")
+
+
+def test_bytes_of_a_text_have_the_ids_of_the_text(plain):
+    for text in REFERENCE["texts"]:
+        if "<|endoftext|>" not in text:
+            assert plain.encode_bytes(text.encode()) == plain.encode(text)
+    assert plain.eos in plain.encode("<|endoftext|>")
+    assert plain.eos not in plain.encode_bytes(b"<|endoftext|>")
+
+
+def test_a_lone_surrogate_is_refused(plain):
+    with pytest.raises(MinitxError, match=r"character 2 .* U\+DC80"):
+        plain.encode("ab\udc80")
+
+
+# The tokenizer itself
+
+
+def test_worked_example():
+    # 256 = "ab", 257 = "abc", 258 = "bc"; "ab" goes first, so "bc" only where no "a" is before.
+    tokens = [*BYTES, b"ab", b"abc", b"bc"]
+    tokenizer = ByteLevelBPE(tokens, [(97, 98), (256, 99), (98, 99)], [AddedToken("<s>", 259)])
+    assert tokenizer.encode("abcbc abab<s>") == [257, 258, 32, 256, 256, 259]
+    assert tokenizer.vocab_size == len(tokenizer) == 260
+    assert tokenizer.token_bytes(257) == b"abc"
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.special_ids) == (None, None, {259})
+
+
+def test_start_token_is_put_first_and_taken_away():
+    added = [AddedToken("<s>", 256)]
+    tokenizer = ByteLevelBPE(BYTES, [], added, bos=256, adds_bos=True)
+    assert tokenizer.encode("a") == [256, 97]
+    assert tokenizer.encode("a", special=False) == [97]
+    assert tokenizer.encode("<s>a<s>") == [256, 256, 97, 256]
+    assert tokenizer.decode([256, 256, 97, 256]) == "<s>a<s>"
+    assert tokenizer.decode([256, 256, 97, 256], skip_special=True) == "a"
+
+
+@pytest.mark.parametrize("id", [-1, 420, 10**9])
+def test_ids_outside_the_vocabulary_are_refused(plain, id):
+    for use in (plain.token_bytes, StreamDecoder(plain).push, lambda id: plain.decode([id])):
+        with pytest.raises(MinitxError, match=f"token id {id} .* vocabulary of 420"):
+            use(id)
+
+
+def test_a_byte_without_a_token_is_refused_when_it_is_met():
+    tokenizer = ByteLevelBPE([b"a", b"b", b"ab"], [(0, 1)])
+    assert tokenizer.encode("abba") == [2, 1, 0]
+    with pytest.raises(MinitxError, match="0x63"):
+        tokenizer.encode("abc")
+
+
+def test_the_cache_stays_bounded(monkeypatch):
+    from minitx.files import byte_level_bpe
+
+    monkeypatch.setattr(byte_level_bpe, "_CACHED_WORDS", 10)
+    tokenizer = ByteLevelBPE(BYTES, [])
+    for n in range(100):
+        word = chr(97 + n % 26) * (n + 1)
+        assert tokenizer.decode(tokenizer.encode(word)) == word
+        assert len(tokenizer._cache) <= 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([*BYTES, b"a"], []), "97 and 256"),
+        ((BYTES, [(97, 98)]), "merge 0 makes b'ab'"),
+        ((BYTES, [(97, 256)]), "ids below 256"),
+        ((BYTES, [(-1, 97)]), "ids below 256"),
+        ((BYTES, [], [AddedToken("<s>", 257)]), "next one free .* is 256"),
+        ((BYTES, [], [AddedToken("<s>", -1)]), "next one free .* is 256"),
+        ((BYTES, [], [AddedToken("<s>", 256), AddedToken("<e>", 256)]), "no id twice"),
+        ((BYTES, [], [AddedToken("<s>", 256), AddedToken("<s>", 257)]), "there twice"),
+        ((BYTES, [], [AddedToken("", 256)]), "is empty"),
+        ((BYTES, [], [AddedToken("<s>", 5)]), "which is the token"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(MinitxError, match=message):
+        ByteLevelBPE(*arguments)
+
+
+def test_bos_and_eos_are_added_tokens():
+    with pytest.raises(MinitxError, match="eos is 3"):
+        ByteLevelBPE(BYTES, [], eos=3)
+    with pytest.raises(MinitxError, match="without a bos"):
+        ByteLevelBPE(BYTES, [], adds_bos=True)
+
+
+# Merging
+
+
+def merge_by_looking_everywhere(ids, find):
+    ids = list(ids)
+    while True:
+        found = [(find(*ids[at : at + 2]), at) for at in range(len(ids) - 1)]
+        found = [((priority, at), merged) for (priority, merged), at in filter(all_there, found)]
+        if not found:
+            return ids
+        (_, at), merged = min(found)
+        ids[at : at + 2] = [merged]
+
+
+def all_there(entry):
+    return entry[0] is not None
+
+
+def test_merging_takes_the_best_pair_and_of_equals_the_leftmost():
+    rng = random.Random(3)
+    for _ in range(400):
+        # Random rules, so that a merge may open a pair of an earlier rank, and equal ranks occur.
+        rules = {
+            (rng.randrange(12), rng.randrange(12)): (rng.randrange(8), rng.randrange(12))
+            for _ in range(30)
+        }
+        ids = rng.choices(range(4), k=rng.randrange(40))
+        find = lambda left, right: rules.get((left, right))  # noqa: B023, E731
+        assert merge_best_first(ids, find) == merge_by_looking_everywhere(ids, find)
+
+
+def test_a_word_of_100000_characters_is_encoded(plain):
+    for word in ("the" * 33_333, "a" * 100_000, " " * 100_000):
+        assert plain.decode(plain.encode(word)) == word
+
+
+# Streaming
+
+
+def test_a_split_character_is_held_back(plain):
+    decoder = StreamDecoder(plain)
+    pieces = [decoder.push(id) for id in plain.encode_bytes(b"a\xf0") + plain.encode_bytes(b"\x9f")]
+    assert pieces == ["a", "", ""]
+    rest = plain.encode_bytes(b"\x99") + plain.encode_bytes(b"\x82!")
+    assert [decoder.push(id) for id in rest] == ["", "\U0001f642", "!"]
+    assert decoder.finish() == ""
+
+
+def test_a_character_that_never_ends_is_one_replacement(plain):
+    decoder = StreamDecoder(plain)
+    assert "".join(map(decoder.push, plain.encode_bytes(b"x\xf0\x9f\x99"))) == "x"
+    assert decoder.finish() == "\ufffd"
+    assert decoder.push(plain.encode("b")[0]) == "b"
+
+
+def test_streamed_text_is_the_decoded_text(plain):
+    for ids, text, without_special in REFERENCE["decoded"]:
+        for skip, expected in ((False, text), (True, without_special)):
+            decoder = StreamDecoder(plain, skip_special=skip)
+            assert "".join(map(decoder.push, ids)) + decoder.finish() == expected
+
+
+# Files
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_merges_are_read_in_both_notations(legacy, tmp_path, plain):
+    fields = copy.deepcopy(FIELDS)
+    pairs = [
+        merge if isinstance(merge, list) else merge.split() for merge in fields["model"]["merges"]
+    ]
+    fields["model"]["merges"] = [" ".join(pair) for pair in pairs] if legacy else pairs
+    assert read_tokenizer(write_fields(tmp_path, fields)).merges == plain.merges
+
+
+def test_gpt2_file_without_type_of_model_is_read(tmp_path, plain):
+    fields = copy.deepcopy(FIELDS)
+    del fields["model"]["type"]
+    assert read_tokenizer(write_fields(tmp_path, fields)).tokens == plain.tokens
+
+
+def test_start_and_end_come_from_the_config_beside_the_file(tmp_path):
+    variant = REFERENCE["variants"]["flags"]["replaced"]
+    file = write_fields(tmp_path, with_variant(variant))
+    by_itself = read_tokenizer(file)
+    assert by_itself.bos == by_itself.eos == 419
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": None, "eos_token": {"content": "<l>"}}))
+    assert (read_tokenizer(tmp_path).bos, read_tokenizer(tmp_path).eos) == (None, 420)
+    for bad in ("nowhere", 7, ["<l>"], {"content": ["<l>"]}):
+        config.write_text(json.dumps({"eos_token": bad}))
+        with pytest.raises(MinitxError, match="eos_token"):
+            read_tokenizer(tmp_path)
+
+
+def model(**keys):
+    return {"model": FIELDS["model"] | keys}
+
+
+VOCAB = FIELDS["model"]["vocab"]
+LAST = max(VOCAB, key=VOCAB.get)
+SPLIT = REFERENCE["variants"]["split first"]["replaced"]["pre_tokenizer"]["pretokenizers"][0]
+BYTE_LEVEL = FIELDS["pre_tokenizer"]
+TEMPLATE = REFERENCE["variants"]["starts with bos"]["replaced"]["post_processor"]
+
+
+def added(**keys):
+    return {"added_tokens": [FIELDS["added_tokens"][0] | keys]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer .*Lowercase"),
+        ({"truncation": {"max_length": 5}}, "truncation"),
+        ({"padding": {"strategy": "BatchLongest"}}, "padding"),
+        ({"decoder": None}, "decoder is None"),
+        ({"decoder": {"type": "Metaspace"}}, "decoder .*Metaspace"),
+        ({"pre_tokenizer": None}, "pre_tokenizer is None"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer .*Whitespace"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_LEVEL]}}, "pre_tokenizer"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": "x"}}, "pre_tokenizer"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [SPLIT | {"pattern": {"Regex": r"\s+"}}, BYTE_LEVEL],
+                }
+            },
+            "GPT-2's pattern",
+        ),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [SPLIT, BYTE_LEVEL | {"add_prefix_space": True}],
+                }
+            },
+            "pre_tokenizer",
+        ),
+        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": 1}}, "use_regex"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"mystery": 1}}, "mystery"),
+        ({"post_processor": {"type": "BertProcessing"}}, "post_processor .*Bert"),
+        ({"post_processor": TEMPLATE | {"single": TEMPLATE["single"] * 2}}, "post_processor"),
+        ({"post_processor": TEMPLATE | {"single": TEMPLATE["single"][::-1]}}, "post_processor"),
+        ({"post_processor": TEMPLATE | {"special_tokens": {}}}, "post_processor"),
+        ({"post_processor": {"type": "Sequence", "processors": [TEMPLATE, TEMPLATE]}}, "post_proc"),
+        ({"mystery": 1}, "mystery"),
+        ({"model": None}, "'model'"),
+        ({"model": []}, "'model'"),
+        (model(type="WordPiece"), "WordPiece"),
+        (model(dropout=0.1), "dropout"),
+        (model(continuing_subword_prefix="##"), "continuing_subword_prefix"),
+        (model(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (model(byte_fallback=True), "byte_fallback"),
+        (model(ignore_merges="yes"), "ignore_merges"),
+        (model(mystery=1), "mystery"),
+        (model(vocab=None), "'vocab'"),
+        (model(vocab=["a"]), "'vocab'"),
+        (model(merges=None), "'merges'"),
+        (model(merges={}), "'merges'"),
+        (model(vocab=VOCAB | {LAST: 5}), "have the same id 5"),
+        (model(vocab=VOCAB | {LAST: 10**15}), "none of the 419 tokens has id 418"),
+        (model(vocab=VOCAB | {LAST: -1}), "has id -1"),
+        (model(vocab=VOCAB | {LAST: 1.0}), "has id 1.0"),
+        (model(vocab=VOCAB | {LAST: True}), "has id True"),
+        (model(vocab=VOCAB | {"": 419}), "the token '' is empty"),
+        (model(vocab=VOCAB | {"a b": 419}), "characters that stand for no byte"),
+        (model(vocab=VOCAB | {"\ud800": 419}), "characters that stand for no byte"),
+        (model(merges=["a"]), "merge 0 is 'a'"),
+        (model(merges=["a b c"]), "merge 0"),
+        (model(merges=[["a", "b", "c"]]), "merge 0"),
+        (model(merges=[["a", 1]]), "merge 0"),
+        (model(merges=[["a", []]]), "merge 0"),
+        (model(merges=[7]), "merge 0 is 7"),
+        (model(merges=["a nowhere"]), "needs the token 'nowhere'"),
+        (model(merges=["z z"]), "needs the token 'zz'"),
+        (model(unk_token="a", vocab={"a": 0, "b": 1}, merges=[]), "unk_token"),
+        ({"added_tokens": {}}, "added_tokens"),
+        ({"added_tokens": [1]}, "is no object"),
+        (added(id=420), "next one free"),
+        (added(id="419"), "id of the added token"),
+        (added(id=True), "id of the added token"),
+        (added(id=10**15), "next one free"),
+        (added(id=3), "id 3"),
+        (added(content=None), "text of the added token"),
+        (added(content=""), "is empty"),
+        (added(content="\ud800"), "text of the added token"),
+        (added(content="a"), "has the id 419 and, in the vocabulary"),
+        (added(content="\u0120"), "also the spelling of b' '"),
+        (added(lstrip=1), "lstrip"),
+        (added(mystery=True), "mystery"),
+    ],
+)
+def test_files_that_are_not_understood_are_refused_by_name(changed, message, tmp_path):
+    file = write_fields(tmp_path, FIELDS | changed)
+    with pytest.raises(MinitxError, match=message) as refusal:
+        read_tokenizer(file)
+    assert str(file) in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < len(str(file)) + 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"null", b"{", b'{"model": 1}', b"\xff\xfe", b"[" * 100_000, b'{"a": NaN}'],
+)
+def test_files_that_are_no_json_object_are_refused(content, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content)
+    with pytest.raises(MinitxError, match="tokenizer.json"):
+        read_tokenizer(file)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(MinitxError, match="tokenizer.json"):
+        read_tokenizer(tmp_path)
+    with pytest.raises(MinitxError, match="nowhere"):
+        read_tokenizer(tmp_path / "nowhere")
+
+
+def test_truncated_files_are_refused(tmp_path):
+    whole = (FOLDER / "tokenizer.json").read_bytes()
+    file = tmp_path / "tokenizer.json"
+    for size in range(0, len(whole) - 2, 97):
+        file.write_bytes(whole[:size])
+        with pytest.raises(MinitxError):
+            read_tokenizer(file)
+
+
+def test_what_would_not_read_back_is_not_written(tmp_path):
+    two_called_alike = ByteLevelBPE(BYTES, [], [AddedToken("\u0120", 256)])
+    with pytest.raises(MinitxError, match="would both be called"):
+        write_tokenizer(two_called_alike, tmp_path)
+    with pytest.raises(MinitxError, match="a str cannot be written"):
+        write_tokenizer("tokenizer", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MinitxError, match="cannot be written"):
+        write_tokenizer(ByteLevelBPE(BYTES, []), tmp_path / "nowhere")
+
+
+def test_written_text_does_not_depend_on_the_run(tmp_path, plain):
+    write_tokenizer(plain, tmp_path)
+    first = (tmp_path / "tokenizer.json").read_bytes()
+    write_tokenizer(read_tokenizer(tmp_path), tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == first
