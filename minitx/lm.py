@@ -73,8 +73,8 @@ class LM:
             raise MinitxError(
                 "This model has no tokenizer, so it cannot stream text; use tokens(ids) instead."
             )
-        tokens = self.tokens(prompt, max_new_tokens, **options)
-        return self._pieces(tokens)
+        ids = self.encode(prompt)
+        return self._pieces(ids[-1], self.tokens(ids, max_new_tokens, **options))
 
     def tokens(
         self, prompt: Prompt, max_new_tokens: int | None = None, **options
@@ -87,21 +87,17 @@ class LM:
         return self._until_end(self.decode(self.model, ids, choose, limit))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt: text is encoded, after the beginning-of-text token if the model has one
-        (an empty text needs one to start from); ids are checked."""
+        """Ids of a prompt: text as the tokenizer encodes it (which knows whether a token goes before
+        it); ids are checked. An empty text starts from the token that begins or ends a text."""
         if not isinstance(prompt, str):
             return self._checked(prompt).tolist()
         if self.tokenizer is None:
             raise MinitxError(
                 "This model has no tokenizer; give a list of ids, or load it with tokenizer=PATH."
             )
-        ids = self.tokenizer.encode(prompt)
-        bos = self.model.config.bos
-        if bos is not None and ids[:1] != [bos]:
-            ids = [bos, *ids]
-        if not ids:
-            raise MinitxError("The prompt is empty; at least one token is needed to start from.")
-        return ids
+        config = self.model.config
+        start = (config.eos if config.bos is None else (config.bos,))[:1]
+        return self._checked(self.tokenizer.encode(prompt) or start).tolist()
 
     def _checked(self, ids) -> np.ndarray:
         """The ids as an integer array, refused if any is outside the vocabulary or too many."""
@@ -150,10 +146,10 @@ class LM:
                 return
             yield token
 
-    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+    def _pieces(self, previous: int, tokens: Iterator[int]) -> Iterator[str]:
         from minitx.files.tokenizer import StreamDecoder
 
-        decoder = StreamDecoder(self.tokenizer)
+        decoder = StreamDecoder(self.tokenizer, previous)
         for token in tokens:
             if piece := decoder.push(token):
                 yield piece

@@ -199,7 +199,7 @@ def attention_weights(q, k, scale, hidden=None):
     p = q @ k.swapaxes(-1, -2)
     if hidden is not None:
         by_head = p.reshape(*lead, K, G, T, S)  # a view: what is written here is written in p
-        by_head[np.broadcast_to(hidden[..., None, None, :, :], by_head.shape)] = MASKED
+        np.copyto(by_head, MASKED, where=hidden[..., None, None, :, :])
     p -= p.max(-1, keepdims=True)
     return np.exp(p, out=p)
 

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 
 from minitx.files.pretoken import is_white_space, kind_of
 
+# The two joiners; and circled, squared and blackened letters, symbols that count as alphabetic.
+_OTHER_WORD_CHARS = re.compile(
+    "[\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]"
+)
+
 
 @dataclass(frozen=True)
 class AddedToken:
@@ -84,14 +89,4 @@ def _is_word_char(char: str) -> bool:
     category = unicodedata.category(char)
     if kind_of(char) == "A" or category[0] == "M" or category in ("Nd", "Nl", "Pc"):
         return True
-    # the joiners, and the circled, squared and blackened letters, which are symbols that count as
-    # alphabetic
-    return char in "\u200c\u200d" or any(
-        first <= char <= last
-        for first, last in (
-            "Ⓐⓩ",
-            "\U0001f130\U0001f149",
-            "\U0001f150\U0001f169",
-            "\U0001f170\U0001f189",
-        )
-    )
+    return _OTHER_WORD_CHARS.match(char) is not None

@@ -32,7 +32,7 @@ class ByteLevelBPE(Tokenizer):
     bos, eos: ids of added tokens; adds_bos: `encode` puts `bos` first.
     add_prefix_space: a piece of text that starts with no space gets one.
     use_regex: text is split into words before merging.
-    nfc: text is normalized to NFC first, by the running Python's Unicode (the reference's is older).
+    nfc: text is normalized to NFC first, recent marks in the order that this Python gives them.
     ignore_merges: a word that is a token is that token, whatever the merges say (as in Llama 3).
     """
 

@@ -65,7 +65,7 @@ def read_tokenizer_for(path: Path, model: Transformer):
         from minitx.files.llama2c_tokenizer import read_llama2c_tokenizer
 
         return read_llama2c_tokenizer(path, size)
-    from minitx.files.tokenizer import read_tokenizer
+    from minitx.files.tokenizer_json import read_tokenizer
 
     tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size > size:

@@ -19,7 +19,6 @@ from itertools import pairwise
 from minitx.errors import MinitxError
 from minitx.files.added_tokens import AddedToken
 from minitx.files.byte_level_bpe import ByteLevelBPE
-from minitx.files.merging import merge_best_first
 from minitx.files.pretoken import split
 from minitx.files.tokenizer import check_text
 
@@ -106,8 +105,6 @@ class _Learner:
     def __init__(self, counts: Mapping[str, int]):
         self.tokens = [bytes([byte]) for byte in range(256)]
         self.merges: list[Pair] = []
-        self._ids = {data: id for id, data in enumerate(self.tokens)}
-        self._ranks: dict[Pair, tuple[int, int]] = {}  # (left, right) -> (rank, merged)
         self._words = [list(word.encode("utf-8")) for word in counts]
         self._counts = list(counts.values())
         self._pairs: Counter[Pair] = Counter()
@@ -122,18 +119,15 @@ class _Learner:
         pair = self._best_pair()
         if pair is None:
             return False
-        data = self.tokens[pair[0]] + self.tokens[pair[1]]
-        is_new = data not in self._ids
-        if is_new:
-            self._ids[data] = len(self.tokens)
-            self.tokens.append(data)
-        merged = self._ids[data]
-        self._ranks[pair] = (len(self.merges), merged)
+        # The joined bytes are new: between two cuts a word is merged alike whatever stands around
+        # it, so no other pair has made them.
+        merged = len(self.tokens)
+        self.tokens.append(self.tokens[pair[0]] + self.tokens[pair[1]])
         self.merges.append(pair)
         changed: set[Pair] = set()
         for number in self._where.pop(pair):
             changed |= self._count_pairs(number, -1)
-            self._words[number] = self._merge_word(self._words[number], pair, merged, is_new)
+            self._words[number] = _merge_word(self._words[number], pair, merged)
             changed |= self._count_pairs(number, +1)
         for pair in changed:
             if self._pairs[pair] > 0:
@@ -147,19 +141,6 @@ class _Learner:
                 return pair
         return None
 
-    def _merge_word(self, word: list[int], pair: Pair, merged: int, is_new: bool) -> list[int]:
-        if not is_new:
-            # Another merge made this token before, and earlier merges may wait for it: start over.
-            word = list(b"".join(self.tokens[id] for id in word))
-            return merge_best_first(word, lambda left, right: self._ranks.get((left, right)))
-        out: list[int] = []
-        for id in word:
-            if out and (out[-1], id) == pair:
-                out[-1] = merged
-            else:
-                out.append(id)
-        return out
-
     def _count_pairs(self, number: int, sign: int) -> set[Pair]:
         """Add (+1) or take away (-1) the pairs of one word; which pairs these are."""
         word = self._words[number]
@@ -169,3 +150,14 @@ class _Learner:
             if sign > 0:
                 self._where.setdefault(pair, set()).add(number)
         return set(pairs)
+
+
+def _merge_word(word: list[int], pair: Pair, merged: int) -> list[int]:
+    """`word` with `merged` wherever `pair` stands, from left to right."""
+    out: list[int] = []
+    for id in word:
+        if out and (out[-1], id) == pair:
+            out[-1] = merged
+        else:
+            out.append(id)
+    return out

@@ -43,7 +43,7 @@ def read_checkpoint(path: Path, recipe: Recipe, arrays: dict) -> Progress:
     """Fill ``arrays`` from the file and return its progress. Stages that were not begun may have
     changed in the recipe since; MinitxError if anything else has, or if the file is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             text = json.loads(file["text"].tobytes())
             found = {name: file[name] for name in ARRAYS}
         progress = Progress(**text["progress"])

@@ -109,7 +109,7 @@ def recipe_from(given: dict) -> Recipe:
     except TypeError as error:
         raise MinitxError(f"The recipe's model is incomplete: {error}.") from None
     for stage in stages:
-        recipe.shares(stage)  # raises for an unknown grade
+        _need_reachable(stage, recipe.shares(stage))
         if stage.batch % recipe.shards:
             raise MinitxError(
                 f"Stage {stage.name!r} has batches of {stage.batch} rows, which do not cut into "
@@ -136,6 +136,21 @@ def _stage(given, where: str) -> Stage:
                 f"Unknown kind of answer {kind!r} in until of {where}{_hint(kind, KINDS)}."
             )
     return Stage(**known)
+
+
+def _need_reachable(stage: Stage, shares: list[tuple[Grade, float]]) -> None:
+    """Refuse to wait for the accuracy of an answer that no story of the stage holds."""
+    asked = set()
+    for grade, _ in shares:
+        told = {kind for kind, weight in grade.sentences.items() if weight}
+        asked |= {kind for kind, weight in grade.questions.items() if weight}
+        asked |= {"mention"} if told & {"mention", "leave", "fetch"} else set()
+    for kind in stage.until or {}:
+        if kind not in asked:
+            raise MinitxError(
+                f"Stage {stage.name!r} waits until {kind!r} is learned but its grades never ask "
+                f"that; they have {', '.join(sorted(asked)) or 'no answers'}."
+            )
 
 
 # Checks of single fields -------------------------------------------------------------------------
@@ -203,7 +218,7 @@ EXIT_RULES = {"scale": FROM_0, "rotation": POSITIVE}
 def _checked(cls, given, where: str, rules: dict[str, Rule]) -> dict:
     """The fields of ``given`` as a new dict, after each was found known, present and good."""
     if not isinstance(given, dict):
-        raise MinitxError(f"{where.capitalize()} is {given!r}; it must be an object of fields.")
+        raise MinitxError(f"{_begin(where)} is {given!r}; it must be an object of fields.")
     for name, value in given.items():
         if name not in rules:
             raise MinitxError(f"Unknown field {name!r} in {where}{_hint(name, rules)}.")
@@ -212,8 +227,12 @@ def _checked(cls, given, where: str, rules: dict[str, Rule]) -> dict:
             raise MinitxError(f"Field {name!r} of {where} is {value!r}; it must be {needed}.")
     for f in fields(cls):
         if f.default is MISSING and f.default_factory is MISSING and f.name not in given:
-            raise MinitxError(f"{where.capitalize()} has no field {f.name!r}, which is needed.")
+            raise MinitxError(f"{_begin(where)} has no field {f.name!r}, which is needed.")
     return dict(given)
+
+
+def _begin(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _hint(name: str, known) -> str:

@@ -3,7 +3,7 @@
     python -m minitx.training.train RECIPE --out FOLDER --workers 2 --time-limit 600
 
 Stopped in any way (a time limit, Ctrl-C, a power cut), the same call goes on from the last
-checkpoint, to the same result as without the stop. The computing is in workers.py.
+checkpoint, to the same result as without the stop. The computing is in worker.py.
 """
 
 import json
@@ -26,7 +26,8 @@ from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoi
 from minitx.training.data import end_id, story_tokenizer
 from minitx.training.optimizer import Layout
 from minitx.training.recipe import DTYPES, Recipe, Stage, read_recipe
-from minitx.training.workers import Memory, Team
+from minitx.training.team import Team
+from minitx.training.worker import Memory
 from minitx.tree import weights
 
 CHECKPOINT, LOG = "checkpoint.npz", "training_log.json"

@@ -14,8 +14,9 @@ import torch
 import transformers
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[2])]
 
+from double import in_float64  # noqa: E402
 from test_grad_models import MODELS, example, model_of  # noqa: E402
 
 from minitx import tree  # noqa: E402
@@ -134,26 +135,6 @@ def gpt_neox(c):
     return transformers.GPTNeoXForCausalLM(config), names
 
 
-def in_float64(theirs, c):
-    """transformers computes two things in float32 whatever the model's type is: RMSNorm and the
-    rotary angles. Do the same in float64, or nothing could be compared beyond seven digits."""
-    for module in theirs.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = lambda x, weight=module.weight: torch.nn.functional.rms_norm(
-                x, weight.shape, weight, c.norm_eps
-            )
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.forward = lambda x, position_ids, **_: rotary(position_ids, c)
-    return theirs.double()
-
-
-def rotary(position_ids, c):
-    exponent = torch.arange(0, c.rope_width, 2, dtype=torch.float64) / c.rope_width
-    angle = position_ids[..., None] * c.rope_base**-exponent
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos(), angle.sin()
-
-
 NORM = (("gain", "weight"), ("bias", "bias"))
 FAMILIES = {"llama": llama, "gpt2": gpt2, "gpt_neox": gpt_neox}
 
@@ -167,7 +148,7 @@ def place(arrays: dict, name):
 
 def reference(config):
     theirs, names = FAMILIES[config.family](config)
-    theirs = in_float64(theirs, config)
+    theirs = in_float64(theirs)
     ours = tree.weights(model_of(config))
     parameters = dict(theirs.named_parameters())
     with torch.no_grad():

@@ -223,7 +223,7 @@ def train():
 
 
 def with_variant(fields, variant):
-    """The tokenizer file `fields` with the keys of `variant` (also in tests/test_tokenizer.py)."""
+    """The tokenizer file `fields` with the keys of `variant` (also in tests/test_tokenizer*.py)."""
     model = fields["model"] | variant.get("model", {})
     return fields | variant | {"model": model}
 

@@ -1,23 +1,14 @@
-"""The processes that train: each works on its shards of every batch, all on one shared model.
+"""What one training process computes; all of them work on one shared model (see team.py).
 
 A batch is always cut into the same shards, whose gradients are summed in the same order, and the
 flat vector of weights is always updated in the same blocks, as many as shards. So the result does
 not depend on the number of processes, to the last bit. A step has three parts, between which all
 wait for each other: gradients of the shards; sums over shards, block by block; update of blocks.
-
-The first process only gives orders (``Team``). Each worker computes on one thread: the batch is cut
-finely enough to keep every core busy, and BLAS's own threads would only be in the way.
 """
 
 import ctypes
 import math
 import multiprocessing
-import os
-import signal
-import traceback
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import wait
-from threading import BrokenBarrierError
 
 import numpy as np
 
@@ -32,18 +23,6 @@ from minitx.training.recipe import Recipe, Stage
 
 ROWS, DROPOUT, CHECK = 1, 2, 3  # what a random number is for: part of its seed
 SUMS = LOSS, WEIGHT, TOKENS, SQUARES = range(4)  # columns of the sums that the workers share
-SETTINGS = {  # environment of a worker: one thread for every kind of BLAS
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "VECLIB_MAXIMUM_THREADS": "1",
-    "BLIS_NUM_THREADS": "1",
-    # glibc gives freed memory back to the system, and a training step takes the same again at once:
-    # keeping it saves 5 to 10 % of the time (on other systems nothing reads these).
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
 
 
 class Memory:
@@ -74,10 +53,15 @@ _TYPES = dict.fromkeys(("weights", "m", "v", "gradients"), np.float32) | {"sums"
 
 
 class Worker:
-    """One process's share of the work: shards (and blocks) rank, rank + workers, ..."""
+    """One process's share of the work.
 
-    def __init__(self, rank: int, workers: int, recipe: Recipe, memory: Memory, barrier):
-        self.recipe, self.barrier = recipe, barrier
+    Gradients are the long part, so each worker takes the next shard that nobody has taken
+    (``taken``, a shared number): who computes it makes no difference to the result. Of the rest it
+    has a fixed share: blocks (and shards of calibration stories) rank, rank + workers, ...
+    """
+
+    def __init__(self, rank: int, workers: int, recipe: Recipe, memory: Memory, barrier, taken):
+        self.recipe, self.barrier, self.taken = recipe, barrier, taken
         self.mine = range(rank, recipe.shards, workers)
         self.tokenizer = story_tokenizer()
         self.layout = Layout(recipe.config(len(self.tokenizer), end_id(self.tokenizer)))
@@ -109,7 +93,7 @@ class Worker:
         """One step of training: ``step`` counts within the stage, ``total`` from the beginning.
         Returns the mean loss of the batch and how many tokens it had."""
         stage = self.enter(number)
-        for shard in self.mine:
+        while (shard := self.take()) < self.recipe.shards:
             self.shard_gradient(stage, step, shard)
         self.barrier.wait()
         for block in self.mine:
@@ -127,6 +111,13 @@ class Worker:
         for block in self.mine:
             self.update_block(block, stage, total + 1, lr, scale)
         return loss / weight, int(tokens)
+
+    def take(self) -> int:
+        """The number of the next shard to work on."""
+        with self.taken.get_lock():
+            shard = self.taken.value
+            self.taken.value = shard + 1
+        return shard
 
     def shard_gradient(self, stage: Stage, step: int, shard: int) -> None:
         """Leave the shard's gradient (not yet divided by the weights), loss and weight for all."""
@@ -193,95 +184,3 @@ def batch_loss(model, batch: Batch, stage: Stage, step: int, rows: range, seed: 
         return cross_entropy(model(ids), targets, batch.weights)
     on = exit_weights(layers, stage.early_exit.scale, stage.early_exit.rotation, step)
     return exit_loss(model, ids, on, lambda logits: cross_entropy(logits, targets, batch.weights))
-
-
-# Processes ---------------------------------------------------------------------------------------
-
-
-def work(rank: int, workers: int, recipe: Recipe, memory: Memory, barrier, pipe) -> None:
-    """The life of a worker: do what the pipe says, until it says None or breaks."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C is for the first process to act upon
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        worker = Worker(rank, workers, recipe, memory, barrier)
-        while (order := pipe.recv()) is not None:
-            name, *arguments = order
-            pipe.send((getattr(worker, name)(*arguments), None))
-    except (EOFError, OSError):
-        return  # the first process is gone
-    except BrokenBarrierError:
-        return  # another worker failed, and has said why
-    except Exception as error:
-        if not isinstance(error, MinitxError):  # a defect: say where, which pickling would lose
-            error = RuntimeError(traceback.format_exc())
-        pipe.send((None, error))
-        barrier.abort()
-
-
-class Team:
-    """The workers, for the length of a ``with`` block."""
-
-    def __init__(self, workers: int, recipe: Recipe, memory: Memory):
-        # A fresh interpreter each: a copy of this one would keep its BLAS threads.
-        context = multiprocessing.get_context("spawn")
-        self.barrier = context.Barrier(workers)  # kept: the system drops it with its last owner
-        self.pipes, self.processes = [], []
-        with environment(SETTINGS):
-            for rank in range(workers):
-                mine, theirs = context.Pipe()
-                arguments = rank, workers, recipe, memory, self.barrier, theirs
-                process = context.Process(target=work, args=arguments, daemon=True)
-                process.start()
-                theirs.close()
-                self.pipes.append(mine)
-                self.processes.append(process)
-
-    def ask(self, *order) -> list:
-        """Give all workers the same order; returns their answers by rank.
-
-        An error in a worker is raised here, and then the team is of no more use.
-        """
-        for pipe in self.pipes:
-            pipe.send(order)
-        answers: dict[int, object] = {}
-        while len(answers) < len(self.pipes):
-            for pipe in wait([p for i, p in enumerate(self.pipes) if i not in answers]):
-                rank = self.pipes.index(pipe)
-                try:
-                    answers[rank], error = pipe.recv()
-                except (EOFError, OSError):
-                    error = MinitxError(
-                        f"Worker process {rank} ended by itself (out of memory?); "
-                        "train again to go on from the last checkpoint."
-                    )
-                if error is not None:
-                    raise error
-        return [answers[rank] for rank in range(len(self.pipes))]
-
-    def __enter__(self) -> "Team":
-        return self
-
-    def __exit__(self, failed, *_) -> None:
-        for pipe, process in zip(self.pipes, self.processes):
-            if failed:
-                process.kill()  # it may wait for another that is gone
-            else:
-                with suppress(OSError):
-                    pipe.send(None)
-        for process in self.processes:
-            process.join()
-
-
-@contextmanager
-def environment(settings: dict[str, str]):
-    """Processes started in this block have these environment variables."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

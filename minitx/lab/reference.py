@@ -1,0 +1,167 @@
+"""Reference outputs: what another framework (Hugging Face transformers) computes for a model.
+
+One ``NAME.npz`` a model in ``tests/reference`` of a checkout, made by ``make.py`` there from the
+weights that are shipped (``stories``, ...), or from random ones that a seed gives again here
+(``random-...``). The README beside it lists what is in the files. ``check.py`` compares.
+"""
+
+import hashlib
+import json
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minitx.build import build, random_model
+from minitx.config import Config
+from minitx.errors import MinitxError
+from minitx.files.common import replacing, unreadable
+from minitx.model import Transformer
+from minitx.tree import weights
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+FOLDER = CHECKOUT / "tests" / "reference"
+DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the other framework made of one text: T ids, of which R rows are kept."""
+
+    name: str
+    about: dict  # versions, fingerprint of the weights, tokenizer texts; for random ones the Config
+    ids: np.ndarray  # (T,) the text
+    rows: np.ndarray  # (R,) positions of it of which the numbers below are kept
+    prompt: np.ndarray  # (P,) what the greedy continuation continues
+    greedy: np.ndarray  # (N,) and the tokens that follow, the end-of-text token being no end
+    hidden: dict[str, np.ndarray]  # by type (L + 2, R, D): embedding, after each block, after norm
+    logits: dict[str, np.ndarray]  # by type (R, V)
+
+    def stages(self, dtype: str) -> dict[str, np.ndarray]:
+        """The numbers (R, D or V) after each stage of the forward pass, in its order."""
+        hidden = self.hidden[dtype]
+        return dict(zip(stage_names(len(hidden) - 2), [*hidden, self.logits[dtype]]))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that a model must have to be compared with this, by their names in Config."""
+        stages, _, width = self.hidden["float64"].shape
+        V = self.logits["float64"].shape[-1]
+        return {"layers": stages - 2, "width": width, "vocab_size": V}
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of a random model's weights; None for a model that is read from its files."""
+        return self.about.get("seed")
+
+    @property
+    def config(self) -> Config:
+        """The configuration of a random model."""
+        fields = self.about["config"]
+        return Config(**fields | {"eos": tuple(fields["eos"])})
+
+
+def stage_names(layers: int) -> list[str]:
+    return ["embedding", *(f"block {i}" for i in range(layers)), "norm", "logits"]
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def find_references(folder=None) -> dict[str, Path]:
+    """The reference files of a folder by model, random ones last. MinitxError if there are none."""
+    folder = FOLDER if folder is None else Path(folder)
+    found = {path.stem: path for path in sorted(folder.glob("*.npz"))}
+    if not found:
+        raise MinitxError(
+            f"There are no reference outputs in {folder}: they are in tests/reference of the "
+            "project's checkout and not part of an installed package, so run this in a checkout."
+        )
+    return dict(sorted(found.items(), key=lambda entry: entry[0].startswith("random-")))
+
+
+def write_reference(reference: Reference, folder=FOLDER) -> Path:
+    arrays = {"about": np.array(json.dumps(reference.about))}
+    for name in ("ids", "rows", "prompt", "greedy"):
+        arrays[name] = getattr(reference, name)
+    for dtype in DTYPES:
+        arrays[f"hidden_{dtype}"] = reference.hidden[dtype]
+        arrays[f"logits_{dtype}"] = reference.logits[dtype]
+    path = Path(folder) / f"{reference.name}.npz"
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)
+    return path
+
+
+def read_reference(path) -> Reference:
+    """The reference in a file; MinitxError if it is none."""
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            a = dict(file)
+        return Reference(
+            name=path.stem,
+            about=json.loads(str(a["about"])),
+            **{name: a[name] for name in ("ids", "rows", "prompt", "greedy")},
+            hidden={dtype: a[f"hidden_{dtype}"] for dtype in DTYPES},
+            logits={dtype: a[f"logits_{dtype}"] for dtype in DTYPES},
+        )
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise MinitxError(
+            f"{path}: is no reference file ({error}); make it anew with "
+            f"'python tests/reference/make.py {path.stem}'."
+        ) from None
+
+
+# Weights -----------------------------------------------------------------------------------------
+
+
+def seeded_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
+    """Random float32 weights by path, the same on every machine.
+
+    Like those of ``random_model``, but so that mistakes show: gains are not all 1, biases not all 0,
+    and matrices of the blocks larger, for attention that is far from even and blocks that change
+    the stream. Rounded to multiples of 1/4096, so that the last bit of a machine's logarithm,
+    which drawing normal numbers takes, does not matter.
+    """
+    rng = np.random.default_rng([seed, 1])
+    found = {}
+    for path, w in weights(random_model(config, seed)).items():
+        if w.ndim == 1:
+            w = w + 0.2 * rng.standard_normal(w.shape)
+        elif ".blocks." in path:
+            w = w * 2.0
+        found[path] = (np.rint(w * 4096) / 4096).astype(np.float32)
+    return found
+
+
+def seeded_model(config: Config, seed: int, dtype=np.float32) -> Transformer:
+    """The model with ``seeded_weights``: the same numbers, whichever the type."""
+    drawn = seeded_weights(config, seed)
+    return build(config, lambda path, shape: drawn[path].astype(dtype))
+
+
+def seeded_about(config: Config, seed: int) -> dict:
+    """What a reference notes about a random model: enough to make it again and be sure of it."""
+    drawn = seeded_weights(config, seed)
+    return {"config": asdict(config), "seed": seed, "weights": _hash(drawn.values())}
+
+
+def files_about(folder: Path) -> dict:
+    """What a reference notes about a model in a folder: which weights it was made from."""
+    try:
+        files = [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+    except OSError as error:
+        raise unreadable(folder, error) from None
+    return {"weights": _hash(files)}
+
+
+def _hash(blocks) -> str:
+    total = hashlib.sha256()
+    for block in blocks:
+        total.update(block)
+    return total.hexdigest()

@@ -1,0 +1,193 @@
+"""Write NAME.npz here: what Hugging Face transformers computes for minitx's models.
+
+    python tests/reference/make.py [NAME...]      (needs torch and transformers; no names: all)
+
+The models are those in ``weights/``, read by transformers from the very files, and the random ones
+below, which minitx writes into a temporary folder. The numbers are transformers' alone.
+See README.md beside this file for what is stored, and for the one thing changed in transformers.
+"""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed is in the folders
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from double import in_float64  # noqa: E402
+
+from minitx.config import Config  # noqa: E402
+from minitx.files.find import shipped  # noqa: E402
+from minitx.files.huggingface import write_model  # noqa: E402
+from minitx.lab.reference import (  # noqa: E402
+    Reference,
+    files_about,
+    seeded_about,
+    seeded_model,
+    write_reference,
+)
+from minitx.training.stories import stories  # noqa: E402
+
+ROWS = 12  # positions of the text whose numbers are stored: all of them would be 10 times as much
+NEW = 32  # tokens of the greedy continuation
+PROMPT = "Once upon a time"
+HARD = "Zoë's\tnaïve café -- it'll cost £1,234.56!\n\n  北京 🙂🏽 e\u0301 \x00 <|endoftext|>they're  "
+
+# Random models: more tokens than the 64 queries that minitx's attention handles at a time.
+LENGTH = 70
+LLAMA = dict(family="llama", vocab_size=48, width=24, layers=3, head_width=4, hidden=40)
+LLAMA |= dict(heads=6, kv_heads=2, rope_width=4, context=128)
+GPT2 = dict(family="gpt2", vocab_size=48, width=24, layers=3, head_width=6, hidden=48)
+GPT2 |= dict(heads=4, kv_heads=4, context=128, activation="gelu_tanh")
+GPT2 |= dict(qkv_bias=True, out_bias=True, ffn_bias=True)
+NEOX = GPT2 | dict(family="gpt_neox", activation="gelu", rope_width=2, parallel=True)
+
+RANDOM = {
+    "random-llama-mha": Config(**LLAMA | dict(kv_heads=6)),
+    "random-llama-gqa": Config(**LLAMA),
+    "random-llama-mqa": Config(**LLAMA | dict(kv_heads=1)),
+    "random-llama-tied": Config(**LLAMA | dict(tied=True, norm_eps=1e-3)),
+    "random-llama-wide-heads": Config(**LLAMA | dict(head_width=10, rope_width=10, heads=4)),
+    "random-llama-narrow-heads": Config(
+        **LLAMA | dict(width=26, heads=4, kv_heads=4, head_width=4, tied=True)
+    ),
+    "random-llama-biases": Config(**LLAMA | dict(qkv_bias=True, out_bias=True, ffn_bias=True)),
+    "random-llama-base-100": Config(**LLAMA | dict(rope_base=100.0, norm_eps=1e-6)),
+    "random-llama-base-1e6": Config(**LLAMA | dict(rope_base=1e6, head_width=8, rope_width=8)),
+    "random-gpt2-gelu-tied": Config(**GPT2 | dict(tied=True)),
+    "random-gpt2-relu-tied": Config(**GPT2 | dict(tied=True, activation="relu")),
+    "random-gpt2-relu": Config(**GPT2 | dict(activation="relu", norm_eps=1e-3)),
+    "random-neox-parallel": Config(**NEOX),
+    "random-neox-parallel-tied": Config(**NEOX | dict(rope_width=6, rope_base=300.0, tied=True)),
+    "random-neox-serial": Config(**NEOX | dict(rope_width=4, parallel=False)),
+}
+
+PARTS = {  # model type: names of the blocks and of the last norm
+    "llama": ("layers", "norm"),
+    "mistral": ("layers", "norm"),
+    "qwen2": ("layers", "norm"),
+    "gpt2": ("h", "ln_f"),
+    "gpt_neox": ("layers", "final_layer_norm"),
+}
+
+
+def make_random(name: str, config: Config, seed: int) -> Reference:
+    rng = np.random.default_rng(seed)
+    ids, prompt = rng.integers(0, config.vocab_size, LENGTH), rng.integers(0, config.vocab_size, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(seeded_model(config, seed), folder, "F32")
+        return outputs(name, folder, ids, prompt, seeded_about(config, seed))
+
+
+def make_shipped(name: str, folder: Path) -> Reference:
+    """The text is the first evaluation story: what the model was trained to read."""
+    story = next(islice(stories("evaluation", "full", 0), 1)).text
+    # The generic class takes tokenizer.json as it is; a model's own might build another from it.
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    texts = [(text, tokenizer(text)["input_ids"]) for text in (PROMPT, story, HARD)]
+    config = json.loads((folder / "config.json").read_text())
+    bos = config.get("bos_token_id")
+    prompt, ids = (
+        np.array(ids if bos is None or ids[:1] == [bos] else [bos, *ids]) for _, ids in texts[:2]
+    )
+    return outputs(name, folder, ids, prompt, files_about(folder) | {"texts": texts})
+
+
+def outputs(name: str, folder, ids: np.ndarray, prompt: np.ndarray, about: dict) -> Reference:
+    """Run the folder's model in transformers, in float32 and in float64."""
+    rows = np.unique(np.linspace(0, len(ids) - 1, ROWS).round().astype(int))
+    hidden, logits, greedy = {}, {}, {}
+    for dtype in ("float32", "float64"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        ).eval()
+        if dtype == "float64":
+            in_float64(model)
+        seen = observe(model)
+        all_logits = model(torch.from_numpy(ids)[None], use_cache=False).logits
+        hidden[dtype] = np.stack([x[0].numpy()[rows] for x in seen])  # (L + 2, R, D)
+        logits[dtype] = all_logits[0].numpy()[rows]  # (R, V)
+        assert hidden[dtype].dtype == logits[dtype].dtype == dtype
+        greedy[dtype] = continue_greedily(model, prompt)
+    # Two tokens as good as tied would make the text a matter of luck.
+    assert greedy["float32"] == greedy["float64"], f"{name}: choose another prompt or seed"
+    about = about | {"versions": VERSIONS}
+    return Reference(name, about, ids, rows, prompt, np.array(greedy["float64"]), hidden, logits)
+
+
+def observe(model) -> list:
+    """A list that the next pass fills: what enters the first block, leaves each block and the last
+    norm, each (1, T, D). (The library's own output_hidden_states leaves out the last block's.)"""
+    blocks, norm = (getattr(model.base_model, part) for part in PARTS[model.config.model_type])
+    seen, handles = [], []
+
+    def enter(module, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    def leave(module, args, result):
+        seen.append(result[0] if isinstance(result, tuple) else result)
+        if module is norm:
+            for handle in handles:
+                handle.remove()
+
+    handles += [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [module.register_forward_hook(leave) for module in (*blocks, norm)]
+    return seen
+
+
+def continue_greedily(model, prompt: np.ndarray) -> list[int]:
+    model.generation_config.eos_token_id = None  # go on after an end: NEW tokens whatever happens
+    ids = torch.from_numpy(prompt)[None]
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW,
+        pad_token_id=0,  # unused: there is one row
+    )
+    return found[0, len(prompt) :].tolist()
+
+
+VERSIONS = {
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
+    "tokenizers": tokenizers.__version__,
+    "numpy": np.__version__,
+    "python": platform.python_version(),
+}
+
+
+def main(names: list[str]) -> None:
+    known = {name: (make_shipped, folder) for name, folder in shipped().items()}
+    for seed, (name, config) in enumerate(RANDOM.items()):
+        known[name] = (make_random, config, seed)
+    for name in names:
+        if name not in known:
+            sys.exit(f"There is no model {name!r}; known: {', '.join(known)}.")
+    for name in names or known:
+        make, *arguments = known[name]
+        reference = make(name, *arguments)
+        path = write_reference(reference, HERE)
+        error = abs(reference.logits["float32"] - reference.logits["float64"]).max()
+        print(
+            f"{name}: {path.stat().st_size} bytes, logits up to "
+            f"{abs(reference.logits['float64']).max():.2f}, float32 off by {error:.1e}, "
+            f"{len(set(reference.greedy.tolist()))} different tokens in the greedy text"
+        )
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_grad_enabled(False)
+    main(sys.argv[1:])

@@ -1,0 +1,117 @@
+"""LayerSkip's recipe: the dossier's worked numbers, and what wrapped blocks compute."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minitx.build import random_model
+from minitx.config import Config
+from minitx.errors import MinitxError
+from minitx.model import Stack
+from minitx.training.grad import gradients
+from minitx.training.layerskip import (
+    drop_layers,
+    dropout_by_depth,
+    exit_loss,
+    exit_scales,
+    exit_weights,
+    kept,
+    record,
+)
+from minitx.training.loss import cross_entropy
+from minitx.tree import rebuild, weights
+
+CONFIG = Config("llama", 23, 12, 4, 2, 1, 6, 20, 16, rope_width=6)
+MODEL = random_model(CONFIG, 1, np.float64)
+IDS = np.random.default_rng(0).integers(0, 23, (3, 9))
+
+
+def shallow(model, depth):
+    return rebuild(
+        model, lambda n: replace(n, blocks=n.blocks[:depth]) if isinstance(n, Stack) else None
+    )
+
+
+def test_dropout_by_depth():
+    np.testing.assert_allclose(dropout_by_depth(4), [0, 0.2599, 0.5874, 1], atol=5e-5)
+    assert dropout_by_depth(1) == [0]
+
+
+def test_exit_scales_and_weights():
+    np.testing.assert_allclose(exit_scales(4, 0.2), [0, 0.2, 0.6, 3.6])
+    every = exit_weights(4, 0.2, 1, 5)  # rotation 1: all on, but l = 0 weighs nothing
+    np.testing.assert_allclose(list(every.values()), [0.04545, 0.13636, 0.81818], atol=5e-6)
+    assert list(every) == [1, 2, 3]
+    two = exit_weights(4, 0.2, 4, 9)  # 9 = 1 modulo 4
+    assert list(two) == [1, 3]
+    np.testing.assert_allclose(list(two.values()), [0.05263, 0.94737], atol=5e-6)
+    assert exit_weights(4, 0.2, 4, 8) == {3: 1.0}  # only l = 0, and always the last
+    assert exit_weights(1, 0.2, 4, 8) == {0: 1.0}
+
+
+@pytest.mark.parametrize("rotation", [1, 3, 5])
+def test_each_layer_is_on_once_in_a_rotation(rotation):
+    on = [layer for t in range(rotation) for layer in exit_weights(8, 1.0, rotation, t)]
+    assert sorted(set(on)) == list(range(1, 8))
+    assert all(on.count(layer) == 1 for layer in range(1, 7))
+    for t in range(rotation):
+        assert sum(exit_weights(8, 1.0, rotation, t).values()) == pytest.approx(1)
+
+
+def test_kept_rows_follow_their_chance_and_number():
+    keep = kept(5, 0.4, 7, range(4000))
+    np.testing.assert_allclose(1 - keep.mean(1), 0.4 * np.array(dropout_by_depth(5)), atol=0.03)
+    assert keep[0].all() and keep.dtype == np.float32
+    np.testing.assert_array_equal(kept(5, 0.4, 7, range(10, 13)), keep[:, 10:13])
+    assert (kept(5, 0.4, 8, range(4000)) != keep).any()
+
+
+def test_dropping_nothing_is_the_model_itself():
+    np.testing.assert_array_equal(drop_layers(MODEL, np.ones((4, 3)))(IDS), MODEL(IDS))
+
+
+def test_a_dropped_layer_is_passed_by_for_its_rows_only():
+    keep = np.ones((4, 3))
+    keep[3, 1] = 0  # row 1 passes by the last layer
+    got = drop_layers(MODEL, keep)(IDS)
+    np.testing.assert_array_equal(got[[0, 2]], MODEL(IDS)[[0, 2]])
+    np.testing.assert_array_equal(got[1], shallow(MODEL, 3)(IDS)[1])
+
+
+def test_no_gradient_flows_through_a_dropped_layer():
+    targets, ones = IDS[:, 1:], np.ones((3, 8))
+
+    def loss(model):
+        return cross_entropy(drop_layers(model, keep)(IDS[:, :-1]), targets, ones)
+
+    keep = np.ones((4, 3))
+    keep[2] = 0
+    _, found, _ = gradients(MODEL, loss)
+    assert set(found) == set(weights(MODEL))
+    for path, g in found.items():
+        assert g.any() != path.startswith("stack.blocks.2."), path
+
+
+def test_recorded_states_are_those_of_shallower_models():
+    recorded, hidden = record(MODEL)
+    logits = recorded(IDS)
+    np.testing.assert_array_equal(logits, MODEL(IDS))
+    for depth, x in enumerate(hidden, 1):
+        np.testing.assert_array_equal(x, shallow(MODEL, depth).hidden(IDS))
+
+
+def test_exit_loss_is_the_weighted_loss_of_shallower_models():
+    ids, targets, ones = IDS[:, :-1], IDS[:, 1:], np.ones((3, 8))
+
+    def loss(logits):
+        return cross_entropy(logits, targets, ones)
+
+    found, _, _ = gradients(MODEL, lambda m: exit_loss(m, ids, exit_weights(4, 0.2, 2, 1), loss))
+    wanted = 0.2 / 3.8 * loss(shallow(MODEL, 2)(ids)) + 3.6 / 3.8 * loss(MODEL(ids))
+    assert found == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_model_without_a_plain_stack_is_refused():
+    with pytest.raises(MinitxError, match="stack"):
+        record(MODEL.stack.blocks[0])
