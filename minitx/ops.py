@@ -182,8 +182,8 @@ def attention(q, k, v, scale, start=None):
 
 
 def attend_rows(q, k, v, scale, hidden=None):
-    """Attention of q (..., H, T, d) over k, v (..., K, S, d); ``hidden`` (..., T, S) marks the keys
-    that a row must not see."""
+    """Attention of q (..., H, T, d) over k, v (..., K, S, d); ``hidden`` (..., T, n) marks those of
+    the last n keys that a row must not see."""
     p = attention_weights(q, k, scale, hidden)  # (..., K, G*T, S), not yet divided by their sum
     mixed = p @ v  # (..., K, G*T, d)
     mixed /= p.sum(-1, keepdims=True)  # dividing d columns is cheaper than dividing S
@@ -199,7 +199,8 @@ def attention_weights(q, k, scale, hidden=None):
     p = q @ k.swapaxes(-1, -2)
     if hidden is not None:
         by_head = p.reshape(*lead, K, G, T, S)  # a view: what is written here is written in p
-        np.copyto(by_head, MASKED, where=hidden[..., None, None, :, :])
+        newest = by_head[..., S - hidden.shape[-1] :]
+        np.copyto(newest, MASKED, where=hidden[..., None, None, :, :])
     p -= p.max(-1, keepdims=True)
     return np.exp(p, out=p)
 
@@ -208,15 +209,15 @@ MASKED = -1e30  # finite, so that a row that may see nothing (padding) gives num
 
 
 def hidden_keys(T: int, S: int, start=None):
-    """Which keys each of the T newest queries must not see: (T, S) booleans, (B, T, S) when rows
-    start late, or None when there is nothing to hide."""
-    if T == 1 and start is None:
-        return None
-    hidden = future(T, S)
-    return hidden if start is None else hidden | (np.arange(S) < start[:, None, None])
+    """Which of the newest keys each of the T newest queries must not see: (T, T) booleans for the
+    last T keys, (B, T, S) for all of them when rows start late, or None when none is hidden."""
+    if start is None:
+        return None if T == 1 else future(T)
+    later = np.arange(S) > np.arange(S - T, S)[:, None]  # (T, S)
+    return later | (np.arange(S) < start[:, None, None])
 
 
 @cache
-def future(T: int, S: int) -> np.ndarray:
-    """(T, S) booleans: key s comes after query t, the T queries being the newest tokens."""
-    return np.arange(S) > np.arange(S - T, S)[:, None]
+def future(T: int) -> np.ndarray:
+    """(T, T) booleans: key s comes after query t. T is at most ROWS, so few are ever kept."""
+    return np.arange(T) > np.arange(T)[:, None]

@@ -6,6 +6,7 @@ weights that are shipped (``stories``, ...), or from random ones that a seed giv
 """
 
 import hashlib
+import io
 import json
 import zipfile
 import zlib
@@ -99,7 +100,8 @@ def read_reference(path) -> Reference:
     """The reference in a file; MinitxError if it is none."""
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # From memory: np.load leaves a file open that it finds to be damaged.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             a = dict(file)
         return Reference(
             name=path.stem,
@@ -111,10 +113,12 @@ def read_reference(path) -> Reference:
     except OSError as error:
         raise unreadable(path, error) from None
     except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise MinitxError(
-            f"{path}: is no reference file ({error}); make it anew with "
-            f"'python tests/reference/make.py {path.stem}'."
-        ) from None
+        raise MinitxError(f"{path}: is no reference file ({error}); {remake(path.stem)}.") from None
+
+
+def remake(name: str) -> str:
+    """What to do about a reference that does not fit, for a message."""
+    return f"make it anew with 'python tests/reference/make.py {name}'"
 
 
 # Weights -----------------------------------------------------------------------------------------
@@ -123,10 +127,10 @@ def read_reference(path) -> Reference:
 def seeded_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
     """Random float32 weights by path, the same on every machine.
 
-    Like those of ``random_model``, but so that mistakes show: gains are not all 1, biases not all 0,
-    and matrices of the blocks larger, for attention that is far from even and blocks that change
-    the stream. Rounded to multiples of 1/4096, so that the last bit of a machine's logarithm,
-    which drawing normal numbers takes, does not matter.
+    Like those of ``random_model``, but so that mistakes show: gains are not all 1, biases not all
+    0, and matrices of the blocks larger, for attention that is far from even and blocks that
+    change the stream. Rounded to multiples of 1/4096, so that the last bit of a machine's
+    logarithm, which drawing normal numbers takes, does not matter.
     """
     rng = np.random.default_rng([seed, 1])
     found = {}

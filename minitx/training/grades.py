@@ -44,6 +44,7 @@ class Grade:
     min_questions: int = 0  # no end before that, unless nothing is left to tell
     max_questions: int = 99  # the end comes right after that
     stop: float = 0.1  # chance of the end before each sentence, where it may come
+    recap: str = ""  # before the end, tell all arrivals again: in the "same" order, or "mixed"
 
     def __post_init__(self):
         for name, known in (("sentences", SENTENCE_KINDS), ("questions", QUESTION_KINDS)):
@@ -61,6 +62,10 @@ class Grade:
         if type(self.stop) not in (int, float) or not 0 < self.stop < 1:
             raise MinitxError(
                 f"Grade field 'stop' is {self.stop!r}; it must be a chance between 0 and 1."
+            )
+        if self.recap not in ("", "same", "mixed"):
+            raise MinitxError(
+                f"Grade field 'recap' is {self.recap!r}; it must be 'same', 'mixed' or empty."
             )
         if not 1 <= self.max_people <= 20 or self.max_things > 30 or self.max_boxes > 8:
             raise MinitxError(
@@ -128,6 +133,9 @@ GRADES = {
     "set_phrases": Grade(
         sentences={"meet": 1, "scene": 3, "chat": 3},
         min_people=1, max_people=3, min_words=20, max_words=80, stop=0.2,
+    ),
+    "told_twice": Grade(
+        sentences={"arrive": 1}, phrases=False, max_people=5, max_words=120, stop=0.3, recap="mixed",
     ),
     "one_hop_tiny": Grade(
         sentences={"arrive": 2}, questions={"where1": 3},

@@ -64,6 +64,11 @@ def wrap_blocks(model: Transformer, wrap: Callable[[int, Part], Part]) -> Transf
     return wrapped
 
 
+def shallow(model: Transformer, layers: int | None) -> Transformer:
+    """The model with its first blocks alone: cheap to train before the rest joins in."""
+    return replace(model, stack=replace(model.stack, blocks=model.stack.blocks[:layers]))
+
+
 def record(model: Transformer) -> tuple[Transformer, list]:
     """A copy of the model that puts the hidden state (B, T, D) after each block into the list."""
     into: list[Any] = []

@@ -50,6 +50,7 @@ class Stage:
     betas: tuple = (0.9, 0.95)
     layer_dropout: float = 0.0  # chance that a row passes by the last layer; less before it
     early_exit: EarlyExit | None = None
+    layers: int | None = None  # train this many of the first blocks, the others wait; None: all
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _need_reachable(stage: Stage, shares: list[tuple[Grade, float]]) -> None:
     for grade, _ in shares:
         told = {kind for kind, weight in grade.sentences.items() if weight}
         asked |= {kind for kind, weight in grade.questions.items() if weight}
-        asked |= {"mention"} if told & {"mention", "leave", "fetch"} else set()
+        asked |= {"mention"} if grade.recap or told & {"mention", "leave", "fetch"} else set()
     for kind in stage.until or {}:
         if kind not in asked:
             raise MinitxError(
@@ -211,6 +212,7 @@ STAGE_RULES = {
         lambda v: v is None or isinstance(v, dict),
         "an object with scale and rotation",
     ),
+    "layers": (lambda v: v is None or type(v) is int and v >= 1, "a whole number >= 1"),
 }
 EXIT_RULES = {"scale": FROM_0, "rotation": POSITIVE}
 

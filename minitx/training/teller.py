@@ -27,6 +27,7 @@ class Teller:
         self.grade, self.world, self.writer = grade, World(), Writer(uniform)
         self.pick, self.say = self.writer.pick, self.writer.say
         self.questions = 0  # asked so far
+        self.arrivals = []  # (place, sentence) of everyone who arrived, for a recap
         self.kinds = [
             (kind, *how, grade.sentences[kind])
             for kind, how in SENTENCES.items()
@@ -43,6 +44,8 @@ class Teller:
         while (sentence := self.next_sentence()) is not None:
             tell, options = sentence
             tell(self, self.pick(options))
+        if self.grade.recap:
+            self.recap(in_order=self.grade.recap == "same")
         if self.grade.phrases:
             self.say("close")
         else:
@@ -80,6 +83,7 @@ class Teller:
         self.world.people.append(who)
         place = self.world.at[who] = self.pick(PLACES)
         self.say("arrive", who=who, place=place)
+        self.arrivals.append((place, self.writer.pieces[-1][0]))
 
     def new_thing(self, at: str) -> dict[str, str]:
         """A thing that the story has not had yet, and its colour."""
@@ -169,6 +173,19 @@ class Teller:
         self.writer.say_answer(
             "mention", f"mention {attribute}", value_type, value, **{slot: entity}
         )
+
+    def recap(self, in_order: bool):
+        """All arrivals once more, word for word, in their order or in any. The place is forced: with
+        nothing else to learn, this is where a model first finds out how to look things up."""
+        left = list(self.arrivals)
+        while left:
+            arrival = left[0] if in_order else self.pick(left)
+            left.remove(arrival)
+            place, sentence = arrival
+            before, _, after = sentence.rpartition(f" {place}")
+            self.writer.add(before)
+            self.writer.answer("mention", "place", place)
+            self.writer.add(after)
 
     def open_questions(self):
         """Kind of question -> the facts that it can ask for.

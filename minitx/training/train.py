@@ -85,9 +85,13 @@ class Run:
     # The loop ------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Random weights; the moments are zero already."""
-        model = random_model(self.layout.config, self.recipe.seed)
-        self.layout.pack(weights(model), self.arrays["weights"])
+        """Random weights; the moments are zero already. Blocks that the first stage leaves out begin
+        as identities (they add 0 to the stream), so that they can join in without a jolt."""
+        first = weights(random_model(self.layout.config, self.recipe.seed))
+        for number in range(self.recipe.stages[0].layers or 10**9, self.layout.config.layers):
+            for writer in ("attn.out.w", "ffn.down.w"):
+                first[f"stack.blocks.{number}.{writer}"][:] = 0
+        self.layout.pack(first, self.arrays["weights"])
 
     def go(self, team: Team, stopping) -> bool:
         """Train until all stages are done (True), or until ``stopping()`` (False)."""

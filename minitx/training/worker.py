@@ -16,7 +16,7 @@ from minitx.errors import MinitxError
 from minitx.lab.evaluate import Tally, batches, encode
 from minitx.training.data import PADDING, Batch, Rows, drawn_stories, end_id, mix, story_tokenizer
 from minitx.training.grad import gradients
-from minitx.training.layerskip import drop_layers, exit_loss, exit_weights, kept
+from minitx.training.layerskip import drop_layers, exit_loss, exit_weights, kept, shallow
 from minitx.training.loss import cross_entropy
 from minitx.training.optimizer import Layout, adamw, clip_factor, learning_rate
 from minitx.training.recipe import Recipe, Stage
@@ -156,13 +156,13 @@ class Worker:
 
     def check(self, number: int) -> dict[int, Tally]:
         """How the model does on each of my shards of the stage's calibration stories."""
-        self.enter(number)
+        model = shallow(self.model, self.enter(number).layers)
         found = {}
         for shard, stories in self.calibration.items():
             found[shard] = tally = Tally.empty()
             for batch in batches(stories, None, 2048) if stories else ():
                 tally.floor += batch.floor
-                tally.add(self.model(batch.ids), batch.targets, batch.kinds)
+                tally.add(model(batch.ids), batch.targets, batch.kinds)
         return found
 
     def calibration_stories(self, stage: Stage, shard: int) -> list:
@@ -177,7 +177,8 @@ class Worker:
 def batch_loss(model, batch: Batch, stage: Stage, step: int, rows: range, seed: int):
     """The weighted sum of the losses of some rows, with the stage's layer dropout and exits."""
     ids, targets = batch.ids[:, :-1], batch.ids[:, 1:]
-    layers = model.config.layers
+    model = shallow(model, stage.layers)
+    layers = len(model.stack.blocks)
     if stage.layer_dropout:
         model = drop_layers(model, kept(layers, stage.layer_dropout, seed, rows))
     if stage.early_exit is None:

@@ -95,12 +95,16 @@ class Writer:
         """A sentence with an answer word, which the facts force to be ``value``."""
         before, after = self.pick(WORDINGS[wording])
         self.write(before, slots)
+        self.answer(kind, value_type, value)
+        self.write(after, slots)
+
+    def answer(self, kind: str, value_type: str, value: str) -> None:
+        """The answer word alone."""
         named, latest = tuple(self.named[value_type].items()), self.latest[value_type]
         self.answers.append(Answer(kind, value, len(self.pieces), named, latest))
         self.pieces.append((" " + value, kind, 0.0))
         self.words += 1
         self.note(value_type, value)
-        self.write(after, slots)
 
     def write(self, fragment: Fragment, slots: dict[str, str]) -> None:
         """Fill the slots of the fragment and add its text."""

@@ -1,7 +1,8 @@
 """What lets a model of transformers run in float64 from end to end.
 
-Two of its parts compute in float32 whatever the model's type is: RMSNorm and the rotary angles. Here
-they are replaced by the same formulas in float64, or nothing could be compared beyond seven digits.
+Two of its parts compute in float32 whatever the model's type is: RMSNorm and the rotary angles.
+Here they are replaced by the same formulas in float64, or nothing could be compared beyond seven
+digits.
 Softmax stays in float64 because the default attention (torch's scaled_dot_product_attention) is
 used: the "eager" one of the same library casts it to float32.
 """

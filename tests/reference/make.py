@@ -7,7 +7,6 @@ below, which minitx writes into a temporary folder. The numbers are transformers
 See README.md beside this file for what is stored, and for the one thing changed in transformers.
 """
 
-import json
 import os
 import platform
 import sys
@@ -41,7 +40,9 @@ from minitx.training.stories import stories  # noqa: E402
 ROWS = 12  # positions of the text whose numbers are stored: all of them would be 10 times as much
 NEW = 32  # tokens of the greedy continuation
 PROMPT = "Once upon a time"
-HARD = "Zoë's\tnaïve café -- it'll cost £1,234.56!\n\n  北京 🙂🏽 e\u0301 \x00 <|endoftext|>they're  "
+HARD = (
+    "Zoë's\tnaïve café -- it'll cost £1,234.56!\n\n  北京 🙂🏽 e\u0301 \x00 <|endoftext|>they're  "
+)
 
 # Random models: more tokens than the 64 queries that minitx's attention handles at a time.
 LENGTH = 70
@@ -50,7 +51,7 @@ LLAMA |= dict(heads=6, kv_heads=2, rope_width=4, context=128)
 GPT2 = dict(family="gpt2", vocab_size=48, width=24, layers=3, head_width=6, hidden=48)
 GPT2 |= dict(heads=4, kv_heads=4, context=128, activation="gelu_tanh")
 GPT2 |= dict(qkv_bias=True, out_bias=True, ffn_bias=True)
-NEOX = GPT2 | dict(family="gpt_neox", activation="gelu", rope_width=2, parallel=True)
+NEOX = GPT2 | dict(family="gpt_neox", activation="gelu", rope_width=4, parallel=True)
 
 RANDOM = {
     "random-llama-mha": Config(**LLAMA | dict(kv_heads=6)),
@@ -69,7 +70,7 @@ RANDOM = {
     "random-gpt2-relu": Config(**GPT2 | dict(activation="relu", norm_eps=1e-3)),
     "random-neox-parallel": Config(**NEOX),
     "random-neox-parallel-tied": Config(**NEOX | dict(rope_width=6, rope_base=300.0, tied=True)),
-    "random-neox-serial": Config(**NEOX | dict(rope_width=4, parallel=False)),
+    "random-neox-serial": Config(**NEOX | dict(parallel=False, rope_base=500.0)),
 }
 
 PARTS = {  # model type: names of the blocks and of the last norm
@@ -95,11 +96,8 @@ def make_shipped(name: str, folder: Path) -> Reference:
     # The generic class takes tokenizer.json as it is; a model's own might build another from it.
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     texts = [(text, tokenizer(text)["input_ids"]) for text in (PROMPT, story, HARD)]
-    config = json.loads((folder / "config.json").read_text())
-    bos = config.get("bos_token_id")
-    prompt, ids = (
-        np.array(ids if bos is None or ids[:1] == [bos] else [bos, *ids]) for _, ids in texts[:2]
-    )
+    context = transformers.AutoConfig.from_pretrained(folder).max_position_embeddings
+    prompt, ids = (np.array(ids[:context]) for _, ids in texts[:2])
     return outputs(name, folder, ids, prompt, files_about(folder) | {"texts": texts})
 
 

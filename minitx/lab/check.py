@@ -1,0 +1,177 @@
+"""``minitx check``: run a model beside its reference outputs and print how they compare.
+
+The same text is run in float32 and in float64, and the numbers after each stage (embedding, every
+block, last norm, logits) are compared with those of another framework. Compared too: a greedy
+continuation token by token, which alone uses the cache, and the tokenizer's ids. What was found is
+judged in ``comparison.py``; the stored outputs are read by ``reference.py``.
+"""
+
+import json
+from collections.abc import Callable
+from itertools import takewhile
+
+import numpy as np
+
+from minitx.decode import Autoregressive, Sampler
+from minitx.errors import MinitxError
+from minitx.files.find import locate, shipped
+from minitx.lab.comparison import ALLOWED, BUG, Comparison, Stage
+from minitx.lab.reference import (
+    DTYPES,
+    Reference,
+    files_about,
+    find_references,
+    read_reference,
+    remake,
+    seeded_about,
+    seeded_model,
+    stage_names,
+)
+from minitx.lm import load
+from minitx.model import Transformer
+from minitx.state import positions
+from minitx.training.layerskip import record
+
+INTRODUCTION = f"""\
+Each model reads a text, and the numbers after every stage are compared with those that another
+framework computed from the same weights. "error" is the largest difference, "relative" the same
+divided by the stage's largest value. As rounding pass {ALLOWED["float32"]:.0e} in float32 and \
+{ALLOWED["float64"]:.0e} in float64.
+"""
+
+
+def check_models(names: list[str], as_json: bool = False, folder=None) -> int:
+    """Print how models compare with their references in ``folder`` (default: the checkout's).
+
+    names: shipped models, folders of models, or random models of the references; if empty, all that
+    are shipped, and then the random ones, in a line each unless there is a bug.
+    Returns 1 if there is a bug, else 2 if a model could not be checked, else 0.
+    """
+    chosen = names or list(dict.fromkeys([*shipped(), *find_references(folder)]))
+    results = []
+    if not as_json:
+        print(INTRODUCTION)
+    for name in chosen:
+        results.append(_check_or_excuse(name, folder))
+        if not as_json:
+            print(_text(results[-1], in_full=bool(names) or not name.startswith("random-")))
+    if as_json:
+        print(json.dumps({"models": [result.as_dict() for result in results]}, indent=1))
+    verdicts = [result.verdict for result in results]
+    return 1 if BUG in verdicts else 2 if NOT_CHECKED in verdicts else 0
+
+
+NOT_CHECKED = "not checked"
+
+
+class Excuse:
+    """In the place of a comparison that could not be made: the sentence that says why."""
+
+    verdict = NOT_CHECKED
+
+    def __init__(self, name: str, explanation: str):
+        self.name, self.explanation = name, explanation
+
+    def as_dict(self) -> dict:
+        return {"name": self.name, "verdict": self.verdict, "explanation": self.explanation}
+
+
+def _check_or_excuse(name: str, folder) -> Comparison | Excuse:
+    try:
+        return check_model(name, folder)
+    except MinitxError as error:  # the other models are still worth checking
+        return Excuse(name, str(error))
+
+
+def _text(result: Comparison | Excuse, in_full: bool) -> str:
+    if isinstance(result, Excuse):
+        return f"[??]   {result.name}: not checked. {result.explanation}\n"
+    return f"{result}\n" if in_full or result.verdict == BUG else result.line()
+
+
+# Running -----------------------------------------------------------------------------------------
+
+
+def check_model(name: str, folder=None) -> Comparison:
+    """Compare one model; names as in ``check_models``.
+
+    Raises MinitxError if there is no such model, if it has no reference, or if its reference was
+    made from other weights.
+    """
+    references = find_references(folder)
+    if name.startswith("random-") and name in references:
+        reference = read_reference(references[name])
+        config, seed = reference.config, reference.seed
+        _need_same_weights(reference, seeded_about(config, seed))
+        return compare(reference, lambda dtype: seeded_model(config, seed, dtype))
+    path = locate(name)
+    known = path.resolve().stem
+    if known not in references:
+        raise MinitxError(
+            f"There are no reference outputs for {known}; there are for {', '.join(references)}."
+        )
+    reference = read_reference(references[known])
+    _need_same_weights(reference, files_about(path))
+    return compare(reference, lambda dtype: load(path, dtype=dtype).model, load(path).tokenizer)
+
+
+def _need_same_weights(reference: Reference, found: dict) -> None:
+    if found["weights"] != reference.about.get("weights"):
+        raise MinitxError(
+            f"{reference.name}: these are not the weights that its reference was made from; "
+            f"{remake(reference.name)}."
+        )
+
+
+def compare(reference: Reference, make: Callable[[str], Transformer], tokenizer=None) -> Comparison:
+    """Compare ``make("float32")`` and ``make("float64")``, two copies of a model, with a reference.
+
+    Raises MinitxError if the sizes of the model are not those of the reference.
+    """
+    largest = {name: np.abs(x).max() for name, x in reference.stages("float64").items()}
+    errors: dict[str, dict[str, float]] = {name: {} for name in largest}
+    greedy = {}
+    for dtype in DTYPES:
+        model = make(dtype)
+        _need_same_sizes(reference, model)
+        with np.errstate(all="ignore"):  # NaN and infinity are reported, with their place
+            ours = run_stages(model, reference.ids)
+            for name, theirs in reference.stages(dtype).items():
+                errors[name][dtype] = float(np.abs(ours[name][reference.rows] - theirs).max())
+            greedy[dtype] = _same_tokens(reference, model)
+    stages = [Stage(name, float(largest[name]), errors[name]) for name in largest]
+    c = model.config
+    title = f"{c.family}, {c.layers} blocks of width {c.width}, vocabulary {c.vocab_size}"
+    return Comparison(reference, title, stages, greedy, _wrong_text(reference, tokenizer))
+
+
+def _need_same_sizes(reference: Reference, model: Transformer) -> None:
+    for name, wanted in reference.sizes.items():
+        found = getattr(model.config, name)
+        if found != wanted:
+            raise MinitxError(
+                f"{reference.name}: the model has {name} = {found} but its reference has {wanted}; "
+                f"{remake(reference.name)}."
+            )
+
+
+def run_stages(model: Transformer, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The numbers after each stage of one pass over ids (T,): (T, D), of the logits (T, V)."""
+    recorded, hidden = record(model)
+    last = model.norm(recorded.hidden(ids))
+    embedding = model.embed(ids, positions(0, len(ids)))
+    return dict(zip(stage_names(len(hidden)), [embedding, *hidden, last, model.head(last)]))
+
+
+def _same_tokens(reference: Reference, model: Transformer) -> int:
+    """How many greedy tokens are the reference's, up to the first that is not."""
+    expected = reference.greedy.tolist()
+    ours = Autoregressive()(model, reference.prompt.tolist(), Sampler(), len(expected))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, expected)))
+
+
+def _wrong_text(reference: Reference, tokenizer) -> int | None:
+    for i, (text, ids) in enumerate(reference.about.get("texts", [])):
+        if tokenizer is None or list(tokenizer.encode(text)) != ids:
+            return i
+    return None

@@ -1,0 +1,205 @@
+"""A model beside its reference outputs: the differences, what they mean, and how they are printed.
+
+Two correct programs differ by rounding, because they add in another order. Whether a difference is
+rounding shows in float64: it has 9 more digits, so rounding shrinks by nine orders of magnitude,
+and a mistake stays. Nothing is run here: ``check.py`` does that.
+"""
+
+import math
+import textwrap
+from dataclasses import dataclass
+
+from minitx.lab.evaluate import table
+from minitx.lab.reference import DTYPES, Reference
+
+# The largest error, relative to the largest value of the stage, that passes as rounding: float32
+# keeps 7 digits and float64 16, of which some dozen layers may lose a few.
+ALLOWED = {"float32": 2e-5, "float64": 1e-10}
+SLIGHT = 1e-3  # in float32, more than this is no rounding, whatever float64 says
+SINGLE = 1e-6  # in float64, an error below this may come from one step that is done in float32
+
+AGREES, ROUNDING, BUG = "agrees", "rounding", "bug"  # the verdicts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The numbers after one stage of the forward pass, compared in both types."""
+
+    name: str
+    largest: float  # the reference's largest absolute value
+    error: dict[str, float]  # by type: the largest absolute difference; NaN if ours has NaN
+
+    @property
+    def relative(self) -> dict[str, float]:
+        return {dtype: error / (self.largest or 1.0) for dtype, error in self.error.items()}
+
+    @property
+    def ok(self) -> dict[str, bool]:
+        return {dtype: error <= ALLOWED[dtype] for dtype, error in self.relative.items()}
+
+    @property
+    def is_bug(self) -> bool:
+        """Is the difference more than rounding can explain? (Comparing so, NaN is a bug.)"""
+        return not (self.ok["float64"] and self.relative["float32"] <= SLIGHT)
+
+    def row(self) -> list[str]:
+        row = [self.name, f"{self.largest:.3g}"]
+        for dtype in DTYPES:
+            row += [power(self.error[dtype]), power(self.relative[dtype]), mark(self.ok[dtype])]
+        return row
+
+    def as_dict(self) -> dict:
+        compared = {
+            dtype: {
+                "error": finite(self.error[dtype]),
+                "relative": finite(self.relative[dtype]),
+                "ok": self.ok[dtype],
+            }
+            for dtype in DTYPES
+        }
+        return {"stage": self.name, "largest": self.largest, **compared}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that was compared of one model."""
+
+    reference: Reference
+    title: str  # what kind of model it is
+    stages: list[Stage]
+    greedy: dict[str, int]  # by type: the tokens that are the same before the first other one
+    wrong_text: int | None  # the first text (from 0) that the tokenizer gives other ids for
+
+    @property
+    def name(self) -> str:
+        return self.reference.name
+
+    def greedy_ok(self, dtype: str) -> bool:
+        return self.greedy[dtype] == len(self.reference.greedy)
+
+    def worst(self, dtype: str) -> float:
+        """The largest relative error of any stage; infinite if one has NaN."""
+        errors = [stage.relative[dtype] for stage in self.stages]
+        return max(math.inf if math.isnan(error) else error for error in errors)
+
+    @property
+    def bug(self) -> Stage | None:
+        """The first stage that rounding does not explain; what follows it inherits the error."""
+        return next((stage for stage in self.stages if stage.is_bug), None)
+
+    @property
+    def verdict(self) -> str:
+        """BUG: more than rounding. ROUNDING: float32 lost more digits than usual, but float64
+        agrees. AGREES: everything is within the usual rounding."""
+        if self.bug or not self.greedy_ok("float64") or self.wrong_text is not None:
+            return BUG
+        usual = all(stage.ok["float32"] for stage in self.stages) and self.greedy_ok("float32")
+        return AGREES if usual else ROUNDING
+
+    @property
+    def explanation(self) -> str:
+        """The verdict in words."""
+        single, double = self.worst("float32"), self.worst("float64")
+        if self.verdict == AGREES:
+            return (
+                f"Agrees. The largest relative error is {single:.1e} in float32 and {double:.1e} "
+                "in float64: it shrinks, so it is rounding."
+            )
+        if self.verdict == ROUNDING:
+            first = next((s.name for s in self.stages if not s.ok["float32"]), "the greedy text")
+            return (
+                f"Rounding, not a bug: float32 is off by up to {single:.1e}, more than usual "
+                f"(first in {first}), but float64 only by {double:.1e}. The formulas are right; "
+                "float32 loses digits on the way."
+            )
+        if self.bug:
+            return explain_bug(self.bug)
+        if not self.greedy_ok("float64"):
+            return (
+                f"A bug: it first appears in the greedy text, after {self.greedy['float64']} "
+                "tokens that are the same. One pass over a whole text agrees, so look at what only "
+                "decoding uses: the cache, and the positions of later tokens."
+            )
+        return (
+            "A bug in the tokenizer: on the same ids the model agrees, but text "
+            f"{self.wrong_text} of the reference (counted from 0) does not give the same ids."
+        )
+
+    def __str__(self) -> str:
+        """The whole comparison, for reading."""
+        about, total = self.reference.about, len(self.reference.greedy)
+        by = f"transformers {about['versions']['transformers']}"
+        length, rows = len(self.reference.ids), len(self.reference.rows)
+        lines = [
+            f"{self.name} ({self.title})",
+            f"against {by}, on {length} tokens of text, compared at {rows} of them",
+            "",
+            stage_table(self.stages),
+            "",
+        ]
+        for dtype, same in self.greedy.items():
+            ok = self.greedy_ok(dtype)
+            lines.append(f"{mark(ok):<6} greedy text in {dtype}: {same} of {total} tokens the same")
+        if "texts" in about:
+            ok = self.wrong_text is None
+            lines.append(f"{mark(ok):<6} tokenizer: {self._tokenizer_result()}")
+        return "\n".join([*lines, "", textwrap.fill(self.explanation, 100)])
+
+    def _tokenizer_result(self) -> str:
+        texts = self.reference.about["texts"]
+        if self.wrong_text is None:
+            return f"the same ids for {len(texts)} texts"
+        return f"other ids for {texts[self.wrong_text][0][:40]!r}"
+
+    def line(self) -> str:
+        """The comparison in one line."""
+        errors = "  ".join(f"{dtype} {self.worst(dtype):.1e}" for dtype in DTYPES)
+        return f"{mark(self.verdict != BUG):<6} {self.name:<26} {errors}"
+
+    def as_dict(self) -> dict:
+        return {
+            "name": self.name,
+            "verdict": self.verdict,
+            "explanation": self.explanation,
+            "bug_in": self.bug and self.bug.name,
+            "stages": [stage.as_dict() for stage in self.stages],
+            "greedy": {"tokens": len(self.reference.greedy), "same": self.greedy},
+            "tokenizer_ok": self.wrong_text is None if "texts" in self.reference.about else None,
+            "versions": self.reference.about["versions"],
+        }
+
+
+def explain_bug(first: Stage) -> str:
+    """Words for a bug, from the first stage that shows it."""
+    single, double = first.relative["float32"], first.relative["float64"]
+    words = f"A bug: it first appears in {first.name}"
+    if not (math.isfinite(single) and math.isfinite(double)):
+        return f"{words}, where there are NaN or infinite numbers."
+    words += f", by {single:.1e} in float32 and {double:.1e} in float64. "
+    if first.ok["float64"]:
+        return words + "Float32 alone is wrong, by far more than rounding."
+    if double < SINGLE:
+        return words + (
+            "That is too much for float64 but no more than the rounding of float32: perhaps a step "
+            "runs in float32 whatever it is given, or a constant has too few digits."
+        )
+    return words + "It does not shrink in float64, so it is not rounding."
+
+
+def stage_table(stages: list[Stage]) -> str:
+    head = ["stage", "largest", "float32 error", "relative", "", "float64 error", "relative", ""]
+    lines = table([head, *(stage.row() for stage in stages)]).splitlines()
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def mark(ok: bool) -> str:
+    return "[OK]" if ok else "[DIFF]"
+
+
+def power(x: float) -> str:
+    return f"{x:.1e}" if x else "0"
+
+
+def finite(x: float) -> float | None:
+    """For JSON, which has no NaN and no infinity."""
+    return x if math.isfinite(x) else None
