@@ -170,7 +170,7 @@ class Rope(Part):
 
     def __call__(self, x, layer: Layer):
         where = positions(layer.position, x.shape[-2], layer.start)
-        cos, sin = self.cos[where], self.sin[where]  # (T, width), or (B, T, width) in a ragged batch
+        cos, sin = self.cos[where], self.sin[where]  # (T, width); ragged batch: (B, T, width)
         if layer.start is not None:
             cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, width): the same for every head
         return ops.rotate(x, cos, sin)
@@ -245,7 +245,7 @@ class TiedHead(Part):
     w: np.ndarray  # (V, D), the very array of the embedding
 
     def __call__(self, x):
-        return ops.linear(x, self.w.T)  # (..., V)
+        return ops.scores(x, self.w)  # (..., V)
 
 
 @part

@@ -38,6 +38,21 @@ def linear(x, w, b=None):
     return y if b is None else y + b
 
 
+LARGE = 2 << 20  # numbers in a table that has left the cache before the next token needs it
+
+
+def scores(x, table):
+    """``x @ table.T``: x (..., D), table (V, D) -> (..., V).
+
+    One x against a large table is taken as V separate dot products, which read the table from end
+    to end: BLAS's matrix-vector product hops between its rows and takes about twice as long.
+    """
+    if x.size == x.shape[-1] and table.size > LARGE:
+        dots = table[:, None, :] @ x.reshape(-1, 1)  # (V, 1, 1)
+        return dots.reshape(*x.shape[:-1], len(table))
+    return linear(x, table.T)
+
+
 # Norms -------------------------------------------------------------------------------------------
 
 
@@ -176,8 +191,8 @@ def attention(q, k, v, scale, start=None):
     for a in range(0, T, ROWS):
         b = min(a + ROWS, T)
         end = S - T + b  # the last row's own key is the last that this block needs
-        mask = hidden_keys(b - a, end, start)
-        out[..., a:b, :] = attend_rows(q[..., a:b, :], k[..., :end, :], v[..., :end, :], scale, mask)
+        block = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
+        out[..., a:b, :] = attend_rows(*block, scale, hidden_keys(b - a, end, start))
     return out
 
 

@@ -1,0 +1,273 @@
+"""``minitx bench``: how fast the model writes and reads, beside transformers and beside the memory.
+
+Three llama shapes with random weights from a seed, float32, tied embeddings:
+
+- decode: greedy tokens one by one after a prompt of one token, by ``lm.tokens``;
+- prefill: one call that reads a prompt, fills the cache and gives the logits of the next token;
+- limit: at every token all weights have to be read, so tokens per second times their bytes cannot
+  exceed the speed at which weights can be read. What a matrix-vector product reaches in the same
+  run is taken for that speed: once with a matrix as large as all weights that a token needs, used
+  again and again, so that it lies where they lie (in a cache, or in memory); and once with one of
+  256 MB, more than any cache holds. A model that fits into a cache may well be faster than the
+  second. Keys, values and activations are not counted.
+
+Where torch and transformers are installed they do the same on the same weights, and their faster
+way of decoding counts. All take turns (A B C A B C ...) on one thread. A speed is the median over
+the rounds, a ratio the median of the ratios within a round, with the lowest and the highest beside
+it: what slows one turn mostly slows the next one too. Time is processor time, which on an idle
+machine is the time on the clock.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from tqdm import tqdm
+
+from minitx import __version__
+from minitx.build import random_model
+from minitx.config import Config
+from minitx.errors import MinitxError
+from minitx.lab.bench_report import as_text
+from minitx.lm import LM
+from minitx.model import Transformer
+from minitx.tree import weights
+
+# All that may be told how many threads to use is told before NumPy is loaded: later is too late.
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+SEED = 0
+FIRST = 1  # the prompt of one token
+ALLOWED = 1e-4  # of the largest logit, between two frameworks in float32
+BEYOND_CACHES = 256_000_000  # bytes
+
+# What is timed, in turn
+DECODE, PREFILL, THEIR_PREFILL = "minitx decode", "minitx prefill", "transformers prefill"
+NEAR, FAR = "product of the same size", "product of 256 MB"
+
+
+def _llama(width, layers, heads, kv_heads, hidden, vocab_size) -> Config:
+    return Config(
+        family="llama",
+        vocab_size=vocab_size,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=width // heads,
+        hidden=hidden,
+        context=512,
+        rope_width=width // heads,
+        tied=True,
+    )
+
+
+SHAPES = (
+    _llama(64, 5, 8, 4, 172, 512),
+    _llama(192, 8, 6, 6, 512, 1024),
+    _llama(288, 6, 6, 6, 768, 32000),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured: new tokens, tokens of the prompt, rounds of turns, and for how many
+    seconds at least each turn repeats what it measures."""
+
+    decode: int
+    prefill: int
+    rounds: int
+    least: float
+
+
+FULL = Plan(decode=200, prefill=256, rounds=7, least=0.1)
+QUICK = Plan(decode=50, prefill=256, rounds=3, least=0.02)
+
+
+def bench(as_json: bool = False, quick: bool = False) -> None:
+    """Measure and print, as a table or as JSON. Runs itself again in a process with one BLAS
+    thread if this one was not started so. Raises MinitxError if the two frameworks disagree."""
+    if any(os.environ.get(name) != "1" for name in THREADS):
+        return _run_again(["--json"] * as_json + ["--quick"] * quick)
+    rival, reason = find_rival()
+    result = measure_all(SHAPES, QUICK if quick else FULL, rival)
+    result["not_compared"] = reason
+    print(json.dumps(result, indent=1) if as_json else as_text(result))
+
+
+def _run_again(options: list[str]) -> None:
+    source = str(Path(__file__).resolve().parents[2])  # so that the very same minitx is found
+    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | dict.fromkeys(THREADS, "1") | {"PYTHONPATH": path}
+    command = [sys.executable, "-m", "minitx", "bench", *options]
+    status = subprocess.run(command, env=environment).returncode
+    if status:
+        sys.exit(status)
+
+
+def find_rival() -> tuple[Callable | None, str | None]:
+    """What makes a rival of a model, or None and the reason why there is none."""
+    try:
+        from minitx.lab.bench_transformers import Transformers
+    except ImportError as error:
+        return None, f"{error}; the extra minitx[reference] installs it"
+    return Transformers, None
+
+
+def measure_all(shapes, plan: Plan, rival: Callable | None, bar: bool = True) -> dict:
+    """Everything about every shape, as plain data for JSON. ``rival(model)`` makes what is compared
+    with (see ``Transformers``), None compares with nothing."""
+    found = machine()  # before the run, which is a load itself
+    clock, processor = time.perf_counter(), time.process_time()
+    with tqdm(total=len(shapes) * (plan.rounds + 1), unit="round", disable=not bar) as progress:
+        measured = [measure(config, plan, rival, progress.update) for config in shapes]
+    share = (time.process_time() - processor) / (time.perf_counter() - clock)
+    return {
+        "machine": found | {"processor_share": round(share, 3)},
+        "versions": versions() | (rival.versions if rival else {}),
+        "plan": asdict(plan),
+        "shapes": measured,
+    }
+
+
+def measure(config: Config, plan: Plan, rival: Callable | None, tick: Callable) -> dict:
+    """One shape. ``tick()`` is called after warming up and after every round."""
+    model = random_model(config, SEED)
+    lm, read = LM(model), bytes_per_token(model)
+    ids = np.random.default_rng(SEED).integers(0, config.vocab_size, plan.prefill)
+    jobs = {
+        DECODE: lambda: list(lm.tokens([FIRST], plan.decode)),
+        NEAR: lambda: near_x @ near,
+        PREFILL: lambda: model.next_logits(ids, model.new_state()),
+        FAR: lambda: far_x @ far,
+    }
+    (near_x, near), (far_x, far) = factors(read), factors(BEYOND_CACHES)
+    ways, agreement = [], None
+    if rival:
+        other = rival(model)
+        agreement = {"logits_relative_difference": agree(model(ids), other.logits(ids), config)}
+        for name, decode in other.ways_to_decode().items():
+            ways.append(f"transformers decode, {name}")
+            jobs[ways[-1]] = partial(decode, FIRST, plan.decode)
+        jobs[THEIR_PREFILL] = lambda: other.prefill(ids)
+    results = {name: job() for name, job in jobs.items()}  # which also warms up
+    if agreement:
+        steps = zip(results[DECODE], *(results[way] for way in ways))
+        agreement["same_greedy_tokens"] = sum(len(set(step)) == 1 for step in steps)
+    tick()
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(plan.rounds):
+        for name, job in jobs.items():
+            seconds[name].append(timed(job, plan.least))
+        tick()
+    return {
+        "config": asdict(config),
+        "weights": sum(w.size for w in weights(model).values()),
+        "bytes_per_token": read,
+        "agreement": agreement,
+        "decode": compared(plan.decode, seconds, DECODE, ways),
+        "prefill": compared(plan.prefill, seconds, PREFILL, [THEIR_PREFILL] if rival else []),
+        "limit": {
+            name: limit(plan.decode * read, matrix.nbytes, seconds[DECODE], seconds[name])
+            for name, matrix in ((NEAR, near), (FAR, far))
+        },
+        "seconds": seconds,
+    }
+
+
+def timed(job: Callable, least: float) -> float:
+    """Processor seconds of one run of ``job``, the mean over at least ``least`` seconds of runs."""
+    began, runs, spent = time.process_time(), 0, 0.0
+    while not runs or spent < least:
+        job()
+        runs += 1
+        spent = time.process_time() - began
+    return spent / runs
+
+
+def agree(ours: np.ndarray, theirs: np.ndarray, config: Config) -> float:
+    """How far logits differ, relative to the largest; MinitxError beyond what rounding can do."""
+    error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    if not error <= ALLOWED:
+        raise MinitxError(
+            f"At {config.width} x {config.layers} the logits of minitx and transformers differ by "
+            f"{error:.1e} of the largest, more than rounding ({ALLOWED:.0e}), so their speeds "
+            "cannot be compared; run the tests, or install the versions that pyproject.toml names."
+        )
+    return error
+
+
+def compared(tokens: int, seconds: dict, ours: str, theirs: list[str]) -> dict:
+    """Tokens per second of both sides, and the ratio to the faster of ``theirs``."""
+    out = {"minitx_tokens_per_second": tokens / median(seconds[ours])}
+    if theirs:
+        faster = min(theirs, key=lambda name: median(seconds[name]))
+        out["transformers_tokens_per_second"] = tokens / median(seconds[faster])
+        out["transformers_way"] = faster
+        out["ratio"] = spread([b / a for a, b in zip(seconds[ours], seconds[faster])])
+    return out
+
+
+def limit(read: int, size: int, decode: list[float], product: list[float]) -> dict:
+    """Bytes of weights per second: of decoding, which reads ``read`` of them in each of its times,
+    of a product with a matrix of ``size`` bytes, and the first as a fraction of the second."""
+    return {
+        "minitx_bytes_per_second": read / median(decode),
+        "product_bytes_per_second": size / median(product),
+        "fraction": spread([(read / a) / (size / b) for a, b in zip(decode, product)]),
+    }
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": median(values), "lowest": min(values), "highest": max(values)}
+
+
+def bytes_per_token(model: Transformer) -> int:
+    """Bytes of weights that decoding one token reads: the blocks, the last norm, the whole head
+    (also where it is the embedding table), and one row of each embedding table."""
+    parts = (model.stack, model.norm, model.head)
+    whole = sum(w.nbytes for part in parts for w in weights(part).values())
+    return whole + sum(w[0].nbytes for w in weights(model.embed).values())
+
+
+def factors(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A vector (1, n) and a matrix (n, 4096) of about ``size`` bytes to multiply it with. Its rows
+    are long enough for BLAS to reach its full speed whatever the size."""
+    n = max(1, round(size / (4 * 4096)))
+    return np.ones((1, n), np.float32), np.ones((n, 4096), np.float32)
+
+
+def machine() -> dict:
+    """What it runs on. load: programs that wanted a processor over the last minute, on average
+    (None where the system does not tell)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        cpu = next(line for line in text.splitlines() if line.startswith("model name"))
+        cpu = cpu.partition(":")[2].strip()
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "threads": {name: os.environ.get(name) for name in THREADS},
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def versions() -> dict:
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    return {
+        "minitx": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": f"{blas.get('name')} {blas.get('version')}",
+    }

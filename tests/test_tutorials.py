@@ -1,0 +1,159 @@
+"""Every tutorial runs by itself, in a fresh interpreter, quickly and in silence on stderr, and it
+shows what it sets out to show. The scripts assert their own claims; here is the view from outside.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"))
+NAMES = [path.name for path in TUTORIALS]
+COLUMNS, CPU_SECONDS = 100, 20
+
+# Lines (regular expressions) that each tutorial has to print, in this order.
+SHOWS = {
+    "01_from_token_to_text.py": [
+        r"141 characters are \d+ tokens: ",
+        r"our first block against the model's: largest difference \d\.\de[-+]\d\d$",
+        r"after block +\d+: ",
+        r"The five likeliest words",
+        r" 1 def flat_forward\(ids, W, c\):",
+        r"float64: flat against model, error \d\.\de-1[3-9] .*\(tolerance 1e-12\) - equal$",
+        r"float32: flat against model, error \d\.\de-\d\d .*\(tolerance 1e-05\) - equal$",
+        r"Transformer$",
+        r"  line +\d+  embed +TokenEmbedding\(",
+        r"  line +\d+  attn\.attend +Attend\(",
+        r"  line +\d+  head +TiedHead\(",
+        r"Block \d+, head \d+: the last row gives \d+% to park",
+        r"     the \|[ .,:=+*#%@-]+$",
+        r"\d+ new tokens; lm\.generate gives the same\.$",
+        r"temperature 0 +1 +1\.0 +100%$",
+        r"temperature 1, top_k 5 +5 ",
+    ],
+    "02_the_cache_and_the_cost_of_a_token.py": [
+        r"48 new tokens after 30, the same both ways\.",
+        r" +1 of +1 +[\d,]+ ",
+        r" +100 of +300 +[\d,]+ ",
+        r"Counted from the arrays that arrived: the formulas give exactly the same\.$",
+        r"weights +\d+\.\d\d MB #+$",
+        r"This machine reads \d+\.\d GB/s",
+        r" +64 +16\.00 ",
+        r"chunks of  1: error .* - equal$",
+        r"chunks of  7: error .* - equal$",
+        r"\.\.\. Where is Anna\? Anna is in the >>>",
+        r" +512 +[\d,]+ #+ ",
+        r"projections +\d+% +\d+%   ",
+        r"No part is everything: ",
+    ],
+}
+
+
+class Run(NamedTuple):
+    status: int
+    out: str
+    err: str
+    cpu: float  # seconds in user and system mode; unlike the time on the clock, not others' doing
+    files: list  # what was left in the working directory
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """``run(name)`` runs a tutorial the first time it is asked for it, and remembers."""
+    done = {}
+
+    def run(name: str) -> Run:
+        if name not in done:
+            done[name] = run_tutorial(ROOT / "tutorials" / name, tmp_path_factory.mktemp("cwd"))
+        return done[name]
+
+    return run
+
+
+def run_tutorial(path: Path, folder: Path) -> Run:
+    """In an empty folder, every warning an error, one BLAS thread, at most a minute."""
+    own = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    before = cpu_of_children()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(path)],
+        cwd=folder,
+        env=os.environ | own | threads,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    cpu = cpu_of_children() - before
+    return Run(done.returncode, done.stdout, done.stderr, cpu, sorted(folder.iterdir()))
+
+
+def cpu_of_children() -> float:
+    """Seconds that finished child processes have computed (0 where the system does not tell)."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
+def test_every_tutorial_is_named_by_its_number_and_is_checked_here():
+    assert NAMES, "there are no tutorials"
+    assert [name[:3] for name in NAMES] == [f"{n:02}_" for n in range(1, len(NAMES) + 1)]
+    assert set(SHOWS) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_to_its_end_in_silence(runs, name):
+    run = runs(name)
+    assert run.err == ""
+    assert run.status == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_shows_what_it_sets_out_to_show_in_that_order(runs, name):
+    lines = iter(runs(name).out.splitlines())
+    for wanted in SHOWS[name]:  # `lines` goes on where the last one was found
+        assert any(re.match(wanted, line) for line in lines), f"not found (or not there): {wanted}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_quick_and_writes_nothing(runs, name):
+    run = runs(name)
+    assert run.cpu < CPU_SECONDS
+    assert run.files == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_text_is_not_too_wide(runs, name):
+    assert [line for line in runs(name).out.splitlines() if len(line) > COLUMNS] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_made_of_titled_cells_and_ends_with_exercises(name):
+    source = (ROOT / "tutorials" / name).read_text("utf-8")
+    cells = re.findall(r"^# %%(.*)$", source, re.MULTILINE)
+    assert len(cells) >= 5
+    assert all(title.startswith(" ") and title.strip() for title in cells)
+    assert cells[-1] == " Exercises"
+    assert len(re.findall(r"^# \d\. ", source.rpartition("# %%")[2], re.MULTILINE)) >= 3
+    assert ast.get_docstring(ast.parse(source))
+    assert len(source.splitlines()) < 300
+
+
+def test_the_flat_forward_is_numpy_and_nothing_else():
+    """No class, no function of minitx: the only names it knows are its own, NumPy, and builtins."""
+    source = (ROOT / "tutorials" / NAMES[0]).read_text("utf-8")
+    flat = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "flat_forward"
+    )
+    names = [node for node in ast.walk(flat) if isinstance(node, ast.Name)]
+    own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    own |= {argument.arg for argument in flat.args.args}
+    assert {node.id for node in names} - own == {"np", "len", "range", "bool"}
+    assert flat.end_lineno - flat.lineno + 1 <= 40
