@@ -1,9 +1,9 @@
-"""minitx: a transformer in NumPy, small enough to read, on which skipping and precomputing are shown.
+"""A transformer in NumPy, small enough to read, on which skipping and precomputing are shown.
 
-    import minitx
-    lm = minitx.load("stories")
-    print(lm.generate("Once upon a time"))
-    print(lm.model)
+import minitx
+lm = minitx.load("stories")
+print(lm.generate("Once upon a time"))
+print(lm.model)
 """
 
 from minitx.errors import MinitxError

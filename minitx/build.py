@@ -56,7 +56,9 @@ def shapes(config: Config) -> dict[str, tuple]:
 
     def note(path, shape):
         found[path] = shape
-        return np.broadcast_to(np.float32(0), shape)  # one number that looks like an array: no memory
+        return np.broadcast_to(
+            np.float32(0), shape
+        )  # one number that looks like an array: no memory
 
     build(config, note)
     return found

@@ -1,162 +1,185 @@
-"""The ``minitx`` command. Text that a model writes goes to stdout, figures about the run to stderr."""
+"""The ``minitx`` command: text and tables go to stdout, figures about the run to stderr.
+
+Here arguments are read, and whatever is wrong with the input becomes one sentence on stderr and
+status 2. What the commands do is in commands.py.
+"""
 
 import argparse
-import json
 import os
 import sys
-import time
 
+import minitx
+from minitx import commands
 from minitx.errors import MinitxError
+
+BAD_INPUT = 2
+INTERRUPTED, CLOSED_PIPE = 130, 141  # as a shell has it: 128 and the number of the signal
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a found difference, 2 for bad input."""
-    args = parser().parse_args(arguments)
+    """Run one command. Returns its exit status: 0; 1 if ``check`` found a bug; 2 for bad input;
+    3 if ``train`` stopped before its end; 130 for Ctrl-C, 141 if nobody reads on."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # for what the terminal's encoding does not have
     try:
-        return args.run(args) or 0
+        args = read_arguments(arguments)
+        status = args.run(args) or 0
+        if sys.stdout:
+            sys.stdout.flush()  # now, while a fault can still be reported
+        return status
     except MinitxError as error:
-        print(f"minitx: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), BAD_INPUT)
     except KeyboardInterrupt:
-        print("\nminitx: stopped.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+        return fail("stopped.", INTERRUPTED)
+    except BrokenPipeError:  # the reader (head, less) has seen enough, which is no fault
+        drop_output()
+        return CLOSED_PIPE
+    except OSError as error:
+        drop_output()
+        return fail(f"{error.filename or 'output'}: {error.strerror or error}.", BAD_INPUT)
+    except MemoryError:
+        return fail("there is not enough memory for this.", BAD_INPUT)
+
+
+def fail(message: str, status: int) -> int:
+    commands.print_figures(f"minitx: {message}")
+    return status
+
+
+def drop_output() -> None:
+    """Write what was printed or, if it cannot be, drop it: Python would try again when it ends."""
+    try:
+        if sys.stdout:  # None if it was closed from the beginning
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="minitx", description="A transformer in NumPy, to read and to measure."
+# Arguments ---------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a fault as all bad input is reported, without the usage text in front of it."""
+
+    def error(self, message):
+        raise MinitxError(f"{message} ({self.prog} --help says more).")
+
+
+def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    args, unknown = parser().parse_known_args(arguments)
+    if not unknown:
+        return args
+    usage = " ".join(args.parser.format_usage().split())
+    if unknown[0].startswith("-"):
+        raise MinitxError(f"There is no option {unknown[0]}; {usage}")
+    raise MinitxError(
+        f"{unknown[0]!r} is one word too many (put a text of several words in quotes); {usage}"
     )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = command(commands, "generate", run_generate, "continue a text, as it comes")
-    generate.add_argument("prompt", help="the text to continue")
-    model_options(generate)
-    generate.add_argument("-n", "--max-new-tokens", type=int, help="default: what fits")
-    generate.add_argument("-t", "--temperature", type=float, default=0.0, help="0: greedy (default)")
-    generate.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
-    generate.add_argument("--top-p", type=float, help="draw among the likeliest that reach p")
-    generate.add_argument("--seed", type=int, help="the same seed gives the same text")
 
-    show = command(commands, "show", run_show, "draw the tree of parts that runs")
-    model_options(show)
+def parser() -> Parser:
+    top = Parser(
+        prog="minitx",
+        description="A transformer in NumPy, to read and to measure.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"minitx {minitx.__version__}")
+    names = top.add_subparsers(metavar="COMMAND")
+    top.set_defaults(
+        parser=top,
+        run=lambda _: top.error(f"a command is needed, one of {', '.join(names.choices)}"),
+    )
 
-    check = command(commands, "check", run_check, "compare models with another framework's outputs")
+    generate = add(names, "generate", commands.generate, "continue a text, as it comes")
+    generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
+    add_model(generate)
+    generate.add_argument(
+        "-n", "--max-new-tokens", type=int, metavar="N", help="at most so many (default: what fits)"
+    )
+    generate.add_argument(
+        "-t", "--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default)"
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest that reach P"
+    )
+    generate.add_argument("--seed", type=int, metavar="N", help="the same seed, the same text")
+    add_json(generate)
+
+    show = add(names, "show", commands.show, "draw the tree of parts that runs")
+    add_model(show)
+    add_json(show)
+
+    check = add(names, "check", commands.check, "compare models with another framework's outputs")
     check.add_argument("models", nargs="*", help="names of shipped models (default: all)")
-    check.add_argument("--json", action="store_true", help="print the figures as JSON")
+    check.add_argument(
+        "--reference", metavar="DIR", help="folder of the outputs (default: the checkout's)"
+    )
+    add_json(check)
 
-    bench = command(commands, "bench", run_bench, "measure decoding and prefill at three shapes")
-    bench.add_argument("--json", action="store_true", help="print the figures as JSON")
+    bench = add(names, "bench", commands.bench, "measure decoding and prefill at three shapes")
     bench.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
+    add_json(bench)
 
-    evaluate = command(commands, "evaluate", run_evaluate, "accuracy by hops on held-out stories")
-    model_options(evaluate)
-    evaluate.add_argument("--stories", type=int, default=500, help="how many (default 500)")
+    evaluate = add(names, "evaluate", commands.evaluate, "accuracy by hops on held-out stories")
+    add_model(evaluate)
+    evaluate.add_argument(
+        "--stories", type=count, default=500, metavar="N", help="how many (default 500)"
+    )
     evaluate.add_argument("--grade", default="full", help="difficulty (default full)")
     evaluate.add_argument("--depths", action="store_true", help="also leave after every block")
-    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_json(evaluate)
 
-    train = command(commands, "train", run_train, "train a model by its recipe")
-    train.add_argument("recipe", help="a recipe.json")
-    train.add_argument("--out", help="folder to write (default: runs/NAME)")
-    train.add_argument("--workers", type=int, help="processes (default: one a core)")
-    train.add_argument("--time-limit", type=float, help="stop at a checkpoint after so many seconds")
+    train = add(names, "train", commands.train, "train a model by its recipe")
+    train.add_argument("recipe", help="a recipe.json, or the folder that holds one")
+    train.add_argument("--out", metavar="DIR", help="folder to write (default: runs/NAME)")
+    train.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    train.add_argument(
+        "--time-limit", type=seconds, metavar="S", help="stop at a checkpoint after so many seconds"
+    )
     train.add_argument("--restart", action="store_true", help="ignore an earlier checkpoint")
 
-    stories = command(commands, "stories", run_stories, "print stories from the grammar")
+    stories = add(names, "stories", commands.stories, "print stories from the grammar")
     stories.add_argument("--grade", default="full", help="difficulty (default full)")
-    stories.add_argument("--split", default="train", help="train, calibration or evaluation")
-    stories.add_argument("--seed", type=int, default=0)
-    stories.add_argument("-n", "--count", type=int, default=3)
+    stories.add_argument(
+        "--split", default="train", help="train (default), calibration or evaluation"
+    )
+    stories.add_argument("--seed", type=int, default=0, metavar="N", help="(default 0)")
+    stories.add_argument(
+        "-n", "--count", type=count, default=3, metavar="N", help="how many (default 3)"
+    )
+    add_json(stories)
     return top
 
 
-def command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
-    added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    added.set_defaults(run=run)
+def add(names, name: str, run, text: str) -> Parser:
+    added = names.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    added.set_defaults(run=run, parser=added)
     return added
 
 
-def model_options(command: argparse.ArgumentParser) -> None:
+def add_model(command: Parser) -> None:
     command.add_argument(
         "-m", "--model", default="stories", help="a shipped name, a folder or a file"
     )
     command.add_argument("--tokenizer", help="folder or file, if it is not beside the model")
 
 
-def run_generate(args) -> None:
-    import minitx
-
-    lm = minitx.load(args.model, args.tokenizer)
-    began = time.perf_counter()
-    pieces = lm.stream(
-        args.prompt,
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
-    print(args.prompt, end="", flush=True)
-    text = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        text += piece
-    print()
-    seconds = time.perf_counter() - began
-    count = len(lm.tokenizer.encode(text))
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} a second", file=sys.stderr)
+def add_json(command: Parser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run_show(args) -> None:
-    import minitx
-
-    print(minitx.load(args.model, args.tokenizer).model)
+def count(text: str) -> int:
+    return in_range(int(text), 1, 10**9)
 
 
-def run_check(args) -> int:
-    from minitx.lab.check import check_models
-
-    return check_models(args.models, as_json=args.json)
+def seconds(text: str) -> float:
+    return in_range(float(text), 0, 10**9)
 
 
-def run_bench(args) -> None:
-    from minitx.lab.bench import bench
-
-    bench(as_json=args.json, quick=args.quick)
-
-
-def run_evaluate(args) -> None:
-    import minitx
-    from minitx.lab.evaluate import evaluate_model
-
-    report = evaluate_model(
-        minitx.load(args.model, args.tokenizer), args.stories, args.grade, depths=args.depths
-    )
-    print(json.dumps(report.as_dict(), indent=1) if args.json else report)
-
-
-def run_train(args) -> None:
-    from pathlib import Path
-
-    from minitx.training.train import train
-
-    out = args.out or Path("runs") / Path(args.recipe).resolve().parent.name
-    train(
-        args.recipe,
-        out,
-        workers=args.workers,
-        resume=not args.restart,
-        time_limit=args.time_limit,
-    )
-
-
-def run_stories(args) -> None:
-    from itertools import islice
-
-    from minitx.training.stories import stories
-
-    for story in islice(stories(args.split, args.grade, args.seed), args.count):
-        print(story.text, end="\n\n")
+def in_range(number, least, most):
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{number} is not from {least} to {most}")
+    return number

@@ -10,10 +10,10 @@ FAMILIES = ("llama", "gpt2", "gpt_neox")
 
 @dataclass(frozen=True)
 class Config:
-    """Names as in the equations: D, L, H, K, d, F, V are width, layers, heads, kv_heads, head_width,
-    hidden, vocab_size. Loaders translate every foreign spelling into this one."""
+    """Names as in the equations: D, L, H, K, d, F, V are width, layers, heads, kv_heads,
+    head_width, hidden, vocab_size. Loaders translate every foreign spelling into this one."""
 
-    family: str  # which small parts are put together: see model.build
+    family: str  # which small parts are put together: see build.py
     vocab_size: int  # V
     width: int  # D, the residual stream
     layers: int  # L
@@ -26,7 +26,9 @@ class Config:
     norm_eps: float = 1e-5
     rope_width: int = 0  # how many of the d columns are rotated; 0: learned positions instead
     rope_base: float = 10000.0
-    parallel: bool = False  # attention and FFN read the same input and are added together (gpt_neox)
+    parallel: bool = (
+        False  # attention and FFN read the same input and are added together (gpt_neox)
+    )
     tied: bool = False  # the head is the embedding table, transposed
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
@@ -65,4 +67,6 @@ class Config:
 
 def _need_positive(name: str, value) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise MinitxError(f"The configuration has {name} = {value!r}; a positive integer is needed.")
+        raise MinitxError(
+            f"The configuration has {name} = {value!r}; a positive integer is needed."
+        )

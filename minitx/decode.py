@@ -1,6 +1,14 @@
-"""The token loop: run the model, choose a token, feed it back."""
+"""The token loop: run the model, choose a token, feed it back. And how a token is chosen.
 
+The loop is a part of the language model, so a technique that skips whole passes of the model
+(speculation, a cache of answers) swaps it for one that is called alike. Text, end-of-text tokens
+and the limit of the context are no matter of this file: see lm.py.
+"""
+
+import math
+import random
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -9,17 +17,114 @@ from minitx.model import Transformer
 from minitx.tree import Part, part
 
 
+class Sampler:
+    """Chooses the next token from logits (V,): ``choose(logits) -> id``.
+
+    temperature 0 takes the largest logit. Otherwise logits are divided by the temperature,
+    ``top_k`` keeps the k largest, ``top_p`` the fewest of those whose probabilities reach p
+    (Holtzman et al., 2020, arXiv:1904.09751), and one is drawn. Among equals the smallest ids come
+    first, everywhere. The same seed draws the same numbers on every machine; without one they
+    differ from run to run.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ):
+        if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
+            _refuse("The temperature", temperature, "a finite number >= 0")
+        if not (top_k is None or isinstance(top_k, Integral) and top_k >= 1):
+            _refuse("top_k", top_k, "a whole number of at least 1")
+        if not (top_p is None or isinstance(top_p, Real) and 0 < top_p <= 1):
+            _refuse("top_p", top_p, "a number above 0 and at most 1")
+        if not (seed is None or isinstance(seed, Integral) and seed >= 0):
+            _refuse("The seed", seed, "a whole number of at least 0")
+        self.temperature, self.top_k = float(temperature), top_k
+        self.top_p = None if top_p is None else float(top_p)
+        # Numbers in [0, 1). Python guarantees this stream for ever, NumPy only until a new version.
+        self.uniform = random.Random(None if seed is None else int(seed)).random
+
+    def __call__(self, logits: np.ndarray) -> int:
+        if self.temperature == 0:
+            return largest(logits)
+        return self.draw(self.probabilities(logits))
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """The distribution (V,) that a token is drawn from, in float64; at temperature 0 all of it
+        is on one token."""
+        best = largest(logits)
+        if self.temperature == 0:
+            return np.eye(1, logits.size, best)[0]
+        z = logits.astype(np.float64)
+        z -= z[best]  # now <= 0, so that exp cannot overflow
+        z /= max(self.temperature, 1e-99)  # colder is all the same, but the quotient could overflow
+        p = np.exp(z, out=z)
+        if self.top_k is not None and self.top_k < p.size:
+            p[~among_largest(logits, self.top_k)] = 0
+        p /= p.sum()
+        if self.top_p is not None and self.top_p < 1:
+            p[~nucleus(p, self.top_p)] = 0
+            p /= p.sum()
+        return p
+
+    def draw(self, p: np.ndarray) -> int:
+        """One of the tokens by their probabilities p (V,), whose sum need not be 1."""
+        total = p.cumsum()
+        # uniform() < 1, so this is below the last sum; "right" passes by tokens of probability 0.
+        return int(total.searchsorted(self.uniform() * total[-1], side="right"))
+
+
+def largest(logits: np.ndarray) -> int:
+    """The id of the largest logit, the smallest among equals; MinitxError if that is no number."""
+    best = int(logits.argmax())  # of NaN if there is one anywhere: so one look finds it
+    if not math.isfinite(logits[best]):
+        raise MinitxError(
+            f"The model gave the score {logits[best]} to token {best}, so no next token can be "
+            "chosen: its numbers are too large for their type, or its weights are damaged."
+        )
+    return best
+
+
+def among_largest(x: np.ndarray, k: int) -> np.ndarray:
+    """(V,) booleans: exactly the k largest of x (V,), of equals those with the smallest ids."""
+    least = np.partition(x, -k)[-k]  # without sorting all the rest
+    kept = x > least
+    kept[np.flatnonzero(x == least)[: k - kept.sum()]] = True
+    return kept
+
+
+def nucleus(p: np.ndarray, mass: float) -> np.ndarray:
+    """(V,) booleans: the fewest tokens, likeliest first, whose probabilities p (V,) reach ``mass``;
+    always at least one."""
+    # What a kept token and all behind it weigh is more than 1 - mass, so its own p is more than
+    # the V-th part of that; the many below need not be sorted. (Half, to be safe from rounding.)
+    likely = np.flatnonzero(p >= 0.5 * (1 - mass) / p.size)
+    order = likely[np.argsort(-p[likely], kind="stable")]
+    reached = p[order].cumsum().searchsorted(mass)  # the place of the first sum >= mass
+    kept = np.zeros(p.size, bool)
+    kept[order[: reached + 1]] = True
+    return kept
+
+
+def _refuse(name: str, value, needed: str):
+    raise MinitxError(f"{name} is {value!r}; {needed} is needed.")
+
+
 @part
 class Autoregressive(Part):
     """One token at a time, each from the logits after everything before it."""
 
     def __call__(
-        self, model: Transformer, prompt: Sequence[int], choose, limit: int
+        self, model: Transformer, prompt: Sequence[int], choose: Sampler, limit: int
     ) -> Iterator[int]:
         """Yield at most ``limit`` new tokens after ``prompt`` (at least one id).
 
-        ``choose(logits (V,)) -> id`` is the sampler. The caller stops by not asking for more, so
-        the last token that is looked at is never run through the model.
+        The caller stops by not asking for more, so a token is run through the model only when the
+        one behind it is wanted. Another loop in this place has to yield tokens of the same
+        distribution, for which ``choose.probabilities`` and ``choose.draw`` are there.
         """
         state = model.new_state()
         ids = prompt
@@ -29,73 +134,24 @@ class Autoregressive(Part):
             ids = (token,)
 
     def batch(
-        self, model: Transformer, prompts: Sequence[Sequence[int]], choosers: Sequence, limit: int
-    ) -> Iterator[np.ndarray]:
-        """The same for B prompts in step: yields (B,) ids, one for each row.
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        choosers: Sequence[Sampler],
+        limit: int,
+    ) -> Iterator[list[int]]:
+        """The same for B prompts in step: yields B tokens at a time, one for each row.
 
         Shorter prompts are padded on the left; the state knows where each row really starts.
         """
         longest = max(map(len, prompts))
-        start = np.array([longest - len(p) for p in prompts])
+        start = np.array([longest - len(prompt) for prompt in prompts])
         ids = np.zeros((len(prompts), longest), int)
-        for row, p, s in zip(ids, prompts, start):
-            row[s:] = p
+        for row, prompt, first in zip(ids, prompts, start):
+            row[first:] = prompt
         state = model.new_state(start if start.any() else None)
         for _ in range(limit):
             logits = model.next_logits(ids, state)  # (B, V)
-            ids = np.array([[choose(row)] for choose, row in zip(choosers, logits)])  # (B, 1)
-            yield ids[:, 0]
-
-
-class Sampler:
-    """Chooses the next token from logits (V,), by greedy choice or by chance.
-
-    temperature 0 takes the largest logit (the smallest id among equals). Otherwise the logits are
-    divided by the temperature, ``top_k`` keeps the k largest, ``top_p`` keeps the fewest tokens
-    whose probabilities reach p (Holtzman et al., 2020), and one is drawn. The same seed draws the
-    same tokens.
-    """
-
-    def __init__(self, temperature=0.0, top_k=None, top_p=None, seed=None):
-        if not temperature >= 0 or temperature == float("inf"):
-            raise MinitxError(f"The temperature is {temperature}; a finite number >= 0 is needed.")
-        if top_k is not None and (top_k != int(top_k) or top_k < 1):
-            raise MinitxError(f"top_k is {top_k}; a whole number of at least 1 is needed.")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise MinitxError(f"top_p is {top_p}; a number above 0 and at most 1 is needed.")
-        if seed is not None and (seed != int(seed) or seed < 0):
-            raise MinitxError(f"The seed is {seed}; a whole number of at least 0 is needed.")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.rng = np.random.default_rng(seed)
-
-    def __call__(self, logits: np.ndarray) -> int:
-        if self.temperature == 0:
-            return int(logits.argmax())
-        p = self.probabilities(logits)
-        # searchsorted on the running sum: one uniform number per token, whatever V is
-        total = p.cumsum()
-        return int(total.searchsorted(self.rng.random() * total[-1], side="right"))
-
-    def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """The distribution (V,) that a token is drawn from, in float64; temperature 0 puts
-        everything on the greedy token."""
-        if self.temperature == 0:
-            return np.eye(1, logits.shape[-1], int(logits.argmax()))[0]
-        z = logits.astype(np.float64) / self.temperature
-        if self.top_k is not None and self.top_k < z.size:
-            kept = np.argsort(-z, kind="stable")[: self.top_k]
-            z = _only(kept, z)
-        p = np.exp(z - z.max())
-        p /= p.sum()
-        if self.top_p is not None:
-            order = np.argsort(-p, kind="stable")
-            before = p[order].cumsum() - p[order]  # mass of the tokens that rank higher
-            p = np.where(np.isin(np.arange(p.size), order[before < self.top_p]), p, 0.0)
-            p /= p.sum()
-        return p
-
-
-def _only(kept: np.ndarray, z: np.ndarray) -> np.ndarray:
-    out = np.full_like(z, -np.inf)
-    out[kept] = z[kept]
-    return out
+            tokens = [choose(row) for choose, row in zip(choosers, logits)]
+            yield tokens
+            ids = np.array(tokens)[:, None]  # (B, 1)

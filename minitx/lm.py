@@ -1,7 +1,12 @@
-"""The language model, root of the tree: a tokenizer, a transformer, and a way to decode."""
+"""The language model, root of the tree: a tokenizer, a transformer, and a way to decode.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+Here prompts are checked and turned into ids, and new ids into text. How the next token comes about
+is in decode.py, what the model computes in model.py.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +15,18 @@ import numpy as np
 from minitx.decode import Autoregressive, Sampler
 from minitx.errors import MinitxError
 from minitx.model import Transformer
-from minitx.tree import Part
+from minitx.tree import Part, part
 
 Prompt = str | Sequence[int]
 
 
-@dataclass(frozen=True, eq=False)
-class LM:
+@part
+class LM(Part):
     """A model that can be used. ``print(lm.model)`` draws what runs.
 
-    tokenizer: has ``encode(text) -> ids`` and ``decode(ids) -> text``; None for a model on ids.
-    decode: the part that turns prompts into new tokens.
+    tokenizer: has ``encode(text) -> ids`` and ``decode(ids) -> text`` (see files/tokenizer.py);
+    None for a model that is used with ids alone. decode: the loop that makes new tokens, a part
+    like any other.
     """
 
     model: Transformer
@@ -44,72 +50,77 @@ class LM:
     ):
         """What follows the prompt: text for text, a list of ids for ids, a list for a batch.
 
-        It ends at the model's end-of-text token or after ``max_new_tokens`` (as many as the context
-        has room for, if not given). The prompt is not repeated in the result.
+        It ends before the model's end-of-text token, or after ``max_new_tokens`` (as many as the
+        context has room for, if not given). The prompt is not repeated in the result.
+        How a token is chosen: see ``decode.Sampler``. The rows of a batch may be of any lengths;
+        row i gives what it would give alone, drawn with the seed ``seed + i``.
         """
         options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-        if not _is_batch(prompt):
-            new = list(self.tokens(prompt, max_new_tokens, seed=seed, **options))
-            return self.tokenizer.decode(new) if isinstance(prompt, str) else new
-        prompts = [self.encode(p) for p in prompt]
-        if not prompts:
-            return []
-        limit = self._room(max(map(len, prompts)), max_new_tokens)
-        choosers = [
-            Sampler(seed=None if seed is None else seed + row, **options)
-            for row in range(len(prompts))
-        ]
-        rows = self._batch(prompts, choosers, limit)
-        return [
-            self.tokenizer.decode(new) if isinstance(p, str) else new for p, new in zip(prompt, rows)
-        ]
+        if _is_batch(prompt):
+            return self._generate_batch(prompt, max_new_tokens, seed, options)
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, max_new_tokens, seed=seed, **options))
+        return list(self.tokens(prompt, max_new_tokens, seed=seed, **options))
 
-    def stream(
-        self, prompt: Prompt, max_new_tokens: int | None = None, **options
-    ) -> Iterator[str]:
-        """The same as ``generate``, piece by piece as it comes, always whole characters: one that
-        is split over several tokens is held back until it is complete."""
-        if self.tokenizer is None:
-            raise MinitxError(
-                "This model has no tokenizer, so it cannot stream text; use tokens(ids) instead."
-            )
+    def stream(self, prompt: Prompt, max_new_tokens: int | None = None, **options) -> Iterator[str]:
+        """The text that ``generate`` gives, piece by piece as it comes, always whole characters:
+        one that is split over several tokens is held back until it is complete.
+
+        One prompt, text or ids; options as for ``generate``. Bad input is refused at once, not when
+        the first piece is asked for.
+        """
         ids = self.encode(prompt)
-        return self._pieces(ids[-1], self.tokens(ids, max_new_tokens, **options))
+        return self.pieces(self.tokens(ids, max_new_tokens, **options), ids[-1])
 
-    def tokens(
-        self, prompt: Prompt, max_new_tokens: int | None = None, **options
-    ) -> Iterator[int]:
-        """The new token ids one by one; the end-of-text token ends them and is not given. Bad
-        input is refused at once, before the first token is asked for."""
+    def tokens(self, prompt: Prompt, max_new_tokens: int | None = None, **options) -> Iterator[int]:
+        """The ids that ``generate`` gives, one by one as they come; otherwise as ``stream``."""
         ids = self.encode(prompt)
         limit = self._room(len(ids), max_new_tokens)
-        choose = Sampler(**options)
-        return self._until_end(self.decode(self.model, ids, choose, limit))
+        return self._until_end(self.decode(self.model, ids, Sampler(**options), limit))
+
+    def pieces(self, tokens: Iterable[int], previous: int) -> Iterator[str]:
+        """The text of ids that come one by one after the id ``previous``, as from ``stream``."""
+        self._need_tokenizer()
+        return _decoded(self.tokenizer, tokens, previous)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt: text as the tokenizer encodes it (which knows whether a token goes before
-        it); ids are checked. An empty text starts from the token that begins or ends a text."""
+        """The ids of one prompt: text as the tokenizer encodes it (which knows whether a token goes
+        before it); ids are checked. An empty text starts from the token that begins or ends one."""
         if not isinstance(prompt, str):
-            return self._checked(prompt).tolist()
-        if self.tokenizer is None:
-            raise MinitxError(
-                "This model has no tokenizer; give a list of ids, or load it with tokenizer=PATH."
-            )
+            ids = self._checked(prompt)
+            if ids.ndim != 1:
+                raise MinitxError(
+                    f"The prompt is an array of shape {ids.shape}; one text or one list of ids is "
+                    "needed here (generate takes several prompts)."
+                )
+            return ids.tolist()
+        self._need_tokenizer()
         config = self.model.config
         start = (config.eos if config.bos is None else (config.bos,))[:1]
         return self._checked(self.tokenizer.encode(prompt) or start).tolist()
 
+    # Checks --------------------------------------------------------------------------------------
+
     def _checked(self, ids) -> np.ndarray:
-        """The ids as an integer array, refused if any is outside the vocabulary or too many."""
+        """The ids as an array of whole numbers, refused if any is outside the vocabulary, or if
+        they are none or too many."""
         try:
             array = np.asarray(ids)
         except ValueError:
-            raise MinitxError("The ids form rows of unequal length; give rows of one length.")
+            raise MinitxError(
+                "The ids form rows of unequal length; give rows of one length."
+            ) from None
         config = self.model.config
+        if array.ndim == 0:
+            raise MinitxError(
+                f"{_short(ids)} is no list of token ids; give one (encode makes it from a text)."
+            )
         if array.size == 0:
             raise MinitxError("The prompt is empty; at least one token is needed to start from.")
         if array.dtype.kind not in "iu":
-            raise MinitxError(f"The ids are of type {array.dtype}; whole numbers are needed.")
+            raise MinitxError(
+                f"The ids are {_short(ids)}, of type {array.dtype}; whole numbers are needed."
+            )
         if array.min() < 0 or array.max() >= config.vocab_size:
             bad = array.min() if array.min() < 0 else array.max()
             raise MinitxError(
@@ -125,20 +136,28 @@ class LM:
 
     def _room(self, length: int, wanted: int | None) -> int:
         """How many new tokens to make after a prompt of ``length``, refused if they do not fit."""
-        context = self.model.config.context
-        # The last new token is never fed back, but it still counts as part of the sequence.
+        room = self.model.config.context - length
         if wanted is None:
-            wanted = max(context - length, 0)
-        if wanted != int(wanted) or wanted < 0:
+            return room
+        if not isinstance(wanted, Integral) or wanted < 0:
             raise MinitxError(
-                f"max_new_tokens is {wanted}; a whole number of at least 0 is needed."
+                f"max_new_tokens is {wanted!r}; a whole number of at least 0 is needed."
             )
-        if length + wanted > context:
+        if wanted > room:
             raise MinitxError(
                 f"A prompt of {length} tokens and {wanted} new ones do not fit the model's context "
-                f"of {context}; use a shorter prompt or at most {max(context - length, 0)} new tokens."
+                f"of {length + room}; use a shorter prompt or at most {room} new tokens."
             )
         return int(wanted)
+
+    def _need_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise MinitxError(
+                "This model has no tokenizer, so it can only continue a list of ids; "
+                "for text, load it with tokenizer=PATH."
+            )
+
+    # Work ----------------------------------------------------------------------------------------
 
     def _until_end(self, tokens: Iterator[int]) -> Iterator[int]:
         for token in tokens:
@@ -146,39 +165,66 @@ class LM:
                 return
             yield token
 
-    def _pieces(self, previous: int, tokens: Iterator[int]) -> Iterator[str]:
-        from minitx.files.tokenizer import StreamDecoder
+    def _generate_batch(self, prompts, max_new_tokens, seed: int | None, options: dict) -> list:
+        encoded = [self.encode(prompt) for prompt in prompts]
+        limit = self._room(max(map(len, encoded)), max_new_tokens)
+        # The first checks the options; only then is it certain that the seed is a number.
+        choosers = [Sampler(seed=seed, **options)]
+        for row in range(1, len(encoded)):
+            choosers.append(Sampler(seed=None if seed is None else seed + row, **options))
+        rows = self._rows(encoded, choosers, limit)
+        return [
+            "".join(self.pieces(row, ids[-1])) if isinstance(prompt, str) else row
+            for prompt, ids, row in zip(prompts, encoded, rows)
+        ]
 
-        decoder = StreamDecoder(self.tokenizer, previous)
-        for token in tokens:
-            if piece := decoder.push(token):
-                yield piece
-        if piece := decoder.finish():
-            yield piece
-
-    def _batch(self, prompts, choosers, limit: int) -> list[list[int]]:
+    def _rows(self, prompts, choosers, limit: int) -> list[list[int]]:
+        """The new ids of each row up to its end; one that has ended runs along with the others."""
         rows: list[list[int]] = [[] for _ in prompts]
-        live = set(range(len(prompts)))
-        for ids in self.decode.batch(self.model, prompts, choosers, limit):
-            for i in sorted(live):
-                if ids[i] in self.model.config.eos:
-                    live.discard(i)
-                else:
-                    rows[i].append(int(ids[i]))
-            if not live:
+        going = set(range(len(prompts)))
+        for tokens in self.decode.batch(self.model, prompts, choosers, limit):
+            going -= {i for i in going if tokens[i] in self.model.config.eos}
+            if not going:
                 break
+            for i in going:
+                rows[i].append(tokens[i])
         return rows
 
 
+def _decoded(tokenizer, tokens: Iterable[int], previous: int) -> Iterator[str]:
+    from minitx.files.tokenizer import StreamDecoder  # only here: the core stands below files
+
+    decoder = StreamDecoder(tokenizer, previous)
+    for token in tokens:
+        if piece := decoder.push(token):
+            yield piece
+    if piece := decoder.finish():
+        yield piece
+
+
 def _is_batch(prompt) -> bool:
-    """A list of texts or of id lists, as opposed to one text or one list of ids."""
-    return not isinstance(prompt, str) and any(isinstance(p, str) or np.ndim(p) for p in prompt)
+    """Several texts or lists of ids, as opposed to one text or one list of ids."""
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim > 1 and len(prompt) > 0
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return isinstance(prompt[0], Sequence | np.ndarray)
+
+
+def _short(value) -> str:
+    """A value as one line of bounded length, for a message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def load(name_or_path: str | Path, tokenizer: str | Path | None = None, dtype=np.float32) -> LM:
     """A language model by the name of a shipped one (``stories``), or from a Hugging Face folder
-    or a llama2.c ``.bin`` file. ``tokenizer``: a folder or file to read the tokenizer from, if it
-    does not stand beside the model. A folder without one still loads and works on ids."""
+    or a llama2.c ``.bin`` file.
+
+    tokenizer: a folder or file to read the tokenizer from, if it does not stand beside the model; a
+    model without one still works on ids. dtype: float32, or float64 for proofs. Raises MinitxError
+    if there is no such model, or if anything about it is not as it should be.
+    """
     from minitx.files.find import read
 
     model, its_tokenizer, name = read(name_or_path, tokenizer, dtype)

@@ -29,7 +29,7 @@ MODELS = {
 
 @pytest.fixture(params=MODELS, ids=list(MODELS))
 def model(request):
-    """Random weights everywhere, in biases and gains too: a zero bias would hide that it is lost."""
+    """Random weights everywhere, biases and gains too: a zero bias would hide that it is lost."""
     rng = np.random.default_rng(3)
     plain = random_model(Config(**MODELS[request.param]), seed=1, dtype=np.float64)
     return map_weights(plain, lambda w: w + 0.3 * rng.standard_normal(w.shape))
@@ -209,9 +209,6 @@ def test_drawing_folds_equal_blocks():
     text = draw(model)
     assert "blocks.0-2: Block" in text and text.count("SwiGLU") == 1
     assert "down: Linear(w 40x24)" in text
-
-    def other(part):
-        return part.blocks[0] if part is model.stack.blocks[1] else None
 
     two = rebuild(model, lambda p: model.norm if p is model.stack.blocks[1].ffn_norm else None)
     assert draw(two) == text  # equal looks, other part

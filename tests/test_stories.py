@@ -37,6 +37,7 @@ PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on 
 # sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
 PINNED = {
     "set_phrases": "2bfbc96f7a9c58fa",
+    "told_twice": "69a4cfbbdb7f7f7d",
     "one_hop_tiny": "e587dfd1e00c1059",
     "one_hop": "a78aab13cf1a1e36",
     "two_hops": "6ddd1ec9b0853724",
@@ -67,6 +68,20 @@ def test_the_second_reader_can_disagree():
         Reader().read("One day Tom was in the park. Where is Tom? Tom is in the barn. The end.")
     with pytest.raises(AssertionError, match="asked again"):
         Reader().read("One day Tom was in the park." + " Where is Tom? Tom is in the park." * 2)
+    told = "One day Tom was in the park. Eva came to the barn."
+    assert Reader().read(f"{told} Eva came to the barn. Tom was in the park. The end.") == [
+        ("mention", "barn"), ("mention", "park"),
+    ]  # fmt: skip
+    for recap in (
+        "Tom was in the park. Eva came to the park.",  # another place
+        "Tom was in the park. Eva waited in the barn.",  # not word for word
+        "Tom was in the park. Tom was in the park.",  # Tom twice
+        "Tom was in the park.",  # and Eva?
+        "Tom was in the park. Sam was in the park. Eva came to the barn.",  # someone new
+        "Tom was in the park. It was a sunny day. Eva came to the barn.",  # something else
+    ):
+        with pytest.raises(AssertionError):
+            Reader().read(f"{told} {recap} The end.")
 
 
 # Worlds by hand.

@@ -48,6 +48,14 @@ SMALL_GRADES = {
         questions={"colour": 1, "who": 1, "colour2": 1},
         min_people=1, max_people=2, max_things=2, max_words=24 + ROOM, stop=0.4,
     ),
+    "retold": Grade(
+        sentences={"arrive": 1, "meet": 1, "find": 1, "mention": 1}, questions={"where1": 2},
+        phrases=False, max_people=2, max_things=1, max_words=32 + ROOM, stop=0.3, recap="mixed",
+    ),
+    "retold in order": Grade(
+        sentences={"arrive": 1, "chat": 2}, questions={"where1": 1},
+        phrases=False, max_people=2, max_words=20 + ROOM, stop=0.3, recap="same",
+    ),
     "counts": Grade(
         sentences={"own": 1, "change": 2, "scene": 1, "chat": 1}, questions={"count": 3},
         min_people=1, max_people=1, max_words=14 + ROOM, stop=0.2,

@@ -88,6 +88,31 @@ def test_guess_baselines_by_hand():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("order", ["same", "mixed"])
+def test_a_recap_tells_every_arrival_again(order):
+    """Word for word, its places as answers, in the order of the arrivals or in any."""
+    moved = 0
+    for story in take(200, {"from": "told_twice", "recap": order}):
+        sentences = re.findall(r"[A-Z][^.]*\.", story.text.removeprefix("One day "))
+        *told, closing = sentences
+        first, again = told[: len(told) // 2], told[len(told) // 2 :]
+        assert closing == "The end." and 1 <= len(first) == len(set(first)) <= 5
+        assert sorted(first) == sorted(again)
+        assert [a.value for a in story.answers] == [s.split()[-1][:-1] for s in again]
+        assert {a.kind for a in story.answers} == {"mention"}
+        moved += first != again
+    assert moved == 0 if order == "same" else 50 < moved < 200
+
+
+def test_a_recap_fits_into_the_story():
+    tight = {
+        "from": "told_twice", "max_people": 20, "max_words": 80, "stop": 0.01,
+        "sentences": {"arrive": 4, "find": 1, "chat": 1},
+    }  # fmt: skip
+    lengths = [len(re.findall(r"\w+", story.text)) for story in take(300, tight)]
+    assert 70 < max(lengths) <= 80
+
+
 def test_a_grade_survives_json_in_any_order():
     for name, grade in GRADES.items():
         again = grade_from(json.loads(json.dumps(asdict(grade), sort_keys=True)))
@@ -119,6 +144,11 @@ def test_a_story_ends_even_when_nothing_can_be_told():
         ({"stop": 0}, "between 0 and 1"),
         ({"min_people": 3, "max_people": 2}, "min_people 3"),
         ({"min_words": 100, "max_words": 100}, "leave room"),
+        ({"recap": "twice"}, "'same', 'mixed' or empty"),
+        ({"recap": True}, "'same', 'mixed' or empty"),
+        ({"from": "told_twice", "sentences": {"arrive": 1, "move": 0.1}}, "recap .* kind 'move'"),
+        ({"from": "told_twice", "sentences": {"arrive": 1, "fetch": 1}}, "recap .* kind 'fetch'"),
+        ({"recap": "same", "sentences": {"meet": 1}}, "nobody arrives"),
     ],
 )
 def test_bad_grades_are_one_clear_sentence(grade, message):

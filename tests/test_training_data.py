@@ -1,11 +1,14 @@
 """Rows of story tokens: what is in them, what they weigh, and that any can be made alone."""
 
+import hashlib
 from itertools import islice
 
 import numpy as np
 import pytest
 
 from minitx.errors import MinitxError
+from minitx.files.tokenizer_json import read_tokenizer
+from minitx.files.tokenizer_json_write import write_tokenizer
 from minitx.training.data import (
     END,
     KIND_NUMBER,
@@ -34,7 +37,8 @@ def test_encoding_by_pieces_is_encoding_the_text(grade):
     encoder = Encoder(TOKENIZER)
     for story in islice(stories("train", grade, 3), 40):
         ids, kinds = encoder.story(story)
-        assert ids == [*TOKENIZER.encode(story.text), encoder.end]
+        assert ids == [*TOKENIZER.encode(story.text, special=False), encoder.end]
+        assert [encoder.end, *ids[:-1]] == TOKENIZER.encode(story.text)  # as a prompt is read
         said = [TOKENIZER.decode([i]).strip() for i, kind in zip(ids, kinds) if kind]
         assert said == [answer.value for answer in story.answers]
         assert [k for k in kinds if k] == [KIND_NUMBER[a.kind] for a in story.answers]
@@ -61,9 +65,10 @@ def test_a_row_begins_with_a_story_and_goes_on_until_it_is_full():
     batch = made.batch(0, 0, 4)
     assert batch.ids.shape == (4, 129) and batch.kinds.shape == batch.weights.shape == (4, 128)
     for ids in batch.ids:
-        texts = TOKENIZER.decode(ids).split(END)
-        assert texts[0] == "" and len(texts) > 3
-        assert all(text.startswith("One day") and text.endswith("The end.") for text in texts[1:-1])
+        assert ids[0] == TOKENIZER.eos
+        texts = TOKENIZER.decode(ids).split(END)  # which leaves out the first
+        assert len(texts) > 2
+        assert all(text.startswith("One day") and text.endswith("The end.") for text in texts[:-1])
     assert (batch.weights > 0).all()
 
 
@@ -72,8 +77,8 @@ def test_an_unchained_row_is_one_story_and_padding():
     batch = made.batch(0, 0, 4)
     for row in range(4):
         story = made.story(0, row, 0)
-        n = len(TOKENIZER.encode(story.text)) + 1
-        assert TOKENIZER.decode(batch.ids[row, : n + 1]) == END + story.text + END
+        n = len(TOKENIZER.encode(story.text))
+        assert TOKENIZER.decode(batch.ids[row, : n + 1]) == story.text + END
         assert (batch.kinds[row, n:] == PADDING).all() and (batch.kinds[row, :n] >= 0).all()
     trimmed = batch.trimmed()
     used = (batch.kinds != PADDING).any(0).sum()
@@ -123,9 +128,25 @@ def test_mix_changes_half_of_the_bits():
     assert abs(counts - 400).max() < 80  # 4 standard deviations
 
 
+def test_a_prompt_begins_as_a_story_does(tmp_path):
+    """The tokenizer puts <|endoftext|> first, as does the one that is written beside a model."""
+    write_tokenizer(TOKENIZER, tmp_path)
+    for tokenizer in (TOKENIZER, read_tokenizer(tmp_path)):
+        ids = tokenizer.encode("One day")
+        assert ids == [tokenizer.eos, *tokenizer.encode("One day", special=False)]
+        assert tokenizer.decode(ids) == "One day" and tokenizer.encode("") == [tokenizer.eos]
+        assert end_id(tokenizer) == tokenizer.bos == tokenizer.eos == len(tokenizer) - 1
+
+
+def test_the_ids_of_the_stories_stay():
+    """A model that was trained with other ids would be of no use: pinned."""
+    ids = rows(grades={"full": 1}, row_length=250).batch(3, 0, 4).ids
+    assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] == "ac357eead5d2d3dc"
+
+
 def test_a_tokenizer_needs_an_end():
     class Letters:
-        def encode(self, text):
+        def encode(self, text, special=True):
             return [ord(c) for c in text]
 
     with pytest.raises(MinitxError, match="endoftext"):

@@ -18,6 +18,7 @@ from minitx.training.layerskip import (
     exit_weights,
     kept,
     record,
+    shallow,
 )
 from minitx.training.loss import cross_entropy
 from minitx.tree import rebuild, weights
@@ -27,7 +28,7 @@ MODEL = random_model(CONFIG, 1, np.float64)
 IDS = np.random.default_rng(0).integers(0, 23, (3, 9))
 
 
-def shallow(model, depth):
+def first_blocks(model, depth):
     return rebuild(
         model, lambda n: replace(n, blocks=n.blocks[:depth]) if isinstance(n, Stack) else None
     )
@@ -76,7 +77,7 @@ def test_a_dropped_layer_is_passed_by_for_its_rows_only():
     keep[3, 1] = 0  # row 1 passes by the last layer
     got = drop_layers(MODEL, keep)(IDS)
     np.testing.assert_array_equal(got[[0, 2]], MODEL(IDS)[[0, 2]])
-    np.testing.assert_array_equal(got[1], shallow(MODEL, 3)(IDS)[1])
+    np.testing.assert_array_equal(got[1], first_blocks(MODEL, 3)(IDS)[1])
 
 
 def test_no_gradient_flows_through_a_dropped_layer():
@@ -98,7 +99,15 @@ def test_recorded_states_are_those_of_shallower_models():
     logits = recorded(IDS)
     np.testing.assert_array_equal(logits, MODEL(IDS))
     for depth, x in enumerate(hidden, 1):
-        np.testing.assert_array_equal(x, shallow(MODEL, depth).hidden(IDS))
+        np.testing.assert_array_equal(x, first_blocks(MODEL, depth).hidden(IDS))
+
+
+def test_a_shallow_model_is_its_first_blocks():
+    for layers in (1, 3, 4):
+        np.testing.assert_array_equal(shallow(MODEL, layers)(IDS), first_blocks(MODEL, layers)(IDS))
+        assert shallow(MODEL, layers).stack.blocks == MODEL.stack.blocks[:layers]
+    np.testing.assert_array_equal(shallow(MODEL, None)(IDS), MODEL(IDS))
+    assert (shallow(MODEL, 3)(IDS) != MODEL(IDS)).any()
 
 
 def test_exit_loss_is_the_weighted_loss_of_shallower_models():
@@ -108,7 +117,7 @@ def test_exit_loss_is_the_weighted_loss_of_shallower_models():
         return cross_entropy(logits, targets, ones)
 
     found, _, _ = gradients(MODEL, lambda m: exit_loss(m, ids, exit_weights(4, 0.2, 2, 1), loss))
-    wanted = 0.2 / 3.8 * loss(shallow(MODEL, 2)(ids)) + 3.6 / 3.8 * loss(MODEL(ids))
+    wanted = 0.2 / 3.8 * loss(first_blocks(MODEL, 2)(ids)) + 3.6 / 3.8 * loss(MODEL(ids))
     assert found == pytest.approx(wanted, rel=1e-12)
 
 

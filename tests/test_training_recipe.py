@@ -21,7 +21,8 @@ GOOD = {
         {"name": "a", "grades": {"one_hop_tiny": 1, "mine": 2}, "row": 64, "batch": 32,
          "steps": 100, "lr": 0.001, "until": {"where1": 0.9}},
         {"name": "b", "grades": {"full": 1}, "row": 64, "batch": 16, "steps": 5, "lr": 1e-4,
-         "early_exit": {"scale": 0.2, "rotation": 4}, "betas": [0.9, 0.99]},
+         "early_exit": {"scale": 0.2, "rotation": 4}, "betas": [0.9, 0.99],
+         "layers": 2},
     ],
 }  # fmt: skip
 
@@ -35,6 +36,7 @@ def test_a_good_recipe():
     (tiny, one), (mine, two) = recipe.shares(a)
     assert (tiny, one, two) == (GRADES["one_hop_tiny"], 1, 2)
     assert mine.max_people == 3 and mine.questions == GRADES["one_hop"].questions
+    assert (a.layers, b.layers) == (None, 2)
     config = recipe.config(500, 499)
     assert (config.vocab_size, config.bos, config.eos) == (500, 499, (499,))
 
@@ -84,6 +86,9 @@ FAULTS = [
     (("stages", 0), "betas", [0.9, 1.0], "two numbers"),
     (("stages", 0), "layer_dropout", 1, "below 1"),
     (("stages", 0), "warmup", -1, "whole number"),
+    (("stages", 0), "layers", 0, "whole number >= 1"),
+    (("stages", 0), "layers", True, "whole number >= 1"),
+    (("stages", 1), "layers", 3, "Stage 'b' trains the first 3 layers but the model has 2"),
     (("stages", 1), "early_exit", 3, "scale and rotation"),
     (("stages", 1), "early_exit", {"scale": 1.0}, "'rotation'"),
     (("stages", 1, "early_exit"), "rotation", 0, "whole number"),
@@ -107,6 +112,16 @@ def test_each_fault_is_named(path, name, value, word):
         recipe_from(recipe)
     message = str(caught.value)
     assert word.lower() in message.lower() and "\n" not in message and message.endswith(".")
+
+
+def test_a_recap_holds_mentions():
+    """A stage may wait for them, though no sentence of its grade is of the kind "mention"."""
+    stage = GOOD["stages"][0] | {"grades": {"told_twice": 1}, "until": {"mention": 0.9}}
+    assert recipe_from(GOOD | {"stages": [stage]}).stages[0].until == {"mention": 0.9}
+    grade = {"from": "told_twice", "recap": ""}
+    recipe = GOOD | {"stages": [stage], "grades": {"told_twice": grade}}
+    with pytest.raises(MinitxError, match="never ask that; they have no answers"):
+        recipe_from(recipe)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"name": 1, "name": 2}', "nul"])

@@ -1,1 +1,1 @@
-"""Foreign formats: the only place that knows other projects' file names, tensor names and layouts."""
+"""Foreign formats: the only place that knows other projects' names and layouts."""

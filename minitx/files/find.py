@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.errors import MinitxError
+from minitx.files.common import unreadable
 from minitx.model import Transformer
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -13,7 +14,7 @@ SHIPPED = [PACKAGE / "weights", PACKAGE.parent / "weights"]
 
 
 def shipped() -> dict[str, Path]:
-    """The models that come with minitx, by name."""
+    """The folders of the models that come with minitx, by name."""
     return {
         config.parent.name: config.parent
         for folder in reversed(SHIPPED)
@@ -22,44 +23,53 @@ def shipped() -> dict[str, Path]:
 
 
 def locate(name_or_path) -> Path:
-    """The folder or file that is meant: a shipped name first, then a path."""
-    known = shipped()
-    if str(name_or_path) in known:
-        return known[str(name_or_path)]
-    path = Path(name_or_path)
-    if not path.exists():
+    """The folder or file that is meant. A plain name is a shipped model first; ``./name``, or a
+    ``Path``, is a path only. Raises MinitxError if there is no such thing."""
+    path = _place(name_or_path, "model")
+    if not _exists(path):
         raise MinitxError(
-            f"There is no model {str(name_or_path)!r}: it is neither a folder or file here, nor one "
-            f"of the shipped models ({', '.join(sorted(known)) or 'none found'})."
+            f"There is no model {str(name_or_path)!r}: it is neither a folder or file here, nor "
+            f"one of the shipped models ({', '.join(sorted(shipped())) or 'none found'})."
         )
     return path
 
 
 def read(name_or_path, tokenizer=None, dtype=np.float32) -> tuple[Transformer, object, str]:
-    """(model, tokenizer or None, name). The tokenizer is read from where it was asked for, or from
-    beside the model if one stands there."""
+    """(model, tokenizer or None, name), for arguments as ``minitx.load`` has them.
+
+    The tokenizer is looked for where it was asked for, else beside the model.
+    """
     path = locate(name_or_path)
+    where = beside(path) if tokenizer is None else _tokenizer_at(tokenizer)
+    model = read_model_at(path, dtype)
+    # As it is called where it lies: "." and "stories15M.bin" make no names.
+    name = path.resolve().name if path.is_dir() else path.stem
+    return model, None if where is None else read_tokenizer_for(where, model), name
+
+
+def read_model_at(path: Path, dtype) -> Transformer:
     if path.is_dir():
         from minitx.files.huggingface import read_model
 
-        model = read_model(path, dtype)
-        beside = path / "tokenizer.json"
-    elif path.suffix == ".bin":
+        return read_model(path, dtype)
+    if path.suffix == ".bin":
         from minitx.files.llama2c import read_llama2c
 
-        model = read_llama2c(path, dtype)
-        beside = path.with_name("tokenizer.bin")
-    else:
-        raise MinitxError(
-            f"{path} is no model: a Hugging Face folder (config.json and model.safetensors) or a "
-            "llama2.c .bin file is needed."
-        )
-    where = Path(tokenizer) if tokenizer is not None else beside if beside.exists() else None
-    return model, None if where is None else read_tokenizer_for(where, model), path.stem
+        return read_llama2c(path, dtype)
+    raise MinitxError(
+        f"{path} is no model: needed is a Hugging Face folder (one with config.json and "
+        "model.safetensors) or a llama2.c .bin file."
+    )
+
+
+def beside(path: Path) -> Path | None:
+    """The tokenizer that stands beside the model, if there is one."""
+    found = path / "tokenizer.json" if path.is_dir() else path.with_name("tokenizer.bin")
+    return found if _exists(found) else None
 
 
 def read_tokenizer_for(path: Path, model: Transformer):
-    """The tokenizer in a folder or file, refused if it can give ids that the model does not have."""
+    """The tokenizer in a folder or file, refused if it gives ids that the model does not have."""
     size = model.config.vocab_size
     if path.suffix == ".bin":
         from minitx.files.llama2c_tokenizer import read_llama2c_tokenizer
@@ -70,7 +80,42 @@ def read_tokenizer_for(path: Path, model: Transformer):
     tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size > size:
         raise MinitxError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} entries but the model knows only {size}; "
-            "give the tokenizer that belongs to this model."
+            f"{path}: the tokenizer has {tokenizer.vocab_size} entries but the model knows only "
+            f"{size}; give the tokenizer that belongs to this model."
         )
     return tokenizer
+
+
+def _tokenizer_at(name_or_path) -> Path:
+    """The file of a tokenizer that was asked for: the file itself, or the one in that folder, which
+    may be a shipped model's."""
+    path = _place(name_or_path, "tokenizer")
+    if not _exists(path):
+        raise MinitxError(f"{path}: there is no such tokenizer; give its file or folder.")
+    if not path.is_dir():
+        return path
+    for name in ("tokenizer.json", "tokenizer.bin"):
+        if _exists(path / name):
+            return path / name
+    raise MinitxError(f"{path}: holds no tokenizer (tokenizer.json, or llama2.c's tokenizer.bin).")
+
+
+def _place(name_or_path, what: str) -> Path:
+    """The folder of the shipped model of that name, else the path."""
+    known = shipped()
+    if isinstance(name_or_path, str) and name_or_path in known:
+        return known[name_or_path]
+    try:
+        return Path(name_or_path)
+    except TypeError:
+        raise MinitxError(f"The {what} is {name_or_path!r}; a name or a path is needed.") from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return False
+    except OSError as error:  # no permission to look there, or a name that is too long
+        raise unreadable(path, error) from None
+    return True

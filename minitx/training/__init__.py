@@ -1,1 +1,1 @@
-"""Stories to learn from, gradients through the same forward that inference runs, and the training loop."""
+"""Stories to learn from, gradients through the forward of inference, and the training loop."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minitx.errors import MinitxError
+from minitx.files.byte_level_bpe import ByteLevelBPE
+from minitx.training.bpe import bpe_for_words
 from minitx.training.grades import KINDS, Grade, grade_from
 from minitx.training.stories import Story, stories, vocabulary
 
@@ -32,16 +34,21 @@ class Batch(NamedTuple):
         return Batch(self.ids[:, : T + 1], self.weights[:, :T], self.kinds[:, :T])
 
 
-def story_tokenizer():
-    """The tokenizer of the shipped story models: one token for every word that a story can hold."""
-    from minitx.training.bpe import bpe_for_words
+def story_tokenizer() -> ByteLevelBPE:
+    """The tokenizer of the shipped story models: one token for every word that a story can hold.
 
-    return bpe_for_words(vocabulary(), [END])
+    It puts ``<|endoftext|>`` before every text by itself, since every story of the training follows
+    one: so a prompt is read as the beginning of a story. Rows are put together without that.
+    """
+    plain = bpe_for_words(vocabulary(), [END])
+    return ByteLevelBPE(
+        plain.tokens, plain.merges, plain.added, bos=plain.bos, eos=plain.eos, adds_bos=True
+    )
 
 
 def end_id(tokenizer) -> int:
     """The id of ``<|endoftext|>``; MinitxError if the tokenizer has no such token."""
-    ids = tokenizer.encode(END)
+    ids = tokenizer.encode(END, special=False)
     if len(ids) != 1:
         raise MinitxError(f"The tokenizer has no {END} token; training on stories needs one.")
     return ids[0]
@@ -60,7 +67,7 @@ class Encoder:
         if text not in self.known:
             if len(self.known) >= CACHED_PIECES:
                 self.known.clear()
-            self.known[text] = self.tokenizer.encode(text)
+            self.known[text] = self.tokenizer.encode(text, special=False)
         return self.known[text]
 
     def story(self, story: Story) -> tuple[list[int], list[int]]:

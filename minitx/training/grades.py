@@ -63,10 +63,7 @@ class Grade:
             raise MinitxError(
                 f"Grade field 'stop' is {self.stop!r}; it must be a chance between 0 and 1."
             )
-        if self.recap not in ("", "same", "mixed"):
-            raise MinitxError(
-                f"Grade field 'recap' is {self.recap!r}; it must be 'same', 'mixed' or empty."
-            )
+        _check_recap(self)
         if not 1 <= self.max_people <= 20 or self.max_things > 30 or self.max_boxes > 8:
             raise MinitxError(
                 "A grade may have 1 to 20 people, at most 30 things and at most 8 boxes."
@@ -83,7 +80,26 @@ class Grade:
             )
 
 
-ROOM = 25  # the longest sentence (17 words) and the longest closing (7) fit into it
+# The longest sentence (17 words), or the longest arrival (8) twice, and the longest closing (7).
+ROOM = 25
+
+
+def _check_recap(grade: Grade) -> None:
+    """A recap has something to tell, and what it tells is still so."""
+    if grade.recap not in ("", "same", "mixed"):
+        raise MinitxError(
+            f"Grade field 'recap' is {grade.recap!r}; it must be 'same', 'mixed' or empty."
+        )
+    if not grade.recap:
+        return
+    for kind in ("move", "fetch"):
+        if grade.sentences.get(kind, 0) > 0:
+            raise MinitxError(
+                f"Grade has a recap and sentences of kind {kind!r}, after which people are no "
+                "longer where they arrived; leave out one of the two."
+            )
+    if grade.phrases and not grade.sentences.get("arrive", 0) > 0:
+        raise MinitxError("Grade has a recap but nobody arrives; give 'arrive' a weight above 0.")
 
 
 def _check_weights(name: str, weights, known: tuple[str, ...]) -> None:
@@ -135,7 +151,8 @@ GRADES = {
         min_people=1, max_people=3, min_words=20, max_words=80, stop=0.2,
     ),
     "told_twice": Grade(
-        sentences={"arrive": 1}, phrases=False, max_people=5, max_words=120, stop=0.3, recap="mixed",
+        sentences={"arrive": 1}, recap="mixed",
+        phrases=False, max_people=5, max_words=120, stop=0.3,
     ),
     "one_hop_tiny": Grade(
         sentences={"arrive": 2}, questions={"where1": 3},

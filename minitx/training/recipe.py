@@ -121,6 +121,11 @@ def recipe_from(given: dict) -> Recipe:
                 f"Stage {stage.name!r} has rows of {stage.row} tokens but the model's context is "
                 f"{config.context}; use shorter rows or a longer context."
             )
+        if stage.layers is not None and stage.layers > config.layers:
+            raise MinitxError(
+                f"Stage {stage.name!r} trains the first {stage.layers} layers but the model has "
+                f"{config.layers}; use fewer, or leave layers out for all."
+            )
     return recipe
 
 

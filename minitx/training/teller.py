@@ -28,6 +28,7 @@ class Teller:
         self.pick, self.say = self.writer.pick, self.writer.say
         self.questions = 0  # asked so far
         self.arrivals = []  # (place, sentence) of everyone who arrived, for a recap
+        self.recap_words = 0  # that it will take
         self.kinds = [
             (kind, *how, grade.sentences[kind])
             for kind, how in SENTENCES.items()
@@ -55,7 +56,8 @@ class Teller:
     def next_sentence(self):
         """How to tell it and the options that it has, or None where the story ends."""
         grade = self.grade
-        if self.writer.words > grade.max_words - ROOM or self.questions >= grade.max_questions:
+        words = self.writer.words + self.recap_words
+        if words > grade.max_words - ROOM or self.questions >= grade.max_questions:
             return None
         gathering = len(self.world.people) < grade.min_people
         possible = []
@@ -83,7 +85,10 @@ class Teller:
         self.world.people.append(who)
         place = self.world.at[who] = self.pick(PLACES)
         self.say("arrive", who=who, place=place)
-        self.arrivals.append((place, self.writer.pieces[-1][0]))
+        if self.grade.recap:
+            sentence = self.writer.pieces[-1][0]
+            self.arrivals.append((place, sentence))
+            self.recap_words += sentence.count(" ")
 
     def new_thing(self, at: str) -> dict[str, str]:
         """A thing that the story has not had yet, and its colour."""
@@ -175,8 +180,8 @@ class Teller:
         )
 
     def recap(self, in_order: bool):
-        """All arrivals once more, word for word, in their order or in any. The place is forced: with
-        nothing else to learn, this is where a model first finds out how to look things up."""
+        """All arrivals once more, word for word, in their order or in any. Their places are forced:
+        with nothing else to learn, here a model first finds out how to look things up."""
         left = list(self.arrivals)
         while left:
             arrival = left[0] if in_order else self.pick(left)

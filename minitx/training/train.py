@@ -19,7 +19,7 @@ from tqdm import tqdm
 from minitx.build import random_model
 from minitx.errors import MinitxError
 from minitx.files.common import replacing
-from minitx.files.huggingface import write_model
+from minitx.files.huggingface import ONE_FILE, write_model
 from minitx.files.tokenizer_json_write import write_tokenizer
 from minitx.lab.evaluate import Tally, report
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
@@ -85,10 +85,11 @@ class Run:
     # The loop ------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Random weights; the moments are zero already. Blocks that the first stage leaves out begin
-        as identities (they add 0 to the stream), so that they can join in without a jolt."""
+        """Random weights; the moments are zero already. Blocks that the first stage leaves out
+        begin as identities (they add 0 to the stream), so that they join in without a jolt."""
         first = weights(random_model(self.layout.config, self.recipe.seed))
-        for number in range(self.recipe.stages[0].layers or 10**9, self.layout.config.layers):
+        layers = self.layout.config.layers
+        for number in range(self.recipe.stages[0].layers or layers, layers):
             for writer in ("attn.out.w", "ffn.down.w"):
                 first[f"stack.blocks.{number}.{writer}"][:] = 0
         self.layout.pack(first, self.arrays["weights"])
@@ -214,9 +215,15 @@ class Run:
 
 
 def _folder(recipe_path, out) -> Path:
-    """The folder to write to, made if need be."""
+    """The folder to write to, made if need be; refused if it holds a model that was not trained
+    there, such as a shipped one, for that would be lost."""
     path = Path(recipe_path)
     folder = Path(out) if out is not None else path if path.is_dir() else path.parent
+    if (folder / ONE_FILE).exists() and not (folder / CHECKPOINT).exists():
+        raise MinitxError(
+            f"{folder}: holds a model ({ONE_FILE}) but no checkpoint of its training, so training "
+            "would overwrite it; give another folder to write to (--out)."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,6 +14,7 @@ class Reader:
     def __init__(self):
         self.place, self.holder, self.colour, self.inside, self.food = {}, {}, {}, {}, {}
         self.answers, self.asked = [], {}
+        self.arrivals, self.retold = {}, []  # name -> sentence; names in the order of the recap
 
     def read(self, text):
         sentences = re.findall(r"[A-Z][^.?]*[.?]", re.sub(r"^One day (?=[A-Z])", "", text))
@@ -28,6 +29,7 @@ class Reader:
             else:
                 self.sentence(sentence)
         assert question is None
+        assert not self.retold or sorted(self.retold) == sorted(self.arrivals), "half a recap"
         return self.answers
 
     def put_at(self, item, *, holder=None, box=None, place=None):
@@ -37,11 +39,25 @@ class Reader:
                 facts[item] = value
 
     def sentence(self, sentence):
+        retold = len(self.retold)
         for pattern, act in self.RULES:
             if match := re.fullmatch(pattern, sentence):
                 act(self, *match.groups())
-                return
-        assert any(re.fullmatch(pattern, sentence) for pattern in self.IDLE), sentence
+                break
+        else:
+            assert any(re.fullmatch(pattern, sentence) for pattern in self.IDLE), sentence
+        if retold:  # then all else is over
+            ends = re.fullmatch(self.CLOSING, sentence)
+            assert len(self.retold) > retold or ends, f"in the recap: {sentence}"
+
+    def arrived(self, sentence, who, place):
+        """Someone new, or the very sentence of someone who arrived before: a recap."""
+        if who not in self.arrivals:
+            self.arrivals[who], self.place[who] = sentence, place
+            return
+        assert self.arrivals[who] == sentence and who not in self.retold, sentence
+        self.retold.append(who)
+        self.told("mention", self.place[who], place)
 
     def changed(self, who, by, food):
         assert self.food[who][0] == food.rstrip("s")
@@ -89,7 +105,8 @@ class Reader:
     W = r"([A-Z][a-z]+)"  # a name
     x = r"([a-z]+)"  # any other word
     RULES = [
-        (rf"{W} (?:was in|came to|waited in|sat with \w+ \w+ in|went to|moved on to) the {x}\.",
+        (rf"({W} (?:was in|came to|waited in|sat with \w+ \w+ in) the {x}\.)", arrived),
+        (rf"{W} (?:went to|moved on to) the {x}\.",
          lambda s, who, place: s.place.update({who: place})),
         (rf"(?:Then |After \w+ ){W} (?:went|moved on) to the {x}\.",
          lambda s, who, place: s.place.update({who: place})),
@@ -143,6 +160,10 @@ class Reader:
         (rf"Even the \w+ could see that the {x} was {x}\.",
          lambda s, t, c: s.told("mention", s.colour[t], c)),
     ]  # fmt: skip
+    CLOSING = (
+        r"The end\.|That was the end of the day\.|And then it was time for bed\."
+        r"|They all lived happily ever after\."
+    )
     IDLE = [
         r"Once upon a time there was a (boy|girl) named \w+\.",
         r"Once there was a \w+ (boy|girl) named \w+\.",
@@ -152,8 +173,7 @@ class Reader:
         r"There was also a (boy|girl) named \w+\.",
         r"Soon a (boy|girl) named \w+ came along\.",
         r"\w+ was a \w+ (boy|girl)\.",
-        r"The end\.|That was the end of the day\.|And then it was time for bed\.",
-        r"They all lived happily ever after\.",
+        CLOSING,
         r"It was a \w+ day\.|The \w+ \w+ at the \w+\.|A \w+ sat under a \w+\.",
         r"Far away, a \w+ slept behind a \w+\.",
         r"\w+ felt \w+\.|\w+ \w+ \w+ly\.|\w+ wanted to \w+\.|\w+ dreamed about the \w+\.",

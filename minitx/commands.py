@@ -1,0 +1,134 @@
+"""What each ``minitx`` command does: a few lines around a function that Python can call as well.
+
+Each gets its arguments as cli.py read them, and returns the exit status if it is not 0. What a
+command alone needs is imported when it runs, so that the others start faster.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import islice, tee
+from pathlib import Path
+
+import numpy as np
+
+import minitx
+from minitx.errors import MinitxError
+from minitx.tree import weights
+
+NOT_FINISHED = 3
+
+
+def generate(args) -> None:
+    prompt = read_stdin() if args.prompt == "-" else need_text(args.prompt)
+    lm = minitx.load(args.model, args.tokenizer)
+    began = time.perf_counter()
+    ids = lm.encode(prompt)
+    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    tokens, new = tee(lm.tokens(ids, args.max_new_tokens, **options))
+    pieces = lm.pieces(tokens, ids[-1])
+    # An overflow does no harm (silu far below 0), or ends in scores that are refused.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if args.json:
+            text = "".join(pieces)
+        else:
+            print_text(prompt, pieces)
+    new, took = list(new), time.perf_counter() - began
+    if args.json:
+        found = {"prompt": prompt, "text": text, "prompt_ids": ids, "ids": new, "seconds": took}
+        print(json.dumps(found, indent=1))
+    print_figures(f"{len(new)} tokens in {took:.2f} s, {len(new) / took:.0f} a second")
+
+
+def print_figures(text: str) -> None:
+    if sys.stderr:  # None if it is closed, and print would then take stdout
+        print(text, file=sys.stderr)
+
+
+def print_text(prompt: str, pieces: Iterable[str]) -> None:
+    try:
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print()  # a message about what went wrong begins on a line of its own
+
+
+def need_text(argument: str) -> str:
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError as error:  # Python hides bytes that are no text in surrogates
+        raise MinitxError(
+            f"Character {error.start} of the prompt is a stray byte; text in UTF-8 is needed."
+        ) from None
+    return argument
+
+
+def read_stdin() -> str:
+    """The text on stdin, without the line end that most text ends with."""
+    if not sys.stdin:
+        raise MinitxError("There is no stdin to read the prompt from.")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MinitxError(f"Byte {error.start} on stdin is not UTF-8; text is needed.") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def show(args) -> None:
+    lm = minitx.load(args.model, args.tokenizer)
+    total = sum(w.size for w in weights(lm.model).values())
+    if args.json:
+        found = {"name": lm.name, "weights": total, "config": asdict(lm.model.config)}
+        print(json.dumps(found, indent=1))
+    else:
+        print(lm.model)
+        print_figures(f"{total:,} weights")
+
+
+def check(args) -> int:
+    from minitx.lab.check import check_models
+
+    return check_models(args.models, as_json=args.json, folder=args.reference)
+
+
+def bench(args) -> None:
+    from minitx.lab.bench import bench as measure
+
+    measure(as_json=args.json, quick=args.quick)
+
+
+def evaluate(args) -> None:
+    from minitx.lab.evaluate import evaluate_model
+
+    report = evaluate_model(
+        minitx.load(args.model, args.tokenizer), args.stories, args.grade, depths=args.depths
+    )
+    print(json.dumps(report.as_dict(), indent=1) if args.json else report)
+
+
+def train(args) -> int:
+    from minitx.training.train import train as train_by
+
+    recipe = Path(args.recipe)
+    folder = recipe if recipe.is_dir() else recipe.parent
+    # Never the recipe's own folder by itself: that of a shipped model holds the shipped weights.
+    out = args.out or Path("runs") / folder.resolve().name
+    result = train_by(
+        recipe, out, workers=args.workers, resume=not args.restart, time_limit=args.time_limit
+    )
+    return 0 if result["finished"] else NOT_FINISHED
+
+
+def stories(args) -> None:
+    from minitx.training.stories import stories as endless
+
+    found = islice(endless(args.split, args.grade, args.seed), args.count)
+    if args.json:
+        told = [{"text": s.text, "answers": [[a.kind, a.value] for a in s.answers]} for s in found]
+        print(json.dumps(told, indent=1))
+    else:
+        for story in found:
+            print(story.text, end="\n\n")

@@ -1,0 +1,97 @@
+"""What several tests share: models that are made in no time, and a token loop of fixed tokens.
+
+The tokenizer has the 256 bytes, the pairs "on" and "ce", and ``<|endoftext|>``, which goes first.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from minitx.build import random_model
+from minitx.config import Config
+from minitx.files.added_tokens import AddedToken
+from minitx.files.byte_level_bpe import ByteLevelBPE
+from minitx.files.huggingface import write_model
+from minitx.files.tokenizer_json_write import write_tokenizer
+from minitx.lm import LM
+from minitx.tree import Part, map_weights, part
+
+END = 258
+TOKENIZER = ByteLevelBPE(
+    [*(bytes([i]) for i in range(256)), b"on", b"ce"],
+    [(111, 110), (99, 101)],
+    [AddedToken("<|endoftext|>", END)],
+    bos=END,
+    eos=END,
+    adds_bos=True,
+)
+SIZES = dict(vocab_size=259, width=16, layers=2, heads=2, head_width=8, hidden=24, context=48)
+ENDS = dict(bos=END, eos=(END,))
+BIASES = dict(qkv_bias=True, out_bias=True, ffn_bias=True)
+FAMILIES = {
+    "llama": Config("llama", **SIZES, **ENDS, kv_heads=1, rope_width=8),
+    "gpt2": Config("gpt2", **SIZES, **ENDS, **BIASES, kv_heads=2, activation="relu", tied=True),
+    "gpt_neox": Config(
+        "gpt_neox",
+        **SIZES | ENDS | BIASES | dict(kv_heads=2, activation="gelu", rope_width=4, parallel=True),
+    ),
+}
+
+
+@cache
+def tiny_model(family="llama", seed=1, dtype=np.float32, **changes):
+    """Random weights, large enough that logits differ clearly and depend on what went before."""
+    model = random_model(replace(FAMILIES[family], **changes), seed, dtype)
+    return map_weights(model, lambda w: w * 3 if w.ndim > 1 else w)
+
+
+def tiny_lm(family="llama", dtype=np.float32, **changes) -> LM:
+    return LM(**dict(model=tiny_model(family, dtype=dtype), tokenizer=TOKENIZER) | changes)
+
+
+def tiny_folder(folder, family="llama", tokenizer=True):
+    """A model's folder in the Hugging Face layout."""
+    write_model(tiny_model(family), folder, "F32")
+    if tokenizer:
+        write_tokenizer(TOKENIZER, folder)
+    return folder
+
+
+@part
+class Says(Part):
+    """In the place of the token loop: gives these tokens, and notes how it is used."""
+
+    tokens: tuple  # one list of ids for each row
+    calls: list
+
+    def __call__(self, model, prompt, choose, limit):
+        self.calls.append((prompt, limit))
+        for token in self.tokens[0][:limit]:
+            self.calls.append(token)
+            yield token
+
+    def batch(self, model, prompts, choosers, limit):
+        self.calls.append((prompts, limit))
+        for tokens in list(zip(*self.tokens))[:limit]:
+            self.calls.append(tokens)
+            yield list(tokens)
+
+
+@dataclass
+class Spy:
+    """In the place of a model: counts what is run through it."""
+
+    model: object
+    runs: list
+
+    @property
+    def config(self):
+        return self.model.config
+
+    def new_state(self, *arguments):
+        return self.model.new_state(*arguments)
+
+    def next_logits(self, ids, state):
+        self.runs.append(np.shape(ids))
+        return self.model.next_logits(ids, state)
