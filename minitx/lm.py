@@ -52,8 +52,9 @@ class LM(Part):
 
         It ends before the model's end-of-text token, or after ``max_new_tokens`` (as many as the
         context has room for, if not given). The prompt is not repeated in the result.
-        How a token is chosen: see ``decode.Sampler``. The rows of a batch may be of any lengths;
-        row i gives what it would give alone, drawn with the seed ``seed + i``.
+        How a token is chosen: see ``decode.Sampler``. The prompts of a batch may be of any lengths
+        (there is room for what fits after the longest); row i is what it would be alone, but for
+        the last bits of the logits, and is drawn with the seed ``seed + i``.
         """
         options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         if _is_batch(prompt):
