@@ -148,10 +148,18 @@ def test_against_a_twin():
     assert found["versions"]["twin"] == "1"
     (shape,) = found["shapes"]
     assert shape["agreement"] == {"logits_relative_difference": 0.0, "same_greedy_tokens": 6}
-    assert shape["decode"]["transformers_way"] == "transformers decode, once"
-    assert 0.2 < shape["decode"]["ratio"]["median"] < 5
+    assert shape["decode"]["transformers_way"].startswith("transformers decode, ")
+    assert shape["decode"]["ratio"]["median"] > 0
     text = as_text(found)
     assert "at least 6 of 6 greedy tokens are equal" in text and "twin 1" in text
+
+
+def test_the_ratio_is_to_the_faster_way_round_by_round():
+    seconds = {"ours": [1.0, 2.0, 4.0], "slow": [9.0, 9.0, 9.0], "fast": [3.0, 4.0, 4.0]}
+    found = bench.compared(100, seconds, "ours", ["slow", "fast"])
+    assert found["transformers_way"] == "fast"
+    assert found["minitx_tokens_per_second"] == 50 and found["transformers_tokens_per_second"] == 25
+    assert found["ratio"]["median"] == 2  # of 3/1, 4/2, 4/4
 
 
 def test_different_logits_are_refused():
