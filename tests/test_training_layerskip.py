@@ -1,4 +1,4 @@
-"""LayerSkip's recipe: the dossier's worked numbers, and what wrapped blocks compute."""
+"""LayerSkip's recipe: worked numbers, and what wrapped blocks compute."""
 
 from dataclasses import replace
 
