@@ -56,9 +56,7 @@ def shapes(config: Config) -> dict[str, tuple]:
 
     def note(path, shape):
         found[path] = shape
-        return np.broadcast_to(
-            np.float32(0), shape
-        )  # one number that looks like an array: no memory
+        return np.broadcast_to(np.float32(0), shape)  # looks like an array, takes no memory
 
     build(config, note)
     return found

@@ -1,10 +1,12 @@
-"""For the tests of the command line: a directory to work in, and a way to run a command."""
+"""What several test files use: a directory for commands and a way to run one; tokenizers."""
 
 import pytest
 from tiny import tiny_folder
+from tokenizer_files import FOLDER, REFERENCE, with_variant, write_fields
 
 from minitx.cli import main
 from minitx.files import find
+from minitx.files.tokenizer_json import read_tokenizer
 
 
 @pytest.fixture
@@ -26,3 +28,17 @@ def run(workdir, capfd):
         return status, *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The tokenizer of the reference as it stands."""
+    return read_tokenizer(FOLDER)
+
+
+@pytest.fixture(params=REFERENCE["variants"])
+def variant(request, tmp_path):
+    """(tokenizer, texts, their ids) of one variant of the reference's file."""
+    made = REFERENCE["variants"][request.param]
+    tokenizer = read_tokenizer(write_fields(tmp_path, with_variant(made["replaced"])))
+    return tokenizer, REFERENCE["texts"][:: made["step"]], made["ids"]

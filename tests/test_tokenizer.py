@@ -1,10 +1,9 @@
 """Byte-level BPE: the ids of the reference, round trips, merging, streaming."""
 
-import json
 import random
-from pathlib import Path
 
 import pytest
+from tokenizer_files import BYTES, REFERENCE, with_variant, write_fields
 
 from minitx.errors import MinitxError
 from minitx.files.added_tokens import AddedToken
@@ -12,34 +11,6 @@ from minitx.files.byte_level_bpe import ByteLevelBPE
 from minitx.files.merging import merge_best_first
 from minitx.files.tokenizer import StreamDecoder
 from minitx.files.tokenizer_json import read_tokenizer
-
-FOLDER = Path(__file__).parent / "reference/tokenizer"
-REFERENCE = json.loads((FOLDER / "reference.json").read_text(encoding="utf-8"))
-FIELDS = json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
-BYTES = [bytes([byte]) for byte in range(256)]
-
-
-def with_variant(variant):
-    """The reference's file with the keys of `variant` (as in make.py)."""
-    return FIELDS | variant | {"model": FIELDS["model"] | variant.get("model", {})}
-
-
-def write_fields(folder, fields):
-    file = folder / "tokenizer.json"
-    file.write_text(json.dumps(fields), encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return read_tokenizer(FOLDER)
-
-
-@pytest.fixture(params=REFERENCE["variants"])
-def variant(request, tmp_path):
-    made = REFERENCE["variants"][request.param]
-    tokenizer = read_tokenizer(write_fields(tmp_path, with_variant(made["replaced"])))
-    return tokenizer, REFERENCE["texts"][:: made["step"]], made["ids"]
 
 
 def random_text(rng, length):

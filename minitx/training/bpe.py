@@ -57,6 +57,7 @@ def bpe_for_words(
     special_tokens: Iterable[str] = (END_OF_TEXT,),
     *,
     ignore_merges: bool = False,
+    adds_bos: bool = False,
 ) -> ByteLevelBPE:
     """A tokenizer in which every word of `words` is exactly one token, with few tokens besides.
 
@@ -64,9 +65,10 @@ def bpe_for_words(
     with each word counted once, so what many words share is merged first, until each is one token:
     450 English words take about 1,080 ids, of which some 370 are pieces that only lead to words.
     With `ignore_merges` there are no merges and no such pieces, 256 + words + special tokens in
-    all: a word is looked up as a whole, and any other text becomes bytes.
+    all: a word is looked up as a whole, and any other text becomes bytes. With `adds_bos` the first
+    special token is put before every text.
     """
-    words = list(dict.fromkeys(words))
+    words, special = list(dict.fromkeys(words)), list(special_tokens)
     for word in words:
         check_text(word)
         if split(word) != [word]:
@@ -74,11 +76,11 @@ def bpe_for_words(
     if ignore_merges:
         singles = [bytes([byte]) for byte in range(256)]
         longer = [data for word in words if len(data := word.encode("utf-8")) > 1]
-        return _tokenizer(singles + longer, [], list(special_tokens), ignore_merges=True)
+        return _tokenizer(singles + longer, [], special, ignore_merges=True, adds_bos=adds_bos)
     learner = _Learner(dict.fromkeys(words, 1))
     while learner.merge_best_pair():
         pass
-    return _tokenizer(learner.tokens, learner.merges, list(special_tokens))
+    return _tokenizer(learner.tokens, learner.merges, special, adds_bos=adds_bos)
 
 
 def _count_words(texts: Iterable[str]) -> Counter[str]:
@@ -90,13 +92,13 @@ def _count_words(texts: Iterable[str]) -> Counter[str]:
 
 
 def _tokenizer(
-    tokens: list[bytes], merges: list[Pair], special: list[str], ignore_merges: bool = False
+    tokens: list[bytes], merges: list[Pair], special: list[str], **options: bool
 ) -> ByteLevelBPE:
     # The special tokens stand in the vocabulary too, as GPT-2's does: no merge leads to them.
     added = [AddedToken(content, len(tokens) + n) for n, content in enumerate(special)]
     tokens = tokens + [content.encode("utf-8") for content in special]
     first = added[0].id if added else None
-    return ByteLevelBPE(tokens, merges, added, bos=first, eos=first, ignore_merges=ignore_merges)
+    return ByteLevelBPE(tokens, merges, added, bos=first, eos=first, **options)
 
 
 class _Learner:

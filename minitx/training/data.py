@@ -40,10 +40,7 @@ def story_tokenizer() -> ByteLevelBPE:
     It puts ``<|endoftext|>`` before every text by itself, since every story of the training follows
     one: so a prompt is read as the beginning of a story. Rows are put together without that.
     """
-    plain = bpe_for_words(vocabulary(), [END])
-    return ByteLevelBPE(
-        plain.tokens, plain.merges, plain.added, bos=plain.bos, eos=plain.eos, adds_bos=True
-    )
+    return bpe_for_words(vocabulary(), [END], adds_bos=True)
 
 
 def end_id(tokenizer) -> int:
