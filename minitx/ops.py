@@ -30,24 +30,30 @@ def op(f):
 
 
 def linear(x, w, b=None):
-    """``x @ w + b``: x (..., in), w (in, out), b (out,) or None -> (..., out)."""
-    if x.ndim > 2:  # one large product instead of one small product per row of the batch
+    """``x @ w + b``: x (..., in), w (in, out), b (out,) or None -> (..., out).
+
+    One row against a large matrix is summed up as ``x[0] w[0] + x[1] w[1] + ...``, which reads the
+    weights from end to end, as memory likes it: BLAS's matrix-vector product hops between the rows
+    and takes 1.2 to 1.5 times as long.
+    """
+    if x.size == len(w) and w.size >= LARGE:
+        y = np.einsum("i,io->o", x.reshape(-1), w).reshape(*x.shape[:-1], w.shape[1])
+    elif x.ndim > 2:  # one large product instead of one small product per row of the batch
         y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
     else:
         y = x @ w
     return y if b is None else y + b
 
 
-LARGE = 2 << 20  # numbers in a table that has left the cache before the next token needs it
+LARGE = 32 << 10  # numbers in a matrix from which on reading it takes longer than calling einsum
 
 
 def scores(x, table):
     """``x @ table.T``: x (..., D), table (V, D) -> (..., V).
 
-    One x against a large table is taken as V separate dot products, which read the table from end
-    to end: BLAS's matrix-vector product hops between its rows and takes about twice as long.
+    One row against a large table is taken as V separate dot products, for the same reason.
     """
-    if x.size == x.shape[-1] and table.size > LARGE:
+    if x.size == x.shape[-1] and table.size >= LARGE:
         dots = table[:, None, :] @ x.reshape(-1, 1)  # (V, 1, 1)
         return dots.reshape(*x.shape[:-1], len(table))
     return linear(x, table.T)
