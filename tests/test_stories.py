@@ -37,7 +37,7 @@ PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on 
 # sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
 PINNED = {
     "set_phrases": "2bfbc96f7a9c58fa",
-    "told_twice": "69a4cfbbdb7f7f7d",
+    "told_twice": "87dfd538c1c2b7a9",
     "one_hop_tiny": "e587dfd1e00c1059",
     "one_hop": "a78aab13cf1a1e36",
     "two_hops": "6ddd1ec9b0853724",
@@ -82,6 +82,14 @@ def test_the_second_reader_can_disagree():
     ):
         with pytest.raises(AssertionError):
             Reader().read(f"{told} {recap} The end.")
+    found = "One day Tom was in the park. Tom got a kite. The kite was red. Tom had two eggs."
+    again = "Tom had two eggs. Tom got a kite. The kite was red. Tom was in the park."
+    assert [value for _, value in Reader().read(f"{found} {again} The end.")] == [
+        "two", "red", "park",
+    ]  # fmt: skip
+    with pytest.raises(AssertionError):
+        again = "Tom got a kite. Tom had two eggs. The kite was red. Tom was in the park."
+        Reader().read(f"{found} {again} The end.")
 
 
 # Worlds by hand.

@@ -44,7 +44,7 @@ class Grade:
     min_questions: int = 0  # no end before that, unless nothing is left to tell
     max_questions: int = 99  # the end comes right after that
     stop: float = 0.1  # chance of the end before each sentence, where it may come
-    recap: str = ""  # before the end, tell all arrivals again: in the "same" order, or "mixed"
+    recap: str = ""  # before the end, tell all news again: in the "same" order, or "mixed"
 
     def __post_init__(self):
         for name, known in (("sentences", SENTENCE_KINDS), ("questions", QUESTION_KINDS)):
@@ -80,8 +80,10 @@ class Grade:
             )
 
 
-# The longest sentence (17 words), or the longest arrival (8) twice, and the longest closing (7).
+# The longest sentence (17 words), or the longest of those that a recap tells again (8) twice, and
+# the longest closing (7).
 ROOM = 25
+RETOLD = ("arrive", "find", "own")  # kinds of sentences that a recap tells again
 
 
 def _check_recap(grade: Grade) -> None:
@@ -92,14 +94,18 @@ def _check_recap(grade: Grade) -> None:
         )
     if not grade.recap:
         return
-    for kind in ("move", "fetch"):
-        if grade.sentences.get(kind, 0) > 0:
+    told = {kind for kind, weight in grade.sentences.items() if weight > 0}
+    for kind in ("move", "fetch", "change"):
+        if kind in told:
             raise MinitxError(
-                f"Grade has a recap and sentences of kind {kind!r}, after which people are no "
-                "longer where they arrived; leave out one of the two."
+                f"Grade has a recap and sentences of kind {kind!r}, after which what the recap "
+                "tells again is no longer so; leave out one of the two."
             )
-    if grade.phrases and not grade.sentences.get("arrive", 0) > 0:
-        raise MinitxError("Grade has a recap but nobody arrives; give 'arrive' a weight above 0.")
+    if grade.phrases and not told.intersection(RETOLD):
+        raise MinitxError(
+            f"Grade has a recap but nothing to tell again; give {', '.join(RETOLD)} a weight "
+            "above 0."
+        )
 
 
 def _check_weights(name: str, weights, known: tuple[str, ...]) -> None:
@@ -151,8 +157,8 @@ GRADES = {
         min_people=1, max_people=3, min_words=20, max_words=80, stop=0.2,
     ),
     "told_twice": Grade(
-        sentences={"arrive": 1}, recap="mixed",
-        phrases=False, max_people=5, max_words=120, stop=0.3,
+        sentences={"arrive": 3, "find": 2, "own": 1}, recap="mixed",
+        phrases=False, max_people=4, max_things=4, max_words=90, stop=0.2,
     ),
     "one_hop_tiny": Grade(
         sentences={"arrive": 2}, questions={"where1": 3},

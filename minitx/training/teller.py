@@ -4,6 +4,7 @@
 (from the world and the limits of the grade), and the method that tells the one that was drawn.
 """
 
+import re
 from collections.abc import Callable
 
 from minitx.training.grades import ROOM, Grade
@@ -27,7 +28,7 @@ class Teller:
         self.grade, self.world, self.writer = grade, World(), Writer(uniform)
         self.pick, self.say = self.writer.pick, self.writer.say
         self.questions = 0  # asked so far
-        self.arrivals = []  # (place, sentence) of everyone who arrived, for a recap
+        self.news = []  # (type of value, value, sentence) of all that a recap will tell again
         self.recap_words = 0  # that it will take
         self.kinds = [
             (kind, *how, grade.sentences[kind])
@@ -84,11 +85,7 @@ class Teller:
     def arrive(self, who):
         self.world.people.append(who)
         place = self.world.at[who] = self.pick(PLACES)
-        self.say("arrive", who=who, place=place)
-        if self.grade.recap:
-            sentence = self.writer.pieces[-1][0]
-            self.arrivals.append((place, sentence))
-            self.recap_words += sentence.count(" ")
+        self.say_news("place", "arrive", who=who, place=place)
 
     def new_thing(self, at: str) -> dict[str, str]:
         """A thing that the story has not had yet, and its colour."""
@@ -98,7 +95,7 @@ class Teller:
         return {"thing": thing, "colour": colour}
 
     def find(self, who):
-        self.say("find", who=who, **self.new_thing(who))
+        self.say_news("colour", "find", who=who, **self.new_thing(who))
 
     def fill(self, box):
         self.say("fill", box=box, **self.new_thing(box))
@@ -153,7 +150,7 @@ class Teller:
         food, number = self.pick(FOODS), self.pick((2, 3, 4, 5))
         self.world.food[who] = (food, number)
         self.world.told["count", who] = NUMBERS[number]  # told already: nothing to add up yet
-        self.say("own", who=who, number=NUMBERS[number], foods=food + "s")
+        self.say_news("number", "own", who=who, number=NUMBERS[number], foods=food + "s")
 
     def change(self, who):
         food, had = self.world.food[who]
@@ -179,17 +176,25 @@ class Teller:
             "mention", f"mention {attribute}", value_type, value, **{slot: entity}
         )
 
+    def say_news(self, slot: str, wording: str, **slots: str):
+        """A sentence whose slot ``slot`` holds a value that only this sentence tells."""
+        self.say(wording, **slots)
+        if self.grade.recap:
+            sentence = self.writer.pieces[-1][0]
+            self.news.append((slot, slots[slot], sentence))
+            self.recap_words += sentence.count(" ")
+
     def recap(self, in_order: bool):
-        """All arrivals once more, word for word, in their order or in any. Their places are forced:
+        """All news once more, word for word, in their order or in any. Their values are forced:
         with nothing else to learn, here a model first finds out how to look things up."""
-        left = list(self.arrivals)
+        left = list(self.news)
         while left:
-            arrival = left[0] if in_order else self.pick(left)
-            left.remove(arrival)
-            place, sentence = arrival
-            before, _, after = sentence.rpartition(f" {place}")
+            news = left[0] if in_order else self.pick(left)
+            left.remove(news)
+            value_type, value, sentence = news
+            before, after = re.split(rf" {value}\b", sentence)
             self.writer.add(before)
-            self.writer.answer("mention", "place", place)
+            self.writer.answer("mention", value_type, value)
             self.writer.add(after)
 
     def open_questions(self):

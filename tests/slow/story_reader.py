@@ -14,7 +14,7 @@ class Reader:
     def __init__(self):
         self.place, self.holder, self.colour, self.inside, self.food = {}, {}, {}, {}, {}
         self.answers, self.asked = [], {}
-        self.arrivals, self.retold = {}, []  # name -> sentence; names in the order of the recap
+        self.news, self.retold = [], []  # sentences that a recap tells again; those it has told
 
     def read(self, text):
         sentences = re.findall(r"[A-Z][^.?]*[.?]", re.sub(r"^One day (?=[A-Z])", "", text))
@@ -29,7 +29,7 @@ class Reader:
             else:
                 self.sentence(sentence)
         assert question is None
-        assert not self.retold or sorted(self.retold) == sorted(self.arrivals), "half a recap"
+        assert not self.retold or sorted(self.retold) == sorted(self.news), "half a recap"
         return self.answers
 
     def put_at(self, item, *, holder=None, box=None, place=None):
@@ -39,25 +39,33 @@ class Reader:
                 facts[item] = value
 
     def sentence(self, sentence):
-        retold = len(self.retold)
+        if sentence in self.news:
+            self.again(sentence)
+            return
+        assert not self.retold or re.fullmatch(self.CLOSING, sentence), f"in the recap: {sentence}"
         for pattern, act in self.RULES:
             if match := re.fullmatch(pattern, sentence):
                 act(self, *match.groups())
                 break
         else:
             assert any(re.fullmatch(pattern, sentence) for pattern in self.IDLE), sentence
-        if retold:  # then all else is over
-            ends = re.fullmatch(self.CLOSING, sentence)
-            assert len(self.retold) > retold or ends, f"in the recap: {sentence}"
+        if any(re.fullmatch(pattern, sentence) for pattern, _ in self.NEWS):
+            self.news.append(sentence)
 
-    def arrived(self, sentence, who, place):
-        """Someone new, or the very sentence of someone who arrived before: a recap."""
-        if who not in self.arrivals:
-            self.arrivals[who], self.place[who] = sentence, place
-            return
-        assert self.arrivals[who] == sentence and who not in self.retold, sentence
-        self.retold.append(who)
-        self.told("mention", self.place[who], place)
+    def again(self, sentence):
+        """The very sentence that told some news, as part of a recap."""
+        assert sentence not in self.retold, sentence
+        for pattern, fact in self.NEWS:
+            if match := re.fullmatch(pattern, sentence):
+                if derived := fact(self, *match.groups()):
+                    self.told("mention", *derived)
+        if match := re.fullmatch(r"The (\w+) was \w+\.", sentence):
+            assert self.retold[-1].endswith(f" got a {match[1]}."), sentence
+        self.retold.append(sentence)
+
+    def arrived(self, who, place):
+        assert who not in self.place
+        self.place[who] = place
 
     def changed(self, who, by, food):
         assert self.food[who][0] == food.rstrip("s")
@@ -105,7 +113,7 @@ class Reader:
     W = r"([A-Z][a-z]+)"  # a name
     x = r"([a-z]+)"  # any other word
     RULES = [
-        (rf"({W} (?:was in|came to|waited in|sat with \w+ \w+ in) the {x}\.)", arrived),
+        (rf"{W} (?:was in|came to|waited in|sat with \w+ \w+ in) the {x}\.", arrived),
         (rf"{W} (?:went to|moved on to) the {x}\.",
          lambda s, who, place: s.place.update({who: place})),
         (rf"(?:Then |After \w+ ){W} (?:went|moved on) to the {x}\.",
@@ -159,6 +167,19 @@ class Reader:
          lambda s, t, c: s.told("mention", s.colour[t], c)),
         (rf"Even the \w+ could see that the {x} was {x}\.",
          lambda s, t, c: s.told("mention", s.colour[t], c)),
+    ]  # fmt: skip
+    # What a recap may tell again: gives (the fact, what the sentence says), or None for no fact.
+    NEWS = [
+        (rf"{W} (?:was in|came to|waited in|sat with \w+ \w+ in) the {x}\.",
+         lambda s, who, place: (s.place[who], place)),
+        (rf"(?:In the morning )?{W} (?:found|bought|saw) a {x} {x}(?: and picked it up)?\.",
+         lambda s, who, colour, thing: (s.colour[thing], colour)),
+        (rf"{W} got a {x}\.", lambda s, who, thing: None),
+        (rf"The {x} was {x}\.", lambda s, thing, colour: (s.colour[thing], colour)),
+        (rf"{W} had a \w+ {x}, and it was {x}\.",
+         lambda s, who, thing, colour: (s.colour[thing], colour)),
+        (rf"{W} (?:had|put) (two|three|four|five) {x}(?: in \w+ pocket)?\.",
+         lambda s, who, number, food: (NUMBERS[s.food[who][1]], number)),
     ]  # fmt: skip
     CLOSING = (
         r"The end\.|That was the end of the day\.|And then it was time for bed\."
