@@ -21,7 +21,7 @@ from minitx.training.data import KIND_NUMBER, PADDING, Rows, story_tokenizer
 from minitx.training.grad import gradients
 from minitx.training.layerskip import record
 from minitx.training.loss import token_losses
-from minitx.training.optimizer import Layout, adamw
+from minitx.training.optimizer import Layout, adamw, decays
 from minitx.training.recipe import recipe_from
 from minitx.training.team import Team
 from minitx.training.train import train
@@ -38,7 +38,7 @@ FIRST = {
     "check": 6, "lr": 0.01, "warmup": 3, "chain": False, "answer_weight": 5, "weight_decay": 0.1,
 }  # fmt: skip
 SECOND = FIRST | {
-    "name": "second", "chain": True, "layer_dropout": 0.3, "schedule": "cosine",
+    "name": "second", "chain": True, "layer_dropout": 0.3, "schedule": "cosine", "muon": 0.02,
     "early_exit": {"scale": 0.2, "rotation": 2},
 }  # fmt: skip
 
@@ -179,11 +179,33 @@ def test_a_step_is_adamw_on_the_mean_gradient(done):
     norm = np.linalg.norm(g)
     assert norm > 0.5
     m, v = np.zeros_like(g), np.zeros_like(g)
-    adamw(before, g * (0.5 / norm), m, v, done + 1, 0.01, stage.betas, 0.1 * worker.layout.decays())
+    g *= 0.5 / norm
+    moved = np.abs(g) > 1e-6  # where g is tiny, its rounding decides about the first step's sign
+    for path, (where, _) in worker.layout.slots.items():
+        w = before[where], g[where], m[where], v[where]
+        adamw(*w, done + 1, 0.01, stage.betas, 0.1 * decays(path))
     np.testing.assert_allclose(worker.shared["m"], m, rtol=1e-3, atol=1e-8)
     np.testing.assert_allclose(worker.shared["v"], v, rtol=1e-3, atol=1e-12)
-    moved = np.abs(g) > 1e-6  # where g is tiny, its rounding decides about the first step's sign
     np.testing.assert_allclose(worker.shared["weights"][moved], before[moved], atol=1e-4)
+
+
+def test_a_step_is_muon_inside_the_blocks_and_adamw_elsewhere():
+    """Beside a step of AdamW alone; weight decay is the same for both."""
+    found = {}
+    for rate in (None, 0.02):
+        worker = worker_of(recipe_of(FIRST | {"warmup": 0, "muon": rate}))
+        before = {path: w.copy() for path, w in weights(worker.model).items()}
+        worker.step(0, 0, 0)
+        found[rate] = {path: w.copy() for path, w in weights(worker.model).items()}
+    assert not worker.shared["v"][worker.layout.slots["stack.blocks.0.attn.out.w"][0]].any()
+    decay = 1 - 0.02 * worker.recipe.stages[0].weight_decay
+    for path, w in found[0.02].items():
+        if path.startswith("stack.") and path.endswith(".w"):
+            step = before[path] * decay - w
+            size = np.linalg.svd(step)[1] / (0.02 * 0.2 * max(w.shape) ** 0.5)
+            assert 0.5 < np.median(size) < 1.3 and size.max() < 1.3, path
+        else:
+            np.testing.assert_array_equal(w, found[None][path], path)
 
 
 @pytest.mark.parametrize("stage", [FIRST, SECOND])

@@ -1,4 +1,4 @@
-"""AdamW against a loop over single numbers; schedule and clipping against values worked by hand."""
+"""AdamW against a loop over single numbers, Muon against singular values; the rest by hand."""
 
 import math
 
@@ -7,7 +7,17 @@ import pytest
 
 from minitx.build import random_model
 from minitx.config import Config
-from minitx.training.optimizer import EPSILON, Layout, adamw, clip_factor, learning_rate
+from minitx.training.optimizer import (
+    EPSILON,
+    Layout,
+    adamw,
+    clip_factor,
+    decays,
+    is_hidden,
+    learning_rate,
+    muon,
+    orthogonal,
+)
 from minitx.tree import weights
 
 CONFIG = Config("gpt2", 11, 8, 2, 2, 2, 4, 16, 9, activation="relu", tied=True, qkv_bias=True)
@@ -96,12 +106,62 @@ def test_layout_packs_and_shows_every_weight():
 def test_decay_is_for_matrices_only(tied):
     config = Config("gpt2", 11, 8, 2, 2, 2, 4, 16, 9, tied=tied, qkv_bias=True, ffn_bias=True)
     layout = Layout(config)
-    mask = layout.decays()
-    decayed = {path for path, (where, _) in layout.slots.items() if mask[where].all()}
-    kept = {path for path, (where, _) in layout.slots.items() if not mask[where].any()}
-    assert decayed | kept == set(layout.slots)
+    decayed = {path for path in layout.slots if decays(path)}
+    kept = set(layout.slots) - decayed
+    assert {path for path in layout.slots if is_hidden(path)} == decayed - {"head.w"}
     block = "stack.blocks.0."
     assert {"embed.w", "embed.tokens.w", "norm.gain", "norm.bias"} <= kept
     assert {block + "attn.qkv.q.b", block + "ffn.expand.up.b", block + "attn_norm.gain"} <= kept
     assert {block + "attn.qkv.q.w", block + "attn.out.w", block + "ffn.down.w"} <= decayed
     assert ("head.w" in decayed) == (not tied)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 500])
+def test_blocks_hold_every_weight_once_and_whole(count):
+    layout = Layout(CONFIG)
+    blocks = layout.blocks(count)
+    assert len(blocks) == count
+    assert [path for block in blocks for path in block] == list(layout.slots)
+    ends = [layout.slice_of(block) for block in blocks if block]
+    assert [where.start for where in ends] == [0, *[where.stop for where in ends[:-1]]]
+    assert ends[-1].stop == layout.size
+    largest = max(where.stop - where.start for where, _ in layout.slots.values())
+    assert max(where.stop - where.start for where in ends) <= layout.size / count + largest
+
+
+# Muon --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5)])
+def test_orthogonal_keeps_directions_and_evens_out_their_sizes(shape):
+    """By singular values: five rounds of the published polynomial on each of them."""
+    g = np.random.default_rng(0).standard_normal(shape)
+    u, sizes, vt = np.linalg.svd(g, full_matrices=False)
+    assert sizes[0] > 2 * sizes[-1]
+    sizes = sizes / np.linalg.norm(sizes)
+    for _ in range(5):
+        sizes = 3.4445 * sizes - 4.7750 * sizes**3 + 2.0315 * sizes**5
+    assert 0.6 < sizes.min() and sizes.max() < 1.3
+    np.testing.assert_allclose(orthogonal(g), (u * sizes) @ vt, atol=1e-5)
+    assert orthogonal(g.astype(np.float32)).dtype == np.float32
+
+
+def test_muon_by_hand():
+    """Two steps: the running sum of the gradients, looked ahead (Nesterov), and the decay."""
+    rng = np.random.default_rng(1)
+    w, g1, g2 = rng.standard_normal((3, 4, 7))
+    m, first = np.zeros((4, 7)), w.copy()
+    muon(w, g1.copy(), m, 0.1, 0.9, 0.5)
+    length = 0.1 * 0.2 * math.sqrt(7)
+    np.testing.assert_allclose(w, first * 0.95 - length * orthogonal(g1 * 1.9))
+    before = w.copy()
+    muon(w, g2.copy(), m, 0.1, 0.9, 0.5)
+    total = 0.9 * g1 + g2
+    np.testing.assert_allclose(m, total)
+    np.testing.assert_allclose(w, before * 0.95 - length * orthogonal(g2 + 0.9 * total))
+
+
+def test_muon_without_any_gradient_only_decays():
+    w, m = np.ones((3, 3), np.float32), np.zeros((3, 3), np.float32)
+    muon(w, m.copy(), m, 0.1, 0.9, 0.5)
+    np.testing.assert_array_equal(w, np.full((3, 3), 0.95, np.float32))

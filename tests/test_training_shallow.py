@@ -68,7 +68,8 @@ def test_blocks_that_wait_only_decay(stage):
     before = {path: w.copy() for path, w in weights(worker.model).items()}
     for step in range(3):
         worker.step(0, step, step)
-    shrunk = (1 - stage["lr"] * stage["weight_decay"]) ** 3
+    rate = stage.get("muon", stage["lr"])
+    shrunk = (1 - rate * stage["weight_decay"]) ** 3
     for path, w in weights(worker.model).items():
         if block_of(path) < 2:
             assert (w != before[path]).any(), path

@@ -1,8 +1,7 @@
-"""AdamW, gradient clipping and the learning rate over time, on flat vectors of numbers.
+"""AdamW and Muon, gradient clipping and the learning rate over time, on one flat vector of weights.
 
-All weights of a model lie one after another in one vector (``Layout``), of which the tree holds
-views: so an update is a few long in-place operations, and any slice of the vector can be updated by
-another process.
+All weights of a model lie one after another in that vector (``Layout``), of which the tree holds
+views: so an update works in place, and any block of the vector can be updated by another process.
 """
 
 import math
@@ -39,17 +38,29 @@ class Layout:
         for path, (where, _) in self.slots.items():
             out[where] = arrays[path].ravel() if path in arrays else 0
 
-    def decays(self) -> np.ndarray:
-        """(size,) 1 where weight decay applies and 0 where not: gains, biases and embeddings."""
-        mask = np.zeros(self.size, np.float32)
+    def blocks(self, count: int) -> list[list[str]]:
+        """The paths in order, cut into so many blocks of about the same size."""
+        found: list[list[str]] = [[] for _ in range(count)]
         for path, (where, _) in self.slots.items():
-            mask[where] = decays(path)
-        return mask
+            middle = (where.start + where.stop) / 2
+            found[int(count * middle / self.size)].append(path)
+        return found
+
+    def slice_of(self, paths: list[str]) -> slice:
+        """Where neighbours lie together."""
+        if not paths:
+            return slice(0, 0)
+        return slice(self.slots[paths[0]][0].start, self.slots[paths[-1]][0].stop)
 
 
 def decays(path: str) -> bool:
     """Does weight decay apply? Only to matrices that multiply the stream."""
     return path.endswith(".w") and not path.startswith("embed")
+
+
+def is_hidden(path: str) -> bool:
+    """Is it a matrix inside a block? Muon is for these; embeddings and the head have AdamW."""
+    return path.startswith("stack.") and decays(path)
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int, schedule: str, final: float):
@@ -92,3 +103,34 @@ def adamw(w, g, m, v, step: int, lr: float, betas, decay) -> None:
     np.divide(m, g, out=g)
     g *= lr / (1 - b1**step)
     w -= g
+
+
+def muon(w, g, m, lr: float, beta: float, decay: float) -> None:
+    """One step of Muon (Jordan et al., 2024) for a matrix, in place on w and m.
+
+    w, g, m (in, out): weights, gradient, and its running sum. The step is that sum, made
+    orthogonal: it changes what the matrix does to every direction by the same amount, also to
+    those that the gradient hardly ever shows. 0.2 sqrt(longer side) makes a step as long as one of
+    AdamW, so that learning rates can be compared (Liu et al., 2025, arXiv:2502.16982).
+    """
+    w *= 1 - lr * decay
+    m *= beta
+    m += g
+    if m.any():  # blocks that wait for their stage have nothing to learn from yet
+        w -= (0.2 * max(w.shape) ** 0.5 * lr) * orthogonal(g + beta * m)
+
+
+# Five rounds with this polynomial bring every singular value from [0.01, 1] near 1 (Jordan et al.):
+# a x + b x^3 + c x^5 is chosen to rise fast from 0, and need not end at exactly 1.
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+
+
+def orthogonal(g: np.ndarray) -> np.ndarray:
+    """Roughly U V^T, where g = U S V^T (in, out): g with its singular values set to about 1."""
+    a, b, c = NEWTON_SCHULZ
+    tall = g.shape[0] > g.shape[1]
+    x = (g.T if tall else g) / (np.linalg.norm(g) + 1e-7)  # the products below are smaller so
+    for _ in range(5):
+        square = x @ x.T
+        x = a * x + (b * square + c * (square @ square)) @ x
+    return x.T if tall else x

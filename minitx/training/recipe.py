@@ -48,6 +48,7 @@ class Stage:
     weight_decay: float = 0.0
     clip: float = 1.0  # largest joint norm of all gradients; 0: any
     betas: tuple = (0.9, 0.95)
+    muon: float | None = None  # lr of the blocks' matrices if Muon trains them, not AdamW
     layer_dropout: float = 0.0  # chance that a row passes by the last layer; less before it
     early_exit: EarlyExit | None = None
     layers: int | None = None  # train this many of the first blocks, the others wait; None: all
@@ -208,6 +209,7 @@ STAGE_RULES = {
     "answer_weight": ABOVE_0,
     "weight_decay": FROM_0,
     "clip": FROM_0,
+    "muon": (lambda v: v is None or _number(v) and 0 < v < 1e9, "a number above 0"),
     "betas": (
         lambda v: isinstance(v, list) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v),
         "a list of two numbers from 0 to below 1",

@@ -18,10 +18,19 @@ from minitx.training.data import PADDING, Batch, Rows, drawn_stories, end_id, mi
 from minitx.training.grad import gradients
 from minitx.training.layerskip import drop_layers, exit_loss, exit_weights, kept, shallow
 from minitx.training.loss import cross_entropy
-from minitx.training.optimizer import Layout, adamw, clip_factor, learning_rate
+from minitx.training.optimizer import (
+    Layout,
+    adamw,
+    clip_factor,
+    decays,
+    is_hidden,
+    learning_rate,
+    muon,
+)
 from minitx.training.recipe import Recipe, Stage
 
 ROWS, DROPOUT, CHECK = 1, 2, 3  # what a random number is for: part of its seed
+MOMENTUM = 0.95  # of Muon
 SUMS = LOSS, WEIGHT, TOKENS, SQUARES = range(4)  # columns of the sums that the workers share
 
 
@@ -65,7 +74,7 @@ class Worker:
         self.mine = range(rank, recipe.shards, workers)
         self.tokenizer = story_tokenizer()
         self.layout = Layout(recipe.config(len(self.tokenizer), end_id(self.tokenizer)))
-        self.decays = self.layout.decays()
+        self.blocks = self.layout.blocks(recipe.shards)
         self.shared = memory.arrays()
         self.model = self.layout.model(self.shared["weights"])
         self.stage_number = -1
@@ -107,9 +116,9 @@ class Worker:
                 "lower lr, or raise warmup."
             )
         scale = clip_factor(norm, stage.clip) / weight
-        lr = learning_rate(step, stage.steps, stage.lr, stage.warmup, stage.schedule, stage.final)
+        pace = learning_rate(step, stage.steps, 1.0, stage.warmup, stage.schedule, stage.final)
         for block in self.mine:
-            self.update_block(block, stage, total + 1, lr, scale)
+            self.update_block(block, stage, total + 1, pace, scale)
         return loss / weight, int(tokens)
 
     def take(self) -> int:
@@ -134,25 +143,28 @@ class Worker:
         sums[WEIGHT] = batch.weights.sum(dtype=np.float64)
         sums[TOKENS] = (batch.kinds != PADDING).sum()
 
-    def block(self, number: int) -> slice:
-        size, blocks = self.layout.size, self.recipe.shards
-        return slice(size * number // blocks, size * (number + 1) // blocks)
-
     def sum_block(self, number: int) -> None:
         """Sum a block of the gradients over the shards, in their order, into the first shard's."""
-        where = self.block(number)
+        where = self.layout.slice_of(self.blocks[number])
         first, *others = self.shared["gradients"][:, where]
         for other in others:
             first += other
         squares = np.einsum("i,i->", first, first, dtype=np.float64)
         self.shared["sums"][number, SQUARES] = squares
 
-    def update_block(self, number: int, stage: Stage, step: int, lr: float, scale: float) -> None:
-        where = self.block(number)
-        w, m, v = (self.shared[name][where] for name in ("weights", "m", "v"))
-        g = self.shared["gradients"][0, where]
-        g *= scale
-        adamw(w, g, m, v, step, lr, stage.betas, stage.weight_decay * self.decays[where])
+    def update_block(self, number: int, stage: Stage, step: int, pace: float, scale: float):
+        """Update the weights of a block. pace: what to multiply the stage's learning rates by."""
+        for path in self.blocks[number]:
+            where, shape = self.layout.slots[path]
+            w, m, v = (self.shared[name][where] for name in ("weights", "m", "v"))
+            g = self.shared["gradients"][0, where]
+            g *= scale
+            decay = stage.weight_decay * decays(path)
+            if stage.muon is not None and is_hidden(path):
+                w, g, m = (flat.reshape(shape) for flat in (w, g, m))
+                muon(w, g, m, stage.muon * pace, MOMENTUM, decay)
+            else:
+                adamw(w, g, m, v, step, stage.lr * pace, stage.betas, decay)
 
     def check(self, number: int) -> dict[int, Tally]:
         """How the model does on each of my shards of the stage's calibration stories."""
