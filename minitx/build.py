@@ -106,15 +106,11 @@ def _norm(c: Config, path: str, get: Get) -> Part:
 
 def _block(c: Config, rope: Part, path: str, get: Get) -> Part:
     kind = ParallelBlock if c.parallel else Block
-    return kind(
-        _norm(c, f"{path}attn_norm.", get),
-        _attention(c, rope, f"{path}attn.", get),
-        _norm(c, f"{path}ffn_norm.", get),
-        _ffn(c, f"{path}ffn.", get),
-    )
+    return kind(_attention(c, rope, f"{path}attn.", get), _ffn(c, f"{path}ffn.", get))
 
 
 def _attention(c: Config, rope: Part, path: str, get: Get) -> Part:
+    norm = _norm(c, f"{path}norm.", get)
     inner, kv = c.heads * c.head_width, c.kv_heads * c.head_width
     qkv = QKV(
         _linear(f"{path}qkv.q.", c.width, inner, c.qkv_bias, get),
@@ -122,16 +118,17 @@ def _attention(c: Config, rope: Part, path: str, get: Get) -> Part:
         _linear(f"{path}qkv.v.", c.width, kv, c.qkv_bias, get),
     )
     out = _linear(f"{path}out.", inner, c.width, c.out_bias, get)
-    return Attention(qkv, rope, Attend(c.head_width**-0.5), out, c.heads, c.kv_heads)
+    return Attention(norm, qkv, rope, Attend(c.head_width**-0.5), out, c.heads, c.kv_heads)
 
 
 def _ffn(c: Config, path: str, get: Get) -> Part:
+    norm = _norm(c, f"{path}norm.", get)
     up = _linear(f"{path}expand.up.", c.width, c.hidden, c.ffn_bias, get)
     down = _linear(f"{path}down.", c.hidden, c.width, c.ffn_bias, get)
     if c.family == "llama":
         gate = _linear(f"{path}expand.gate.", c.width, c.hidden, c.ffn_bias, get)
-        return FFN(SwiGLU(gate, up), down)
-    return FFN(Activated(up, ops.ACTIVATIONS[c.activation]), down)
+        return FFN(norm, SwiGLU(gate, up), down)
+    return FFN(norm, Activated(up, ops.ACTIVATIONS[c.activation]), down)
 
 
 def _linear(path: str, inputs: int, outputs: int, bias: bool, get: Get) -> Linear:

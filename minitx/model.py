@@ -92,33 +92,30 @@ class Stack(Part):
 class Block(Part):
     """Attention, then the feed-forward network, each added to the stream (llama, GPT-2)."""
 
-    attn_norm: Part
     attn: Part
-    ffn_norm: Part
     ffn: Part
 
     def __call__(self, x, layer: Layer):
-        x = x + self.attn(self.attn_norm(x), layer)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self.attn(x, layer)
+        return x + self.ffn(x, layer)
 
 
 @part
 class ParallelBlock(Part):
     """Attention and feed-forward network read the same x and are added together (GPT-NeoX)."""
 
-    attn_norm: Part
     attn: Part
-    ffn_norm: Part
     ffn: Part
 
     def __call__(self, x, layer: Layer):
-        return x + self.attn(self.attn_norm(x), layer) + self.ffn(self.ffn_norm(x))
+        return x + self.attn(x, layer) + self.ffn(x, layer)
 
 
 @part
 class Attention(Part):
-    """Queries, keys and values; rotate; remember; mix; project back."""
+    """Normalise; queries, keys and values; rotate; remember; mix; project back."""
 
+    norm: Part
     qkv: Part
     rope: Part
     attend: Part
@@ -127,7 +124,7 @@ class Attention(Part):
     kv_heads: int  # K
 
     def __call__(self, x, layer: Layer):
-        return self.mix(*self.qkv(x), layer)
+        return self.mix(*self.qkv(self.norm(x)), layer)
 
     def mix(self, q, k, v, layer: Layer):
         """All of attention that follows the projections q (..., T, H*d), k, v (..., T, K*d)."""
@@ -196,13 +193,14 @@ class Attend(Part):
 
 @part
 class FFN(Part):
-    """Expand to F hidden neurons, then project back to D."""
+    """Normalise; expand to F hidden neurons; project back to D."""
 
+    norm: Part
     expand: Part
     down: Part
 
-    def __call__(self, x):
-        return self.down(self.expand(x))  # (..., F) -> (..., D)
+    def __call__(self, x, layer: Layer):
+        return self.down(self.expand(self.norm(x)))  # (..., F) -> (..., D)
 
 
 @part

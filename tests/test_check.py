@@ -178,8 +178,8 @@ class InType(Part):
     dtype: str
     f: object
 
-    def __call__(self, x):
-        y = self.inner(x)
+    def __call__(self, x, layer):
+        y = self.inner(x, layer)
         return self.f(y).astype(y.dtype) if y.dtype == self.dtype else y
 
 

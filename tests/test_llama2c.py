@@ -169,7 +169,7 @@ def test_other_bad_headers(put, content, words):
 def test_weights_that_are_no_numbers(put, version, bad):
     w = make_weights(SIZES, True)
     w["rms_ffn"][1, 3] = bad
-    with pytest.raises(MinitxError, match="'stack.blocks.1.ffn_norm.gain' holds NaN or Inf"):
+    with pytest.raises(MinitxError, match="'stack.blocks.1.ffn.norm.gain' holds NaN or Inf"):
         read_llama2c(put(WRITERS[version](w, SIZES, True)))
 
 

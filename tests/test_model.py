@@ -210,9 +210,9 @@ def test_drawing_folds_equal_blocks():
     assert "blocks.0-2: Block" in text and text.count("SwiGLU") == 1
     assert "down: Linear(w 40x24)" in text
 
-    two = rebuild(model, lambda p: model.norm if p is model.stack.blocks[1].ffn_norm else None)
+    two = rebuild(model, lambda p: model.norm if p is model.stack.blocks[1].ffn.norm else None)
     assert draw(two) == text  # equal looks, other part
-    assert two.stack.blocks[1].ffn_norm is model.norm
+    assert two.stack.blocks[1].ffn.norm is model.norm
     assert two.stack.blocks[0] is model.stack.blocks[0]  # untouched parts are shared
     assert rebuild(model, lambda p: None) is model
 

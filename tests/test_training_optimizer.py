@@ -111,7 +111,7 @@ def test_decay_is_for_matrices_only(tied):
     assert {path for path in layout.slots if is_hidden(path)} == decayed - {"head.w"}
     block = "stack.blocks.0."
     assert {"embed.w", "embed.tokens.w", "norm.gain", "norm.bias"} <= kept
-    assert {block + "attn.qkv.q.b", block + "ffn.expand.up.b", block + "attn_norm.gain"} <= kept
+    assert {block + "attn.qkv.q.b", block + "ffn.expand.up.b", block + "attn.norm.gain"} <= kept
     assert {block + "attn.qkv.q.w", block + "attn.out.w", block + "ffn.down.w"} <= decayed
     assert ("head.w" in decayed) == (not tied)
 

@@ -71,7 +71,7 @@ for word in (" Tom", " park", " red"):
 title("3. The first block, step by step")
 G, block = c.heads // c.kv_heads, "stack.blocks.0."
 rms = np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)  # (T, 1) the size of each row
-n = x / rms * W[block + "attn_norm.gain"]  # the RMS norm: all of one size, then a gain per column
+n = x / rms * W[block + "attn.norm.gain"]  # the RMS norm: all of one size, then a gain per column
 after = np.sqrt(((x / rms) ** 2).mean(-1))
 print(f"norm: rows of size {rms.min():.3f} to {rms.max():.3f}", end=" ")
 print(f"come to {after.min():.3f} to {after.max():.3f}")
@@ -109,7 +109,7 @@ h = x + attention  # added: the stream keeps what it had
 # %% ... and the feed-forward network
 # It looks at each token by itself. F hidden neurons each measure the row twice (gate and up) and
 # multiply the two, gate being bent by silu; then each neuron writes its own row back.
-n = h / np.sqrt((h * h).mean(-1, keepdims=True) + c.norm_eps) * W[block + "ffn_norm.gain"]
+n = h / np.sqrt((h * h).mean(-1, keepdims=True) + c.norm_eps) * W[block + "ffn.norm.gain"]
 gate, up = n @ W[block + "ffn.expand.gate.w"], n @ W[block + "ffn.expand.up.w"]  # (T, F)
 hidden = gate / (1 + np.exp(-gate)) * up  # (T, F)
 ffn = hidden @ W[block + "ffn.down.w"]  # (T, D)
@@ -165,7 +165,7 @@ def flat_forward(ids, W, c):
     for i in range(c.layers):
         w = {name.removeprefix(f"stack.blocks.{i}."): W[name] for name in W}  # this block's
         rms = np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
-        n = x / rms * w["attn_norm.gain"]  # attn_norm: (T, D)
+        n = x / rms * w["attn.norm.gain"]  # attn.norm: (T, D)
         q = (n @ w["attn.qkv.q.w"]).reshape(T, H, d).swapaxes(0, 1)  # attn.qkv.q: (H, T, d)
         k = (n @ w["attn.qkv.k.w"]).reshape(T, K, d).swapaxes(0, 1)  # attn.qkv.k: (K, T, d)
         v = (n @ w["attn.qkv.v.w"]).reshape(T, K, d).swapaxes(0, 1)  # attn.qkv.v: (K, T, d)
@@ -182,7 +182,7 @@ def flat_forward(ids, W, c):
         mixed = (p @ v).swapaxes(0, 1).reshape(T, H * d)  # heads side by side
         x = x + mixed @ w["attn.out.w"]  # attn.out: (T, D)
         rms = np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
-        n = x / rms * w["ffn_norm.gain"]  # ffn_norm: (T, D)
+        n = x / rms * w["ffn.norm.gain"]  # ffn.norm: (T, D)
         gate = n @ w["ffn.expand.gate.w"]  # ffn.expand.gate: (T, F)
         up = n @ w["ffn.expand.up.w"]  # ffn.expand.up: (T, F)
         x = x + (gate / (1 + np.exp(-gate)) * up) @ w["ffn.down.w"]  # ffn.down: (T, D)

@@ -35,7 +35,7 @@ BOS = 1  # begins every text of llama2.c, and seeing it again ends the text
 
 # Where each weight of a layer, or of the model, goes; "{}" is the layer.
 EMBED, NORM, HEAD = "embed.w", "norm.gain", "head.w"
-ATTN_NORM, FFN_NORM = "stack.blocks.{}.attn_norm.gain", "stack.blocks.{}.ffn_norm.gain"
+ATTN_NORM, FFN_NORM = "stack.blocks.{}.attn.norm.gain", "stack.blocks.{}.ffn.norm.gain"
 WQ, WK, WV = (f"stack.blocks.{{}}.attn.qkv.{x}.w" for x in "qkv")
 WO = "stack.blocks.{}.attn.out.w"
 W1 = "stack.blocks.{}.ffn.expand.gate.w"

@@ -46,8 +46,8 @@ def llama(c):
     parts |= {"ffn.down": "mlp.down_proj"}
     for i in range(c.layers):
         ours, theirs = f"stack.blocks.{i}", f"model.layers.{i}"
-        names[f"{ours}.attn_norm.gain"] = f"{theirs}.input_layernorm.weight"
-        names[f"{ours}.ffn_norm.gain"] = f"{theirs}.post_attention_layernorm.weight"
+        names[f"{ours}.attn.norm.gain"] = f"{theirs}.input_layernorm.weight"
+        names[f"{ours}.ffn.norm.gain"] = f"{theirs}.post_attention_layernorm.weight"
         for a, b in parts.items():
             names |= {
                 f"{ours}.{a}.w": f"{theirs}.{b}.weight.T",
@@ -76,7 +76,7 @@ def gpt2(c):
     names |= {"head.w": "lm_head.weight.T"}
     for i in range(c.layers):
         ours, theirs = f"stack.blocks.{i}", f"transformer.h.{i}"
-        for a, b in (("attn_norm", "ln_1"), ("ffn_norm", "ln_2")):
+        for a, b in (("attn.norm", "ln_1"), ("ffn.norm", "ln_2")):
             names |= {
                 f"{ours}.{a}.gain": f"{theirs}.{b}.weight",
                 f"{ours}.{a}.bias": f"{theirs}.{b}.bias",
@@ -120,8 +120,8 @@ def gpt_neox(c):
     for i in range(c.layers):
         ours, theirs = f"stack.blocks.{i}", f"gpt_neox.layers.{i}"
         for a, b in NORM:
-            names[f"{ours}.attn_norm.{a}"] = f"{theirs}.input_layernorm.{b}"
-            names[f"{ours}.ffn_norm.{a}"] = f"{theirs}.post_attention_layernorm.{b}"
+            names[f"{ours}.attn.norm.{a}"] = f"{theirs}.input_layernorm.{b}"
+            names[f"{ours}.ffn.norm.{a}"] = f"{theirs}.post_attention_layernorm.{b}"
         for a, b in parts.items():
             names |= {
                 f"{ours}.{a}.w": f"{theirs}.{b}.weight.T",
