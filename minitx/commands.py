@@ -29,7 +29,7 @@ def generate(args) -> None:
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     tokens, new = tee(lm.tokens(ids, args.max_new_tokens, **options))
     pieces = lm.pieces(tokens, ids[-1])
-    # An overflow does no harm (silu far below 0), or ends in scores that are refused.
+    # Numbers that are too large end in scores that are refused: a warning before that is no help.
     with np.errstate(over="ignore", invalid="ignore"):
         if args.json:
             text = "".join(pieces)

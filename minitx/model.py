@@ -40,7 +40,8 @@ class Transformer(Part):
         ids = np.asarray(ids)
         state = self.new_state(remember=False) if state is None else state
         x = self.embed(ids, positions(state.position, ids.shape[-1], state.start))
-        x = self.stack(x, state)
+        with np.errstate(over="ignore"):  # silu far below 0 is x / exp(-x) = x / infinity = 0
+            x = self.stack(x, state)
         state.position += ids.shape[-1]
         return x
 

@@ -17,6 +17,7 @@ from minitx.errors import MinitxError
 from minitx.lab import bench
 from minitx.lab.bench_report import as_text, columns
 from minitx.lm import LM
+from minitx.threads import THREAD_VARIABLES
 
 TINY = dict(family="llama", vocab_size=20, width=8, layers=2, heads=2, kv_heads=1, head_width=4)
 TINY |= dict(hidden=12, context=40, rope_width=4, tied=True)
@@ -115,7 +116,7 @@ def test_timing_divides_by_the_runs():
 @pytest.fixture
 def tiny(monkeypatch):
     """One tiny shape, in a process that seems to have one thread, without transformers."""
-    for name in bench.THREADS:
+    for name in THREAD_VARIABLES:
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(bench, "SHAPES", (Config(**TINY),))
     monkeypatch.setattr(bench, "QUICK", PLAN)
@@ -186,7 +187,7 @@ def test_it_runs_itself_again_with_one_thread(monkeypatch):
     ((command, env),) = calls
     assert status.value.code == 7  # what went wrong there is not hidden here
     assert command == [sys.executable, "-m", "minitx", "bench", "--json", "--quick"]
-    assert [env[name] for name in bench.THREADS] == ["1"] * 4
+    assert [env[name] for name in THREAD_VARIABLES] == ["1"] * 5
 
 
 def test_a_busy_machine_and_a_missing_package_are_told(tiny):
@@ -247,6 +248,21 @@ def test_scores_are_products_with_every_row(monkeypatch, shape, large):
     single = ops.scores(x.astype(np.float32), table.astype(np.float32))
     assert single.dtype == np.float32 and np.allclose(single, found, rtol=1e-4, atol=1e-5)
     check(ops.scores, x, table)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (6,), (3, 6), (2, 1, 6)])
+@pytest.mark.parametrize("large", [0, 10**9])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_is_a_product_however_it_is_taken(monkeypatch, shape, large, bias):
+    monkeypatch.setattr(ops, "LARGE", large)
+    x, w = draw(*shape), draw(6, 9, seed=1)
+    b = draw(9, seed=2) if bias else None
+    expected = x @ w + (b if bias else 0)
+    found = ops.linear(x, w, b)
+    assert found.shape == (*shape[:-1], 9) and np.allclose(found, expected, rtol=1e-13)
+    single = ops.linear(*(None if a is None else a.astype(np.float32) for a in (x, w, b)))
+    assert single.dtype == np.float32 and np.allclose(single, expected, rtol=1e-4, atol=1e-5)
+    check(ops.linear, x, w, *([b] if bias else []))
 
 
 def test_masks_are_kept_for_short_blocks_only():

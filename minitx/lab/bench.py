@@ -40,10 +40,9 @@ from minitx.errors import MinitxError
 from minitx.lab.bench_report import as_text
 from minitx.lm import LM
 from minitx.model import Transformer
+from minitx.threads import ONE_THREAD, THREAD_VARIABLES
 from minitx.tree import weights
 
-# All that may be told how many threads to use is told before NumPy is loaded: later is too late.
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 SEED = 0
 FIRST = 1  # the prompt of one token
 ALLOWED = 1e-4  # of the largest logit, between two frameworks in float32
@@ -95,7 +94,7 @@ QUICK = Plan(decode=50, prefill=256, rounds=3, least=0.02)
 def bench(as_json: bool = False, quick: bool = False) -> None:
     """Measure and print, as a table or as JSON. Runs itself again in a process with one BLAS
     thread if this one was not started so. Raises MinitxError if the two frameworks disagree."""
-    if any(os.environ.get(name) != "1" for name in THREADS):
+    if any(os.environ.get(name) != "1" for name in THREAD_VARIABLES):
         return _run_again(["--json"] * as_json + ["--quick"] * quick)
     rival, reason = find_rival()
     result = measure_all(SHAPES, QUICK if quick else FULL, rival)
@@ -106,7 +105,7 @@ def bench(as_json: bool = False, quick: bool = False) -> None:
 def _run_again(options: list[str]) -> None:
     source = str(Path(__file__).resolve().parents[2])  # so that the very same minitx is found
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    environment = os.environ | dict.fromkeys(THREADS, "1") | {"PYTHONPATH": path}
+    environment = os.environ | ONE_THREAD | {"PYTHONPATH": path}
     command = [sys.executable, "-m", "minitx", "bench", *options]
     status = subprocess.run(command, env=environment).returncode
     if status:
@@ -258,7 +257,7 @@ def machine() -> dict:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "system": platform.platform(),
-        "threads": {name: os.environ.get(name) for name in THREADS},
+        "threads": {name: os.environ.get(name) for name in THREAD_VARIABLES},
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 

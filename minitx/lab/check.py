@@ -105,7 +105,7 @@ def check_model(name: str, folder=None) -> Comparison:
         _need_same_weights(reference, seeded_about(config, seed))
         return compare(reference, lambda dtype: seeded_model(config, seed, dtype))
     path = locate(name)
-    known = path.resolve().stem
+    known = path.resolve().name.removesuffix(path.suffix if path.is_file() else "")
     if known not in references:
         raise MinitxError(
             f"There are no reference outputs for {known}; there are for {', '.join(references)}."

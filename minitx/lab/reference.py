@@ -73,13 +73,16 @@ def stage_names(layers: int) -> list[str]:
 
 def find_references(folder=None) -> dict[str, Path]:
     """The reference files of a folder by model, random ones last. MinitxError if there are none."""
-    folder = FOLDER if folder is None else Path(folder)
+    own, folder = folder is None, FOLDER if folder is None else Path(folder)
     found = {path.stem: path for path in sorted(folder.glob("*.npz"))}
     if not found:
-        raise MinitxError(
-            f"There are no reference outputs in {folder}: they are in tests/reference of the "
-            "project's checkout and not part of an installed package, so run this in a checkout."
+        where = (
+            "they are in tests/reference of the project's checkout and not part of an installed "
+            "package, so run this in a checkout"
+            if own
+            else "give the folder that holds the .npz files that tests/reference/make.py writes"
         )
+        raise MinitxError(f"There are no reference outputs in {folder}: {where}.")
     return dict(sorted(found.items(), key=lambda entry: entry[0].startswith("random-")))
 
 

@@ -13,15 +13,11 @@ from multiprocessing.connection import wait
 from threading import BrokenBarrierError
 
 from minitx.errors import MinitxError
+from minitx.threads import ONE_THREAD
 from minitx.training.recipe import Recipe
 from minitx.training.worker import Memory, Worker
 
-SETTINGS = {  # environment of a worker: one thread for every kind of BLAS
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "VECLIB_MAXIMUM_THREADS": "1",
-    "BLIS_NUM_THREADS": "1",
+SETTINGS = ONE_THREAD | {  # environment of a worker
     # glibc gives freed memory back to the system, and a training step takes the same again at once:
     # keeping it saves 5 to 10 % of the time (on other systems nothing reads these).
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
