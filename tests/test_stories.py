@@ -37,11 +37,11 @@ PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on 
 # sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
 PINNED = {
     "set_phrases": "2bfbc96f7a9c58fa",
-    "told_twice": "87dfd538c1c2b7a9",
+    "told_twice": "bca809c9a3309a54",
     "one_hop_tiny": "e587dfd1e00c1059",
-    "one_hop": "a78aab13cf1a1e36",
-    "two_hops": "6ddd1ec9b0853724",
-    "three_hops": "520726d560f5e215",
+    "one_hop": "66d263ba9de091cd",
+    "two_hops": "5570f3b71d4d3ffa",
+    "three_hops": "5f4184d30caf6b07",
     "full": "508b2067b2381798",
 }
 

@@ -34,6 +34,7 @@ class Grade:
 
     sentences: dict = field(default_factory=dict)  # kind of sentence -> weight
     questions: dict = field(default_factory=dict)  # kind of question -> weight, on the same scale
+    wordings: int = 9  # that a kind of sentence has at most: 1 puts everything in the same words
     phrases: bool = True  # open and close with set phrases, else with the shortest ones
     min_people: int = 2  # no question before that many people are known
     max_people: int = 4
@@ -64,6 +65,8 @@ class Grade:
                 f"Grade field 'stop' is {self.stop!r}; it must be a chance between 0 and 1."
             )
         _check_recap(self)
+        if self.wordings < 1:
+            raise MinitxError("Grade has wordings 0; a sentence needs at least 1.")
         if not 1 <= self.max_people <= 20 or self.max_things > 30 or self.max_boxes > 8:
             raise MinitxError(
                 "A grade may have 1 to 20 people, at most 30 things and at most 8 boxes."

@@ -25,7 +25,7 @@ class Teller:
     """One story in the making. ``uniform()`` gives the next random number in [0, 1)."""
 
     def __init__(self, grade: Grade, uniform: Callable[[], float]):
-        self.grade, self.world, self.writer = grade, World(), Writer(uniform)
+        self.grade, self.world, self.writer = grade, World(), Writer(uniform, grade.wordings)
         self.pick, self.say = self.writer.pick, self.writer.say
         self.questions = 0  # asked so far
         self.news = []  # (type of value, value, sentence) of all that a recap will tell again
@@ -185,14 +185,19 @@ class Teller:
             self.recap_words += sentence.count(" ")
 
     def recap(self, in_order: bool):
-        """All news once more, word for word, in their order or in any. Their values are forced:
-        with nothing else to learn, here a model first finds out how to look things up."""
+        """All news once more, word for word, in their order or in any. With nothing else to learn,
+        here a model first finds out how to look things up: what a sentence tells is an answer,
+        unless there are two that begin alike, so that it is not clear yet which one this is."""
         left = list(self.news)
         while left:
             news = left[0] if in_order else self.pick(left)
             left.remove(news)
             value_type, value, sentence = news
             before, after = re.split(rf" {value}\b", sentence)
+            if not in_order and any(other.startswith(before) for _, _, other in left):
+                self.writer.add(sentence)
+                self.writer.note(value_type, value)
+                continue
             self.writer.add(before)
             self.writer.answer("mention", value_type, value)
             self.writer.add(after)

@@ -121,8 +121,8 @@ SENTENCES = {
     "find": (
         "who thing colour",
         (
-            " {who} found a {colour} {thing}.",
             " {who} got a {thing}. The {thing} was {colour}.",
+            " {who} found a {colour} {thing}.",
             " {who} had a {size} {thing}, and it was {colour}.",
             " In the morning {who} bought a {colour} {thing}.",
             " {who} saw a {colour} {thing} and picked it up.",

@@ -43,10 +43,11 @@ class Story(NamedTuple):
 
 
 class Writer:
-    """A story being written. ``uniform()`` gives the next random number in [0, 1)."""
+    """A story being written. ``uniform()`` gives the next random number in [0, 1). Of the wordings
+    of a sentence, the first ``wordings`` are used."""
 
-    def __init__(self, uniform: Callable[[], float]):
-        self.uniform = uniform
+    def __init__(self, uniform: Callable[[], float], wordings: int):
+        self.uniform, self.wordings = uniform, wordings
         self.named = {kind: {} for kind in TYPES.values()}  # type -> value -> how often so far
         self.latest = dict.fromkeys(self.named)  # type -> value named last
         self.pieces, self.answers = [], []
@@ -86,14 +87,14 @@ class Writer:
 
     def say(self, wording: str, **slots: str) -> None:
         """A sentence without an answer word, in one of its wordings."""
-        (fragment,) = self.pick(WORDINGS[wording])
+        (fragment,) = self.pick(WORDINGS[wording][: self.wordings])
         self.write(fragment, slots)
 
     def say_answer(
         self, kind: str, wording: str, value_type: str, value: str, **slots: str
     ) -> None:
         """A sentence with an answer word, which the facts force to be ``value``."""
-        before, after = self.pick(WORDINGS[wording])
+        before, after = self.pick(WORDINGS[wording][: self.wordings])
         self.write(before, slots)
         self.answer(kind, value_type, value)
         self.write(after, slots)

@@ -58,10 +58,18 @@ class Reader:
         for pattern, fact in self.NEWS:
             if match := re.fullmatch(pattern, sentence):
                 if derived := fact(self, *match.groups()):
-                    self.told("mention", *derived)
+                    self.told_again(sentence, *derived)
         if match := re.fullmatch(r"The (\w+) was \w+\.", sentence):
             assert self.retold[-1].endswith(f" got a {match[1]}."), sentence
         self.retold.append(sentence)
+
+    def told_again(self, sentence, derived, said):
+        """An answer if it is the only one of those left that begins like this."""
+        assert derived == said
+        before = re.split(rf" {said}\b", sentence)[0]
+        left = set(self.news) - set(self.retold) - {sentence}
+        if not any(re.match(rf"{before}\b", other) for other in left):
+            self.told("mention", derived, said)
 
     def arrived(self, who, place):
         assert who not in self.place
