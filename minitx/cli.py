@@ -6,6 +6,7 @@ status 2. What the commands do is in commands.py.
 
 import argparse
 import os
+import re
 import sys
 
 import minitx
@@ -66,7 +67,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    args, unknown = parser().parse_known_args(arguments)
+    words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
+    args, unknown = parser().parse_known_args(words)
+    if flags and not hasattr(args, "techniques"):
+        raise MinitxError(f"{args.parser.prog} takes no techniques; leave {flags[0][0]} out.")
+    if flags:
+        args.techniques = read_flags(flags)
     if not unknown:
         return args
     usage = " ".join(args.parser.format_usage().split())
@@ -75,6 +81,38 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     raise MinitxError(
         f"{unknown[0]!r} is one word too many (put a text of several words in quotes); {usage}"
     )
+
+
+def split_flags(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The arguments without techniques, and each technique's flag with its ``option=value`` words.
+
+    argparse cannot do this: it would take the prompt behind ``--fold-norms`` for an option.
+    """
+    from minitx.technique import names
+
+    words, flags = [], []
+    for number, word in enumerate(arguments):
+        if word == "--":
+            return words + arguments[number:], flags
+        if word.startswith("--") and word[2:].replace("-", "_") in names():
+            flags.append([word])
+        elif flags and arguments[number - 1] == flags[-1][-1] and re.match(r"[a-z][\w-]*=", word):
+            flags[-1].append(word)
+        else:
+            words.append(word)
+    return words, flags
+
+
+def read_flags(flags: list[list[str]]) -> dict[str, dict]:
+    from minitx.technique import find
+
+    found = {}
+    for flag, *options in flags:
+        technique = find(flag[2:])
+        if technique.name in found:
+            raise MinitxError(f"{flag} is given twice; give it once, with all its options.")
+        found[technique.name] = technique.read(options)
+    return found
 
 
 def parser() -> Parser:
@@ -109,6 +147,13 @@ def parser() -> Parser:
     show = add(names, "show", commands.show, "draw the tree of parts that runs")
     add_model(show)
     add_json(show)
+
+    listed = add(names, "list", commands.list_techniques, "list all techniques")
+    add_json(listed)
+
+    explain = add(names, "explain", commands.explain, "print a technique's card")
+    explain.add_argument("name", help="of a technique: fold-norms")
+    add_json(explain)
 
     check = add(names, "check", commands.check, "compare models with another framework's outputs")
     check.add_argument("models", nargs="*", help="names of shipped models (default: all)")
@@ -165,6 +210,8 @@ def add_model(command: Parser) -> None:
         "-m", "--model", default="stories", help="a shipped name, a folder or a file"
     )
     command.add_argument("--tokenizer", help="folder or file, if it is not beside the model")
+    command.set_defaults(techniques={})
+    command.epilog = "Techniques: --NAME [option=value ...]; minitx list names them."
 
 
 def add_json(command: Parser) -> None:

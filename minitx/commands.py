@@ -6,6 +6,7 @@ command alone needs is imported when it runs, so that the others start faster.
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -21,9 +22,14 @@ from minitx.tree import weights
 NOT_FINISHED = 3
 
 
+def load(args):
+    """The model that the arguments name, with the techniques that they ask for."""
+    return minitx.load(args.model, args.tokenizer, **args.techniques)
+
+
 def generate(args) -> None:
     prompt = read_stdin() if args.prompt == "-" else need_text(args.prompt)
-    lm = minitx.load(args.model, args.tokenizer)
+    lm = load(args)
     began = time.perf_counter()
     ids = lm.encode(prompt)
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
@@ -78,7 +84,7 @@ def read_stdin() -> str:
 
 
 def show(args) -> None:
-    lm = minitx.load(args.model, args.tokenizer)
+    lm = load(args)
     total = sum(w.size for w in weights(lm.model).values())
     if args.json:
         found = {"name": lm.name, "weights": total, "config": asdict(lm.model.config)}
@@ -86,6 +92,46 @@ def show(args) -> None:
     else:
         print(lm.model)
         print_figures(f"{total:,} weights")
+
+
+def list_techniques(args) -> None:
+    from minitx.technique import techniques
+
+    rows = [
+        {"flag": t.flag, "level": t.level, "exact": t.exact, "summary": t.card.summary}
+        for t in techniques()
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    wide = max(len(row["flag"]) for row in rows)
+    for row in rows:
+        kind = "exact" if row["exact"] else "approximate"
+        print(f"{row['flag']:{wide}}  {row['level']:9}  {kind:11}  {row['summary']}")
+
+
+def explain(args) -> None:
+    from minitx.technique import find
+
+    technique = find(args.name)
+    card = technique.card
+    if args.json:
+        options = {o.name: o.default for o in technique.options.values()}
+        found = {"name": technique.name, "level": technique.level, "exact": technique.exact}
+        print(
+            json.dumps(
+                found | {"options": options, "summary": card.summary} | card.sections, indent=1
+            )
+        )
+        return
+    print(f"{technique.flag} ({technique.level}): {card.summary}\n")
+    for option in technique.options.values():
+        print(f"  {option.name}={option.default}  ({option.needed()})")
+    if technique.options:
+        print()
+    for heading, text in card.sections.items():
+        print(f"{heading}:")
+        print(textwrap.indent(text, "  "))
 
 
 def check(args) -> int:
@@ -103,9 +149,7 @@ def bench(args) -> None:
 def evaluate(args) -> None:
     from minitx.lab.evaluate import evaluate_model
 
-    report = evaluate_model(
-        minitx.load(args.model, args.tokenizer), args.stories, args.grade, depths=args.depths
-    )
+    report = evaluate_model(load(args), args.stories, args.grade, depths=args.depths)
     print(json.dumps(report.as_dict(), indent=1) if args.json else report)
 
 

@@ -218,15 +218,24 @@ def _short(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def load(name_or_path: str | Path, tokenizer: str | Path | None = None, dtype=np.float32) -> LM:
+def load(
+    name_or_path: str | Path, tokenizer: str | Path | None = None, dtype=np.float32, **techniques
+) -> LM:
     """A language model by the name of a shipped one (``stories``), or from a Hugging Face folder
     or a llama2.c ``.bin`` file.
 
     tokenizer: a folder or file to read the tokenizer from, if it does not stand beside the model; a
-    model without one still works on ids. dtype: float32, or float64 for proofs. Raises MinitxError
-    if there is no such model, or if anything about it is not as it should be.
+    model without one still works on ids. dtype: float32, or float64 for proofs. techniques: by
+    name, True or their options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``.
+    Raises MinitxError if there is no such model or technique, or if anything about it is not as it
+    should be.
     """
     from minitx.files.find import read
 
     model, its_tokenizer, name = read(name_or_path, tokenizer, dtype)
-    return LM(model, its_tokenizer, name=name)
+    lm = LM(model, its_tokenizer, name=name)
+    if not techniques:
+        return lm
+    from minitx.technique import apply
+
+    return apply(lm, techniques)

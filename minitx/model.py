@@ -57,7 +57,7 @@ class TokenEmbedding(Part):
     w: np.ndarray  # (V, D)
 
     def __call__(self, ids, where):
-        return self.w[ids]  # (..., T, D)
+        return ops.rows(self.w, ids)  # (..., T, D)
 
 
 @part
@@ -68,7 +68,7 @@ class PositionEmbedding(Part):
     w: np.ndarray  # (context, D)
 
     def __call__(self, ids, where):
-        return self.tokens(ids, where) + self.w[where]  # (..., T, D)
+        return self.tokens(ids, where) + ops.rows(self.w, where)  # (..., T, D)
 
 
 @part

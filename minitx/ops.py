@@ -4,12 +4,16 @@ Shapes: T new tokens, S all tokens so far, D width, H query heads, K key/value h
 Leading batch axes are allowed everywhere and written "...". Everything stays in the type of its
 input (float32 in use, float64 for proofs), so Python floats are used for constants: a NumPy scalar
 would promote float32 to float64.
+
+Every product tells the ledger what it costs, where one is open (see ledger.py).
 """
 
 import math
 from functools import cache, wraps
 
 import numpy as np
+
+from minitx import ledger
 
 
 def op(f):
@@ -36,6 +40,8 @@ def linear(x, w, b=None):
     weights from end to end, as memory likes it: BLAS's matrix-vector product hops between the rows
     and takes 1.2 to 1.5 times as long.
     """
+    if ledger.active:
+        ledger.active.add(x.size * w.shape[1], w.nbytes)
     if x.size == len(w) and w.size >= LARGE:
         y = np.einsum("i,io->o", x.reshape(-1), w).reshape(*x.shape[:-1], w.shape[1])
     elif x.ndim > 2:  # one large product instead of one small product per row of the batch
@@ -54,9 +60,19 @@ def scores(x, table):
     One row against a large table is taken as V separate dot products, for the same reason.
     """
     if x.size == x.shape[-1] and table.size >= LARGE:
+        if ledger.active:
+            ledger.active.add(table.size, table.nbytes)
         dots = table[:, None, :] @ x.reshape(-1, 1)  # (V, 1, 1)
         return dots.reshape(*x.shape[:-1], len(table))
     return linear(x, table.T)
+
+
+def rows(table, ids):
+    """The rows ``table[ids]``: table (V, D), ids (...) whole numbers or a slice -> (..., D)."""
+    found = table[ids]
+    if ledger.active:
+        ledger.active.add(weight_bytes=found.nbytes)
+    return found
 
 
 # Norms -------------------------------------------------------------------------------------------
@@ -205,6 +221,8 @@ def attention(q, k, v, scale, start=None):
 def attend_rows(q, k, v, scale, hidden=None):
     """Attention of q (..., H, T, d) over k, v (..., K, S, d); ``hidden`` (..., T, n) marks those of
     the last n keys that a row must not see."""
+    if ledger.active:
+        ledger.active.add(2 * q.size * k.shape[-2], cache_bytes=k.nbytes + v.nbytes)
     p = attention_weights(q, k, scale, hidden)  # (..., K, G*T, S), not yet divided by their sum
     mixed = p @ v  # (..., K, G*T, d)
     mixed /= p.sum(-1, keepdims=True)  # dividing d columns is cheaper than dividing S

@@ -41,6 +41,14 @@ def children(node: Part) -> Iterator[tuple[str, Part]]:
                     yield f"{f.name}.{i}", item
 
 
+def walk(node: Part, path: str = "") -> Iterator[tuple[str, Part]]:
+    """(path, part) for the node itself and everything below it, from the root down. A part that
+    stands in two places comes twice."""
+    yield path, node
+    for name, child in children(node):
+        yield from walk(child, f"{path}.{name}" if path else name)
+
+
 def rebuild(node: Part, change: Callable[[Part], Part | None], seen: dict | None = None) -> Part:
     """A copy of the tree with ``change(node)`` in the place of each node for which it gives a part.
 
@@ -105,19 +113,19 @@ def map_weights(node: Part, make: Callable[[Any], Any]) -> Part:
             made[id(array)] = array, make(array)
         return made[id(array)][1]
 
-    def walk(node: Part) -> Part:
+    def copy(node: Part) -> Part:
         changed = {}
         for f in fields(node):
             value = getattr(node, f.name)
             if is_weight(f, value):
                 changed[f.name] = once(value)
             elif isinstance(value, Part):
-                changed[f.name] = walk(value)
+                changed[f.name] = copy(value)
             elif isinstance(value, tuple):
-                changed[f.name] = tuple(walk(v) if isinstance(v, Part) else v for v in value)
+                changed[f.name] = tuple(copy(v) if isinstance(v, Part) else v for v in value)
         return replace(node, **changed)
 
-    return walk(node)
+    return copy(node)
 
 
 # Drawing -----------------------------------------------------------------------------------------

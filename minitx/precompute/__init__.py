@@ -1,0 +1,1 @@
+"""Techniques that compute something from the weights before the first token, one file each."""

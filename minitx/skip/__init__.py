@@ -1,0 +1,1 @@
+"""Techniques that skip work while the model runs, one file each."""

@@ -1,0 +1,298 @@
+"""Techniques: how one is declared, given its options, and put into a language model.
+
+A technique is a function ``f(lm, *, option: type = default, ...) -> lm`` that returns a changed
+copy of the model, with new parts in the place of old ones (``swap``). Its docstring is its card. It
+stands in a file of its own in ``skip/`` or ``precompute/``, and being there is all that it takes to
+be found: as a flag (``--ffn-skip threshold=0.95``), in ``minitx.load(NAME, ffn_skip={...})``, in
+``minitx list`` and in the tests that every technique has to pass.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from minitx.errors import MinitxError
+from minitx.tree import Part, rebuild, walk
+
+# From the inside out: a flag of an inner level is applied before one of an outer level, in
+# whatever order they are given. So a table of the first layer is made from weights that are folded
+# already, and a feed-forward network that is skipped may itself be a lookup.
+LEVELS = ("weights", "scores", "attention", "ffn", "block", "stack", "head", "decode")
+PACKAGES = ("minitx.precompute", "minitx.skip")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a technique, as its signature has it."""
+
+    name: str
+    type: Any  # int, float, bool, str, or Literal[...]; "| None" where None is allowed
+    default: Any
+
+    def read(self, text: str) -> Any:
+        """The value that a word of the command line means; ValueError if it means none."""
+        if text == "None" and type(None) in get_args(self.type):
+            return None
+        kind = self._kind()
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+
+    def check(self, value: Any) -> Any:
+        """The value itself (a whole number as float where that is wanted); ValueError if it is of
+        the wrong type."""
+        if value is None and type(None) in get_args(self.type):
+            return value
+        choices = self.choices()
+        kind = self._kind()
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or choices and value not in choices or value != value:
+            raise ValueError
+        return value
+
+    def needed(self) -> str:
+        """What is needed, in words."""
+        if choices := self.choices():
+            return f"one of {', '.join(map(str, choices))}"
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        none = " or None" if type(None) in get_args(self.type) else ""
+        return words[self._kind()] + none
+
+    def choices(self) -> tuple:
+        return get_args(self._type()) if get_origin(self._type()) is Literal else ()
+
+    def _type(self):
+        """The type without ``| None``."""
+        if isinstance(self.type, UnionType):
+            return next(t for t in get_args(self.type) if t is not type(None))
+        return self.type
+
+    def _kind(self) -> type:
+        choices = self.choices()
+        return type(choices[0]) if choices else self._type()
+
+
+@dataclass(frozen=True)
+class Technique:
+    """What the registry knows of a technique. ``apply(lm, **options)`` puts it in."""
+
+    name: str
+    level: str
+    exact: bool
+    neutral: dict | None  # options with which nothing is changed; None if there are none such
+    function: Callable
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def options(self) -> dict[str, Option]:
+        parameters = list(inspect.signature(self.function).parameters.values())[1:]
+        return {p.name: Option(p.name, p.annotation, p.default) for p in parameters}
+
+    @property
+    def card(self) -> "Card":
+        return read_card(self.function.__doc__ or "")
+
+    def checked(self, given: dict) -> dict:
+        """The options with values of their types; MinitxError for a name or value that is wrong."""
+        options = self.options
+        found = {}
+        for name, value in given.items():
+            if name not in options:
+                known = f"it has {', '.join(options)}" if options else "it has none"
+                raise MinitxError(f"{self.name} has no option {name!r}; {known}.")
+            try:
+                found[name] = options[name].check(value)
+            except ValueError:
+                raise self.bad_value(name, value) from None
+        return found
+
+    def bad_value(self, name: str, value) -> MinitxError:
+        needed = self.options[name].needed()
+        return MinitxError(f"Option {name!r} of {self.name} is {value!r}; it must be {needed}.")
+
+    def read(self, words: Iterable[str]) -> dict:
+        """Options from words like ``threshold=0.95``."""
+        found = {}
+        for word in words:
+            name, equals, text = word.partition("=")
+            name = name.replace("-", "_")
+            if not equals or name not in self.options:
+                found[name] = text  # refused below, by its name
+                continue
+            try:
+                found[name] = self.options[name].read(text)
+            except (ValueError, KeyError):
+                raise self.bad_value(name, text) from None
+        return self.checked(found)
+
+
+REGISTRY: dict[str, Technique] = {}
+
+
+def technique(*, level: str, exact: bool, neutral: dict | None):
+    """Decorator: the function is a technique. Its file has its name.
+
+    level: one of ``LEVELS``. exact: does the model compute the same, but for rounding? neutral:
+    options with which it computes exactly what the dense model does, None for a technique that is
+    exact and has no such setting.
+    """
+
+    def register(f):
+        REGISTRY[f.__name__] = Technique(f.__name__, level, exact, neutral, f)
+        return f
+
+    return register
+
+
+@cache
+def names() -> dict[str, str]:
+    """The name of every technique and the module that holds it, found by looking at the files."""
+    found = {}
+    for package in PACKAGES:
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            found[module.name] = f"{package}.{module.name}"
+    return found
+
+
+def find(name: str) -> Technique:
+    """The technique of that name (``ffn_skip`` or ``ffn-skip``)."""
+    known, key = names(), name.replace("-", "_")
+    if key not in known:
+        near = get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
+        raise MinitxError(f"There is no technique {name!r}; {hint}")
+    importlib.import_module(known[key])
+    return REGISTRY[key]
+
+
+def techniques() -> list[Technique]:
+    """All of them, in the order of their levels."""
+    return sorted(map(find, names()), key=_order)
+
+
+def _order(t: Technique) -> tuple:
+    return LEVELS.index(t.level), t.name
+
+
+# Putting them in ---------------------------------------------------------------------------------
+
+
+def apply(lm: Part, wanted: dict[str, dict | bool]) -> Part:
+    """The language model with these techniques: ``{name: options}``, True for the defaults, False
+    for not at all. MinitxError if one does not fit the model, or two do not fit each other."""
+    chosen: dict[str, tuple[Technique, dict]] = {}
+    for name, options in wanted.items():
+        if not isinstance(options, dict | bool):
+            raise MinitxError(
+                f"{name} is {options!r}; give True, or a dict of its options, {{'option': value}}."
+            )
+        if options is not False:
+            found = find(name)
+            chosen[found.name] = found, found.checked({} if options is True else options)
+    taken: dict[type, str] = {}  # type of part -> the technique that has replaced the last of it
+    for t, options in sorted(chosen.values(), key=lambda entry: _order(entry[0])):
+        before = kinds(lm)
+        try:
+            lm = t.function(lm, **options)
+        except NoSuchPart as error:
+            raise MinitxError(_why_not(t, error, taken)) from None
+        taken |= dict.fromkeys(before - kinds(lm), t.name)
+    return lm
+
+
+def _why_not(t: Technique, error: "NoSuchPart", taken: dict[type, str]) -> str:
+    names = " or ".join(kind.__name__ for kind in error.kinds)
+    others = {taken[kind] for kind in error.kinds if kind in taken}
+    if others:
+        return (
+            f"{t.name} needs a part of type {names}, which {' and '.join(sorted(others))} has "
+            "replaced; use one of the two."
+        )
+    return f"{t.name} needs a part of type {names}, and this model has none; see its tree."
+
+
+class NoSuchPart(MinitxError):
+    def __init__(self, *kinds: type):
+        self.kinds = kinds
+        names = " or ".join(kind.__name__ for kind in kinds)
+        super().__init__(f"The model has no part of type {names}.")
+
+
+def swap(lm: Part, kind: type, make: Callable[[Any], Part], optional: bool = False) -> Part:
+    """A copy of the tree with ``make(part)`` in the place of each part of that type, also inside
+    what other techniques have put in. Raises if there is none, unless that is ``optional``."""
+    return swap_numbered(lm, kind, lambda part, number: make(part), optional)
+
+
+def swap_numbered(
+    lm: Part, kind: type, make: Callable[[Any, int], Part], optional: bool = False
+) -> Part:
+    """As ``swap`` with ``make(part, number)``, numbered from 0 in the order of the tree: for a part
+    that every block has once, the number of its block."""
+    count = 0
+
+    def change(node):
+        nonlocal count
+        if type(node) is not kind:
+            return None
+        count += 1
+        return make(node, count - 1)
+
+    new = rebuild(lm, change)
+    if not count and not optional:
+        raise NoSuchPart(kind)
+    return new
+
+
+def need(node: Part, *kinds: type) -> None:
+    """Raise unless the part is of one of these types."""
+    if type(node) not in kinds:
+        raise NoSuchPart(*kinds)
+
+
+def kinds(root: Part) -> set[type]:
+    """The types of all parts of the tree."""
+    return {type(node) for _, node in walk(root)}
+
+
+# Cards -------------------------------------------------------------------------------------------
+
+HEADINGS = (
+    "Paper", "Kind", "Skips or precomputes", "Offline", "Online", "Saves", "Neutral", "Not for",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a technique's docstring says: one line, and a text under each of ``HEADINGS``."""
+
+    summary: str
+    sections: dict[str, str]
+
+
+def read_card(text: str) -> Card:
+    """A docstring whose sections begin with ``Heading:`` at the start of a line."""
+    lines = inspect.cleandoc(text).splitlines()
+    sections: dict[str, list[str]] = {}
+    summary: list[str] = []
+    current = summary
+    for line in lines:
+        heading, colon, rest = line.partition(":")
+        if colon and heading in HEADINGS:
+            current = sections.setdefault(heading, [])
+            line = rest.strip()
+        elif current is not summary:
+            line = line.removeprefix("    ")
+        current.append(line)
+    found = {heading: "\n".join(body).strip() for heading, body in sections.items()}
+    return Card(" ".join(" ".join(summary).split()), found)

@@ -1,0 +1,111 @@
+"""The ledger against counts by hand: multiply-adds from the sizes, bytes from the arrays."""
+
+import numpy as np
+import pytest
+from tiny import FAMILIES, tiny_lm
+
+from minitx import ledger
+from minitx.ledger import Entry, Ledger, counting, group_of
+from minitx.tree import weights
+
+IDS = list(range(1, 8))
+
+
+def by_hand(config, T, S):
+    """Multiply-adds of T new tokens of which the last sees S keys, by what they are for. With fewer
+    than 64 tokens attention computes the whole T x S rectangle."""
+    c = config
+    inner, kv = c.heads * c.head_width, c.kv_heads * c.head_width
+    ffn = (3 if c.family == "llama" else 2) * c.width * c.hidden
+    return {
+        "blocks.attn": c.layers * T * (2 * c.width * inner + 2 * c.width * kv + 2 * inner * S),
+        "blocks.ffn": c.layers * T * ffn,
+        "head": T * c.width * c.vocab_size,
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_multiply_adds_are_those_of_the_sizes(family):
+    lm = tiny_lm(family)
+    with counting(lm) as counts:
+        state = lm.model.new_state()
+        lm.model(IDS, state)
+    found = {group: e.multiply_adds for group, e in counts.by_group().items() if e.multiply_adds}
+    assert found == by_hand(lm.model.config, 7, 7)
+    with counting(lm) as counts:
+        lm.model([9], state)
+    found = {group: e.multiply_adds for group, e in counts.by_group().items() if e.multiply_adds}
+    assert found == by_hand(lm.model.config, 1, 8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_is_read_once_and_rows_of_the_tables(family):
+    lm = tiny_lm(family)
+    with counting(lm) as counts:
+        lm.model([3], lm.model.new_state())
+    matrices = sum(
+        w.nbytes for p, w in weights(lm.model).items() if w.ndim == 2 and "embed" not in p
+    )
+    c = lm.model.config
+    rows = c.width * 4 * (2 if family == "gpt2" else 1)
+    head = c.vocab_size * c.width * 4 if c.tied else 0  # a tied head reads the embedding
+    total = counts.total()
+    assert total.weight_bytes == matrices + rows + head
+    assert total.cache_bytes == c.layers * 2 * c.kv_heads * c.head_width * 4
+
+
+def test_paths_say_who_worked_and_sums_are_over_subtrees():
+    lm = tiny_lm()
+    with counting(lm) as counts:
+        lm.logits(IDS)
+    c = lm.model.config
+    assert counts.entries["model.stack.blocks.1.ffn.down"].multiply_adds == 7 * c.hidden * c.width
+    assert counts.total("model.stack.blocks.1.ffn").multiply_adds == 7 * 3 * c.hidden * c.width
+    assert counts.total("model.stack.blocks.1.ff") == Entry()
+    assert group_of("model.stack.blocks.1.ffn.down") == "blocks.ffn"
+    assert group_of("decode.draft.stack.blocks.0.attn.qkv.q") == "blocks.attn"
+    assert group_of("model.head") == "head" and group_of("") == ""
+
+
+def test_nothing_is_left_behind():
+    """Classes are as before, also after an error; outside nothing is counted; ledgers nest."""
+    lm = tiny_lm()
+    call = type(lm.model).__call__
+    with pytest.raises(ZeroDivisionError):
+        with counting(lm):
+            assert type(lm.model).__call__ is not call
+            raise ZeroDivisionError
+    assert type(lm.model).__call__ is call and ledger.active is None
+    with counting(lm) as outer:
+        lm.logits([1])
+        with counting(lm) as inner:
+            lm.logits(IDS)
+        once = outer.total().multiply_adds
+        lm.logits([1])
+    assert outer.total().multiply_adds == 2 * once
+    assert inner.total().multiply_adds > once
+    before = outer.total()
+    lm.logits(IDS)
+    assert outer.total() == before
+
+
+def test_events_and_extra_costs_are_summed():
+    counts = Ledger()
+    counts.event("skipped")
+    counts.event("skipped", np.int64(2))
+    assert counts.events == {"skipped": 3}
+    counts.path = "model.stack.blocks.0.ffn"
+    counts.add(5, weight_bytes=2)
+    counts.add(cache_bytes=1)
+    assert counts.by_group() == {"blocks.ffn": Entry(5, 2, 1)}
+
+
+def test_generating_is_the_sum_of_its_steps():
+    lm = tiny_lm()
+    with counting(lm) as counts:
+        new = lm.generate(IDS, 5)
+    c = lm.model.config
+    one = by_hand(c, 7, 7) | {"head": c.width * c.vocab_size}  # only the last row is asked for
+    total = sum(one.values())
+    total += sum(sum(by_hand(c, 1, 7 + n).values()) for n in range(1, len(new)))
+    assert len(new) == 5 and counts.total().multiply_adds == total
