@@ -175,6 +175,14 @@ def parser() -> Parser:
     evaluate.add_argument("--depths", action="store_true", help="also leave after every block")
     add_json(evaluate)
 
+    compare = add(names, "compare", commands.compare, "what techniques cost and save")
+    add_model(compare)
+    compare.add_argument(
+        "--stories", type=count, default=100, metavar="N", help="how many to read (default 100)"
+    )
+    compare.add_argument("--grade", default="full", help="difficulty (default full)")
+    add_json(compare)
+
     train = add(names, "train", commands.train, "train a model by its recipe")
     train.add_argument("recipe", help="a recipe.json, or the folder that holds one")
     train.add_argument("--out", metavar="DIR", help="folder to write (default: runs/NAME)")

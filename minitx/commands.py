@@ -153,6 +153,26 @@ def evaluate(args) -> None:
     print(json.dumps(report.as_dict(), indent=1) if args.json else report)
 
 
+def compare(args) -> None:
+    from minitx.lab.compare import Plan
+    from minitx.lab.compare import compare as measure
+
+    dense = minitx.load(args.model, args.tokenizer)
+    found = measure(dense, load(args), flags_text(args), Plan(stories=args.stories), args.grade)
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+
+
+def flags_text(args) -> str:
+    """The techniques as they were asked for: ``--fold-norms --ffn-skip threshold=0.9``."""
+    words = []
+    for name, options in args.techniques.items():
+        words += [
+            "--" + name.replace("_", "-"),
+            *(f"{key}={value}" for key, value in options.items()),
+        ]
+    return " ".join(words)
+
+
 def train(args) -> int:
     from minitx.training.train import train as train_by
 

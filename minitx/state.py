@@ -2,7 +2,8 @@
 
 A ``State`` belongs to one sequence (or one batch of them) and holds one ``Layer`` per block. The
 stack hands each block its own layer. A technique that has to remember something (hashes, streaks,
-counters) keeps it in ``layer.memory``, so that ``rewind`` reaches it too.
+counters) keeps it in ``layer.memory``, or in ``layer.shared`` if all blocks are to see it, so that
+``rewind`` reaches it too.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,24 @@ import numpy as np
 from minitx.errors import MinitxError
 
 
+class Memory:
+    """What techniques remember, by the part that owns it."""
+
+    def __init__(self):
+        self.kept: dict[Any, Any] = {}
+
+    def recall(self, owner: Any, make: Callable[[], Any]) -> Any:
+        """What ``owner`` keeps here, made by ``make()`` the first time. It needs a method
+        ``rewind(position)`` that forgets every token from ``position`` on."""
+        if owner not in self.kept:
+            self.kept[owner] = make()
+        return self.kept[owner]
+
+    def rewind(self, position: int) -> None:
+        for kept in self.kept.values():
+            kept.rewind(position)
+
+
 class Layer:
     """What one block remembers: ``position`` tokens so far, and their keys and values.
 
@@ -20,14 +39,21 @@ class Layer:
     head, so that a step of decoding multiplies them where they lie, without a copy.
     """
 
-    def __init__(self, capacity: int, start: np.ndarray | None = None, remember: bool = True):
+    def __init__(
+        self,
+        capacity: int,
+        start: np.ndarray | None = None,
+        remember: bool = True,
+        shared: Memory | None = None,
+    ):
         self.position = 0
         self.capacity = capacity
         self.start = start  # (B,) first real token of each row of a left-padded batch, or None
         self.remember = remember
         self.keys: Any = None
         self.values: Any = None
-        self.memory: dict[Any, Any] = {}
+        self.memory = Memory()  # of this block's parts
+        self.shared = Memory() if shared is None else shared  # of all blocks together
 
     def extend(self, k, v):
         """Append the keys and values (..., K, T, d) of T new tokens; returns all of them so far,
@@ -47,17 +73,9 @@ class Layer:
         self.values[..., self.position : end, :] = v
         return self.keys[..., :end, :], self.values[..., :end, :]
 
-    def recall(self, owner: Any, make: Callable[[], Any]) -> Any:
-        """The memory that ``owner`` (a part) keeps here, made by ``make()`` the first time. It
-        needs a method ``rewind(position)`` that forgets every token from ``position`` on."""
-        if owner not in self.memory:
-            self.memory[owner] = make()
-        return self.memory[owner]
-
     def rewind(self, position: int) -> None:
         self.position = min(self.position, position)  # later rows are overwritten when needed
-        for memory in self.memory.values():
-            memory.rewind(position)
+        self.memory.rewind(position)
 
 
 class State:
@@ -72,7 +90,8 @@ class State:
         self.position = 0
         self.start = start
         self.capacity = capacity
-        self.layers = [Layer(capacity, start, remember) for _ in range(layers)]
+        self.shared = Memory()
+        self.layers = [Layer(capacity, start, remember, self.shared) for _ in range(layers)]
 
     def rewind(self, position: int) -> None:
         """Forget every token from ``position`` on, in every layer and every technique's memory."""
@@ -81,6 +100,7 @@ class State:
                 f"Cannot rewind to position {position}: the sequence has {self.position} tokens."
             )
         self.position = position
+        self.shared.rewind(position)
         for layer in self.layers:
             layer.rewind(position)
 

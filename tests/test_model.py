@@ -7,7 +7,7 @@ from minitx import ops
 from minitx.build import build, random_model, shapes
 from minitx.config import Config
 from minitx.errors import MinitxError
-from minitx.state import Layer
+from minitx.state import Layer, State
 from minitx.tree import draw, map_weights, rebuild, weights
 
 LLAMA = dict(family="llama", vocab_size=50, width=24, layers=3, heads=4, kv_heads=2, head_width=8)
@@ -196,9 +196,16 @@ def test_layer_memory_is_rewound():
 
     layer = Layer(10)
     layer.position = 5
-    assert layer.recall("me", Count) is layer.recall("me", Count)
+    assert layer.memory.recall("me", Count) is layer.memory.recall("me", Count)
     layer.rewind(2)
-    assert (layer.position, layer.recall("me", Count).seen) == (2, 2)
+    assert (layer.position, layer.memory.recall("me", Count).seen) == (2, 2)
+
+    state = State(2, 10)
+    state.position = 5
+    seen = state.layers[0].shared.recall("me", Count)
+    assert state.layers[1].shared.recall("me", Count) is seen
+    state.rewind(3)
+    assert seen.seen == 3
 
 
 # The tree.
