@@ -183,6 +183,17 @@ def parser() -> Parser:
     compare.add_argument("--grade", default="full", help="difficulty (default full)")
     add_json(compare)
 
+    sweep = add(names, "sweep", commands.sweep, "one technique at several settings")
+    sweep.add_argument("name", help="of a technique: ffn-skip")
+    sweep.add_argument("settings", nargs="*", help="option=value,value,...")
+    add_model(sweep)
+    sweep.add_argument(
+        "--stories", type=count, default=40, metavar="N", help="how many to read (default 40)"
+    )
+    sweep.add_argument("--grade", default="full", help="difficulty (default full)")
+    sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
+    add_json(sweep)
+
     train = add(names, "train", commands.train, "train a model by its recipe")
     train.add_argument("recipe", help="a recipe.json, or the folder that holds one")
     train.add_argument("--out", metavar="DIR", help="folder to write (default: runs/NAME)")

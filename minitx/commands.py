@@ -162,6 +162,19 @@ def compare(args) -> None:
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
+def sweep(args) -> None:
+    from minitx.lab import sweep as lab
+    from minitx.lab.compare import Plan
+    from minitx.technique import find
+
+    technique = find(args.name)
+    chosen = lab.settings(technique, args.settings)
+    points = lab.sweep(load(args), technique, chosen, Plan(stories=args.stories), args.grade)
+    if args.png:
+        lab.picture(points, f"{technique.name} on {args.model}", args.png)
+    print(json.dumps(lab.as_dict(points), indent=1) if args.json else lab.as_text(points))
+
+
 def flags_text(args) -> str:
     """The techniques as they were asked for: ``--fold-norms --ffn-skip threshold=0.9``."""
     words = []

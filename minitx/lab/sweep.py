@@ -1,0 +1,161 @@
+"""``minitx sweep``: one technique at several settings, as a curve of cost against quality.
+
+    minitx sweep ffn-skip threshold=0.9,0.95,0.99
+
+Each setting is compared with the dense model (compare.py). The table has a line for each; the chart
+below it has the share of the dense model's multiply-adds from left to right and the loss above the
+dense model's from bottom to top, so that better is further down and further left.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from minitx.errors import MinitxError
+from minitx.files.common import replacing
+from minitx.lab.compare import Comparison, Plan, compare
+from minitx.lab.evaluate import percent, table
+from minitx.technique import Technique, apply
+
+WIDTH, HEIGHT = 60, 15  # characters of the chart
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting, and what it costs and saves."""
+
+    options: dict
+    comparison: Comparison
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.options.items())
+
+    @property
+    def cost(self) -> float:
+        """Multiply-adds a token, over the dense model's."""
+        return self.comparison.multiply_adds
+
+    @property
+    def harm(self) -> float:
+        """Loss above the dense model's, nats a token of ordinary text."""
+        reading = self.comparison.reading
+        return reading.changed.loss - reading.dense.loss
+
+
+def settings(technique: Technique, words: Sequence[str]) -> list[dict]:
+    """All combinations of values like ``threshold=0.9,0.95``; MinitxError for wrong ones."""
+    names, values = [], []
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not text:
+            raise MinitxError(f"{word!r} is no setting; write option=value or option=value,value.")
+        found = [technique.read([f"{name}={one}"]) for one in text.split(",")]
+        names.append(next(iter(found[0])))
+        values.append([options[names[-1]] for options in found])
+    if len(set(names)) < len(names):
+        raise MinitxError("An option is given twice; give it once, with all its values.")
+    return [dict(zip(names, chosen)) for chosen in product(*values)]
+
+
+def sweep(
+    dense, technique: Technique, chosen: Sequence[dict], plan: Plan, grade="full", bar: bool = True
+) -> list[Point]:
+    """One point for each of the settings, on an LM without any technique."""
+    points = []
+    for options in chosen:
+        changed = apply(dense, {technique.name: options})
+        points.append(Point(options, compare(dense, changed, technique.flag, plan, grade, bar)))
+    return points
+
+
+def as_dict(points: Sequence[Point]) -> list[dict]:
+    return [
+        {"options": p.options, "loss_above_dense": p.harm} | p.comparison.as_dict() for p in points
+    ]
+
+
+# Text and pictures -------------------------------------------------------------------------------
+
+
+def as_text(points: Sequence[Point]) -> str:
+    return f"{as_table(points)}\n\n{chart(points)}"
+
+
+def as_table(points: Sequence[Point]) -> str:
+    reading = points[0].comparison.reading
+    hops = list(reading.dense.by_hops)
+    names = [f"{h} hop{'s' * (h > 1)}" if h else "counts" for h in hops]
+    rows = [["setting", "multiply-adds", "loss above dense", "same choice", *names, "speed"]]
+    dense = [percent(reading.dense.by_hops[h]) for h in hops]
+    rows.append(["dense", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])
+    for p in points:
+        r = p.comparison.reading
+        accuracies = [percent(r.changed.by_hops[h]) for h in hops]
+        same, speed = percent(r.agreement), f"{p.comparison.telling.speed[0]:.2f}x"
+        rows.append([p.label, f"{p.cost:.3f}x", f"{p.harm:+.4f}", same, *accuracies, speed])
+    return table(rows)
+
+
+def chart(points: Sequence[Point]) -> str:
+    """Points as letters, a for the first setting; D is the dense model. Of points that fall on one
+    place, the last is seen."""
+    marks = [("D", 1.0, 0.0)]
+    marks += [(letter(i), p.cost, p.harm) for i, p in enumerate(points)]
+    x, y = scale([m[1] for m in marks], WIDTH), scale([m[2] for m in marks], HEIGHT)
+    grid = [[" "] * WIDTH for _ in range(HEIGHT)]
+    for mark, cost, harm in marks:
+        grid[HEIGHT - 1 - y(harm)][x(cost)] = mark
+    top, low = max(m[2] for m in marks), min(m[2] for m in marks)
+    left, right = min(m[1] for m in marks), max(m[1] for m in marks)
+    lines = ["".join(row) for row in grid]
+    lines[0] = f"{top:+8.4f} |{lines[0]}"
+    lines[-1] = f"{low:+8.4f} |{lines[-1]}"
+    lines[1:-1] = [f"{'':8} |{line}" for line in lines[1:-1]]
+    lines.append(f"{'':9}+{'-' * WIDTH}")
+    ends = f"{left:.3f}x", f"{right:.3f}x multiply-adds"
+    lines.append(f"{'':10}{ends[0]}{ends[1]:>{max(WIDTH - len(ends[0]), len(ends[1]) + 1)}}")
+    lines.append("loss above dense, upwards.  D dense, " + key(points))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def key(points: Sequence[Point]) -> str:
+    return ", ".join(f"{letter(i)} {p.label or 'defaults'}" for i, p in enumerate(points))
+
+
+def letter(number: int) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[number % 26]
+
+
+def scale(values: Sequence[float], size: int):
+    """A function from a value to its place 0 .. size - 1."""
+    low, high = min(values), max(values)
+    wide = high - low or 1.0
+    return lambda value: round((value - low) / wide * (size - 1))
+
+
+def picture(points: Sequence[Point], name: str, path) -> None:
+    """The chart as a PNG file; needs the ``plot`` extra."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise MinitxError(
+            "A picture needs matplotlib; install it with: pip install minitx[plot]"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    axes.plot([p.cost for p in points], [p.harm for p in points], "o-")
+    axes.plot([1], [0], "ks")
+    axes.annotate("dense", (1, 0), textcoords="offset points", xytext=(5, 5))
+    for p in points:
+        axes.annotate(p.label, (p.cost, p.harm), textcoords="offset points", xytext=(5, 5))
+    axes.set_xlabel("multiply-adds a token, over the dense model's")
+    axes.set_ylabel("loss above the dense model's (nats a token)")
+    axes.set_title(name)
+    figure.tight_layout()
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=150)
+    pyplot.close(figure)
