@@ -194,6 +194,12 @@ def parser() -> Parser:
     sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
     add_json(sweep)
 
+    cost = add(names, "cost", commands.cost, "what a technique saves on a model of any size")
+    cost.add_argument("technique", choices=["first-layer"], help="first-layer")
+    cost.add_argument("--config", required=True, metavar="FILE", help="a Hugging Face config.json")
+    cost.add_argument("--parallel", action="store_true", help="as if its blocks were parallel")
+    add_json(cost)
+
     train = add(names, "train", commands.train, "train a model by its recipe")
     train.add_argument("recipe", help="a recipe.json, or the folder that holds one")
     train.add_argument("--out", metavar="DIR", help="folder to write (default: runs/NAME)")

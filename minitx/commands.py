@@ -175,6 +175,14 @@ def sweep(args) -> None:
     print(json.dumps(lab.as_dict(points), indent=1) if args.json else lab.as_text(points))
 
 
+def cost(args) -> None:
+    from minitx.lab.cost import read_shape
+    from minitx.lab.cost_first_layer import FirstLayerCost
+
+    found = FirstLayerCost(read_shape(args.config, args.parallel))
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+
+
 def flags_text(args) -> str:
     """The techniques as they were asked for: ``--fold-norms --ffn-skip threshold=0.9``."""
     words = []

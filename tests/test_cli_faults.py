@@ -27,7 +27,7 @@ COMMANDS = ["generate", "show", "check", "bench", "evaluate", "train", "stories"
 
 TOO_LONG = "x" * 300
 WRONG = [
-    ([], "a command is needed, one of generate, show, check,"),
+    ([], "a command is needed, one of generate, show, list,"),
     (["foo"], "invalid choice: 'foo'"),
     (["--foo"], "no option --foo; usage: minitx"),
     (["generate"], "required: prompt"),

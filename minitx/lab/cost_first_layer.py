@@ -1,0 +1,176 @@
+"""``minitx cost first-layer``: the cost tables of Graef's paper, for a model of any size.
+
+Formulas: arXiv 2402.13388, section 3. They count numbers, not bytes, and leave out biases, norms
+and the routers of experts. What goes beyond the paper: heads that do not fill the width, tied
+heads, learned positions (see precompute/first_layer.py), and the number of tokens at which reading
+breaks even.
+"""
+
+from dataclasses import asdict, dataclass
+
+from minitx.lab.cost import Shape
+from minitx.lab.evaluate import table
+
+BATCHES = (1, 16, 256, 1024)  # those of the paper
+
+
+@dataclass(frozen=True)
+class FirstLayerCost:
+    """Every row of the paper's tables, for one model."""
+
+    shape: Shape
+
+    @property
+    def qp_weights(self) -> int:
+        """W_Q and the output projection (the paper's P) of one block."""
+        s = self.shape
+        return 2 * s.width * s.heads * s.head_width
+
+    @property
+    def kv_weights(self) -> int:
+        s = self.shape
+        return 2 * s.width * s.kv_heads * s.head_width
+
+    @property
+    def ffn_weights(self) -> int:
+        """All experts of one block."""
+        s = self.shape
+        return s.ffn_matrices * s.width * s.hidden * s.experts
+
+    @property
+    def embedding_weights(self) -> int:
+        """Input and output; learned positions too."""
+        s = self.shape
+        return s.width * (s.vocab_size * (1 if s.tied else 2) + s.positions)
+
+    @property
+    def total_weights(self) -> int:
+        block = self.qp_weights + self.kv_weights + self.ffn_weights
+        return self.shape.layers * block + self.embedding_weights
+
+    @property
+    def eliminated(self) -> int:
+        """Weights of block 0 that are needed no more, which is also the multiply-adds that a token
+        takes less (with experts: if all of them ran)."""
+        ffn = self.shape.parallel and not self.shape.positions  # positions keep it out of the table
+        return self.qp_weights // 2 + self.kv_weights + (self.ffn_weights if ffn else 0)
+
+    @property
+    def extra(self) -> int:
+        """A: numbers of queries, keys and values in a row, beside the D of the stream."""
+        s = self.shape
+        return (s.heads + 2 * s.kv_heads) * s.head_width
+
+    @property
+    def tables(self) -> int:
+        """Rows that a token reads: one, or a second one for its position."""
+        return 2 if self.shape.positions else 1
+
+    def reads_without(self, batch: int) -> int:
+        """Numbers that block 0 reads for ``batch`` tokens in one pass, computing."""
+        return self.eliminated + batch * self.tables * self.shape.width
+
+    def reads_with(self, batch: int) -> int:
+        """The same, looking up."""
+        return batch * self.tables * (self.shape.width + self.extra)
+
+    def factor(self, batch: int) -> float:
+        return self.reads_without(batch) / self.reads_with(batch)
+
+    @property
+    def break_even(self) -> float:
+        """Tokens in one pass from which on the table reads more than the weights."""
+        return self.eliminated / (self.tables * self.extra)
+
+    @property
+    def growth(self) -> int:
+        """Numbers that the tables hold more than the embedding did. A tied head keeps its own."""
+        s = self.shape
+        return self.extra * (s.vocab_size + s.positions) + (s.width * s.vocab_size if s.tied else 0)
+
+    @property
+    def net(self) -> int:
+        return self.growth - self.eliminated
+
+    @property
+    def relative(self) -> float:
+        return self.net / self.total_weights
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know."""
+        s = self.shape
+        found = list(s.notes)
+        if s.parallel and s.positions:
+            found.append("learned positions keep the FFN out of the table")
+        elif s.parallel and s.experts > 1:
+            found.append(
+                "all experts are counted as read and run, as in the paper; a router chooses a few, "
+                "so the factors of small batches and the multiply-adds are too favourable"
+            )
+        if s.tied:
+            found.append("the tied head keeps the embedding, which is counted as growth")
+        return found
+
+    def as_dict(self) -> dict:
+        names = ("qp_weights", "kv_weights", "ffn_weights", "embedding_weights", "total_weights")
+        names += ("eliminated", "growth", "net", "relative", "break_even")
+        reads = [
+            {
+                "batch": batch,
+                "without": self.reads_without(batch),
+                "with": self.reads_with(batch),
+                "factor": self.factor(batch),
+            }
+            for batch in BATCHES
+        ]
+        found = {"technique": "first_layer", "shape": asdict(self.shape)}
+        found |= {name: getattr(self, name) for name in names} | {"reads": reads}
+        return found | {"upper_bound": 1 / self.shape.layers, "notes": self.notes()}
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def as_text(c: FirstLayerCost) -> str:
+    s = c.shape
+    kind = "parallel" if s.parallel else "serial"
+    experts = f"{s.experts} experts of " if s.experts > 1 else ""
+    positions = f", {s.positions:,} learned positions" if s.positions else ""
+    weights = [
+        ["weights", "numbers"],
+        ["Q and P of a block", f"{c.qp_weights:,}"],
+        ["K and V of a block", f"{c.kv_weights:,}"],
+        ["FFN of a block", f"{c.ffn_weights:,}"],
+        ["embeddings, in and out", f"{c.embedding_weights:,}"],
+        ["all", f"{c.total_weights:,}"],
+        ["needed no more in block 0", f"{c.eliminated:,}"],
+    ]
+    memory = [
+        ["memory", "numbers"],
+        ["table, beyond the embedding", f"{c.growth:,}"],
+        ["weights dropped", f"{-c.eliminated:,}"],
+        ["net", f"{c.net:,}"],
+        ["net, of all weights", f"{c.relative:.0%}"],
+    ]
+    reads = [["tokens in a pass", "reads without", "reads with", "factor"]]
+    for batch in BATCHES:
+        numbers = c.reads_without(batch), c.reads_with(batch)
+        factor = f"{c.factor(batch):,.{0 if c.factor(batch) >= 2 else 2}f}x"
+        reads.append([f"{batch:,}", *(f"{n:,}" for n in numbers), factor])
+    lines = [
+        f"{s.kind}: {s.layers} {kind} blocks of width {s.width:,}, {s.heads} heads of "
+        f"{s.head_width} ({s.kv_heads} for keys and values), FFN of {experts}{s.ffn_matrices} "
+        f"matrices with {s.hidden:,} neurons, {s.vocab_size:,} tokens{positions}.",
+        *(f"Note: {note}." for note in c.notes()),
+        "",
+        table(weights),
+        "",
+        table(reads),
+        f"From {c.break_even:,.0f} tokens in a pass on, the table reads more than the weights.",
+        "",
+        table(memory),
+        "",
+        f"A token takes {c.eliminated:,} multiply-adds less, of {c.total_weights:,} weights. No "
+        f"more than 1/{s.layers} ({1 / s.layers:.0%}) of the whole work can be saved.",
+    ]
+    return "\n".join(lines)
