@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import minitx
+from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
 from minitx.tree import weights
 
@@ -91,6 +92,8 @@ def show(args) -> None:
         print(json.dumps(found, indent=1))
     else:
         print(lm.model)
+        if type(lm.decode) is not Autoregressive:  # a technique has put another loop there
+            print(lm.decode)
         print_figures(f"{total:,} weights")
 
 

@@ -72,7 +72,10 @@ def is_below(path: str, above: str) -> bool:
 
 
 def group_of(path: str) -> str:
-    """``model.stack.blocks.3.ffn.down`` -> ``blocks.ffn``; ``model.head`` -> ``head``."""
+    """``model.stack.blocks.3.ffn.down`` -> ``blocks.ffn``; ``model.head`` -> ``head``. A model that
+    the token loop has for itself (a draft) stands apart: ``decode.blocks.ffn``."""
+    if path.startswith("decode."):
+        return f"decode.{group_of(path.removeprefix('decode.'))}"
     words = [word for word in path.split(".") if not word.isdigit()]
     if "blocks" in words:
         return ".".join(words[words.index("blocks") :][:2])

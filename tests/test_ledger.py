@@ -63,7 +63,7 @@ def test_paths_say_who_worked_and_sums_are_over_subtrees():
     assert counts.total("model.stack.blocks.1.ffn").multiply_adds == 7 * 3 * c.hidden * c.width
     assert counts.total("model.stack.blocks.1.ff") == Entry()
     assert group_of("model.stack.blocks.1.ffn.down") == "blocks.ffn"
-    assert group_of("decode.draft.stack.blocks.0.attn.qkv.q") == "blocks.attn"
+    assert group_of("decode.draft.model.stack.blocks.0.attn.qkv.q") == "decode.blocks.attn"
     assert group_of("model.head") == "head" and group_of("") == ""
 
 
