@@ -9,6 +9,7 @@ import pytest
 import minitx
 from minitx import cli
 from minitx.files.find import shipped
+from minitx.technique import techniques
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +35,7 @@ def test_the_python_example_runs(capsys):
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_is_understood(line):
     words = [w for w in shlex.split(line)[1:] if w != "..."]
-    cli.parser().parse_args(words)  # would exit at an unknown command or option
+    cli.read_arguments(words)  # refuses an unknown command, option or technique
 
 
 def test_every_path_exists():
@@ -52,6 +53,17 @@ def test_all_tutorials_are_named():
 def test_all_models_are_named():
     for name in shipped():
         assert f"`{name}`" in README, name
+
+
+def test_the_techniques_are_those_that_there_are():
+    """Each with its level, whether it is exact, and the first line of its card."""
+    rows = re.findall(r"^\| \[`(--[\w-]+)`\]\((\S+)\) \| (\w+) \| (\w+) \| (.*) \|$", README, re.M)
+    expected = []
+    for t in techniques():
+        path = t.function.__module__.replace(".", "/") + ".py"
+        exact = "exact" if t.exact else "approximate"
+        expected.append((t.flag, path, t.level, exact, t.card.summary))
+    assert rows == expected
 
 
 def test_ci_runs_the_readmes_test_command():
