@@ -4,46 +4,13 @@ test_predictive_attention.py."""
 import numpy as np
 import pytest
 from slow import predictive_attention as slow
+from test_predictive_attention import IDS, part, random_qkv, run
 from tiny import tiny_lm
 
 from minitx.errors import MinitxError
 from minitx.ledger import counting
-from minitx.skip.predictive_attention import (
-    IntegerCode,
-    Keep,
-    LeadingOne,
-    Predict,
-    PredictThenAttend,
-)
 from minitx.state import Layer
 from minitx.technique import apply, find
-
-IDS = np.random.default_rng(5).integers(0, 258, 40)
-
-
-def part(scale=0.5, b=4, tau=0.05, rho=1.0, r_min=4):
-    code = LeadingOne() if b is None else IntegerCode(b)
-    return PredictThenAttend(Predict(code), Keep(tau, rho, r_min), scale)
-
-
-def random_qkv(seed=0, lead=(), H=4, K=2, S=30, d=8, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-    q = 2 * rng.standard_normal((*lead, H, S, d))
-    k, v = rng.standard_normal((2, *lead, K, S, d))
-    return q.astype(dtype), k.astype(dtype), v.astype(dtype)
-
-
-def run(attend, q, k, v, sizes, layer=None):
-    """Attention of all queries, fed in chunks of these sizes through a growing cache."""
-    layer = Layer(q.shape[-2], remember=True) if layer is None else layer
-    found = []
-    for size in sizes:
-        new = slice(layer.position, layer.position + size)
-        so_far = layer.extend(k[..., new, :], v[..., new, :])
-        found.append(attend(q[..., new, :], *so_far, layer))
-        layer.position += size
-    return np.concatenate(found, -2)
-
 
 # Counts ------------------------------------------------------------------------------------------
 
