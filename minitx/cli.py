@@ -168,29 +168,20 @@ def parser() -> Parser:
 
     evaluate = add(names, "evaluate", commands.evaluate, "accuracy by hops on held-out stories")
     add_model(evaluate)
-    evaluate.add_argument(
-        "--stories", type=count, default=500, metavar="N", help="how many (default 500)"
-    )
-    evaluate.add_argument("--grade", default="full", help="difficulty (default full)")
+    add_stories(evaluate, 500)
     evaluate.add_argument("--depths", action="store_true", help="also leave after every block")
     add_json(evaluate)
 
     compare = add(names, "compare", commands.compare, "what techniques cost and save")
     add_model(compare)
-    compare.add_argument(
-        "--stories", type=count, default=100, metavar="N", help="how many to read (default 100)"
-    )
-    compare.add_argument("--grade", default="full", help="difficulty (default full)")
+    add_stories(compare, 100)
     add_json(compare)
 
     sweep = add(names, "sweep", commands.sweep, "one technique at several settings")
     sweep.add_argument("name", help="of a technique: ffn-skip")
     sweep.add_argument("settings", nargs="*", help="option=value,value,...")
     add_model(sweep)
-    sweep.add_argument(
-        "--stories", type=count, default=40, metavar="N", help="how many to read (default 40)"
-    )
-    sweep.add_argument("--grade", default="full", help="difficulty (default full)")
+    add_stories(sweep, 40)
     sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
     add_json(sweep)
 
@@ -237,6 +228,17 @@ def add_model(command: Parser) -> None:
     command.add_argument("--tokenizer", help="folder or file, if it is not beside the model")
     command.set_defaults(techniques={})
     command.epilog = "Techniques: --NAME [option=value ...]; minitx list names them."
+
+
+def add_stories(command: Parser, default: int) -> None:
+    command.add_argument(
+        "--stories",
+        type=count,
+        default=default,
+        metavar="N",
+        help=f"how many to read (default {default})",
+    )
+    command.add_argument("--grade", default="full", help="difficulty (default full)")
 
 
 def add_json(command: Parser) -> None:

@@ -159,9 +159,11 @@ def evaluate(args) -> None:
 def compare(args) -> None:
     from minitx.lab.compare import Plan
     from minitx.lab.compare import compare as measure
+    from minitx.technique import apply
 
     dense = minitx.load(args.model, args.tokenizer)
-    found = measure(dense, load(args), flags_text(args), Plan(stories=args.stories), args.grade)
+    changed = apply(dense, args.techniques)
+    found = measure(dense, changed, flags_text(args), Plan(stories=args.stories), args.grade)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
@@ -188,13 +190,10 @@ def cost(args) -> None:
 
 def flags_text(args) -> str:
     """The techniques as they were asked for: ``--fold-norms --ffn-skip threshold=0.9``."""
-    words = []
-    for name, options in args.techniques.items():
-        words += [
-            "--" + name.replace("_", "-"),
-            *(f"{key}={value}" for key, value in options.items()),
-        ]
-    return " ".join(words)
+    from minitx.technique import as_words, find
+
+    flags = [f"{find(name).flag} {as_words(options)}" for name, options in args.techniques.items()]
+    return " ".join(map(str.strip, flags))
 
 
 def train(args) -> int:

@@ -4,7 +4,7 @@ Every product of the model goes through ops.py, and each of them tells the ledge
 
     with ledger.counting(lm) as counts:
         lm.generate("Once", 20)
-    print(counts.table())
+    print(counts.by_group())
 
 What is counted: the multiply-adds of products (x @ w, q k^T, p v), the bytes of weights and of
 cached keys and values that they read, and whatever a technique's decisions cost (``add``). What is

@@ -210,12 +210,18 @@ def attention(q, k, v, scale, start=None):
     if T == 1:
         return attend_rows(q, k, v, scale, hidden_keys(1, S, start))
     out = np.empty_like(q)
-    for a in range(0, T, ROWS):
-        b = min(a + ROWS, T)
-        end = S - T + b  # the last row's own key is the last that this block needs
+    for a, b, end in causal_blocks(T, S):
         block = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
         out[..., a:b, :] = attend_rows(*block, scale, hidden_keys(b - a, end, start))
     return out
+
+
+def causal_blocks(T: int, S: int):
+    """(a, b, end): queries a .. b - 1 of the T newest, which see none but the first ``end`` of S
+    keys: the last row's own key is the last that the block needs."""
+    for a in range(0, T, ROWS):
+        b = min(a + ROWS, T)
+        yield a, b, S - T + b
 
 
 def attend_rows(q, k, v, scale, hidden=None):

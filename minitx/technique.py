@@ -136,6 +136,11 @@ class Technique:
         return self.checked(found)
 
 
+def as_words(options: dict) -> str:
+    """Options as ``Technique.read`` takes them: ``threshold=0.95 k=2``."""
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
 REGISTRY: dict[str, Technique] = {}
 
 

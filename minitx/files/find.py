@@ -42,9 +42,12 @@ def read(name_or_path, tokenizer=None, dtype=np.float32) -> tuple[Transformer, o
     path = locate(name_or_path)
     where = beside(path) if tokenizer is None else _tokenizer_at(tokenizer)
     model = read_model_at(path, dtype)
-    # As it is called where it lies: "." and "stories15M.bin" make no names.
-    name = path.resolve().name if path.is_dir() else path.stem
-    return model, None if where is None else read_tokenizer_for(where, model), name
+    return model, None if where is None else read_tokenizer_for(where, model), name_of(path)
+
+
+def name_of(path: Path) -> str:
+    """As a model is called where it lies: "." and "stories15M.bin" are no names."""
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 def read_model_at(path: Path, dtype) -> Transformer:

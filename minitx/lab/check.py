@@ -14,7 +14,7 @@ import numpy as np
 
 from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
-from minitx.files.find import locate, shipped
+from minitx.files.find import locate, name_of, shipped
 from minitx.lab.comparison import ALLOWED, BUG, Comparison, Stage
 from minitx.lab.reference import (
     DTYPES,
@@ -105,7 +105,7 @@ def check_model(name: str, folder=None) -> Comparison:
         _need_same_weights(reference, seeded_about(config, seed))
         return compare(reference, lambda dtype: seeded_model(config, seed, dtype))
     path = locate(name)
-    known = path.resolve().name.removesuffix(path.suffix if path.is_file() else "")
+    known = name_of(path.resolve())
     if known not in references:
         raise MinitxError(
             f"There are no reference outputs for {known}; there are for {', '.join(references)}."

@@ -16,16 +16,24 @@ continuation. Anything else is approximate, whatever a technique claims to be.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from statistics import median
 
 import numpy as np
 from tqdm import tqdm
 
-from minitx.errors import MinitxError
-from minitx.lab.evaluate import Encoded, Report, Tally, best_guess, encode, percent, report, table
+from minitx.lab.evaluate import (
+    Encoded,
+    Report,
+    Tally,
+    best_guess,
+    encode,
+    held_out,
+    hops_name,
+    percent,
+    report,
+    table,
+)
 from minitx.ledger import Entry, Ledger, counting
-from minitx.training.stories import stories
 
 PROMPT, NEW = 32, 48  # tokens of a story's beginning, and how many are told after it
 
@@ -95,9 +103,7 @@ def compare(
     dense, changed, techniques: str, plan: Plan = Plan(), grade="full", bar=True
 ) -> Comparison:
     """Compare two LMs that share a tokenizer. Raises MinitxError without one."""
-    if dense.tokenizer is None:
-        raise MinitxError("This model has no tokenizer, so it cannot read stories.")
-    found = list(islice(stories("evaluation", grade, 0), plan.stories))
+    found = held_out(dense, plan.stories, grade)
     encoded = encode(dense.tokenizer, found)
     with tqdm(
         total=len(encoded) + plan.told * 2 + plan.rounds, unit="run", disable=not bar
@@ -205,9 +211,7 @@ def as_text(c: Comparison) -> str:
 
 
 def quality(r: Reading) -> str:
-    names = {
-        hops: f"{hops} hop{'s' * (hops > 1)}" if hops else "counts" for hops in r.dense.by_hops
-    }
+    names = {hops: hops_name(hops) for hops in r.dense.by_hops}
     rows = [["", "loss", "above least", *names.values()]]
     for name, found in (("dense", r.dense), ("changed", r.changed)):
         accuracies = [percent(found.by_hops[hops]) for hops in names]

@@ -167,14 +167,19 @@ class Profile:
 def evaluate_model(lm, count: int = 500, grade="full", depths: bool = False, seed: int = 0):
     """The ``Report`` (or with ``depths`` the ``Profile``) of an LM on ``count`` held-out stories of
     a grade, always the same ones for one seed."""
+    found = held_out(lm, count, grade, seed)
+    if depths:
+        return Profile(exit_profile(lm, lm.tokenizer, found))
+    return evaluate(lm, lm.tokenizer, found)
+
+
+def held_out(lm, count: int, grade="full", seed: int = 0) -> list[Story]:
+    """So many evaluation stories of a grade, for an LM, which needs a tokenizer to read them."""
     if lm.tokenizer is None:
         raise MinitxError("This model has no tokenizer, so it cannot read stories.")
     if type(count) is not int or count < 1:
         raise MinitxError(f"The number of stories is {count!r}; a whole number >= 1 is needed.")
-    found = list(islice(stories("evaluation", grade, seed), count))
-    if depths:
-        return Profile(exit_profile(lm, lm.tokenizer, found))
-    return evaluate(lm, lm.tokenizer, found)
+    return list(islice(stories("evaluation", grade, seed), count))
 
 
 def best_guess(stories: Sequence[Story]) -> dict[str, float]:
@@ -264,6 +269,11 @@ def pad(stories: list[Encoded]) -> Padded:
 def context_of(model) -> int | None:
     """The longest sequence that the model can read, or None if it does not say."""
     return getattr(getattr(model, "config", None), "context", None)
+
+
+def hops_name(hops: int) -> str:
+    """The heading of a column of accuracies; 0 stands for counts."""
+    return f"{hops} hop{'s' * (hops > 1)}" if hops else "counts"
 
 
 def percent(share: float) -> str:

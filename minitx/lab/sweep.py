@@ -15,8 +15,8 @@ from pathlib import Path
 from minitx.errors import MinitxError
 from minitx.files.common import replacing
 from minitx.lab.compare import Comparison, Plan, compare
-from minitx.lab.evaluate import percent, table
-from minitx.technique import Technique, apply
+from minitx.lab.evaluate import hops_name, percent, table
+from minitx.technique import Technique, apply, as_words
 
 WIDTH, HEIGHT = 60, 15  # characters of the chart
 
@@ -30,7 +30,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in self.options.items())
+        return as_words(self.options)
 
     @property
     def cost(self) -> float:
@@ -86,7 +86,7 @@ def as_text(points: Sequence[Point]) -> str:
 def as_table(points: Sequence[Point]) -> str:
     reading = points[0].comparison.reading
     hops = list(reading.dense.by_hops)
-    names = [f"{h} hop{'s' * (h > 1)}" if h else "counts" for h in hops]
+    names = map(hops_name, hops)
     rows = [["setting", "multiply-adds", "loss above dense", "same choice", *names, "speed"]]
     dense = [percent(reading.dense.by_hops[h]) for h in hops]
     rows.append(["dense", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])

@@ -104,9 +104,7 @@ class PredictThenAttend(Part):
         T, S = q.shape[-2], k.shape[-2]
         kc, sk = self.coded(k, layer)
         out = np.empty_like(q)
-        for a in range(0, T, ops.ROWS):  # causal blocks, for the same reason as in ops.attention
-            b = min(a + ops.ROWS, T)
-            end = S - T + b
+        for a, b, end in ops.causal_blocks(T, S):
             keys = k[..., :end, :], v[..., :end, :], kc[..., :end, :], sk[..., :end]
             out[..., a:b, :] = self.rows(q[..., a:b, :], *keys, layer.start)
         return out  # (..., H, T, d)

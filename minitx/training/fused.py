@@ -154,10 +154,9 @@ def attention(q, k, v, scale, start=None):
     def pull(g):
         T, S = a.shape[-2], b.shape[-2]
         dq, dk, dv = np.empty_like(a), np.zeros_like(b), np.zeros_like(c)
-        for first in range(0, T, ops.ROWS):
-            rows = slice(first, min(first + ops.ROWS, T))
-            keys = slice(0, S - T + rows.stop)
-            hidden = ops.hidden_keys(rows.stop - first, keys.stop, start)
+        for first, last, end in ops.causal_blocks(T, S):
+            rows, keys = slice(first, last), slice(0, end)
+            hidden = ops.hidden_keys(last - first, end, start)
             block = a[..., rows, :], b[..., keys, :], c[..., keys, :]
             parts = _attend_back(g[..., rows, :], out[..., rows, :], *block, scale, hidden, start)
             dq[..., rows, :] = parts[0]
