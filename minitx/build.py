@@ -16,6 +16,7 @@ from minitx.model import (
     Attend,
     Attention,
     Block,
+    Head,
     LayerNorm,
     Linear,
     NoRope,
@@ -46,7 +47,7 @@ def build(config: Config, get: Get) -> Transformer:
     if config.tied:
         head = TiedHead(tokens)
     else:
-        head = Linear(get("head.w", (config.width, config.vocab_size)))
+        head = Head(get("head.w", (config.width, config.vocab_size)))
     return Transformer(embed, Stack(blocks), norm, head, config)
 
 

@@ -12,8 +12,10 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from minitx import ops
 from minitx.errors import MinitxError
 from minitx.model import Transformer
+from minitx.state import State
 from minitx.tree import Part, part
 
 
@@ -49,13 +51,13 @@ class Sampler:
 
     def __call__(self, logits: np.ndarray) -> int:
         if self.temperature == 0:
-            return largest(logits)
+            return ops.largest(logits)
         return self.draw(self.probabilities(logits))
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """The distribution (V,) that a token is drawn from, in float64; at temperature 0 all of it
         is on one token."""
-        best = largest(logits)
+        best = ops.largest(logits)
         if self.temperature == 0:
             return np.eye(1, logits.size, best)[0]
         z = logits.astype(np.float64)
@@ -75,17 +77,6 @@ class Sampler:
         total = p.cumsum()
         # uniform() < 1, so this is below the last sum; "right" passes by tokens of probability 0.
         return int(total.searchsorted(self.uniform() * total[-1], side="right"))
-
-
-def largest(logits: np.ndarray) -> int:
-    """The id of the largest logit, the smallest among equals; MinitxError if that is no number."""
-    best = int(logits.argmax())  # of NaN if there is one anywhere: so one look finds it
-    if not math.isfinite(logits[best]):
-        raise MinitxError(
-            f"The model gave the score {logits[best]} to token {best}, so no next token can be "
-            "chosen: its numbers are too large for their type, or its weights are damaged."
-        )
-    return best
 
 
 def among_largest(x: np.ndarray, k: int) -> np.ndarray:
@@ -113,6 +104,13 @@ def _refuse(name: str, value, needed: str):
     raise MinitxError(f"{name} is {value!r}; {needed} is needed.")
 
 
+def next_token(model: Transformer, ids, state: State, choose: Sampler) -> int:
+    """The token after the ids, which continue the sequence of ``state``."""
+    if choose.temperature == 0:
+        return model.next_best(ids, state)
+    return choose(model.next_logits(ids, state))
+
+
 @part
 class Autoregressive(Part):
     """One token at a time, each from the logits after everything before it."""
@@ -129,7 +127,7 @@ class Autoregressive(Part):
         state = model.new_state()
         ids = prompt
         for _ in range(limit):
-            token = choose(model.next_logits(ids, state))
+            token = next_token(model, ids, state, choose)
             yield token
             ids = (token,)
 

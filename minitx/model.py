@@ -33,7 +33,16 @@ class Transformer(Part):
 
     def next_logits(self, ids, state: State | None = None):
         """Logits (..., V) after the last of the ids: the only row that choosing a token needs."""
-        return self.head(self.norm(self.hidden(ids, state)[..., -1:, :]))[..., 0, :]
+        return self.head(self.last(ids, state)[..., None, :])[..., 0, :]
+
+    def next_best(self, ids, state: State | None = None) -> int:
+        """The id of the largest of the ``next_logits`` (V,) of one sequence: all that greedy
+        decoding needs, and a head may find it without the other logits."""
+        return self.head.best(self.last(ids, state))
+
+    def last(self, ids, state: State | None = None):
+        """What the head reads (..., D) after the last of the ids."""
+        return self.norm(self.hidden(ids, state)[..., -1:, :])[..., 0, :]
 
     def hidden(self, ids, state: State | None = None):
         """The residual stream (..., T, D) after the last block."""
@@ -100,6 +109,10 @@ class Block(Part):
         x = x + self.attn(x, layer)
         return x + self.ffn(x, layer)
 
+    def fill(self, x, layer: Layer):
+        """Remember the keys and values of x and do nothing else: see ``Attention.fill``."""
+        self.attn.fill(x, layer)
+
 
 @part
 class ParallelBlock(Part):
@@ -110,6 +123,10 @@ class ParallelBlock(Part):
 
     def __call__(self, x, layer: Layer):
         return x + self.attn(x, layer) + self.ffn(x, layer)
+
+    def fill(self, x, layer: Layer):
+        """Remember the keys and values of x and do nothing else: see ``Attention.fill``."""
+        self.attn.fill(x, layer)
 
 
 @part
@@ -127,12 +144,20 @@ class Attention(Part):
     def __call__(self, x, layer: Layer):
         return self.mix(*self.qkv(self.norm(x)), layer)
 
+    def fill(self, x, layer: Layer):
+        """Remember the keys and values of tokens x (..., T, D) that pass this layer by: later
+        tokens will look for them here."""
+        self.remember(*self.qkv.kv(self.norm(x)), layer)
+
+    def remember(self, k, v, layer: Layer):
+        """Add keys and values (..., T, K*d) to the memory; returns all so far, (..., K, S, d)."""
+        k = self.rope(split_heads(k, self.kv_heads), layer)  # (..., K, T, d)
+        return layer.extend(k, split_heads(v, self.kv_heads))
+
     def mix(self, q, k, v, layer: Layer):
         """All of attention that follows the projections q (..., T, H*d), k, v (..., T, K*d)."""
         q = self.rope(split_heads(q, self.heads), layer)  # (..., H, T, d)
-        k = self.rope(split_heads(k, self.kv_heads), layer)  # (..., K, T, d)
-        v = split_heads(v, self.kv_heads)  # (..., K, T, d)
-        k, v = layer.extend(k, v)  # (..., K, S, d)
+        k, v = self.remember(k, v, layer)  # (..., K, S, d)
         return self.out(merge_heads(self.attend(q, k, v, layer)))  # (..., T, D)
 
 
@@ -146,6 +171,10 @@ class QKV(Part):
 
     def __call__(self, x):
         return self.q(x), self.k(x), self.v(x)
+
+    def kv(self, x):
+        """Keys and values alone."""
+        return self.k(x), self.v(x)
 
 
 def split_heads(x, heads: int):
@@ -238,13 +267,31 @@ class Linear(Part):
 
 
 @part
+class Head(Part):
+    """A column of weights for every token: logits are the products with all of them."""
+
+    w: np.ndarray  # (D, V)
+
+    def __call__(self, x):
+        return ops.linear(x, self.w)  # (..., V)
+
+    def best(self, x) -> int:
+        """The id of the largest logit of one row x (D,)."""
+        return ops.largest(self(x))
+
+
+@part
 class TiedHead(Part):
-    """The embedding table once more, transposed: scores are products with every token's row."""
+    """The embedding table once more: logits are the products with every token's row."""
 
     w: np.ndarray  # (V, D), the very array of the embedding
 
     def __call__(self, x):
         return ops.scores(x, self.w)  # (..., V)
+
+    def best(self, x) -> int:
+        """The id of the largest logit of one row x (D,)."""
+        return ops.largest(self(x))
 
 
 @part

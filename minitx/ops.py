@@ -14,6 +14,7 @@ from functools import cache, wraps
 import numpy as np
 
 from minitx import ledger
+from minitx.errors import MinitxError
 
 
 def op(f):
@@ -73,6 +74,18 @@ def rows(table, ids):
     if ledger.active:
         ledger.active.add(weight_bytes=found.nbytes)
     return found
+
+
+def largest(logits) -> int:
+    """The id of the largest of logits (V,), the smallest among equals; MinitxError if that is no
+    finite number."""
+    best = int(logits.argmax())  # of NaN if there is one anywhere: so one look finds it
+    if not math.isfinite(logits[best]):
+        raise MinitxError(
+            f"The model gave the score {logits[best]} to token {best}, so no next token can be "
+            "chosen: its numbers are too large for their type, or its weights are damaged."
+        )
+    return best
 
 
 # Norms -------------------------------------------------------------------------------------------

@@ -168,9 +168,9 @@ class TestProcess:
     def test_ctrl_c_while_it_writes(self, workdir):
         slowly = (
             "import time, sys; from minitx.model import Transformer; from minitx.cli import main\n"
-            "step = Transformer.next_logits\n"
+            "step = Transformer.next_best\n"
             "def slow(*arguments): time.sleep(0.2); return step(*arguments)\n"
-            "Transformer.next_logits = slow\n"
+            "Transformer.next_best = slow\n"
             "sys.exit(main())"
         )
         process = start("generate", "Once", "-m", "toy", code=slowly)

@@ -57,6 +57,9 @@ class Shifted(Part):
         y[..., self.token] += np.float32(self.by)
         return y
 
+    def best(self, x):
+        return int(self(x).argmax())
+
 
 def test_the_same_model_is_identical():
     lm = story_lm()

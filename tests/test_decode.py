@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, Spy, tiny_model
 
-from minitx.decode import Autoregressive, Sampler, among_largest, largest, nucleus
+from minitx import ops
+from minitx.decode import Autoregressive, Sampler, among_largest, nucleus
 from minitx.errors import MinitxError
 
 HALVES = np.log(np.array([0.125, 0.5, 0.125, 0.25]))  # logits of these probabilities
@@ -198,7 +199,7 @@ def test_bad_options(options, words):
 @pytest.mark.parametrize("bad", [[0, math.nan, 9], [math.inf, 0, 0], [-math.inf] * 3])
 def test_scores_that_are_no_numbers(options, bad):
     logits = np.array(bad, np.float32)
-    for use in (Sampler(**options), Sampler(**options).probabilities, largest):
+    for use in (Sampler(**options), Sampler(**options).probabilities, ops.largest):
         with pytest.raises(MinitxError, match="The model gave the score (nan|inf|-inf) to token"):
             use(logits)
 

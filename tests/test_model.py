@@ -240,3 +240,20 @@ def test_drawing_folds_equal_blocks():
 def test_bad_configurations_are_refused(change, words):
     with pytest.raises(MinitxError, match=words):
         Config(**LLAMA | change)
+
+
+def test_the_best_next_token_is_that_of_the_last_row(model, ids):
+    assert model.next_best(ids) == model(ids)[-1].argmax()
+
+
+def test_filling_remembers_what_running_remembers(model, ids):
+    """A block's ``fill`` leaves the keys and values that the block itself would, and no more."""
+    block = model.stack.blocks[0]
+    x = model.embed(ids, slice(0, len(ids)))
+    ran, filled = model.new_state().layers[0], model.new_state().layers[0]
+    block(x, ran)
+    assert block.fill(x, filled) is None
+    S = len(ids)
+    assert close(filled.keys[:, :S], ran.keys[:, :S])
+    assert close(filled.values[:, :S], ran.values[:, :S])
+    assert filled.position == 0  # which the stack moves on

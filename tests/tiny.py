@@ -95,3 +95,7 @@ class Spy:
     def next_logits(self, ids, state):
         self.runs.append(np.shape(ids))
         return self.model.next_logits(ids, state)
+
+    def next_best(self, ids, state):
+        self.runs.append(np.shape(ids))
+        return self.model.next_best(ids, state)

@@ -8,11 +8,9 @@ judged in ``comparison.py``; the stored outputs are read by ``reference.py``.
 
 import json
 from collections.abc import Callable
-from itertools import takewhile
 
 import numpy as np
 
-from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
 from minitx.files.find import locate, name_of, shipped
 from minitx.lab.comparison import ALLOWED, BUG, Comparison, Stage
@@ -165,10 +163,14 @@ def run_stages(model: Transformer, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 def _same_tokens(reference: Reference, model: Transformer) -> int:
     """How many greedy tokens are the reference's, up to the first that is not."""
-    expected = reference.greedy.tolist()
-    # Unlike the sampler's, this choice also goes on with NaN, which is for the verdict to report.
-    ours = Autoregressive()(model, reference.prompt.tolist(), np.argmax, len(expected))
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, expected)))
+    ids, state = reference.prompt.tolist(), model.new_state()
+    for same, expected in enumerate(reference.greedy.tolist()):
+        # Unlike next_best, this also goes on with NaN, which is for the verdict to report.
+        token = int(model.next_logits(ids, state).argmax())
+        if token != expected:
+            return same
+        ids = [token]
+    return len(reference.greedy)
 
 
 def _wrong_text(reference: Reference, tokenizer) -> int | None:

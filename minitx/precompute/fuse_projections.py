@@ -62,6 +62,12 @@ class FusedQKV(Part):
         end = self.q_width + self.k_width
         return y[..., : self.q_width], y[..., self.q_width : end], y[..., end:]
 
+    def kv(self, x):
+        """Keys and values alone, from their columns."""
+        w, b = self.all.w[:, self.q_width :], self.all.b
+        y = ops.linear(x, w, None if b is None else b[self.q_width :])  # (..., T, 2*K*d)
+        return y[..., : self.k_width], y[..., self.k_width :]
+
 
 @part
 class FusedSwiGLU(Part):
