@@ -79,6 +79,8 @@ def group_of(path: str) -> str:
     words = [word for word in path.split(".") if not word.isdigit()]
     if "blocks" in words:
         return ".".join(words[words.index("blocks") :][:2])
+    if "head" in words:
+        return "head"  # and all that a technique has put around it
     return words[-1] if words else ""
 
 

@@ -36,13 +36,13 @@ from minitx.training.world import World
 PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on such plain text
 # sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
 PINNED = {
-    "set_phrases": "2bfbc96f7a9c58fa",
-    "told_twice": "bca809c9a3309a54",
-    "one_hop_tiny": "e587dfd1e00c1059",
-    "one_hop": "66d263ba9de091cd",
-    "two_hops": "5570f3b71d4d3ffa",
-    "three_hops": "5f4184d30caf6b07",
-    "full": "508b2067b2381798",
+    "set_phrases": "e02011df796c78e9",
+    "told_twice": "0426c8e1434cdd2c",
+    "one_hop_tiny": "8ff9a448eefc721f",
+    "one_hop": "cfefa2d8d23871fb",
+    "two_hops": "78583bdfd0e6df21",
+    "three_hops": "8564478a8c7dfb28",
+    "full": "9d628d364930eb1f",
 }
 
 
@@ -149,6 +149,14 @@ def test_a_chain_that_an_answer_shortened_is_not_asked():
         assert (("where", "bell") in facts_of(world)) == asked
 
 
+def test_of_a_thing_that_nobody_has_only_the_colour_is_known():
+    world = World()
+    world.people, world.things = ["Sam", "Eva"], ["bell"]
+    world.colour["bell"] = "red"
+    assert facts_of(world) == {("colour", "bell"): ("colour", "red")}
+    assert not world.gifts() + world.puts() + world.takes() + world.leavable() + world.lying()
+
+
 def test_scripted_story():
     """The teller's methods in order, with a stream that always takes the first option."""
     teller = Teller(GRADES["full"], lambda: 0.0)
@@ -162,7 +170,7 @@ def test_scripted_story():
     story = teller.writer.story()
     assert story.text == (
         "Once upon a time there was a girl named Eva. Tom was in the park. Tom had a box."
-        " In the box was a red kite. Tom went to the barn."
+        " In the box was a kite. The kite was red. Tom went to the barn."
         " Where is the kite? The kite is in the barn."
     )
     (answer,) = story.answers

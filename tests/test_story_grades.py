@@ -49,7 +49,7 @@ def test_questions_come_in_useful_shares(drawn):
             hops[HOPS[kind]] += count / kinds.total()
         return hops
 
-    assert all(0.16 < shares("full")[hops] < 0.36 for hops in (0, 1, 2, 3))
+    assert all(0.15 < shares("full")[hops] < 0.36 for hops in (0, 1, 2, 3))
     assert set(shares("one_hop")) == set(shares("one_hop_tiny")) == {1}
     assert set(shares("two_hops")) == {1, 2} and shares("two_hops")[2] > 0.5
     assert shares("three_hops")[3] > 0.3
@@ -97,8 +97,8 @@ def test_a_recap_tells_all_news_again(order):
     that begins alike is still to come."""
     moved, unclear, kinds = 0, 0, set()
     for story in take(200, {"from": "told_twice", "recap": order}):
-        text = story.text.removeprefix("One day ").replace(". The ", "; The ", 99)
-        *told, closing = re.findall(r"[A-Z][^.]*\.", text.replace("; The end", ". The end"))
+        text = re.sub(r"\. (The \w+|It) was", r"; \1 was", story.text.removeprefix("One day "))
+        *told, closing = re.findall(r"[A-Z][^.]*\.", text)
         first, again = told[: len(told) // 2], told[len(told) // 2 :]
         assert closing == "The end." and 1 <= len(first) == len(set(first)) <= 12
         assert sorted(first) == sorted(again)

@@ -87,18 +87,25 @@ class Teller:
         place = self.world.at[who] = self.pick(PLACES)
         self.say_news("place", "arrive", who=who, place=place)
 
-    def new_thing(self, at: str) -> dict[str, str]:
+    def new_thing(self) -> dict[str, str]:
         """A thing that the story has not had yet, and its colour."""
         thing, colour = self.pick(self.world.new_things()), self.pick(COLOURS)
         self.world.things.append(thing)
-        self.world.at[thing], self.world.colour[thing] = at, colour
+        self.world.colour[thing] = colour
         return {"thing": thing, "colour": colour}
 
+    def see(self, _):
+        self.say_news("colour", "see", **self.new_thing())
+
     def find(self, who):
-        self.say_news("colour", "find", who=who, **self.new_thing(who))
+        new = self.new_thing()
+        self.world.at[new["thing"]] = who
+        self.say_news("colour", "find", who=who, **new)
 
     def fill(self, box):
-        self.say("fill", box=box, **self.new_thing(box))
+        new = self.new_thing()
+        self.world.at[new["thing"]] = box
+        self.say("fill", box=box, **new)
 
     def spot(self, box):
         self.world.boxes.append(box)
@@ -253,6 +260,7 @@ SENTENCES = {
     "meet": (lambda t: t.if_people(t.world.new_people()), Teller.meet),
     "arrive": (lambda t: t.if_people(t.world.new_people()), Teller.arrive),
     "move": (lambda t: t.world.people, Teller.move),
+    "see": (lambda t: t.if_things(("a thing",)), Teller.see),
     "find": (lambda t: t.if_things(t.world.people), Teller.find),
     "give": (lambda t: t.world.gifts(), Teller.give),
     "spot": (lambda t: t.if_boxes(t.world.new_boxes()), Teller.spot),

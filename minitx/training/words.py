@@ -118,14 +118,22 @@ SENTENCES = {
             " Then {who} moved on to the {place}.",
         ),
     ),
+    "see": (
+        "thing colour",
+        (
+            " There was a {thing}. The {thing} was {colour}.",
+            " Someone had lost a {size} {thing} that was {colour}.",
+            " A {thing} lay in the grass, and it was {colour}.",
+        ),
+    ),
     "find": (
         "who thing colour",
         (
             " {who} got a {thing}. The {thing} was {colour}.",
-            " {who} found a {colour} {thing}.",
+            " {who} found a {thing} that was {colour}.",
             " {who} had a {size} {thing}, and it was {colour}.",
-            " In the morning {who} bought a {colour} {thing}.",
-            " {who} saw a {colour} {thing} and picked it up.",
+            " In the morning {who} bought a {thing}. It was {colour}.",
+            " {who} saw a {thing}, which was {colour}, and picked it up.",
         ),
     ),
     "give": (
@@ -155,9 +163,9 @@ SENTENCES = {
     "fill": (
         "box thing colour",
         (
-            " In the {box} was a {colour} {thing}.",
-            " There was a {colour} {thing} in the {box}.",
-            " Inside the {box} lay a {thing}, and it was {colour}.",
+            " In the {box} was a {thing}. The {thing} was {colour}.",
+            " There was a {thing} in the {box}, and it was {colour}.",
+            " Inside the {box} lay a {size} {thing} that was {colour}.",
         ),
     ),
     "put": (
@@ -226,18 +234,18 @@ SENTENCES = {
     "mention colour": (
         "thing",
         (
-            " The {thing} was still|.",
+            " The {thing} still had the colour|.",
             " Everyone liked the {thing} because it was|.",
-            " Even the {animal} could see that the {thing} was|.",
+            " Even the {animal} noticed the {thing}, since it was|.",
         ),
     ),
     "ask where": ("object", (" Where is the {object}? The {object} is in the|.",)),
     "ask where who": ("who", (" Where is {who}? {who} is in the|.",)),
-    "ask who": ("object", (" Who has the {object}? The {object} is with|.",)),
-    "ask colour": ("thing", (" What colour is the {thing}? The {thing} is|.",)),
+    "ask who": ("object", (" Who has the {object}? The {object} is in the hands of|.",)),
+    "ask colour": ("thing", (" What colour is the {thing}? The {thing} has the colour|.",)),
     "ask colour of": (
         "who",
-        (" What colour is the thing that {who} has? The thing that {who} has is|.",),
+        (" What colour is the thing that {who} has? The thing that {who} has is of the colour|.",),
     ),
     "ask count": (
         "who foods",

@@ -43,10 +43,12 @@ class World:
                 yield "where1", "where", who, at[who]
             if who in self.food:
                 yield "count", "count", who, NUMBERS[self.food[who][1]]
-            in_hand = [thing for thing in self.things if at[thing] == who]
+            in_hand = [thing for thing in self.things if at.get(thing) == who]
             if len(in_hand) == 1:
                 yield "colour2", "colour of", who, self.colour[in_hand[0]]
         for item in self.things + self.boxes:
+            if item not in at:
+                continue
             links = self.chain(item)
             place = links[-1] if links[-1] in IS_PLACE else None
             holder = links[-2] if place else links[-1]
@@ -68,7 +70,7 @@ class World:
         told, at = self.told, self.at
         if told.get(("where", box)) == place or told.get(("who", thing)) == person:
             return True
-        return any(at[t] == box and told.get(("where", t)) == place for t in self.things)
+        return any(at.get(t) == box and told.get(("where", t)) == place for t in self.things)
 
     def is_news(self, attribute: str, entity: str, value: str) -> bool:
         """Whether no question has been answered with that already, unchanged."""
@@ -94,7 +96,7 @@ class World:
         return [
             (who, thing, other)
             for thing in self.things
-            if (who := self.at[thing]) in IS_PERSON
+            if (who := self.at.get(thing)) in IS_PERSON
             for other in self.people
             if other != who
         ]
@@ -104,7 +106,7 @@ class World:
         return [
             (who, thing, box)
             for thing in self.things
-            if (who := self.at[thing]) in IS_PERSON
+            if (who := self.at.get(thing)) in IS_PERSON
             for box in self.boxes
             if self.in_reach(who, box)
         ]
@@ -114,7 +116,7 @@ class World:
         return [
             (who, thing, box)
             for thing in self.things
-            if (box := self.at[thing]) in self.boxes
+            if (box := self.at.get(thing)) in self.boxes
             for who in self.people
             if self.in_reach(who, box)
         ]
@@ -124,12 +126,12 @@ class World:
         return [
             (who, item)
             for item in self.things + self.boxes
-            if (who := self.at[item]) in IS_PERSON and who in self.at
+            if (who := self.at.get(item)) in IS_PERSON and who in self.at
         ]
 
     def lying(self) -> list[tuple[str, str]]:
         """(who, item): everyone, and the things and boxes that lie in some place."""
-        items = [item for item in self.things + self.boxes if self.at[item] in IS_PLACE]
+        items = [item for item in self.things + self.boxes if self.at.get(item) in IS_PLACE]
         return [(who, item) for item in items for who in self.people]
 
     def without_food(self) -> list[str]:

@@ -17,7 +17,10 @@ class Reader:
         self.news, self.retold = [], []  # sentences that a recap tells again; those it has told
 
     def read(self, text):
-        sentences = re.findall(r"[A-Z][^.?]*[.?]", re.sub(r"^One day (?=[A-Z])", "", text))
+        # Two sentences that tell one thing are read as one.
+        both = r"[A-Z][^.?]*\. (?:The [a-z]+|It) was [a-z]+\."
+        one = r"[A-Z][^.?]*[.?]"
+        sentences = re.findall(f"{both}|{one}", re.sub(r"^One day (?=[A-Z])", "", text))
         assert " ".join(sentences) == re.sub(r"^One day (?=[A-Z])", "", text)
         question = None
         for sentence in sentences:
@@ -57,10 +60,7 @@ class Reader:
         assert sentence not in self.retold, sentence
         for pattern, fact in self.NEWS:
             if match := re.fullmatch(pattern, sentence):
-                if derived := fact(self, *match.groups()):
-                    self.told_again(sentence, *derived)
-        if match := re.fullmatch(r"The (\w+) was \w+\.", sentence):
-            assert self.retold[-1].endswith(f" got a {match[1]}."), sentence
+                self.told_again(sentence, *fact(self, *match.groups()))
         self.retold.append(sentence)
 
     def told_again(self, sentence, derived, said):
@@ -82,7 +82,8 @@ class Reader:
     def own(self, who, number, food):
         self.food[who] = (food.rstrip("s"), NUMBERS.index(number))
 
-    def found(self, thing, colour=None, **where):
+    def found(self, thing, colour, again=None, **where):
+        assert again in (None, thing)
         self.put_at(thing, **where)
         self.colour[thing] = colour
 
@@ -128,14 +129,20 @@ class Reader:
          lambda s, who, place: s.place.update({who: place})),
         (rf"{W} (?:walked \w+|and \w+ \w+ ran|was \w+, so s?he went) to the {x}\.",
          lambda s, who, place: s.place.update({who: place})),
-        (rf"(?:In the morning )?{W} (?:found|bought) a {x} {x}\.",
-         lambda s, who, colour, thing: s.found(thing, colour, holder=who)),
-        (rf"{W} got a {x}\.", lambda s, who, thing: s.found(thing, holder=who)),
-        (rf"The {x} was {x}\.", lambda s, thing, colour: s.colour.update({thing: colour})),
+        (rf"{W} got a {x}\. The {x} was {x}\.",
+         lambda s, who, thing, again, colour: s.found(thing, colour, again, holder=who)),
+        (rf"{W} found a {x} that was {x}\.",
+         lambda s, who, thing, colour: s.found(thing, colour, holder=who)),
         (rf"{W} had a \w+ {x}, and it was {x}\.",
          lambda s, who, thing, colour: s.found(thing, colour, holder=who)),
-        (rf"{W} saw a {x} {x} and picked it up\.",
-         lambda s, who, colour, thing: s.found(thing, colour, holder=who)),
+        (rf"In the morning {W} bought a {x}\. It was {x}\.",
+         lambda s, who, thing, colour: s.found(thing, colour, holder=who)),
+        (rf"{W} saw a {x}, which was {x}, and picked it up\.",
+         lambda s, who, thing, colour: s.found(thing, colour, holder=who)),
+        (rf"There was a {x}\. The {x} was {x}\.",
+         lambda s, thing, again, colour: s.found(thing, colour, again)),
+        (rf"Someone had lost a \w+ {x} that was {x}\.", found),
+        (rf"A {x} lay in the grass, and it was {x}\.", found),
         (rf"{W} (?:sent|lent) the {x} to {W}\.", given),
         (rf"{W} borrowed the {x} from {W}\.",
          lambda s, other, thing, who: s.given(who, thing, other)),
@@ -145,11 +152,11 @@ class Reader:
         (rf"{W} (?:had|never went out without) a {x}\.",
          lambda s, who, box: s.put_at(box, holder=who)),
         (rf"{W} carried a \w+ {x}\.", lambda s, who, box: s.put_at(box, holder=who)),
-        (rf"In the {x} was a {x} {x}\.",
-         lambda s, box, colour, thing: s.found(thing, colour, box=box)),
-        (rf"There was a {x} {x} in the {x}\.",
-         lambda s, colour, thing, box: s.found(thing, colour, box=box)),
-        (rf"Inside the {x} lay a {x}, and it was {x}\.",
+        (rf"In the {x} was a {x}\. The {x} was {x}\.",
+         lambda s, box, thing, again, colour: s.found(thing, colour, again, box=box)),
+        (rf"There was a {x} in the {x}, and it was {x}\.",
+         lambda s, thing, box, colour: s.found(thing, colour, box=box)),
+        (rf"Inside the {x} lay a \w+ {x} that was {x}\.",
          lambda s, box, thing, colour: s.found(thing, colour, box=box)),
         (rf"{W} (?:put|hid) the {x} in the {x}\.", put),
         (rf"{W} dropped the {x} \w+ into the {x}\.", put),
@@ -170,22 +177,29 @@ class Reader:
          lambda s, who, place: s.told("mention", s.place[who], place)),
         (rf"All this time {W} stayed in the {x}\.",
          lambda s, who, place: s.told("mention", s.place[who], place)),
-        (rf"The {x} was still {x}\.", lambda s, t, c: s.told("mention", s.colour[t], c)),
+        (rf"The {x} still had the colour {x}\.",
+         lambda s, t, c: s.told("mention", s.colour[t], c)),
         (rf"Everyone liked the {x} because it was {x}\.",
          lambda s, t, c: s.told("mention", s.colour[t], c)),
-        (rf"Even the \w+ could see that the {x} was {x}\.",
+        (rf"Even the \w+ noticed the {x}, since it was {x}\.",
          lambda s, t, c: s.told("mention", s.colour[t], c)),
     ]  # fmt: skip
     # What a recap may tell again: gives (the fact, what the sentence says), or None for no fact.
     NEWS = [
         (rf"{W} (?:was in|came to|waited in|sat with \w+ \w+ in) the {x}\.",
          lambda s, who, place: (s.place[who], place)),
-        (rf"(?:In the morning )?{W} (?:found|bought|saw) a {x} {x}(?: and picked it up)?\.",
-         lambda s, who, colour, thing: (s.colour[thing], colour)),
-        (rf"{W} got a {x}\.", lambda s, who, thing: None),
-        (rf"The {x} was {x}\.", lambda s, thing, colour: (s.colour[thing], colour)),
+        (rf"(?:{W} got|There was) a {x}\. The {x} was {x}\.",
+         lambda s, who, thing, again, colour: (s.colour[thing], colour)),
+        (rf"(?:{W} found|Someone had lost) a(?: \w+)? {x} that was {x}\.",
+         lambda s, who, thing, colour: (s.colour[thing], colour)),
         (rf"{W} had a \w+ {x}, and it was {x}\.",
          lambda s, who, thing, colour: (s.colour[thing], colour)),
+        (rf"In the morning {W} bought a {x}\. It was {x}\.",
+         lambda s, who, thing, colour: (s.colour[thing], colour)),
+        (rf"{W} saw a {x}, which was {x}, and picked it up\.",
+         lambda s, who, thing, colour: (s.colour[thing], colour)),
+        (rf"A {x} lay in the grass, and it was {x}\.",
+         lambda s, thing, colour: (s.colour[thing], colour)),
         (rf"{W} (?:had|put) (two|three|four|five) {x}(?: in \w+ pocket)?\.",
          lambda s, who, number, food: (NUMBERS[s.food[who][1]], number)),
     ]  # fmt: skip
@@ -228,15 +242,15 @@ class Reader:
             hops, place, _, _ = self.locate(entity)
             kind, derived = f"where{hops}", place
         elif match := re.fullmatch(r"Who has the (\w+)\?", question):
-            assert start == f"The {match[1]} is with"
+            assert start == f"The {match[1]} is in the hands of"
             _, _, derived, hops = self.locate(match[1])
             kind = "who" if hops == 1 else "who2"
         elif match := re.fullmatch(r"What colour is the thing that (\w+) has\?", question):
-            assert start == f"The thing that {match[1]} has is"
+            assert start == f"The thing that {match[1]} has is of the colour"
             (thing,) = [t for t, who in self.holder.items() if who == match[1] and t in THINGS]
             kind, derived = "colour2", self.colour[thing]
         elif match := re.fullmatch(r"What colour is the (\w+)\?", question):
-            assert start == f"The {match[1]} is"
+            assert start == f"The {match[1]} has the colour"
             kind, derived = "colour", self.colour[match[1]]
         else:
             match = re.fullmatch(r"How many (\w+)s does (\w+) have\?", question)

@@ -1,0 +1,306 @@
+"""Early exit: a token leaves the stack of blocks once it seems to be decided.
+
+Here are the measures of that, the thresholds, and two ways to settle what a token that left owes to
+the layers above: the keys and values that later tokens will look for there. A threshold with a
+guarantee is found by ``minitx.lab.learn_then_test``, offline. Not here: heads trained for each
+layer (DeeBERT), waiting until several layers agree (PABEE), and depths fixed by position
+(SkipDecode). Training a model for this is ``minitx.training.layerskip``.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from minitx import ledger
+from minitx.confidence import Drawn, Probe, Saturation, SoftmaxGap, draws
+from minitx.errors import MinitxError
+from minitx.model import Stack, Transformer
+from minitx.state import Layer, State
+from minitx.technique import need, swap, technique
+from minitx.tree import Part, part
+
+
+@technique(level="stack", exact=False, neutral={"threshold": 1.1})
+def early_exit(
+    lm,
+    *,
+    measure: Literal["softmax", "saturation", "probe", "random"] = "softmax",
+    threshold: float = 0.9,
+    tau: float | None = None,
+    N: int | None = None,
+    fill: Literal["copy", "deferred"] = "copy",
+    first: int = 1,
+    every: int = 1,
+    warm_up: int = 0,
+    seed: int = 0,
+):
+    """A token leaves the blocks early if it seems decided; its keys and values are made up for.
+
+    Paper: Tal Schuster, Adam Fisch, Jai Gupta, Mostafa Dehghani, Dara Bahri, Vinh Tran, Yi Tay and
+        Donald Metzler, 2022, "Confident Adaptive Language Modeling", arXiv 2207.07061 (CALM): the
+        measures, the decaying threshold and the copied state, whose formulas were taken from notes
+        on the paper and from its published code. Deferring after Sangmin Bae et al., 2023, "Fast and
+        Robust Early-Exiting Framework", arXiv 2310.05424 (FREE); leaving at any layer, chosen here.
+    Kind: approximate.
+    Skips or precomputes: for each token by itself, the blocks behind the one it leaves after.
+    Offline: measure=probe is trained: a logistic read-out of the stream h, w (D,) and b for all
+        layers, of whether final norm and head read from h_i what they read from h_L, both outcomes
+        weighted alike, on calibration stories (train_probe). The other measures need nothing, but a
+        model whose last layers alone were trained to be read is read badly before.
+    Online: h_i is the stream after i blocks. At i = first, first + every, ... < L a token leaves if
+        c >= lam_t, with c by measure: softmax, p_(1) - p_(2), the gap between the two likeliest
+        tokens in softmax(head(norm(h_i))); saturation, cos(h_i, h_(i-1)), from i = 2 on; probe,
+        sigmoid(w . h_i + b); random, drawn evenly from 0 to 1 for each i and t: a baseline, with
+        threshold=0 for all to leave after first. lam_t = threshold; with tau,
+        clip(0.9 threshold + 0.1 exp(-tau t / N), 0, 1) (CALM's code has tau = 4).
+        fill=copy: where a layer l was not run, its keys and values are made of the state that the
+        token left with, by that layer's norm, W_k and W_v at the token's position. fill=deferred:
+        they are owed; when a later token enters l, all that are owed there run through l first, in
+        one causal chunk with it. Then all that a token sees is what the dense model has; what was
+        read off a token that left is not changed.
+        Unconfirmed in the paper and chosen here: t is the position in the token's own sequence and
+        N by default the context; the first warm_up tokens, prompt included, run in full; tokens of
+        a prompt leave as any others, so that it does not matter in what pieces a text is run.
+    Saves: for each block passed by, 2 D (H + K) d + 2 D K d + 3 D F (2 D F without a gate)
+        multiply-adds and the attention's 2 S H d; copying takes 2 D K d of it back. Deferring saves
+        what is still owed at the end; else the work comes later, many rows at once. A check costs
+        V D (softmax), 3 D (saturation) or D (probe): with V D near a block's (about 12 D^2) softmax
+        does not pay, and every=2 halves it. The head reads the state left with once more, V D.
+        A prompt, in NumPy, is cut into pieces where tokens leave, and can take longer than dense:
+        warm_up as long as the prompt avoids that.
+    Neutral: threshold = 1.1, or any above 1: no token leaves, with tau too, and nothing is measured.
+        So are first >= L and a warm_up as long as the text.
+    Not for: fill=copy with blocks that cannot make keys and values alone; measure=probe without a
+        tokenizer. In a batch, a block is passed by only by tokens whose whole column has left.
+    """
+    L = lm.model.config.layers
+    check(threshold=(threshold, 0), first=(first, 1), every=(every, 1), warm_up=(warm_up, 0))
+    check(tau=(tau, 0), N=(N, 1), seed=(seed, 0))
+    if measure == "saturation":
+        first = max(first, 2)  # what enters block 0 may be no stream (a row of a table)
+
+    def change(model: Transformer) -> Transformer:
+        need(model.stack, Stack)
+        length = model.config.context if N is None else N
+        kinds = {
+            "softmax": lambda: SoftmaxGap(model.norm, model.head),
+            "saturation": Saturation,
+            "probe": lambda: Probe(*story_probe(lm)),
+            "random": lambda: Drawn(draws(L, model.config.context, seed)),
+        }
+        limit = Limit(threshold, tau, length, warm_up)
+        if fill == "copy":
+            check_fill(model.stack.blocks[first:])
+        debts = {"copy": CopiedState, "deferred": Deferred}[fill]()
+        stack = ExitingStack(model.stack, kinds[measure](), limit, debts, first, every)
+        return replace(model, stack=stack)
+
+    return swap(lm, Transformer, change)
+
+
+def check(**values: tuple) -> None:
+    """Refuse values below the least that goes with them; None is left out."""
+    for name, (value, least) in values.items():
+        if value is not None and value < least:
+            raise MinitxError(f"early_exit: {name} is {value:g}; it must be at least {least}.")
+
+
+def check_fill(blocks: Sequence[Part]) -> None:
+    for node in [*blocks, *(block.attn for block in blocks if hasattr(block, "attn"))]:
+        if not hasattr(node, "fill"):
+            owner = type(node).__module__.rpartition(".")[2]
+            raise MinitxError(
+                f"early_exit cannot copy into the {type(node).__name__} of {owner}, which does not "
+                "make keys and values alone; use fill=deferred, or one of the two."
+            )
+
+
+# Who leaves --------------------------------------------------------------------------------------
+
+
+@part
+class ExitingStack(Part):
+    """The blocks one after another; after some of them it is asked who has gone far enough."""
+
+    inner: Part
+    measure: Part
+    limit: Part
+    debts: Part
+    first: int
+    every: int
+
+    def __call__(self, x, state: State):
+        L, first = len(self.inner.blocks), self.first
+        t = own_positions(x, state)  # (..., T)
+        lam = self.limit(t)  # (..., T)
+        may = lam <= 1  # no confidence is larger
+        if first >= L or not may.any():
+            return self.inner.run(x, state, 0, L)
+        state = remembering(state, x)
+        before = self.inner.run(x, state, 0, first - 1)
+        x = self.inner.run(before, state, first - 1, first)
+        self.debts.begin(x, state)
+        live = t >= 0  # padding has left from the start
+        for depth in range(first, L):
+            if (depth - first) % self.every == 0:
+                leave = self.leaving(x, before, depth, t, lam, live & may)
+                live = live & ~leave
+                note(leave, depth, L)
+            block, layer = self.inner.blocks[depth], state.layers[depth]
+            before, x = x, self.debts.run(block, x, live, layer, state)
+        if ledger.active:
+            ledger.active.event("layers that may be skipped", may.sum() * (L - first))
+        return x
+
+    def leaving(self, x, before, depth: int, t, lam, asked):
+        """Which of the tokens that are ``asked`` (..., T) leave after ``depth`` blocks."""
+        leave = np.zeros_like(asked)
+        if asked.any():
+            c = self.measure(x[asked], before[asked], depth, t[asked])
+            leave[asked] = c >= lam[asked]
+        return leave
+
+
+def own_positions(x, state: State):
+    """Positions (..., T) of x (..., T, D) in their own sequences; negative ones are padding."""
+    where = np.arange(state.position, state.position + x.shape[-2])
+    where = where if state.start is None else where - state.start[:, None]
+    return np.broadcast_to(where, x.shape[:-1])
+
+
+def remembering(state: State, x) -> State:
+    """The state, or one of its length for a pass that is to leave nothing behind: a chunk that is
+    cut into pieces has to be remembered while it is run."""
+    if state.layers[0].remember:
+        return state
+    return State(len(state.layers), x.shape[-2], state.start)
+
+
+def note(leave, depth: int, L: int) -> None:
+    if ledger.active and leave.any():
+        ledger.active.event("layers skipped", leave.sum() * (L - depth))
+        ledger.active.event(f"tokens that left after {depth}", leave.sum())
+
+
+@part
+class Limit(Part):
+    """CALM's lam_t: how confident a token at position t has to be."""
+
+    threshold: float
+    tau: float | None
+    N: int
+    warm_up: int
+
+    def __call__(self, t):
+        """lam_t at positions t (...) of a token's own sequence; infinite where none may leave: in
+        the warm-up, in padding (t < 0), and with a threshold that no confidence reaches."""
+        lam = self.threshold if self.threshold <= 1 else math.inf
+        if self.tau is not None and self.threshold <= 1:
+            lam = np.clip(0.9 * lam + 0.1 * np.exp(-self.tau * t / self.N), 0, 1)
+        return np.where(t < self.warm_up, math.inf, lam)
+
+
+# What those who have left owe --------------------------------------------------------------------
+
+
+@part
+class CopiedState(Part):
+    """The layers behind get keys and values of the state that a token left with."""
+
+    def begin(self, x, state: State) -> None:
+        pass
+
+    def run(self, block: Part, x, live, layer: Layer, state: State):
+        """One block over those of x (..., T, D) that are live (..., T); the others stay.
+
+        In runs of tokens that go on or have left, in their order, so that each finds the keys and
+        values of all before it. In a batch, a token that has left is carried along where another
+        row goes on: what comes out is thrown away, and what the block remembers is the copy.
+        """
+        if live.all():
+            y = block(x, layer)
+            layer.position += x.shape[-2]
+            return y
+        y = x.copy()
+        for a, b, goes_on in runs(columns(live)):
+            piece = x[..., a:b, :]
+            if goes_on:
+                np.copyto(y[..., a:b, :], block(piece, layer), where=live[..., a:b, None])
+            else:
+                block.fill(piece, layer)
+            layer.position += b - a
+        return y
+
+
+def columns(live):
+    """(T,) booleans: is any row of the batch live (..., T) there?"""
+    return live.reshape(-1, live.shape[-1]).any(0)
+
+
+def runs(flags):
+    """(a, b, flag) for each run of equal flags (T,)."""
+    cuts = np.flatnonzero(flags[1:] != flags[:-1]) + 1
+    for a, b in pairwise([0, *cuts.tolist(), len(flags)]):
+        yield a, b, flags[a]
+
+
+@part
+class Deferred(Part):
+    """The layers behind get keys and values when a later token needs them: then those who owe them
+    run through the layer in full, in one chunk with that token.
+
+    Each layer's own position says how far it has come. The tokens from there on have been through
+    all layers below and none above, since whoever enters a layer takes them all along.
+    """
+
+    def begin(self, x, state: State) -> None:
+        self.stream(x, state)[..., state.position : state.position + x.shape[-2], :] = x
+
+    def run(self, block: Part, x, live, layer: Layer, state: State):
+        """One block over all that is owed up to the last of x (..., T, D) that is live (..., T);
+        what comes out for those who have left is kept for the next layer, and not given back."""
+        going = np.flatnonzero(columns(live))
+        if not len(going):
+            return x
+        at, stream = state.position, self.stream(x, state)
+        a, b = layer.position, at + int(going[-1]) + 1
+        stream[..., a:b, :] = block(stream[..., a:b, :], layer)
+        layer.position = b
+        if ledger.active and a < at:
+            ledger.active.event("layers made up for", (at - a) * math.prod(x.shape[:-2]))
+        return np.where(live[..., None], stream[..., at : at + x.shape[-2], :], x)
+
+    def stream(self, x, state: State):
+        """(..., capacity, D): each token as it came out of the last layer it has been through."""
+        shape = (*x.shape[:-2], state.capacity, x.shape[-1])
+        return state.shared.recall(self, lambda: Streams(shape, x.dtype)).rows
+
+
+class Streams:
+    """Where tokens stand. The layers' positions say which rows mean anything, so that there is
+    nothing to forget."""
+
+    def __init__(self, shape: tuple, dtype):
+        self.rows = np.empty(shape, dtype)
+
+    def rewind(self, position: int) -> None:
+        pass
+
+
+# Offline -----------------------------------------------------------------------------------------
+
+
+def story_probe(lm) -> tuple[np.ndarray, float]:
+    """w and b of the probe for a model that reads stories."""
+    from minitx.training.exit_probe import calibration_texts, train_probe  # only for this measure
+
+    if lm.tokenizer is None:
+        raise MinitxError(
+            "early_exit cannot train its probe without a tokenizer to read stories with; use "
+            "measure=softmax or saturation."
+        )
+    return train_probe(lm, calibration_texts(lm))
