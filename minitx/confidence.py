@@ -1,9 +1,11 @@
-"""How sure a model is of a token before it has done all its work: measures of confidence.
+"""How sure a model is of a token before it has done all its work, and how sure is sure enough.
 
-Each is a part, called with the stream x (tokens, D) after ``depth`` blocks, what it was a block
-before, and the tokens' positions t; it gives c (tokens,), at most 1, and larger means surer. What
-is done with that is a technique's business.
+Each measure of confidence is a part, called with the stream x (tokens, D) after ``depth`` blocks,
+what it was a block before, and the tokens' positions t; it gives c (tokens,), at most 1, and larger
+means surer. What is done with that is a technique's business.
 """
+
+import math
 
 import numpy as np
 
@@ -69,3 +71,21 @@ class Drawn(Part):
 
 def draws(L: int, context: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random((L, context), np.float32)
+
+
+@part
+class Limit(Part):
+    """CALM's lam_t: how confident a token at position t has to be."""
+
+    threshold: float
+    tau: float | None
+    N: int
+    warm_up: int
+
+    def __call__(self, t):
+        """lam_t at positions t (...) of a token's own sequence; infinite where none may leave: in
+        the warm-up, in padding (t < 0), and with a threshold that no confidence reaches."""
+        lam = self.threshold if self.threshold <= 1 else math.inf
+        if self.tau is not None and self.threshold <= 1:
+            lam = np.clip(0.9 * lam + 0.1 * np.exp(-self.tau * t / self.N), 0, 1)
+        return np.where(t < self.warm_up, math.inf, lam)

@@ -87,6 +87,9 @@ def group_of(path: str) -> str:
 active: Ledger | None = None  # where ops.py counts, if anywhere
 
 
+WORK = ("__call__", "fill", "kv", "best")  # the methods of parts in which work is done
+
+
 @contextmanager
 def counting(root: Part) -> Iterator[Ledger]:
     """Count what the parts below ``root`` do while the block runs; gives the ledger.
@@ -101,25 +104,27 @@ def counting(root: Part) -> Iterator[Ledger]:
     for path, node in walk(root):
         paths.setdefault(id(node), path)
     classes = {type(node) for _, node in walk(root)}
-    originals = {cls: cls.__dict__["__call__"] for cls in classes if "__call__" in cls.__dict__}
+    originals = [
+        (cls, name, vars(cls)[name]) for cls in classes for name in WORK if name in vars(cls)
+    ]
     try:
-        for cls, call in originals.items():
-            cls.__call__ = _told(call, ledger, paths)
+        for cls, name, method in originals:
+            setattr(cls, name, _told(method, ledger, paths))
         yield ledger
     finally:
-        for cls, call in originals.items():
-            cls.__call__ = call
+        for cls, name, method in originals:
+            setattr(cls, name, method)
         active = outer
 
 
-def _told(call, ledger: Ledger, paths: dict[int, str]):
-    """``call``, with the ledger told which part is at work."""
+def _told(method, ledger: Ledger, paths: dict[int, str]):
+    """The method, with the ledger told which part is at work."""
 
     def told(self, *args, **options):
         before = ledger.path
         ledger.path = paths.get(id(self), before)
         try:
-            return call(self, *args, **options)
+            return method(self, *args, **options)
         finally:
             ledger.path = before
 

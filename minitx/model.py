@@ -271,9 +271,10 @@ class Head(Part):
     """A column of weights for every token: logits are the products with all of them."""
 
     w: np.ndarray  # (D, V)
+    b: np.ndarray | None = None  # (V,), which no model has of itself but a fold may bring about
 
     def __call__(self, x):
-        return ops.linear(x, self.w)  # (..., V)
+        return ops.linear(x, self.w, self.b)  # (..., V)
 
     def best(self, x) -> int:
         """The id of the largest logit of one row x (D,)."""

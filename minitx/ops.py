@@ -43,7 +43,7 @@ def linear(x, w, b=None):
     """
     if ledger.active:
         ledger.active.add(x.size * w.shape[1], w.nbytes)
-    if x.size == len(w) and w.size >= LARGE:
+    if x.size == len(w) and w.size > LARGE and w.shape[1] <= WIDE:
         y = np.einsum("i,io->o", x.reshape(-1), w).reshape(*x.shape[:-1], w.shape[1])
     elif x.ndim > 2:  # one large product instead of one small product per row of the batch
         y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
@@ -52,7 +52,10 @@ def linear(x, w, b=None):
     return y if b is None else y + b
 
 
-LARGE = 32 << 10  # numbers in a matrix from which on reading it takes longer than calling einsum
+LARGE = 32 << 10  # numbers in a matrix above which reading it takes longer than calling einsum
+WIDE = (
+    2 << 10
+)  # results beyond which the sum itself, which is read and written D times, is too long
 
 
 def scores(x, table):
@@ -60,7 +63,7 @@ def scores(x, table):
 
     One row against a large table is taken as V separate dot products, for the same reason.
     """
-    if x.size == x.shape[-1] and table.size >= LARGE:
+    if x.size == x.shape[-1] and table.size > LARGE:
         if ledger.active:
             ledger.active.add(table.size, table.nbytes)
         dots = table[:, None, :] @ x.reshape(-1, 1)  # (V, 1, 1)

@@ -217,6 +217,15 @@ def apply(lm: Part, wanted: dict[str, dict | bool]) -> Part:
 
 def _why_not(t: Technique, error: "NoSuchPart", taken: dict[type, str]) -> str:
     names = " or ".join(kind.__name__ for kind in error.kinds)
+    if error.found is not None:
+        found, module = type(error.found).__name__, type(error.found).__module__
+        owner = module.rpartition(".")[2]
+        if owner in REGISTRY:  # a technique's file has its name
+            return (
+                f"{t.name} needs a part of type {names} where {owner} has put a {found}; "
+                "use one of the two."
+            )
+        return f"{t.name} needs a part of type {names} where the model has a {found}; see its tree."
     others = {taken[kind] for kind in error.kinds if kind in taken}
     if others:
         return (
@@ -227,8 +236,10 @@ def _why_not(t: Technique, error: "NoSuchPart", taken: dict[type, str]) -> str:
 
 
 class NoSuchPart(MinitxError):
-    def __init__(self, *kinds: type):
-        self.kinds = kinds
+    """There is no part of these types, but ``found``, where one place was looked at."""
+
+    def __init__(self, *kinds: type, found: Part | None = None):
+        self.kinds, self.found = kinds, found
         names = " or ".join(kind.__name__ for kind in kinds)
         super().__init__(f"The model has no part of type {names}.")
 
@@ -262,7 +273,7 @@ def swap_numbered(
 def need(node: Part, *kinds: type) -> None:
     """Raise unless the part is of one of these types."""
     if type(node) not in kinds:
-        raise NoSuchPart(*kinds)
+        raise NoSuchPart(*kinds, found=node)
 
 
 def kinds(root: Part) -> set[type]:

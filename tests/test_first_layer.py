@@ -272,10 +272,12 @@ def test_an_ffn_that_is_wrapped_stays(kind):
 def test_refusals():
     dense = make("serial")
     wrapped = swap(dense, core.Attention, Wrapped)
-    with pytest.raises(MinitxError, match="^first_layer needs .* Attention .* test_first_layer"):
+    with pytest.raises(
+        MinitxError, match="^first_layer needs .* Attention where the model has a Wr"
+    ):
         apply(wrapped, {"first_layer": True})
     with pytest.raises(
-        MinitxError, match="^first_layer needs .* Block or ParallelBlock .* use one"
+        MinitxError, match="^first_layer needs .* Block or ParallelBlock where .* see its tree"
     ):
         apply(swap(dense, core.Block, Wrapped), {"first_layer": True})
     with pytest.raises(MinitxError, match="^first_layer needs .* TokenEmbedding"):

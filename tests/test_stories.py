@@ -36,13 +36,13 @@ from minitx.training.world import World
 PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on such plain text
 # sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
 PINNED = {
-    "set_phrases": "e02011df796c78e9",
-    "told_twice": "0426c8e1434cdd2c",
-    "one_hop_tiny": "8ff9a448eefc721f",
-    "one_hop": "cfefa2d8d23871fb",
-    "two_hops": "78583bdfd0e6df21",
-    "three_hops": "8564478a8c7dfb28",
-    "full": "9d628d364930eb1f",
+    "set_phrases": "2bfbc96f7a9c58fa",
+    "told_twice": "da6c3960ff80afe4",
+    "one_hop_tiny": "e587dfd1e00c1059",
+    "one_hop": "c3515e3a99730520",
+    "two_hops": "f50a677cf2683d9a",
+    "three_hops": "8358e933a8d6fcf7",
+    "full": "f272289895dda8de",
 }
 
 

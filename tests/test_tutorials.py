@@ -52,6 +52,32 @@ SHOWS = {
         r"projections +\d+% +\d+%   ",
         r"No part is everything: ",
     ],
+    "03_before_the_first_token.py": [
+        r"q of block 0 in float64: error \d\.\de-1[5-9], allowed 1e-14$",
+        r"v of block 0 in float32: error \d\.\de-0[6-9], allowed 1e-05$",
+        r"Offline: for each matrix W ",
+        r"-     norm: RMSNorm\(",
+        r"\+     norm: BareRMSNorm\(",
+        r"logits of \d+ tokens: error .* in float32, \d\.\de-1[3-9] in float64$",
+        r"The greedy text is the same: ",
+        r"\+ +qkv: FusedQKV\(",
+        r" +(\d+) products in the blocks, ([\d,]+) multiply-adds$",
+        r" +256 rows  gate, up +\d+\.\d\d (gain|loss|no clear difference)$",
+        r"\+ FirstBlock$",
+        r"  stack\.blocks\.0 +[\d,]+ +[\d,]+  #+\.+$",
+        r"  stack\.blocks\.1 +[\d,]+ +[\d,]+  #+$",
+        r"Saved: D A = [\d,]+, \d+\.\d% of the work of a token\.$",
+        r"  L=32  at most   3%   stories +\d\.\d% #* +stories-parallel +\d\.\d% #+",
+        r"  x entering block 0 +0\.000 ",
+        r"  q in block 0, before positions +0\.000 ",
+        r"  q in block 0, turned by its position +(?!0\.000)\d\.\d{3} ",
+        r"  x entering block 1 +(?!0\.000)\d\.\d{3} ",
+        r"all three +[\d,]+ +[\d,]+ +\d\.\de-\d\d +\d+\.\d\d ",
+        r"none +\d\.\de-0[6-9] #+ +\d\.\de-1[3-9] #+ +yes +yes$",
+        r"one number wrong by 1/10,000 .* NO: caught$",
+        r"the gain of one norm forgotten .* NO: caught$",
+        r"The gain forgotten, on fresh random weights: error \d\.\de-1[3-9]\. The check passes",
+    ],
 }
 
 
@@ -157,3 +183,21 @@ def test_the_flat_forward_is_numpy_and_nothing_else():
     own |= {argument.arg for argument in flat.args.args}
     assert {node.id for node in names} - own == {"np", "len", "range", "bool"}
     assert flat.end_lineno - flat.lineno + 1 <= 40
+
+
+def test_what_is_fused_or_looked_up_is_seen_in_the_counts(runs):
+    """Fewer products and as many multiply-adds; then fewer of these, but for nothing else."""
+    out = runs("03_before_the_first_token.py").out
+    (many, same), (few, as_many) = re.findall(r"(\d+) products in the blocks, ([\d,]+)", out)
+    assert int(few) < int(many) and same == as_many
+    (saved,) = re.findall(r"^Saved: D A = ([\d,]+),", out, re.MULTILINE)
+    rows = re.findall(r"^([a-z_]\w+|all three) +([\d,]+) +[\d,]+ +\d\.\de", out, re.MULTILINE)
+    counts = {name: int(count.replace(",", "")) for name, count in rows}
+    less = counts["dense"] - int(saved.replace(",", ""))
+    assert counts == {
+        "dense": counts["dense"],
+        "fold_norms": counts["dense"],
+        "fuse_projections": counts["dense"],
+        "first_layer": less,
+        "all three": less,
+    }

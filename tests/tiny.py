@@ -43,7 +43,14 @@ FAMILIES = {
 def tiny_model(family="llama", seed=1, dtype=np.float32, **changes):
     """Random weights, large enough that logits differ clearly and depend on what went before."""
     model = random_model(replace(FAMILIES[family], **changes), seed, dtype)
-    return map_weights(model, lambda w: w * 3 if w.ndim > 1 else w)
+    rng = np.random.default_rng(seed)
+
+    def change(w):
+        if w.ndim > 1:
+            return w * 3
+        return w + rng.normal(0, 0.2, w.shape).astype(dtype)  # gains that are not 1, biases not 0
+
+    return map_weights(model, change)
 
 
 def tiny_lm(family="llama", dtype=np.float32, **changes) -> LM:

@@ -22,8 +22,8 @@ from minitx.technique import apply, find
 
 
 def hoeffding_bentkus(risk: float, n: int, delta: float) -> float:
-    """A p-value for "the mean loss is above delta", when n independent losses, all from 0 to 1, have
-    the mean ``risk``: the smaller of Hoeffding's bound and Bentkus's,
+    """A p-value for "the mean loss is above delta", where n independent losses, all from 0 to 1,
+    have the mean ``risk``: the smaller of Hoeffding's bound and Bentkus's,
 
     exp(-n h1(min(risk, delta), delta))  and  e P[Bin(n, delta) <= ceil(n risk)],
 
@@ -31,8 +31,8 @@ def hoeffding_bentkus(risk: float, n: int, delta: float) -> float:
     """
     if not (0 <= risk <= 1 and 0 < delta < 1 and n >= 1):
         raise MinitxError(
-            f"A mean loss of {risk:g} over {n} texts and a bound of {delta:g} cannot be tested; the "
-            "loss must be from 0 to 1, the bound between 0 and 1, and there must be a text."
+            f"A mean loss of {risk:g} over {n} texts and a bound of {delta:g} cannot be tested; "
+            "the loss must be from 0 to 1, the bound between 0 and 1, and there must be a text."
         )
     if risk >= delta:
         return 1.0

@@ -64,8 +64,8 @@ def with_table(model: Transformer) -> Transformer:
     need(model.embed, TokenEmbedding, PositionEmbedding)
     need(model.stack, Stack)
     block = model.stack.blocks[0]
-    need_own(block, Block, ParallelBlock)
-    need_own(block.attn, Attention)
+    need(block, Block, ParallelBlock)
+    need(block.attn, Attention)
     fixed = type(model.embed) is TokenEmbedding  # the same at every position
     with_ffn = fixed and type(block) is ParallelBlock and type(block.ffn) is FFN
     norm, qkv = in_float64(block.attn.norm), in_float64(block.attn.qkv)
@@ -85,17 +85,6 @@ def with_table(model: Transformer) -> Transformer:
         first = FirstParallelBlockAndFFN(split, attn, block.ffn)
     stack = replace(model.stack, blocks=(first, *model.stack.blocks[1:]))
     return replace(model, embed=embed, stack=stack)
-
-
-def need_own(node: Part, *kinds: type) -> None:
-    """Raise unless the part is one of model.py's own, of these types."""
-    if type(node) not in kinds:
-        words = " or ".join(kind.__name__ for kind in kinds)
-        owner = type(node).__module__.rpartition(".")[2]  # a technique's file has its name
-        raise MinitxError(
-            f"first_layer needs a part of type {words} in block 0, where {owner} has put a "
-            f"{type(node).__name__}; use one of the two."
-        )
 
 
 # Offline -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from minitx.model import (
     QKV,
     Activated,
     Attention,
+    Head,
     LayerNorm,
     Linear,
     RMSNorm,
@@ -43,7 +44,7 @@ def fold_norms(lm):
     """
     lm = swap(lm, Attention, lambda attn: fold(attn, "qkv", QKV))
     lm = swap(lm, FFN, lambda ffn: fold(ffn, "expand", SwiGLU, Activated))
-    return swap(lm, Transformer, lambda model: fold(model, "head", Linear, optional=True))
+    return swap(lm, Transformer, lambda model: fold(model, "head", Head, optional=True))
 
 
 def fold(node: Part, reader: str, *kinds: type, optional: bool = False) -> Part:
@@ -63,12 +64,12 @@ def fold(node: Part, reader: str, *kinds: type, optional: bool = False) -> Part:
 
 def folded(reader: Part, gain, bias) -> Part:
     """The linear maps of ``reader`` (itself, or its children) with gain and bias (in,) in them."""
-    if type(reader) is Linear:
+    if type(reader) in (Linear, Head):
         w = reader.w.astype(np.float64)
         b = reader.b
         if bias is not None:
             b = (bias @ w + (0 if b is None else b)).astype(reader.w.dtype)
-        return Linear((gain[:, None] * w).astype(reader.w.dtype), b)
+        return replace(reader, w=(gain[:, None] * w).astype(reader.w.dtype), b=b)
     maps = {name: child for name, child in vars(reader).items() if type(child) is Linear}
     return replace(reader, **{name: folded(child, gain, bias) for name, child in maps.items()})
 

@@ -10,13 +10,14 @@ layer (DeeBERT), waiting until several layers agree (PABEE), and depths fixed by
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from minitx import ledger
-from minitx.confidence import Drawn, Probe, Saturation, SoftmaxGap, draws
+from minitx.confidence import Drawn, Limit, Probe, Saturation, SoftmaxGap, draws
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
 from minitx.state import Layer, State
@@ -43,8 +44,9 @@ def early_exit(
     Paper: Tal Schuster, Adam Fisch, Jai Gupta, Mostafa Dehghani, Dara Bahri, Vinh Tran, Yi Tay and
         Donald Metzler, 2022, "Confident Adaptive Language Modeling", arXiv 2207.07061 (CALM): the
         measures, the decaying threshold and the copied state, whose formulas were taken from notes
-        on the paper and from its published code. Deferring after Sangmin Bae et al., 2023, "Fast and
-        Robust Early-Exiting Framework", arXiv 2310.05424 (FREE); leaving at any layer, chosen here.
+        on the paper and from its published code. Deferring after Sangmin Bae et al., 2023, "Fast
+        and Robust Early-Exiting Framework", arXiv 2310.05424 (FREE); that tokens may leave at any
+        layer was chosen here.
     Kind: approximate.
     Skips or precomputes: for each token by itself, the blocks behind the one it leaves after.
     Offline: measure=probe is trained: a logistic read-out of the stream h, w (D,) and b for all
@@ -72,7 +74,7 @@ def early_exit(
         does not pay, and every=2 halves it. The head reads the state left with once more, V D.
         A prompt, in NumPy, is cut into pieces where tokens leave, and can take longer than dense:
         warm_up as long as the prompt avoids that.
-    Neutral: threshold = 1.1, or any above 1: no token leaves, with tau too, and nothing is measured.
+    Neutral: threshold = 1.1, or any above 1: no token leaves, tau or not, and nothing is measured.
         So are first >= L and a warm_up as long as the text.
     Not for: fill=copy with blocks that cannot make keys and values alone; measure=probe without a
         tokenizer. In a batch, a block is passed by only by tokens whose whole column has left.
@@ -140,10 +142,14 @@ class ExitingStack(Part):
         may = lam <= 1  # no confidence is larger
         if first >= L or not may.any():
             return self.inner.run(x, state, 0, L)
+        if x.size == x.shape[-1]:
+            return self.one_token(x, state, t.reshape(1), lam.item())
         state = remembering(state, x)
         before = self.inner.run(x, state, 0, first - 1)
         x = self.inner.run(before, state, first - 1, first)
         self.debts.begin(x, state)
+        if ledger.active:
+            ledger.active.event("layers that may be skipped", may.sum() * (L - first))
         live = t >= 0  # padding has left from the start
         for depth in range(first, L):
             if (depth - first) % self.every == 0:
@@ -152,8 +158,25 @@ class ExitingStack(Part):
                 note(leave, depth, L)
             block, layer = self.inner.blocks[depth], state.layers[depth]
             before, x = x, self.debts.run(block, x, live, layer, state)
+        return x
+
+    def one_token(self, x, state: State, t, lam: float):
+        """The same for one token, without masks: it runs until it leaves."""
+        state, L = remembering(state, x), len(self.inner.blocks)
+        before = self.inner.run(x, state, 0, self.first - 1)
+        x = self.inner.run(before, state, self.first - 1, self.first)
+        self.debts.begin(x, state)
         if ledger.active:
-            ledger.active.event("layers that may be skipped", may.sum() * (L - first))
+            ledger.active.event("layers that may be skipped", L - self.first)
+        for depth in range(self.first, L):
+            if (depth - self.first) % self.every == 0:
+                row, earlier = x.reshape(1, -1), before.reshape(1, -1)  # (1, D)
+                if self.measure(row, earlier, depth, t)[0] >= lam:
+                    note(np.ones(1), depth, L)
+                    self.debts.pass_by(self.inner.blocks[depth:], x, state.layers[depth:])
+                    break
+            block, layer = self.inner.blocks[depth], state.layers[depth]
+            before, x = x, self.debts.run(block, x, ALIVE, layer, state)
         return x
 
     def leaving(self, x, before, depth: int, t, lam, asked):
@@ -163,6 +186,9 @@ class ExitingStack(Part):
             c = self.measure(x[asked], before[asked], depth, t[asked])
             leave[asked] = c >= lam[asked]
         return leave
+
+
+ALIVE = np.ones(1, bool)  # the one token of a step
 
 
 def own_positions(x, state: State):
@@ -181,27 +207,9 @@ def remembering(state: State, x) -> State:
 
 
 def note(leave, depth: int, L: int) -> None:
-    if ledger.active and leave.any():
+    if ledger.active:
         ledger.active.event("layers skipped", leave.sum() * (L - depth))
         ledger.active.event(f"tokens that left after {depth}", leave.sum())
-
-
-@part
-class Limit(Part):
-    """CALM's lam_t: how confident a token at position t has to be."""
-
-    threshold: float
-    tau: float | None
-    N: int
-    warm_up: int
-
-    def __call__(self, t):
-        """lam_t at positions t (...) of a token's own sequence; infinite where none may leave: in
-        the warm-up, in padding (t < 0), and with a threshold that no confidence reaches."""
-        lam = self.threshold if self.threshold <= 1 else math.inf
-        if self.tau is not None and self.threshold <= 1:
-            lam = np.clip(0.9 * lam + 0.1 * np.exp(-self.tau * t / self.N), 0, 1)
-        return np.where(t < self.warm_up, math.inf, lam)
 
 
 # What those who have left owe --------------------------------------------------------------------
@@ -234,6 +242,12 @@ class CopiedState(Part):
                 block.fill(piece, layer)
             layer.position += b - a
         return y
+
+    def pass_by(self, blocks, x, layers) -> None:
+        """What ``run`` does in all these layers for the one token x (..., 1, D), which has left."""
+        for block, layer in zip(blocks, layers):
+            block.fill(x, layer)
+            layer.position += 1
 
 
 def columns(live):
@@ -274,6 +288,9 @@ class Deferred(Part):
             ledger.active.event("layers made up for", (at - a) * math.prod(x.shape[:-2]))
         return np.where(live[..., None], stream[..., at : at + x.shape[-2], :], x)
 
+    def pass_by(self, blocks, x, layers) -> None:
+        """Nothing yet for the one token x (..., 1, D), which has left."""
+
     def stream(self, x, state: State):
         """(..., capacity, D): each token as it came out of the last layer it has been through."""
         shape = (*x.shape[:-2], state.capacity, x.shape[-1])
@@ -294,6 +311,7 @@ class Streams:
 # Offline -----------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)  # a sweep over thresholds needs one probe
 def story_probe(lm) -> tuple[np.ndarray, float]:
     """w and b of the probe for a model that reads stories."""
     from minitx.training.exit_probe import calibration_texts, train_probe  # only for this measure

@@ -69,13 +69,24 @@ def exact_head(
         raise MinitxError(f"exact_head: block is {block}; it must be at least 1.")
 
     def search(head: Part) -> "ExactHead":
-        rows = head.w if type(head) is TiedHead else np.ascontiguousarray(head.w.T)
-        return ExactHead(head, scan(rows, block) if method == "norms" else preview(rows, k))
+        rows, biased = rows_of(head)
+        found = scan(rows, block) if method == "norms" else preview(rows, k)
+        return ExactHead(head, found, biased)
 
     if not kinds(lm) & {Head, TiedHead}:
         raise NoSuchPart(Head, TiedHead)
     lm = swap(lm, TiedHead, search, optional=True)
     return swap(lm, Head, search, optional=True)
+
+
+def rows_of(head: Part) -> tuple[np.ndarray, bool]:
+    """A row of numbers for each token (V, D), and whether there is a bias, which is then one number
+    more in each row: x has a 1 there."""
+    if type(head) is TiedHead:
+        return head.w, False
+    if head.b is None:
+        return np.ascontiguousarray(head.w.T), False
+    return np.concatenate([head.w.T, head.b[:, None]], axis=1), True
 
 
 @part
@@ -84,13 +95,14 @@ class ExactHead(Part):
 
     head: Part
     search: Part  # called with a row x (D,): the id of its largest logit, or None: cannot tell
+    biased: bool
 
     def __call__(self, x):
         return self.head(x)  # (..., V)
 
     def best(self, x) -> int:
         """The id of the largest logit of one row x (D,), as the dense head would have it."""
-        found = self.search(x)
+        found = self.search(np.append(x, x.dtype.type(1)) if self.biased else x)
         if found is None:
             note(read=len(self.search.rows), in_full=1)
             return self.head.best(x)

@@ -31,12 +31,12 @@ def calibration_texts(lm, count: int = TEXTS) -> list[list[int]]:
 
 
 def train_probe(lm, texts: Sequence) -> tuple[np.ndarray, float]:
-    """w (D,) and b, so that 1 / (1 + exp(-(h w + b))) estimates how likely it is that the final
-    norm and head read the same token from a stream h after some block as after the last one.
+    """w (D,) and b, so that 1 / (1 + exp(-(h w + b))) says how likely it is that final norm
+    and head read the same token from a stream h after some block as after the last one.
 
-    texts: lists of ids, or strings; the examples are all their tokens after each block but the last.
-    The two outcomes weigh alike, however often each occurs. The same texts give the same numbers.
-    Raises MinitxError if one of the outcomes never occurs.
+    texts: lists of ids, or strings; the examples are all their tokens after each block but the
+    last. The two outcomes weigh alike, however often each occurs. The same texts give the same
+    numbers. Raises MinitxError if one of the outcomes never occurs.
     """
     h, same = examples(lm, texts)
     if same.all() or not same.any():

@@ -234,18 +234,19 @@ SENTENCES = {
     "mention colour": (
         "thing",
         (
-            " The {thing} still had the colour|.",
+            " The {thing} was still|.",
             " Everyone liked the {thing} because it was|.",
-            " Even the {animal} noticed the {thing}, since it was|.",
+            " Even the {animal} could see that the {thing} was|.",
         ),
     ),
     "ask where": ("object", (" Where is the {object}? The {object} is in the|.",)),
     "ask where who": ("who", (" Where is {who}? {who} is in the|.",)),
-    "ask who": ("object", (" Who has the {object}? The {object} is in the hands of|.",)),
+    "ask who": ("object", (" Who has the {object}? The {object} is with|.",)),
     "ask colour": ("thing", (" What colour is the {thing}? The {thing} has the colour|.",)),
+    "ask colour shortly": ("thing", (" What colour is the {thing}? The {thing} is|.",)),
     "ask colour of": (
         "who",
-        (" What colour is the thing that {who} has? The thing that {who} has is of the colour|.",),
+        (" What colour is the thing that {who} has? The thing that {who} has is|.",),
     ),
     "ask count": (
         "who foods",

@@ -42,8 +42,9 @@ def svd(W, h, k, directions):
     B = [[dot(row, column) for column in columns] for row in W]
     P = [dot(row[:k], g[:k]) for row in B]
     u = [p + length(row[k:]) * length(g[k:]) for p, row in zip(P, B)]
-    lo = dot(W[P.index(max(P))], h)
-    candidates = [v for v in range(len(W)) if u[v] >= lo]
+    top = P.index(max(P))
+    lo = dot(W[top], h)
+    candidates = [v for v in range(len(W)) if u[v] >= lo or v == top]
     z = {v: dot(W[v], h) for v in candidates}
     token = min(v for v in candidates if z[v] == max(z.values()))
     return token, candidates

@@ -177,11 +177,10 @@ class Reader:
          lambda s, who, place: s.told("mention", s.place[who], place)),
         (rf"All this time {W} stayed in the {x}\.",
          lambda s, who, place: s.told("mention", s.place[who], place)),
-        (rf"The {x} still had the colour {x}\.",
-         lambda s, t, c: s.told("mention", s.colour[t], c)),
+        (rf"The {x} was still {x}\.", lambda s, t, c: s.told("mention", s.colour[t], c)),
         (rf"Everyone liked the {x} because it was {x}\.",
          lambda s, t, c: s.told("mention", s.colour[t], c)),
-        (rf"Even the \w+ noticed the {x}, since it was {x}\.",
+        (rf"Even the \w+ could see that the {x} was {x}\.",
          lambda s, t, c: s.told("mention", s.colour[t], c)),
     ]  # fmt: skip
     # What a recap may tell again: gives (the fact, what the sentence says), or None for no fact.
@@ -242,15 +241,15 @@ class Reader:
             hops, place, _, _ = self.locate(entity)
             kind, derived = f"where{hops}", place
         elif match := re.fullmatch(r"Who has the (\w+)\?", question):
-            assert start == f"The {match[1]} is in the hands of"
+            assert start == f"The {match[1]} is with"
             _, _, derived, hops = self.locate(match[1])
             kind = "who" if hops == 1 else "who2"
         elif match := re.fullmatch(r"What colour is the thing that (\w+) has\?", question):
-            assert start == f"The thing that {match[1]} has is of the colour"
+            assert start == f"The thing that {match[1]} has is"
             (thing,) = [t for t, who in self.holder.items() if who == match[1] and t in THINGS]
             kind, derived = "colour2", self.colour[thing]
         elif match := re.fullmatch(r"What colour is the (\w+)\?", question):
-            assert start == f"The {match[1]} has the colour"
+            assert start in (f"The {match[1]} has the colour", f"The {match[1]} is")
             kind, derived = "colour", self.colour[match[1]]
         else:
             match = re.fullmatch(r"How many (\w+)s does (\w+) have\?", question)
