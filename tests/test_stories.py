@@ -40,9 +40,9 @@ PINNED = {
     "told_twice": "da6c3960ff80afe4",
     "one_hop_tiny": "e587dfd1e00c1059",
     "one_hop": "c3515e3a99730520",
-    "two_hops": "f50a677cf2683d9a",
-    "three_hops": "8358e933a8d6fcf7",
-    "full": "f272289895dda8de",
+    "two_hops": "57360e17ee8dc6ac",
+    "three_hops": "edc56d3c88be5bf9",
+    "full": "d593ba5f63612f6f",
 }
 
 

@@ -137,6 +137,19 @@ def test_a_grade_survives_json_in_any_order():
         assert take(3, again) == take(3, name)
 
 
+@pytest.mark.parametrize("kind", ["colour", "colour2"])
+def test_what_is_asked_shortly_has_its_answer_behind_a_single_word(kind):
+    grade = {"from": "two_hops", "questions": {kind: 50}}
+    for shortly, before in (([], " has the colour"), ([kind], " is")):
+        asked = [
+            story.pieces[answer.piece_index - 1][0]
+            for story in take(60, grade | {"shortly": shortly})
+            for answer in story.answers
+            if answer.kind == kind
+        ]
+        assert len(asked) > 20 and all(text.endswith(before) for text in asked)
+
+
 def test_a_story_ends_even_when_nothing_can_be_told():
     (story,) = take(1, {"phrases": False, "sentences": {}, "min_words": 50, "max_words": 99})
     assert re.fullmatch(r"One day \w+ .*\. The end\.", story.text)
@@ -158,6 +171,9 @@ def test_a_story_ends_even_when_nothing_can_be_told():
         ({"max_people": 2.5}, "whole number"),
         ({"max_people": 25}, "1 to 20 people"),
         ({"phrases": 1}, "true or false"),
+        ({"shortly": True}, "a list of some of colour, colour2"),
+        ({"shortly": ["who"]}, "a list of some of colour, colour2"),
+        ({"shortly": [["colour"]]}, "a list of some of colour, colour2"),
         ({"stop": 0}, "between 0 and 1"),
         ({"wordings": 0}, "wordings 0"),
         ({"min_people": 3, "max_people": 2}, "min_people 3"),

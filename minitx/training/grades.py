@@ -21,6 +21,7 @@ HOPS = {
     "where2": 2, "colour2": 2, "who2": 2, "where3": 3, "count": 0,
 }  # fmt: skip
 KINDS = tuple(HOPS)
+SHORT = ("colour", "colour2")  # kinds of question that can be answered shortly
 QUESTION_KINDS = tuple(kind for kind in KINDS if kind != "mention")
 
 
@@ -45,7 +46,7 @@ class Grade:
     min_questions: int = 0  # no end before that, unless nothing is left to tell
     max_questions: int = 99  # the end comes right after that
     stop: float = 0.1  # chance of the end before each sentence, where it may come
-    shortly: bool = False  # "The kite is red.", not "The kite has the colour red.": see words.py
+    shortly: tuple = ()  # kinds of question about colours that have short answers: see words.py
     recap: str = ""  # before the end, tell all news again: in the "same" order, or "mixed"
 
     def __post_init__(self):
@@ -57,10 +58,16 @@ class Grade:
                 raise MinitxError(
                     f"Grade field {entry.name!r} is {value!r}; it must be a whole number >= 0."
                 )
-        for name in ("phrases", "shortly"):
-            value = getattr(self, name)
-            if type(value) is not bool:
-                raise MinitxError(f"Grade field {name!r} is {value!r}; it must be true or false.")
+        if type(self.phrases) is not bool:
+            raise MinitxError(
+                f"Grade field 'phrases' is {self.phrases!r}; it must be true or false."
+            )
+        if type(self.shortly) not in (list, tuple) or any(k not in SHORT for k in self.shortly):
+            raise MinitxError(
+                f"Grade field 'shortly' is {self.shortly!r}; it must be a list of some of "
+                f"{', '.join(SHORT)}."
+            )
+        object.__setattr__(self, "shortly", tuple(self.shortly))  # JSON has lists only
         if type(self.stop) not in (int, float) or not 0 < self.stop < 1:
             raise MinitxError(
                 f"Grade field 'stop' is {self.stop!r}; it must be a chance between 0 and 1."

@@ -228,8 +228,8 @@ class Teller:
         self.questions += 1
         of_person = attribute == "where" and entity in IS_PERSON
         wording, value_type, slot = ASKS["where who" if of_person else attribute]
-        if attribute == "colour" and self.grade.shortly:
-            wording = "ask colour shortly"
+        if kind in self.grade.shortly:
+            wording += " shortly"
         slots = {slot: entity}
         if attribute == "count":
             slots["foods"] = self.world.food[entity][0] + "s"

@@ -243,8 +243,14 @@ SENTENCES = {
     "ask where who": ("who", (" Where is {who}? {who} is in the|.",)),
     "ask who": ("object", (" Who has the {object}? The {object} is with|.",)),
     "ask colour": ("thing", (" What colour is the {thing}? The {thing} has the colour|.",)),
-    "ask colour shortly": ("thing", (" What colour is the {thing}? The {thing} is|.",)),
     "ask colour of": (
+        "who",
+        (" What colour is the thing that {who} has? The thing of {who} has the colour|.",),
+    ),
+    # With the answer right behind its key, a model does not find out for a long time how to look it
+    # up: a word or two between them is where it gets hold of the key.
+    "ask colour shortly": ("thing", (" What colour is the {thing}? The {thing} is|.",)),
+    "ask colour of shortly": (
         "who",
         (" What colour is the thing that {who} has? The thing that {who} has is|.",),
     ),

@@ -245,7 +245,8 @@ class Reader:
             _, _, derived, hops = self.locate(match[1])
             kind = "who" if hops == 1 else "who2"
         elif match := re.fullmatch(r"What colour is the thing that (\w+) has\?", question):
-            assert start == f"The thing that {match[1]} has is"
+            long = f"The thing of {match[1]} has the colour"
+            assert start in (long, f"The thing that {match[1]} has is")
             (thing,) = [t for t, who in self.holder.items() if who == match[1] and t in THINGS]
             kind, derived = "colour2", self.colour[thing]
         elif match := re.fullmatch(r"What colour is the (\w+)\?", question):
