@@ -78,6 +78,33 @@ SHOWS = {
         r"the gain of one norm forgotten .* NO: caught$",
         r"The gain forgotten, on fresh random weights: error \d\.\de-1[3-9]\. The check passes",
     ],
+    "04_knowing_when_to_stop.py": [
+        r"  block  1  \S+ +\S+$",
+        r"  the story bed +kitchen ",
+        r"      1 \| # # # ",
+        r"  block  1( +\d+%)+ +\d\.\d{3} #+$",
+        r"Asked [\d,]+ times, after blocks 2 to \d+: ",
+        r" +gap( +\d+\.\d%){5}$",
+        r" +saturation( +\d+\.\d%){5}$",
+        r" +probe( +\d+\.\d%){5}$",
+        r"Sure and wrong: block 2 says ",
+        r"\.\.\. a girl named Anna\. Anna >>>",
+        r"Left after: \{2: \d+, ",
+        r"  dense .* 100\.0%  \+0\.0000$",
+        r"  zeros: broken on purpose .* \d+\.\d%  [+-]\d\.\d{4}$",
+        r"  gap 0\.95 .* \d+\.\d%  [+-]\d\.\d{4} +[+-]\d\.\d{4}$",
+        r"  probe 0\.7 .* \d+\.\d%  [+-]\d\.\d{4} +[+-]\d\.\d{4}$",
+        r" +\d+% +\d+% of the work$",
+        r"a, b, \.\.\.: lots; A, B, \.\.\.: signs, in their order; \d of 6 beat lots\.$",
+        r"  cosine, quantile 0\.8 .* \d+\.\d%  [+-]\d\.\d{4} +[+-]\d\.\d{4}$",
+        r"a, b, \.\.\.: .*; \d of 2 beat lots\.$",
+        r"One row: a block \d+ us, gap \d+ us, saturation \d+ us, probe \d+ us$",
+        r"  dense +0\.0% +1\.00 -$",
+        r"  gap 0\.95 +-?\d+\.\d% +\d+\.\d\d (gain|loss|no clear difference|-)$",
+        r"  gap 0\.98: +\d+\.\d% changed in 50 texts, p = [01]\.\d{4} (passes|fails, and ends it)$",
+        r"Chosen: \S+ \(1\.1: nobody leaves\)\. ",
+        r"  first p-value small, else stop ",
+    ],
 }
 
 
@@ -201,3 +228,33 @@ def test_what_is_fused_or_looked_up_is_seen_in_the_counts(runs):
         "first_layer": less,
         "all three": less,
     }
+
+
+def test_stopping_early_is_shown_with_its_price(runs):
+    """What holds for any model that has learnt something: depth helps, signs say something, a hole
+    in the cache harms, deferring saves less than copying; and luck is no guarantee."""
+    out = runs("04_knowing_when_to_stop.py").out
+    losses = re.findall(r"^  block +\d+(?: +\d+%)+ +(\d\.\d{3}) #", out, re.MULTILINE)
+    assert float(losses[0]) > float(losses[-1]) and len(losses) > 2
+    for sign in ("gap", "probe"):  # the surest half, and all
+        (half, every) = re.search(
+            rf"^ +{sign}(?: +\S+){{2}} +(\S+)% +\S+ +(\S+)%$", out, re.MULTILINE
+        ).groups()
+        assert float(half) >= float(every)
+    prices = {
+        name.strip(): (float(work), float(loss))
+        for name, work, loss in re.findall(
+            r"^  (\D+?|lot \S+) +(?: +(?:\d+|nan)%)+ +(\d+\.\d)%  ([+-]\d\.\d{4})",
+            out,
+            re.MULTILINE,
+        )
+    }
+    copied, deferred = prices["fill=copy"], prices["fill=deferred"]
+    assert copied[0] < deferred[0] < 100
+    assert prices["zeros: broken on purpose"][1] > copied[1]
+    assert 100 > prices["lot 0.9"][0] > prices["lot 0.7"][0] > prices["lot 0.4"][0]
+    luck, small, first = (
+        float(re.search(rf"^  {rule}\D* +(\d+\.\d)%", out, re.MULTILINE).group(1))
+        for rule in ("any mean loss", "any small", "first p-value")
+    )
+    assert luck > small > first and first <= 5
