@@ -12,6 +12,7 @@ from minitx.technique import apply, techniques
 STORIES, PROMPT, NEW = 100, 30, 20
 EXACT = {t.name: {} for t in techniques() if t.exact}
 NEUTRAL = {t.name: t.neutral for t in techniques() if t.neutral is not None}
+NEUTRALS = [NEUTRAL, *({name: options} for name, options in NEUTRAL.items())]
 SETS = [
     *(pytest.param({name: options}, id=name) for name, options in EXACT.items()),
     *(pytest.param({name: options}, id=f"neutral {name}") for name, options in NEUTRAL.items()),
@@ -39,5 +40,5 @@ def dense_texts():
 @pytest.mark.parametrize("chosen", SETS)
 def test_the_greedy_text_of_100_stories_is_the_dense_one(chosen):
     lm = apply(stories(), chosen)
-    assert repr(lm) != repr(stories())
+    assert chosen in NEUTRALS or repr(lm) != repr(stories())
     assert [lm.generate(prompt, NEW) for prompt in prompts()] == dense_texts()

@@ -260,7 +260,7 @@ class Other(type(TOKENIZER)):
     [
         (tiny_lm, {"gamma": -1}, "gamma = -1 tokens; give 0"),
         (tiny_lm, {"draft": "./nowhere"}, "cannot load its draft: There is no model './nowhere'"),
-        (tiny_lm, {"draft": "stories-draft"}, "has 1016 tokens and this model 259; give a model"),
+        (tiny_lm, {"draft": "stories-draft"}, "has 1022 tokens and this model 259; give a model"),
         (lambda: tiny_lm(model=tiny_model(layers=1)), {"draft": "self"}, "a model of one block"),
     ],
 )

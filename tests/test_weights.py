@@ -71,13 +71,19 @@ def profile():
     return evaluate_model(minitx.load("stories"), 200, depths=True).depths
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped weights are interim: trained too briefly")
 def test_stories_recalls(profile):
     full = profile[-1]
     assert full.by_hops[1] >= 0.95  # 97 % on 500 stories; 200 may differ by chance
-    assert full.by_hops[2] >= 0.83
     guess = full.guess["where3"]
-    assert full.by_hops[3] > guess + 0.1, (full.by_hops[3], guess)
+    assert full.by_hops[3] > guess + 0.2, (full.by_hops[3], guess)
+    assert full.by_kind["colour"] > 0.95 and full.by_kind["count"] > 0.7
+    assert full.by_hops[2] > 0.64 and full.gap < 0.05
+
+
+@pytest.mark.xfail(strict=True, reason="who has which box is still mixed up in crowded stories")
+def test_stories_chains_two_facts(profile):
+    full = profile[-1]
+    assert full.by_hops[2] >= 0.83
     assert full.gap <= 0.035
 
 
@@ -94,10 +100,11 @@ def test_the_readme_states_what_is_measured(name):
     """The table in weights/NAME/README.md is what `minitx evaluate` found, for the same weights."""
     text = (shipped()[name] / "README.md").read_text(encoding="utf-8")
     said = {k: float(v) / 100 for k, v in re.findall(r"^(\w+) +\d +\d+ +([\d.]+) %", text, re.M)}
-    found = evaluate_model(minitx.load(name), 60).by_kind
-    assert set(found) <= set(said)
-    for kind, accuracy in found.items():
-        assert abs(accuracy - said[kind]) < 0.25, kind  # 60 stories hold few answers of a kind
+    found = evaluate_model(minitx.load(name), 60)
+    assert set(found.by_kind) <= set(said)
+    for kind, accuracy in found.by_kind.items():
+        # 60 stories hold few answers of some kinds: four times what chance does at most.
+        assert abs(accuracy - said[kind]) < 2 / found.answers[kind] ** 0.5, kind
 
 
 def test_weights_are_half_precision_on_disk_and_single_in_memory():
