@@ -214,6 +214,23 @@ def test_predicted_savings_are_the_counted_ones(family, name):
     np.testing.assert_array_equal(full - cost, (L - depths) * passed - checks * check)
 
 
+def test_one_pass_does_the_work_of_those_who_go_on_and_padding_asks_for_none():
+    """Feed-forward networks of a ragged batch: those of every column in which a row goes on."""
+    dense, lm = models(**SOME["random"])
+    ran = np.zeros((2, L, 40), bool)  # row, layer, column
+    for row, first in zip(ran, (0, 18)):
+        depths = left_after(lm, IDS[first:])[0]
+        row[:, first:] = np.arange(L)[:, None] < depths
+    ran[:, 0] = True  # before anyone is asked, padding is run like all else
+    per_token = 3 * dense.model.stack.blocks[0].ffn.down.w.size  # gate, up, down
+    for rows, start in ((ran[:1], None), (ran, np.array([0, 18]))):
+        batch = IDS if start is None else np.stack([IDS, IDS])
+        with counting(lm) as counts:
+            lm.model(batch, lm.model.new_state(start))
+        columns = rows.any(0).sum() * len(rows)
+        assert counts.by_group()["blocks.ffn"].multiply_adds == columns * per_token
+
+
 def test_events_say_who_left_where():
     _, lm = models(**SOME["random"])
     depths, _ = left_after(lm, IDS)
