@@ -80,7 +80,7 @@ def test_published_totals_reads_and_factors(costs):
         assert all(cell in (None, n) for cell, n in zip(FACTORS[name], rounded))
 
 
-def test_cells_that_the_dossier_leaves_open(costs):
+def test_cells_that_are_left_open(costs):
     for row, (name, expected) in BY_HAND.items():
         assert getattr(costs[name], row) == expected
     mistral, mixtral = costs["mistral"], costs["mixtral"]

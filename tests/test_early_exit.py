@@ -68,14 +68,14 @@ def close(a, b, tolerance=1e-10):
 # By hand -----------------------------------------------------------------------------------------
 
 
-def test_the_gap_of_the_dossier():
+def test_the_gap_by_hand():
     found = top_two_gap(np.array([[2.0, 1, 0], [0, 2, 1], [1, 1, 0]]))
     np.testing.assert_allclose(found, [0.42051, 0.42051, 0], atol=5e-6)
     assert top_two_gap(np.array([[0, 200]], np.float32))[0] == 1  # saturated, and no NaN
     assert top_two_gap(np.array([[0, 1e30]], np.float32)).dtype == np.float32
 
 
-def test_the_threshold_decays_as_in_the_dossier():
+def test_the_threshold_decays_by_hand():
     t = np.array([-1, 0, 50, 100])
     np.testing.assert_allclose(
         Limit(0.9, 4.0, 100, 0)(t), [np.inf, 0.91, 0.82353, 0.81183], atol=1e-5

@@ -25,7 +25,7 @@ from minitx.precompute.first_layer import (
 from minitx.technique import apply, swap
 from minitx.tree import Part, map_weights, part, walk, weights
 
-# The dossier's sizes. Token 7 stands at three positions.
+# Sizes of the worked example. Token 7 stands at three positions.
 SIZES = dict(vocab_size=11, width=24, layers=2, heads=4, head_width=6, hidden=20, context=16)
 IDS = np.array([7, 2, 7, 0, 10, 3, 7, 5])
 BIASES = dict(qkv_bias=True, out_bias=True, ffn_bias=True)
@@ -168,7 +168,7 @@ def test_the_position_split_is_that_of_the_literal_twin(kind):
     "control", ["rotated keys", "normed stream", "lost stream", "one position"]
 )
 def test_what_is_wrong_shows(control):
-    """The dossier's negative controls: each of its traps changes the logits by a fifth or more."""
+    """Negative controls: each of these traps changes the logits by a fifth or more."""
     kind = "learned" if control == "one position" else "serial"
     lm = apply(make(kind, kv_heads=2), {"first_layer": True})
     field = "positions" if kind == "learned" else "w"

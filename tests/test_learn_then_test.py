@@ -23,7 +23,7 @@ from minitx.technique import apply
     "risk, n, p",
     [(0.02, 500, 0.00125), (0.03, 500, 0.0540), (0, 58, 0.0510), (0, 59, 0.0485)],
 )
-def test_p_values_of_the_dossier(risk, n, p):
+def test_p_values_by_hand(risk, n, p):
     assert hoeffding_bentkus(risk, n, 0.05) == pytest.approx(p, rel=0.005)
 
 

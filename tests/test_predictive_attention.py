@@ -52,7 +52,7 @@ def run(attend, q, k, v, sizes, layer=None):
     return np.concatenate(found, -2)
 
 
-# The dossier's worked example --------------------------------------------------------------------
+# A worked example --------------------------------------------------------------------------------
 
 Q = np.array([1.8, -0.8, 0.4, 1.4])
 KEYS = np.array(
@@ -331,7 +331,7 @@ def test_leading_one_is_the_power_of_two_below():
     ],
 )
 def test_weight_held_by_a_quarter_of_the_keys(d, expected):
-    """The dossier's own figures for normal keys and queries twice as large, within its rounding and
+    """Known figures for normal keys and queries twice as large, within its rounding and
     the noise of 300 queries."""
     rng = np.random.default_rng(d)
     q, keys = 2 * rng.standard_normal((300, 1, d)), rng.standard_normal((300, 128, d))

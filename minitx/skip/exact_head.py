@@ -32,7 +32,7 @@ def exact_head(
         Fast Softmax Approximation on Large Vocabulary Neural Networks", NIPS 2017, which keeps a
         fixed number of rows and is approximate; the scan by length after LEMP (SIGMOD 2015). Both
         are known here from an abstract, a re-implementation's README and a survey. Choosing rows by
-        a proven bound, so that the result is exact, is as in the dossier of this project.
+        a proven bound, so that the result is exact, was put together here.
     Kind: exact: the dense head's token, in its own arithmetic, the smallest id on ties.
     Skips or precomputes: rows W_v (one for each token) of the logits z_v = W_v h, where only their
         argmax is asked for. Sampling, evaluation and verification get all logits, as before.

@@ -66,7 +66,7 @@ def rope(row, position, rotated, base):
 
 
 def block_0(table, ids, w, heads, kv_heads, width, rotated, base, parallel):
-    """The stream after block 0, one row for each of the ids, by the dossier's steps 1 to 5."""
+    """The stream after block 0, one row for each of the ids, step by step."""
     d = (len(table[0]) - width) // (heads + 2 * kv_heads)
     keys, values, out = [], [], []
     for position, token in enumerate(ids):
