@@ -33,7 +33,7 @@ class Transformer(Part):
 
     def next_logits(self, ids, state: State | None = None):
         """Logits (..., V) after the last of the ids: the only row that choosing a token needs."""
-        return self.head(self.last(ids, state)[..., None, :])[..., 0, :]
+        return self.head(self.last(ids, state))
 
     def next_best(self, ids, state: State | None = None) -> int:
         """The id of the largest of the ``next_logits`` (V,) of one sequence: all that greedy

@@ -53,9 +53,7 @@ def linear(x, w, b=None):
 
 
 LARGE = 32 << 10  # numbers in a matrix above which reading it takes longer than calling einsum
-WIDE = (
-    2 << 10
-)  # results beyond which the sum itself, which is read and written D times, is too long
+WIDE = 2 << 10  # results beyond which the sum, read and written once a row of w, is too long itself
 
 
 def scores(x, table):

@@ -110,4 +110,11 @@ def positions(position: int, T: int, start=None):
     padding is put at position 0 (its result is never looked at)."""
     if start is None:
         return slice(position, position + T)
-    return np.maximum(np.arange(position, position + T) - start[:, None], 0)
+    return np.maximum(own_positions(position, T, start), 0)
+
+
+def own_positions(position: int, T: int, start=None) -> np.ndarray:
+    """Where T new tokens stand in their own sequences: (T,), or (B, T) for rows that start late, in
+    which padding is negative."""
+    where = np.arange(position, position + T)
+    return where if start is None else where - start[:, None]

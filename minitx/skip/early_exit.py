@@ -20,7 +20,7 @@ from minitx import ledger
 from minitx.confidence import Drawn, Limit, Probe, Saturation, SoftmaxGap, draws
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
-from minitx.state import Layer, State
+from minitx.state import Layer, State, own_positions
 from minitx.technique import need, swap, technique
 from minitx.tree import Part, part
 
@@ -137,19 +137,20 @@ class ExitingStack(Part):
 
     def __call__(self, x, state: State):
         L, first = len(self.inner.blocks), self.first
-        t = own_positions(x, state)  # (..., T)
+        t = own_positions(state.position, x.shape[-2], state.start)
+        t = np.broadcast_to(t, x.shape[:-1])  # (..., T)
         lam = self.limit(t)  # (..., T)
         may = lam <= 1  # no confidence is larger
         if first >= L or not may.any():
             return self.inner.run(x, state, 0, L)
-        if x.size == x.shape[-1]:
-            return self.one_token(x, state, t.reshape(1), lam.item())
         state = remembering(state, x)
         before = self.inner.run(x, state, 0, first - 1)
         x = self.inner.run(before, state, first - 1, first)
         self.debts.begin(x, state)
         if ledger.active:
             ledger.active.event("layers that may be skipped", may.sum() * (L - first))
+        if x.size == x.shape[-1]:
+            return self.one_token(x, before, state, t.reshape(1), lam.item())
         live = t >= 0  # padding has left from the start
         for depth in range(first, L):
             if (depth - first) % self.every == 0:
@@ -160,19 +161,14 @@ class ExitingStack(Part):
             before, x = x, self.debts.run(block, x, live, layer, state)
         return x
 
-    def one_token(self, x, state: State, t, lam: float):
-        """The same for one token, without masks: it runs until it leaves."""
-        state, L = remembering(state, x), len(self.inner.blocks)
-        before = self.inner.run(x, state, 0, self.first - 1)
-        x = self.inner.run(before, state, self.first - 1, self.first)
-        self.debts.begin(x, state)
-        if ledger.active:
-            ledger.active.event("layers that may be skipped", L - self.first)
+    def one_token(self, x, before, state: State, t, lam: float):
+        """The rest for one token, without masks: it runs until it leaves."""
+        L = len(self.inner.blocks)
         for depth in range(self.first, L):
             if (depth - self.first) % self.every == 0:
                 row, earlier = x.reshape(1, -1), before.reshape(1, -1)  # (1, D)
                 if self.measure(row, earlier, depth, t)[0] >= lam:
-                    note(np.ones(1), depth, L)
+                    note(ALIVE, depth, L)
                     self.debts.pass_by(self.inner.blocks[depth:], x, state.layers[depth:])
                     break
             block, layer = self.inner.blocks[depth], state.layers[depth]
@@ -189,13 +185,6 @@ class ExitingStack(Part):
 
 
 ALIVE = np.ones(1, bool)  # the one token of a step
-
-
-def own_positions(x, state: State):
-    """Positions (..., T) of x (..., T, D) in their own sequences; negative ones are padding."""
-    where = np.arange(state.position, state.position + x.shape[-2])
-    where = where if state.start is None else where - state.start[:, None]
-    return np.broadcast_to(where, x.shape[:-1])
 
 
 def remembering(state: State, x) -> State:

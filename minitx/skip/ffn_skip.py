@@ -14,7 +14,7 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import FFN
-from minitx.state import Layer
+from minitx.state import Layer, own_positions
 from minitx.technique import swap_numbered, technique
 from minitx.tree import Part, part, table
 
@@ -183,19 +183,17 @@ class PlannedFFN(Part):
 
     def __call__(self, x, layer: Layer):
         may = past(self.warm_up, x, layer)  # (..., T)
-        return run_kept(self.inner, x, layer, may & self.skipped[own_positions(x, layer)], may)
-
-
-def own_positions(x, layer: Layer):
-    """Positions of x (..., T, D) in their own sequences: (T,), or (B, T) where rows start late;
-    negative ones are padding."""
-    where = np.arange(layer.position, layer.position + x.shape[-2])
-    return where if layer.start is None else where - layer.start[:, None]
+        return run_kept(self.inner, x, layer, may & self.skipped[at(x, layer)], may)
 
 
 def past(warm_up: int, x, layer: Layer):
     """(..., T) booleans: tokens x (..., T, D) that have the warm-up behind them; never padding."""
-    return np.broadcast_to(own_positions(x, layer) >= warm_up, x.shape[:-1])
+    return np.broadcast_to(at(x, layer) >= warm_up, x.shape[:-1])
+
+
+def at(x, layer: Layer):
+    """Positions of the tokens x (..., T, D) in their own sequences."""
+    return own_positions(layer.position, x.shape[-2], layer.start)
 
 
 def run_kept(ffn: Part, x, layer: Layer, skip, may):

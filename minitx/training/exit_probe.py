@@ -10,12 +10,10 @@ from itertools import islice
 import numpy as np
 from tqdm import tqdm
 
+from minitx.confidence import sigmoid
 from minitx.errors import MinitxError
-from minitx.model import Stack
-from minitx.state import State
-from minitx.technique import swap
+from minitx.training.layerskip import record
 from minitx.training.stories import stories
-from minitx.tree import Part, part
 
 TEXTS = 24  # stories: about 5,000 tokens, which keeps it near a second for the shipped models
 NEWTON_STEPS = 8  # each about doubles the digits that are right
@@ -48,25 +46,10 @@ def train_probe(lm, texts: Sequence) -> tuple[np.ndarray, float]:
     return w.astype(h.dtype), b
 
 
-@part
-class Tapped(Part):
-    """A stack that keeps the stream after each block."""
-
-    inner: Stack
-    found: list
-
-    def __call__(self, x, state: State):
-        for depth in range(len(self.inner.blocks)):
-            x = self.inner.run(x, state, depth, depth + 1)
-            self.found.append(x)
-        return x
-
-
 def examples(lm, texts: Sequence) -> tuple[np.ndarray, np.ndarray]:
     """Streams (n, D) after each block but the last, and whether (n,) the head reads from each what
     it reads after the last."""
-    found: list[np.ndarray] = []
-    model = swap(lm, Stack, lambda stack: Tapped(stack, found)).model
+    model, found = record(lm.model)
     streams, same = [], []
     for text in tqdm(texts, desc="probe", unit="text", delay=SHOWN_AFTER):
         found.clear()
@@ -93,7 +76,7 @@ def logistic(x, y, ridge: float = RIDGE) -> tuple[np.ndarray, float]:
     penalty[-1] = 1e-9  # b is free, but for what keeps the equations solvable
     w = np.zeros(x.shape[1])
     for _ in range(NEWTON_STEPS):
-        p = 0.5 + 0.5 * np.tanh(0.5 * (x @ w))
+        p = sigmoid(x @ w)
         slope = x.T @ (weight * (p - y)) + penalty * w
         curvature = (x.T * (weight * p * (1 - p))) @ x + np.diag(penalty)
         w -= np.linalg.solve(curvature, slope)

@@ -91,8 +91,8 @@ class Grade:
             )
 
 
-# The longest sentence (17 words), or the longest of those that a recap tells again (8) twice, and
-# the longest closing (7).
+# The longest sentence (16 words) and the longest closing (7), or the longest of those that a recap
+# tells again (11) twice and the short closing (2).
 ROOM = 25
 RETOLD = ("arrive", "see", "find", "own")  # kinds of sentences that a recap tells again
 
