@@ -37,12 +37,12 @@ PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on 
 # sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
 PINNED = {
     "set_phrases": "2bfbc96f7a9c58fa",
-    "told_twice": "da6c3960ff80afe4",
+    "told_twice": "0703e35991ab5c0a",
     "one_hop_tiny": "e587dfd1e00c1059",
-    "one_hop": "c3515e3a99730520",
-    "two_hops": "57360e17ee8dc6ac",
-    "three_hops": "edc56d3c88be5bf9",
-    "full": "d593ba5f63612f6f",
+    "one_hop": "eb808f90938704a8",
+    "two_hops": "e68a0f87b88c8fa5",
+    "three_hops": "6deba7dd61ce8b88",
+    "full": "ce31b4ee146044f2",
 }
 
 
@@ -82,8 +82,9 @@ def test_the_second_reader_can_disagree():
     ):
         with pytest.raises(AssertionError):
             Reader().read(f"{told} {recap} The end.")
-    found = "One day Tom was in the park. Tom got a kite. The kite was red. Tom had two eggs."
-    again = "Tom had two eggs. Tom got a kite. The kite was red. Tom was in the park."
+    kite = "A kite was found by Tom. The kite was red."
+    found = f"One day Tom was in the park. {kite} Tom had two eggs."
+    again = f"Tom had two eggs. {kite} Tom was in the park."
     assert [value for _, value in Reader().read(f"{found} {again} The end.")] == [
         "two", "red", "park",
     ]  # fmt: skip
@@ -169,9 +170,9 @@ def test_scripted_story():
     teller.question(fact)
     story = teller.writer.story()
     assert story.text == (
-        "Once upon a time there was a girl named Eva. Tom was in the park. Tom had a box."
-        " In the box was a kite. The kite was red. Tom went to the barn."
-        " Where is the kite? The kite is in the barn."
+        "Once upon a time there was a girl named Eva. Tom was in the park."
+        " There was a box that belonged to Tom. A kite lay in the box. The kite was red."
+        " Tom went to the barn. Where is the kite? The kite is to be found in the barn."
     )
     (answer,) = story.answers
     assert (answer.kind, answer.value, answer.latest) == ("where3", "barn", "barn")
@@ -182,7 +183,7 @@ def test_scripted_story():
 
 
 def test_what_a_sentence_just_said_is_not_asked():
-    """ "Tom picked up the box in the barn" tells where the box is, until Tom takes it elsewhere."""
+    """ "The box in the barn was picked up by Tom" tells where it is, until Tom goes elsewhere."""
     teller = Teller(GRADES["full"], lambda: 0.0)
     teller.meet("Eva", wording="open")
     teller.arrive("Tom")

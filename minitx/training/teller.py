@@ -193,18 +193,14 @@ class Teller:
 
     def recap(self, in_order: bool):
         """All news once more, word for word, in their order or in any. With nothing else to learn,
-        here a model first finds out how to look things up: what a sentence tells is an answer,
-        unless there are two that begin alike, so that it is not clear yet which one this is."""
+        here a model first finds out how to look things up: what a sentence tells is an answer.
+        (No two that tell news begin alike, so it is always clear which one this is.)"""
         left = list(self.news)
         while left:
             news = left[0] if in_order else self.pick(left)
             left.remove(news)
             value_type, value, sentence = news
             before, after = re.split(rf" {value}\b", sentence)
-            if not in_order and any(other.startswith(before) for _, _, other in left):
-                self.writer.add(sentence)
-                self.writer.note(value_type, value)
-                continue
             self.writer.add(before)
             self.writer.answer("mention", value_type, value)
             self.writer.add(after)

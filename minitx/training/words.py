@@ -69,6 +69,9 @@ FILLERS = FREE | {
     "boy": ("boy", "girl"),
 }
 
+# A sentence names the key of a fact before its value (first the bag, then who has it), and answers
+# keep the two apart by some words. With the value first, a model that is trained for minutes does
+# not find out how to look it up.
 # kind of sentence: (facts, wordings). For "mention" and "ask" the fact is the entity asked about.
 SENTENCES = {
     "open": (
@@ -129,11 +132,11 @@ SENTENCES = {
     "find": (
         "who thing colour",
         (
-            " {who} got a {thing}. The {thing} was {colour}.",
-            " {who} found a {thing} that was {colour}.",
-            " {who} had a {size} {thing}, and it was {colour}.",
-            " In the morning {who} bought a {thing}. It was {colour}.",
-            " {who} saw a {thing}, which was {colour}, and picked it up.",
+            " A {thing} was found by {who}. The {thing} was {colour}.",
+            " There was a {thing} for {who}, and it was {colour}.",
+            " A {size} {thing} that belonged to {who} was {colour}.",
+            " In the morning a {thing} came for {who}. It was {colour}.",
+            " A {thing} was picked up by {who}, and it was {colour}.",
         ),
     ),
     "give": (
@@ -141,7 +144,7 @@ SENTENCES = {
         (
             " {who} sent the {thing} to {other}.",
             " {who} lent the {thing} to {other}.",
-            " {other} borrowed the {thing} from {who}.",
+            " The {thing} went from {who} to {other}.",
         ),
     ),
     "spot": (
@@ -155,17 +158,17 @@ SENTENCES = {
     "carry": (
         "who box",
         (
-            " {who} had a {box}.",
-            " {who} carried a {size} {box}.",
-            " {who} never went out without a {box}.",
+            " There was a {box} that belonged to {who}.",
+            " A {size} {box} was carried by {who}.",
+            " A {box} went everywhere with {who}.",
         ),
     ),
     "fill": (
         "box thing colour",
         (
-            " In the {box} was a {thing}. The {thing} was {colour}.",
+            " A {thing} lay in the {box}. The {thing} was {colour}.",
             " There was a {thing} in the {box}, and it was {colour}.",
-            " Inside the {box} lay a {size} {thing} that was {colour}.",
+            " A {size} {thing} that was in the {box} was {colour}.",
         ),
     ),
     "put": (
@@ -179,8 +182,8 @@ SENTENCES = {
     "take": (
         "who thing box",
         (
-            " {who} took the {thing} out of the {box}.",
-            " {who} reached into the {box} and took the {thing}.",
+            " The {thing} was taken out of the {box} by {who}.",
+            " From the {box} the {thing} was taken by {who}.",
         ),
     ),
     "leave": (
@@ -189,7 +192,10 @@ SENTENCES = {
     ),
     "fetch": (
         "who object",
-        (" {who} picked up the {object} in the|.", " {who} went to get the {object} from the|."),
+        (
+            " The {object} in the| was picked up by {who}.",
+            " The {object} in the| was fetched by {who}.",
+        ),
     ),
     "own": (
         "who number foods",
@@ -239,16 +245,15 @@ SENTENCES = {
             " Even the {animal} could see that the {thing} was|.",
         ),
     ),
-    "ask where": ("object", (" Where is the {object}? The {object} is in the|.",)),
+    "ask where": ("object", (" Where is the {object}? The {object} is to be found in the|.",)),
     "ask where who": ("who", (" Where is {who}? {who} is in the|.",)),
-    "ask who": ("object", (" Who has the {object}? The {object} is with|.",)),
+    "ask who": ("object", (" Who has the {object}? The {object} is in the hands of|.",)),
     "ask colour": ("thing", (" What colour is the {thing}? The {thing} has the colour|.",)),
     "ask colour of": (
         "who",
         (" What colour is the thing that {who} has? The thing of {who} has the colour|.",),
     ),
-    # With the answer right behind its key, a model does not find out for a long time how to look it
-    # up: a word or two between them is where it gets hold of the key.
+    # Right behind its key, an answer is much harder to learn than with some words between.
     "ask colour shortly": ("thing", (" What colour is the {thing}? The {thing} is|.",)),
     "ask colour of shortly": (
         "who",

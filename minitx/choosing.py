@@ -1,0 +1,198 @@
+"""Attention over chosen keys: what all techniques share that tell which keys matter.
+
+Each of them is a part that chooses: it says, for every query and key, whether the key is kept. It
+may know something about each key (a code, a hash), made once when the key comes. What follows is
+the same for all and stands here: exact scores, softmax and values of the kept keys alone.
+
+A part that chooses has
+
+- ``__call__(q, k, known, seen)``: booleans (..., K, G, T, S) for queries q (..., H, T, d) and keys
+  k (..., K, S, d), of which they see what ``seen`` (``Seen``) says. Each row keeps one key at least
+  and none that it does not see, and is decided by itself: a chunk keeps what single tokens keep;
+- ``remember(k, layer)``: what it knows of all keys so far, which is ``known`` in each call (of
+  which the first S are to be looked at); see ``remembered``;
+- ``keeps_all(S)``: with its settings, can no key of S be left out? Then it is not asked at all.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+
+from minitx import ledger, ops
+from minitx.state import Layer
+from minitx.tree import Part, part
+
+
+@part
+class AttendChosen(Part):
+    """Attention of each query over the keys that are chosen for it.
+
+    floor: of these, once they are scored, too, are those left out that weigh less than this share
+    of the heaviest.
+    """
+
+    choose: Part
+    scale: float  # 1 / sqrt(d)
+    floor: float = 0.0
+
+    def __call__(self, q, k, v, layer: Layer):
+        T, S = q.shape[-2], k.shape[-2]
+        if self.choose.keeps_all(S) and not self.floor:
+            return ops.attention(q, k, v, self.scale, layer.start)
+        known = self.choose.remember(k, layer)
+        out = np.empty_like(q)
+        for a, b, end in ops.causal_blocks(T, S):
+            keys = k[..., :end, :], v[..., :end, :]
+            seen = Seen(b - a, end, layer.start)
+            out[..., a:b, :] = self.rows(q[..., a:b, :], *keys, known, seen)
+        return out  # (..., H, T, d)
+
+    def rows(self, q, k, v, known, seen: "Seen"):
+        kept = self.choose(q, k, known, seen)  # (..., K, G, T, S)
+        if ledger.active:
+            ledger.active.event("keys seen", seen.total(kept.shape[:-2]))
+            ledger.active.event("keys scored" if self.floor else "keys kept", kept.sum())
+        attend = gathered if seen.T == 1 else masked
+        return attend(q, k, v, self.scale, kept, self.floor)
+
+
+class Seen:
+    """Which of S keys each of T queries sees, the T newest: all up to its own. In a batch that is
+    padded on the left, from ``start`` (B,) on; a row of padding sees itself, so that none is empty.
+    """
+
+    def __init__(self, T: int, S: int, start: np.ndarray | None = None):
+        self.T, self.S = T, S
+        self.hidden = ops.hidden_keys(T, S, start)  # of the newest: (T, T), (B, T, S), or None
+        if start is not None:
+            t = np.arange(T)
+            self.hidden[:, t, S - T + t] = False
+
+    @cached_property
+    def count(self) -> np.ndarray:
+        """How many keys each query sees: (1,), (1, 1, T) or (B, 1, 1, T), for (..., K, G, T)."""
+        if self.hidden is None:
+            return np.array([self.S])
+        return (self.S - self.hidden.sum(-1))[..., None, None, :]
+
+    def total(self, heads: tuple) -> int:
+        """How many pairs of a query and a key it sees there are, for (..., K, G) heads."""
+        return int(np.broadcast_to(self.count, (*heads, self.T)).sum())
+
+    def hide(self, p, value=ops.MASKED):
+        """Write ``value`` wherever p (..., K, G, T, S) is about a key that is not seen; gives p."""
+        if self.hidden is not None:
+            newest = p[..., self.S - self.hidden.shape[-1] :]
+            np.copyto(newest, value, where=self.hidden[..., None, None, :, :])
+        return p
+
+
+# What is known of each key -----------------------------------------------------------------------
+
+
+def remembered(owner: Part, k, make: Callable, layer: Layer) -> tuple[np.ndarray, ...]:
+    """What ``make`` tells of the keys k (..., K, S, d), each asked about once, when it is new.
+
+    make: from some keys (..., K, n, d) a tuple of arrays (..., K, n) or (..., K, n, any); what it
+    tells of a key must not depend on the others. Keys that came while this block's attention was
+    passed by are asked about when it is next at work.
+    """
+    if not layer.remember:
+        return make(k)
+    return layer.memory.recall(owner, PerKey).extend(k, make, layer.capacity)
+
+
+class PerKey:
+    """Arrays beside a block's cache, with one entry for each of its keys."""
+
+    def __init__(self):
+        self.count = 0
+        self.arrays: tuple[np.ndarray, ...] = ()
+
+    def extend(self, k, make: Callable, capacity: int) -> tuple[np.ndarray, ...]:
+        done, S = self.count, k.shape[-2]
+        heads = k.shape[:-2]  # (..., K)
+        if done < S:
+            new = make(k[..., done:, :])
+            if not self.arrays:
+                self.arrays = tuple(
+                    np.empty((*heads, capacity, *a.shape[len(heads) + 1 :]), a.dtype) for a in new
+                )
+            every = (slice(None),) * len(heads)
+            for array, a in zip(self.arrays, new):
+                array[(*every, slice(done, S))] = a
+            self.count = S
+        return self.arrays
+
+    def rewind(self, position: int) -> None:
+        self.count = min(self.count, position)
+
+
+# Choosing the largest ----------------------------------------------------------------------------
+
+
+def largest(p, r):
+    """Booleans like p (..., T, S): the r largest numbers of each row, of equals the earlier; r are
+    integers from 1 to S that broadcast to (..., T). Of keys not seen, which are MASKED, none is
+    among them if r is at most the number of those that are."""
+    S = p.shape[-1]
+    if np.size(r) == 1:
+        r = int(np.reshape(r, -1)[0])
+        least = np.partition(p, S - r, -1)[..., S - r, None]  # that is kept, (..., T, 1)
+    else:
+        r = np.broadcast_to(r, p.shape[:-1])[..., None]  # (..., T, 1)
+        least = np.take_along_axis(np.sort(p, -1), S - r, -1)
+    kept = p > least
+    equal = p == least
+    return kept | equal & (equal.cumsum(-1) <= r - kept.sum(-1, keepdims=True))
+
+
+# Attending to what is kept -----------------------------------------------------------------------
+
+
+def gathered(q, k, v, scale, kept, floor=0.0):
+    """One query a head, q (..., H, 1, d), over its kept keys (..., K, G, 1, S), and nothing else.
+
+    Queries keep different numbers of keys, so all N pairs of a query and a key it keeps stand in
+    one list, query by query, and sums run over the stretches of that list.
+    """
+    kept = kept[..., 0, :]  # (..., K, G, S)
+    pair = np.nonzero(kept)  # each (N,)
+    *head, member, key = pair
+    queries = (q * scale).reshape(*kept.shape[:-1], q.shape[-1])[(*head, member)]  # (N, d)
+    keys = k[(*head, key)]  # (N, d)
+    lengths = kept.sum(-1).reshape(-1)  # (queries,), none 0
+    first = lengths.cumsum() - lengths
+    s = np.einsum("nd,nd->n", queries, keys)
+    s -= np.repeat(np.maximum.reduceat(s, first), lengths)
+    weights = np.exp(s, out=s)
+    if floor:
+        heavy = weights >= floor  # the heaviest of each query is 1, so none is left without
+        weights, head, key = weights[heavy], [h[heavy] for h in head], key[heavy]
+        lengths = np.add.reduceat(heavy, first, dtype=lengths.dtype)
+        first = lengths.cumsum() - lengths
+    values = v[(*head, key)]  # (N, d)
+    if ledger.active:
+        ledger.active.add(keys.size + values.size, cache_bytes=keys.nbytes + values.nbytes)
+        if floor:
+            ledger.active.event("keys kept", len(values))
+    mixed = np.add.reduceat(weights[:, None] * values, first)  # (queries, d)
+    mixed /= np.add.reduceat(weights, first)[:, None]
+    return mixed.reshape(q.shape)
+
+
+def masked(q, k, v, scale, kept, floor=0.0):
+    """The same for many rows: all scores are computed, and those not kept (..., K, G, T, S) are cut
+    off, since for many rows the product of all is faster than gathering. Each head stands for
+    itself, since heads that share keys do not share what they keep."""
+    rows = q.reshape(*kept.shape[:-2], 1, *q.shape[-2:])  # (..., K, G, 1, T, d)
+    k, v = k[..., None, None, :, :], v[..., None, None, :, :]  # (..., K, 1, 1, S, d)
+    if ledger.active:
+        ledger.active.add(2 * q.size * k.shape[-2], cache_bytes=k.nbytes + v.nbytes)
+    p = ops.attention_weights(rows, k, scale, ~kept)  # (..., K, G, 1, T, S), the heaviest is 1
+    if floor:
+        p[p < floor] = 0
+        if ledger.active:
+            ledger.active.event("keys kept", np.count_nonzero(p))
+    return ops.mix(p, v).reshape(q.shape)
