@@ -243,10 +243,14 @@ def attend_rows(q, k, v, scale, hidden=None):
     the last n keys that a row must not see."""
     if ledger.active:
         ledger.active.add(2 * q.size * k.shape[-2], cache_bytes=k.nbytes + v.nbytes)
-    p = attention_weights(q, k, scale, hidden)  # (..., K, G*T, S), not yet divided by their sum
-    mixed = p @ v  # (..., K, G*T, d)
+    return mix(attention_weights(q, k, scale, hidden), v).reshape(q.shape)
+
+
+def mix(p, v):
+    """The mean of the values v (..., S, d), weighed by p (..., T, S) -> (..., T, d)."""
+    mixed = p @ v
     mixed /= p.sum(-1, keepdims=True)  # dividing d columns is cheaper than dividing S
-    return mixed.reshape(q.shape)
+    return mixed
 
 
 def attention_weights(q, k, scale, hidden=None):

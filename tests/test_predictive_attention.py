@@ -6,13 +6,14 @@ from slow import predictive_attention as slow
 from tiny import tiny_lm
 
 from minitx import ops
+from minitx.choosing import AttendChosen
 from minitx.ledger import counting
 from minitx.skip.predictive_attention import (
     IntegerCode,
     Keep,
     LeadingOne,
     Predict,
-    PredictThenAttend,
+    PredictedKeys,
 )
 from minitx.state import Layer
 from minitx.technique import apply
@@ -30,7 +31,8 @@ each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTIN
 
 def part(scale=0.5, b=4, tau=0.05, rho=1.0, r_min=4):
     code = LeadingOne() if b is None else IntegerCode(b)
-    return PredictThenAttend(Predict(code), Keep(tau, rho, r_min), scale)
+    choose = PredictedKeys(Predict(code), Keep(tau, rho, r_min), scale)
+    return AttendChosen(choose, scale)
 
 
 def random_qkv(seed=0, lead=(), H=4, K=2, S=30, d=8, dtype=np.float64):
@@ -68,7 +70,7 @@ VALUES = np.array([[1, 0], [0, 1], [2, 0], [0, 2], [3, 1]], float)
 
 
 def predicted(b, q=Q, keys=KEYS, scale=0.5):
-    predict = part(b=b).predict
+    predict = part(b=b).choose.predict
     return (scale * predict(q[None, None], *predict.code(keys[None])))[0, 0, 0]
 
 
@@ -122,7 +124,7 @@ def test_predictions_of_the_example(b, expected):
     ],
 )
 def test_survivors_and_outputs_of_the_example(settings, kept, output):
-    keep = part(**settings).keep
+    keep = part(**settings).choose.keep
     assert set(np.flatnonzero(keep(predicted(settings["b"]), np.array(5)))) == kept
     np.testing.assert_allclose(example(**settings), output, atol=5e-5)
     np.testing.assert_allclose(
@@ -339,7 +341,7 @@ def test_weight_held_by_a_quarter_of_the_keys(d, expected):
     weights = np.exp(s - s.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     for b, mass in expected.items():
-        predict = part(b=b).predict
+        predict = part(b=b).choose.predict
         p = predict(q[:, None], *predict.code(keys[:, None]))[:, 0, 0, 0]
         kept = Keep(0.0, 0.25, 4)(p, np.array(128))
         assert abs((weights * kept).sum(-1).mean() - mass) < 0.025

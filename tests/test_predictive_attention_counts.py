@@ -20,7 +20,7 @@ def counted(lm, ids, state):
     with counting(lm) as counts:
         lm.model(ids, state)
     path = "model.stack.blocks.0.attn.attend"
-    return counts.entries[path + ".predict"], counts.entries[path], counts.events
+    return counts.entries[path + ".choose.predict"], counts.entries[path], counts.events
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
@@ -60,7 +60,7 @@ def test_counts_follow_the_threshold():
     r = np.array(kept).sum()
     assert len({tuple(row) for row in kept}) > 1  # heads differ in how many they keep
     assert counts.entries[""].multiply_adds == 2 * r * 8
-    assert counts.entries["predict"].multiply_adds == 4 * 33 * 8
+    assert counts.entries["choose.predict"].multiply_adds == 4 * 33 * 8
     assert counts.events == {"keys seen": 4 * 33, "keys kept": r}
 
 

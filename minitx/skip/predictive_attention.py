@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from minitx import ledger, ops
+from minitx import ledger
+from minitx.choosing import AttendChosen, Seen, largest, remembered
 from minitx.errors import MinitxError
 from minitx.model import Attend
 from minitx.state import Layer
@@ -52,7 +53,8 @@ def predictive_attention(
         scores, so it goes with rho and tau=0.
     Saves: when one token is decoded, S d + 2 r d multiply-adds for each query head in the place of
         2 S d: less if under half of the keys are kept. Hardware would make the S d ones b x b bits;
-        NumPy does them in full, so they are counted in full, under attend.predict. Of the cache,
+        NumPy does them in full, so they are counted in full, under
+        attend.choose. Of the cache,
         S (d + 4) bytes are read for each key head (codes, float32 scales) and 8 r d for each query
         head, in the place of 8 S d for each key head: heads that share keys fetch their own. The
         cache grows by d + 4 bytes a key and head (4 d + 4 with leading-one). A prompt saves
@@ -68,7 +70,11 @@ def predictive_attention(
     _check(b, tau, rho, r_min, codes)
     code = IntegerCode(b) if codes == "integer" else LeadingOne()
     keep = Keep(tau, rho, r_min)
-    return swap(lm, Attend, lambda dense: PredictThenAttend(Predict(code), keep, dense.scale))
+    return swap(
+        lm,
+        Attend,
+        lambda dense: AttendChosen(PredictedKeys(Predict(code), keep, dense.scale), dense.scale),
+    )
 
 
 def _check(b, tau, rho, r_min, codes) -> None:
@@ -91,58 +97,27 @@ def _check(b, tau, rho, r_min, codes) -> None:
 
 
 @part
-class PredictThenAttend(Part):
-    """Attention of each query over the keys whose predicted score is high enough."""
+class PredictedKeys(Part):
+    """Chooses the keys whose predicted score is high enough."""
 
     predict: Part
     keep: Part
     scale: float  # 1 / sqrt(d)
 
-    def __call__(self, q, k, v, layer: Layer):
-        if self.keep.tau == 0 and self.keep.rho == 1:
-            return ops.attention(q, k, v, self.scale, layer.start)
-        T, S = q.shape[-2], k.shape[-2]
-        kc, sk = self.coded(k, layer)
-        out = np.empty_like(q)
-        for a, b, end in ops.causal_blocks(T, S):
-            keys = k[..., :end, :], v[..., :end, :], kc[..., :end, :], sk[..., :end]
-            out[..., a:b, :] = self.rows(q[..., a:b, :], *keys, layer.start)
-        return out  # (..., H, T, d)
+    def keeps_all(self, S: int) -> bool:
+        return self.keep.tau == 0 and self.keep.rho == 1
 
-    def coded(self, k, layer: Layer):
+    def remember(self, k, layer: Layer):
         """Codes (..., K, S, d) and scales (..., K, S) of all keys so far."""
-        code = self.predict.code
-        if not layer.remember:
-            return code(k)
-        return layer.memory.recall(self, CodedKeys).extend(k, code, layer)
+        return remembered(self, k, self.predict.code, layer)
 
-    def rows(self, q, k, v, kc, sk, start):
-        """T queries over S keys, the T newest last. Masked before anything is ranked, so that no
-        later key has a say in what an earlier query keeps."""
-        T, S = q.shape[-2], k.shape[-2]
-        p = self.predict(q, kc, sk)  # (..., K, G, T, S)
+    def __call__(self, q, k, known, seen: Seen):
+        """Masked before anything is ranked, so that no later key has a say in what an earlier query
+        keeps."""
+        codes, scales = known
+        p = self.predict(q, codes[..., : seen.S, :], scales[..., : seen.S])  # (..., K, G, T, S)
         p *= self.scale
-        n = np.array([S])  # keys that each query sees
-        hidden = hidden_keys(T, S, start)
-        if hidden is not None:
-            newest = p[..., S - hidden.shape[-1] :]
-            np.copyto(newest, ops.MASKED, where=hidden[..., None, None, :, :])
-            n = (S - hidden.sum(-1))[..., None, None, :]  # (1, 1, T); ragged batch: (B, 1, 1, T)
-        kept = self.keep(p, n)
-        if ledger.active:
-            ledger.active.event("keys seen", np.broadcast_to(n, p.shape[:-1]).sum())
-            ledger.active.event("keys kept", kept.sum())
-        attend = gathered if T == 1 else masked
-        return attend(q, k, v, self.scale, kept)
-
-
-def hidden_keys(T: int, S: int, start):
-    """As ``ops.hidden_keys``, but a row of padding sees itself, so that no row is empty."""
-    hidden = ops.hidden_keys(T, S, start)
-    if start is not None:
-        t = np.arange(T)
-        hidden[:, t, S - T + t] = False
-    return hidden
+        return self.keep(seen.hide(p), seen.count)
 
 
 # Predicting --------------------------------------------------------------------------------------
@@ -201,32 +176,6 @@ class LeadingOne(Part):
         return np.ldexp(np.sign(x), exponent - 1), np.ones_like(x[..., 0])
 
 
-class CodedKeys:
-    """The codes and scales of one block's keys, beside its cache and as long."""
-
-    def __init__(self):
-        self.count = 0
-        self.codes = self.scales = None
-
-    def extend(self, k, code: Part, layer: Layer):
-        """Code the keys of k (..., K, S, d) that are not yet; gives those of all.
-
-        Also keys that came while this block's attention was skipped.
-        """
-        done, S = self.count, k.shape[-2]
-        codes, scales = code(k[..., done:, :])
-        if self.codes is None:
-            shape = (*k.shape[:-2], layer.capacity)
-            self.codes = np.empty((*shape, k.shape[-1]), codes.dtype)
-            self.scales = np.empty(shape, scales.dtype)
-        self.codes[..., done:S, :], self.scales[..., done:S] = codes, scales
-        self.count = S
-        return self.codes[..., :S, :], self.scales[..., :S]
-
-    def rewind(self, position: int) -> None:
-        self.count = min(self.count, position)
-
-
 # Choosing ----------------------------------------------------------------------------------------
 
 
@@ -243,46 +192,8 @@ class Keep(Part):
         that broadcast to (..., T), keys are not. Every row keeps at least one key."""
         t = -math.log(self.tau) if self.tau else math.inf
         kept = p >= p.max(-1, keepdims=True) - t  # relative: an absolute bound may empty a row
-        return kept if self.rho == 1 else kept & self.among_largest(p, n)
-
-    def among_largest(self, p, n):
+        if self.rho == 1:
+            return kept
         # a hair less, since 0.07 * 100 = 7.000000000000001 is meant to be 7
-        share = np.ceil(self.rho * n - 1e-9)
-        r = np.minimum(n, np.maximum(self.r_min, share))
-        order = np.argsort(-p, axis=-1, kind="stable")  # of equals the earlier key comes first
-        kept = np.empty(p.shape, bool)
-        np.put_along_axis(kept, order, np.arange(p.shape[-1]) < r[..., None], -1)
-        return kept
-
-
-# Attending to what is kept -----------------------------------------------------------------------
-
-
-def gathered(q, k, v, scale, kept):
-    """One query a head, q (..., H, 1, d), over its kept keys (..., K, G, 1, S), and nothing else.
-
-    Queries keep different numbers of keys, so all N pairs of a query and a key it keeps stand in
-    one list, query by query, and sums run over the stretches of that list.
-    """
-    kept = kept[..., 0, :]  # (..., K, G, S)
-    *head, member, key = np.nonzero(kept)  # each (N,)
-    queries = (q * scale).reshape(*kept.shape[:-1], q.shape[-1])[(*head, member)]  # (N, d)
-    keys, values = k[(*head, key)], v[(*head, key)]  # (N, d)
-    if ledger.active:
-        ledger.active.add(keys.size + values.size, cache_bytes=keys.nbytes + values.nbytes)
-    lengths = kept.sum(-1).reshape(-1)  # (queries,), none 0
-    first = lengths.cumsum() - lengths
-    s = np.einsum("nd,nd->n", queries, keys)
-    s -= np.repeat(np.maximum.reduceat(s, first), lengths)
-    weights = np.exp(s, out=s)
-    mixed = np.add.reduceat(weights[:, None] * values, first)  # (queries, d)
-    mixed /= np.add.reduceat(weights, first)[:, None]
-    return mixed.reshape(q.shape)
-
-
-def masked(q, k, v, scale, kept):
-    """The same for many rows: all scores are computed, and those not kept (..., K, G, T, S) are cut
-    off. Each head stands for itself, since heads that share keys do not share what they keep."""
-    rows = q.reshape(*kept.shape[:-2], 1, *q.shape[-2:])  # (..., K, G, 1, T, d)
-    k, v = k[..., None, None, :, :], v[..., None, None, :, :]  # (..., K, 1, 1, S, d)
-    return ops.attend_rows(rows, k, v, scale, ~kept).reshape(q.shape)
+        share = np.ceil(self.rho * n - 1e-9).astype(int)
+        return kept & largest(p, np.minimum(n, np.maximum(self.r_min, share)))
