@@ -10,6 +10,7 @@ import pytest
 from slow.story_reader import Reader
 
 from minitx.errors import MinitxError
+from minitx.training.grades import SHORT
 from minitx.training.stories import (
     GRADES,
     KINDS,
@@ -37,12 +38,12 @@ PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on 
 # sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
 PINNED = {
     "set_phrases": "2bfbc96f7a9c58fa",
-    "told_twice": "0703e35991ab5c0a",
+    "told_twice": "eebf139bbaadf9eb",
     "one_hop_tiny": "e587dfd1e00c1059",
-    "one_hop": "eb808f90938704a8",
-    "two_hops": "e68a0f87b88c8fa5",
-    "three_hops": "6deba7dd61ce8b88",
-    "full": "ce31b4ee146044f2",
+    "one_hop": "47316aeb852f1c18",
+    "two_hops": "2c12e3ed6d086577",
+    "three_hops": "175c09adb9e8b10c",
+    "full": "71c8843ce60da102",
 }
 
 
@@ -52,11 +53,17 @@ def take(n, grade, split="train", seed=1):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """600 stories of every grade."""
-    return {name: take(600, name) for name in GRADES}
+    """600 stories of every grade, and of two with values before their keys and short answers."""
+    hard = {name: {"from": name, **HARD} for name in ("told_twice", "full")}
+    return {name: take(600, name) for name in GRADES} | {
+        f"{name}, value first": take(600, grade) for name, grade in hard.items()
+    }
 
 
-@pytest.mark.parametrize("name", GRADES)
+HARD = {"value_first": True, "shortly": SHORT}
+
+
+@pytest.mark.parametrize("name", [*GRADES, "told_twice, value first", "full, value first"])
 def test_a_second_reader_finds_every_answer(drawn, name):
     for story in drawn[name]:
         answers = Reader().read(story.text)
@@ -82,9 +89,8 @@ def test_the_second_reader_can_disagree():
     ):
         with pytest.raises(AssertionError):
             Reader().read(f"{told} {recap} The end.")
-    kite = "A kite was found by Tom. The kite was red."
-    found = f"One day Tom was in the park. {kite} Tom had two eggs."
-    again = f"Tom had two eggs. {kite} Tom was in the park."
+    found = "One day Tom was in the park. Tom got a kite. The kite was red. Tom had two eggs."
+    again = "Tom had two eggs. Tom got a kite. The kite was red. Tom was in the park."
     assert [value for _, value in Reader().read(f"{found} {again} The end.")] == [
         "two", "red", "park",
     ]  # fmt: skip
@@ -171,8 +177,8 @@ def test_scripted_story():
     story = teller.writer.story()
     assert story.text == (
         "Once upon a time there was a girl named Eva. Tom was in the park."
-        " There was a box that belonged to Tom. A kite lay in the box. The kite was red."
-        " Tom went to the barn. Where is the kite? The kite is to be found in the barn."
+        " There was a box with Tom. A kite lay in the box. The kite was red. Tom went to the barn."
+        " Where is the kite? The kite is still there in the barn."
     )
     (answer,) = story.answers
     assert (answer.kind, answer.value, answer.latest) == ("where3", "barn", "barn")
@@ -183,7 +189,7 @@ def test_scripted_story():
 
 
 def test_what_a_sentence_just_said_is_not_asked():
-    """ "The box in the barn was picked up by Tom" tells where it is, until Tom goes elsewhere."""
+    """ "Tom picked up the box in the barn" tells where the box is, until Tom takes it elsewhere."""
     teller = Teller(GRADES["full"], lambda: 0.0)
     teller.meet("Eva", wording="open")
     teller.arrive("Tom")

@@ -11,7 +11,7 @@ import pytest
 from minitx.errors import MinitxError
 from minitx.training.grades import ROOM
 from minitx.training.stories import GRADES, HOPS, KINDS, grade_from, guess_baselines, stories
-from minitx.training.words import COLOURS, PLACES, SENTENCES
+from minitx.training.words import BOXES, COLOURS, NAMES, PLACES, SENTENCES, THINGS
 
 PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on such plain text
 
@@ -93,10 +93,12 @@ VALUES = {*PLACES, *COLOURS, "two", "three", "four", "five"}
 
 @pytest.mark.parametrize("order", ["same", "mixed"])
 def test_a_recap_tells_all_news_again(order):
-    """Word for word, in their order or in any; the values are answers, since no two begin alike."""
-    moved, kinds = 0, set()
-    often = {"arrive": 2, "see": 2, "find": 3, "own": 3}  # "There was a kite", "... a kite for Tom"
-    for story in take(400, {"from": "told_twice", "sentences": often, "recap": order}):
+    """Word for word, in their order or in any; the values are answers unless another sentence
+    that begins alike is still to come."""
+    moved, unclear, kinds = 0, 0, set()
+    often = {"arrive": 2, "see": 1, "find": 3, "own": 3}  # "Tom had two eggs", "Tom had a big kite"
+    hard = {"from": "told_twice", "value_first": True}
+    for story in take(400, hard | {"sentences": often, "recap": order}):
         text = re.sub(r"\. (The \w+|It) was", r"; \1 was", story.text.removeprefix("One day "))
         *told, closing = re.findall(r"[A-Z][^.]*\.", text)
         first, again = told[: len(told) // 2], told[len(told) // 2 :]
@@ -108,11 +110,15 @@ def test_a_recap_tells_all_news_again(order):
             (value,) = set(re.findall(r"\w+", sentence)) & VALUES
             kinds |= {"place" if value in PLACES else value}
             begins = sentence.split(value)[0]
-            assert not [other for other in again[number + 1 :] if other.startswith(begins)]
-            assert value == values.pop(0)
+            like_it = [other for other in again[number + 1 :] if other.startswith(begins)]
+            if order == "same" or not like_it:
+                assert value == values.pop(0)
+            else:
+                unclear += 1
         assert not values
         moved += first != again
     assert kinds == {"place", *COLOURS, "two", "three", "four", "five"}
+    assert unclear == 0 if order == "same" else 0 < unclear < 50, unclear
     assert moved == 0 if order == "same" else 100 < moved < 400
 
 
@@ -132,10 +138,18 @@ def test_a_grade_survives_json_in_any_order():
         assert take(3, again) == take(3, name)
 
 
-@pytest.mark.parametrize("kind", ["colour", "colour2"])
-def test_what_is_asked_shortly_has_its_answer_behind_a_single_word(kind):
+@pytest.mark.parametrize(
+    "kind, long, short",
+    [
+        ("colour", " has the colour", " is"),
+        ("colour2", " has the colour", " is"),
+        ("who", " is still there with", " is with"),
+        ("where2", " is still there in the", " is in the"),
+    ],
+)
+def test_what_is_asked_shortly_has_its_answer_closer_to_its_key(kind, long, short):
     grade = {"from": "two_hops", "questions": {kind: 50}}
-    for shortly, before in (([], " has the colour"), ([kind], " is")):
+    for shortly, before in (([], long), ([kind], short)):
         asked = [
             story.pieces[answer.piece_index - 1][0]
             for story in take(60, grade | {"shortly": shortly})
@@ -143,6 +157,19 @@ def test_what_is_asked_shortly_has_its_answer_behind_a_single_word(kind):
             if answer.kind == kind
         ]
         assert len(asked) > 20 and all(text.endswith(before) for text in asked)
+
+
+def test_a_value_comes_before_its_key_only_where_the_grade_says_so():
+    grade = {"sentences": {"arrive": 1, "carry": 3, "fill": 3, "find": 3}, "phrases": False}
+    for value_first in (False, True):
+        for story in take(60, grade | {"value_first": value_first}):
+            for box in re.findall(rf"[^.]*\b(?:{'|'.join(BOXES)})\b[^.]*\.", story.text):
+                words = re.findall(r"\w+", box)
+                held = [i for i, word in enumerate(words) if word in NAMES]
+                put = [i for i, word in enumerate(words) if word in THINGS]
+                at = next(i for i, word in enumerate(words) if word in BOXES)
+                assert all((i < at) == value_first for i in held)
+                assert all((i > at) == value_first or "There" in words for i in put)
 
 
 def test_a_story_ends_even_when_nothing_can_be_told():
@@ -167,7 +194,8 @@ def test_a_story_ends_even_when_nothing_can_be_told():
         ({"max_people": 25}, "1 to 20 people"),
         ({"phrases": 1}, "true or false"),
         ({"shortly": True}, "a list of some of colour, colour2"),
-        ({"shortly": ["who"]}, "a list of some of colour, colour2"),
+        ({"shortly": ["count"]}, "a list of some of colour, colour2"),
+        ({"value_first": 1}, "true or false"),
         ({"shortly": [["colour"]]}, "a list of some of colour, colour2"),
         ({"stop": 0}, "between 0 and 1"),
         ({"wordings": 0}, "wordings 0"),

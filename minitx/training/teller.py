@@ -16,6 +16,7 @@ from minitx.training.words import (
     PLACES,
     SHORT_CLOSING,
     SHORT_OPENING,
+    WORDINGS,
 )
 from minitx.training.world import IS_PERSON, World
 from minitx.training.writer import Story, Writer
@@ -26,7 +27,7 @@ class Teller:
 
     def __init__(self, grade: Grade, uniform: Callable[[], float]):
         self.grade, self.world, self.writer = grade, World(), Writer(uniform, grade.wordings)
-        self.pick, self.say = self.writer.pick, self.writer.say
+        self.pick = self.writer.pick
         self.questions = 0  # asked so far
         self.news = []  # (type of value, value, sentence) of all that a recap will tell again
         self.recap_words = 0  # that it will take
@@ -183,6 +184,12 @@ class Teller:
             "mention", f"mention {attribute}", value_type, value, **{slot: entity}
         )
 
+    def say(self, wording: str, **slots: str):
+        """A sentence of that kind, with the value before its key if the grade wants that."""
+        value_first = f"{wording}, value first"
+        known = self.grade.value_first and value_first in WORDINGS
+        self.writer.say(value_first if known else wording, **slots)
+
     def say_news(self, slot: str, wording: str, **slots: str):
         """A sentence whose slot ``slot`` holds a value that only this sentence tells."""
         self.say(wording, **slots)
@@ -193,14 +200,18 @@ class Teller:
 
     def recap(self, in_order: bool):
         """All news once more, word for word, in their order or in any. With nothing else to learn,
-        here a model first finds out how to look things up: what a sentence tells is an answer.
-        (No two that tell news begin alike, so it is always clear which one this is.)"""
+        here a model first finds out how to look things up: what a sentence tells is an answer,
+        unless there are two that begin alike, so that it is not clear yet which one this is."""
         left = list(self.news)
         while left:
             news = left[0] if in_order else self.pick(left)
             left.remove(news)
             value_type, value, sentence = news
             before, after = re.split(rf" {value}\b", sentence)
+            if not in_order and any(other.startswith(before) for _, _, other in left):
+                self.writer.add(sentence)
+                self.writer.note(value_type, value)
+                continue
             self.writer.add(before)
             self.writer.answer("mention", value_type, value)
             self.writer.add(after)
@@ -224,7 +235,7 @@ class Teller:
         self.questions += 1
         of_person = attribute == "where" and entity in IS_PERSON
         wording, value_type, slot = ASKS["where who" if of_person else attribute]
-        if kind in self.grade.shortly:
+        if kind in self.grade.shortly and not of_person:
             wording += " shortly"
         slots = {slot: entity}
         if attribute == "count":

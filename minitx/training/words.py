@@ -70,8 +70,9 @@ FILLERS = FREE | {
 }
 
 # A sentence names the key of a fact before its value (first the bag, then who has it), and answers
-# keep the two apart by some words. With the value first, a model that is trained for minutes does
-# not find out how to look it up.
+# keep the two apart by some words: so a model that is trained for minutes finds out how to look a
+# value up by its key. With the value first, or with the answer right behind its key, it did not.
+# Grades can ask for those, too ("value first", "shortly").
 # kind of sentence: (facts, wordings). For "mention" and "ask" the fact is the entity asked about.
 SENTENCES = {
     "open": (
@@ -132,11 +133,21 @@ SENTENCES = {
     "find": (
         "who thing colour",
         (
-            " A {thing} was found by {who}. The {thing} was {colour}.",
+            " Someone sent a {thing} to {who}. The {thing} was {colour}.",
             " There was a {thing} for {who}, and it was {colour}.",
-            " A {size} {thing} that belonged to {who} was {colour}.",
+            " A {size} {thing} that came to {who} was {colour}.",
             " In the morning a {thing} came for {who}. It was {colour}.",
-            " A {thing} was picked up by {who}, and it was {colour}.",
+            " Someone left a {thing} with {who}, and it was {colour}.",
+        ),
+    ),
+    "find, value first": (
+        "who thing colour",
+        (
+            " {who} got a {thing}. The {thing} was {colour}.",
+            " {who} found a {thing} that was {colour}.",
+            " {who} had a {size} {thing}, and it was {colour}.",
+            " In the morning {who} bought a {thing}. It was {colour}.",
+            " {who} saw a {thing}, which was {colour}, and picked it up.",
         ),
     ),
     "give": (
@@ -144,7 +155,7 @@ SENTENCES = {
         (
             " {who} sent the {thing} to {other}.",
             " {who} lent the {thing} to {other}.",
-            " The {thing} went from {who} to {other}.",
+            " {other} borrowed the {thing} from {who}.",
         ),
     ),
     "spot": (
@@ -158,17 +169,33 @@ SENTENCES = {
     "carry": (
         "who box",
         (
-            " There was a {box} that belonged to {who}.",
-            " A {size} {box} was carried by {who}.",
-            " A {box} went everywhere with {who}.",
+            " There was a {box} with {who}.",
+            " Someone had sent a {size} {box} to {who}.",
+            " A {box} was put down with {who}.",
+        ),
+    ),
+    "carry, value first": (
+        "who box",
+        (
+            " {who} had a {box}.",
+            " {who} carried a {size} {box}.",
+            " {who} never went out without a {box}.",
         ),
     ),
     "fill": (
         "box thing colour",
         (
             " A {thing} lay in the {box}. The {thing} was {colour}.",
-            " There was a {thing} in the {box}, and it was {colour}.",
+            " A {thing} was put in the {box}, and it was {colour}.",
             " A {size} {thing} that was in the {box} was {colour}.",
+        ),
+    ),
+    "fill, value first": (
+        "box thing colour",
+        (
+            " In the {box} was a {thing}. The {thing} was {colour}.",
+            " There was a {thing} in the {box}, and it was {colour}.",
+            " Inside the {box} lay a {size} {thing} that was {colour}.",
         ),
     ),
     "put": (
@@ -182,8 +209,8 @@ SENTENCES = {
     "take": (
         "who thing box",
         (
-            " The {thing} was taken out of the {box} by {who}.",
-            " From the {box} the {thing} was taken by {who}.",
+            " {who} took the {thing} out of the {box}.",
+            " {who} reached into the {box} and took the {thing}.",
         ),
     ),
     "leave": (
@@ -192,10 +219,7 @@ SENTENCES = {
     ),
     "fetch": (
         "who object",
-        (
-            " The {object} in the| was picked up by {who}.",
-            " The {object} in the| was fetched by {who}.",
-        ),
+        (" {who} picked up the {object} in the|.", " {who} went to get the {object} from the|."),
     ),
     "own": (
         "who number foods",
@@ -245,15 +269,16 @@ SENTENCES = {
             " Even the {animal} could see that the {thing} was|.",
         ),
     ),
-    "ask where": ("object", (" Where is the {object}? The {object} is to be found in the|.",)),
+    "ask where": ("object", (" Where is the {object}? The {object} is still there in the|.",)),
     "ask where who": ("who", (" Where is {who}? {who} is in the|.",)),
-    "ask who": ("object", (" Who has the {object}? The {object} is in the hands of|.",)),
+    "ask who": ("object", (" Who has the {object}? The {object} is still there with|.",)),
     "ask colour": ("thing", (" What colour is the {thing}? The {thing} has the colour|.",)),
     "ask colour of": (
         "who",
         (" What colour is the thing that {who} has? The thing of {who} has the colour|.",),
     ),
-    # Right behind its key, an answer is much harder to learn than with some words between.
+    "ask where shortly": ("object", (" Where is the {object}? The {object} is in the|.",)),
+    "ask who shortly": ("object", (" Who has the {object}? The {object} is with|.",)),
     "ask colour shortly": ("thing", (" What colour is the {thing}? The {thing} is|.",)),
     "ask colour of shortly": (
         "who",
