@@ -10,7 +10,6 @@ import pytest
 from slow.story_reader import Reader
 
 from minitx.errors import MinitxError
-from minitx.training.grades import SHORT
 from minitx.training.stories import (
     GRADES,
     KINDS,
@@ -38,12 +37,12 @@ PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on 
 # sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
 PINNED = {
     "set_phrases": "2bfbc96f7a9c58fa",
-    "told_twice": "eebf139bbaadf9eb",
+    "told_twice": "da6c3960ff80afe4",
     "one_hop_tiny": "e587dfd1e00c1059",
-    "one_hop": "47316aeb852f1c18",
-    "two_hops": "2c12e3ed6d086577",
-    "three_hops": "175c09adb9e8b10c",
-    "full": "71c8843ce60da102",
+    "one_hop": "c3515e3a99730520",
+    "two_hops": "57360e17ee8dc6ac",
+    "three_hops": "edc56d3c88be5bf9",
+    "full": "d593ba5f63612f6f",
 }
 
 
@@ -53,17 +52,11 @@ def take(n, grade, split="train", seed=1):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """600 stories of every grade, and of two with values before their keys and short answers."""
-    hard = {name: {"from": name, **HARD} for name in ("told_twice", "full")}
-    return {name: take(600, name) for name in GRADES} | {
-        f"{name}, value first": take(600, grade) for name, grade in hard.items()
-    }
+    """600 stories of every grade."""
+    return {name: take(600, name) for name in GRADES}
 
 
-HARD = {"value_first": True, "shortly": SHORT}
-
-
-@pytest.mark.parametrize("name", [*GRADES, "told_twice, value first", "full, value first"])
+@pytest.mark.parametrize("name", GRADES)
 def test_a_second_reader_finds_every_answer(drawn, name):
     for story in drawn[name]:
         answers = Reader().read(story.text)
@@ -176,9 +169,9 @@ def test_scripted_story():
     teller.question(fact)
     story = teller.writer.story()
     assert story.text == (
-        "Once upon a time there was a girl named Eva. Tom was in the park."
-        " There was a box with Tom. A kite lay in the box. The kite was red. Tom went to the barn."
-        " Where is the kite? The kite is still there in the barn."
+        "Once upon a time there was a girl named Eva. Tom was in the park. Tom had a box."
+        " In the box was a kite. The kite was red. Tom went to the barn."
+        " Where is the kite? The kite is in the barn."
     )
     (answer,) = story.answers
     assert (answer.kind, answer.value, answer.latest) == ("where3", "barn", "barn")

@@ -21,8 +21,7 @@ HOPS = {
     "where2": 2, "colour2": 2, "who2": 2, "where3": 3, "count": 0,
 }  # fmt: skip
 KINDS = tuple(HOPS)
-# Kinds of question that can be answered shortly.
-SHORT = ("colour", "colour2", "who", "who2", "where1", "where2", "where3")
+SHORT = ("colour", "colour2")  # kinds of question that can be answered shortly
 QUESTION_KINDS = tuple(kind for kind in KINDS if kind != "mention")
 
 
@@ -47,8 +46,7 @@ class Grade:
     min_questions: int = 0  # no end before that, unless nothing is left to tell
     max_questions: int = 99  # the end comes right after that
     stop: float = 0.1  # chance of the end before each sentence, where it may come
-    value_first: bool = False  # tell values before their keys where there is such a wording
-    shortly: tuple = ()  # kinds of question that have short answers: see words.py
+    shortly: tuple = ()  # kinds of question about colours that have short answers: see words.py
     recap: str = ""  # before the end, tell all news again: in the "same" order, or "mixed"
 
     def __post_init__(self):
@@ -60,11 +58,10 @@ class Grade:
                 raise MinitxError(
                     f"Grade field {entry.name!r} is {value!r}; it must be a whole number >= 0."
                 )
-        for name in ("phrases", "value_first"):
-            if type(getattr(self, name)) is not bool:
-                raise MinitxError(
-                    f"Grade field {name!r} is {getattr(self, name)!r}; it must be true or false."
-                )
+        if type(self.phrases) is not bool:
+            raise MinitxError(
+                f"Grade field 'phrases' is {self.phrases!r}; it must be true or false."
+            )
         if type(self.shortly) not in (list, tuple) or any(k not in SHORT for k in self.shortly):
             raise MinitxError(
                 f"Grade field 'shortly' is {self.shortly!r}; it must be a list of some of "
