@@ -29,16 +29,18 @@ class AttendChosen(Part):
     """Attention of each query over the keys that are chosen for it.
 
     floor: of these, once they are scored, too, are those left out that weigh less than this share
-    of the heaviest.
+    of the heaviest. arithmetic: what does the same as ``gathered`` and ``masked`` in numbers other
+    than floats, if anything does.
     """
 
     choose: Part
     scale: float  # 1 / sqrt(d)
     floor: float = 0.0
+    arithmetic: Part | None = None
 
     def __call__(self, q, k, v, layer: Layer):
         T, S = q.shape[-2], k.shape[-2]
-        if self.choose.keeps_all(S) and not self.floor:
+        if self.choose.keeps_all(S) and not self.floor and not self.arithmetic:
             return ops.attention(q, k, v, self.scale, layer.start)
         known = self.choose.remember(k, layer)
         out = np.empty_like(q)
@@ -53,7 +55,7 @@ class AttendChosen(Part):
         if ledger.active:
             ledger.active.event("keys seen", seen.total(kept.shape[:-2]))
             ledger.active.event("keys scored" if self.floor else "keys kept", kept.sum())
-        attend = gathered if seen.T == 1 else masked
+        attend = self.arithmetic or (gathered if seen.T == 1 else masked)
         return attend(q, k, v, self.scale, kept, self.floor)
 
 
@@ -154,31 +156,28 @@ def largest(p, r):
 def gathered(q, k, v, scale, kept, floor=0.0):
     """One query a head, q (..., H, 1, d), over its kept keys (..., K, G, 1, S), and nothing else.
 
-    Queries keep different numbers of keys, so all N pairs of a query and a key it keeps stand in
-    one list, query by query, and sums run over the stretches of that list.
+    Head by head, since each keeps another number of keys: products of these few heads are several
+    times faster than sums over one list of all pairs of a query and a key.
     """
-    kept = kept[..., 0, :]  # (..., K, G, S)
-    pair = np.nonzero(kept)  # each (N,)
-    *head, member, key = pair
-    queries = (q * scale).reshape(*kept.shape[:-1], q.shape[-1])[(*head, member)]  # (N, d)
-    keys = k[(*head, key)]  # (N, d)
-    lengths = kept.sum(-1).reshape(-1)  # (queries,), none 0
-    first = lengths.cumsum() - lengths
-    s = np.einsum("nd,nd->n", queries, keys)
-    s -= np.repeat(np.maximum.reduceat(s, first), lengths)
-    weights = np.exp(s, out=s)
-    if floor:
-        heavy = weights >= floor  # the heaviest of each query is 1, so none is left without
-        weights, head, key = weights[heavy], [h[heavy] for h in head], key[heavy]
-        lengths = np.add.reduceat(heavy, first, dtype=lengths.dtype)
-        first = lengths.cumsum() - lengths
-    values = v[(*head, key)]  # (N, d)
-    if ledger.active:
-        ledger.active.add(keys.size + values.size, cache_bytes=keys.nbytes + values.nbytes)
+    S, d, G = k.shape[-2], k.shape[-1], kept.shape[-3]
+    queries, mixed = (q * scale).reshape(-1, d), np.empty((q.size // d, d), q.dtype)
+    k, v = k.reshape(-1, S, d), v.reshape(-1, S, d)
+    for h, row in enumerate(kept.reshape(-1, S)):
+        key = np.flatnonzero(row)
+        keys = k[h // G].take(key, 0)  # (n, d)
+        weights = keys @ queries[h]
+        weights -= weights.max()
+        np.exp(weights, out=weights)
         if floor:
-            ledger.active.event("keys kept", len(values))
-    mixed = np.add.reduceat(weights[:, None] * values, first)  # (queries, d)
-    mixed /= np.add.reduceat(weights, first)[:, None]
+            heavy = weights >= floor  # the heaviest is 1, so one is left
+            weights, key = weights[heavy], key[heavy]
+        values = v[h // G].take(key, 0)
+        if ledger.active:
+            ledger.active.add(keys.size + values.size, cache_bytes=keys.nbytes + values.nbytes)
+            if floor:
+                ledger.active.event("keys kept", len(values))
+        np.dot(weights, values, out=mixed[h])
+        mixed[h] /= weights.sum()
     return mixed.reshape(q.shape)
 
 

@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import sys
+from fractions import Fraction
 
 import minitx
 from minitx import commands
@@ -185,6 +186,31 @@ def parser() -> Parser:
     sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
     add_json(sweep)
 
+    attention = commands.compare_attention, "methods that choose keys, at the same share of keys"
+    attention = add(names, "compare-attention", *attention)
+    add_model(attention, techniques=False)
+    attention.add_argument(
+        "--methods",
+        type=words,
+        metavar="A,B",
+        help="names of techniques that choose keys, oracle, window, random (default: all)",
+    )
+    attention.add_argument(
+        "--share",
+        type=shares,
+        default=(1 / 2, 1 / 4, 1 / 8),
+        metavar="A,B",
+        help="of the keys to keep (default 1/2,1/4,1/8)",
+    )
+    attention.add_argument("--chains", type=count, default=8, metavar="N", help="(default 8)")
+    attention.add_argument(
+        "--tokens", type=count, metavar="N", help="in each chain (default: the model's context)"
+    )
+    attention.add_argument("--grade", default="full", help="difficulty (default full)")
+    attention.add_argument("--rounds", type=count, default=15, metavar="N", help="(default 15)")
+    attention.add_argument("--png", metavar="FILE", help="also draw curves (needs minitx[plot])")
+    add_json(attention)
+
     cost = add(names, "cost", commands.cost, "what a technique saves on a model of any size")
     cost.add_argument("technique", choices=["first-layer"], help="first-layer")
     cost.add_argument("--config", required=True, metavar="FILE", help="a Hugging Face config.json")
@@ -221,11 +247,13 @@ def add(names, name: str, run, text: str) -> Parser:
     return added
 
 
-def add_model(command: Parser) -> None:
+def add_model(command: Parser, techniques: bool = True) -> None:
     command.add_argument(
         "-m", "--model", default="stories", help="a shipped name, a folder or a file"
     )
     command.add_argument("--tokenizer", help="folder or file, if it is not beside the model")
+    if not techniques:
+        return
     command.set_defaults(techniques={})
     command.epilog = "Techniques: --NAME [option=value ...]; minitx list names them."
 
@@ -251,6 +279,18 @@ def count(text: str) -> int:
 
 def seconds(text: str) -> float:
     return in_range(float(text), 0, 10**9)
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Numbers like 0.25 or 1/4."""
+    try:
+        return tuple(float(Fraction(word)) for word in words(text))
+    except ZeroDivisionError:
+        raise ValueError from None
 
 
 def in_range(number, least, most):

@@ -180,6 +180,22 @@ def sweep(args) -> None:
     print(json.dumps(lab.as_dict(points), indent=1) if args.json else lab.as_text(points))
 
 
+def compare_attention(args) -> None:
+    from minitx.lab import attention_report
+    from minitx.lab.compare_attention import Plan
+    from minitx.lab.compare_attention import compare_attention as measure
+    from minitx.lab.sweep import need_pyplot
+
+    if args.png:
+        need_pyplot()  # before minutes of work for a picture that cannot be drawn
+    options = ("chains", "tokens", "grade", "rounds", "methods")
+    plan = Plan(shares=args.share, **{name: getattr(args, name) for name in options})
+    found = measure(minitx.load(args.model, args.tokenizer), plan)
+    if args.png:
+        attention_report.picture(found, args.png)
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+
+
 def cost(args) -> None:
     from minitx.lab.cost import read_shape
     from minitx.lab.cost_first_layer import FirstLayerCost

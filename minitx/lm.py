@@ -26,13 +26,14 @@ class LM(Part):
 
     tokenizer: has ``encode(text) -> ids`` and ``decode(ids) -> text`` (see files/tokenizer.py);
     None for a model that is used with ids alone. decode: the loop that makes new tokens, a part
-    like any other.
+    like any other. folder: the one it was read from, where more may stand that belongs to it.
     """
 
     model: Transformer
     tokenizer: Any = None
     decode: Part = field(default_factory=Autoregressive)
     name: str = ""
+    folder: Path | None = None
 
     def logits(self, ids) -> np.ndarray:
         """Logits (T, V) of a sequence of ids (T,), or (B, T, V) of a batch (B, T); row t scores
@@ -230,10 +231,11 @@ def load(
     Raises MinitxError if there is no such model or technique, or if anything about it is not as it
     should be.
     """
-    from minitx.files.find import read
+    from minitx.files.find import locate, read
 
     model, its_tokenizer, name = read(name_or_path, tokenizer, dtype)
-    lm = LM(model, its_tokenizer, name=name)
+    path = locate(name_or_path)
+    lm = LM(model, its_tokenizer, name=name, folder=path if path.is_dir() else None)
     if not techniques:
         return lm
     from minitx.technique import apply

@@ -137,15 +137,7 @@ def scale(values: Sequence[float], size: int):
 
 def picture(points: Sequence[Point], name: str, path) -> None:
     """The chart as a PNG file; needs the ``plot`` extra."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise MinitxError(
-            "A picture needs matplotlib; install it with: pip install minitx[plot]"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = need_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 5))
     axes.plot([p.cost for p in points], [p.harm for p in points], "o-")
     axes.plot([1], [0], "ks")
@@ -159,3 +151,17 @@ def picture(points: Sequence[Point], name: str, path) -> None:
     with replacing(Path(path)) as file:
         figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
+
+
+def need_pyplot():
+    """matplotlib's pyplot, which the ``plot`` extra brings, for files and not for a screen."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise MinitxError(
+            "A picture needs matplotlib; install it with: pip install minitx[plot]"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

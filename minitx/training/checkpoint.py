@@ -5,16 +5,18 @@ recipe. It is replaced as a whole, so a crash leaves the one before; nothing in 
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
 from minitx.errors import MinitxError
 from minitx.files.common import replacing
-from minitx.training.recipe import Recipe
+from minitx.training.recipe import Recipe, Stage
 
 ARRAYS = ("weights", "m", "v")
+# Of fields that a stage may lack: of those that are younger than its checkpoint, too.
+DEFAULTS = {f.name: f.default for f in fields(Stage) if f.default is not MISSING}
 
 
 @dataclass
@@ -29,19 +31,39 @@ class Progress:
     seconds: float = 0.0
     losses: list = field(default_factory=list)  # of the steps since the last check
     log: list = field(default_factory=list)  # one entry for each check
+    errors: list = field(default_factory=list)  # of detectors, as the losses
+
+    @property
+    def begun(self) -> int:
+        """How many stages have been begun."""
+        return self.stage + (self.step > 0)
 
 
-def write_checkpoint(path: Path, recipe: Recipe, progress: Progress, arrays: dict) -> None:
-    """Write the file; ``arrays`` holds the flat vectors weights, m and v."""
+def write_checkpoint(
+    path: Path, recipe: Recipe, progress: Progress, arrays: dict, model_size: int | None = None
+) -> None:
+    """Write the file; ``arrays`` holds the flat vectors weights, m and v.
+
+    model_size: how much of them the model takes. What is behind it, detectors, is left out until a
+    stage has trained it: so that stage may still be changed.
+    """
+    trained = any(stage.detector for stage in recipe.stages[: progress.begun])
+    size = None if trained else model_size
     text = json.dumps({"recipe": recipe.as_dict(), "progress": asdict(progress)})
     with replacing(path) as file:
-        kept = {name: arrays[name] for name in ARRAYS}
+        kept = {name: arrays[name][:size] for name in ARRAYS}
         np.savez(file, text=np.frombuffer(text.encode(), np.uint8), **kept)
 
 
-def read_checkpoint(path: Path, recipe: Recipe, arrays: dict) -> Progress:
+def read_checkpoint(
+    path: Path, recipe: Recipe, arrays: dict, model_size: int | None = None
+) -> Progress:
     """Fill ``arrays`` from the file and return its progress. Stages that were not begun may have
-    changed in the recipe since; MinitxError if anything else has, or if the file is damaged."""
+    changed in the recipe since; MinitxError if anything else has, or if the file is damaged.
+
+    model_size: how much of ``arrays`` the model takes; a file may hold that alone, and the rest
+    stays as it is.
+    """
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             text = json.loads(file["text"].tobytes())
@@ -59,18 +81,19 @@ def read_checkpoint(path: Path, recipe: Recipe, arrays: dict) -> Progress:
             "restore the recipe, give another folder, or begin anew without resuming."
         )
     for name, array in found.items():
-        if array.shape != arrays[name].shape or array.dtype != arrays[name].dtype:
+        shapes = arrays[name].shape, (model_size,)
+        if array.shape not in shapes or array.dtype != arrays[name].dtype:
             raise MinitxError(
                 f"{path}: holds {array.shape} {array.dtype} numbers as {name}, needed are "
                 f"{arrays[name].shape} {arrays[name].dtype}; delete it to begin anew."
             )
-        arrays[name][:] = array
+        arrays[name][: len(array)] = array
     return progress
 
 
 def begun(recipe: dict, progress: Progress) -> dict:
     """What of a recipe the training up to here depended on. Stages to come may still be changed."""
-    stages = recipe["stages"][: progress.stage + (progress.step > 0)]
+    stages = [DEFAULTS | stage for stage in recipe["stages"][: progress.begun]]
     used = {name: recipe["grades"].get(name) for stage in stages for name in stage["grades"]}
     kept = {name: recipe[name] for name in ("model", "seed", "shards")}
     return kept | {"stages": stages, "grades": used}

@@ -14,24 +14,30 @@ from minitx.model import Transformer
 
 
 class Layout:
-    """Where each weight of a model lies in the flat vector."""
+    """Where each weight of a model lies in the flat vector, and behind them those of what is
+    trained ``beside`` it (shapes by path)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, beside: dict[str, tuple] | None = None):
         self.config = config
+        self.beside = list(beside or {})
         self.slots: dict[str, tuple[slice, tuple]] = {}
-        end = 0
-        for path, shape in build.shapes(config).items():
+        self.model_size = self._append(build.shapes(config), 0)
+        self.size = self._append(beside or {}, self.model_size)
+
+    def _append(self, shapes: dict[str, tuple], end: int) -> int:
+        for path, shape in shapes.items():
             self.slots[path] = slice(end, end + math.prod(shape)), shape
             end = self.slots[path][0].stop
-        self.size = end
+        return end
+
+    def view(self, flat: np.ndarray, path: str) -> np.ndarray:
+        """The weight of that path, as a view of ``flat``."""
+        where, shape = self.slots[path]
+        return flat[where].reshape(shape)
 
     def model(self, flat: np.ndarray) -> Transformer:
         """The model whose weights are views of ``flat`` (size,): what changes there changes it."""
-
-        def view(path, shape):
-            return flat[self.slots[path][0]].reshape(shape)
-
-        return build.build(self.config, view)
+        return build.build(self.config, lambda path, shape: self.view(flat, path))
 
     def pack(self, arrays: dict[str, np.ndarray], out: np.ndarray) -> None:
         """Copy arrays by path into ``out`` (size,); a path that is missing leaves zeros."""
@@ -39,11 +45,12 @@ class Layout:
             out[where] = arrays[path].ravel() if path in arrays else 0
 
     def blocks(self, count: int) -> list[list[str]]:
-        """The paths in order, cut into so many blocks of about the same size."""
+        """The model's paths in order, cut into so many blocks of about the same size."""
         found: list[list[str]] = [[] for _ in range(count)]
         for path, (where, _) in self.slots.items():
             middle = (where.start + where.stop) / 2
-            found[int(count * middle / self.size)].append(path)
+            if path not in self.beside:
+                found[int(count * middle / self.model_size)].append(path)
         return found
 
     def slice_of(self, paths: list[str]) -> slice:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitx.config import Config
+from minitx.detector import need_rank
 from minitx.errors import MinitxError
 from minitx.files.common import read_json
 from minitx.training.grades import KINDS, Grade, grade_from
@@ -25,6 +26,14 @@ class EarlyExit:
 
     scale: float
     rotation: int
+
+
+@dataclass(frozen=True)
+class Detecting:
+    """DOTA's loss on scores that a detector of rank k foretells: see detector.joint_loss."""
+
+    k: int
+    weight: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Stage:
     layer_dropout: float = 0.0  # chance that a row passes by the last layer; less before it
     early_exit: EarlyExit | None = None
     layers: int | None = None  # train this many of the first blocks, the others wait; None: all
+    detector: Detecting | None = None  # train detectors of which keys matter beside the model
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,11 @@ class Recipe:
     dtype: str = "float16"  # of the finished file
     shards: int = 16  # parts that a batch is always worked on in, however many processes there are
     save_every: float = 120.0  # seconds between checkpoints
+
+    @property
+    def rank(self) -> int | None:
+        """k of the detectors that are trained beside the model; None if none are."""
+        return next((stage.detector.k for stage in self.stages if stage.detector), None)
 
     def shares(self, stage: Stage) -> list[tuple[Grade, float]]:
         """The stage's grades and their shares of the stories."""
@@ -127,6 +142,13 @@ def recipe_from(given: dict) -> Recipe:
                 f"Stage {stage.name!r} trains the first {stage.layers} layers but the model has "
                 f"{config.layers}; use fewer, or leave layers out for all."
             )
+        if stage.detector is not None:
+            need_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}")
+            if stage.detector.k != recipe.rank:
+                raise MinitxError(
+                    f"Stage {stage.name!r} has a detector with k={stage.detector.k} after one with "
+                    f"k={recipe.rank}; the same detector is trained on, so use one k."
+                )
     return recipe
 
 
@@ -135,6 +157,11 @@ def _stage(given, where: str) -> Stage:
     if known.get("early_exit") is not None:
         inner = _checked(EarlyExit, known["early_exit"], f"early_exit of {where}", EXIT_RULES)
         known["early_exit"] = EarlyExit(**inner)
+    if known.get("detector") is not None:
+        where = f"detector of {where}"
+        known["detector"] = Detecting(
+            **_checked(Detecting, known["detector"], where, DETECTOR_RULES)
+        )
     if "betas" in known:
         known["betas"] = tuple(known["betas"])
     for kind in known.get("until") or {}:
@@ -220,8 +247,10 @@ STAGE_RULES = {
         "an object with scale and rotation",
     ),
     "layers": (lambda v: v is None or type(v) is int and v >= 1, "a whole number >= 1"),
+    "detector": (lambda v: v is None or isinstance(v, dict), "an object with k and weight"),
 }
 EXIT_RULES = {"scale": FROM_0, "rotation": POSITIVE}
+DETECTOR_RULES = {"k": POSITIVE, "weight": FROM_0}
 
 
 def _checked(cls, given, where: str, rules: dict[str, Rule]) -> dict:

@@ -23,11 +23,12 @@ from minitx.files.huggingface import ONE_FILE, write_model
 from minitx.files.tokenizer_json_write import write_tokenizer
 from minitx.lab.evaluate import Tally, report
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
-from minitx.training.data import end_id, story_tokenizer
+from minitx.training.data import story_tokenizer
+from minitx.training.detector import first_weights, write_trained
 from minitx.training.optimizer import Layout
 from minitx.training.recipe import DTYPES, Recipe, Stage, read_recipe
 from minitx.training.team import Team
-from minitx.training.worker import Memory
+from minitx.training.worker import Memory, layout_of
 from minitx.tree import weights
 
 CHECKPOINT, LOG = "checkpoint.npz", "training_log.json"
@@ -55,7 +56,7 @@ def train(
     recipe = read_recipe(recipe_path)
     out = _folder(recipe_path, out)
     tokenizer = story_tokenizer()
-    layout = Layout(recipe.config(len(tokenizer), end_id(tokenizer)))
+    layout = layout_of(recipe, tokenizer)
     memory = Memory(layout.size, recipe.shards)
     run = Run(recipe, layout, memory, out, bar)
     if resume and (out / CHECKPOINT).exists():
@@ -92,6 +93,7 @@ class Run:
         for number in range(self.recipe.stages[0].layers or layers, layers):
             for writer in ("attn.out.w", "ffn.down.w"):
                 first[f"stack.blocks.{number}.{writer}"][:] = 0
+        first |= first_weights(self.recipe, self.layout.config)
         self.layout.pack(first, self.arrays["weights"])
 
     def go(self, team: Team, stopping) -> bool:
@@ -133,10 +135,11 @@ class Run:
 
     def step(self, team: Team, stage: Stage) -> None:
         p, began = self.progress, time.monotonic()
-        loss, tokens = team.ask("step", p.stage, p.step, p.total)[0]
+        loss, tokens, *error = team.ask("step", p.stage, p.step, p.total)[0]
         seconds = time.monotonic() - began
         self.speed = tokens / seconds
         p.losses.append(loss)
+        p.errors += error
         p.step, p.total = p.step + 1, p.total + 1
         p.tokens, p.seconds = p.tokens + tokens, p.seconds + seconds
 
@@ -155,13 +158,14 @@ class Run:
                 "tokens": p.tokens,
                 "seconds": round(p.seconds, 1),
                 "training_loss": round(sum(p.losses) / len(p.losses), 5),
+                **({"detector_loss": round(sum(p.errors) / len(p.errors), 5)} if p.errors else {}),
                 "loss": round(r.loss, 5),
                 "floor": round(r.floor, 5),
                 "answer_loss": round(r.answer_loss, 5),
                 "accuracy": {kind: round(a, 4) for kind, a in r.by_kind.items()},
             }
         )
-        p.losses = []
+        p.losses, p.errors = [], []
         self.write_log()
         return self.reached(stage)
 
@@ -175,6 +179,7 @@ class Run:
         """For the bar: loss, tokens a second, and the accuracies of the last check."""
         p = self.progress
         words = [f"loss {p.losses[-1]:.3f}" if p.losses else "", f"{self.speed:,.0f} tok/s"]
+        words += [f"detector {error:.2f}" for error in p.errors[-1:]]
         if p.log and p.log[-1]["stage"] == stage.name:
             words += [f"{kind} {100 * a:.0f}%" for kind, a in p.log[-1]["accuracy"].items()]
         return ", ".join(word for word in words if word)
@@ -182,11 +187,14 @@ class Run:
     # Files ---------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        write_checkpoint(self.out / CHECKPOINT, self.recipe, self.progress, self.arrays)
+        size = self.layout.model_size
+        write_checkpoint(self.out / CHECKPOINT, self.recipe, self.progress, self.arrays, size)
         self.saved = time.monotonic()
 
     def load(self) -> None:
-        self.progress = read_checkpoint(self.out / CHECKPOINT, self.recipe, self.arrays)
+        self.layout.pack(first_weights(self.recipe, self.layout.config), self.arrays["weights"])
+        size = self.layout.model_size
+        self.progress = read_checkpoint(self.out / CHECKPOINT, self.recipe, self.arrays, size)
 
     def log(self) -> dict:
         p = self.progress
@@ -204,6 +212,7 @@ class Run:
         """The finished model as a Hugging Face folder, with its recipe and the log."""
         model = self.layout.model(self.arrays["weights"])
         write_model(model, self.out, DTYPES[self.recipe.dtype])
+        write_trained(self.recipe, self.layout, self.arrays["weights"], self.out)
         write_tokenizer(tokenizer, self.out)
         source, copy = Path(recipe_path), self.out / "recipe.json"
         source = source / "recipe.json" if source.is_dir() else source

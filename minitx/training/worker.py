@@ -15,6 +15,7 @@ import numpy as np
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import Tally, batches, encode
 from minitx.training.data import PADDING, Batch, Rows, drawn_stories, end_id, mix, story_tokenizer
+from minitx.training.detector import detectors_of, joint_gradients, trained_shapes
 from minitx.training.grad import gradients
 from minitx.training.layerskip import drop_layers, exit_loss, exit_weights, kept, shallow
 from minitx.training.loss import cross_entropy
@@ -31,7 +32,7 @@ from minitx.training.recipe import Recipe, Stage
 
 ROWS, DROPOUT, CHECK = 1, 2, 3  # what a random number is for: part of its seed
 MOMENTUM = 0.95  # of Muon
-SUMS = LOSS, WEIGHT, TOKENS, SQUARES = range(4)  # columns of the sums that the workers share
+SUMS = LOSS, WEIGHT, TOKENS, SQUARES, ERROR = range(5)  # columns of sums that the workers share
 
 
 class Memory:
@@ -46,15 +47,16 @@ class Memory:
                 ("m", ctypes.c_float, size),
                 ("v", ctypes.c_float, size),
                 ("gradients", ctypes.c_float, shards * size),
-                ("sums", ctypes.c_double, shards * len(SUMS)),
+                ("sums", ctypes.c_double, (shards + 1) * len(SUMS)),
             )
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Views: weights, m, v (P,), gradients (S, P) float32, sums (S, 4) float64."""
+        """Views: weights, m, v (P,), gradients (S, P) float32, sums (S + 1, 5) float64: a row for
+        each shard, and as there is a block for each of them, one for the block beside the model."""
         found = {name: np.frombuffer(raw, _TYPES[name]) for name, raw in self.raw.items()}
         found["gradients"] = found["gradients"].reshape(self.shards, self.size)
-        found["sums"] = found["sums"].reshape(self.shards, len(SUMS))
+        found["sums"] = found["sums"].reshape(self.shards + 1, len(SUMS))
         return found
 
 
@@ -72,11 +74,13 @@ class Worker:
     def __init__(self, rank: int, workers: int, recipe: Recipe, memory: Memory, barrier, taken):
         self.recipe, self.barrier, self.taken = recipe, barrier, taken
         self.mine = range(rank, recipe.shards, workers)
+        self.my_blocks = range(rank, recipe.shards + 1, workers)
         self.tokenizer = story_tokenizer()
-        self.layout = Layout(recipe.config(len(self.tokenizer), end_id(self.tokenizer)))
-        self.blocks = self.layout.blocks(recipe.shards)
+        self.layout = layout_of(recipe, self.tokenizer)
+        self.blocks = [*self.layout.blocks(recipe.shards), self.layout.beside]
         self.shared = memory.arrays()
         self.model = self.layout.model(self.shared["weights"])
+        self.detectors = detectors_of(recipe, self.layout, self.shared["weights"])
         self.stage_number = -1
 
     def enter(self, number: int) -> Stage:
@@ -98,17 +102,19 @@ class Worker:
             }
         return stage
 
-    def step(self, number: int, step: int, total: int) -> tuple[float, int]:
+    def step(self, number: int, step: int, total: int) -> tuple:
         """One step of training: ``step`` counts within the stage, ``total`` from the beginning.
-        Returns the mean loss of the batch and how many tokens it had."""
+        Returns the mean loss of the batch, how many tokens it had, and in a stage with a detector
+        the mean of its squared errors."""
         stage = self.enter(number)
         while (shard := self.take()) < self.recipe.shards:
             self.shard_gradient(stage, step, shard)
         self.barrier.wait()
-        for block in self.mine:
+        for block in self.my_blocks:
             self.sum_block(block)
         self.barrier.wait()
-        loss, weight, tokens, squares = (math.fsum(column) for column in self.shared["sums"].T)
+        sums = map(math.fsum, self.shared["sums"].T)
+        loss, weight, tokens, squares, error = sums
         norm = math.sqrt(squares) / weight
         if not math.isfinite(norm + loss):
             raise MinitxError(
@@ -117,9 +123,9 @@ class Worker:
             )
         scale = clip_factor(norm, stage.clip) / weight
         pace = learning_rate(step, stage.steps, 1.0, stage.warmup, stage.schedule, stage.final)
-        for block in self.mine:
+        for block in self.my_blocks:
             self.update_block(block, stage, total + 1, pace, scale)
-        return loss / weight, int(tokens)
+        return loss / weight, int(tokens), *([error / weight] if stage.detector else [])
 
     def take(self) -> int:
         """The number of the next shard to work on."""
@@ -134,12 +140,18 @@ class Worker:
         rows = range(shard * count, (shard + 1) * count)
         batch = self.rows.batch(step, rows.start, rows.stop).trimmed()
         seed = mix(self.recipe.seed, DROPOUT, self.stage_number, step)
-        loss, found, _ = gradients(
-            self.model, lambda m: batch_loss(m, batch, stage, step, rows, seed)
-        )
-        self.layout.pack(found, self.shared["gradients"][shard])
         sums = self.shared["sums"][shard]
-        sums[LOSS] = loss
+
+        def loss(model):
+            return batch_loss(model, batch, stage, step, rows, seed)
+
+        if stage.detector is None:
+            sums[LOSS], found, _ = gradients(self.model, loss)
+        else:
+            found, sums[LOSS], sums[ERROR] = joint_gradients(
+                self.model, self.detectors, loss, stage.detector.weight, batch.weights
+            )
+        self.layout.pack(found, self.shared["gradients"][shard])
         sums[WEIGHT] = batch.weights.sum(dtype=np.float64)
         sums[TOKENS] = (batch.kinds != PADDING).sum()
 
@@ -154,6 +166,8 @@ class Worker:
 
     def update_block(self, number: int, stage: Stage, step: int, pace: float, scale: float):
         """Update the weights of a block. pace: what to multiply the stage's learning rates by."""
+        if self.blocks[number] is self.layout.beside and stage.detector is None:
+            return  # their turn comes, or has been
         for path in self.blocks[number]:
             where, shape = self.layout.slots[path]
             w, m, v = (self.shared[name][where] for name in ("weights", "m", "v"))
@@ -184,6 +198,12 @@ class Worker:
         seed = mix(self.recipe.seed, CHECK, self.stage_number)
         stories = drawn_stories(self.recipe.shares(stage), "calibration", seed, numbers)
         return encode(self.tokenizer, stories, stage.row)
+
+
+def layout_of(recipe: Recipe, tokenizer) -> Layout:
+    """Where all that the recipe trains lies: the model, and detectors if some stage has them."""
+    config = recipe.config(len(tokenizer), end_id(tokenizer))
+    return Layout(config, trained_shapes(config, recipe.rank) if recipe.rank else None)
 
 
 def batch_loss(model, batch: Batch, stage: Stage, step: int, rows: range, seed: int):

@@ -1,0 +1,120 @@
+"""Keys that are chosen without predicting anything: what a predictor is measured against.
+
+Three choosers (see choosing.py) that all keep r of the keys which a row sees, or all if they are
+fewer: the best there are (``oracle``), the first few and the newest (``window``), and any
+(``random``). None of them is a technique: the oracle computes every score to know the best, and the
+others look at nothing. What a technique keeps should be near the oracle's and far from random.
+"""
+
+import numpy as np
+
+from minitx import ledger
+from minitx.choosing import AttendChosen, Seen, largest
+from minitx.model import Attend
+from minitx.state import Layer
+from minitx.technique import swap_numbered
+from minitx.tree import Part, part
+
+SINKS = 4  # first keys that a window keeps too: much attention rests there (Xiao et al., 2024)
+
+
+def baseline(lm: Part, name: str, r: int) -> Part:
+    """The language model with every row's keys chosen by the baseline of that name."""
+    make = BASELINES[name]
+    return swap_numbered(lm, Attend, lambda dense, i: AttendChosen(make(r, i), dense.scale))
+
+
+@part
+class BestKeys(Part):
+    """Exact top-r: no choice of r keys keeps more of a row's attention."""
+
+    r: int
+
+    def keeps_all(self, S: int) -> bool:
+        return S <= self.r
+
+    def remember(self, k, layer: Layer):
+        return ()
+
+    def __call__(self, q, k, known, seen: Seen):
+        *lead, H, T, d = q.shape
+        K, S = k.shape[-3], k.shape[-2]
+        if ledger.active:
+            ledger.active.add(q.size * S, cache_bytes=k.nbytes)
+        p = q.reshape(*lead, K, H // K * T, d) @ k.swapaxes(-1, -2)  # (..., K, G*T, S)
+        p = seen.hide(p.reshape(*lead, K, H // K, T, S))
+        return largest(p, np.minimum(seen.count, self.r))
+
+
+@part
+class NewestKeys(Part):
+    """A sliding window: the newest keys, and the first few (at most ``SINKS``) of all."""
+
+    r: int
+
+    def keeps_all(self, S: int) -> bool:
+        return S <= self.r
+
+    def remember(self, k, layer: Layer):
+        return ()
+
+    def __call__(self, q, k, known, seen: Seen):
+        i, j = own_places(seen)
+        sinks = min(SINKS, self.r - 1)
+        kept = (j < sinks) | (j > i - (self.r - sinks))
+        return seen.hide(for_each_head(kept, q, k), False)
+
+
+@part
+class RandomKeys(Part):
+    """Keys at random: anew for each query, head and block, and the same ones in every run."""
+
+    r: int
+    seed: int
+
+    def keeps_all(self, S: int) -> bool:
+        return S <= self.r
+
+    def remember(self, k, layer: Layer):
+        return ()
+
+    def __call__(self, q, k, known, seen: Seen):
+        i, j = own_places(seen)
+        head = np.arange(q.shape[-3]).reshape(k.shape[-3], -1, 1, 1)  # (K, G, 1, 1)
+        p = for_each_head(random_numbers(self.seed, head, i, j), q, k)
+        return largest(seen.hide(p), np.minimum(seen.count, self.r))
+
+
+BASELINES = {
+    "oracle": lambda r, block: BestKeys(r),
+    "window": lambda r, block: NewestKeys(r),
+    "random": lambda r, block: RandomKeys(r, block),
+}
+
+
+def own_places(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    """Where queries (..., T, 1) and keys (..., T, S) stand in their own sequence, whose first key
+    is 0 also where padding comes before it: then the place says the same in every batch."""
+    n = np.broadcast_to(seen.count, (*seen.count.shape[:-1], seen.T))[..., None]  # (..., T, 1)
+    column = np.arange(seen.S - seen.T, seen.S)[:, None]  # of each query, (T, 1)
+    first = column + 1 - n  # column of the first key it sees, (..., T, 1)
+    return n - 1, np.arange(seen.S) - first
+
+
+def for_each_head(rows, q, k):
+    """Rows that may be the same for all heads as an array of their own (..., K, G, T, S)."""
+    *lead, H, T, _ = q.shape
+    K, S = k.shape[-3], k.shape[-2]
+    return np.array(np.broadcast_to(rows, (*lead, K, H // K, T, S)))
+
+
+def random_numbers(seed: int, *places) -> np.ndarray:
+    """Numbers from 0 to 1 that follow from the seed and the places (whole numbers that broadcast)
+    alone, so that a row draws the same in a chunk as by itself (mixing steps of SplitMix64)."""
+    z = np.array(seed).astype(np.uint64)
+    for place in places:
+        z = (z ^ np.asarray(place).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(40)).astype(np.float32) / np.float32(2**24)

@@ -1,0 +1,204 @@
+"""What ``minitx compare-attention`` prints and draws of its figures (compare_attention.py)."""
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from minitx.files.common import replacing
+from minitx.lab.attention_baselines import BASELINES
+from minitx.lab.attention_published import NOTES, PUBLISHED
+from minitx.lab.compare_attention import AttentionComparison, Point, Quality, bytes_read
+from minitx.lab.evaluate import hops_name, percent, table
+from minitx.lab.sweep import HEIGHT, WIDTH, letter, need_pyplot, scale
+
+Series = dict[str, list[tuple[float, float]]]  # points (x, y) by the name of their method
+
+
+def as_text(c: AttentionComparison) -> str:
+    plan = c.plan
+    heads = "{heads} query heads on {kv_heads} key heads of width {head_width}".format(**c.shape)
+    share, answers = fraction(smallest(c)), sum(c.dense.report.answers.values())
+    return f"""\
+{c.model or "The model"} reads {plan.chains} chains of {plan.tokens} tokens of evaluation stories, \
+grade {plan.grade}, {answers} answers; settings are found on calibration stories.
+
+{qualities(c)}
+
+kept: share of the keys that queries see. mass: of the exact attention, on the keys that are kept;
+best: on as many of the best keys in each row. above least: loss of ordinary text, nats a token,
+above the stories' own entropy. multiply-adds, bytes: of attention for one token at {plan.tokens}
+keys, without the projections, over dense attention's. ~: over a tenth off the share wanted.
+
+Attention mass kept, over the share of keys kept:
+{chart(masses(c), "keys kept")}
+
+Speed of one block's attention for one decoded token, over dense attention's, at growing contexts
+({heads}); kept: share of the keys of the queries that were timed.
+{speeds(c)}
+
+The same at a share of {share}, over the context, which doubles from mark to mark:
+{chart(speed_series(c), "doublings")}
+
+The papers' own trade-offs, on other models and tasks, and ours:
+{trade_offs(c)}"""
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+
+def qualities(c: AttentionComparison) -> str:
+    hops = list(c.dense.report.by_hops)
+    names = [hops_name(h) for h in hops]
+    rows = [
+        ["method", "setting", "kept", "mass", "best", "above least", "answers", *names]
+        + ["multiply-adds", "bytes"]
+    ]
+    rows.append(["dense", "", *quality_cells(c.dense, c.dense, hops)])
+    for share in c.plan.shares:
+        rows.append([fraction(share), *[""] * (len(rows[0]) - 1)])
+        for p in points_at(c, share):
+            cells = quality_cells(p.quality, c.dense, hops)
+            if abs(p.quality.kept - share) > share / 10:
+                cells[0] = "~" + cells[0]
+            rows.append([f"  {p.method}", p.setting, *cells])
+    return "\n".join(map(str.rstrip, table(rows).splitlines()))
+
+
+def quality_cells(q: Quality, dense: Quality, hops: Iterable[int]) -> list[str]:
+    shares = [percent(x) for x in (q.kept, q.mass, q.best)]
+    accuracies = [percent(q.report.by_hops[h]) for h in hops]
+    return [
+        *shares,
+        f"{q.report.gap:+.4f}",
+        percent(q.accuracy),
+        *accuracies,
+        f"{q.cost.multiply_adds / dense.cost.multiply_adds:.2f}x",
+        f"{bytes_read(q.cost) / bytes_read(dense.cost):.2f}x",
+    ]
+
+
+def speeds(c: AttentionComparison) -> str:
+    contexts = c.plan.contexts
+    rows = [["method", "share", *(f"{S:,}" for S in contexts), "faster from", "kept"]]
+    dense = [f"{1e6 * s.dense_seconds:,.0f} us" for s in c.points[0].speeds]
+    rows.append(["dense", "1", *dense, "", ""])
+    for p in c.points:
+        ratios = [f"{speed.ratio:.2f}x" for speed in p.speeds]
+        kept = [100 * speed.kept for speed in p.speeds]
+        kept = f"{min(kept):.0f} to {max(kept):.0f} %"  # of the keys of the queries that were timed
+        rows.append([p.method, fraction(p.share), *ratios, faster_from(p, contexts), kept])
+    return table(rows)
+
+
+def faster_from(p: Point, contexts: Sequence[int]) -> str:
+    return f"{p.crossover:,}" if p.crossover else f"never up to {max(contexts):,}"
+
+
+def fraction(share: float) -> str:
+    """0.25 as 1/4"""
+    return str(Fraction(share).limit_denominator(1000))
+
+
+def trade_offs(c: AttentionComparison) -> str:
+    """For each technique, what its paper has and what was measured here."""
+    rows = [["technique", "whose", "keys kept", "change of the metric", "of what"]]
+    for name in dict.fromkeys(row.technique for row in PUBLISHED):
+        for row in (row for row in PUBLISHED if row.technique == name):
+            what = ", ".join(filter(None, (row.what, row.source)))
+            rows.append([name, "theirs", numbers(row.kept, ".3g"), numbers(row.change), what])
+        ours = [p.quality for p in c.points if p.method == name]
+        if ours:
+            kept = numbers([q.kept for q in ours], ".2g")
+            change = numbers([q.accuracy - c.dense.accuracy for q in ours])
+            what = f"answers in stories (dense {c.dense.accuracy:.3f})"
+            rows.append([name, "ours", kept, change, what])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(w.ljust(n) for w, n in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, *NOTES])
+
+
+def numbers(found: Iterable[float], form: str = "+.3f") -> str:
+    return " ".join(f"{x:{form}}" for x in found) or "-"
+
+
+# Charts ------------------------------------------------------------------------------------------
+
+
+def points_at(c: AttentionComparison, share: float) -> list[Point]:
+    return [p for p in c.points if p.share == share]
+
+
+def smallest(c: AttentionComparison) -> float:
+    return min(c.plan.shares)
+
+
+def by_method(c: AttentionComparison, place) -> Series:
+    """(share of keys kept, place(point)) of each point, by its method."""
+    found: Series = {}
+    for p in c.points:
+        found.setdefault(p.method, []).append((p.quality.kept, place(p)))
+    return found
+
+
+def masses(c: AttentionComparison) -> Series:
+    return by_method(c, lambda p: p.quality.mass)
+
+
+def accuracies(c: AttentionComparison) -> Series:
+    return by_method(c, lambda p: p.quality.accuracy)
+
+
+def speed_series(c: AttentionComparison) -> Series:
+    """At the smallest share: (number of the context, times as fast as dense), by method."""
+    at = points_at(c, smallest(c))
+    return {p.method: [(i, s.ratio) for i, s in enumerate(p.speeds)] for p in at}
+
+
+def chart(series: Series, below: str) -> str:
+    """Points as letters, one for each method; of points that fall on one place the first method is
+    seen."""
+    points = [(letter(i), *xy) for i, name in enumerate(series) for xy in series[name]]
+    xs, ys = [p[1] for p in points], [p[2] for p in points]
+    x, y = scale(xs, WIDTH), scale(ys, HEIGHT)
+    grid = [[" "] * WIDTH for _ in range(HEIGHT)]
+    for mark, here, up in reversed(points):
+        grid[HEIGHT - 1 - y(up)][x(here)] = mark
+    labels = [f"{max(ys):.3g}", *[""] * (HEIGHT - 2), f"{min(ys):.3g}"]
+    lines = [f"{label:>6} |{''.join(row)}" for label, row in zip(labels, grid)]
+    ends = f"{min(xs):.3g}", f"{max(xs):.3g} {below}"
+    lines.append(f"{'':7}+{'-' * WIDTH}")
+    lines.append(f"{'':8}{ends[0]}{ends[1]:>{WIDTH - len(ends[0])}}")
+    lines.append(", ".join(f"{letter(i)} {name}" for i, name in enumerate(series)))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def picture(c: AttentionComparison, path) -> None:
+    """The curves as a PNG file; needs the ``plot`` extra."""
+    pyplot = need_pyplot()
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 5))
+    draw(left, masses(c), "share of keys kept", "share of the attention mass kept")
+    draw(middle, accuracies(c), "share of keys kept", "answers right")
+    middle.axhline(c.dense.accuracy, color="black", linewidth=0.8, linestyle=":")
+    for method, points in speed_series(c).items():
+        right.plot(c.plan.contexts, [ratio for _, ratio in points], style(method), label=method)
+    right.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    right.set(xscale="log", yscale="log", xlabel="keys that the query sees")
+    right.set_xticks(c.plan.contexts, [f"{S:,}" for S in c.plan.contexts])
+    right.minorticks_off()
+    right.set_ylabel(f"speed, dense attention = 1, share {fraction(smallest(c))}")
+    left.legend()
+    figure.suptitle(f"{c.model}: keys chosen by each method")
+    figure.tight_layout()
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=150)
+    pyplot.close(figure)
+
+
+def draw(axes, series: Series, x: str, y: str) -> None:
+    for method, points in series.items():
+        axes.plot(*zip(*sorted(points)), style(method), label=method)
+    axes.set(xlabel=x, ylabel=y)
+
+
+def style(method: str) -> str:
+    return "o-" if method not in BASELINES else "o--"

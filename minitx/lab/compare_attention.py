@@ -1,0 +1,288 @@
+"""``minitx compare-attention``: methods that choose keys, side by side at the same share of keys.
+
+Each method (attention_methods.py) is set so that it keeps the wanted share of all pairs of a query
+and a key it sees, on chains of calibration stories; then chains of evaluation stories are read by
+the model with the method in every block, all but the last token in one go, and
+
+- answers and losses are counted as by ``minitx evaluate``;
+- a witness in each block computes the exact softmax of the queries and keys that are there, and
+  adds up how much of it lies on the keys that are kept, and how much would lie on the best keys, as
+  many in each row: means over all rows, heads and blocks;
+- the last token, alone at the end of the context, is counted by the ledger: what its attention
+  costs without the projections (which are those of the dense model), the method's own work in it.
+
+Time at growing contexts is in attention_timing.py, what is printed in attention_report.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import lru_cache
+from itertools import islice
+
+import numpy as np
+from tqdm import tqdm
+
+from minitx.errors import MinitxError
+from minitx.lab.attention_methods import Method, chosen_methods, settle
+from minitx.lab.attention_timing import CONTEXTS, Speed, crossover, race
+from minitx.lab.attention_witness import KeyTally, witnessed
+from minitx.lab.evaluate import Encoded, Report, Tally, encode, report
+from minitx.ledger import Entry, Ledger, counting
+from minitx.model import Attend
+from minitx.training.stories import stories
+from minitx.tree import walk
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and on how much."""
+
+    shares: tuple[float, ...] = (1 / 2, 1 / 4, 1 / 8)
+    methods: tuple[str, ...] | None = None  # None: all
+    chains: int = 8
+    calibration: int = 1  # chains for finding the settings
+    tokens: int | None = None  # in each chain; None: as many as the context holds
+    grade: str = "full"
+    contexts: tuple[int, ...] = CONTEXTS
+    rounds: int = 15  # of timing
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A model on chains: what it says, what it attends to, and what attention costs a token."""
+
+    report: Report
+    kept: float  # share of the pairs of a query and a key it sees
+    mass: float  # of the exact attention, on the keys that are kept
+    best: float  # the same, had each row kept as many keys, but the best
+    cost: Entry  # of attention, projections left out, for one token at the end of the context
+
+    @property
+    def accuracy(self) -> float:
+        """Of all answers together."""
+        total = sum(self.report.answers.values())
+        right = sum(self.report.by_kind[kind] * n for kind, n in self.report.answers.items())
+        return right / max(total, 1)
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"report": self.report.as_dict(), "accuracy": self.accuracy}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one share."""
+
+    method: str
+    share: float  # that was wanted
+    setting: str  # of the knob: "M=0.5"
+    calibrated: float  # share on the calibration chains
+    quality: Quality
+    speeds: tuple[Speed, ...]  # one for each context
+
+    @property
+    def crossover(self) -> int | None:
+        return crossover(self.speeds)
+
+    def as_dict(self, dense: Quality) -> dict:
+        cost, full = self.quality.cost, dense.cost
+        found = asdict(replace(self, quality=None, speeds=()))
+        return (
+            found
+            | self.quality.as_dict()
+            | {
+                "multiply_adds_to_dense": cost.multiply_adds / full.multiply_adds,
+                "bytes_to_dense": bytes_read(cost) / bytes_read(full),
+                "speeds": [speed.as_dict() for speed in self.speeds],
+                "crossover": self.crossover,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class AttentionComparison:
+    model: str
+    plan: Plan
+    shape: dict[str, int]  # heads, kv_heads, head_width
+    dense: Quality
+    points: list[Point]
+
+    def as_dict(self) -> dict:
+        from minitx.lab.attention_published import PUBLISHED
+
+        return {
+            "model": self.model,
+            "plan": asdict(self.plan),
+            "shape": self.shape,
+            "dense": self.dense.as_dict(),
+            "points": [point.as_dict(self.dense) for point in self.points],
+            "published": [asdict(row) for row in PUBLISHED],
+        }
+
+    def __str__(self) -> str:
+        from minitx.lab.attention_report import as_text
+
+        return as_text(self)
+
+
+def compare_attention(dense, plan: Plan = Plan(), bar: bool = True) -> AttentionComparison:
+    """Compare the methods in an LM without techniques. Raises MinitxError for a plan that cannot be
+    followed, and for a model without a tokenizer."""
+    plan = checked(dense, plan)
+    methods = chosen_methods(plan.methods)
+    evaluation = list(islice(chains(dense, "evaluation", plan), plan.chains))
+    calibration = list(islice(chains(dense, "calibration", plan), plan.calibration))
+    steps = len(methods) * len(plan.shares)
+    total = (steps + 1) * plan.chains + steps + len(plan.contexts)
+    with tqdm(total=total, unit="step", disable=not bar) as progress:
+        quality = measure(dense, dense, evaluation, progress.update)
+        put, settings, points = putting_in(dense), {}, []
+        for method in methods:
+            progress.set_description(method.name)
+            known: dict[float, float] = {}  # what was measured for one share may help another
+            for share in plan.shares:
+                value, reached = settle_on(put, method, share, calibration, known)
+                progress.update()
+                found = measure(dense, put(method, value), evaluation, progress.update)
+                settings[method.name, share] = method, value
+                setting = f"{method.knob.name}={value:g}"
+                points.append(Point(method.name, share, setting, reached, found, ()))
+        progress.set_description("time")
+        texts = [chain.ids[:-1] for chain in evaluation]
+        speeds = race(dense, put, settings, texts, plan.contexts, plan.rounds, progress.update)
+    points = [replace(p, speeds=tuple(speeds[p.method, p.share])) for p in points]
+    c = dense.model.config
+    shape = {"heads": c.heads, "kv_heads": c.kv_heads, "head_width": c.head_width}
+    return AttentionComparison(dense.name, plan, shape, quality, points)
+
+
+def checked(dense, plan: Plan) -> Plan:
+    """The plan with its number of tokens filled in; MinitxError if it cannot be followed."""
+    if dense.tokenizer is None:
+        raise MinitxError("This model has no tokenizer, so it cannot read stories.")
+    context = dense.model.config.context
+    tokens = context if plan.tokens is None else plan.tokens
+    if not 2 <= tokens <= context:
+        raise MinitxError(
+            f"Chains of {tokens} tokens are asked for; from 2 to {context}, the model's context, "
+            "can be read."
+        )
+    if not plan.shares:
+        raise MinitxError("No share of keys is given; give one or more, like 1/4.")
+    for share in plan.shares:
+        if not 0 < share < 1:
+            raise MinitxError(
+                f"The share of keys is {share:g}; a number above 0 and below 1 is needed."
+            )
+    return replace(plan, tokens=tokens)
+
+
+# Chains ------------------------------------------------------------------------------------------
+
+
+def chains(lm, split: str, plan: Plan) -> Iterator[Encoded]:
+    """Endless chains: story after story, each behind ``<|endoftext|>``, cut after so many tokens
+    (as in training, see data.py)."""
+    told = stories(split, plan.grade, 0)
+    while True:
+        ids, kinds, nats = [], [], 0.0
+        while len(kinds) < plan.tokens:
+            (story,) = encode(lm.tokenizer, [next(told)], plan.tokens - len(kinds))
+            ids += story.ids[bool(ids) :]  # the first token is the end of the story before
+            kinds += story.kinds
+            nats += story.nats
+        yield Encoded(ids, kinds, nats)
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+
+def putting_in(dense):
+    """``put(method, value)`` gives the LM with the method at this value of its knob, each made once
+    (some learn from stories then)."""
+    made: dict = {}
+
+    def put(method: Method, value: float):
+        key = method.name, value
+        if key not in made:
+            made[key] = method.put(dense, value)
+        return made[key]
+
+    return put
+
+
+def settle_on(
+    put, method: Method, share: float, calibration: Sequence[Encoded], known: dict
+) -> tuple[float, float]:
+    """The value of the method's knob for this share, and the share there."""
+
+    def measure(value: float) -> float:
+        tally = KeyTally()
+        lm = witnessed(put(method, value), tally, weigh=False)
+        for chain in calibration:
+            lm.model.hidden(chain.ids[:-1])
+        complete(tally, lm, calibration)
+        return tally.kept / tally.seen
+
+    return settle(method.knob, share, len(calibration[0].kinds), measure, known)
+
+
+def measure(dense, lm, read: Sequence[Encoded], tick) -> Quality:
+    """One chain after another, since not every method takes batches."""
+    keys, answers, cost = KeyTally(), Tally.empty(), Entry()
+    if lm is not dense:
+        lm = witnessed(lm, keys)
+    for chain in read:
+        ids, targets, kinds = chain.ids[:-1], np.array(chain.ids[1:]), np.array(chain.kinds)
+        state = lm.model.new_state()
+        logits = lm.model(ids[:-1], state)
+        with counting(lm) as counts:
+            last = lm.model(ids[-1:], state)
+        cost += without_projections(dense, counts)
+        answers.floor += chain.nats
+        answers.add(np.concatenate([logits, last]), targets, kinds)
+        tick()
+    complete(keys, dense, read)
+    shares = keys.kept / keys.seen, keys.mass / keys.rows, keys.best / keys.rows
+    return Quality(report(answers), *shares, mean(cost, len(read)))
+
+
+def complete(tally: KeyTally, lm, read: Sequence[Encoded]) -> None:
+    c = lm.model.config
+    tally.complete(len(read[0].kinds), len(read) * c.layers * c.heads)
+
+
+# Costs -------------------------------------------------------------------------------------------
+
+ATTENTION = "blocks.attn"  # the ledger's name for attention with its projections
+
+
+def without_projections(dense, counts: Ledger) -> Entry:
+    """What attention has cost, for one token, but for the products with the model's own matrices,
+    which no method changes: all that a method does in attention is left."""
+    spent, own = counts.by_group()[ATTENTION], projections(dense)
+    return Entry(
+        spent.multiply_adds - own.multiply_adds,
+        spent.weight_bytes - own.weight_bytes,
+        spent.cache_bytes,
+    )
+
+
+@lru_cache(maxsize=1)
+def projections(dense) -> Entry:
+    """Of the dense model's attention, for one token, what is not the scores and values of it."""
+    with counting(dense) as counts:
+        dense.model.hidden([0])
+    inner = [path for path, node in walk(dense) if type(node) is Attend]
+    attend = sum((counts.total(path) for path in inner), Entry())
+    spent = counts.by_group()[ATTENTION]
+    return Entry(
+        spent.multiply_adds - attend.multiply_adds, spent.weight_bytes - attend.weight_bytes
+    )
+
+
+def mean(cost: Entry, count: int) -> Entry:
+    return Entry(*(round(n / count) for n in astuple(cost)))
+
+
+def bytes_read(cost: Entry) -> int:
+    return cost.weight_bytes + cost.cache_bytes
