@@ -10,8 +10,10 @@ import pytest
 from slow.story_reader import Reader
 
 from minitx.errors import MinitxError
+from minitx.training.grades import SHORT
 from minitx.training.stories import (
     GRADES,
+    HOPS,
     KINDS,
     SPLITS,
     split_of,
@@ -37,12 +39,12 @@ PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on 
 # sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
 PINNED = {
     "set_phrases": "2bfbc96f7a9c58fa",
-    "told_twice": "da6c3960ff80afe4",
+    "told_twice": "eebf139bbaadf9eb",
     "one_hop_tiny": "e587dfd1e00c1059",
-    "one_hop": "c3515e3a99730520",
-    "two_hops": "57360e17ee8dc6ac",
-    "three_hops": "edc56d3c88be5bf9",
-    "full": "d593ba5f63612f6f",
+    "one_hop": "47316aeb852f1c18",
+    "two_hops": "2c12e3ed6d086577",
+    "three_hops": "175c09adb9e8b10c",
+    "full": "71c8843ce60da102",
 }
 
 
@@ -52,15 +54,28 @@ def take(n, grade, split="train", seed=1):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """600 stories of every grade."""
-    return {name: take(600, name) for name in GRADES}
+    """600 stories of every grade, and of some that only recipes have."""
+    return {name: take(600, grade) for name, grade in {**GRADES, **OTHERS}.items()}
 
 
-@pytest.mark.parametrize("name", GRADES)
+HARD = {"value_first": True, "shortly": SHORT}
+OTHERS = {
+    "told_twice, value first": {"from": "told_twice", **HARD},
+    "full, value first": {"from": "full", **HARD},
+    "boxes": {"from": "full", "questions": {"inside": 20, "who2": 5, "where3": 5}},
+}
+
+
+@pytest.mark.parametrize("name", [*GRADES, *OTHERS])
 def test_a_second_reader_finds_every_answer(drawn, name):
     for story in drawn[name]:
-        answers = Reader().read(story.text)
+        reader = Reader()
+        answers = reader.read(story.text)
         assert [(a.kind, a.value) for a in story.answers] == answers, story.text
+        asked = [a for a in story.answers if re.match("where|who|colour2", a.kind)]
+        assert [list(a.via) for a in asked] == reader.via
+        assert all(len(a.via) == HOPS[a.kind] - 1 for a in asked)
+        assert not any(a.via for a in story.answers if a not in asked)
 
 
 def test_the_second_reader_can_disagree():
@@ -112,6 +127,7 @@ def test_three_hops_and_overriding_by_hand():
         ("where", "Eva"): ("where1", "barn"),
         ("where", "box"): ("where2", "park"),
         ("where", "bell"): ("where3", "park"),
+        ("inside", "bell"): ("inside", "box"),
         ("who", "box"): ("who", "Sam"),
         ("who", "bell"): ("who2", "Sam"),
         ("colour", "bell"): ("colour", "red"),
@@ -169,9 +185,9 @@ def test_scripted_story():
     teller.question(fact)
     story = teller.writer.story()
     assert story.text == (
-        "Once upon a time there was a girl named Eva. Tom was in the park. Tom had a box."
-        " In the box was a kite. The kite was red. Tom went to the barn."
-        " Where is the kite? The kite is in the barn."
+        "Once upon a time there was a girl named Eva. Tom was in the park."
+        " There was a box with Tom. A kite lay in the box. The kite was red. Tom went to the barn."
+        " Where is the kite? The kite is still there in the barn."
     )
     (answer,) = story.answers
     assert (answer.kind, answer.value, answer.latest) == ("where3", "barn", "barn")
@@ -229,7 +245,7 @@ def test_pieces_are_the_text_cut_at_answer_words(drawn):
 
 def test_what_was_mentioned_is_what_the_text_names(drawn):
     values = {
-        "place": PLACES, "colour": COLOURS, "name": NAMES, "number": NUMBERS,
+        "place": PLACES, "colour": COLOURS, "name": NAMES, "number": NUMBERS, "box": BOXES,
     }  # fmt: skip
     assert set(values) == set(TYPES.values())
     type_of = {value: kind for kind, words in values.items() for value in words}

@@ -46,7 +46,7 @@ SMALL_GRADES = {
     "things": Grade(
         sentences={"meet": 1, "find": 1, "give": 1, "mention": 2},
         questions={"colour": 1, "who": 1, "colour2": 1},
-        min_people=1, max_people=2, max_things=2, max_words=24 + ROOM, stop=0.4,
+        min_people=1, max_people=2, max_things=2, max_words=30 + ROOM, stop=0.4,
     ),
     "retold": Grade(
         sentences={"arrive": 1, "meet": 1, "find": 1, "mention": 1}, questions={"where1": 2},

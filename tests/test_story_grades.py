@@ -11,7 +11,7 @@ import pytest
 from minitx.errors import MinitxError
 from minitx.training.grades import ROOM
 from minitx.training.stories import GRADES, HOPS, KINDS, grade_from, guess_baselines, stories
-from minitx.training.words import COLOURS, PLACES, SENTENCES
+from minitx.training.words import BOXES, COLOURS, NAMES, PLACES, SENTENCES, THINGS
 
 PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on such plain text
 
@@ -54,7 +54,7 @@ def test_questions_come_in_useful_shares(drawn):
     assert set(shares("two_hops")) == {1, 2} and shares("two_hops")[2] > 0.5
     assert shares("three_hops")[3] > 0.3
     assert not shares("set_phrases")
-    assert {a.kind for s in drawn["full"] for a in s.answers} == set(KINDS)
+    assert {a.kind for s in drawn["full"] for a in s.answers} == {*KINDS} - {"inside"}
     sentences = sum(s.text.count(".") for s in drawn["full"])
     answers = Counter(a.kind == "mention" for s in drawn["full"] for a in s.answers)
     assert 4 < sentences / answers[False] < 7.5 and 4 < sentences / answers[True] < 7.5
@@ -97,7 +97,8 @@ def test_a_recap_tells_all_news_again(order):
     that begins alike is still to come."""
     moved, unclear, kinds = 0, 0, set()
     often = {"arrive": 2, "see": 1, "find": 3, "own": 3}  # "Tom had two eggs", "Tom had a big kite"
-    for story in take(400, {"from": "told_twice", "sentences": often, "recap": order}):
+    hard = {"from": "told_twice", "value_first": True}
+    for story in take(400, hard | {"sentences": often, "recap": order}):
         text = re.sub(r"\. (The \w+|It) was", r"; \1 was", story.text.removeprefix("One day "))
         *told, closing = re.findall(r"[A-Z][^.]*\.", text)
         first, again = told[: len(told) // 2], told[len(told) // 2 :]
@@ -137,10 +138,18 @@ def test_a_grade_survives_json_in_any_order():
         assert take(3, again) == take(3, name)
 
 
-@pytest.mark.parametrize("kind", ["colour", "colour2"])
-def test_what_is_asked_shortly_has_its_answer_behind_a_single_word(kind):
+@pytest.mark.parametrize(
+    "kind, long, short",
+    [
+        ("colour", " has the colour", " is"),
+        ("colour2", " has the colour", " is"),
+        ("who", " is still there with", " is with"),
+        ("where2", " is still there in the", " is in the"),
+    ],
+)
+def test_what_is_asked_shortly_has_its_answer_closer_to_its_key(kind, long, short):
     grade = {"from": "two_hops", "questions": {kind: 50}}
-    for shortly, before in (([], " has the colour"), ([kind], " is")):
+    for shortly, before in (([], long), ([kind], short)):
         asked = [
             story.pieces[answer.piece_index - 1][0]
             for story in take(60, grade | {"shortly": shortly})
@@ -148,6 +157,19 @@ def test_what_is_asked_shortly_has_its_answer_behind_a_single_word(kind):
             if answer.kind == kind
         ]
         assert len(asked) > 20 and all(text.endswith(before) for text in asked)
+
+
+def test_a_value_comes_before_its_key_only_where_the_grade_says_so():
+    grade = {"sentences": {"arrive": 1, "carry": 3, "fill": 3, "find": 3}, "phrases": False}
+    for value_first in (False, True):
+        for story in take(60, grade | {"value_first": value_first}):
+            for box in re.findall(rf"[^.]*\b(?:{'|'.join(BOXES)})\b[^.]*\.", story.text):
+                words = re.findall(r"\w+", box)
+                held = [i for i, word in enumerate(words) if word in NAMES]
+                put = [i for i, word in enumerate(words) if word in THINGS]
+                at = next(i for i, word in enumerate(words) if word in BOXES)
+                assert all((i < at) == value_first for i in held)
+                assert all((i > at) == value_first or "There" in words for i in put)
 
 
 def test_a_story_ends_even_when_nothing_can_be_told():
@@ -172,7 +194,8 @@ def test_a_story_ends_even_when_nothing_can_be_told():
         ({"max_people": 25}, "1 to 20 people"),
         ({"phrases": 1}, "true or false"),
         ({"shortly": True}, "a list of some of colour, colour2"),
-        ({"shortly": ["who"]}, "a list of some of colour, colour2"),
+        ({"shortly": ["count"]}, "a list of some of colour, colour2"),
+        ({"value_first": 1}, "true or false"),
         ({"shortly": [["colour"]]}, "a list of some of colour, colour2"),
         ({"stop": 0}, "between 0 and 1"),
         ({"wordings": 0}, "wordings 0"),

@@ -74,13 +74,13 @@ def chosen(h):
 
 ids = lm.encode(
     "Once upon a time there was a boy named Tom. Tom was in the garden. Anna was in the kitchen. "
-    "Anna had a sack. Tom went to the park. Where is the sack? The sack is in the kitchen. "
-    "And then it was time for bed."
+    "There was a sack with Anna. Tom went to the park. Where is the sack? The sack is still there "
+    "in the kitchen. And then it was time for bed."
 )
 words = [lm.tokenizer.decode([i]).strip() for i in ids]
 said = chosen(streams(ids[:-1]))  # (L, T): for each token but the first, what each block says
 easy, hard = len(ids) - 2, len(ids) - 1 - words[::-1].index("kitchen")  # places of two words
-print(f"{'':12}{'... was time for ...':22}... The sack is in the ...")
+print(f"{'':12}{'... was time for ...':22}... The sack is still there in the ...")
 for i in range(L):
     one, two = (lm.tokenizer.decode([said[i, t - 1]]).strip() for t in (easy, hard))
     print(f"  block {i + 1:2}  {one:22}{two}")

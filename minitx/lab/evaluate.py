@@ -217,7 +217,7 @@ def encode(tokenizer, stories: Iterable[Story], longest: int | None = None) -> l
     encoder = Encoder(tokenizer)
     found = []
     for story in stories:
-        ids, kinds = encoder.story(story)
+        ids, kinds, _ = encoder.story(story)
         nats = story.nats if longest is None else _nats(encoder, story, longest)
         found.append(Encoded([encoder.end, *ids[:longest]], kinds[:longest], nats))
     return found

@@ -16,6 +16,7 @@ from minitx.training.grades import KINDS, Grade, grade_from
 from minitx.training.stories import Story, stories, vocabulary
 
 END = "<|endoftext|>"
+LINKS, NONE = 2, -1  # that a chain of facts leads through at most; no link
 PADDING, ORDINARY = -1, 0  # kinds of a target token; an answer of KINDS[k] is k + 1
 KIND_NUMBER = {None: ORDINARY} | {kind: number for number, kind in enumerate(KINDS, 1)}
 CACHED_PIECES = 100_000  # texts whose ids are remembered, about 30 MB
@@ -27,11 +28,12 @@ class Batch(NamedTuple):
     ids: np.ndarray  # (B, T + 1)
     weights: np.ndarray  # (B, T) float32, what a wrong guess of each target costs; padding 0
     kinds: np.ndarray  # (B, T) int8, the kind of each target
+    via: np.ndarray  # (B, T, LINKS) ids that the facts behind each target lead through, or NONE
 
     def trimmed(self) -> "Batch":
         """Without the columns at the end that are padding in every row."""
         T = int((self.kinds != PADDING).any(0).sum())
-        return Batch(self.ids[:, : T + 1], self.weights[:, :T], self.kinds[:, :T])
+        return Batch(self.ids[:, : T + 1], self.weights[:, :T], self.kinds[:, :T], self.via[:, :T])
 
 
 def story_tokenizer() -> ByteLevelBPE:
@@ -67,15 +69,21 @@ class Encoder:
             self.known[text] = self.tokenizer.encode(text, special=False)
         return self.known[text]
 
-    def story(self, story: Story) -> tuple[list[int], list[int]]:
-        """Ids of the story and its closing ``<|endoftext|>``, and the kind of each."""
+    def story(self, story: Story) -> tuple[list[int], list[int], list[list[int]]]:
+        """Ids of the story and its closing ``<|endoftext|>``; the kind of each; and for each the
+        LINKS ids (or NONE) that the chain of facts leads through before it."""
         ids: list[int] = []
         kinds: list[int] = []
-        for text, kind, _ in story.pieces:
+        via: list[list[int]] = []
+        answers = {answer.piece_index: answer for answer in story.answers}
+        for number, (text, kind, _) in enumerate(story.pieces):
             new = self.piece(text)
             ids += new
             kinds += [KIND_NUMBER[kind]] * len(new)
-        return [*ids, self.end], [*kinds, ORDINARY]
+            words = answers[number].via if number in answers else ()
+            links = [self.piece(f" {word}")[0] for word in words[:LINKS]]
+            via += [links + [NONE] * (LINKS - len(links))] * len(new)
+        return [*ids, self.end], [*kinds, ORDINARY], [*via, [NONE] * LINKS]
 
 
 class Rows:
@@ -107,22 +115,26 @@ class Rows:
         T = self.row_length
         ids = np.full((last - first, T + 1), self.encoder.end, np.int64)
         kinds = np.full((last - first, T), PADDING, np.int8)
+        via = np.full((last - first, T, LINKS), NONE, np.int64)
         for row in range(first, last):
-            row_ids, row_kinds = self.row(step, row)
+            row_ids, row_kinds, row_via = self.row(step, row)
+            via[row - first, : len(row_via)] = row_via
             ids[row - first, : len(row_ids)] = row_ids
             kinds[row - first, : len(row_kinds)] = row_kinds
-        return Batch(ids, self.weight_of[kinds], kinds)
+        return Batch(ids, self.weight_of[kinds], kinds, via)
 
-    def row(self, step: int, row: int) -> tuple[list[int], list[int]]:
-        """At most T + 1 ids, and the kinds of all but the first of them."""
-        ids, kinds = [self.encoder.end], []
+    def row(self, step: int, row: int) -> tuple[list[int], list[int], list[list[int]]]:
+        """At most T + 1 ids, and the kinds of all but the first of them and what they lead via."""
+        ids, kinds, via = [self.encoder.end], [], []
         story = 0
         while len(kinds) < self.row_length and (self.chain or story == 0):
-            new_ids, new_kinds = self.encoder.story(self.story(step, row, story))
+            new_ids, new_kinds, new_via = self.encoder.story(self.story(step, row, story))
             ids += new_ids
             kinds += new_kinds
+            via += new_via
             story += 1
-        return ids[: self.row_length + 1], kinds[: self.row_length]
+        T = self.row_length
+        return ids[: T + 1], kinds[:T], via[:T]
 
     def story(self, step: int, row: int, number: int) -> Story:
         seed = mix(self.seed, step, row, number)

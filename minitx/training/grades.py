@@ -16,12 +16,14 @@ SENTENCE_KINDS = (
     "leave", "fetch", "own", "change", "mention", "scene", "chat",
 )  # fmt: skip
 # How many facts an answer needs to chain. A count is a sum over facts and stands by itself (0).
+# "inside" (in which box?) is asked by drills alone: no grade below has it.
 HOPS = {
     "mention": 1, "where1": 1, "colour": 1, "who": 1,
-    "where2": 2, "colour2": 2, "who2": 2, "where3": 3, "count": 0,
+    "where2": 2, "colour2": 2, "who2": 2, "where3": 3, "count": 0, "inside": 1,
 }  # fmt: skip
 KINDS = tuple(HOPS)
-SHORT = ("colour", "colour2")  # kinds of question that can be answered shortly
+# Kinds of question that can be answered shortly.
+SHORT = ("colour", "colour2", "who", "who2", "where1", "where2", "where3")
 QUESTION_KINDS = tuple(kind for kind in KINDS if kind != "mention")
 
 
@@ -46,7 +48,8 @@ class Grade:
     min_questions: int = 0  # no end before that, unless nothing is left to tell
     max_questions: int = 99  # the end comes right after that
     stop: float = 0.1  # chance of the end before each sentence, where it may come
-    shortly: tuple = ()  # kinds of question about colours that have short answers: see words.py
+    value_first: bool = False  # tell values before their keys where there is such a wording
+    shortly: tuple = ()  # kinds of question that have short answers: see words.py
     recap: str = ""  # before the end, tell all news again: in the "same" order, or "mixed"
 
     def __post_init__(self):
@@ -58,10 +61,11 @@ class Grade:
                 raise MinitxError(
                     f"Grade field {entry.name!r} is {value!r}; it must be a whole number >= 0."
                 )
-        if type(self.phrases) is not bool:
-            raise MinitxError(
-                f"Grade field 'phrases' is {self.phrases!r}; it must be true or false."
-            )
+        for name in ("phrases", "value_first"):
+            if type(getattr(self, name)) is not bool:
+                raise MinitxError(
+                    f"Grade field {name!r} is {getattr(self, name)!r}; it must be true or false."
+                )
         if type(self.shortly) not in (list, tuple) or any(k not in SHORT for k in self.shortly):
             raise MinitxError(
                 f"Grade field 'shortly' is {self.shortly!r}; it must be a list of some of "

@@ -114,11 +114,17 @@ def exit_weights(layers: int, scale: float, rotation: int, t: int) -> dict[int, 
     return {i: e[i] / total for i in on if e[i] > 0}
 
 
-def exit_loss(model: Transformer, ids, weights: dict[int, float], loss: Callable):
-    """sum over l of e~(l) * loss(head(norm(hidden state after layer l))).
-
-    ids (B, T); loss(logits (B, T, V)) -> a number, or traced number. One pass, whatever is on.
-    """
+def read_after(model: Transformer, ids) -> Callable[[int], Any]:
+    """Run ids (B, T) through the model once; gives a function of l: what the head reads after
+    layer l, logits (B, T, V)."""
     recorded, hidden = record(model)
     recorded.hidden(ids)
-    return sum(w * loss(model.head(model.norm(hidden[i]))) for i, w in weights.items())
+    return lambda i: model.head(model.norm(hidden[i]))
+
+
+def exit_loss(read: Callable[[int], Any], weights: dict[int, float], loss: Callable):
+    """sum over l of e~(l) * loss(read(l)): see ``read_after``.
+
+    loss(logits (B, T, V)) -> a number, or traced number.
+    """
+    return sum(w * loss(read(i)) for i, w in weights.items())

@@ -15,6 +15,7 @@ from minitx.config import Config
 from minitx.detector import need_rank
 from minitx.errors import MinitxError
 from minitx.files.common import read_json
+from minitx.training.data import LINKS
 from minitx.training.grades import KINDS, Grade, grade_from
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # as write_model calls them
@@ -60,6 +61,9 @@ class Stage:
     muon: float | None = None  # lr of the blocks' matrices if Muon trains them, not AdamW
     layer_dropout: float = 0.0  # chance that a row passes by the last layer; less before it
     early_exit: EarlyExit | None = None
+    # Teach the links of a chain of facts (where is the bell: "box", "Sam"), to be read in the place
+    # of the answer after so many blocks. Two look-ups in a row are not found by chance.
+    hops: tuple[int, ...] | None = None
     layers: int | None = None  # train this many of the first blocks, the others wait; None: all
     detector: Detecting | None = None  # train detectors of which keys matter beside the model
 
@@ -142,6 +146,12 @@ def recipe_from(given: dict) -> Recipe:
                 f"Stage {stage.name!r} trains the first {stage.layers} layers but the model has "
                 f"{config.layers}; use fewer, or leave layers out for all."
             )
+        blocks = stage.layers or config.layers
+        if stage.hops and (len(stage.hops) > LINKS or max(stage.hops) > blocks):
+            raise MinitxError(
+                f"Stage {stage.name!r} has hops {list(stage.hops)} but trains {blocks} blocks; "
+                f"give at most {LINKS} numbers, up to that."
+            )
         if stage.detector is not None:
             need_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}")
             if stage.detector.k != recipe.rank:
@@ -162,6 +172,8 @@ def _stage(given, where: str) -> Stage:
         known["detector"] = Detecting(
             **_checked(Detecting, known["detector"], where, DETECTOR_RULES)
         )
+    if known.get("hops") is not None:
+        known["hops"] = tuple(known["hops"])
     if "betas" in known:
         known["betas"] = tuple(known["betas"])
     for kind in known.get("until") or {}:
@@ -242,6 +254,10 @@ STAGE_RULES = {
         "a list of two numbers from 0 to below 1",
     ),
     "layer_dropout": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+    "hops": (
+        lambda v: v is None or isinstance(v, list | tuple) and v and all(map(POSITIVE[0], v)),
+        "a list of whole numbers of blocks",
+    ),
     "early_exit": (
         lambda v: v is None or isinstance(v, dict),
         "an object with scale and rotation",

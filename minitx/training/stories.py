@@ -82,7 +82,7 @@ def guess_baselines(stories: Iterable[Story]) -> dict[str, dict[str, float]]:
     shares = defaultdict(Counter)
     values = defaultdict(Counter)
     for story in stories:
-        for kind, value, _, mentioned, latest in story.answers:
+        for kind, value, _, mentioned, latest, *_ in story.answers:
             top = max(count for _, count in mentioned)
             most = [name for name, count in mentioned if count == top]
             share = shares[kind]

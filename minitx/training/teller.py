@@ -16,6 +16,7 @@ from minitx.training.words import (
     PLACES,
     SHORT_CLOSING,
     SHORT_OPENING,
+    WORDINGS,
 )
 from minitx.training.world import IS_PERSON, World
 from minitx.training.writer import Story, Writer
@@ -26,7 +27,7 @@ class Teller:
 
     def __init__(self, grade: Grade, uniform: Callable[[], float]):
         self.grade, self.world, self.writer = grade, World(), Writer(uniform, grade.wordings)
-        self.pick, self.say = self.writer.pick, self.writer.say
+        self.pick = self.writer.pick
         self.questions = 0  # asked so far
         self.news = []  # (type of value, value, sentence) of all that a recap will tell again
         self.recap_words = 0  # that it will take
@@ -183,6 +184,12 @@ class Teller:
             "mention", f"mention {attribute}", value_type, value, **{slot: entity}
         )
 
+    def say(self, wording: str, **slots: str):
+        """A sentence of that kind, with the value before its key if the grade wants that."""
+        value_first = f"{wording}, value first"
+        known = self.grade.value_first and value_first in WORDINGS
+        self.writer.say(value_first if known else wording, **slots)
+
     def say_news(self, slot: str, wording: str, **slots: str):
         """A sentence whose slot ``slot`` holds a value that only this sentence tells."""
         self.say(wording, **slots)
@@ -228,12 +235,14 @@ class Teller:
         self.questions += 1
         of_person = attribute == "where" and entity in IS_PERSON
         wording, value_type, slot = ASKS["where who" if of_person else attribute]
-        if kind in self.grade.shortly:
-            wording += " shortly"
         slots = {slot: entity}
+        if kind in self.grade.shortly and not of_person:
+            wording += " shortly"
         if attribute == "count":
             slots["foods"] = self.world.food[entity][0] + "s"
+        self.writer.via = self.world.via(attribute, entity, value)
         self.writer.say_answer(kind, wording, value_type, value, **slots)
+        self.writer.via = ()
 
     # Limits of the grade.
 
@@ -254,6 +263,7 @@ ASKS = {  # attribute: (wording of the question, type of the answer, slot of the
     "colour": ("ask colour", "colour", "thing"),
     "colour of": ("ask colour of", "colour", "who"),
     "count": ("ask count", "number", "who"),
+    "inside": ("ask inside", "box", "thing"),
 }
 # Until a story has its first few people, nothing else happens: one cannot ask about less than two.
 EARLY = ("meet", "arrive", "move", "scene", "chat")

@@ -54,7 +54,10 @@ FREE = {
 GRAMMAR = {name: {"he": "she", "his": "her", "boy": "girl"} for name in GIRLS}
 GRAMMAR |= {name: {"he": "he", "his": "his", "boy": "boy"} for name in BOYS}
 # Slots whose value can be the answer to a question, and the type of that value.
-TYPES = {"who": "name", "other": "name", "place": "place", "colour": "colour", "number": "number"}
+TYPES = {
+    "who": "name", "other": "name", "box": "box", "object": "box",
+    "place": "place", "colour": "colour", "number": "number",
+}  # fmt: skip
 FILLERS = FREE | {
     "who": NAMES,
     "other": NAMES,
@@ -69,6 +72,10 @@ FILLERS = FREE | {
     "boy": ("boy", "girl"),
 }
 
+# A sentence names the key of a fact before its value (first the bag, then who has it), and answers
+# keep the two apart by some words: so a model that is trained for minutes finds out how to look a
+# value up by its key. With the value first, or with the answer right behind its key, it did not.
+# Grades can ask for those, too ("value first", "shortly").
 # kind of sentence: (facts, wordings). For "mention" and "ask" the fact is the entity asked about.
 SENTENCES = {
     "open": (
@@ -129,6 +136,16 @@ SENTENCES = {
     "find": (
         "who thing colour",
         (
+            " Someone sent a {thing} to {who}. The {thing} was {colour}.",
+            " There was a {thing} for {who}, and it was {colour}.",
+            " A {size} {thing} that came to {who} was {colour}.",
+            " In the morning a {thing} came for {who}. It was {colour}.",
+            " Someone left a {thing} with {who}, and it was {colour}.",
+        ),
+    ),
+    "find, value first": (
+        "who thing colour",
+        (
             " {who} got a {thing}. The {thing} was {colour}.",
             " {who} found a {thing} that was {colour}.",
             " {who} had a {size} {thing}, and it was {colour}.",
@@ -155,12 +172,28 @@ SENTENCES = {
     "carry": (
         "who box",
         (
+            " There was a {box} with {who}.",
+            " Someone had sent a {size} {box} to {who}.",
+            " A {box} was put down with {who}.",
+        ),
+    ),
+    "carry, value first": (
+        "who box",
+        (
             " {who} had a {box}.",
             " {who} carried a {size} {box}.",
             " {who} never went out without a {box}.",
         ),
     ),
     "fill": (
+        "box thing colour",
+        (
+            " A {thing} lay in the {box}. The {thing} was {colour}.",
+            " A {thing} was put in the {box}, and it was {colour}.",
+            " A {size} {thing} that was in the {box} was {colour}.",
+        ),
+    ),
+    "fill, value first": (
         "box thing colour",
         (
             " In the {box} was a {thing}. The {thing} was {colour}.",
@@ -239,16 +272,17 @@ SENTENCES = {
             " Even the {animal} could see that the {thing} was|.",
         ),
     ),
-    "ask where": ("object", (" Where is the {object}? The {object} is in the|.",)),
+    "ask where": ("object", (" Where is the {object}? The {object} is still there in the|.",)),
     "ask where who": ("who", (" Where is {who}? {who} is in the|.",)),
-    "ask who": ("object", (" Who has the {object}? The {object} is with|.",)),
+    "ask who": ("object", (" Who has the {object}? The {object} is still there with|.",)),
+    "ask inside": ("thing", (" What is the {thing} in? The {thing} was put down in the|.",)),
     "ask colour": ("thing", (" What colour is the {thing}? The {thing} has the colour|.",)),
     "ask colour of": (
         "who",
         (" What colour is the thing that {who} has? The thing of {who} has the colour|.",),
     ),
-    # With the answer right behind its key, a model does not find out for a long time how to look it
-    # up: a word or two between them is where it gets hold of the key.
+    "ask where shortly": ("object", (" Where is the {object}? The {object} is in the|.",)),
+    "ask who shortly": ("object", (" Who has the {object}? The {object} is with|.",)),
     "ask colour shortly": ("thing", (" What colour is the {thing}? The {thing} is|.",)),
     "ask colour of shortly": (
         "who",

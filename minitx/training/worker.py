@@ -14,10 +14,26 @@ import numpy as np
 
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import Tally, batches, encode
-from minitx.training.data import PADDING, Batch, Rows, drawn_stories, end_id, mix, story_tokenizer
+from minitx.training.data import (
+    NONE,
+    PADDING,
+    Batch,
+    Rows,
+    drawn_stories,
+    end_id,
+    mix,
+    story_tokenizer,
+)
 from minitx.training.detector import detectors_of, joint_gradients, trained_shapes
 from minitx.training.grad import gradients
-from minitx.training.layerskip import drop_layers, exit_loss, exit_weights, kept, shallow
+from minitx.training.layerskip import (
+    drop_layers,
+    exit_loss,
+    exit_weights,
+    kept,
+    read_after,
+    shallow,
+)
 from minitx.training.loss import cross_entropy
 from minitx.training.optimizer import (
     Layout,
@@ -207,13 +223,20 @@ def layout_of(recipe: Recipe, tokenizer) -> Layout:
 
 
 def batch_loss(model, batch: Batch, stage: Stage, step: int, rows: range, seed: int):
-    """The weighted sum of the losses of some rows, with the stage's layer dropout and exits."""
+    """The weighted sum of the losses of some rows, with the stage's layer dropout, exits, hops."""
     ids, targets = batch.ids[:, :-1], batch.ids[:, 1:]
     model = shallow(model, stage.layers)
     layers = len(model.stack.blocks)
     if stage.layer_dropout:
         model = drop_layers(model, kept(layers, stage.layer_dropout, seed, rows))
-    if stage.early_exit is None:
+    if stage.early_exit is None and stage.hops is None:
         return cross_entropy(model(ids), targets, batch.weights)
-    on = exit_weights(layers, stage.early_exit.scale, stage.early_exit.rotation, step)
-    return exit_loss(model, ids, on, lambda logits: cross_entropy(logits, targets, batch.weights))
+    on = {layers - 1: 1.0}
+    if stage.early_exit is not None:
+        on = exit_weights(layers, stage.early_exit.scale, stage.early_exit.rotation, step)
+    read = read_after(model, ids)
+    total = exit_loss(read, on, lambda logits: cross_entropy(logits, targets, batch.weights))
+    for after, via in zip(stage.hops or (), np.moveaxis(batch.via, -1, 0)):
+        weights = (via != NONE) * np.float32(stage.answer_weight)
+        total = total + cross_entropy(read(after - 1), np.maximum(via, 0), weights)
+    return total

@@ -35,6 +35,15 @@ class World:
             links.append(entity)
         return links
 
+    def via(self, attribute: str, entity: str, value: str) -> tuple[str, ...]:
+        """What the chain of facts leads through on the way to an answer: ``("box", "Sam")``."""
+        if attribute == "colour of":
+            return tuple(thing for thing in self.things if self.at.get(thing) == entity)
+        if attribute not in ("where", "who"):
+            return ()
+        links = self.chain(entity)
+        return tuple(links[1 : links.index(value)])
+
     def facts(self) -> Iterator[tuple[str, str, str, str]]:
         """Everything that can be asked, as ``(kind, attribute, entity, value)``."""
         at = self.at
@@ -54,6 +63,8 @@ class World:
             holder = links[-2] if place else links[-1]
             if holder in IS_PERSON:
                 yield "who" if links[1] == holder else "who2", "who", item, holder
+            if links[1] in self.boxes:
+                yield "inside", "inside", item, links[1]
             if place and not self.is_shortened(links):
                 yield f"where{len(links) - 1}", "where", item, place
         for thing in self.things:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from minitx.training.words import GRAMMAR, TYPES, WORDINGS, Fragment
+from minitx.training.words import BOXES, GRAMMAR, TYPES, WORDINGS, Fragment
 
 LOG = [0.0] + [math.log(n) for n in range(1, 1000)]  # -ln p of one among n that are all alike
 
@@ -20,6 +20,7 @@ class Answer(NamedTuple):
     piece_index: int  # its index in the story's pieces
     mentioned: tuple[tuple[str, int], ...]  # each value of its type named so far, and how often
     latest: str  # the one of them named last
+    via: tuple[str, ...] = ()  # what the chain of facts leads through before it, first things first
 
 
 class Story(NamedTuple):
@@ -51,6 +52,7 @@ class Writer:
         self.named = {kind: {} for kind in TYPES.values()}  # type -> value -> how often so far
         self.latest = dict.fromkeys(self.named)  # type -> value named last
         self.pieces, self.answers = [], []
+        self.via: tuple[str, ...] = ()  # of the answer that comes next
         self.nats = 0.0  # surprisal of the choices that no piece shows yet
         self.words = 1  # the first has no space before it; all others have
 
@@ -102,7 +104,7 @@ class Writer:
     def answer(self, kind: str, value_type: str, value: str) -> None:
         """The answer word alone."""
         named, latest = tuple(self.named[value_type].items()), self.latest[value_type]
-        self.answers.append(Answer(kind, value, len(self.pieces), named, latest))
+        self.answers.append(Answer(kind, value, len(self.pieces), named, latest, self.via))
         self.pieces.append((" " + value, kind, 0.0))
         self.words += 1
         self.note(value_type, value)
@@ -114,7 +116,8 @@ class Writer:
         if "who" in slots:
             slots.update(GRAMMAR[slots["who"]])
         for slot, value_type in fragment.typed:
-            self.note(value_type, slots[slot])
+            if slot != "object" or slots[slot] in BOXES:  # else a thing, which answers nothing
+                self.note(value_type, slots[slot])
         self.add(fragment.template.format_map(slots))
 
     def add(self, text: str) -> None:

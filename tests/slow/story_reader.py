@@ -14,6 +14,7 @@ class Reader:
     def __init__(self):
         self.place, self.holder, self.colour, self.inside, self.food = {}, {}, {}, {}, {}
         self.answers, self.asked = [], {}
+        self.via = []  # of each question about a place, who has something, or somebody's thing
         self.news, self.retold = [], []  # sentences that a recap tells again; those it has told
 
     def read(self, text):
@@ -129,6 +130,13 @@ class Reader:
          lambda s, who, place: s.place.update({who: place})),
         (rf"{W} (?:walked \w+|and \w+ \w+ ran|was \w+, so s?he went) to the {x}\.",
          lambda s, who, place: s.place.update({who: place})),
+        (rf"Someone sent a {x} to {W}\. The {x} was {x}\.",
+         lambda s, thing, who, again, colour: s.found(thing, colour, again, holder=who)),
+        (rf"(?:There was a {x} for|In the morning a {x} came for|Someone left a {x} with) {W}"
+         rf"(?:, and it was|\. It was) {x}\.",
+         lambda s, a, b, c, who, colour: s.found(a or b or c, colour, holder=who)),
+        (rf"A \w+ {x} that came to {W} was {x}\.",
+         lambda s, thing, who, colour: s.found(thing, colour, holder=who)),
         (rf"{W} got a {x}\. The {x} was {x}\.",
          lambda s, who, thing, again, colour: s.found(thing, colour, again, holder=who)),
         (rf"{W} found a {x} that was {x}\.",
@@ -149,6 +157,14 @@ class Reader:
         (rf"(?:There was|Someone had left|A \w+) (?:a )?{x}(?: stood)? in the "
          rf"((?!{'|'.join(BOXES)})[a-z]+)\.",
          lambda s, box, place: s.put_at(box, place=place)),
+        (rf"(?:There was a {x}|Someone had sent a \w+ {x}|A {x} was put down) (?:with|to) {W}\.",
+         lambda s, a, b, c, who: s.put_at(a or b or c, holder=who)),
+        (rf"A {x} lay in the {x}\. The {x} was {x}\.",
+         lambda s, thing, box, again, colour: s.found(thing, colour, again, box=box)),
+        (rf"A {x} was put in the {x}, and it was {x}\.",
+         lambda s, thing, box, colour: s.found(thing, colour, box=box)),
+        (rf"A \w+ {x} that was in the {x} was {x}\.",
+         lambda s, thing, box, colour: s.found(thing, colour, box=box)),
         (rf"{W} (?:had|never went out without) a {x}\.",
          lambda s, who, box: s.put_at(box, holder=who)),
         (rf"{W} carried a \w+ {x}\.", lambda s, who, box: s.put_at(box, holder=who)),
@@ -189,6 +205,13 @@ class Reader:
          lambda s, who, place: (s.place[who], place)),
         (rf"(?:{W} got|There was) a {x}\. The {x} was {x}\.",
          lambda s, who, thing, again, colour: (s.colour[thing], colour)),
+        (rf"Someone sent a {x} to \w+\. The {x} was {x}\.",
+         lambda s, thing, again, colour: (s.colour[thing], colour)),
+        (rf"(?:There was a {x} for|In the morning a {x} came for|Someone left a {x} with) \w+"
+         rf"(?:, and it was|\. It was) {x}\.",
+         lambda s, a, b, c, colour: (s.colour[a or b or c], colour)),
+        (rf"A \w+ {x} that came to \w+ was {x}\.",
+         lambda s, thing, colour: (s.colour[thing], colour)),
         (rf"(?:{W} found|Someone had lost) a(?: \w+)? {x} that was {x}\.",
          lambda s, who, thing, colour: (s.colour[thing], colour)),
         (rf"{W} had a \w+ {x}, and it was {x}\.",
@@ -223,13 +246,15 @@ class Reader:
     ]
 
     def locate(self, item):
-        """(hops, place, who has it, hops to them)."""
-        hops, holder, to_holder = 1, None, None
+        """(hops, place, who has it, hops to them); ``between`` then has what it is in or with."""
+        hops, holder, to_holder, self.between = 1, None, None, []
         if item in self.inside:
             item, hops = self.inside[item], 2
+            self.between.append(item)
         if item in self.holder:
             holder, to_holder = self.holder[item], hops
             item, hops = holder, hops + 1
+            self.between.append(item)
         return hops, self.place.get(item), holder, to_holder
 
     def answer(self, question, sentence):
@@ -237,18 +262,25 @@ class Reader:
         start, value = said.groups()
         if match := re.fullmatch(r"Where is (the )?(\w+)\?", question):
             the, entity = match.groups()
-            assert start == f"{'The ' if the else ''}{entity} is in the"
             hops, place, _, _ = self.locate(entity)
+            short = f"{'The ' if the else ''}{entity} is in the"
+            assert start == short or the and start == f"The {entity} is still there in the"
+            self.via.append(self.between)
             kind, derived = f"where{hops}", place
         elif match := re.fullmatch(r"Who has the (\w+)\?", question):
-            assert start == f"The {match[1]} is with"
+            assert start in (f"The {match[1]} is still there with", f"The {match[1]} is with")
             _, _, derived, hops = self.locate(match[1])
             kind = "who" if hops == 1 else "who2"
+            self.via.append(self.between[:-1])
         elif match := re.fullmatch(r"What colour is the thing that (\w+) has\?", question):
             long = f"The thing of {match[1]} has the colour"
             assert start in (long, f"The thing that {match[1]} has is")
             (thing,) = [t for t, who in self.holder.items() if who == match[1] and t in THINGS]
             kind, derived = "colour2", self.colour[thing]
+            self.via.append([thing])
+        elif match := re.fullmatch(r"What is the (\w+) in\?", question):
+            assert start == f"The {match[1]} was put down in the"
+            kind, derived = "inside", self.inside[match[1]]
         elif match := re.fullmatch(r"What colour is the (\w+)\?", question):
             assert start in (f"The {match[1]} has the colour", f"The {match[1]} is")
             kind, derived = "colour", self.colour[match[1]]
