@@ -105,6 +105,29 @@ SHOWS = {
         r"Chosen: \S+ \(1\.1: nobody leaves\)\. ",
         r"  first p-value small, else stop ",
     ],
+    "05_which_keys_matter.py": [
+        r"\d+ keys, and how many of them matter$",
+        r"Block \d+, head \d+ gives \d+\.\d% of its weight to the answer\.$",
+        r"weight   \|[ .,:=+*#%@-]+\|$",
+        r"    1 to  1 keys +\d+ #*$",
+        r"   8( +\d+\.\d%){6}$",
+        r" +q \. k_j, exact( +-?\d+\.\d\d){4} +8$",
+        r" +codes of 2 bits( +-?\d+\.\d\d){4} +\d$",
+        r" +\|q\| \|k\| cos\(angle\)( +-?\d+\.\d\d){4} +\d$",
+        r" +sums, M = 1, 1 > 0( +-?\d+\.\d\d){4} +\d$",
+        r" +sums, M = 32, \d+ > 0( +-?\d+\.\d\d){4} +\d$",
+        r" +(post-hoc|trained) detector( +-?\d+\.\d\d){4} +\d$",
+        r" +All heads: of the 8 nearest, \d\d% are among the 8 best\.$",
+        r" +- \|q\^ - k\^\|( +-?\d+\.\d\d){4} +8$",
+        r" +All heads: of the 8 nearest, 100% are among the 8 best\.$",
+        r"  d = 32: sure after 100%; ",
+        r"oracle   \|[ #]+\| +\d+\.\d%  8$",
+        r"window   \|[ #o-]+\| +\d+\.\d%  8$",
+        r"oracle   \|[ #]+\| +\d+\.\d%  8$",
+        r"All heads: oracle \d+%; codes \d+%; ELSA \d+%; A3 \d+%; DOTA \d+%; LSH \d+%; window ",
+        r"dense +\S+ +6 +100\.0% +1\.00 +1\.00 +1\.00$",
+        r"linear +\S+ +\d +12\.\d% +0\.\d\d +0\.\d\d +\d+\.\d\d$",
+    ],
 }
 
 
@@ -258,3 +281,26 @@ def test_stopping_early_is_shown_with_its_price(runs):
         for rule in ("any mean loss", "any small", "first p-value")
     )
     assert luck > small > first and first <= 5
+
+
+def test_what_keeps_more_of_the_attention_is_seen_and_what_it_costs(runs):
+    """Nothing beats the oracle, codes of four bits come near it, a far answer is out of a window's
+    sight; angles are guessed too small once corrected; and what is left out is not counted."""
+    out = runs("05_which_keys_matter.py").out
+    (line,) = re.findall(r"^All heads: (oracle .*)$", out, re.MULTILINE)
+    mass = {name: int(share) for name, share in re.findall(r"([\w]+) (\d+)%", line)}
+    assert max(mass.values()) == mass["oracle"] and mass["codes"] > mass["oracle"] - 10
+    assert min(mass["codes"], mass["ELSA"]) > max(mass["window"], mass["lots"])
+    pictures = re.findall(r"^(\w+) +\|([ #o-]+)\| +(\d+\.\d)% +(\d+)$", out, re.MULTILINE)
+    assert len(pictures) == 2 * len(mass)
+    for _, marks, _, kept in pictures:
+        assert marks.count("#") + marks.count("-") == int(kept)
+        assert marks.count("#") + marks.count("o") == 8
+    first = {name: float(share) for name, _, share, _ in pictures[: len(mass)]}
+    assert first["oracle"] == max(first.values()) > 2 * first["window"]
+    before, after = map(int, re.search(r"too small: (\d+)%, less bias (\d+)%", out).groups())
+    assert before < after
+    for cost in re.findall(
+        r"^(?:codes|ELSA|A3|DOTA|linear) .*% +(\d\.\d\d) +(\d\.\d\d) ", out, re.MULTILINE
+    ):
+        assert all(float(part) < 1 for part in cost)
