@@ -8,13 +8,14 @@ from slow import a3 as slow
 from test_predictive_attention import random_qkv, run
 from tiny import tiny_lm
 
-from minitx import greedy_search, ops
-from minitx.choosing import AttendChosen
-from minitx.fixed_point import FixedPoint, Rounded
-from minitx.greedy_search import GreedySearch, pops
+from minitx import ops
+from minitx.keys import greedy_search
+from minitx.keys.choosing import AttendChosen
+from minitx.keys.fixed_point import FixedPoint, Rounded
+from minitx.keys.greedy_search import GreedySearch, pops
+from minitx.keys.sorted_columns import sort
 from minitx.ledger import counting
 from minitx.skip.a3 import SearchedKeys
-from minitx.sorted_columns import sort
 from minitx.state import Layer
 from minitx.technique import apply
 

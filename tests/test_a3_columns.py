@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from minitx.keys.sorted_columns import SortedColumns, merge, remembered, sort
 from minitx.ledger import counting
-from minitx.sorted_columns import SortedColumns, merge, remembered, sort
 from minitx.state import Layer
 from minitx.tree import Part, part
 

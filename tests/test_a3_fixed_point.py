@@ -7,7 +7,7 @@ from test_a3 import part
 from test_predictive_attention import random_qkv, run
 
 from minitx import ops
-from minitx.fixed_point import Rounded, exp_by_tables, exp_tables
+from minitx.keys.fixed_point import Rounded, exp_by_tables, exp_tables
 
 
 def test_rounded_numbers():

@@ -9,7 +9,7 @@ from test_predictive_attention import random_qkv, run
 from tiny import tiny_lm
 
 from minitx import ops
-from minitx.choosing import AttendChosen, Seen
+from minitx.keys.choosing import AttendChosen, Seen
 from minitx.lab.attention_baselines import (
     BASELINES,
     SINKS,

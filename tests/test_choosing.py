@@ -6,7 +6,7 @@ import pytest
 from test_predictive_attention import random_qkv, run
 
 from minitx import ops
-from minitx.choosing import AttendChosen, Seen, gathered, largest, masked, remembered
+from minitx.keys.choosing import AttendChosen, Seen, gathered, largest, masked, remembered
 from minitx.ledger import counting
 from minitx.state import Layer
 from minitx.tree import Part, part

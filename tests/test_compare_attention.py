@@ -14,9 +14,9 @@ from tiny import tiny_lm
 import minitx
 from minitx import ops
 from minitx.build import random_model
-from minitx.choosing import AttendChosen, Seen
 from minitx.cli import main
 from minitx.errors import MinitxError
+from minitx.keys.choosing import AttendChosen, Seen
 from minitx.lab import attention_report, attention_timing
 from minitx.lab.attention_baselines import BASELINES, BestKeys, NewestKeys, RandomKeys
 from minitx.lab.attention_methods import METHODS, Knob, chosen_methods, settle

@@ -8,8 +8,8 @@ from slow import dota as slow
 from tiny import FAMILIES, tiny_lm
 
 from minitx import ops
-from minitx.choosing import AttendChosen
-from minitx.detector import Detect, Detector, coded, projection, random_detectors
+from minitx.keys.choosing import AttendChosen
+from minitx.keys.detector import Detect, Detector, coded, projection, random_detectors
 from minitx.ledger import counting
 from minitx.model import QKV, Attend, Attention, Linear, NoRope
 from minitx.skip.dota import DetectingAttention, Guess, Strongest, guessed, loads

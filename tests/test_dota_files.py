@@ -9,9 +9,9 @@ from test_dota import IDS
 from tiny import FAMILIES, tiny_folder, tiny_lm
 
 import minitx
-from minitx.detector import random_detectors, read_detectors, write_detectors
 from minitx.errors import MinitxError
 from minitx.files.safetensors import read_tensors, write_safetensors
+from minitx.keys.detector import random_detectors, read_detectors, write_detectors
 from minitx.ledger import counting
 from minitx.technique import apply, find
 

@@ -8,8 +8,8 @@ from test_predictive_attention import random_qkv, run
 from tiny import tiny_lm
 
 from minitx import ops
-from minitx.choosing import AttendChosen, Seen
-from minitx.hashing import Factor, Kronecker, SignHash, cosines, pack, sign_hash
+from minitx.keys.choosing import AttendChosen, Seen
+from minitx.keys.hashing import Factor, Kronecker, SignHash, cosines, pack, sign_hash
 from minitx.ledger import counting
 from minitx.skip.elsa import AlikeKeys, largest_seen, samples
 from minitx.state import Layer
@@ -289,7 +289,7 @@ def test_one_head_that_keeps_all_beside_others():
 
 def test_what_is_kept_does_not_depend_on_how_bits_are_counted(monkeypatch):
     """NumPy before 2.0 has no count of bits: the same by a table."""
-    from minitx import hashing
+    from minitx.keys import hashing
 
     q, k, _ = random_qkv(11)
     expected = kept_of(attend(), q, k)

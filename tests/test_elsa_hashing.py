@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from slow import elsa as slow
 
-from minitx import hashing
-from minitx.hashing import (
+from minitx.keys import hashing
+from minitx.keys.hashing import (
     Factor,
     Kronecker,
     angle_bias,

@@ -8,9 +8,9 @@ from test_elsa import IDS, attend, kept_of, twin
 from test_predictive_attention import random_qkv, run
 from tiny import END, TOKENIZER, tiny_lm, tiny_model
 
-from minitx.choosing import Seen
 from minitx.errors import MinitxError
-from minitx.hashing import angle_bias
+from minitx.keys.choosing import Seen
+from minitx.keys.hashing import angle_bias
 from minitx.ledger import counting
 from minitx.model import Attend
 from minitx.skip.elsa import calibration_texts, learn, samples

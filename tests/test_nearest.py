@@ -7,10 +7,9 @@ from test_predictive_attention import IDS, random_qkv
 from tiny import tiny_lm
 
 from minitx import ops
-from minitx.choosing import Seen
-from minitx.kd_trees import KDTrees, Split, looked_at
-from minitx.model import Attention
-from minitx.nearest import (
+from minitx.keys.choosing import Seen
+from minitx.keys.kd_trees import KDTrees, Split, looked_at
+from minitx.keys.nearest import (
     Linear,
     augmented_keys,
     augmented_queries,
@@ -19,6 +18,7 @@ from minitx.nearest import (
     longest_key,
     random_lsh,
 )
+from minitx.model import Attention
 from minitx.technique import apply
 from minitx.tree import walk
 

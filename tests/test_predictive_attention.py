@@ -6,7 +6,7 @@ from slow import predictive_attention as slow
 from tiny import tiny_lm
 
 from minitx import ops
-from minitx.choosing import AttendChosen
+from minitx.keys.choosing import AttendChosen
 from minitx.ledger import counting
 from minitx.skip.predictive_attention import (
     IntegerCode,

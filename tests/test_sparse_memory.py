@@ -9,12 +9,12 @@ from slow import sparse_memory as slow
 from test_predictive_attention import random_qkv, run
 
 from minitx import ops
-from minitx.choosing import AttendChosen, Seen
-from minitx.kd_trees import KDTrees
+from minitx.keys.choosing import AttendChosen, Seen
+from minitx.keys.kd_trees import KDTrees
+from minitx.keys.nearest import Linear, random_lsh
+from minitx.keys.slots import Slots
 from minitx.ledger import counting
-from minitx.nearest import Linear, random_lsh
 from minitx.skip.sparse_memory import NearestKeys
-from minitx.slots import Slots
 from minitx.state import Layer
 
 R = np.array([6.0, 6.0])  # longer than any key of random_qkv

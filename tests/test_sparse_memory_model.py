@@ -7,8 +7,8 @@ from test_predictive_attention import IDS
 from tiny import tiny_lm
 
 from minitx.errors import MinitxError
+from minitx.keys.slots import Slots
 from minitx.ledger import counting
-from minitx.slots import Slots
 from minitx.technique import apply, find
 
 # Counts ------------------------------------------------------------------------------------------

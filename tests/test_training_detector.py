@@ -15,8 +15,8 @@ from test_training import FIRST, SECOND, TOKENIZER, Alone, recipe_of, write
 import minitx
 from minitx import ops, tree
 from minitx.build import build
-from minitx.detector import Detector, random_detectors, read_detectors
 from minitx.errors import MinitxError
+from minitx.keys.detector import Detector, random_detectors, read_detectors
 from minitx.model import split_heads
 from minitx.state import Layer
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.linalg import norm
 
 import minitx
-from minitx.choosing import Seen
-from minitx.hashing import angle_bias, directions
-from minitx.kd_trees import looked_at
+from minitx.keys.choosing import Seen
+from minitx.keys.hashing import angle_bias, directions
+from minitx.keys.kd_trees import looked_at
+from minitx.keys.nearest import longest_key
 from minitx.lab.compare_attention import Plan, bytes_read, chains, without_projections
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
-from minitx.nearest import longest_key
 from minitx.ops import attention_weights, hidden_keys
 from minitx.state import Layer
 from minitx.technique import apply

@@ -9,7 +9,7 @@ others look at nothing. What a technique keeps should be near the oracle's and f
 import numpy as np
 
 from minitx import ledger
-from minitx.choosing import AttendChosen, Seen, largest
+from minitx.keys.choosing import AttendChosen, Seen, largest
 from minitx.model import Attend
 from minitx.state import Layer
 from minitx.technique import swap_numbered

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minitx import ops
-from minitx.choosing import AttendChosen, Seen
+from minitx.keys.choosing import AttendChosen, Seen
 from minitx.state import Layer
 from minitx.technique import swap
 from minitx.tree import Part, part

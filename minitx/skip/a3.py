@@ -2,8 +2,8 @@
 
 Each query looks at both ends of every sorted column, where its largest and smallest products are,
 adds up the few most extreme of them key by key, and takes the keys whose sum is positive. Exact
-scores then follow, and a second choice among them. The sorting is in ../sorted_columns.py, the
-optional fixed-point arithmetic and exponential tables in ../fixed_point.py.
+scores then follow, and a second choice among them. The sorting is in ../keys/sorted_columns.py, the
+optional fixed-point arithmetic and exponential tables in ../keys/fixed_point.py.
 """
 
 import math
@@ -11,12 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from minitx.choosing import AttendChosen, Seen
 from minitx.errors import MinitxError
-from minitx.fixed_point import FixedPoint, Rounded
-from minitx.greedy_search import GreedySearch
+from minitx.keys.choosing import AttendChosen, Seen
+from minitx.keys.fixed_point import FixedPoint, Rounded
+from minitx.keys.greedy_search import GreedySearch
+from minitx.keys.sorted_columns import Columns, remembered
 from minitx.model import Attend
-from minitx.sorted_columns import Columns, remembered
 from minitx.state import Layer
 from minitx.technique import swap, technique
 from minitx.tree import Part, part

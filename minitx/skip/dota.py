@@ -2,7 +2,7 @@
 
 Here are the part that runs the detector beside attention, the one that chooses by it, and the count
 of key loads when several rows run together. The detector's arrays and its file are in
-``minitx.detector``, its training with the model in ``minitx.training.detector``. Not here:
+``minitx.keys.detector``, its training with the model in ``minitx.training.detector``. Not here:
 thresholds in the place of a fixed number of keys, and the accelerator's arithmetic in 16 bits.
 """
 
@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 
 from minitx import ledger
-from minitx.choosing import AttendChosen, Seen, largest
-from minitx.detector import FILE, Detect, Detector, need_rank, read_detectors
 from minitx.errors import MinitxError
+from minitx.keys.choosing import AttendChosen, Seen, largest
+from minitx.keys.detector import FILE, Detect, Detector, need_rank, read_detectors
 from minitx.model import Attend, Attention, LayerNorm, RMSNorm
 from minitx.state import Layer
 from minitx.technique import NoSuchPart, need, swap_numbered, technique

@@ -1,7 +1,7 @@
 """ELSA: hashes tell how alike a key is to the query; only keys that are alike enough are scored.
 
-Here: the estimate, the threshold, and how it is learned. The hashes are in ``minitx.hashing``, what
-is done with the keys that are kept in ``minitx.choosing``. Not here: the hardware's short numbers.
+Here: the estimate, the threshold, and how it is learned. The hashes are in ../keys/hashing.py, what
+is done with the keys that are kept in ../keys/choosing.py. Not here: the hardware's short numbers.
 """
 
 import math
@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from minitx import ledger, ops
-from minitx.choosing import AttendChosen, Seen, remembered
 from minitx.errors import MinitxError
-from minitx.hashing import angle_bias, cosines, distance, sign_hash
+from minitx.keys.choosing import AttendChosen, Seen, remembered
+from minitx.keys.hashing import angle_bias, cosines, distance, sign_hash
 from minitx.model import Attend
 from minitx.state import Layer
 from minitx.technique import swap_numbered, technique

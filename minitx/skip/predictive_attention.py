@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 
 from minitx import ledger
-from minitx.choosing import AttendChosen, Seen, largest, remembered
 from minitx.errors import MinitxError
+from minitx.keys.choosing import AttendChosen, Seen, largest, remembered
 from minitx.model import Attend
 from minitx.state import Layer
 from minitx.technique import swap, technique

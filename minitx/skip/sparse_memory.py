@@ -7,12 +7,12 @@ and erases), and its rollback for back-propagation, which became ``rewind``.
 
 from typing import Literal
 
-from minitx.choosing import AttendChosen, Seen, remembered
 from minitx.errors import MinitxError
-from minitx.kd_trees import KDTrees
+from minitx.keys.choosing import AttendChosen, Seen, remembered
+from minitx.keys.kd_trees import KDTrees
+from minitx.keys.nearest import Linear, best, longest_key, random_lsh
+from minitx.keys.slots import Slots
 from minitx.model import Attend, Attention
-from minitx.nearest import Linear, best, longest_key, random_lsh
-from minitx.slots import Slots
 from minitx.state import Layer
 from minitx.technique import swap, technique
 from minitx.tree import Part, part, walk, weights

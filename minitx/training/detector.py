@@ -6,7 +6,7 @@ The mean is over blocks, query heads, and pairs of a query and a key that it see
 softmax reads: rotated, and divided by sqrt(d), which the paper's Q K^T is not (its weight would be
 d times smaller than ours for the same loss; its value is not known). Both sides learn: the detector
 to foretell the scores, and the model to have scores that can be foretold. What detectors are, and
-their file: ``minitx.detector``.
+their file: ``minitx.keys.detector``.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ import numpy as np
 
 from minitx import ops
 from minitx.config import Config
-from minitx.detector import (
+from minitx.keys.detector import (
     FILE,
     Detector,
     narrow_rope,

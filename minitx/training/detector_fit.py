@@ -13,8 +13,8 @@ from itertools import islice
 
 import numpy as np
 
-from minitx.detector import Detector, narrow_rope, projection
 from minitx.errors import MinitxError
+from minitx.keys.detector import Detector, narrow_rope, projection
 from minitx.model import Rope
 from minitx.state import Layer
 from minitx.training.detector import watch

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from minitx.config import Config
-from minitx.detector import need_rank
 from minitx.errors import MinitxError
 from minitx.files.common import read_json
+from minitx.keys.detector import need_rank
 from minitx.training.data import LINKS
 from minitx.training.grades import KINDS, Grade, grade_from
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitx import ledger
-from minitx.nearest import augmented_keys, augmented_queries
+from minitx.keys.nearest import augmented_keys, augmented_queries
 from minitx.tree import Part, part, table
 
 SPREAD = 5  # a tree splits along a random one of so many dimensions of the largest variance

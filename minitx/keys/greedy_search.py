@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitx import ledger
-from minitx.sorted_columns import Columns
+from minitx.keys.sorted_columns import Columns
 from minitx.tree import Part, part
 
 NUMBERS = 1 << 20  # products held at a time, so that a long prompt does not fill the memory

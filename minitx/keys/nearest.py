@@ -16,7 +16,7 @@ An index has
 import numpy as np
 
 from minitx import ledger, ops
-from minitx.choosing import Seen, largest
+from minitx.keys.choosing import Seen, largest
 from minitx.tree import Part, part, table, weights
 
 # Inner products as distances ----------------------------------------------------------------------

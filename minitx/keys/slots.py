@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minitx import ledger
-from minitx.choosing import Seen
-from minitx.nearest import best
+from minitx.keys.choosing import Seen
+from minitx.keys.nearest import best
 from minitx.tree import Part
 
 
