@@ -13,7 +13,7 @@ from minitx.keys.choosing import Seen
 from minitx.keys.hashing import angle_bias
 from minitx.ledger import counting
 from minitx.model import Attend
-from minitx.skip.elsa import calibration_texts, learn, samples
+from minitx.skip.elsa import learn, learning_texts, samples
 from minitx.state import Layer
 from minitx.technique import apply, find, swap_numbered
 from minitx.training.stories import split_of
@@ -108,13 +108,13 @@ def test_only_calibration_stories_are_read(count):
 
 
 def test_texts_begin_as_stories_do_and_fit_the_context():
-    texts = calibration_texts(tiny_lm(), 2)
+    texts = learning_texts(tiny_lm(), 2)
     assert [len(ids) for ids in texts] == [48, 48] and texts[0][0] == END
 
 
 def test_the_thresholds_of_a_model_are_those_of_its_own_stories():
     lm = tiny_lm()
-    expected = learn(lm, 1.0, calibration_texts(lm, 2), 5)
+    expected = learn(lm, 1.0, learning_texts(lm, 2), 5)
     changed = apply(lm, {"elsa": {"stories": 2, "min_visible": 5}})
     for t, block in zip(expected, changed.model.stack.blocks):
         np.testing.assert_allclose(block.attn.attend.choose.t, t, rtol=1e-6)

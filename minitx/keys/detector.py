@@ -18,6 +18,7 @@ from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.files.common import need_finite
 from minitx.files.safetensors import read_tensors, write_safetensors
+from minitx.keys.few_bits import few_bits
 from minitx.model import Attention, NoRope, Rope, split_heads
 from minitx.state import Layer
 from minitx.technique import need
@@ -104,14 +105,8 @@ def need_rank(k: int, config: Config, who: str) -> None:
 
 
 def coded(x, bits: int | None):
-    """x (..., n) as whole numbers (..., n), in the type of x, and scales (...): each row has its
-    own, so that no later row changes it. With bits=None x itself, and ones."""
-    if bits is None:
-        return x, np.ones_like(x[..., 0])
-    top = 2 ** (bits - 1) - 1
-    scale = abs(x).max(-1, keepdims=True) / top
-    scale[scale == 0] = 1
-    return np.rint(x / scale).clip(-top, top), scale[..., 0]
+    """As ``few_bits``; with bits=None x itself, and scales of 1."""
+    return (x, np.ones_like(x[..., 0])) if bits is None else few_bits(x, bits)
 
 
 def coded_by_head(w, heads: int, bits: int | None):

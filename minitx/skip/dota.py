@@ -134,7 +134,8 @@ def _trained(lm, k: int | None) -> tuple[Detector, ...]:
 @lru_cache(maxsize=1)  # a sweep over kappa needs one fit
 def fitted(lm, k: int | None) -> tuple[Detector, ...]:
     """Detectors of rank k by least squares, on calibration stories."""
-    from minitx.training.detector_fit import fit, story_ids  # only for this fit
+    from minitx.training.calibration import calibration_texts  # only for this fit
+    from minitx.training.detector_fit import TEXTS, fit
 
     k = max(2, lm.model.config.head_width // 8 * 2) if k is None else k
     need_rank(k, lm.model.config, "dota")
@@ -143,7 +144,7 @@ def fitted(lm, k: int | None) -> tuple[Detector, ...]:
             "dota cannot fit a detector without a tokenizer to read stories with; load the model "
             "with one, or train it with a detector."
         )
-    return fit(lm.model, story_ids(lm), k)
+    return fit(lm.model, calibration_texts(lm, TEXTS), k)
 
 
 # The detector at work ----------------------------------------------------------------------------

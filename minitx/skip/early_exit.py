@@ -303,11 +303,12 @@ class Streams:
 @lru_cache(maxsize=1)  # a sweep over thresholds needs one probe
 def story_probe(lm) -> tuple[np.ndarray, float]:
     """w and b of the probe for a model that reads stories."""
-    from minitx.training.exit_probe import calibration_texts, train_probe  # only for this measure
+    from minitx.training.calibration import calibration_texts  # only for this measure
+    from minitx.training.exit_probe import TEXTS, train_probe
 
     if lm.tokenizer is None:
         raise MinitxError(
             "early_exit cannot train its probe without a tokenizer to read stories with; use "
             "measure=softmax or saturation."
         )
-    return train_probe(lm, calibration_texts(lm))
+    return train_probe(lm, calibration_texts(lm, TEXTS))

@@ -5,8 +5,6 @@ is done with the keys that are kept in ../keys/choosing.py. Not here: the hardwa
 """
 
 import math
-from functools import lru_cache
-from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
@@ -81,7 +79,7 @@ def elsa(
     if theta_bias is None:
         theta_bias = angle_bias(d, k, seed)
     if t is None and p > 0:
-        thresholds = learn(lm, p, calibration_texts(lm, stories), min_visible)  # (L, H)
+        thresholds = learn(lm, p, learning_texts(lm, stories), min_visible)  # (L, H)
     else:
         thresholds = np.full(heads, -math.inf if t is None else t)
     thresholds, cos = thresholds.astype(dtype), cosines(k, theta_bias).astype(dtype)
@@ -179,22 +177,16 @@ def largest_seen(norms, seen: Seen):
 SHOWN_AFTER = 1.0  # seconds before a progress bar appears
 
 
-def calibration_texts(lm, count: int) -> list[list[int]]:
-    """Ids of stories of the calibration split, cut to the model's context; always the same ones."""
+def learning_texts(lm, count: int) -> list[list[int]]:
+    """Ids of ``count`` calibration stories."""
+    from minitx.training.calibration import calibration_texts  # only where thresholds are learned
+
     if lm.tokenizer is None:
         raise MinitxError(
             "elsa cannot learn its thresholds without a tokenizer to read stories with; give one "
             "for all heads, such as t=0.3."
         )
-    encode, context = lm.tokenizer.encode, lm.model.config.context
-    return [lm.encode(encode(text)[:context]) for text in calibration_stories(count)]
-
-
-@lru_cache(maxsize=1)
-def calibration_stories(count: int) -> tuple[str, ...]:
-    from minitx.training.stories import stories  # only where thresholds are learned
-
-    return tuple(story.text for story in islice(stories("calibration", "full", 0), count))
+    return calibration_texts(lm, count)
 
 
 def learn(lm, p: float, texts, min_visible: int = 1) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.keys.choosing import AttendChosen, Seen, largest, remembered
+from minitx.keys.few_bits import few_bits
 from minitx.model import Attend
 from minitx.state import Layer
 from minitx.technique import swap, technique
@@ -150,20 +151,14 @@ class Predict(Part):
 
 @part
 class IntegerCode(Part):
-    """Each vector as whole numbers of b bits, symmetric around 0, and a scale of its own.
-
-    One scale for all keys would change when a larger key comes, and old codes with it.
-    """
+    """Each vector as whole numbers of b bits, and a scale of its own."""
 
     b: int
 
     def __call__(self, x):
         """x (..., d) -> codes (..., d) int8, scales (...)"""
-        largest = 2 ** (self.b - 1) - 1
-        scale = abs(x).max(-1) / largest
-        scale[scale == 0] = 1
-        code = np.rint(x / scale[..., None])
-        return code.clip(-largest, largest).astype(np.int8), scale
+        code, scale = few_bits(x, self.b)
+        return code.astype(np.int8), scale
 
 
 @part

@@ -8,8 +8,6 @@ their sums over pairs are cumulative sums over tokens.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from itertools import islice
 
 import numpy as np
 
@@ -18,24 +16,11 @@ from minitx.keys.detector import Detector, narrow_rope, projection
 from minitx.model import Rope
 from minitx.state import Layer
 from minitx.training.detector import watch
-from minitx.training.stories import stories
 from minitx.tree import Part
 
 TEXTS = 8  # stories: about 1,600 tokens, a few seconds for the shipped models
 RIDGE = 1e-9  # of the mean of the diagonal: so that equal columns can be told apart at all
 ROUNDS = 2  # of W~k and W~q again, where positions rotate: more gain next to nothing
-
-
-@cache
-def story_texts() -> list[str]:
-    """Calibration stories, always the same ones."""
-    return [story.text for story in islice(stories("calibration", "full", 0), TEXTS)]
-
-
-def story_ids(lm) -> list[list[int]]:
-    """Their ids, cut to the model's context."""
-    context = lm.model.config.context
-    return [lm.tokenizer.encode(text)[:context] for text in story_texts()]
 
 
 def fit(model, texts: Sequence, k: int, seed: int = 0) -> tuple[Detector, ...]:

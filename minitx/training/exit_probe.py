@@ -5,7 +5,6 @@ Logistic regression, one for all depths: CALM's early exit classifier (Schuster 
 """
 
 from collections.abc import Sequence
-from itertools import islice
 
 import numpy as np
 from tqdm import tqdm
@@ -13,19 +12,11 @@ from tqdm import tqdm
 from minitx.confidence import sigmoid
 from minitx.errors import MinitxError
 from minitx.training.layerskip import record
-from minitx.training.stories import stories
 
 TEXTS = 24  # stories: about 5,000 tokens, which keeps it near a second for the shipped models
 NEWTON_STEPS = 8  # each about doubles the digits that are right
 RIDGE = 1.0  # added to the curvature: as sure as one example more in each direction
 SHOWN_AFTER = 2.0  # seconds before a progress bar appears
-
-
-def calibration_texts(lm, count: int = TEXTS) -> list[list[int]]:
-    """Ids of stories of the calibration split, cut to the model's context; always the same ones."""
-    context = lm.model.config.context
-    found = islice(stories("calibration", "full", 0), count)
-    return [lm.tokenizer.encode(story.text)[:context] for story in found]
 
 
 def train_probe(lm, texts: Sequence) -> tuple[np.ndarray, float]:
