@@ -97,7 +97,7 @@ def split_flags(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
             return words + arguments[number:], flags
         if word.startswith("--") and word[2:].replace("-", "_") in names():
             flags.append([word])
-        elif flags and arguments[number - 1] == flags[-1][-1] and re.match(r"[a-z][\w-]*=", word):
+        elif flags and arguments[number - 1] == flags[-1][-1] and re.match(r"[^\W\d][\w-]*=", word):
             flags[-1].append(word)
         else:
             words.append(word)
