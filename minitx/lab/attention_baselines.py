@@ -8,8 +8,8 @@ others look at nothing. What a technique keeps should be near the oracle's and f
 
 import numpy as np
 
-from minitx import ledger
 from minitx.keys.choosing import AttendChosen, Seen, largest
+from minitx.keys.nearest import scores
 from minitx.model import Attend
 from minitx.state import Layer
 from minitx.technique import swap_numbered
@@ -37,12 +37,8 @@ class BestKeys(Part):
         return ()
 
     def __call__(self, q, k, known, seen: Seen):
-        *lead, H, T, d = q.shape
-        K, S = k.shape[-3], k.shape[-2]
-        if ledger.active:
-            ledger.active.add(q.size * S, cache_bytes=k.nbytes)
-        p = q.reshape(*lead, K, H // K * T, d) @ k.swapaxes(-1, -2)  # (..., K, G*T, S)
-        p = seen.hide(p.reshape(*lead, K, H // K, T, S))
+        by_group = q.reshape(*k.shape[:-2], -1, *q.shape[-2:])  # (..., K, G, T, d)
+        p = seen.hide(scores(by_group, k, None))
         return largest(p, np.minimum(seen.count, self.r))
 
 

@@ -240,9 +240,8 @@ class Teller:
             wording += " shortly"
         if attribute == "count":
             slots["foods"] = self.world.food[entity][0] + "s"
-        self.writer.via = self.world.via(attribute, entity, value)
-        self.writer.say_answer(kind, wording, value_type, value, **slots)
-        self.writer.via = ()
+        via = self.world.via(attribute, entity, value)
+        self.writer.say_answer(kind, wording, value_type, value, via, **slots)
 
     # Limits of the grade.
 

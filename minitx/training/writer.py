@@ -52,7 +52,6 @@ class Writer:
         self.named = {kind: {} for kind in TYPES.values()}  # type -> value -> how often so far
         self.latest = dict.fromkeys(self.named)  # type -> value named last
         self.pieces, self.answers = [], []
-        self.via: tuple[str, ...] = ()  # of the answer that comes next
         self.nats = 0.0  # surprisal of the choices that no piece shows yet
         self.words = 1  # the first has no space before it; all others have
 
@@ -93,18 +92,18 @@ class Writer:
         self.write(fragment, slots)
 
     def say_answer(
-        self, kind: str, wording: str, value_type: str, value: str, **slots: str
+        self, kind: str, wording: str, value_type: str, value: str, via: tuple = (), **slots: str
     ) -> None:
         """A sentence with an answer word, which the facts force to be ``value``."""
         before, after = self.pick(WORDINGS[wording][: self.wordings])
         self.write(before, slots)
-        self.answer(kind, value_type, value)
+        self.answer(kind, value_type, value, via)
         self.write(after, slots)
 
-    def answer(self, kind: str, value_type: str, value: str) -> None:
+    def answer(self, kind: str, value_type: str, value: str, via: tuple = ()) -> None:
         """The answer word alone."""
         named, latest = tuple(self.named[value_type].items()), self.latest[value_type]
-        self.answers.append(Answer(kind, value, len(self.pieces), named, latest, self.via))
+        self.answers.append(Answer(kind, value, len(self.pieces), named, latest, via))
         self.pieces.append((" " + value, kind, 0.0))
         self.words += 1
         self.note(value_type, value)
