@@ -16,6 +16,7 @@ from minitx.model import (
     Attend,
     Attention,
     Block,
+    Cache,
     Head,
     LayerNorm,
     Linear,
@@ -119,7 +120,8 @@ def _attention(c: Config, rope: Part, path: str, get: Get) -> Part:
         _linear(f"{path}qkv.v.", c.width, kv, c.qkv_bias, get),
     )
     out = _linear(f"{path}out.", inner, c.width, c.out_bias, get)
-    return Attention(norm, qkv, rope, Attend(c.head_width**-0.5), out, c.heads, c.kv_heads)
+    attend = Attend(c.head_width**-0.5)
+    return Attention(norm, qkv, rope, Cache(), attend, out, c.heads, c.kv_heads)
 
 
 def _ffn(c: Config, path: str, get: Get) -> Part:

@@ -212,7 +212,8 @@ def parser() -> Parser:
     add_json(attention)
 
     cost = add(names, "cost", commands.cost, "what a technique saves on a model of any size")
-    cost.add_argument("technique", choices=["first-layer"], help="first-layer")
+    cost.add_argument("technique", type=known_cost, help="first-layer, for instance")
+    cost.add_argument("options", nargs="*", help="option=value")
     cost.add_argument("--config", required=True, metavar="FILE", help="a Hugging Face config.json")
     cost.add_argument("--parallel", action="store_true", help="as if its blocks were parallel")
     add_json(cost)
@@ -271,6 +272,16 @@ def add_stories(command: Parser, default: int) -> None:
 
 def add_json(command: Parser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def known_cost(text: str) -> str:
+    """The name of a technique that has formulas of what it costs."""
+    from minitx.lab.cost import names
+
+    if text.replace("-", "_") not in names():
+        known = ", ".join(name.replace("_", "-") for name in names())
+        raise argparse.ArgumentTypeError(f"{text!r} has no cost formulas; known: {known}")
+    return text
 
 
 def count(text: str) -> int:

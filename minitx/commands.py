@@ -18,7 +18,7 @@ import numpy as np
 import minitx
 from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
-from minitx.tree import weights
+from minitx.tree import nbytes, weights
 
 NOT_FINISHED = 3
 
@@ -88,13 +88,14 @@ def show(args) -> None:
     lm = load(args)
     total = sum(w.size for w in weights(lm.model).values())
     if args.json:
-        found = {"name": lm.name, "weights": total, "config": asdict(lm.model.config)}
+        found = {"name": lm.name, "weights": total, "bytes": nbytes(lm)}
+        found |= {"config": asdict(lm.model.config)}
         print(json.dumps(found, indent=1))
     else:
         print(lm.model)
         if type(lm.decode) is not Autoregressive:  # a technique has put another loop there
             print(lm.decode)
-        print_figures(f"{total:,} weights")
+        print_figures(f"{total:,} weights; {nbytes(lm) / 1e6:.2f} MB in memory")
 
 
 def list_techniques(args) -> None:
@@ -197,10 +198,9 @@ def compare_attention(args) -> None:
 
 
 def cost(args) -> None:
-    from minitx.lab.cost import read_shape
-    from minitx.lab.cost_first_layer import FirstLayerCost
+    from minitx.lab.cost import cost as measure
 
-    found = FirstLayerCost(read_shape(args.config, args.parallel))
+    found = measure(args.technique, args.config, args.options, args.parallel)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 

@@ -87,7 +87,8 @@ def group_of(path: str) -> str:
 active: Ledger | None = None  # where ops.py counts, if anywhere
 
 
-WORK = ("__call__", "fill", "kv", "best", "remember")  # the methods of parts in which work is done
+# The methods of parts in which work is done.
+WORK = ("__call__", "fill", "kv", "best", "remember", "outputs")
 
 
 @contextmanager

@@ -136,6 +136,7 @@ class Attention(Part):
     norm: Part
     qkv: Part
     rope: Part
+    cache: Part
     attend: Part
     out: Part
     heads: int  # H
@@ -152,7 +153,7 @@ class Attention(Part):
     def remember(self, k, v, layer: Layer):
         """Add keys and values (..., T, K*d) to the memory; returns all so far, (..., K, S, d)."""
         k = self.rope(split_heads(k, self.kv_heads), layer)  # (..., K, T, d)
-        return layer.extend(k, split_heads(v, self.kv_heads))
+        return self.cache(k, split_heads(v, self.kv_heads), layer)
 
     def mix(self, q, k, v, layer: Layer):
         """All of attention that follows the projections q (..., T, H*d), k, v (..., T, K*d)."""
@@ -212,6 +213,14 @@ class NoRope(Part):
 
 
 @part
+class Cache(Part):
+    """Keys and values of all tokens so far, kept as they are."""
+
+    def __call__(self, k, v, layer: Layer):
+        return layer.extend(k, v)  # (..., K, T, d) -> (..., K, S, d)
+
+
+@part
 class Attend(Part):
     """Softmax attention of the queries over all keys so far."""
 
@@ -264,6 +273,10 @@ class Linear(Part):
 
     def __call__(self, x):
         return ops.linear(x, self.w, self.b)
+
+    def outputs(self, x, first: int):
+        """Only the outputs from column ``first`` on."""
+        return ops.linear(x, self.w[:, first:], None if self.b is None else self.b[first:])
 
 
 @part

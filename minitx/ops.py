@@ -219,11 +219,14 @@ def attention(q, k, v, scale, start=None):
     q (..., H, T, d); k, v (..., K, S, d) with the T newest keys last, so query t sees the keys
     before S - T + t + 1. Query heads share key heads in groups of G = H / K. ``start`` (B,), for a
     batch padded on the left, is each row's first real key. Returns (..., H, T, d).
+
+    The values may be of another width than the keys, and one head of them may serve all: then v is
+    (..., K or 1, S, n), and what is returned (..., H, T, n).
     """
     T, S = q.shape[-2], k.shape[-2]
     if T == 1:
         return attend_rows(q, k, v, scale, hidden_keys(1, S, start))
-    out = np.empty_like(q)
+    out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
     for a, b, end in causal_blocks(T, S):
         block = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
         out[..., a:b, :] = attend_rows(*block, scale, hidden_keys(b - a, end, start))
@@ -242,8 +245,11 @@ def attend_rows(q, k, v, scale, hidden=None):
     """Attention of q (..., H, T, d) over k, v (..., K, S, d); ``hidden`` (..., T, n) marks those of
     the last n keys that a row must not see."""
     if ledger.active:
-        ledger.active.add(2 * q.size * k.shape[-2], cache_bytes=k.nbytes + v.nbytes)
-    return mix(attention_weights(q, k, scale, hidden), v).reshape(q.shape)
+        widths = q.shape[-1] + v.shape[-1]  # of a score, and of what it weighs
+        work = q.size // q.shape[-1] * k.shape[-2] * widths
+        ledger.active.add(work, cache_bytes=k.nbytes + v.nbytes)
+    mixed = mix(attention_weights(q, k, scale, hidden), v)  # (..., K, G*T, n)
+    return mixed.reshape(*q.shape[:-1], v.shape[-1])
 
 
 def mix(p, v):

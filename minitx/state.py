@@ -93,6 +93,12 @@ class State:
         self.shared = Memory()
         self.layers = [Layer(capacity, start, remember, self.shared) for _ in range(layers)]
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What the keys and values of one token take, in all layers that hold some."""
+        kept = [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
+        return sum(array.nbytes for array in kept) // self.capacity
+
     def rewind(self, position: int) -> None:
         """Forget every token from ``position`` on, in every layer and every technique's memory."""
         if not 0 <= position <= self.position:

@@ -23,7 +23,12 @@ from minitx.tree import Part, rebuild, walk
 # From the inside out: a flag of an inner level is applied before one of an outer level, in
 # whatever order they are given. So a table of the first layer is made from weights that are folded
 # already, and a feed-forward network that is skipped may itself be a lookup.
-LEVELS = ("weights", "scores", "attention", "ffn", "block", "stack", "head", "decode")
+# "pruning" leaves weights out, "weights" rewrites the matrices that are left, "matrices" says how
+# each of them is kept and multiplied.
+LEVELS = (
+    *("pruning", "weights", "matrices"),
+    *("scores", "attention", "ffn", "block", "stack", "head", "decode"),
+)
 PACKAGES = ("minitx.precompute", "minitx.skip")
 
 

@@ -98,6 +98,12 @@ def _collect(node: Part, path: str, found: dict, seen: set) -> None:
             _collect(child, f"{path}{name}.", found, seen)
 
 
+def nbytes(node: Part) -> int:
+    """Bytes of all arrays below ``node``, tables too, each array once."""
+    arrays = {id(v): v for _, n in walk(node) for v in vars(n).values() if isinstance(v, np.ndarray)}
+    return sum(array.nbytes for array in arrays.values())
+
+
 def is_weight(f, value) -> bool:
     """Is this field's value an array that training would change?"""
     return f.metadata.get("weight", True) and hasattr(value, "shape") and hasattr(value, "dtype")

@@ -112,9 +112,11 @@ def test_a_stdin_that_is_no_text(run, monkeypatch):
 def test_show(run):
     lm = minitx.load("toy")
     total = 2 * 259 * 16 + 2 * (16 * (16 + 8 + 8 + 16) + 3 * 16 * 24 + 2 * 16) + 16
-    assert run("show", "-m", "toy") == (0, f"{lm.model}\n", f"{total:,} weights\n")
+    size = 4 * (total + 2 * 48 * 8)  # the rotary tables too, once
+    figures = f"{total:,} weights; {size / 1e6:.2f} MB in memory\n"
+    assert run("show", "-m", "toy") == (0, f"{lm.model}\n", figures)
     found = json.loads(run("show", "-m", "toy", "--json")[1])
-    assert (found["name"], found["weights"]) == ("toy", total)
+    assert (found["name"], found["weights"], found["bytes"]) == ("toy", total, size)
     assert found["config"]["family"] == "llama" and found["config"]["kv_heads"] == 1
 
 

@@ -19,7 +19,7 @@ from minitx.lm import LM
 from minitx.model import FFN, TiedHead
 from minitx.technique import swap, technique
 from minitx.training.data import end_id, story_tokenizer
-from minitx.tree import Part, part
+from minitx.tree import Part, map_weights, part, weights
 
 TOKENIZER = story_tokenizer()
 END = end_id(TOKENIZER)
@@ -69,6 +69,19 @@ def test_the_same_model_is_identical():
     assert found.telling.same == found.telling.told == 2
     assert "nothing: identical. 100.0 %" in str(found) and "2 of 2 continuations" in str(found)
     assert found.reading.dense == found.reading.changed
+
+
+def test_both_models_are_weighed():
+    lm = story_lm()
+    half = replace(lm, model=map_weights(lm.model, lambda w: w.astype(np.float16)))
+    found = compare(lm, half, "", PLAN, bar=False)
+    numbers = sum(w.size for w in weights(lm).values())
+    tables = 2 * CONFIG.context * CONFIG.rope_width
+    assert found.dense_size.weights == 4 * (numbers + tables)
+    assert found.size.weights == 2 * numbers + 4 * tables
+    per_token = CONFIG.layers * 2 * CONFIG.kv_heads * CONFIG.head_width
+    assert found.dense_size.cache == 4 * per_token
+    assert f"{found.size.weights / 1e6:.2f} MB of arrays ({found.memory:.2f}x)" in str(found)
 
 
 def test_what_is_left_out_is_missing_in_the_counts():

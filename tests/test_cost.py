@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from minitx.errors import MinitxError
-from minitx.lab.cost import KINDS, read_shape
-from minitx.lab.cost_first_layer import FirstLayerCost
+from minitx.lab.costs.first_layer import FirstLayerCost
+from minitx.lab.shape import KINDS, read_shape
 
 # As such models' files have it, but for what costs do not depend on. The paper gives Pythia the
 # vocabulary of GPT-J; files derived from Pythia-6.9B have 50,432.
@@ -168,7 +168,7 @@ def test_an_unknown_kind_is_guessed_and_the_guess_is_told(tmp_path):
         ({"num_key_value_heads": 5}, "32 query heads cannot share 5"),
         ({"vocab_size": 0}, "'vocab_size' is 0"),
         ({"vocab_size": True}, "'vocab_size' is True"),
-        ({"intermediate_size": None}, "none of 'intermediate_size'"),
+        ({"intermediate_size": None}, "'intermediate_size', 'n_inner'"),
         ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' is 'no'"),
         ({"model_type": ["mistral"]}, "'model_type' is"),
         ({"kv_lora_rank": 512}, "'kv_lora_rank' is 512, which these formulas do not know"),
@@ -184,6 +184,27 @@ def test_faulty_files(tmp_path, change, message):
         read_shape(path)
     assert message in str(caught.value) and str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+WHISPER = {"model_type": "whisper", "is_encoder_decoder": True, "d_model": 384, "vocab_size": 51865}
+WHISPER |= {"encoder_layers": 3, "encoder_attention_heads": 3, "encoder_ffn_dim": 1000}
+WHISPER |= {"decoder_layers": 4, "decoder_attention_heads": 6, "decoder_ffn_dim": 1536}
+WHISPER |= {"num_hidden_layers": 3, "max_source_positions": 1500, "max_target_positions": 448}
+T5 = {"model_type": "t5", "is_encoder_decoder": True, "d_model": 1024, "vocab_size": 32128}
+T5 |= {"d_kv": 128, "num_heads": 128, "d_ff": 65536, "num_layers": 24, "n_positions": 512}
+
+
+def test_models_with_an_encoder(tmp_path):
+    """Where the formulas know them, sizes are the decoder's."""
+    with pytest.raises(MinitxError, match="'is_encoder_decoder' is True, which these formulas do"):
+        read_shape(write(tmp_path, WHISPER))
+    s = read_shape(tmp_path, encoders=True)
+    assert (s.layers, s.heads, s.head_width, s.hidden, s.ffn_matrices) == (4, 6, 64, 1536, 2)
+    assert (s.encoder_layers, s.source, s.context, s.positions) == (3, 1500, 448, 448)
+    assert "4 serial blocks behind an encoder of 3 of width 384" in s.describe()
+    s = read_shape(write(tmp_path, T5), encoders=True)
+    assert (s.layers, s.encoder_layers, s.heads, s.head_width) == (24, 24, 128, 128)
+    assert (s.hidden, s.source, s.context, s.positions) == (65536, 512, 512, 0)
 
 
 # The command -------------------------------------------------------------------------------------
@@ -212,6 +233,7 @@ def test_the_command_with_wrong_input(run, workdir):
         (["first-layer", "--config", "nowhere.json"], "nowhere.json"),
         (["first-layer", "--config", "toy/model.safetensors"], "is not valid JSON"),
         (["first-layer", "--config", "toy", "--fold-norms"], "takes no techniques"),
+        (["first-layer", "depth=2", "--config", "toy"], "has no option 'depth'; it has none"),
     ):
         status, out, err = run("cost", *words)
         assert (status, out) == (2, "") and message in err and err.count("\n") == 1

@@ -11,7 +11,7 @@ from minitx import ops
 from minitx.keys.choosing import AttendChosen
 from minitx.keys.detector import Detect, Detector, coded, projection, random_detectors
 from minitx.ledger import counting
-from minitx.model import QKV, Attend, Attention, Linear, NoRope
+from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope
 from minitx.skip.dota import DetectingAttention, Guess, Strongest, guessed, loads
 from minitx.state import Layer
 from minitx.technique import apply
@@ -58,6 +58,7 @@ ATTN = Attention(
     Bare(),
     QKV(Linear(W_Q), Linear(W_K), Linear(W_V)),
     NoRope(),
+    Cache(),
     Attend(2**-0.5),
     Linear(np.eye(2)),
     1,
@@ -186,7 +187,7 @@ def test_it_is_the_literal_twin(monkeypatch, bits, heads, kv_heads):
     x = rng.standard_normal((T, D))
     w_q, w_k, w_v = (rng.standard_normal((D, n * d)) for n in (heads, kv_heads, kv_heads))
     qkv = QKV(Linear(w_q), Linear(w_k), Linear(w_v))
-    attn = Attention(Bare(), qkv, NoRope(), Attend(0.5), Bare(), heads, kv_heads)
+    attn = Attention(Bare(), qkv, NoRope(), Cache(), Attend(0.5), Bare(), heads, kv_heads)
     p = projection(D, k, rng).astype(float)
     low_q, low_k = (rng.standard_normal((k, n * k)) for n in (heads, kv_heads))
     with counting(part := detecting(Detector(p, low_q, low_k), attn, kappa, bits, d)) as counts:

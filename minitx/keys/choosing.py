@@ -43,12 +43,12 @@ class AttendChosen(Part):
         if self.choose.keeps_all(S) and not self.floor and not self.arithmetic:
             return ops.attention(q, k, v, self.scale, layer.start)
         known = self.choose.remember(k, layer)
-        out = np.empty_like(q)
+        out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
         for a, b, end in ops.causal_blocks(T, S):
             keys = k[..., :end, :], v[..., :end, :]
             seen = Seen(b - a, end, layer.start)
             out[..., a:b, :] = self.rows(q[..., a:b, :], *keys, known, seen)
-        return out  # (..., H, T, d)
+        return out  # (..., H, T, d), or as wide as the values are
 
     def rows(self, q, k, v, known, seen: "Seen"):
         kept = self.choose(q, k, known, seen)  # (..., K, G, T, S)
@@ -159,26 +159,26 @@ def gathered(q, k, v, scale, kept, floor=0.0):
     Head by head, since each keeps another number of keys: products of these few heads are several
     times faster than sums over one list of all pairs of a query and a key.
     """
-    S, d, G = k.shape[-2], k.shape[-1], kept.shape[-3]
-    queries, mixed = (q * scale).reshape(-1, d), np.empty((q.size // d, d), q.dtype)
-    k, v = k.reshape(-1, S, d), v.reshape(-1, S, d)
+    S, d, width = k.shape[-2], k.shape[-1], v.shape[-1]
+    queries, mixed = (q * scale).reshape(-1, d), np.empty((q.size // d, width), q.dtype)
+    k, v = k.reshape(-1, S, d), v.reshape(-1, S, width)  # G rows of queries for each; v may be one
     for h, row in enumerate(kept.reshape(-1, S)):
         key = np.flatnonzero(row)
-        keys = k[h // G].take(key, 0)  # (n, d)
+        keys = k[h * len(k) // len(queries)].take(key, 0)  # (n, d)
         weights = keys @ queries[h]
         weights -= weights.max()
         np.exp(weights, out=weights)
         if floor:
             heavy = weights >= floor  # the heaviest is 1, so one is left
             weights, key = weights[heavy], key[heavy]
-        values = v[h // G].take(key, 0)
+        values = v[h * len(v) // len(queries)].take(key, 0)
         if ledger.active:
             ledger.active.add(keys.size + values.size, cache_bytes=keys.nbytes + values.nbytes)
             if floor:
                 ledger.active.event("keys kept", len(values))
         np.dot(weights, values, out=mixed[h])
         mixed[h] /= weights.sum()
-    return mixed.reshape(q.shape)
+    return mixed.reshape(*q.shape[:-1], width)
 
 
 def masked(q, k, v, scale, kept, floor=0.0):
@@ -188,10 +188,11 @@ def masked(q, k, v, scale, kept, floor=0.0):
     rows = q.reshape(*kept.shape[:-2], 1, *q.shape[-2:])  # (..., K, G, 1, T, d)
     k, v = k[..., None, None, :, :], v[..., None, None, :, :]  # (..., K, 1, 1, S, d)
     if ledger.active:
-        ledger.active.add(2 * q.size * k.shape[-2], cache_bytes=k.nbytes + v.nbytes)
+        work = q.size // q.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1])
+        ledger.active.add(work, cache_bytes=k.nbytes + v.nbytes)
     p = ops.attention_weights(rows, k, scale, ~kept)  # (..., K, G, 1, T, S), the heaviest is 1
     if floor:
         p[p < floor] = 0
         if ledger.active:
             ledger.active.event("keys kept", np.count_nonzero(p))
-    return ops.mix(p, v).reshape(q.shape)
+    return ops.mix(p, v).reshape(*q.shape[:-1], v.shape[-1])

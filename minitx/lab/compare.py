@@ -9,6 +9,8 @@ Two readings of held-out stories, always the same ones:
   for each new token, part by part; then both models are timed in turns, and the ratio is the median
   over the rounds, with the lowest and the highest beside it.
 
+Both are also weighed: bytes of all arrays in memory, and of what one token leaves in the cache.
+
 What is found to be the same is called identical: every greedy choice while reading, and every
 continuation. Anything else is approximate, whatever a technique claims to be.
 """
@@ -34,6 +36,7 @@ from minitx.lab.evaluate import (
     table,
 )
 from minitx.ledger import Entry, Ledger, counting
+from minitx.tree import nbytes
 
 PROMPT, NEW = 32, 48  # tokens of a story's beginning, and how many are told after it
 
@@ -72,10 +75,26 @@ class Telling:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What a model takes in memory, in bytes."""
+
+    weights: int  # all arrays, tables too
+    cache: int  # keys and values of one token
+
+    @classmethod
+    def of(cls, lm, ids) -> "Size":
+        state = lm.model.new_state()
+        lm.model(np.array(ids), state)
+        return cls(nbytes(lm), state.bytes_per_token)
+
+
+@dataclass(frozen=True)
 class Comparison:
     techniques: str
     reading: Reading
     telling: Telling
+    dense_size: Size
+    size: Size
 
     @property
     def identical(self) -> bool:
@@ -88,6 +107,11 @@ class Comparison:
             sum(part.values(), Entry()) for part in (self.telling.changed, self.telling.dense)
         )
         return changed.multiply_adds / dense.multiply_adds
+
+    @property
+    def memory(self) -> float:
+        """Bytes of the changed model's arrays, over those of the dense one."""
+        return self.size.weights / self.dense_size.weights
 
     def as_dict(self) -> dict:
         found = asdict(self)
@@ -111,7 +135,8 @@ def compare(
         reading = read(dense, changed, encoded, best_guess(found), progress.update)
         prompts = [story.ids[:PROMPT] for story in encoded[: plan.told]]
         telling = tell(dense, changed, prompts, plan.rounds, progress.update)
-    return Comparison(techniques, reading, telling)
+    sizes = [Size.of(lm, prompts[0]) for lm in (dense, changed)]
+    return Comparison(techniques, reading, telling, *sizes)
 
 
 def read(dense, changed, encoded: Sequence[Encoded], guess: dict, tick) -> Reading:
@@ -199,6 +224,7 @@ def as_text(c: Comparison) -> str:
         f"For each new token ({PROMPT} of prompt, up to {NEW} new, the prompt's work shared out):",
         costs(t),
         "",
+        sizes(c.dense_size, c.size),
         f"{speed:.2f}x the tokens a second of the dense model ({low:.2f}x to {high:.2f}x), "
         f"which does {t.dense_tokens_per_second:,.0f}.",
     ]
@@ -208,6 +234,12 @@ def as_text(c: Comparison) -> str:
             "Counted: " + ", ".join(f"{n:,} {name}" for name, n in t.events.items()) + ".",
         ]
     return "\n".join(lines)
+
+
+def sizes(dense: Size, changed: Size) -> str:
+    arrays = f"{changed.weights / 1e6:.2f} MB of arrays ({cell(dense.weights, changed.weights)[1]})"
+    cache = f"{changed.cache:,} bytes of cache a token ({cell(dense.cache, changed.cache)[1]})"
+    return f"In memory: {arrays}, {cache}."
 
 
 def quality(r: Reading) -> str:

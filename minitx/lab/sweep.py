@@ -3,8 +3,9 @@
     minitx sweep ffn-skip threshold=0.9,0.95,0.99
 
 Each setting is compared with the dense model (compare.py). The table has a line for each; the chart
-below it has the share of the dense model's multiply-adds from left to right and the loss above the
-dense model's from bottom to top, so that better is further down and further left.
+below it has the share of the dense model's multiply-adds from left to right (of its memory, where no
+setting saves any) and the loss above the dense model's from bottom to top, so that better is further
+down and further left.
 """
 
 from collections.abc import Sequence
@@ -83,26 +84,35 @@ def as_text(points: Sequence[Point]) -> str:
     return f"{as_table(points)}\n\n{chart(points)}"
 
 
+def axis(points: Sequence[Point]) -> tuple[str, list[float]]:
+    """What the settings save, and how much of it each still takes."""
+    if all(p.cost == 1 for p in points):
+        return "memory", [p.comparison.memory for p in points]
+    return "multiply-adds", [p.cost for p in points]
+
+
 def as_table(points: Sequence[Point]) -> str:
     reading = points[0].comparison.reading
     hops = list(reading.dense.by_hops)
     names = map(hops_name, hops)
-    rows = [["setting", "multiply-adds", "loss above dense", "same choice", *names, "speed"]]
+    rows = [["setting", "multiply-adds", "memory", "loss above dense", "same choice", *names, "speed"]]
     dense = [percent(reading.dense.by_hops[h]) for h in hops]
-    rows.append(["dense", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])
+    rows.append(["dense", "1.000x", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])
     for p in points:
         r = p.comparison.reading
         accuracies = [percent(r.changed.by_hops[h]) for h in hops]
         same, speed = percent(r.agreement), f"{p.comparison.telling.speed[0]:.2f}x"
-        rows.append([p.label, f"{p.cost:.3f}x", f"{p.harm:+.4f}", same, *accuracies, speed])
+        cost, memory = f"{p.cost:.3f}x", f"{p.comparison.memory:.3f}x"
+        rows.append([p.label, cost, memory, f"{p.harm:+.4f}", same, *accuracies, speed])
     return table(rows)
 
 
 def chart(points: Sequence[Point]) -> str:
     """Points as letters, a for the first setting; D is the dense model. Of points that fall on one
     place, the last is seen."""
+    what, costs = axis(points)
     marks = [("D", 1.0, 0.0)]
-    marks += [(letter(i), p.cost, p.harm) for i, p in enumerate(points)]
+    marks += [(letter(i), cost, p.harm) for i, (p, cost) in enumerate(zip(points, costs))]
     x, y = scale([m[1] for m in marks], WIDTH), scale([m[2] for m in marks], HEIGHT)
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
     for mark, cost, harm in marks:
@@ -114,7 +124,7 @@ def chart(points: Sequence[Point]) -> str:
     lines[-1] = f"{low:+8.4f} |{lines[-1]}"
     lines[1:-1] = [f"{'':8} |{line}" for line in lines[1:-1]]
     lines.append(f"{'':9}+{'-' * WIDTH}")
-    ends = f"{left:.3f}x", f"{right:.3f}x multiply-adds"
+    ends = f"{left:.3f}x", f"{right:.3f}x {what}"
     lines.append(f"{'':10}{ends[0]}{ends[1]:>{max(WIDTH - len(ends[0]), len(ends[1]) + 1)}}")
     lines.append("loss above dense, upwards.  D dense, " + key(points))
     return "\n".join(line.rstrip() for line in lines)
@@ -139,12 +149,13 @@ def picture(points: Sequence[Point], name: str, path) -> None:
     """The chart as a PNG file; needs the ``plot`` extra."""
     pyplot = need_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 5))
-    axes.plot([p.cost for p in points], [p.harm for p in points], "o-")
+    what, costs = axis(points)
+    axes.plot(costs, [p.harm for p in points], "o-")
     axes.plot([1], [0], "ks")
     axes.annotate("dense", (1, 0), textcoords="offset points", xytext=(5, 5))
-    for p in points:
-        axes.annotate(p.label, (p.cost, p.harm), textcoords="offset points", xytext=(5, 5))
-    axes.set_xlabel("multiply-adds a token, over the dense model's")
+    for p, cost in zip(points, costs):
+        axes.annotate(p.label, (cost, p.harm), textcoords="offset points", xytext=(5, 5))
+    axes.set_xlabel(f"{what}, over the dense model's")
     axes.set_ylabel("loss above the dense model's (nats a token)")
     axes.set_title(name)
     figure.tight_layout()

@@ -64,8 +64,7 @@ class FusedQKV(Part):
 
     def kv(self, x):
         """Keys and values alone, from their columns."""
-        w, b = self.all.w[:, self.q_width :], self.all.b
-        y = ops.linear(x, w, None if b is None else b[self.q_width :])  # (..., T, 2*K*d)
+        y = self.all.outputs(x, self.q_width)  # (..., T, 2*K*d)
         return y[..., : self.k_width], y[..., self.k_width :]
 
 

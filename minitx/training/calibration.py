@@ -1,9 +1,16 @@
 """What techniques learn their settings from: stories of the calibration split, always the same."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
+import numpy as np
+
+from minitx.errors import MinitxError
+from minitx.technique import swap
 from minitx.training.stories import stories
+from minitx.tree import Part, part
 
 
 def calibration_texts(lm, count: int) -> list[list[int]]:
@@ -15,3 +22,75 @@ def calibration_texts(lm, count: int) -> list[list[int]]:
 @lru_cache
 def _texts(count: int) -> tuple[str, ...]:
     return tuple(story.text for story in islice(stories("calibration", "full", 0), count))
+
+
+def need_texts(lm, name: str) -> None:
+    """Refuse, for the technique of that name, a model that cannot read the stories."""
+    if lm.tokenizer is None:
+        raise MinitxError(
+            f"{name} learns from calibration stories and this model has no tokenizer to read them "
+            "with; load it with tokenizer=PATH."
+        )
+
+
+# What parts read ---------------------------------------------------------------------------------
+
+
+def watch_inputs(lm, kind: type, texts: list[list[int]], make: Callable) -> dict[int, object]:
+    """What every part of type ``kind`` reads in these texts: by the part's ``id``, what ``make()``
+    gave for it, whose method ``add(rows)`` got the inputs (n, in) of each text."""
+    found: dict[int, object] = {}
+
+    def watched(inner: Part) -> Part:
+        return Watched(inner, found.setdefault(id(inner), make()))
+
+    witness = swap(lm, kind, watched)
+    for ids in texts:
+        witness.logits(ids)
+    return found
+
+
+@part
+class Watched(Part):
+    """A part that computes what it did, and tells ``into`` what it read."""
+
+    inner: Part
+    into: object
+
+    def __call__(self, x):
+        self.into.add(x.reshape(-1, x.shape[-1]))
+        return self.inner(x)
+
+
+@dataclass
+class Moments:
+    """Sums over the rows x (in,) that a matrix read, in float64."""
+
+    count: int = 0
+    absolute: np.ndarray | float = 0.0  # (in,) sum of |x|
+    gram: np.ndarray | float = 0.0  # (in, in) sum of x^T x
+
+    def add(self, rows) -> None:
+        rows = rows.astype(np.float64)
+        self.count += len(rows)
+        self.absolute = self.absolute + abs(rows).sum(0)
+        self.gram = self.gram + rows.T @ rows
+
+    @property
+    def norms(self) -> np.ndarray:
+        """(in,) the length of each column of inputs."""
+        return np.sqrt(np.diag(self.gram))
+
+
+class Rows:
+    """All rows that a matrix read."""
+
+    def __init__(self):
+        self.pieces: list[np.ndarray] = []
+
+    def add(self, rows) -> None:
+        self.pieces.append(rows.copy())
+
+    @property
+    def all(self) -> np.ndarray:
+        return np.concatenate(self.pieces)  # (n, in)

@@ -8,8 +8,8 @@ breaks even.
 
 from dataclasses import asdict, dataclass
 
-from minitx.lab.cost import Shape
 from minitx.lab.evaluate import table
+from minitx.lab.shape import Shape
 
 BATCHES = (1, 16, 256, 1024)  # those of the paper
 
@@ -131,11 +131,12 @@ class FirstLayerCost:
         return as_text(self)
 
 
+def cost(shape: Shape) -> FirstLayerCost:
+    return FirstLayerCost(shape)
+
+
 def as_text(c: FirstLayerCost) -> str:
     s = c.shape
-    kind = "parallel" if s.parallel else "serial"
-    experts = f"{s.experts} experts of " if s.experts > 1 else ""
-    positions = f", {s.positions:,} learned positions" if s.positions else ""
     weights = [
         ["weights", "numbers"],
         ["Q and P of a block", f"{c.qp_weights:,}"],
@@ -158,9 +159,7 @@ def as_text(c: FirstLayerCost) -> str:
         factor = f"{c.factor(batch):,.{0 if c.factor(batch) >= 2 else 2}f}x"
         reads.append([f"{batch:,}", *(f"{n:,}" for n in numbers), factor])
     lines = [
-        f"{s.kind}: {s.layers} {kind} blocks of width {s.width:,}, {s.heads} heads of "
-        f"{s.head_width} ({s.kv_heads} for keys and values), FFN of {experts}{s.ffn_matrices} "
-        f"matrices with {s.hidden:,} neurons, {s.vocab_size:,} tokens{positions}.",
+        s.describe(),
         *(f"Note: {note}." for note in c.notes()),
         "",
         table(weights),

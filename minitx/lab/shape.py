@@ -1,0 +1,171 @@
+"""The sizes of a transformer, from its ``config.json`` alone, of more kinds than minitx runs.
+
+What ``minitx cost`` stands on (cost.py): no weights are needed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitx.errors import MinitxError
+from minitx.files.common import read_json, short
+from minitx.files.fields import Fields
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a transformer, as far as costs depend on them."""
+
+    kind: str  # "model_type" of the file
+    width: int  # D
+    layers: int  # L
+    heads: int  # H query heads
+    kv_heads: int  # K key/value heads
+    head_width: int  # d
+    hidden: int  # F
+    ffn_matrices: int  # 3 with a gate, else 2
+    experts: int  # 1 unless the FFN is a mixture of several
+    vocab_size: int  # V
+    positions: int  # rows of a table that is added to the embedding; 0 if there is none
+    parallel: bool  # attention and FFN read the same input
+    tied: bool  # the head is the embedding table
+    notes: tuple[str, ...] = ()  # what was assumed
+    context: int = 0  # the longest sequence (a decoder's own, with an encoder); 0: not given
+    encoder_layers: int = 0  # 0: there is no encoder; all other sizes are the decoder's
+    source: int = 0  # the longest sequence of the encoder
+
+    def describe(self) -> str:
+        """One sentence of all sizes."""
+        experts = f"{self.experts} experts of " if self.experts > 1 else ""
+        positions = f", {self.positions:,} learned positions" if self.positions else ""
+        encoder = f" behind an encoder of {self.encoder_layers}" if self.encoder_layers else ""
+        return (
+            f"{self.kind}: {self.layers} {'parallel' if self.parallel else 'serial'} blocks"
+            f"{encoder} of width {self.width:,}, {self.heads} heads of {self.head_width} "
+            f"({self.kv_heads} for keys and values), FFN of {experts}{self.ffn_matrices} matrices "
+            f"with {self.hidden:,} neurons, {self.vocab_size:,} tokens{positions}."
+        )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a ``model_type`` of transformers means without saying so in the file."""
+
+    gated: bool
+    parallel: bool = False
+    adds_positions: bool = False
+    tied: bool = False
+
+
+KINDS = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "olmo"), Kind(True)),
+    **dict.fromkeys(("gemma", "gemma2"), Kind(True, tied=True)),
+    "cohere": Kind(True, parallel=True, tied=True),
+    **dict.fromkeys(("gptj", "gpt_neox", "phi", "codegen"), Kind(False, parallel=True)),
+    **dict.fromkeys(("bloom", "starcoder2"), Kind(False, tied=True)),
+    **dict.fromkeys(("gpt2", "gpt_neo", "opt"), Kind(False, adds_positions=True, tied=True)),
+    "whisper": Kind(False, adds_positions=True, tied=True),
+    "t5": Kind(False, tied=True),
+}
+# Fields of models whose weights are not those that the formulas count.
+UNLIKE = (
+    *("kv_lora_rank", "multi_query", "new_decoder_architecture"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts"),
+)
+
+
+def read_shape(path, parallel: bool = False, encoders: bool = False) -> Shape:
+    """The sizes in the file ``path`` (a ``config.json``, or a folder with one); ``parallel``: as if
+    its blocks were parallel, whatever it says; ``encoders``: of a model with an encoder too.
+
+    Raises MinitxError where the file is missing or malformed, lacks a size, or is of a model whose
+    weights are not those of a plain transformer.
+    """
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    c = Fields(path, read_json(path))
+    for name in UNLIKE:
+        if c.fields.get(name):
+            c.refuse(name, "these formulas do not know")
+    encoder = c.flag("is_encoder_decoder", False)
+    if encoder and not encoders:
+        c.refuse("is_encoder_decoder", "these formulas do not know")
+    name = c.text("model_type", "not given")
+    kind, notes = known_kind(c, name)
+    if name == "gpt_neox":
+        kind = Kind(False, parallel=c.flag("use_parallel_residual", True))
+    if parallel and not kind.parallel:
+        notes += ("taken as parallel, as asked: this model is not",)
+    width = size(c, "hidden_size", "n_embd", "d_model")
+    heads = size(c, "decoder_attention_heads", "num_attention_heads", "n_head", "num_heads")
+    if c.count("word_embed_proj_dim", width) != width:
+        c.refuse("word_embed_proj_dim", "these formulas do not know")
+    shape = Shape(
+        kind=name,
+        width=width,
+        layers=size(c, *LAYERS),
+        heads=heads,
+        kv_heads=c.count("num_key_value_heads", heads),
+        head_width=c.count("head_dim", None) or c.count("d_kv", None) or width // heads,
+        hidden=hidden_size(c, kind, width),
+        ffn_matrices=3 if kind.gated else 2,
+        experts=c.count("num_local_experts", None) or c.count("num_experts", 1),
+        vocab_size=c.count("vocab_size"),
+        positions=size(c, *POSITIONS) if kind.adds_positions else 0,
+        parallel=parallel or kind.parallel,
+        tied=c.flag("tie_word_embeddings", kind.tied),
+        notes=notes,
+        context=size(c, *POSITIONS, default=0),
+        encoder_layers=size(c, "encoder_layers", "num_layers") if encoder else 0,
+        source=size(c, "max_source_positions", "n_positions", default=0) if encoder else 0,
+    )
+    need_even_heads(c, shape)
+    return shape
+
+
+LAYERS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "num_layers")
+POSITIONS = ("max_target_positions", "max_position_embeddings", "n_positions")
+
+
+def known_kind(c: Fields, name: str) -> tuple[Kind, tuple[str, ...]]:
+    """What the ``model_type`` means, or a guess that is said to be one."""
+    if name in KINDS:
+        return KINDS[name], ()
+    activation = c.text("hidden_act", c.text("activation_function", "not given"))
+    gated = activation in ("silu", "swish", "swiglu")
+    guess = (
+        f"the model_type {short(name)} is not known here: taken as serial, without positions added "
+        f"to the embedding, and {'with' if gated else 'without'} a gate in the FFN (its activation "
+        f"is {short(activation)})"
+    )
+    return Kind(gated), (guess,)
+
+
+def size(c: Fields, *names: str, default: int | None = None) -> int:
+    """A size that has several spellings, of which the first that is there counts."""
+    for name in names:
+        if c.fields.get(name) is not None:
+            return c.count(name)
+    if default is not None:
+        return default
+    raise MinitxError(
+        f"{c.path}: has none of {', '.join(map(repr, names))}; needed is a positive whole number."
+    )
+
+
+def hidden_size(c: Fields, kind: Kind, width: int) -> int:
+    names = ("decoder_ffn_dim", "intermediate_size", "n_inner", "ffn_dim", "d_ff")
+    if not kind.gated and not any(c.fields.get(name) for name in names):
+        return 4 * width  # what transformers takes for all the older models without a gate
+    return size(c, *names)
+
+
+def need_even_heads(c: Fields, s: Shape) -> None:
+    if s.heads % s.kv_heads:
+        raise MinitxError(
+            f"{c.path}: {s.heads} query heads cannot share {s.kv_heads} key/value heads evenly; "
+            "'num_attention_heads' must be a multiple of 'num_key_value_heads'."
+        )
+    if s.width % s.heads and c.fields.get("head_dim") is None and c.fields.get("d_kv") is None:
+        raise MinitxError(
+            f"{c.path}: a width of {s.width} is not a multiple of {s.heads} heads; give 'head_dim'."
+        )
