@@ -1,7 +1,7 @@
 """What each ``minitx`` command does: a few lines around a function that Python can call as well.
 
-Each gets its arguments as cli.py read them, and returns the exit status if it is not 0. What a
-command alone needs is imported when it runs, so that the others start faster.
+Each gets its arguments as arguments.py read them, and returns the exit status if it is not 0. What
+a command alone needs is imported when it runs, so that the others start faster.
 """
 
 import json
@@ -85,6 +85,8 @@ def read_stdin() -> str:
 
 
 def show(args) -> None:
+    from minitx.files.precomputed import is_precomputed, read_origin
+
     lm = load(args)
     total = sum(w.size for w in weights(lm.model).values())
     if args.json:
@@ -96,6 +98,8 @@ def show(args) -> None:
         if type(lm.decode) is not Autoregressive:  # a technique has put another loop there
             print(lm.decode)
         print_figures(f"{total:,} weights; {nbytes(lm) / 1e6:.2f} MB in memory")
+        if lm.folder and is_precomputed(lm.folder):
+            print_figures(read_origin(lm.folder))
 
 
 def list_techniques(args) -> None:
@@ -202,6 +206,25 @@ def cost(args) -> None:
 
     found = measure(args.technique, args.config, args.options, args.parallel)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+
+
+def precompute(args) -> None:
+    from minitx.files.find import locate, tokenizer_path
+    from minitx.files.precomputed import Origin, write_precomputed
+
+    if not args.techniques:
+        raise MinitxError(
+            "There is nothing to precompute without a technique; give one: --fold-norms, for "
+            "instance (minitx list names them)."
+        )
+    began = time.perf_counter()
+    lm = load(args)
+    took = time.perf_counter() - began
+    path = locate(args.model)
+    origin = Origin(args.model, flags_text(args))
+    write_precomputed(lm, args.out, origin, tokenizer_path(path, args.tokenizer))
+    size = sum(file.stat().st_size for file in Path(args.out).iterdir())
+    print_figures(f"{args.out}: {size / 1e6:.2f} MB; {took:.2f} s of work that is done for good")
 
 
 def flags_text(args) -> str:

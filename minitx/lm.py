@@ -222,8 +222,8 @@ def _short(value) -> str:
 def load(
     name_or_path: str | Path, tokenizer: str | Path | None = None, dtype=np.float32, **techniques
 ) -> LM:
-    """A language model by the name of a shipped one (``stories``), or from a Hugging Face folder
-    or a llama2.c ``.bin`` file.
+    """A language model by the name of a shipped one (``stories``), or from a Hugging Face folder, a
+    llama2.c ``.bin`` file, or a folder that ``minitx precompute`` wrote.
 
     tokenizer: a folder or file to read the tokenizer from, if it does not stand beside the model; a
     model without one still works on ids. dtype: float32, or float64 for proofs. techniques: by
@@ -231,11 +231,12 @@ def load(
     Raises MinitxError if there is no such model or technique, or if anything about it is not as it
     should be.
     """
-    from minitx.files.find import locate, read
+    from minitx.files.find import name_of, read
 
-    model, its_tokenizer, name = read(name_or_path, tokenizer, dtype)
-    path = locate(name_or_path)
-    lm = LM(model, its_tokenizer, name=name, folder=path if path.is_dir() else None)
+    found = read(name_or_path, tokenizer, dtype)
+    path = found.path
+    folder = path if path.is_dir() else None
+    lm = LM(found.model, found.tokenizer, found.decode, name_of(path), folder)
     if not techniques:
         return lm
     from minitx.technique import apply

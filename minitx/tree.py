@@ -100,7 +100,8 @@ def _collect(node: Part, path: str, found: dict, seen: set) -> None:
 
 def nbytes(node: Part) -> int:
     """Bytes of all arrays below ``node``, tables too, each array once."""
-    arrays = {id(v): v for _, n in walk(node) for v in vars(n).values() if isinstance(v, np.ndarray)}
+    values = (value for _, part in walk(node) for value in vars(part).values())
+    arrays = {id(value): value for value in values if isinstance(value, np.ndarray)}
     return sum(array.nbytes for array in arrays.values())
 
 
@@ -170,9 +171,17 @@ def _settings(node: Part) -> str:
     for f in fields(node):
         value = getattr(node, f.name)
         if hasattr(value, "shape"):
-            words.append(f"{f.name} {'x'.join(map(str, value.shape))}")
+            words.append(f"{f.name} {'x'.join(map(str, value.shape))}{_zeros(f, value)}")
         elif isinstance(value, (bool, int, float, str)):
             words.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
         elif callable(value) and not isinstance(value, Part):
             words.append(f"{f.name}={getattr(value, '__name__', value)}")
     return f"({', '.join(words)})" if words else ""
+
+
+def _zeros(f, value) -> str:
+    """`` 50% zeros`` for a matrix of which something was left out: that cannot be seen else."""
+    if not is_weight(f, value) or value.ndim < 2 or value.dtype.kind != "f":
+        return ""
+    share = 1 - np.count_nonzero(value) / max(value.size, 1)
+    return f" {share:.0%} zeros" if share >= 0.005 else ""

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx.files.safetensors import read_tensors, write_safetensors
+from minitx.files.safetensors import read_tensors
+from minitx.files.safetensors_write import write_safetensors
 
 REFERENCE = Path(__file__).parent / "reference" / "files"
 NAMES = sorted(folder.name for folder in REFERENCE.iterdir() if (folder / "config.json").exists())

@@ -10,7 +10,8 @@ from tiny import FAMILIES, tiny_folder, tiny_lm
 
 import minitx
 from minitx.errors import MinitxError
-from minitx.files.safetensors import read_tensors, write_safetensors
+from minitx.files.safetensors import read_tensors
+from minitx.files.safetensors_write import write_safetensors
 from minitx.keys.detector import random_detectors, read_detectors, write_detectors
 from minitx.ledger import counting
 from minitx.technique import apply, find

@@ -9,7 +9,8 @@ from hf_folders import copied, edit_tensors
 
 from minitx.errors import MinitxError
 from minitx.files.huggingface import read_model
-from minitx.files.safetensors import read_tensors, write_safetensors
+from minitx.files.safetensors import read_tensors
+from minitx.files.safetensors_write import write_safetensors
 
 
 def test_missing_parts_of_a_folder(tmp_path):

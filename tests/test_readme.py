@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import minitx
-from minitx import cli
+from minitx import arguments
 from minitx.files.find import shipped
 from minitx.technique import techniques
 
@@ -35,7 +35,7 @@ def test_the_python_example_runs(capsys):
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_is_understood(line):
     words = [w for w in shlex.split(line)[1:] if w != "..."]
-    cli.read_arguments(words)  # refuses an unknown command, option or technique
+    arguments.read_arguments(words)  # refuses an unknown command, option or technique
 
 
 def test_every_path_exists():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from minitx.errors import MinitxError
-from minitx.files.safetensors import read_tensors, write_safetensors
+from minitx.files.safetensors import read_tensors
+from minitx.files.safetensors_write import write_safetensors
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64"])

@@ -100,7 +100,7 @@ def test_two_that_want_the_same_part_are_refused_by_name(made_up):
         ({"inner": {"share": float("nan")}}, "must be a number or None"),
         ({"inner": 3}, "inner is 3; give True, or a dict of its options"),
         ({"iner": True}, "There is no technique 'iner'; did you mean 'inner'?"),
-        ({"zzz": True}, "There is no technique 'zzz'; known: .*inner, outer"),
+        ({"zzz": True}, "There is no technique 'zzz'; known: .*inner.*outer"),
         ({"swallow": {"a": 1}}, "swallow has no option 'a'; it has none."),
     ],
 )

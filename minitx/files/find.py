@@ -1,16 +1,21 @@
 """Finding a model: by the name of a shipped one, or in a folder or file of any supported format."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
 from minitx.files.common import unreadable
+from minitx.files.precomputed import is_precomputed, read_precomputed
 from minitx.model import Transformer
+from minitx.tree import Part
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed wheel carries the weights inside the package; a checkout has them beside it.
 SHIPPED = [PACKAGE / "weights", PACKAGE.parent / "weights"]
+TOKENIZERS = ("tokenizer.json", "tokenizer.bin")
 
 
 def shipped() -> dict[str, Path]:
@@ -34,15 +39,29 @@ def locate(name_or_path) -> Path:
     return path
 
 
-def read(name_or_path, tokenizer=None, dtype=np.float32) -> tuple[Transformer, object, str]:
-    """(model, tokenizer or None, name), for arguments as ``minitx.load`` has them.
+@dataclass(frozen=True)
+class Found:
+    """What was found of a language model."""
+
+    model: Transformer
+    decode: Part
+    tokenizer: object  # or None
+    path: Path  # of the model
+
+
+def read(name_or_path, tokenizer=None, dtype=np.float32) -> Found:
+    """A language model, for arguments as ``minitx.load`` has them.
 
     The tokenizer is looked for where it was asked for, else beside the model.
     """
     path = locate(name_or_path)
-    where = beside(path) if tokenizer is None else _tokenizer_at(tokenizer)
-    model = read_model_at(path, dtype)
-    return model, None if where is None else read_tokenizer_for(where, model), name_of(path)
+    where = tokenizer_path(path, tokenizer)
+    if is_precomputed(path):
+        model, decode = read_precomputed(path, dtype)
+    else:
+        model, decode = read_model_at(path, dtype), Autoregressive()
+    found = None if where is None else read_tokenizer_for(where, model)
+    return Found(model, decode, found, path)
 
 
 def name_of(path: Path) -> str:
@@ -61,14 +80,25 @@ def read_model_at(path: Path, dtype) -> Transformer:
         return read_llama2c(path, dtype)
     raise MinitxError(
         f"{path} is no model: needed is a Hugging Face folder (one with config.json and "
-        "model.safetensors) or a llama2.c .bin file."
+        "model.safetensors), a llama2.c .bin file, or a folder that minitx precompute wrote."
     )
+
+
+def tokenizer_path(path: Path, tokenizer=None) -> Path | None:
+    """The file of the tokenizer of the model at ``path``: the one that is asked for, else the one
+    beside the model, if there is one."""
+    return beside(path) if tokenizer is None else _tokenizer_at(tokenizer)
 
 
 def beside(path: Path) -> Path | None:
     """The tokenizer that stands beside the model, if there is one."""
-    found = path / "tokenizer.json" if path.is_dir() else path.with_name("tokenizer.bin")
-    return found if _exists(found) else None
+    if not path.is_dir():
+        found = path.with_name("tokenizer.bin")
+        return found if _exists(found) else None
+    for name in TOKENIZERS if is_precomputed(path) else TOKENIZERS[:1]:
+        if _exists(path / name):
+            return path / name
+    return None
 
 
 def read_tokenizer_for(path: Path, model: Transformer):
@@ -97,7 +127,7 @@ def _tokenizer_at(name_or_path) -> Path:
         raise MinitxError(f"{path}: there is no such tokenizer; give its file or folder.")
     if not path.is_dir():
         return path
-    for name in ("tokenizer.json", "tokenizer.bin"):
+    for name in TOKENIZERS:
         if _exists(path / name):
             return path / name
     raise MinitxError(f"{path}: holds no tokenizer (tokenizer.json, or llama2.c's tokenizer.bin).")

@@ -4,11 +4,15 @@ What fixes the arithmetic but can be left out of the file gets the value transfo
 minitx does not compute (scaled rotary angles, sliding windows shorter than the context, quantized
 weights, ...) is refused, never ignored. Settings of training (dropout, ...) do not matter here.
 
+One kind of model transformers does not have: an architecture "Skipless..." is the one that follows
+in its name without residual adds and norms (the epsilon of a norm is written and does not matter).
+
 Since transformers 5 the rotary settings stand in one dict ``rope_parameters``; before, they stood
 at the top level (``rope_theta``; GPT-NeoX: ``rotary_emb_base`` and ``rotary_pct``) and in
 ``rope_scaling``. Both are read.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from minitx.config import Config
@@ -34,13 +38,14 @@ def read_config(path) -> Config:
     if c.fields.get("quantization_config") is not None:
         c.refuse("quantization_config", "minitx does not undo")
     names = c.fields.get("architectures")
-    reader = READERS.get(names[0]) if _is_list_of_one_text(names) else None
+    name = names[0] if _is_list_of_one_text(names) else ""
+    reader = READERS.get(name.removeprefix(SKIPLESS))
     if reader is None:
         raise MinitxError(
             f"{path}: 'architectures' is {short(names)}; minitx reads one of {', '.join(READERS)}."
         )
     try:
-        config = reader(c)
+        config = replace(reader(c), skipless=name.startswith(SKIPLESS))
     except MinitxError as error:  # Config's own checks do not know which file they judge
         text = str(error)
         raise MinitxError(text if text.startswith(str(path)) else f"{path}: {text}") from None
@@ -169,6 +174,7 @@ def _read_gpt_neox(c: Fields) -> Config:
     )
 
 
+SKIPLESS = "Skipless"  # SkiplessLlamaForCausalLM and so on: minitx's own
 READERS = {
     "LlamaForCausalLM": _read_llama,
     "MistralForCausalLM": _read_mistral,

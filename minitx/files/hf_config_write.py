@@ -5,12 +5,14 @@ The rotary settings are written in both spellings, that of transformers 5 and th
 
 from minitx.config import Config
 from minitx.errors import MinitxError
+from minitx.files.hf_config import SKIPLESS
 
 ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
 def config_fields(config: Config) -> dict:
-    """What to write into ``config.json`` so that transformers builds the same model.
+    """What to write into ``config.json`` so that transformers builds the same model (a skipless
+    one it does not have, and does not know by that name).
 
     Raises MinitxError for a combination that none of the architectures read here has.
     """
@@ -18,6 +20,9 @@ def config_fields(config: Config) -> dict:
     fields = {"llama": _llama_fields, "gpt2": _gpt2_fields, "gpt_neox": _gpt_neox_fields}[c.family](
         c
     )
+    if c.skipless:  # names of minitx's own, so that no other framework takes it for what it is not
+        fields["architectures"] = [SKIPLESS + name for name in fields["architectures"]]
+        fields["model_type"] = f"skipless_{fields['model_type']}"
     return fields | {
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tied,

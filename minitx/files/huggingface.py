@@ -20,7 +20,8 @@ from minitx.files.common import need_finite, need_float, read_json, replacing, s
 from minitx.files.hf_config import read_config
 from minitx.files.hf_config_write import config_fields
 from minitx.files.hf_weights import NAMINGS, Entry, entries, is_buffer
-from minitx.files.safetensors import TensorInfo, read_header, read_tensor, write_safetensors
+from minitx.files.safetensors import TensorInfo, read_header, read_tensor
+from minitx.files.safetensors_write import write_safetensors
 from minitx.model import Transformer
 from minitx.tree import weights
 

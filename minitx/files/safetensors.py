@@ -1,4 +1,4 @@
-"""Reading and writing ``.safetensors``: a length, a JSON table of contents, then the raw numbers.
+"""Reading ``.safetensors``: a length, a JSON table of contents, then the raw numbers.
 
     8 bytes    n, the length of the header (little-endian, unsigned)
     n bytes    JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
@@ -6,12 +6,12 @@
 
 The whole header is checked against the real size of the file before anything is allocated, so a
 header that lies costs one error message and no memory. Nothing is ever unpickled. This file knows
-nothing about models: which tensors there must be is decided in ``huggingface.py``.
+nothing about models: which tensors there must be is decided in ``huggingface.py``. To write such a
+file: ``safetensors_write.py``.
 
 Format: https://github.com/huggingface/safetensors (README, "Format").
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.files.common import parse_json, replacing, short, unreadable
+from minitx.files.common import parse_json, short, unreadable
 
 # Bytes per number of every dtype whose size is known, so that offsets can be checked even for
 # tensors that are never read (old GPT-2 files carry boolean masks).
@@ -30,6 +30,11 @@ ITEM_BYTES = {
 }
 # How the readable ones lie in the file; NumPy has no bfloat16, so its bits are read as integers.
 FILE_DTYPE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# What NumPy knows itself, and so can be kept as it is.
+OWN_DTYPE = {
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?", "I8": "i1", "U8": "u1"},
+    **{"I16": "<i2", "I32": "<i4", "I64": "<i8", "U16": "<u2", "U32": "<u4", "U64": "<u8"},
+}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMENSIONS = 32  # NumPy 1's limit
 
@@ -52,9 +57,6 @@ class Header:
     metadata: dict[str, str]
 
 
-# ---------------------------------------------------------------------------------------- reading
-
-
 def read_header(path) -> Header:
     """The table of contents, every entry checked against the size of the file.
 
@@ -71,13 +73,8 @@ def read_header(path) -> Header:
             text = file.read(length)
     except OSError as error:
         raise unreadable(path, error) from None
-    try:
-        entries = parse_json(text)
-    except ValueError as error:
-        raise MinitxError(f"{path}: its header is not valid JSON ({error}).") from None
-    if not isinstance(entries, dict):
-        raise MinitxError(f"{path}: its header is a JSON {type(entries).__name__}, not an object.")
-    metadata = _check_metadata(path, entries.pop("__metadata__", {}))
+    entries = _parse_header(path, text)
+    metadata = check_metadata(path, entries.pop("__metadata__", {}))
     data_begin = 8 + length
     tensors = {
         name: _check_entry(path, name, entry, data_begin, size) for name, entry in entries.items()
@@ -106,17 +103,33 @@ def read_tensor(path, name: str, info: TensorInfo) -> np.ndarray:
         raise MinitxError(
             f"{path}: tensor {name!a} is {info.dtype}; weights must be {', '.join(FILE_DTYPE)}."
         )
+    return widen(_numbers(path, name, info, FILE_DTYPE), info.dtype).reshape(info.shape)
+
+
+def read_as_stored(path) -> dict[str, np.ndarray]:
+    """All tensors by name, in the types that the file has them in, whole numbers too."""
+    found = {}
+    for name, info in read_header(path).tensors.items():
+        if info.dtype not in OWN_DTYPE:
+            raise MinitxError(f"{path}: tensor {name!a} is {info.dtype}, which NumPy has not.")
+        array = _numbers(path, name, info, OWN_DTYPE).reshape(info.shape)
+        found[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return found
+
+
+def _numbers(path, name: str, info: TensorInfo, dtypes: dict[str, str]) -> np.ndarray:
+    """The tensor's numbers, flat, as they lie in the file."""
     count = math.prod(info.shape)
     try:
-        flat = np.fromfile(path, FILE_DTYPE[info.dtype], count, offset=info.begin)
+        flat = np.fromfile(path, dtypes[info.dtype], count, offset=info.begin)
     except OSError as error:
         raise unreadable(path, error) from None
     if flat.size != count:  # the file shrank after its header was checked
         raise MinitxError(f"{path}: tensor {name!a} ends early; the file is truncated.")
-    return _widen(flat, info.dtype).reshape(info.shape)
+    return flat
 
 
-def _widen(flat: np.ndarray, dtype: str) -> np.ndarray:
+def widen(flat: np.ndarray, dtype: str) -> np.ndarray:
     """File numbers as native float32 or float64; widening is exact."""
     if dtype == "BF16":  # bfloat16 is the upper half of a float32
         return (flat.astype(np.uint32) << 16).view(np.float32)
@@ -157,7 +170,7 @@ def _parse_header(path, text: bytes) -> dict:
     return entries
 
 
-def _check_metadata(path, metadata) -> dict[str, str]:
+def check_metadata(path, metadata) -> dict[str, str]:
     """``__metadata__`` maps strings to strings."""
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise MinitxError(f"{path}: __metadata__ in its header must map strings to strings.")
@@ -219,60 +232,3 @@ def _check_tiling(path, tensors: dict[str, TensorInfo], data_begin: int, size: i
         position, previous = tensors[name].end, name
     if position != size:
         raise MinitxError(f"{path}: {size - position} bytes follow the last tensor; needed are 0.")
-
-
-# ---------------------------------------------------------------------------------------- writing
-
-
-def write_safetensors(path, tensors: dict[str, np.ndarray], dtype="F32", metadata=None) -> None:
-    """Write ``tensors`` in sorted order, all as ``dtype`` ("F32", "F16", "BF16" or "F64").
-
-    ``metadata`` (strings to strings) is ``{"format": "pt"}`` if None: transformers asks for it.
-    Numbers are rounded to nearest, ties to even; float64 goes to BF16 by way of float32. NaN and
-    Inf are kept, but a finite number too large for ``dtype`` is an error. The file appears under
-    its name when it is complete, or not at all.
-    """
-    if dtype not in FILE_DTYPE:
-        raise MinitxError(f"cannot write dtype {dtype!r}; choose one of {', '.join(FILE_DTYPE)}.")
-    metadata = _check_metadata(path, {"format": "pt"} if metadata is None else metadata)
-    header, position = {"__metadata__": metadata}, 0
-    for name in sorted(tensors):
-        array = np.asarray(tensors[name])
-        if name == "__metadata__" or array.dtype.kind != "f":
-            raise MinitxError(f"{path}: {name!a} ({array.dtype}) is not a tensor of real numbers.")
-        end = position + array.size * ITEM_BYTES[dtype]
-        shape = list(array.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8 bytes
-    with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(tensors):
-            file.write(_narrow(path, name, np.asarray(tensors[name]), dtype).tobytes())
-
-
-def _narrow(path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """``array`` as it lies in the file; a finite number must not become infinite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        stored = array.ravel().astype(np.float32 if dtype == "BF16" else FILE_DTYPE[dtype])
-    if dtype == "BF16":
-        stored = _bfloat16_bits(stored)
-    became_infinite = np.isinf(_widen(stored, dtype)) & np.isfinite(array.ravel())
-    if became_infinite.any():
-        largest = np.abs(array.ravel()[became_infinite]).max()
-        raise MinitxError(
-            f"{path}: tensor {name!a} holds a number of size {largest:.4g}, "
-            f"too large for {dtype}; write a wider dtype."
-        )
-    return stored
-
-
-def _bfloat16_bits(numbers: np.ndarray) -> np.ndarray:
-    """float32 (n,) -> the upper 16 bits of each, rounded to nearest, ties to even."""
-    bits = numbers.view(np.uint32)
-    odd = (bits >> 16) & 1
-    rounded = (bits + (0x7FFF + odd)) >> 16  # half a unit up, a hair less if already even
-    # Rounding could carry a NaN over into Inf (or wrap), so a NaN is cut and marked quiet instead.
-    rounded = np.where(np.isnan(numbers), (bits >> 16) | 0x40, rounded)
-    return rounded.astype("<u2")

@@ -17,7 +17,8 @@ from minitx import ops
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.files.common import need_finite
-from minitx.files.safetensors import read_tensors, write_safetensors
+from minitx.files.safetensors import read_tensors
+from minitx.files.safetensors_write import write_safetensors
 from minitx.keys.few_bits import few_bits
 from minitx.model import Attention, NoRope, Rope, split_heads
 from minitx.state import Layer

@@ -3,9 +3,9 @@
     minitx sweep ffn-skip threshold=0.9,0.95,0.99
 
 Each setting is compared with the dense model (compare.py). The table has a line for each; the chart
-below it has the share of the dense model's multiply-adds from left to right (of its memory, where no
-setting saves any) and the loss above the dense model's from bottom to top, so that better is further
-down and further left.
+below it has the share of the dense model's multiply-adds from left to right (of its memory, where
+no setting saves any) and the loss above the dense model's from bottom to top, so that better is
+further down and further left.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,8 @@ def as_table(points: Sequence[Point]) -> str:
     reading = points[0].comparison.reading
     hops = list(reading.dense.by_hops)
     names = map(hops_name, hops)
-    rows = [["setting", "multiply-adds", "memory", "loss above dense", "same choice", *names, "speed"]]
+    heading = ["setting", "multiply-adds", "memory", "loss above dense", "same choice"]
+    rows = [[*heading, *names, "speed"]]
     dense = [percent(reading.dense.by_hops[h]) for h in hops]
     rows.append(["dense", "1.000x", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])
     for p in points:

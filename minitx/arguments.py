@@ -1,0 +1,268 @@
+"""The arguments of the ``minitx`` command: which words there are, and how flags are read.
+
+What is wrong with them is a ``MinitxError``; what the commands do is in commands.py.
+"""
+
+import argparse
+import re
+import sys
+from fractions import Fraction
+
+import minitx
+from minitx import commands
+from minitx.errors import MinitxError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a fault as all bad input is reported, without the usage text in front of it."""
+
+    def error(self, message):
+        raise MinitxError(f"{message} ({self.prog} --help says more).")
+
+
+def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
+    args, unknown = parser().parse_known_args(words)
+    if flags and not hasattr(args, "techniques"):
+        raise MinitxError(f"{args.parser.prog} takes no techniques; leave {flags[0][0]} out.")
+    if flags:
+        args.techniques = read_flags(flags)
+    if not unknown:
+        return args
+    usage = " ".join(args.parser.format_usage().split())
+    if unknown[0].startswith("-"):
+        raise MinitxError(f"There is no option {unknown[0]}; {usage}")
+    raise MinitxError(
+        f"{unknown[0]!r} is one word too many (put a text of several words in quotes); {usage}"
+    )
+
+
+def split_flags(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The arguments without techniques, and each technique's flag with its ``option=value`` words.
+
+    argparse cannot do this: it would take the prompt behind ``--fold-norms`` for an option.
+    """
+    from minitx.technique import names
+
+    words, flags = [], []
+    for number, word in enumerate(arguments):
+        if word == "--":
+            return words + arguments[number:], flags
+        if word.startswith("--") and word[2:].replace("-", "_") in names():
+            flags.append([word])
+        elif flags and arguments[number - 1] == flags[-1][-1] and re.match(r"[^\W\d][\w-]*=", word):
+            flags[-1].append(word)
+        else:
+            words.append(word)
+    return words, flags
+
+
+def read_flags(flags: list[list[str]]) -> dict[str, dict]:
+    from minitx.technique import find
+
+    found = {}
+    for flag, *options in flags:
+        technique = find(flag[2:])
+        if technique.name in found:
+            raise MinitxError(f"{flag} is given twice; give it once, with all its options.")
+        found[technique.name] = technique.read(options)
+    return found
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="minitx",
+        description="A transformer in NumPy, to read and to measure.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"minitx {minitx.__version__}")
+    names = top.add_subparsers(metavar="COMMAND")
+    top.set_defaults(
+        parser=top,
+        run=lambda _: top.error(f"a command is needed, one of {', '.join(names.choices)}"),
+    )
+
+    generate = add(names, "generate", commands.generate, "continue a text, as it comes")
+    generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
+    add_model(generate)
+    generate.add_argument(
+        "-n", "--max-new-tokens", type=int, metavar="N", help="at most so many (default: what fits)"
+    )
+    generate.add_argument(
+        "-t", "--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default)"
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest that reach P"
+    )
+    generate.add_argument("--seed", type=int, metavar="N", help="the same seed, the same text")
+    add_json(generate)
+
+    show = add(names, "show", commands.show, "draw the tree of parts that runs")
+    add_model(show)
+    add_json(show)
+
+    listed = add(names, "list", commands.list_techniques, "list all techniques")
+    add_json(listed)
+
+    explain = add(names, "explain", commands.explain, "print a technique's card")
+    explain.add_argument("name", help="of a technique: fold-norms")
+    add_json(explain)
+
+    check = add(names, "check", commands.check, "compare models with another framework's outputs")
+    check.add_argument("models", nargs="*", help="names of shipped models (default: all)")
+    check.add_argument(
+        "--reference", metavar="DIR", help="folder of the outputs (default: the checkout's)"
+    )
+    add_json(check)
+
+    bench = add(names, "bench", commands.bench, "measure decoding and prefill at three shapes")
+    bench.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
+    add_json(bench)
+
+    evaluate = add(names, "evaluate", commands.evaluate, "accuracy by hops on held-out stories")
+    add_model(evaluate)
+    add_stories(evaluate, 500)
+    evaluate.add_argument("--depths", action="store_true", help="also leave after every block")
+    add_json(evaluate)
+
+    compare = add(names, "compare", commands.compare, "what techniques cost and save")
+    add_model(compare)
+    add_stories(compare, 100)
+    add_json(compare)
+
+    sweep = add(names, "sweep", commands.sweep, "one technique at several settings")
+    sweep.add_argument("name", help="of a technique: ffn-skip")
+    sweep.add_argument("settings", nargs="*", help="option=value,value,...")
+    add_model(sweep)
+    add_stories(sweep, 40)
+    sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
+    add_json(sweep)
+
+    attention = commands.compare_attention, "methods that choose keys, at the same share of keys"
+    attention = add(names, "compare-attention", *attention)
+    add_model(attention, techniques=False)
+    attention.add_argument(
+        "--methods",
+        type=words,
+        metavar="A,B",
+        help="names of techniques that choose keys, oracle, window, random (default: all)",
+    )
+    attention.add_argument(
+        "--share",
+        type=shares,
+        default=(1 / 2, 1 / 4, 1 / 8),
+        metavar="A,B",
+        help="of the keys to keep (default 1/2,1/4,1/8)",
+    )
+    attention.add_argument("--chains", type=count, default=8, metavar="N", help="(default 8)")
+    attention.add_argument(
+        "--tokens", type=count, metavar="N", help="in each chain (default: the model's context)"
+    )
+    attention.add_argument("--grade", default="full", help="difficulty (default full)")
+    attention.add_argument("--rounds", type=count, default=15, metavar="N", help="(default 15)")
+    attention.add_argument("--png", metavar="FILE", help="also draw curves (needs minitx[plot])")
+    add_json(attention)
+
+    cost = add(names, "cost", commands.cost, "what a technique saves on a model of any size")
+    cost.add_argument("technique", type=known_cost, help="first-layer, for instance")
+    cost.add_argument("options", nargs="*", help="option=value")
+    cost.add_argument("--config", required=True, metavar="FILE", help="a Hugging Face config.json")
+    cost.add_argument("--parallel", action="store_true", help="as if its blocks were parallel")
+    add_json(cost)
+
+    precompute = "do a technique's offline work once and write the model that it gives"
+    precompute = add(names, "precompute", commands.precompute, precompute)
+    precompute.add_argument("out", metavar="OUT_DIR", help="a new folder; -m OUT_DIR runs it")
+    add_model(precompute)
+
+    train = add(names, "train", commands.train, "train a model by its recipe")
+    train.add_argument("recipe", help="a recipe.json, or the folder that holds one")
+    train.add_argument("--out", metavar="DIR", help="folder to write (default: runs/NAME)")
+    train.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    train.add_argument(
+        "--time-limit", type=seconds, metavar="S", help="stop at a checkpoint after so many seconds"
+    )
+    train.add_argument("--restart", action="store_true", help="ignore an earlier checkpoint")
+
+    stories = add(names, "stories", commands.stories, "print stories from the grammar")
+    stories.add_argument("--grade", default="full", help="difficulty (default full)")
+    stories.add_argument(
+        "--split", default="train", help="train (default), calibration or evaluation"
+    )
+    stories.add_argument("--seed", type=int, default=0, metavar="N", help="(default 0)")
+    stories.add_argument(
+        "-n", "--count", type=count, default=3, metavar="N", help="how many (default 3)"
+    )
+    add_json(stories)
+    return top
+
+
+def add(names, name: str, run, text: str) -> Parser:
+    added = names.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    added.set_defaults(run=run, parser=added)
+    return added
+
+
+def add_model(command: Parser, techniques: bool = True) -> None:
+    command.add_argument(
+        "-m", "--model", default="stories", help="a shipped name, a folder or a file"
+    )
+    command.add_argument("--tokenizer", help="folder or file, if it is not beside the model")
+    if not techniques:
+        return
+    command.set_defaults(techniques={})
+    command.epilog = "Techniques: --NAME [option=value ...]; minitx list names them."
+
+
+def add_stories(command: Parser, default: int) -> None:
+    command.add_argument(
+        "--stories",
+        type=count,
+        default=default,
+        metavar="N",
+        help=f"how many to read (default {default})",
+    )
+    command.add_argument("--grade", default="full", help="difficulty (default full)")
+
+
+def add_json(command: Parser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def known_cost(text: str) -> str:
+    """The name of a technique that has formulas of what it costs."""
+    from minitx.lab.cost import names
+
+    if text.replace("-", "_") not in names():
+        known = ", ".join(name.replace("_", "-") for name in names())
+        raise argparse.ArgumentTypeError(f"{text!r} has no cost formulas; known: {known}")
+    return text
+
+
+def count(text: str) -> int:
+    return in_range(int(text), 1, 10**9)
+
+
+def seconds(text: str) -> float:
+    return in_range(float(text), 0, 10**9)
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Numbers like 0.25 or 1/4."""
+    try:
+        return tuple(float(Fraction(word)) for word in words(text))
+    except ZeroDivisionError:
+        raise ValueError from None
+
+
+def in_range(number, least, most):
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{number} is not from {least} to {most}")
+    return number
