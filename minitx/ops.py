@@ -247,9 +247,16 @@ def attend_rows(q, k, v, scale, hidden=None):
     if ledger.active:
         widths = q.shape[-1] + v.shape[-1]  # of a score, and of what it weighs
         work = q.size // q.shape[-1] * k.shape[-2] * widths
-        ledger.active.add(work, cache_bytes=k.nbytes + v.nbytes)
+        ledger.active.add(work, cache_bytes=cached_bytes(k, v))
     mixed = mix(attention_weights(q, k, scale, hidden), v)  # (..., K, G*T, n)
     return mixed.reshape(*q.shape[:-1], v.shape[-1])
+
+
+def cached_bytes(k, v) -> int:
+    """Bytes of keys and values as they lie in memory: one array may be both, one head stand for
+    several."""
+    once = [a[tuple(slice(None if step else 1) for step in a.strides)] for a in (k, v)]
+    return once[0].nbytes + (0 if np.may_share_memory(k, v) else once[1].nbytes)
 
 
 def mix(p, v):

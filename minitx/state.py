@@ -62,8 +62,9 @@ class Layer:
             return k, v
         end = self.position + k.shape[-2]
         if self.keys is None:
-            shape = (*k.shape[:-2], self.capacity, k.shape[-1])
-            self.keys, self.values = np.empty(shape, k.dtype), np.empty(shape, v.dtype)
+            self.keys, self.values = (
+                np.empty((*a.shape[:-2], self.capacity, a.shape[-1]), a.dtype) for a in (k, v)
+            )
         if end > self.capacity:
             raise MinitxError(
                 f"The sequence would grow to {end} tokens but the model's context is "

@@ -210,21 +210,26 @@ def apply(lm: Part, wanted: dict[str, dict | bool]) -> Part:
             found = find(name)
             chosen[found.name] = found, found.checked({} if options is True else options)
     taken: dict[type, str] = {}  # type of part -> the technique that has replaced the last of it
+    put: dict[type, str] = {}  # type of part -> the technique that has brought the first of it
     for t, options in sorted(chosen.values(), key=lambda entry: _order(entry[0])):
         before = kinds(lm)
         try:
             lm = t.function(lm, **options)
         except NoSuchPart as error:
-            raise MinitxError(_why_not(t, error, taken)) from None
-        taken |= dict.fromkeys(before - kinds(lm), t.name)
+            raise MinitxError(_why_not(t, error, taken, put)) from None
+        after = kinds(lm)
+        taken |= dict.fromkeys(before - after, t.name)
+        put |= dict.fromkeys(after - before, t.name)
     return lm
 
 
-def _why_not(t: Technique, error: "NoSuchPart", taken: dict[type, str]) -> str:
+def _why_not(
+    t: Technique, error: "NoSuchPart", taken: dict[type, str], put: dict[type, str]
+) -> str:
     names = " or ".join(kind.__name__ for kind in error.kinds)
     if error.found is not None:
         found, module = type(error.found).__name__, type(error.found).__module__
-        owner = module.rpartition(".")[2]
+        owner = put.get(type(error.found), module.rpartition(".")[2])
         if owner in REGISTRY:  # a technique's file has its name
             return (
                 f"{t.name} needs a part of type {names} where {owner} has put a {found}; "

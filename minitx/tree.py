@@ -105,6 +105,12 @@ def nbytes(node: Part) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
+def float_type(node: Part) -> np.dtype:
+    """The type that the parts below ``node`` compute in: of their first weight that is float32 or
+    float64 (other types are kept, but not computed in)."""
+    return next(w.dtype for w in weights(node).values() if w.dtype in (np.float32, np.float64))
+
+
 def is_weight(f, value) -> bool:
     """Is this field's value an array that training would change?"""
     return f.metadata.get("weight", True) and hasattr(value, "shape") and hasattr(value, "dtype")

@@ -11,8 +11,8 @@ from minitx import model as core
 from minitx.build import random_model
 from minitx.errors import MinitxError
 from minitx.files.huggingface import write_model
-from minitx.lab.cost import read_shape
-from minitx.lab.cost_first_layer import FirstLayerCost
+from minitx.lab.costs.first_layer import FirstLayerCost
+from minitx.lab.shape import read_shape
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.precompute.first_layer import (

@@ -12,7 +12,7 @@ from minitx.lab.evaluate import evaluate_model
 from minitx.training.recipe import read_recipe
 from minitx.tree import weights
 
-NAMES = ["stories", "stories-draft", "stories-parallel", "stories-relu"]
+NAMES = ["stories", "stories-draft", "stories-parallel", "stories-relu", "stories-skipless"]
 
 
 def test_all_models_are_shipped_and_small():
@@ -47,6 +47,7 @@ def test_families():
     assert families["stories-parallel"].family == "gpt_neox"
     assert families["stories-parallel"].parallel and families["stories-parallel"].layers == 4
     assert families["stories-draft"].layers == 2
+    assert [name for name in NAMES if families[name].skipless] == ["stories-skipless"]
 
 
 def multiply_adds(model) -> int:

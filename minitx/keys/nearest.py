@@ -17,7 +17,8 @@ import numpy as np
 
 from minitx import ledger, ops
 from minitx.keys.choosing import Seen, largest
-from minitx.tree import Part, part, table, weights
+from minitx.model import Linear as Matrix
+from minitx.tree import Part, children, part, table, walk
 
 # Inner products as distances ----------------------------------------------------------------------
 
@@ -46,10 +47,11 @@ def longest_key(attn: Part) -> np.ndarray | None:
     """
     norm = vars(attn.norm)
     known = norm.keys() <= {"gain", "bias", "eps"}  # one with the gain folded has eps alone
-    projections = list(weights(attn.qkv).values())
-    if not known or not projections or not hasattr(attn.qkv, "kv"):
+    leaves = [node for _, node in walk(attn.qkv) if not list(children(node))]
+    plain = all(type(leaf) is Matrix for leaf in leaves)  # not in few bits, no tables: x W + b
+    if not known or not plain or not hasattr(attn.qkv, "kv"):
         return None
-    D, dtype = len(projections[0]), projections[0].dtype
+    D, dtype = len(leaves[0].w), leaves[0].w.dtype
     # Projections may stand side by side in one matrix; the unit vectors find out W_k all the same.
     b = attn.qkv.kv(np.zeros((1, D), dtype))[0].astype(np.float64)  # (1, K*d)
     w = attn.qkv.kv(np.eye(D, dtype=dtype))[0] - b  # (D, K*d)

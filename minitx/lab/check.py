@@ -43,7 +43,8 @@ def check_models(names: list[str], as_json: bool = False, folder=None) -> int:
 
     names: shipped models, folders of models, or random models of the references; if empty, all that
     are shipped, and then the random ones, in a line each unless there is a bug.
-    Returns 1 if there is a bug, else 2 if a model could not be checked, else 0.
+    Returns 1 if there is a bug, else 2 if a model could not be checked, else 0: also where no other
+    framework has such a model, which is said.
     """
     chosen = names or list(dict.fromkeys([*shipped(), *find_references(folder)]))
     results = []
@@ -59,16 +60,18 @@ def check_models(names: list[str], as_json: bool = False, folder=None) -> int:
     return 1 if BUG in verdicts else 2 if NOT_CHECKED in verdicts else 0
 
 
-NOT_CHECKED = "not checked"
+NOT_CHECKED, NO_OTHER = "not checked", "no other framework"
+
+
+class NoOtherFramework(MinitxError):
+    """There is nothing to compare a model with, and there cannot be."""
 
 
 class Excuse:
     """In the place of a comparison that could not be made: the sentence that says why."""
 
-    verdict = NOT_CHECKED
-
-    def __init__(self, name: str, explanation: str):
-        self.name, self.explanation = name, explanation
+    def __init__(self, name: str, explanation: str, verdict: str = NOT_CHECKED):
+        self.name, self.explanation, self.verdict = name, explanation, verdict
 
     def as_dict(self) -> dict:
         return {"name": self.name, "verdict": self.verdict, "explanation": self.explanation}
@@ -77,13 +80,16 @@ class Excuse:
 def _check_or_excuse(name: str, folder) -> Comparison | Excuse:
     try:
         return check_model(name, folder)
+    except NoOtherFramework as error:
+        return Excuse(name, str(error), NO_OTHER)
     except MinitxError as error:  # the other models are still worth checking
         return Excuse(name, str(error))
 
 
 def _text(result: Comparison | Excuse, in_full: bool) -> str:
     if isinstance(result, Excuse):
-        return f"[??]   {result.name}: not checked. {result.explanation}\n"
+        sign = "[??]" if result.verdict == NOT_CHECKED else "[--]"
+        return f"{sign}   {result.name}: not checked. {result.explanation}\n"
     return f"{result}\n" if in_full or result.verdict == BUG else result.line()
 
 
@@ -105,6 +111,11 @@ def check_model(name: str, folder=None) -> Comparison:
     path = locate(name)
     known = name_of(path.resolve())
     if known not in references:
+        if load(path).model.config.skipless:
+            raise NoOtherFramework(
+                f"{known} is skipless (no residual adds, no norms): no other framework has such "
+                "models to compare it with. Its parts are those of the other models."
+            )
         raise MinitxError(
             f"There are no reference outputs for {known}; there are for {', '.join(references)}."
         )

@@ -19,7 +19,7 @@ from minitx.keys.detector import FILE, Detect, Detector, need_rank, read_detecto
 from minitx.model import Attend, Attention, LayerNorm, RMSNorm
 from minitx.state import Layer
 from minitx.technique import NoSuchPart, need, swap_numbered, technique
-from minitx.tree import Part, part
+from minitx.tree import Part, float_type, part
 
 
 @technique(level="scores", exact=False, neutral={"kappa": 10**9})
@@ -122,7 +122,7 @@ def _is_trained(lm, fit: str) -> bool:
 
 
 def _trained(lm, k: int | None) -> tuple[Detector, ...]:
-    found = read_detectors(lm.folder, lm.model.config, lm.model.embed.w.dtype)
+    found = read_detectors(lm.folder, lm.model.config, float_type(lm.model))
     if k not in (None, found[0].k):
         raise MinitxError(
             f"dota has k={k} but the trained detector has k={found[0].k}; leave k out, or use "

@@ -16,7 +16,7 @@ from minitx.keys.hashing import angle_bias, cosines, distance, sign_hash
 from minitx.model import Attend
 from minitx.state import Layer
 from minitx.technique import swap_numbered, technique
-from minitx.tree import Part, part, table, weights
+from minitx.tree import Part, float_type, part, table
 
 
 @technique(level="scores", exact=False, neutral={"p": 0.0})
@@ -73,7 +73,7 @@ def elsa(
         is to be given.
     """
     _check(p, k, theta_bias, stories, min_visible, seed)
-    config, dtype = lm.model.config, next(iter(weights(lm.model).values())).dtype
+    config, dtype = lm.model.config, float_type(lm.model)
     d, heads = config.head_width, (config.layers, config.heads)
     k = d if k is None else k
     if theta_bias is None:

@@ -15,7 +15,7 @@ from minitx.keys.slots import Slots
 from minitx.model import Attend, Attention
 from minitx.state import Layer
 from minitx.technique import swap, technique
-from minitx.tree import Part, part, walk, weights
+from minitx.tree import Part, float_type, part, walk
 
 
 @technique(level="scores", exact=False, neutral={"K": 1 << 40, "N": None, "index": "linear"})
@@ -88,7 +88,7 @@ def sparse_memory(
     _check(K, N, delta, b, L, trees, checks, seed)
     context = lm.model.config.context
     N = context if N is None else min(N, context)
-    dtype = next(iter(weights(lm.model).values())).dtype
+    dtype = float_type(lm.model)
     attentions = [node for _, node in walk(lm) if type(node) is Attention]
     bounds = {id(attn.attend): longest_key(attn) for attn in attentions}
 

@@ -146,6 +146,11 @@ def recipe_from(given: dict) -> Recipe:
                 f"Stage {stage.name!r} trains the first {stage.layers} layers but the model has "
                 f"{config.layers}; use fewer, or leave layers out for all."
             )
+        if config.skipless and (stage.layers not in (None, config.layers) or stage.layer_dropout):
+            raise MinitxError(
+                f"Stage {stage.name!r} leaves blocks out (layers, layer_dropout), but a skipless "
+                "model has no stream that passes them by; train all blocks."
+            )
         blocks = stage.layers or config.layers
         if stage.hops and (len(stage.hops) > LINKS or max(stage.hops) > blocks):
             raise MinitxError(

@@ -27,6 +27,7 @@ from double import in_float64  # noqa: E402
 
 from minitx.config import Config  # noqa: E402
 from minitx.files.find import shipped  # noqa: E402
+from minitx.files.hf_config import read_config  # noqa: E402
 from minitx.files.huggingface import write_model  # noqa: E402
 from minitx.lab.reference import (  # noqa: E402
     Reference,
@@ -166,7 +167,11 @@ VERSIONS = {
 
 
 def main(names: list[str]) -> None:
-    known = {name: (make_shipped, folder) for name, folder in shipped().items()}
+    known = {
+        name: (make_shipped, folder)
+        for name, folder in shipped().items()
+        if not read_config(folder / "config.json").skipless  # transformers has no such models
+    }
     for seed, (name, config) in enumerate(RANDOM.items()):
         known[name] = (make_random, config, seed)
     for name in names:

@@ -1,0 +1,112 @@
+"""``minitx cost low-rank``: two factors in the place of each matrix, for any model.
+
+Plain sums, of no one paper: a matrix (in, out) at rank r has r (in + out) weights, and as many
+multiply-adds a token, so it pays below r = in out / (in + out).
+"""
+
+from dataclasses import asdict, dataclass
+
+from minitx.errors import MinitxError
+from minitx.lab.block_matrices import (
+    Matrix,
+    block_matrices,
+    block_weights,
+    embedding_weights,
+    notes,
+)
+from minitx.lab.evaluate import table
+from minitx.lab.shape import Shape
+from minitx.matrices.share import share_of
+
+
+def break_even(m: Matrix) -> float:
+    """The rank at which the factors have as many weights as the matrix."""
+    return m.weights / (m.inputs + m.outputs)
+
+
+@dataclass(frozen=True)
+class LowRankCost:
+    """Weights of a model whose matrices have the given rank, or a share of their weights."""
+
+    shape: Shape
+    rank: int | None
+    share: float
+
+    def rank_of(self, m: Matrix) -> int | None:
+        """What is kept of it, None where it stays as it is."""
+        if self.rank is None and self.share == 1:
+            return None
+        full = min(m.inputs, m.outputs)
+        if self.rank is not None:
+            r = min(self.rank, full)
+        else:
+            r = max(1, share_of(break_even(m), self.share))
+        return r if r < break_even(m) else None
+
+    def left(self, m: Matrix) -> int:
+        """Weights of one such matrix, and multiply-adds of a token."""
+        r = self.rank_of(m)
+        return m.weights if r is None else r * (m.inputs + m.outputs)
+
+    @property
+    def before(self) -> int:
+        """Weights of the blocks' matrices."""
+        return block_weights(self.shape)
+
+    @property
+    def after(self) -> int:
+        return sum(self.left(m) * m.count for m in block_matrices(self.shape))
+
+    @property
+    def total(self) -> tuple[int, int]:
+        """Weights with the embeddings, before and after."""
+        rest = embedding_weights(self.shape)
+        return self.before + rest, self.after + rest
+
+    @property
+    def multiply_adds(self) -> tuple[int, int]:
+        """Of a token with all matrices, the head too, before and after; without scores."""
+        head = self.shape.width * self.shape.vocab_size
+        return self.before + head, self.after + head
+
+    def as_dict(self) -> dict:
+        matrices = [
+            m._asdict()
+            | {"break_even": break_even(m), "rank": self.rank_of(m), "left": self.left(m)}
+            for m in block_matrices(self.shape)
+        ]
+        found = {"technique": "low_rank", "shape": asdict(self.shape), "matrices": matrices}
+        for name in ("total", "multiply_adds"):
+            found[name] = dict(zip(("before", "after"), getattr(self, name)))
+        return found | {"notes": notes(self.shape)}
+
+    def __str__(self) -> str:
+        rows = [["matrix", "in", "out", "how many", "pays below", "rank", "weights", "left"]]
+        for m in block_matrices(self.shape):
+            r = self.rank_of(m)
+            sizes = [f"{n:,}" for n in (m.inputs, m.outputs, m.count)]
+            rank = ["as it is" if r is None else f"{r:,}"]
+            weights = [f"{m.weights:,}", f"{self.left(m) / m.weights:.0%}"]
+            rows.append([m.name, *sizes, f"{break_even(m):,.1f}", *rank, *weights])
+        before, after = self.total
+        work, less = self.multiply_adds
+        lines = [
+            self.shape.describe(),
+            *(f"Note: {note}." for note in notes(self.shape)),
+            "",
+            table(rows),
+            "",
+            f"Weights with the embeddings: {after:,} of {before:,} ({after / before:.0%}), in "
+            f"float32 {4 * after / 1e6:,.1f} of {4 * before / 1e6:,.1f} MB.",
+            f"Multiply-adds of a token with them: {less:,} of {work:,} ({less / work:.0%}).",
+        ]
+        return "\n".join(lines)
+
+
+def cost(shape: Shape, *, share: float = 0.5, rank: int | None = None) -> LowRankCost:
+    """rank: of every matrix; without it the largest that leaves that share of its weights."""
+    if not 0 < share <= 1:
+        raise MinitxError(f"cost low_rank needs a share above 0 and at most 1, not {share:g}.")
+    if rank is not None and rank < 1:
+        raise MinitxError(f"cost low_rank needs a rank of at least 1, not {rank}.")
+    return LowRankCost(shape, rank, share)

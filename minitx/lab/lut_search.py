@@ -1,0 +1,43 @@
+"""The search of ``lut search=true``, with all that it tries:
+
+    python -m minitx.lab.lut_search [MODEL] [drop=0.01] [cache=65536] [stories=16] ...
+
+Options are those of the technique. What it finds is printed as a flag to use.
+"""
+
+import sys
+
+import minitx
+from minitx.errors import MinitxError
+from minitx.matrices.bit_search import Search
+from minitx.precompute.lut import chosen, find_bits
+from minitx.technique import find
+
+
+def search(lm, **options) -> Search:
+    """The search on a dense LM with these options of ``lut``; the others at their defaults."""
+    technique = find("lut")
+    o = {name: option.default for name, option in technique.options.items()}
+    o |= technique.checked(options)
+    nodes = chosen(lm, o["layers"], o["head"])
+    return find_bits(lm, nodes, o["drop"], o["cache"], o["stories"])
+
+
+def main(words: list[str]) -> int:
+    """Print the search. Returns 0, or 2 for bad input, which is one sentence on stderr."""
+    try:
+        names = [word for word in words if "=" not in word]
+        if len(names) > 1:
+            raise MinitxError(f"{names[1]!r} is one word too many; give one model.")
+        options = find("lut").read(word for word in words if "=" in word)
+        found = search(minitx.load(*names or ["stories"]), **options)
+    except MinitxError as error:
+        print(f"minitx: {error}", file=sys.stderr)
+        return 2
+    print(found)
+    print(f"--lut ba={found.ba} bw={found.bw} d={found.d}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""One table of sums: bit for bit the plain model, and refused where it is too large or no sum."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny import FAMILIES, tiny_lm
+
+from minitx.build import random_model
+from minitx.cli import main
+from minitx.errors import MinitxError
+from minitx.lab.cost import cost
+from minitx.ledger import counting
+from minitx.lm import LM
+from minitx.technique import apply
+from minitx.tree import nbytes
+
+SIZES = dict(vocab_size=7, width=4, layers=1, heads=1, kv_heads=1, head_width=4, context=5)
+SMALL = replace(FAMILIES["gpt2"], **SIZES, bos=None, eos=())
+IDS = np.random.default_rng(0).integers(0, 258, 40)
+
+
+def test_each_row_is_the_sum_of_two():
+    lm = apply(LM(random_model(SMALL, 3)), {"merge_embeddings": True})
+    dense = random_model(SMALL, 3)
+    table = lm.model.embed.w
+    assert table.shape == (7, 5, 4) and table.dtype == np.float32
+    for t in range(7):
+        for p in range(5):
+            np.testing.assert_array_equal(table[t, p], dense.embed.tokens.w[t] + dense.embed.w[p])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bit_for_bit_the_plain_model(dtype):
+    dense = tiny_lm("gpt2", dtype)
+    lm = apply(dense, {"merge_embeddings": True})
+    np.testing.assert_array_equal(lm.logits(IDS), dense.logits(IDS))
+    np.testing.assert_array_equal(lm.logits(IDS.astype(np.uint16)), dense.logits(IDS))
+    both = np.stack([IDS, IDS[::-1]])
+    np.testing.assert_array_equal(lm.logits(both), dense.logits(both))
+    prompts = [[7, 2, 7, 0], [3], [10, 9]]  # padded on the left: positions of their own
+    assert lm.generate(prompts, 8) == dense.generate(prompts, 8)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_and_reading(tied):
+    """V context D numbers for (V + context) D, or beside V D of them for a tied head; one row."""
+    dense = LM(random_model(replace(SMALL, tied=tied), 3))
+    lm = apply(dense, {"merge_embeddings": True})
+    grown = 7 * 5 * 4 - (7 + 5) * 4 + (7 * 4 if tied else 0)
+    assert nbytes(lm) - nbytes(dense) == 4 * grown
+    read = []
+    for model in (dense, lm):
+        with counting(model) as counts:
+            model.logits([1, 2, 3])
+        read.append(counts.total("model.embed").weight_bytes)
+    assert read == [2 * 3 * 4 * 4, 3 * 4 * 4]
+
+
+def test_a_tied_head_keeps_its_table():
+    dense = tiny_lm("gpt2")
+    lm = apply(dense, {"merge_embeddings": True})
+    assert lm.model.head.w is dense.model.embed.tokens.w
+
+
+def test_a_table_that_is_too_large_is_refused_with_its_size():
+    lm = LM(random_model(SMALL, 3))
+    with pytest.raises(MinitxError, match=r"^merge_embeddings.*7 tokens x 5 positions x 4 .*560"):
+        apply(lm, {"merge_embeddings": {"max_bytes": 559}})
+    apply(lm, {"merge_embeddings": {"max_bytes": 560}})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_rotary_positions_are_refused(family):
+    with pytest.raises(MinitxError, match="^merge_embeddings needs learned positions.*rotary"):
+        apply(tiny_lm(family), {"merge_embeddings": True})
+
+
+def test_first_layer_is_refused_beside_it():
+    with pytest.raises(MinitxError, match="first_layer.*merge_embeddings.*use one of the two"):
+        apply(tiny_lm("gpt2"), {"merge_embeddings": True, "first_layer": True})
+
+
+# What it would cost ------------------------------------------------------------------------------
+
+GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
+GPT2 |= {"vocab_size": 50257, "activation_function": "gelu_new", "n_inner": None}
+
+
+def test_the_cost_of_a_model_of_usual_size(tmp_path, capsys):
+    """V C d numbers in the place of (V + C) d: 40 billion for the smallest GPT-2."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GPT2))
+    c = cost("merge_embeddings", path)
+    assert c.apart == (50257 + 1024) * 768
+    assert c.merged == 50257 * 1024 * 768 + 50257 * 768
+    path.write_text(json.dumps(GPT2 | {"tie_word_embeddings": False}))
+    assert cost("merge_embeddings", path).merged == 50257 * 1024 * 768
+    assert main(["cost", "merge-embeddings", "--config", str(path)]) == 0
+    assert "1,003.6 times the memory" in capsys.readouterr().out
+    json.dumps(c.as_dict())
+
+
+def test_the_cost_is_refused_without_learned_positions(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GPT2 | {"model_type": "gpt_neox", "intermediate_size": 3072}))
+    with pytest.raises(MinitxError, match="adds no learned positions"):
+        cost("merge_embeddings", path)

@@ -1,0 +1,224 @@
+"""Skipless models without Q and P: against the dense model and a literal twin, and refusals."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from slow import remove_weights as slow
+from tiny import FAMILIES, tiny_lm
+
+from minitx.build import random_model
+from minitx.errors import MinitxError
+from minitx.ledger import counting
+from minitx.lm import LM
+from minitx.model import QKV, Attention, Block, Linear, SkiplessBlock
+from minitx.precompute.remove_weights import InFFN, StreamIsK, StreamIsQ, StreamIsV, without
+from minitx.technique import apply, swap
+from minitx.tree import map_weights, walk, weights
+
+IDS = np.random.default_rng(0).integers(0, 19, 30)
+SIZES = dict(vocab_size=19, width=12, layers=3, heads=4, head_width=3, hidden=20, context=40)
+ALL = dict(skipless=True, qkv_bias=True, out_bias=True, ffn_bias=True)
+KINDS = {
+    "gated-gqa": replace(FAMILIES["llama"], **SIZES, **ALL, kv_heads=2, rope_width=2),
+    "plain-mha": replace(
+        FAMILIES["gpt_neox"],
+        **SIZES | ALL | dict(parallel=False, kv_heads=4, rope_width=2, activation="relu"),
+    ),
+    "learned-tied": replace(FAMILIES["gpt2"], **SIZES, **ALL, kv_heads=4),
+    "no-biases": replace(FAMILIES["llama"], **SIZES, skipless=True, kv_heads=1, rope_width=2),
+}
+PARALLEL = {
+    "parallel-gated": replace(KINDS["gated-gqa"], parallel=True),
+    "parallel-plain": replace(KINDS["plain-mha"], parallel=True),
+    "parallel-learned": replace(KINDS["learned-tied"], parallel=True),
+    "parallel-no-biases": replace(KINDS["no-biases"], parallel=True),
+}
+
+
+def made(kind, dtype=np.float64, seed=3):
+    """Random weights, with biases that are not 0."""
+    rng = np.random.default_rng(seed)
+    config = replace((KINDS | PARALLEL)[kind], bos=None, eos=())
+
+    def change(w):
+        noise = 0.3 if w.ndim == 1 else 0.5 * len(w) ** -0.5
+        return (w + rng.normal(0, noise, w.shape)).astype(dtype)
+
+    return LM(map_weights(random_model(config, seed, dtype), change))
+
+
+def error(found, expected):
+    return abs(found - expected).max() / abs(expected).max()
+
+
+def matrices(lm):
+    return sum(w.size for w in weights(lm.model).values() if w.ndim == 2)
+
+
+def fits(kind, matrix):
+    c = (KINDS | PARALLEL)[kind]
+    return matrix == "q" or c.kv_heads == c.heads
+
+
+CASES = [(kind, m) for kind in KINDS | PARALLEL for m in "qkv" if fits(kind, m)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1e-5)])
+@pytest.mark.parametrize("kind, matrix", CASES)
+def test_the_function_is_the_same(kind, matrix, dtype, tolerance):
+    lm = made(kind, np.dtype(dtype))
+    new = apply(lm, {"remove_weights": {"matrix": matrix}})
+    assert new.logits(IDS).dtype == dtype
+    assert error(new.logits(IDS), lm.logits(IDS)) <= tolerance
+    state = new.model.new_state()  # and token by token
+    found = np.concatenate([new.model(IDS[t : t + 1], state) for t in range(30)])
+    assert error(found, lm.logits(IDS)) <= tolerance
+
+
+@pytest.mark.parametrize("kind, matrix", CASES)
+def test_what_is_gone(kind, matrix):
+    """Exactly 2 L D^2 weights and multiply-adds; a parallel block loses one matrix, not two."""
+    lm = made(kind)
+    new = apply(lm, {"remove_weights": {"matrix": matrix}})
+    c = lm.model.config
+    gone = c.layers * c.width**2 * (1 if c.parallel else 2)
+    untied = c.vocab_size * c.width if c.tied else 0
+    assert matrices(lm) - matrices(new) == gone - untied
+    work = []
+    for model in (lm, new):
+        with counting(model) as counts:
+            model.logits(IDS)
+        work.append(counts.total().multiply_adds)
+    assert work[0] - work[1] == len(IDS) * gone
+    drawn = repr(new.model)
+    assert f"StreamIs{matrix.upper()}(cond=" in drawn
+    assert drawn.count("out: InFFN") == (0 if c.parallel else drawn.count("SkiplessBlock"))
+    for block in new.model.stack.blocks:
+        assert type(block.attn.qkv) in (StreamIsQ, StreamIsK, StreamIsV)
+        assert not hasattr(block.attn.qkv, matrix)
+
+
+def as_lists(lm):
+    """(embedding, blocks, head) as the twin has them."""
+    blocks = []
+    for block in lm.model.stack.blocks:
+        qkv, ffn = block.attn.qkv, block.ffn
+        maps = {"q": qkv.q, "k": qkv.k, "v": qkv.v, "p": block.attn.out}
+        maps |= {"m": ffn.expand.up, "o": ffn.down}
+        maps |= {"gate": ffn.expand.gate} if hasattr(ffn.expand, "gate") else {}
+        blocks.append({f"w_{n}": x.w.tolist() for n, x in maps.items()})
+        blocks[-1] |= {
+            f"b_{n}": [0.0] * x.w.shape[1] if x.b is None else x.b.tolist() for n, x in maps.items()
+        }
+    return lm.model.embed.w.tolist(), blocks, lm.model.head.w.tolist()
+
+
+@pytest.mark.parametrize("kind, matrix", [c for c in CASES if c[0] in ("gated-gqa", "plain-mha")])
+def test_against_the_literal_twin(kind, matrix):
+    lm, ids = made(kind), IDS[:7].tolist()
+    new = apply(lm, {"remove_weights": {"matrix": matrix}})
+    c = lm.model.config
+    sizes = c.heads, c.kv_heads, c.rope_width, c.rope_base
+    embedding, blocks, head = as_lists(lm)
+    dense = slow.forward(embedding, blocks, head, ids, *sizes)
+    np.testing.assert_allclose(dense, lm.logits(ids), atol=1e-12)  # the model itself, too
+    embedding, blocks = slow.remove(embedding, blocks, matrix)
+    np.testing.assert_allclose(new.model.embed.w, embedding, atol=1e-11)
+    for block, theirs in zip(new.model.stack.blocks, blocks):
+        for name, linear in vars(block.attn.qkv).items():
+            if name != "cond":
+                np.testing.assert_allclose(linear.w, theirs[f"w_{name}"], atol=1e-10)
+                np.testing.assert_allclose(linear.b, theirs[f"b_{name}"], atol=1e-10)
+        for linear, name in ((block.ffn.expand.up, "m"), (block.ffn.down, "o")):
+            np.testing.assert_allclose(linear.w, theirs[f"w_{name}"], atol=1e-10)
+            np.testing.assert_allclose(linear.b, theirs[f"b_{name}"], atol=1e-10)
+    found = slow.forward(embedding, blocks, head, ids, *sizes)
+    np.testing.assert_allclose(found, new.logits(ids), atol=1e-11)
+
+
+def test_a_tied_head_keeps_the_embedding_as_it_was():
+    lm = made("learned-tied")
+    new = apply(lm, {"remove_weights": {}}).model
+    assert new.head is lm.model.head and new.head.w is lm.model.embed.tokens.w
+    assert new.embed.tokens.w is not new.head.w
+
+
+def test_the_last_matrix_stays():
+    lm = made("gated-gqa")
+    new = apply(lm, {"remove_weights": {}})
+    assert new.model.stack.blocks[-1].ffn.down is lm.model.stack.blocks[-1].ffn.down
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_parallel_blocks_cannot_lose_two(kind):
+    """Figure 3 (a) drops P as well: another function, whatever the other matrices are made."""
+    new = apply(made(kind), {"remove_weights": {}})
+    both = swap(new, Attention, lambda a: replace(a, out=InFFN()))
+    assert error(both.logits(IDS), new.logits(IDS)) > 0.1
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_with_residual_adds_are_refused(family):
+    with pytest.raises(MinitxError, match="^remove_weights is for skipless models") as caught:
+        apply(tiny_lm(family), {"remove_weights": {}})
+    assert "residual adds and norms" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_and_it_would_be_wrong_there():
+    """The negative control: merged all the same, with the norms left out on both sides."""
+    lm = made("plain-mha")
+    dense = lm.logits(IDS)
+    assert error(without(lm.model, "q")(IDS), dense) < 1e-12
+
+    def with_adds(model):
+        return swap(model, SkiplessBlock, lambda b: Block(b.attn, b.ffn))
+
+    merged = with_adds(without(lm.model, "q"))
+    assert error(merged(IDS), with_adds(lm.model)(IDS)) > 0.1
+
+
+@pytest.mark.parametrize("matrix", ["k", "v"])
+def test_shared_keys_and_values_have_no_inverse(matrix):
+    with pytest.raises(MinitxError, match=f"needs a square W_{matrix} and this one is 12 x 6"):
+        apply(made("gated-gqa"), {"remove_weights": {"matrix": matrix}})
+
+
+def test_heads_that_do_not_fill_the_width():
+    config = replace(KINDS["gated-gqa"], head_width=4, bos=None, eos=())
+    with pytest.raises(
+        MinitxError, match="needs a square W_q and this one is 12 x 16, .*inverse.$"
+    ):
+        apply(LM(random_model(config)), {"remove_weights": {}})
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-8])
+def test_a_matrix_that_cannot_be_inverted_is_refused(scale):
+    def spoil(qkv):
+        w = qkv.q.w.copy()
+        w[:, 0] *= scale
+        return replace(qkv, q=Linear(w))
+
+    lm = swap(made("plain-mha"), QKV, spoil)
+    with pytest.raises(
+        MinitxError, match="remove_weights cannot invert W_q of block 0: .* more than"
+    ):
+        apply(lm, {"remove_weights": {}})
+    assert apply(lm, {"remove_weights": {"matrix": "k"}})  # which is sound
+
+
+def test_the_condition_number_is_shown():
+    new = apply(made("plain-mha"), {"remove_weights": {}})
+    found = [node.cond for _, node in walk(new) if type(node) is StreamIsQ]
+    expected = [np.linalg.cond(b.attn.qkv.q.w) for b in made("plain-mha").model.stack.blocks]
+    np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.parametrize("other", ["fuse_projections", "fold_norms", "first_layer"])
+def test_others_that_do_not_fit_say_so(other):
+    with pytest.raises(MinitxError) as caught:
+        apply(tiny_lm("skipless"), {"remove_weights": {}, other: {}})
+    assert other in str(caught.value) and "\n" not in str(caught.value)
