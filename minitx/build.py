@@ -3,8 +3,6 @@
 The three families differ only in which small parts are chosen here.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from minitx import ops
@@ -20,23 +18,19 @@ from minitx.model import (
     Head,
     LayerNorm,
     Linear,
-    NoNorm,
     NoRope,
     ParallelBlock,
     PositionEmbedding,
     RMSNorm,
     Rope,
-    SkiplessBlock,
-    SkiplessParallelBlock,
     Stack,
     SwiGLU,
     TiedHead,
     TokenEmbedding,
     Transformer,
 )
+from minitx.skipless import Get, NoNorm, SkiplessBlock, SkiplessParallelBlock, near_identity
 from minitx.tree import Part
-
-Get = Callable[[str, tuple], np.ndarray]  # get(path in the tree, shape) -> that weight
 
 
 def build(config: Config, get: Get) -> Transformer:
@@ -72,7 +66,7 @@ def random_model(config: Config, seed: int = 0, dtype=np.float32) -> Transformer
 
     Matrices are normal with deviation 1/sqrt(in), those that write to the residual stream smaller
     by 1/sqrt(2L) (GPT-2) so that the stream does not grow with depth; gains 1, biases 0. A skipless
-    model begins near the identity instead: see ``near_identity``.
+    model begins near the identity instead: see skipless.py.
     """
     rng = np.random.default_rng(seed)
     if config.skipless:
@@ -89,58 +83,6 @@ def random_model(config: Config, seed: int = 0, dtype=np.float32) -> Transformer
         return (rng.standard_normal(shape) * scale).astype(dtype)
 
     return build(config, draw)
-
-
-def near_identity(config: Config, rng: np.random.Generator, dtype) -> Get:
-    """What to begin a skipless model with: blocks that pass on what they read, or nearly.
-
-    Without a residual stream a block of random numbers loses what came in, and what comes back when
-    training. So, after He et al. (2023, arXiv 2302.10322), but by the weights alone: embeddings of
-    deviation 1 and W_k = W_q, orthogonal, let each token look at itself more than at any other
-    (|q|^2 / sqrt(d) is about sqrt(d), the scores of others are about 1 or less), which is enough
-    for a few blocks; W_o = W_v^T, orthogonal, gives the value back as it was; and an FFN [R, -R],
-    [R, -R]^T is the identity, as act(z) - act(-z) = z for all activations here ("looks linear":
-    Balduzzi et al., 2017, arXiv 1702.08591). A gated FFN has no such beginning and gets normal
-    numbers; and where heads share W_v, which is narrower then, W_v W_o is not the identity.
-    """
-    made: dict[str, np.ndarray] = {}  # by path, for those that follow from another
-
-    def draw(path: str, shape: tuple) -> np.ndarray:
-        before = path.rpartition("attn.")[0] if "attn." in path else path.rpartition("ffn.")[0]
-        if path.endswith(".b"):
-            return np.zeros(shape, dtype)
-        if path.startswith("embed"):
-            w = rng.standard_normal(shape)
-        elif path.endswith("qkv.k.w"):
-            w = by_group(made[f"{before}attn.qkv.q.w"], config)[:, :, 0].reshape(shape)
-        elif path.endswith("attn.out.w"):
-            w = np.repeat(by_group(made[f"{before}attn.qkv.v.w"], config), config.group, axis=2)
-            w = w.reshape(shape[::-1]).T / config.group
-        elif path.endswith("up.w") and config.family != "llama":
-            half = orthogonal(rng, (shape[0], (shape[1] + 1) // 2))
-            w = np.concatenate([half, -half], axis=1)[:, : shape[1]]
-        elif path.endswith("down.w") and config.family != "llama":
-            w = made[f"{before}ffn.expand.up.w"].T
-        elif ".qkv." in path:
-            w = orthogonal(rng, shape)
-        else:
-            w = rng.standard_normal(shape) * shape[0] ** -0.5
-        made[path] = w
-        return np.ascontiguousarray(w, dtype)
-
-    return draw
-
-
-def by_group(w, c: Config):
-    """The columns of W_q (or of W_k, W_v) by group, head in the group and column of the head."""
-    return w.reshape(len(w), c.kv_heads, -1, c.head_width)  # (D, K, G or 1, d)
-
-
-def orthogonal(rng: np.random.Generator, shape: tuple) -> np.ndarray:
-    """A random matrix with orthonormal columns, or rows where these are fewer."""
-    tall = shape if shape[0] >= shape[1] else shape[::-1]
-    q = np.linalg.qr(rng.standard_normal(tall))[0]
-    return q if tall == shape else q.T
 
 
 def _embedding(c: Config, get: Get) -> tuple[Part, np.ndarray]:

@@ -130,37 +130,6 @@ class ParallelBlock(Part):
 
 
 @part
-class SkiplessBlock(Part):
-    """Attention, then the feed-forward network, and nothing is added: each reads what the one
-    before has made (He et al., 2023, arXiv 2302.10322, train such models)."""
-
-    attn: Part
-    ffn: Part
-
-    def __call__(self, x, layer: Layer):
-        return self.ffn(self.attn(x, layer), layer)
-
-    def fill(self, x, layer: Layer):
-        """Remember the keys and values of x and do nothing else: see ``Attention.fill``."""
-        self.attn.fill(x, layer)
-
-
-@part
-class SkiplessParallelBlock(Part):
-    """Attention and feed-forward network read the same x, and their sum takes its place."""
-
-    attn: Part
-    ffn: Part
-
-    def __call__(self, x, layer: Layer):
-        return self.attn(x, layer) + self.ffn(x, layer)
-
-    def fill(self, x, layer: Layer):
-        """Remember the keys and values of x and do nothing else: see ``Attention.fill``."""
-        self.attn.fill(x, layer)
-
-
-@part
 class Attention(Part):
     """Normalise; queries, keys and values; rotate; remember; mix; project back."""
 
@@ -356,11 +325,3 @@ class LayerNorm(Part):
 
     def __call__(self, x):
         return ops.layer_norm(x, self.gain, self.bias, self.eps)
-
-
-@part
-class NoNorm(Part):
-    """Nothing is normalised (skipless models)."""
-
-    def __call__(self, x):
-        return x

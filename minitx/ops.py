@@ -144,7 +144,7 @@ def erf(x):
     Hermite polynomials that differentiating exp(-c^2) gives.
     """
     values, slopes = _erf_grid(x.dtype)
-    i = np.clip(np.rint(x * _ERF_STEPS), -_ERF_END, _ERF_END).astype(np.int32)
+    i = np.fmax(np.fmin(np.rint(x * _ERF_STEPS), _ERF_END), -_ERF_END).astype(np.int32)  # not NaN
     c = i.astype(x.dtype) * (1 / _ERF_STEPS)
     t = np.clip(x - c, -1 / _ERF_STEPS, 1 / _ERF_STEPS)  # beyond the grid erf is +-1 anyway
     cc = c * c

@@ -179,6 +179,8 @@ def test_erf_against_math():
     exact = np.array([math.erf(v) for v in x])
     assert np.abs(ops.erf(x) - exact).max() < 1e-15
     assert np.abs(ops.erf(x.astype(np.float32)) - exact).max() < 2e-7
+    found = ops.erf(np.array([np.nan, np.inf, -np.inf]))
+    np.testing.assert_array_equal(found, [np.nan, 1, -1])  # what is no number stays visible
 
 
 def test_swiglu_is_silu_times_up():

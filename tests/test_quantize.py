@@ -5,8 +5,10 @@ import pytest
 from slow import quantize as slow
 from tiny import FAMILIES, tiny_lm, tiny_model
 
+import minitx
 from minitx.errors import MinitxError
 from minitx.files.llama2c import Header, _numbers
+from minitx.lab.compare import log_softmax
 from minitx.ledger import counting
 from minitx.matrices import packing
 from minitx.matrices.groups import asymmetric_codes, group_size, in_groups, symmetric_codes
@@ -14,7 +16,7 @@ from minitx.matrices.scaling import output_error, search
 from minitx.model import Linear
 from minitx.precompute.quantize import Integers, Loaded, Streamed
 from minitx.technique import apply, swap
-from minitx.training.calibration import Moments
+from minitx.training.calibration import Moments, calibration_texts
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 258, 24)
@@ -304,3 +306,20 @@ def test_refusals_of_models():
     large = swap(tiny_lm(), Linear, lambda m: Linear(m.w * np.float32(1e9)))
     with pytest.raises(MinitxError, match="half_scales=false"):
         apply(large, {"quantize": {"half_scales": True}})
+
+
+def test_on_shipped_weights_eight_bits_are_hardly_seen_and_four_are():
+    """Loosely, since the weights are trained anew now and then."""
+    lm = minitx.load("stories")
+    texts = calibration_texts(lm, 2)
+
+    def divergence(options):
+        changed, found = apply(lm, {"quantize": options | {"run": "load"}}), []
+        for ids in texts:
+            p, q = (log_softmax(one.logits(ids)) for one in (lm, changed))
+            found.append((np.exp(p) * (p - q)).sum(-1).mean())
+        return np.mean(found)
+
+    eight, four = divergence({}), divergence({"bits": 4})
+    assert 0 < eight < 1e-3 and 10 * eight < four < 0.2
+    assert divergence({"bits": 32}) == 0

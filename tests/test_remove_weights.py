@@ -11,8 +11,9 @@ from minitx.build import random_model
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.lm import LM
-from minitx.model import QKV, Attention, Block, Linear, SkiplessBlock
+from minitx.model import QKV, Attention, Block, Linear
 from minitx.precompute.remove_weights import InFFN, StreamIsK, StreamIsQ, StreamIsV, without
+from minitx.skipless import SkiplessBlock
 from minitx.technique import apply, swap
 from minitx.tree import map_weights, walk, weights
 

@@ -15,7 +15,7 @@ from minitx.errors import MinitxError
 from minitx.files.hf_config import read_config
 from minitx.files.huggingface import read_model, write_model
 from minitx.lab.check import NO_OTHER, check_models, run_stages
-from minitx.model import NoNorm, SkiplessBlock, SkiplessParallelBlock
+from minitx.skipless import NoNorm, SkiplessBlock, SkiplessParallelBlock
 from minitx.state import Layer
 from minitx.training.data import Encoder
 from minitx.training.loss import token_losses

@@ -26,7 +26,7 @@ from minitx.errors import MinitxError
 from minitx.files.common import short
 from minitx.tree import Part
 
-MODULES = ("minitx.model", "minitx.ops", "minitx.decode", "minitx.confidence")
+MODULES = ("minitx.model", "minitx.skipless", "minitx.ops", "minitx.decode", "minitx.confidence")
 PACKAGES = ("minitx.keys.", "minitx.matrices.", "minitx.precompute.", "minitx.skip.")
 
 # ---------------------------------------------------------------------------------------- writing

@@ -89,7 +89,7 @@ def read_shape(path, parallel: bool = False, encoders: bool = False) -> Shape:
     encoder = c.flag("is_encoder_decoder", False)
     if encoder and not encoders:
         c.refuse("is_encoder_decoder", "these formulas do not know")
-    name = c.text("model_type", "not given")
+    name = c.text("model_type", "not given").removeprefix("skipless_")
     kind, notes = known_kind(c, name)
     if name == "gpt_neox":
         kind = Kind(False, parallel=c.flag("use_parallel_residual", True))

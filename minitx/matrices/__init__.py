@@ -1,1 +1,1 @@
-"""Ways to keep and to multiply a matrix that several techniques share; none is a technique itself."""
+"""Ways to keep and to multiply a matrix, shared by several techniques; none is one itself."""

@@ -44,10 +44,10 @@ def order_products(
     Saves: no multiply-add. An order for each output takes in * out numbers of 1 byte (2 from 257
         inputs on), a quarter or a half of what float32 weights take, and they are read as well; a
         shared one takes in numbers. Narrow accumulators gain where inputs are >= 0 and alike: there
-        alternating needs no more bits than the whole sum. In a transformer, measured on calibration
-        stories, no order found beforehand saves a bit: the whole sums alone need as many; where
-        inputs have both signs so have the products, whatever the signs of the weights; and behind a
-        ReLU most inputs are 0, which breaks an alternation.
+        alternating needs no more bits than the whole sum. In this project's models, measured on
+        calibration stories, no order found beforehand saves a bit: the whole sums alone need as
+        many. Where inputs have both signs so have the products, whatever the signs of the weights;
+        and behind a ReLU most inputs are 0, which breaks an alternation.
         positives_first is by far the worst there: sums climb to the end of their range and back, so
         what stopping early wants is what narrow accumulators cannot bear. Sorting products token by
         token would avoid all overflows but those of whole sums ("sums that overflow on the way" are

@@ -51,9 +51,10 @@ def quantize(
         each matrix of a block has its own c, judged where it ends (x^T x tells that without
         running the texts again), where AWQ's code judges the end of a block; and c is kept and x
         divided by it, not folded into the norm before.
-    Online: run=stream, for memory: some groups at a time become floats in a buffer that the cache
-        holds, are multiplied, and are forgotten. Fewer rows than G: y = sum_g s_g (x_g code_g), so
-        that results are scaled and not weights; more: y = x (s code). z: less sum(x_g) s_g z_g.
+    Online: run=stream, for memory: some groups at a time (one at least) become floats in a buffer
+        that the cache holds, are multiplied, and are forgotten. Fewer rows than G:
+        y = sum_g s_g (x_g code_g), so results are scaled and not weights; more: y = x (s code).
+        With zeros, less sum(x_g) s_g z_g.
         run=cast: the same with a whole matrix at a time.
         run=load, for speed: floats are made once, at the first use, and then kept beside the codes;
         from then on it is the dense product.
@@ -68,7 +69,7 @@ def quantize(
         model's time. stream and cast take little more than that for many rows, and several times
         that where a large matrix meets few, most of it for turning codes into floats; stream is
         the faster for matrices that no cache holds, and the same for smaller. Four bits take
-        longer than eight, and integers longer than either. So: load for speed, stream for memory,
+        longer than eight, and integers longer than stream. So: load for speed, stream for memory,
         and a small file with both.
     Neutral: bits = 32: everything stays as it is.
     Not for: run=integers with groups so large that sums pass 2^24 (1,040 inputs at 8 bits, 1,032

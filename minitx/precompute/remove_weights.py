@@ -13,16 +13,14 @@ from minitx.model import (
     Attention,
     Block,
     Linear,
-    NoNorm,
     ParallelBlock,
     PositionEmbedding,
-    SkiplessBlock,
-    SkiplessParallelBlock,
     Stack,
     SwiGLU,
     TokenEmbedding,
     Transformer,
 )
+from minitx.skipless import NoNorm, SkiplessBlock, SkiplessParallelBlock
 from minitx.technique import need, swap, technique
 from minitx.tree import Part, part
 
