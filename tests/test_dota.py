@@ -323,5 +323,5 @@ def test_loads_are_the_twins(rows):
 def test_the_tree_shows_the_detector_and_where_it_is_from():
     lm = with_detectors("llama", 6)
     assert "DetectingAttention(kappa=6, fit=post-hoc)" in repr(lm.model)
-    assert "detect: Detect(p 16x2, w_q 2x4, w_k 2x2" in repr(lm.model)
+    assert "detect: Detect(p 16x2, w_q 2x4" in repr(lm.model)
     assert sum(isinstance(node, Strongest) for _, node in walk(lm)) == 2

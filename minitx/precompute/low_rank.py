@@ -17,7 +17,7 @@ from minitx.tree import Part, part
 def low_rank(
     lm,
     *,
-    share: float = 0.5,
+    share: float = 0.75,
     rank: int | None = None,
     energy: float | None = None,
     weighted: bool = True,

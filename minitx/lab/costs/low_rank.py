@@ -103,7 +103,7 @@ class LowRankCost:
         return "\n".join(lines)
 
 
-def cost(shape: Shape, *, share: float = 0.5, rank: int | None = None) -> LowRankCost:
+def cost(shape: Shape, *, share: float = 0.75, rank: int | None = None) -> LowRankCost:
     """rank: of every matrix; without it the largest that leaves that share of its weights."""
     if not 0 < share <= 1:
         raise MinitxError(f"cost low_rank needs a share above 0 and at most 1, not {share:g}.")
