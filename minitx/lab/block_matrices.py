@@ -1,5 +1,6 @@
 """The matrices of a model's blocks, as a shape (shape.py) has them: what cost formulas sum over."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from minitx.lab.shape import Shape
@@ -50,3 +51,37 @@ def notes(s: Shape) -> list[str]:
             "multiply-adds than are given here"
         )
     return found
+
+
+@dataclass(frozen=True)
+class ExampleTable:
+    """The rows that the tables of Graef's papers begin with."""
+
+    shape: Shape
+
+    @property
+    def qp_weights(self) -> int:
+        """W_Q and the output projection (the papers' P) of one block."""
+        s = self.shape
+        return 2 * s.width * s.heads * s.head_width
+
+    @property
+    def kv_weights(self) -> int:
+        s = self.shape
+        return 2 * s.width * s.kv_heads * s.head_width
+
+    @property
+    def ffn_weights(self) -> int:
+        """All experts of one block."""
+        s = self.shape
+        return s.ffn_matrices * s.width * s.hidden * s.experts
+
+    @property
+    def embedding_weights(self) -> int:
+        """Input and output; learned positions too."""
+        return embedding_weights(self.shape)
+
+    @property
+    def total_weights(self) -> int:
+        block = self.qp_weights + self.kv_weights + self.ffn_weights
+        return self.shape.layers * block + self.embedding_weights

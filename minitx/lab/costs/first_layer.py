@@ -8,6 +8,7 @@ breaks even.
 
 from dataclasses import asdict, dataclass
 
+from minitx.lab.block_matrices import ExampleTable
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
 
@@ -15,38 +16,8 @@ BATCHES = (1, 16, 256, 1024)  # those of the paper
 
 
 @dataclass(frozen=True)
-class FirstLayerCost:
+class FirstLayerCost(ExampleTable):
     """Every row of the paper's tables, for one model."""
-
-    shape: Shape
-
-    @property
-    def qp_weights(self) -> int:
-        """W_Q and the output projection (the paper's P) of one block."""
-        s = self.shape
-        return 2 * s.width * s.heads * s.head_width
-
-    @property
-    def kv_weights(self) -> int:
-        s = self.shape
-        return 2 * s.width * s.kv_heads * s.head_width
-
-    @property
-    def ffn_weights(self) -> int:
-        """All experts of one block."""
-        s = self.shape
-        return s.ffn_matrices * s.width * s.hidden * s.experts
-
-    @property
-    def embedding_weights(self) -> int:
-        """Input and output; learned positions too."""
-        s = self.shape
-        return s.width * (s.vocab_size * (1 if s.tied else 2) + s.positions)
-
-    @property
-    def total_weights(self) -> int:
-        block = self.qp_weights + self.kv_weights + self.ffn_weights
-        return self.shape.layers * block + self.embedding_weights
 
     @property
     def eliminated(self) -> int:

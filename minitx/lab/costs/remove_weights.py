@@ -7,41 +7,18 @@ model of their sizes.
 
 from dataclasses import asdict, dataclass
 
+from minitx.lab.block_matrices import ExampleTable
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
 
 
 @dataclass(frozen=True)
-class RemoveWeightsCost:
-    shape: Shape
-
-    @property
-    def qp_weights(self) -> int:
-        """W_Q and the output projection P of one block."""
-        s = self.shape
-        return 2 * s.width * s.heads * s.head_width
-
-    @property
-    def kv_weights(self) -> int:
-        s = self.shape
-        return 2 * s.width * s.kv_heads * s.head_width
-
-    @property
-    def ffn_weights(self) -> int:
-        """All experts of one block."""
-        s = self.shape
-        return s.ffn_matrices * s.width * s.hidden * s.experts
-
+class RemoveWeightsCost(ExampleTable):
     @property
     def embedding_weights(self) -> int:
         """Input and output, which are two tables afterwards even if they were one."""
         s = self.shape
         return s.width * (2 * s.vocab_size + s.positions)
-
-    @property
-    def total_weights(self) -> int:
-        block = self.qp_weights + self.kv_weights + self.ffn_weights
-        return self.shape.layers * block + self.embedding_weights
 
     @property
     def removed(self) -> int:
