@@ -1,18 +1,16 @@
-"""Tutorial 6: before the first token, part two. Fewer weights, fewer bits, tables, and another order.
+"""Tutorial 6: before the first token, part two. Fewer weights, fewer bits, tables, other orders.
 
-Tutorial 3 folded norms, fused products and made the first layer a table. Here is everything else
-that can be done to standing weights: what follows exactly, what is nearly the same, and what that
-"nearly" costs. One model, one flag after another: what disappears from the tree, what the ledger
-counts, what memory says, what loss and text say, and what the clock says, which often disagrees.
+Tutorial 3 folded norms, fused products and made the first layer a table. Here is what else can be
+done to standing weights: what is exact, what is nearly the same, and what that "nearly" costs. One
+model, one flag after another: what disappears from the tree, what the ledger counts, what memory,
+loss and text say, and what the clock says, which often disagrees.
 
-Letters: D width, H query heads, K key/value heads, d head width, F hidden neurons, L layers.
+Letters: D width, K key/value heads, d head width, F hidden neurons, L layers.
 """
 
 # %% A model, held-out stories, and helpers
-import difflib
 import io
 import tempfile
-import textwrap
 import time
 from collections import namedtuple
 from contextlib import redirect_stderr
@@ -26,20 +24,16 @@ from minitx.errors import MinitxError
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
 from minitx.matrices.product_table import IntegerLinear, ProductTable, TableLinear
-from minitx.technique import apply
+from minitx.technique import apply, find
 from minitx.training.loss import token_losses
-from minitx.tree import nbytes, weights
+from minitx.tree import nbytes
 
-BEGINNING = "Once upon a time there was a girl named Anna. Anna"
-Row = namedtuple("Row", "work read memory cache loss")
+ASK = "Tom was in the garden. Tom went to the park. Where is Tom? Tom is in the"
+Row = namedtuple("Row", "lm work reads memory cache loss")
 
 
 def title(text):
     print(f"\n{text}\n{'-' * len(text)}")
-
-
-def say(*sentences):
-    print(textwrap.fill(" ".join(sentences), 100))
 
 
 def verdict(ratio):
@@ -52,163 +46,254 @@ def error(found, expected):
     return abs(found - expected).max() / abs(expected).max()
 
 
-def changes(before, after):
-    """Two trees as one, only the lines that differ: "-" was before, "+" is after."""
-    lines = difflib.ndiff(repr(before).splitlines(), repr(after).splitlines())
-    print("\n".join(line for line in lines if line[0] in "+-"))
+def changes(before, after, part):
+    """What differs in the tree of a part of block 1: "-" was there before, "+" is after."""
+    a, b = (repr(getattr(one.model.stack.blocks[1], part)).splitlines() for one in (before, after))
+    for mark, these, others in (("-", a, b), ("+", b, a)):
+        print("\n".join(f"  {mark} {line}" for line in these if line not in others))
 
 
-def quality(lm):
-    """Mean loss of all tokens of the held-out stories, and the most likely token at each place."""
+def with_flags(lm, words):
+    """The model with techniques as the command line has them, "prune sparsity=0.5 + pack_zeros"."""
+    flags = (flag.split() for flag in words.split(" + "))
+    return apply(lm, {name: find(name).read(options) for name, *options in flags})
+
+
+def measure(lm):
+    """A row of figures; the likeliest token at each place of the stories; and a task to time: the
+    last of 64 tokens, with the others in the cache."""
     logits = [lm.logits(story.ids[:-1]) for story in stories]
     losses = [token_losses(z, np.array(s.ids[1:])) for z, s in zip(logits, stories)]
-    return float(np.concatenate(losses).mean()), np.concatenate([z.argmax(-1) for z in logits])
+    state = lm.model.new_state()
+    lm.model.next_logits(ids[:63], state)
+    with counting(lm) as counts:
+        lm.model.next_best(ids[63:64], state)
+    work, sizes = counts.total(), (nbytes(lm), state.bytes_per_token)
+    row = Row(lm, work.multiply_adds, work.weight_bytes, *sizes, np.concatenate(losses).mean())
+    likeliest = np.concatenate([z.argmax(-1) for z in logits])
+    return row, likeliest, lambda: (state.rewind(63), lm.model.next_best(ids[63:64], state))
 
 
-def a_token(lm):
-    """A task: one token, with 63 before it in the cache; and the state it works on."""
-    state, ids = lm.model.new_state(), stories[0].ids[:64]
-    lm.model.next_logits(ids[:-1], state)
-    return lambda: (lm.model.next_best(ids[-1:], state), state.rewind(63)), state
-
-
-def versus(dense, repeats=30, **changed):
-    """Measure the models against the dense one and print a row for each; returns the rows."""
-    _, choices = quality(dense)
-    told, rows = dense.generate(BEGINNING, 40), {}
-    print(f"{dense.name:17} multiply-adds  weights read   memory  cache    loss   same  text  speed")
-    for name, one in {"dense": dense, **changed}.items():
-        task, state = a_token(one)
-        with counting(one) as counts:
-            task()
-        total, (loss, chosen) = counts.total(), quality(one)
-        row = Row(total.multiply_adds, total.weight_bytes, nbytes(one), state.bytes_per_token, loss)
+def versus(lm, lines):
+    """Print and return rows by name: the dense model, and each "name: flags", parted by ";"."""
+    rows, (dense, choices, plain) = {}, measure(lm)
+    print(f"{lm.name:17}   work  reads memory  cache    loss    same  says       speed")
+    for line in ["dense", *lines.split(";")]:
+        name, _, words = line.strip().partition(": ")
+        row, likeliest, task = measure(with_flags(lm, words)) if words else (dense, choices, plain)
         best = [np.inf, np.inf]
-        for _ in range(repeats if one is not dense else 0):  # in turns: a busy moment hits both
-            for i, job in enumerate((a_token_of_dense, task)):
+        for _ in range(25 if words else 0):  # in turns, so that a busy moment hits both
+            for i, job in enumerate((plain, task)):
                 began = time.perf_counter()
                 job()
                 best[i] = min(best[i], time.perf_counter() - began)
-        ratio = best[0] / best[1] if one is not dense else 1
-        a_token_of_dense = task if one is dense else a_token_of_dense
-        same, text = (chosen == choices).mean(), one.generate(BEGINNING, 40) == told
-        print(f"{name.replace('_', ' '):17} {row.work:13,} {row.read:12,}", end="  ")
-        print(f"{row.memory / 1e6:4.2f} MB {row.cache:6,} {loss:7.4f} {same:6.1%}", end="  ")
-        print(f"{'same' if text else 'new ':4} {ratio:5.2f}", verdict(ratio) if rows else "-")
+        print(f"{name:17} {row.work / 1e6:6.3f} {row.reads / 1e6:6.2f}", end=" ")
+        print(f"{row.memory / 1e6:6.2f} {row.cache:6,} {row.loss:7.4f}", end=" ")
+        print(f"{(likeliest == choices).mean():7.1%} {row.lm.generate(ASK, 1):10}", end=" ")
+        print(f"{best[0] / best[1]:6.2f} {verdict(best[0] / best[1])}" if words else "  1.00 -")
         rows[name] = row
     return rows
 
 
-lm = minitx.load("stories")
-exact = minitx.load("stories", dtype=np.float64)
-stories = encode(lm.tokenizer, held_out(lm, 6))
-ids = stories[0].ids
-c = lm.model.config
-D, H, K, d, F, L = c.width, c.heads, c.kv_heads, c.head_width, c.hidden, c.layers
-print(f"{lm.name}: D={D} H={H} K={K} d={d} F={F} L={L}; {sum(len(s.ids) for s in stories):,} tokens")
+lm, exact = (minitx.load("stories", dtype=kind) for kind in (np.float32, np.float64))
+stories, c = encode(lm.tokenizer, held_out(lm, 6)), lm.model.config
+ids, D, K, d, F, L = stories[0].ids, c.width, c.kv_heads, c.head_width, c.hidden, c.layers
+print(f"""{lm.name}: D={D} K={K} d={d} F={F} L={L}. The columns of the tables below:
+work: millions of multiply-adds, and reads: MB of weights, of one token with 63 before it (ledger);
+memory: MB of all arrays; cache: bytes a token; loss: nats a token, six stories (thousandths are
+luck); same: how often the likeliest next token is the dense model's; speed: of a token, dense = 1;
+says: after "{ASK}".""")
 
 # %% 1a. Two matrices in a row
 # x A B: what stands between them is nobody's business. With any M that has an inverse, A M and
-# M^-1 B do the same; so let M be a square block of B: it becomes the identity, which nobody stores.
+# M^-1 B do the same; let M be a square block of B: it becomes the identity, which nobody stores.
 title("1. Exact: what follows from two matrices in a row")
 A = np.array([[1, 0], [2, 1], [0, 3], [1, 1]])  # (4, 2)
 B = np.array([[1, 1, 2, 0], [1, 2, 0, 3]])  # (2, 4)
 M = B[:, :2]
 inverse = np.rint(np.linalg.inv(M)).astype(int)
-for left, right in zip((A, A @ M), (B, inverse @ B)):
-    lines = [f"{a!s:8}   {b}" for a, b in zip(left, [*map(str, right), "", ""])]
-    print("\n".join(line.rstrip() for line in lines), end="\n\n")
-assert np.array_equal((A @ M) @ (inverse @ B), A @ B)
-assert np.array_equal((inverse @ B)[:, :2], np.eye(2))
+print("A     B              A M   M^-1 B")
+for four in zip(A, [*B, "", ""], A @ M, [*(inverse @ B), "", ""]):
+    print("{!s:5} {!s:14} {!s:5} {!s:14}".format(*four).rstrip())
+assert ((A @ M) @ (inverse @ B) == A @ B).all() and (inverse @ M == np.eye(2)).all()
 print(f"The same product with {A.size + B.size} numbers, and with {A.size + B.size - M.size}.\n")
 
 # %% 1b. The same as a technique
 # In a head, W_v is followed by W_o, and between them is only a mixing of tokens.
-shrunk = apply(lm, {"shrink": True})
-changes(lm.model.stack.blocks[1].attn, shrunk.model.stack.blocks[1].attn)
-wrong = error(apply(exact, {"shrink": True}).logits(ids[:64]), exact.logits(ids[:64]))
-assert wrong < 1e-9  # float64 has 16 digits, and cond takes some of them
-print(f"\ncond is how much M^-1 may enlarge a rounding. In float64, logits are off by {wrong:.0e}.")
-rows = versus(lm, shrink=shrunk)
+rows = versus(lm, "shrink: shrink")
+changes(lm, rows["shrink"].lm, "attn")
+wrong = error(with_flags(exact, "shrink").logits(ids[:64]), exact.logits(ids[:64]))
+assert wrong < 1e-9  # of the 16 digits of float64, cond takes some
 assert rows["dense"].work - rows["shrink"].work == L * K * d * d
-print(f"Gone: L K d^2 = {L * K * d * d:,} weights and multiply-adds; but more calls than before.")
+print(f"Gone: L K d^2 = {L * K * d * d:,} weights, but there are more calls. cond is how")
+print(f"much M^-1 enlarges what is rounded. In float64, logits are off by {wrong:.0e}.\n")
 
 # %% 1c. Keys are enough
 # If W_k is square, a token's key tells what its x was, so it tells its value: v = k W_k^-1 W_v.
-print()
 try:
-    apply(lm, {"slim_attention": True})
+    with_flags(lm, "slim_attention")
 except MinitxError as refusal:
-    say("Here:", str(refusal))
-other, other64 = (minitx.load("stories-parallel", dtype=t) for t in (np.float32, np.float64))
-qkv, x = other64.model.stack.blocks[0].attn.qkv, np.random.default_rng(0).normal(size=(50, D))
-k, v = x @ qkv.k.w, x @ qkv.v.w  # (50, D) each, but for biases
+    print(f"Not for this model: {str(refusal).partition(';')[0]}.")
+other, sharp = (minitx.load("stories-parallel", dtype=kind) for kind in (np.float32, np.float64))
+qkv, x = sharp.model.stack.blocks[0].attn.qkv, np.random.default_rng(0).normal(size=(50, D))
 W_kv = np.linalg.solve(qkv.k.w, qkv.v.w)  # W_k^-1 W_v, offline
-print(f"stories-parallel, by hand: cond(W_k) is {np.linalg.cond(qkv.k.w):.0f}, and", end=" ")
-print(f"values from keys are off by {error(k @ W_kv, v):.0e} in float64.")
-assert error(k @ W_kv, v) < 1e-6
-flags = {"slim_attention": {"max_condition": 1e9}}  # we look at the error ourselves
-wrong = error(apply(other64, flags).logits(ids[:64]), other64.logits(ids[:64]))
-assert wrong < 1e-6
-rows = versus(other, slim_attention=apply(other, flags), absorb_products=apply(other, {"absorb_products": True}))
-assert rows["slim_attention"].cache * 2 == rows["dense"].cache
+wrong = error(x @ qkv.k.w @ W_kv, x @ qkv.v.w)
+print(f"Next model: cond(W_k) is {np.linalg.cond(qkv.k.w):.0f}, values by hand off by {wrong:.0e}.")
+slim = "slim_attention max_condition=1e9"  # we look at the error ourselves
+rows = versus(other, f"slim_attention: {slim}; absorb_products: absorb_products")
+wrong = max(wrong, error(with_flags(sharp, slim).logits(ids[:64]), sharp.logits(ids[:64])))
+assert wrong < 1e-6 and rows["slim_attention"].cache * 2 == rows["dense"].cache
 assert rows["slim_attention"].work > rows["dense"].work < rows["absorb_products"].work
-say(
-    "slim_attention halves the cache and pays with work. absorb_products makes W_v W_o one",
-    "matrix for each head: with several narrow heads it pays nothing back, but shows what a head",
-    f"is. (merge_embeddings adds learned positions to every token beforehand: V context D numbers,",
-    "for tiny tables only.)",
-)
+print("""Half the cache, for more work. absorb_products makes W_v W_o one matrix for each head: larger
+for narrow heads, but one sees what a head does. (merge_embeddings, for tiny tables: the sums of all
+tokens and learned positions.)\n""")
 
 # %% 1d. Without skips
-# x + ... ties both ends of a block to one basis. Without the "x +", W_q goes into the FFN before
-# it, and W_o into the FFN behind it: whole products fall away. Only a model trained so has that.
-print()
+# "x +" ties both ends of a block to one basis. Without, W_q goes into the FFN before it, W_o into
+# the FFN behind it: whole products fall away. Only a model that was trained so allows it.
 skipless = minitx.load("stories-skipless")
-removed = apply(skipless, {"remove_weights": True})
-changes(skipless.model.stack.blocks[1].attn, removed.model.stack.blocks[1].attn)
-rows = versus(skipless, remove_weights=removed)
-gone = 2 * skipless.model.config.layers * skipless.model.config.width ** 2
+rows = versus(skipless, "remove_weights: remove_weights")
+changes(skipless, rows["remove_weights"].lm, "attn")
+gone = 2 * skipless.model.config.layers * skipless.model.config.width**2
 assert rows["dense"].work - rows["remove_weights"].work == gone
 print(f"Gone: 2 L D^2 = {gone:,} multiply-adds a token, and two calls in each block.")
 
 # %% 2a. Fewer bits, by hand
 # A number of b bits is a whole one from -q to q, q = 2^(b-1) - 1, times a scale that some share.
-title("2. Fewer bits: four numbers by hand")
+title("2. Fewer bits, first by hand on four numbers")
 w = np.array([0.90, -0.35, 0.10, 0.02])
-
-
-def rounded(w, bits):
-    """Codes and scale: w is about code * scale, off by half a scale at most."""
-    q = 2 ** (bits - 1) - 1
-    scale = abs(w).max() / q
-    return np.rint(w / scale).astype(int), scale
-
-
-print(f"{'':26}" + "".join(f"{number:8.2f}" for number in w))
-for bits, parts in ((8, [w]), (4, [w]), (2, [w]), (4, [w[:2], w[2:]])):
-    codes, scales = zip(*(rounded(part, bits) for part in parts))
-    back = np.concatenate([code * scale for code, scale in zip(codes, scales)])
-    assert all((abs(p - q * s) <= s / 2 + 1e-12).all() for p, q, s in zip(parts, codes, scales))
-    print(f"{bits} bits, {len(parts)} scale{'s' * (len(parts) > 1):1} {np.concatenate(codes)!s:>15}", end=" ")
-    print("".join(f"{number:8.3f}" for number in back), f"  off by {abs(back - w).max():.3f}")
-print("One large number makes a coarse scale for all who share it: so small groups, or few shares.")
+print(f"{'':37}" + "".join(f"{n:8.2f}" for n in w))
+for bits, parts in ((8, 1), (4, 1), (2, 1), (4, 2)):
+    q, groups = 2 ** (bits - 1) - 1, w.reshape(parts, -1)
+    scales = abs(groups).max(-1, keepdims=True) / q
+    codes = np.rint(groups / scales).astype(int)
+    off, back = abs(codes * scales - groups), "".join(f"{n:8.3f}" for n in (codes * scales).flat)
+    assert (off <= scales / 2 + 1e-12).all()
+    print(f"{bits} bits, {parts} scale(s) {codes.ravel()!s:>18} {back}, off by {off.mean():.3f}")
+print("A large number makes the steps coarse for all who share its scale: hence small groups.\n")
 
 # %% 2b. The whole model
-title("2. Fewer bits: memory against loss")
-bits = {
-    "8 bits": {"quantize": {"bits": 8}},
-    "4 bits": {"quantize": {"bits": 4}},
-    "4, one scale": {"quantize": {"bits": 4, "group": None}},
-    "4, 1% apart": {"separate_magnitudes": {"bits": 4, "share": 0.01}},
-    "4, all": {"quantize": {"bits": 4, "which": "all"}},
-    "4, run=load": {"quantize": {"bits": 4, "run": "load"}},
-    "cache 8": {"quantize_cache": {"bits": 8}},
-    "cache 4": {"quantize_cache": {"bits": 4}},
-}
-bits = {name: apply(lm, flags) for name, flags in bits.items()}
-changes(lm.model.stack.blocks[1].ffn, bits["4 bits"].model.stack.blocks[1].ffn)
-rows = points = versus(lm, **bits)
-assert rows["dense"].memory > rows["8 bits"].memory > rows["4 bits"].memory > rows["4, all"].memory
-assert rows["dense"].cache > rows["cache 8"].cache > rows["cache 4"].cache
-assert all(row.work == rows["dense"].work for row in rows.values())
+FEWER_BITS = """8 bits: quantize bits=8; 4 bits: quantize bits=4;
+    4, all tables: quantize bits=4 which=all; 4, one scale: quantize bits=4 group=None;
+    4, 1% in full: separate_magnitudes bits=4 share=0.01; 4, run=load: quantize bits=4 run=load;
+    cache, 8 bits: quantize_cache bits=8; cache, 4 bits: quantize_cache bits=4"""
+rows = points = versus(lm, FEWER_BITS)
+changes(lm, rows["4 bits"].lm, "ffn")
+for less, more in (("8 bits", "dense"), ("4 bits", "8 bits"), ("4, all tables", "4 bits")):
+    assert rows[less].memory < rows[more].memory and rows[less].work == rows[more].work
+assert rows["cache, 4 bits"].cache < rows["cache, 8 bits"].cache < rows["dense"].cache
+print("""NumPy has no fast product of small integers: codes become floats again, for each product or
+once (run=load; its products are the dense ones: what it is off 1.00 is the error of this clock).""")
+
+# %% 3a. Fewer weights: zeros that buy nothing, and neurons that do
+# Wanda drops weights of small |w| |x|, wherever they are. A dense array keeps the zeros and
+# multiplies them. prune_structure cuts whole neurons or heads: an ordinary model, but smaller.
+# low_rank makes two thin matrices of one. All learn from four calibration stories, to be quick.
+title("3. Fewer weights")
+FEWER_WEIGHTS = """half zeros: prune stories=4; half, packed: prune stories=4 + pack_zeros;
+    2 of 4 zeros: prune scope=2:4 stories=4; neurons - 1/4: prune_structure stories=4;
+    neurons - 1/2: prune_structure neurons=0.5 stories=4; rank, 80%: low_rank share=0.8 stories=4;
+    heads - 1/2: prune_structure neurons=0 heads=0.5 stories=4"""
+rows = versus(lm, FEWER_WEIGHTS)
+for name in ("half zeros", "neurons - 1/4", "rank, 80%"):
+    print(f"{name}:")
+    changes(lm, rows[name].lm, "ffn")
+points, dense = points | rows, rows["dense"]
+assert rows["half zeros"][1:5] == dense[1:5]  # half of the weights gone, and nothing gained
+assert rows["half, packed"].memory < dense.memory and rows["half, packed"].work == dense.work
+assert abs(rows["half, packed"].loss - rows["half zeros"].loss) < 1e-5
+assert dense.work - rows["neurons - 1/4"].work == 3 * D * int(F / 4) * L
+assert rows["neurons - 1/2"].memory < rows["neurons - 1/4"].memory < dense.memory
+assert rows["heads - 1/2"].cache * 2 == dense.cache and rows["rank, 80%"].work < dense.work
+
+# %% 3b. The picture
+MARKS = {name[0]: name for name in ("half zeros", "neurons - 1/4", "rank, 80%", "8 bits", "4 bits")}
+MARKS |= {"p": "half, packed", "N": "neurons - 1/2", "H": "heads - 1/2", "2": "2 of 4 zeros"}
+MARKS |= {"a": "4, all tables", "s": "4, one scale", "D": "dense"}
+HIGH, WIDE, losses = 12, 40, [points[name].loss for name in MARKS.values()]
+low, top = min(losses), min(max(losses), min(losses) + 0.3)
+lines = np.full((HIGH + 1, 2 * WIDE + 6), " ")
+for mark, name in MARKS.items():
+    y = round(HIGH * (top - min(points[name].loss, top)) / (top - low))
+    for left, axis in ((0, "memory"), (WIDE + 5, "work")):  # from 0 to the dense model's
+        share = getattr(points[name], axis) / getattr(dense, axis)
+        lines[y, left + min(round(WIDE * share), WIDE)] = mark
+print("\nLoss (top line: or more) against memory, left, and multiply-adds, right, both from 0:")
+lines[:, WIDE + 3] = "|"
+for i, line in enumerate(lines):
+    print(f"{top - i / HIGH * (top - low):5.2f} |{''.join(line)}".rstrip())
+print(f"{'':6}+{'-' * (WIDE + 3)}+{'-' * (WIDE + 2)}")
+names = [f"{mark} {name}" for mark, name in MARKS.items()]
+print(" | ".join(names[:7]), " | ".join(names[7:]), sep="\n")
+print("Bits save memory and no work. Zeros save what is packed. What is cut out saves both.")
+
+# %% 4. Tables instead of products
+# Few bits are few possibilities: all products of two short vectors of 2-bit numbers fit on a page.
+title("4. Tables: two reads and an addition in the place of four multiply-adds")
+vectors = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+T = np.array(vectors) @ np.array(vectors).T  # (9, 9), made once, whatever the weights are
+print("x \\ w  " + "".join(f"{a:2},{b:2} " for a, b in vectors).rstrip())
+for (a, b), line in zip(vectors, T):
+    print(f"{a:2},{b:2} " + "".join(f"{n:6}" for n in line))
+x, w = [1, -1, 0, 1], [1, 1, -1, 1]
+found = [T[vectors.index((*x[i : i + 2],)), vectors.index((*w[i : i + 2],))] for i in (0, 2)]
+assert sum(found) == np.dot(x, w)
+print(f"{x} . {w} = {found[0]} + {found[1]} = {np.dot(x, w)}\n")
+W, shared = lm.model.stack.blocks[1].ffn.down.w, ProductTable.of(4, 4, 2, "vertical")
+x = np.random.default_rng(0).normal(size=(20, F)).astype(np.float32)
+assert (TableLinear.of(shared, W, None)(x) == IntegerLinear.of(W, None, 4, 4)(x)).all()
+print(f"{F}x{D} weights in 4 bits, inputs too, two at a time: a table of {shared.entries.nbytes:,}")
+print("bytes, and bit for bit their product. Two blocks so, or by prototypes; and a table of SiLU:")
+TABLES = """lut, product: lut layers=2; function_tables: function_tables;
+    lut, centroid: lut kind=centroid layers=2 stories=2"""
+rows = versus(lm, TABLES)
+assert rows["lut, product"].work < dense.work == rows["function_tables"].work
+assert rows["lut, product"].memory < dense.memory < rows["function_tables"].memory
+print("""Multiplications are gone; but NumPy fetches numbers one by one, BLAS multiplies many at a time.
+On a processor that shuffles bytes, or a chip that is made for it, that is another matter.""")
+
+# %% 5. Order
+# Sums may be added in any order. Inputs >= 0 and positive weights first: the sum rises, then falls,
+# and once it is below 0 it stays there. If a ReLU comes next, the rest need not be added at all.
+title("5. Another order of the same numbers")
+x, w = np.random.default_rng(3).random(12), np.array([-1, 1, -2, -1, 1, -1, 2, -1, -2, 1, 1, -3])
+for name, order in {"as stored": range(12), "positives first": np.argsort(-w)}.items():
+    sums = np.cumsum([x[i] * w[i] for i in order])
+    print(f"{name:16}" + "".join(f"{total:6.2f}" for total in sums))
+certain = np.argmax(sums < 0) + 1
+assert certain < 12 and (sums[certain - 1 :] < 0).all()
+print(f"Below 0 for certain after {certain} of 12 products; as stored, after the last.\n")
+ORDERS = """order_products: order_products matrices=attention;
+    largest rows 1st: order_products order=largest_rows_first; separate_signs: separate_signs"""
+rows = versus(lm, ORDERS)
+assert all(abs(row.loss - dense.loss) < 1e-4 for row in rows.values())
+assert rows["separate_signs"].work > rows["order_products"].work == dense.work
+print("Exact, and nothing saved yet: these are for stopping early, and for narrow accumulators.")
+
+# %% 6. Offline work once
+# The command writes the changed tree; load() reads it, without calibration texts.
+title("6. minitx precompute: written once, loaded as it is")
+words = "fold_norms + first_layer + quantize bits=4 scaling=true stories=4"
+options = words.replace("fold_norms + first_layer + q", "--fold-norms --first-layer --q").split()
+with tempfile.TemporaryDirectory() as folder:
+    out, figures = Path(folder) / "small", io.StringIO()
+    with redirect_stderr(figures):
+        assert main(["precompute", str(out), *options]) == 0
+    print("minitx precompute small", *options)
+    print(figures.getvalue().strip().replace(f"{folder}/", ""))
+    print("; ".join(f"{file.name} {file.stat().st_size:,} bytes" for file in sorted(out.iterdir())))
+    began = time.perf_counter()
+    loaded = minitx.load(out)
+    print(f"minitx.load('small') took {time.perf_counter() - began:.3f} s;", end=" ")
+made = with_flags(lm, words)
+assert np.array_equal(loaded.logits(ids), made.logits(ids)) and nbytes(loaded) < nbytes(lm)
+print(
+    f"its logits are identical, bit for bit. In memory: {nbytes(loaded):,} of {nbytes(lm):,} bytes."
+)
+
+# %% Exercises
+# 1. shrink choice=first takes the first d columns of W_o. What becomes of cond, and of the error in
+#    float32? Make two of these columns nearly the same: who notices?
+# 2. Four bits with group=16, 32, 64, 128: loss against memory. Which would you take?
+# 3. Cut neurons and keep the rest in 8 bits, until it is as small as all in 4. Which is better?
+# 4. lut with ba=3, then with bw=3: which harms more? Why cannot the weights alone tell?
