@@ -203,3 +203,27 @@ def test_every_pair_composes_or_is_refused(family, pair):
     expected = lm.logits(IDS)
     assert abs(both.logits(IDS) - expected).max() <= 1e-12 * abs(expected).max()
     assert repr(both) == repr(apply(lm, dict(reversed(wanted.items()))))
+
+
+EXACT = [t.name for t in ALL if t.exact and t.level != "decode"]  # what changes the model
+
+
+@family
+def test_every_combination_of_exact_ones_is_the_dense_model(family):
+    """All subsets that fit; where some of a subset do not fit each other, neither does it."""
+    lm = tiny_lm(family, dtype=np.float64)
+    expected, refused, tried = lm.logits(IDS), [], []
+    for count in range(1, len(EXACT) + 1):
+        for chosen in map(set, itertools.combinations(EXACT, count)):
+            if any(few <= chosen for few in refused):
+                continue
+            try:
+                both = apply(lm, dict.fromkeys(chosen, True))
+            except MinitxError as error:
+                assert count == 1 or any(name in str(error) for name in chosen)
+                refused.append(chosen)
+                continue
+            error = abs(both.logits(IDS) - expected).max() / abs(expected).max()
+            assert error <= 1e-12, chosen
+            tried.append(chosen)
+    assert max(map(len, tried)) >= (1 if family == "skipless" else 3)

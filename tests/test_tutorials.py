@@ -128,6 +128,42 @@ SHOWS = {
         r"dense +\S+ +\d +100\.0% +1\.00 +1\.00 +1\.00$",
         r"linear +\S+ +\d +12\.\d% +0\.\d\d +0\.\d\d +\d+\.\d\d$",
     ],
+    "06_fewer_weights_fewer_bits.py": [
+        r"\[1 0\] \[1 1 2 0\] +\[1 1\] \[ 1  0  4 -3\]$",
+        r"The same product with 16 numbers, and with 12\.$",
+        r"shrink( +\d+\.\d+){3} .* +\d+\.\d\d (gain|loss|no clear difference)$",
+        r"  \+ +out: ShrunkOutput\(",
+        r"enlarges what is rounded\. In float64, logits are off by \de-(1\d|09)\.$",
+        r"Not for this model: slim_attention needs keys for each query head",
+        r"Next model: cond\(W_k\) is \d+, values by hand off by \de-\d\d\.$",
+        r"slim_attention +\d",
+        r"absorb_products +\d",
+        r"remove_weights +\d",
+        r"  - +q: Linear\(",
+        r"  \+ +out: InFFN$",
+        r"8 bits, 1 scale\(s\) +\[127 -49  14   3\] +0\.900  -0\.347 ",
+        r"4 bits, 1 scale\(s\) +\[ 7 -3  1  0\] .*, off by 0\.021$",
+        r"4 bits, 2 scale\(s\) +\[ 7 -3  7  1\] .*, off by 0\.010$",
+        r"4, one scale +\d",
+        r"4, run=load +\d",
+        r"cache, 4 bits +\d",
+        r"  \+ +kept: Codes\(codes .* bits=4\)$",
+        r"2 of 4 zeros +\d",
+        r"  \+ +down: Linear\(w \d+x\d+ 50% zeros\)$",
+        r"  \+ +gate: LowRank$",
+        r" \d\.\d\d \|.*D  \|.*D$",
+        r"x \\ w  -1,-1 ",
+        r"\[1, -1, 0, 1\] \. \[1, 1, -1, 1\] = 0 \+ 1 = 1$",
+        r"lut, product +\d",
+        r"function_tables +\d",
+        r"positives first( +-?\d\.\d\d){12}$",
+        r"Below 0 for certain after \d+ of 12 products; as stored, after the last\.$",
+        r"separate_signs +\d",
+        r"minitx precompute small --fold-norms --first-layer --quantize ",
+        r"small: \d\.\d\d MB; \d+\.\d\d s of work that is done for good$",
+        r"precomputed\.json [\d,]+ bytes; precomputed\.safetensors [\d,]+ bytes; tokenizer\.json ",
+        r"Loading takes \d\.\d+ s; the logits are identical, bit for bit\.$",
+    ],
 }
 
 
@@ -304,3 +340,30 @@ def test_what_keeps_more_of_the_attention_is_seen_and_what_it_costs(runs):
         r"^(?:codes|ELSA|A3|DOTA|linear) .*% +(\d\.\d\d) +(\d\.\d\d) ", out, re.MULTILINE
     ):
         assert all(float(part) < 1 for part in cost)
+
+
+def test_what_weights_cost_is_told_apart(runs):
+    """Exact ones change no token; bits take less memory for the same work, zeros in an array gain
+    nothing, packed ones memory alone; and what is cut out saves both, seen in the picture, too."""
+    out = runs("06_fewer_weights_fewer_bits.py").out
+    rows = {}  # the last table in which a name stands; all of the same model but for three
+    for line in out.splitlines():
+        if found := re.match(r"(.{17}) +(\d+\.\d+) +(\d+\.\d+) +(\d+\.\d+) +([\d,]+) ", line):
+            name, *figures = found.groups()
+            figures = [float(figure.replace(",", "")) for figure in figures]
+            same = float(re.search(r" (\d+\.\d)%", line).group(1))
+            rows[name.strip()] = (*figures, same)
+    work, _, memory, cache, _ = dense = rows["dense"]
+    for name in ("shrink", "slim_attention", "remove_weights", "order_products", "separate_signs"):
+        assert rows[name][-1] > 99  # where two tokens are equally likely, rounding may decide
+    assert rows["half zeros"][:4] == dense[:4]
+    for name in ("8 bits", "4 bits", "half, packed"):
+        assert rows[name][0] == work and rows[name][2] < memory
+    assert rows["cache, 4 bits"][0] == work and rows["cache, 4 bits"][3] < cache
+    for name in ("shrink", "neurons - 1/2", "rank, 80%"):
+        assert rows[name][0] < work and rows[name][2] < memory
+    pictures = [re.split(r"\|", line)[1:] for line in out.splitlines() if line[5:7] == " |"]
+    assert len(pictures) == 13
+    for left, right in pictures:
+        assert "p" not in right or "p" not in left or right.index("p") > left.index("p")
+    assert any("N" in left and "N" in right for left, right in pictures)

@@ -82,7 +82,7 @@ def versus(lm, lines):
         name, _, words = line.strip().partition(": ")
         row, likeliest, task = measure(with_flags(lm, words)) if words else (dense, choices, plain)
         best = [np.inf, np.inf]
-        for _ in range(25 if words else 0):  # in turns, so that a busy moment hits both
+        for _ in range(15 if words else 0):  # in turns, so that a busy moment hits both
             for i, job in enumerate((plain, task)):
                 began = time.perf_counter()
                 job()
@@ -125,8 +125,8 @@ changes(lm, rows["shrink"].lm, "attn")
 wrong = error(with_flags(exact, "shrink").logits(ids[:64]), exact.logits(ids[:64]))
 assert wrong < 1e-9  # of the 16 digits of float64, cond takes some
 assert rows["dense"].work - rows["shrink"].work == L * K * d * d
-print(f"Gone: L K d^2 = {L * K * d * d:,} weights, but there are more calls. cond is how")
-print(f"much M^-1 enlarges what is rounded. In float64, logits are off by {wrong:.0e}.\n")
+print(f"Gone: L K d^2 = {L * K * d * d:,} weights, but there are more calls. cond is how much M^-1")
+print(f"enlarges what is rounded. In float64, logits are off by {wrong:.0e}.\n")
 
 # %% 1c. Keys are enough
 # If W_k is square, a token's key tells what its x was, so it tells its value: v = k W_k^-1 W_v.
@@ -136,17 +136,16 @@ except MinitxError as refusal:
     print(f"Not for this model: {str(refusal).partition(';')[0]}.")
 other, sharp = (minitx.load("stories-parallel", dtype=kind) for kind in (np.float32, np.float64))
 qkv, x = sharp.model.stack.blocks[0].attn.qkv, np.random.default_rng(0).normal(size=(50, D))
-W_kv = np.linalg.solve(qkv.k.w, qkv.v.w)  # W_k^-1 W_v, offline
-wrong = error(x @ qkv.k.w @ W_kv, x @ qkv.v.w)
+wrong = error(x @ qkv.k.w @ np.linalg.solve(qkv.k.w, qkv.v.w), x @ qkv.v.w)  # k W_k^-1 W_v and v
 print(f"Next model: cond(W_k) is {np.linalg.cond(qkv.k.w):.0f}, values by hand off by {wrong:.0e}.")
 slim = "slim_attention max_condition=1e9"  # we look at the error ourselves
 rows = versus(other, f"slim_attention: {slim}; absorb_products: absorb_products")
 wrong = max(wrong, error(with_flags(sharp, slim).logits(ids[:64]), sharp.logits(ids[:64])))
 assert wrong < 1e-6 and rows["slim_attention"].cache * 2 == rows["dense"].cache
 assert rows["slim_attention"].work > rows["dense"].work < rows["absorb_products"].work
-print("""Half the cache, for more work. absorb_products makes W_v W_o one matrix for each head: larger
-for narrow heads, but one sees what a head does. (merge_embeddings, for tiny tables: the sums of all
-tokens and learned positions.)\n""")
+print("Half the cache, for more work. absorb_products makes W_v W_o one matrix for each head:")
+print("larger for narrow heads, but one sees what a head does. (merge_embeddings, for tiny")
+print("tables: the sums of all tokens and learned positions.)\n")
 
 # %% 1d. Without skips
 # "x +" ties both ends of a block to one basis. Without, W_q goes into the FFN before it, W_o into
@@ -162,7 +161,7 @@ print(f"Gone: 2 L D^2 = {gone:,} multiply-adds a token, and two calls in each bl
 # A number of b bits is a whole one from -q to q, q = 2^(b-1) - 1, times a scale that some share.
 title("2. Fewer bits, first by hand on four numbers")
 w = np.array([0.90, -0.35, 0.10, 0.02])
-print(f"{'':37}" + "".join(f"{n:8.2f}" for n in w))
+print(" " * 37 + "".join(f"{n:8.2f}" for n in w))
 for bits, parts in ((8, 1), (4, 1), (2, 1), (4, 2)):
     q, groups = 2 ** (bits - 1) - 1, w.reshape(parts, -1)
     scales = abs(groups).max(-1, keepdims=True) / q
@@ -182,8 +181,8 @@ changes(lm, rows["4 bits"].lm, "ffn")
 for less, more in (("8 bits", "dense"), ("4 bits", "8 bits"), ("4, all tables", "4 bits")):
     assert rows[less].memory < rows[more].memory and rows[less].work == rows[more].work
 assert rows["cache, 4 bits"].cache < rows["cache, 8 bits"].cache < rows["dense"].cache
-print("""NumPy has no fast product of small integers: codes become floats again, for each product or
-once (run=load; its products are the dense ones: what it is off 1.00 is the error of this clock).""")
+print("NumPy has no fast product of small integers: codes become floats again, for each product")
+print("or once (run=load: then the products are dense, and off 1.00 is just this clock's error).")
 
 # %% 3a. Fewer weights: zeros that buy nothing, and neurons that do
 # Wanda drops weights of small |w| |x|, wherever they are. A dense array keeps the zeros and
@@ -212,19 +211,19 @@ MARKS |= {"p": "half, packed", "N": "neurons - 1/2", "H": "heads - 1/2", "2": "2
 MARKS |= {"a": "4, all tables", "s": "4, one scale", "D": "dense"}
 HIGH, WIDE, losses = 12, 40, [points[name].loss for name in MARKS.values()]
 low, top = min(losses), min(max(losses), min(losses) + 0.3)
-lines = np.full((HIGH + 1, 2 * WIDE + 6), " ")
+lines = np.full((HIGH + 1, 2 * WIDE + 5), " ")
+lines[:, WIDE + 3] = "|"
 for mark, name in MARKS.items():
     y = round(HIGH * (top - min(points[name].loss, top)) / (top - low))
-    for left, axis in ((0, "memory"), (WIDE + 5, "work")):  # from 0 to the dense model's
+    for left, axis in ((0, "memory"), (WIDE + 4, "work")):  # from 0 to the dense model's
         share = getattr(points[name], axis) / getattr(dense, axis)
         lines[y, left + min(round(WIDE * share), WIDE)] = mark
-print("\nLoss (top line: or more) against memory, left, and multiply-adds, right, both from 0:")
-lines[:, WIDE + 3] = "|"
+print("\nLoss (at the top: or more) against memory, left, and multiply-adds, right, both from 0:")
 for i, line in enumerate(lines):
     print(f"{top - i / HIGH * (top - low):5.2f} |{''.join(line)}".rstrip())
-print(f"{'':6}+{'-' * (WIDE + 3)}+{'-' * (WIDE + 2)}")
+print(f"{'':6}+{'-' * (WIDE + 3)}+{'-' * (WIDE + 1)}")
 names = [f"{mark} {name}" for mark, name in MARKS.items()]
-print(" | ".join(names[:7]), " | ".join(names[7:]), sep="\n")
+print(" | ".join(names[:6]), " | ".join(names[6:]), sep="\n")
 print("Bits save memory and no work. Zeros save what is packed. What is cut out saves both.")
 
 # %% 4. Tables instead of products
@@ -249,8 +248,8 @@ TABLES = """lut, product: lut layers=2; function_tables: function_tables;
 rows = versus(lm, TABLES)
 assert rows["lut, product"].work < dense.work == rows["function_tables"].work
 assert rows["lut, product"].memory < dense.memory < rows["function_tables"].memory
-print("""Multiplications are gone; but NumPy fetches numbers one by one, BLAS multiplies many at a time.
-On a processor that shuffles bytes, or a chip that is made for it, that is another matter.""")
+print("Multiplications are gone; but NumPy fetches numbers one by one, BLAS multiplies many at")
+print("once. On a processor that shuffles bytes, or a chip made for it, that is another matter.")
 
 # %% 5. Order
 # Sums may be added in any order. Inputs >= 0 and positive weights first: the sum rises, then falls,
@@ -260,8 +259,8 @@ x, w = np.random.default_rng(3).random(12), np.array([-1, 1, -2, -1, 1, -1, 2, -
 for name, order in {"as stored": range(12), "positives first": np.argsort(-w)}.items():
     sums = np.cumsum([x[i] * w[i] for i in order])
     print(f"{name:16}" + "".join(f"{total:6.2f}" for total in sums))
-certain = np.argmax(sums < 0) + 1
-assert certain < 12 and (sums[certain - 1 :] < 0).all()
+certain = np.argmax(sums < 0) + 1  # in the second order
+assert (sums[certain - 1 :] < 0).all()
 print(f"Below 0 for certain after {certain} of 12 products; as stored, after the last.\n")
 ORDERS = """order_products: order_products matrices=attention;
     largest rows 1st: order_products order=largest_rows_first; separate_signs: separate_signs"""
@@ -270,8 +269,7 @@ assert all(abs(row.loss - dense.loss) < 1e-4 for row in rows.values())
 assert rows["separate_signs"].work > rows["order_products"].work == dense.work
 print("Exact, and nothing saved yet: these are for stopping early, and for narrow accumulators.")
 
-# %% 6. Offline work once
-# The command writes the changed tree; load() reads it, without calibration texts.
+# %% 6. Offline work once: the command writes the changed tree, and load() reads it
 title("6. minitx precompute: written once, loaded as it is")
 words = "fold_norms + first_layer + quantize bits=4 scaling=true stories=4"
 options = words.replace("fold_norms + first_layer + q", "--fold-norms --first-layer --q").split()
@@ -284,12 +282,11 @@ with tempfile.TemporaryDirectory() as folder:
     print("; ".join(f"{file.name} {file.stat().st_size:,} bytes" for file in sorted(out.iterdir())))
     began = time.perf_counter()
     loaded = minitx.load(out)
-    print(f"minitx.load('small') took {time.perf_counter() - began:.3f} s;", end=" ")
+    seconds = time.perf_counter() - began
 made = with_flags(lm, words)
 assert np.array_equal(loaded.logits(ids), made.logits(ids)) and nbytes(loaded) < nbytes(lm)
-print(
-    f"its logits are identical, bit for bit. In memory: {nbytes(loaded):,} of {nbytes(lm):,} bytes."
-)
+print(f"Loading takes {seconds:.3f} s; the logits are identical, bit for bit.")
+print(f"In memory: {nbytes(loaded):,} bytes; the dense model: {nbytes(lm):,}.")
 
 # %% Exercises
 # 1. shrink choice=first takes the first d columns of W_o. What becomes of cond, and of the error in
