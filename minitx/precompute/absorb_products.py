@@ -41,8 +41,8 @@ def absorb_products(lm, *, pairs: Literal["possible", "qk", "ov", "both"] = "pos
         in the place of n (and then while decoding, not for a prompt); or a vocabulary smaller than
         D, for which n QK n^T of block 0 may be a table (V, V), which is not built here.
     Neutral: nothing to set.
-    Not for: W_Q W_K^T with rotary positions, which stand between the two. Wall time: NumPy is
-        slower with it for several heads, at every length, if by less than the multiply-adds would
+    Not for: W_Q W_K^T with rotary positions, which stand between the two. Wall time: for several
+        heads NumPy gains none by it and mostly loses some, if less than the multiply-adds would
         have it. fold_norms, fuse_projections and shrink, which look for the three matrices that are
         gone.
     """

@@ -43,8 +43,9 @@ def shrink(
     Neutral: nothing to set.
     Not for: q and k columns that are rotated (a change of basis would not commute with the
         rotation: one complex number for each pair is all that does), a W_o or W_k that cannot be
-        inverted in the chosen block (pruned weights), heads wider than the stream. The paper also
-        does it to the pairs of latent attention (MLA), which minitx does not have.
+        inverted in the chosen block (pruned weights), heads wider than the stream. Zeros of a
+        pruned W_v and W_o are filled again by the change of basis. The paper also does it to the
+        pairs of latent attention (MLA), which minitx does not have.
     """
     if not (vo or qk):
         raise MinitxError("shrink has nothing to do with vo=False and qk=False; leave one of them.")
