@@ -194,8 +194,7 @@ def test_defaults_by_the_number_of_layers():
 
 
 @family
-@pytest.mark.parametrize("warm_up", [0, 5])
-@pytest.mark.parametrize("cold", [(1, 5), (0, 6)])
+@pytest.mark.parametrize("warm_up, cold", [(0, (1, 5)), (5, (0, 6))])
 @pytest.mark.parametrize("k", [1, 2, 6])
 @pytest.mark.parametrize("share", [0.2, 0.6])
 def test_it_is_what_the_loops_give(family, warm_up, cold, k, share):
