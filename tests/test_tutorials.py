@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,24 +178,23 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """``run(name)`` runs a tutorial the first time it is asked for it, and remembers."""
-    done = {}
-
-    def run(name: str) -> Run:
-        if name not in done:
-            done[name] = run_tutorial(ROOT / "tutorials" / name, tmp_path_factory.mktemp("cwd"))
-        return done[name]
-
-    return run
+    """``run(name)`` gives the run of a tutorial. All are started by the first, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        started = {
+            name: pool.submit(
+                run_tutorial, ROOT / "tutorials" / name, tmp_path_factory.mktemp("cwd")
+            )
+            for name in NAMES
+        }
+        yield lambda name: started[name].result()
 
 
 def run_tutorial(path: Path, folder: Path) -> Run:
     """In an empty folder, every warning an error, one BLAS thread, at most a minute."""
     own = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    before = cpu_of_children()
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(path)],
+        [sys.executable, "-W", "error", "-c", TIMED, str(path)],
         cwd=folder,
         env=os.environ | own | threads,
         stdin=subprocess.DEVNULL,
@@ -202,14 +202,18 @@ def run_tutorial(path: Path, folder: Path) -> Run:
         encoding="utf-8",
         timeout=60,
     )
-    cpu = cpu_of_children() - before
-    return Run(done.returncode, done.stdout, done.stderr, cpu, sorted(folder.iterdir()))
+    text, _, cpu = done.stdout.rpartition("\n")
+    seconds = float(cpu) if done.returncode == 0 else 0.0
+    return Run(done.returncode, text, done.stderr, seconds, sorted(folder.iterdir()))
 
 
-def cpu_of_children() -> float:
-    """Seconds that finished child processes have computed (0 where the system does not tell)."""
-    used = os.times()
-    return used.children_user + used.children_system
+# Runs a script, and says in a last line how long it has computed.
+TIMED = """
+import runpy, sys, time
+runpy.run_path(sys.argv[1], run_name="__main__")
+print()
+print(time.process_time(), end="")
+"""
 
 
 def test_every_tutorial_is_named_by_its_number_and_is_checked_here():
