@@ -22,7 +22,7 @@ from minitx.files.parts import describe, restore
 from minitx.files.safetensors import read_as_stored
 from minitx.files.safetensors_write import write_safetensors
 from minitx.model import Transformer
-from minitx.tree import Part, walk
+from minitx.tree import Part, float_type, walk
 
 FILE, ARRAYS = "precomputed.json", "precomputed.safetensors"
 FORMAT = 1
@@ -56,7 +56,7 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
         temporary.mkdir()
         write_safetensors(temporary / ARRAYS, arrays, None, {"format": "minitx precomputed"})
         found = {"format": FORMAT, "from": origin.model, "flags": origin.flags}
-        found |= {"dtype": str(_float_type(lm.model)), "arrays": _print(temporary / ARRAYS)}
+        found |= {"dtype": str(float_type(lm.model)), "arrays": _print(temporary / ARRAYS)}
         text = json.dumps(found | numbers | {"entries": entries}, indent=1)
         (temporary / FILE).write_text(text + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -145,12 +145,3 @@ def _print(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise unreadable(path, error) from None
-
-
-def _float_type(model: Transformer) -> np.dtype:
-    """The type that the model computes in: that of the first of its floats."""
-    for _, node in walk(model):
-        for value in vars(node).values():
-            if isinstance(value, np.ndarray) and value.dtype in (np.float32, np.float64):
-                return value.dtype
-    raise MinitxError("The model holds no float32 or float64 numbers; is it one?")

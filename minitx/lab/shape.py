@@ -33,6 +33,15 @@ class Shape:
     encoder_layers: int = 0  # 0: there is no encoder; all other sizes are the decoder's
     source: int = 0  # the longest sequence of the encoder
 
+    @property
+    def qkv_width(self) -> int:
+        """Numbers of a token's queries, keys and values together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_width
+
+    def heading(self, notes) -> list[str]:
+        """The lines that a report begins with: all sizes, then the notes, then an empty one."""
+        return [self.describe(), *(f"Note: {note}." for note in notes), ""]
+
     def describe(self) -> str:
         """One sentence of all sizes."""
         experts = f"{self.experts} experts of " if self.experts > 1 else ""

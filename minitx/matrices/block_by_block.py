@@ -11,7 +11,7 @@ import numpy as np
 
 from minitx.model import Linear, Stack, Transformer
 from minitx.state import Layer, positions
-from minitx.technique import need, swap
+from minitx.technique import need
 from minitx.tree import Part
 
 
@@ -22,7 +22,7 @@ def block_by_block(lm: Part, texts: list[list[int]], make: Callable, change: Cal
     already: by its ``id``, what ``make()`` gave, whose ``add(rows)`` got the inputs (n, in) of each
     text. Empty without texts.
     """
-    from minitx.training.calibration import Watched
+    from minitx.training.calibration import watched
 
     model = lm.model
     need(model, Transformer)
@@ -31,12 +31,9 @@ def block_by_block(lm: Part, texts: list[list[int]], make: Callable, change: Cal
     blocks = []
     for block in model.stack.blocks:
         found: dict[int, object] = {}
-
-        def watched(inner: Linear) -> Part:
-            return Watched(inner, found.setdefault(id(inner), make()))  # noqa: B023
-
         if streams:
-            run(swap(block, Linear, watched), streams)
+            witness, found = watched(block, Linear, make)
+            run(witness, streams)
         blocks.append(change(block, found))
         streams = run(blocks[-1], streams)
     return replace(lm, model=replace(model, stack=replace(model.stack, blocks=tuple(blocks))))

@@ -66,8 +66,8 @@ ORDERS = {
 
 
 def small(order):
-    """Row numbers in the smallest unsigned type that holds them."""
-    return order.astype(np.min_scalar_type(len(order) - 1))
+    """Whole numbers from 0 on, in the smallest unsigned type that holds them."""
+    return order.astype(np.min_scalar_type(order.max()))
 
 
 def in_order(w, order):

@@ -11,16 +11,14 @@ from minitx.errors import MinitxError
 
 def pack(first, second):
     """Two arrays of whole numbers from -8 to 7 -> one array of bytes, like them in shape."""
-    return (first.astype(np.int8) & 15).view(np.uint8) | (second.astype(np.int8) << 4).view(
-        np.uint8
-    )
+    low, high = first.astype(np.int8) & 15, second.astype(np.int8) << 4
+    return low.view(np.uint8) | high.view(np.uint8)
 
 
 def first(packed):
     """The first number of each byte (uint8), as int8."""
-    return (packed * np.uint8(16)).view(
-        np.int8
-    ) >> 4  # NumPy multiplies bytes faster than it shifts
+    high = packed * np.uint8(16)  # NumPy multiplies bytes faster than it shifts
+    return high.view(np.int8) >> 4
 
 
 def second(packed):

@@ -52,7 +52,11 @@ def low_rank(
     wanted = linears(lm.model, matrices)
     if rank is None and energy is None and share == 1:
         return lm
-    found = inputs_of(lm, stories) if weighted else {}
+    found = {}
+    if weighted:
+        from minitx.training.calibration import matrix_inputs
+
+        found = matrix_inputs("low_rank", lm, stories)
 
     def thin(linear: Linear) -> Part:
         w = linear.w.astype(np.float64)
@@ -74,13 +78,6 @@ def check(share, rank, energy, damping, weighted) -> None:
             raise MinitxError(f"low_rank needs {name} above 0 and at most 1, not {value:g}.")
     if weighted and not 0 < damping < math.inf:
         raise MinitxError(f"low_rank needs a damping above 0, not {damping:g}.")
-
-
-def inputs_of(lm, stories: int) -> dict:
-    from minitx.training.calibration import Moments, calibration_texts, need_texts, watch_inputs
-
-    need_texts(lm, "low_rank")
-    return watch_inputs(lm, Linear, calibration_texts(lm, stories), Moments)
 
 
 # Offline -----------------------------------------------------------------------------------------

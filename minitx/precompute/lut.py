@@ -193,10 +193,9 @@ def need_room(size: int, limit: float) -> None:
 
 def find_bits(lm, nodes: list[Part], drop: float, cache: int, stories: int) -> Search:
     """Both stages of the search, by the share of next tokens that are right."""
-    from minitx.training.calibration import calibration_texts, need_texts
+    from minitx.training.calibration import texts_for
 
-    need_texts(lm, "lut")
-    texts = calibration_texts(lm, stories)
+    texts = texts_for("lut", lm, stories)
 
     def accuracy(ba: int, bw: int) -> float:
         # The numbers of the tables, for every d, much sooner.
@@ -216,10 +215,9 @@ def right_tokens(lm, texts: list[list[int]]) -> float:
 
 def centroids(lm, nodes: list[Part], Kc: int, V: int, stories: int, seed: int) -> Callable:
     """A function from a matrix to its part, after seeing what all of them read."""
-    from minitx.training.calibration import Rows, calibration_texts, need_texts, watch_inputs
+    from minitx.training.calibration import Rows, texts_for, watch_inputs
 
-    need_texts(lm, "lut")
-    texts = calibration_texts(lm, stories)
+    texts = texts_for("lut", lm, stories)
     read: dict[int, Rows] = {}
     for kind in {type(node) for node in nodes}:
         read |= watch_inputs(lm, kind, texts, Rows)

@@ -57,10 +57,9 @@ def prune(
         return prune_together(lm, wanted, sparsity)
     texts = []
     if method == "wanda":
-        from minitx.training.calibration import calibration_texts, need_texts
+        from minitx.training.calibration import texts_for
 
-        need_texts(lm, "prune")
-        texts = calibration_texts(lm, stories)
+        texts = texts_for("prune", lm, stories)
     choose = chooser(scope, sparsity)
 
     def change(block, found):

@@ -54,10 +54,9 @@ def prune_structure(
             )
     texts, make = [], None
     if score == "activations" and (neurons or heads):
-        from minitx.training.calibration import Moments, calibration_texts, need_texts
+        from minitx.training.calibration import Moments, texts_for
 
-        need_texts(lm, "prune_structure")
-        texts, make = calibration_texts(lm, stories), Moments
+        texts, make = texts_for("prune_structure", lm, stories), Moments
 
     def change(block, found):
         block = swap(block, FFN, lambda ffn: cut_neurons(ffn, neurons, found))

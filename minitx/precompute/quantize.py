@@ -90,7 +90,11 @@ def quantize(
             return Integers(kept, b)
         return Streamed(kept, b, BLOCK if run == "stream" else kept.inputs * kept.width * 2)
 
-    read = inputs_of(lm, stories) if scaling else {}
+    read = {}
+    if scaling:
+        from minitx.training.calibration import matrix_inputs
+
+        read = matrix_inputs("quantize", lm, stories)
 
     def replaced(linear: Linear) -> Part:
         w = linear.w
@@ -119,14 +123,6 @@ def need_exact_sums(kept: Codes) -> None:
             f"quantize: run=integers adds up to {kept.group} products of 8-bit numbers, which is "
             f"exact up to {(1 << 24) // (largest * 127)}; set group to less."
         )
-
-
-def inputs_of(lm, stories: int) -> dict:
-    """What each matrix of the blocks reads in calibration stories, by its id."""
-    from minitx.training.calibration import Moments, calibration_texts, need_texts, watch_inputs
-
-    need_texts(lm, "quantize")
-    return watch_inputs(lm, Linear, calibration_texts(lm, stories), Moments)
 
 
 def with_vocabulary(lm, keep: Callable, product: Callable):

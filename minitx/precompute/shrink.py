@@ -7,6 +7,7 @@ import numpy as np
 
 from minitx import ledger
 from minitx.errors import MinitxError
+from minitx.matrices.ordering import small
 from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope, Rope
 from minitx.technique import need, swap_numbered, technique
 from minitx.tree import Part, part, table
@@ -184,11 +185,6 @@ def worst(blocks, name: str, number: int, choice: str) -> float:
 def divided(a, blocks):
     """``a M^-1`` for a (K, n, r) and M (K, r, r)."""
     return np.linalg.solve(blocks.swapaxes(1, 2), a.swapaxes(1, 2)).swapaxes(1, 2)
-
-
-def small(order: np.ndarray) -> np.ndarray:
-    """The whole numbers in the narrowest type that holds them."""
-    return order.astype(np.min_scalar_type(order.max()))
 
 
 # Online ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 
 from minitx.errors import MinitxError
+from minitx.model import Linear
 from minitx.technique import swap
 from minitx.training.stories import stories
 from minitx.tree import Part, part
@@ -24,13 +25,15 @@ def _texts(count: int) -> tuple[str, ...]:
     return tuple(story.text for story in islice(stories("calibration", "full", 0), count))
 
 
-def need_texts(lm, name: str) -> None:
-    """Refuse, for the technique of that name, a model that cannot read the stories."""
+def texts_for(name: str, lm, count: int) -> list[list[int]]:
+    """``calibration_texts`` for the technique of that name, which refuses a model that cannot read
+    them."""
     if lm.tokenizer is None:
         raise MinitxError(
             f"{name} learns from calibration stories and this model has no tokenizer to read them "
             "with; load it with tokenizer=PATH."
         )
+    return calibration_texts(lm, count)
 
 
 # What parts read ---------------------------------------------------------------------------------
@@ -39,15 +42,26 @@ def need_texts(lm, name: str) -> None:
 def watch_inputs(lm, kind: type, texts: list[list[int]], make: Callable) -> dict[int, object]:
     """What every part of type ``kind`` reads in these texts: by the part's ``id``, what ``make()``
     gave for it, whose method ``add(rows)`` got the inputs (n, in) of each text."""
-    found: dict[int, object] = {}
-
-    def watched(inner: Part) -> Part:
-        return Watched(inner, found.setdefault(id(inner), make()))
-
-    witness = swap(lm, kind, watched)
+    witness, found = watched(lm, kind, make)
     for ids in texts:
         witness.logits(ids)
     return found
+
+
+def matrix_inputs(name: str, lm, stories: int) -> dict[int, "Moments"]:
+    """The moments of what every ``Linear`` reads in so many calibration stories, by its ``id``."""
+    return watch_inputs(lm, Linear, texts_for(name, lm, stories), Moments)
+
+
+def watched(root: Part, kind: type, make: Callable) -> tuple[Part, dict[int, object]]:
+    """``root`` with its parts of type ``kind`` watched, and what they tell of their inputs to, by
+    their ``id``."""
+    found: dict[int, object] = {}
+
+    def watch(inner: Part) -> Part:
+        return Watched(inner, found.setdefault(id(inner), make()))
+
+    return swap(root, kind, watch), found
 
 
 @part

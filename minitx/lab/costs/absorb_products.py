@@ -115,9 +115,7 @@ def as_text(c: AbsorbProductsCost) -> str:
     width = c.latent or s.width
     return "\n".join(
         [
-            s.describe(),
-            *(f"Note: {note}." for note in c.notes()),
-            "",
+            *s.heading(c.notes()),
             f"For a token on {c.S:,} in the cache:",
             table(rows),
             "",

@@ -29,8 +29,7 @@ class FirstLayerCost(ExampleTable):
     @property
     def extra(self) -> int:
         """A: numbers of queries, keys and values in a row, beside the D of the stream."""
-        s = self.shape
-        return (s.heads + 2 * s.kv_heads) * s.head_width
+        return self.shape.qkv_width
 
     @property
     def tables(self) -> int:
@@ -130,9 +129,7 @@ def as_text(c: FirstLayerCost) -> str:
         factor = f"{c.factor(batch):,.{0 if c.factor(batch) >= 2 else 2}f}x"
         reads.append([f"{batch:,}", *(f"{n:,}" for n in numbers), factor])
     lines = [
-        s.describe(),
-        *(f"Note: {note}." for note in c.notes()),
-        "",
+        *s.heading(c.notes()),
         table(weights),
         "",
         table(reads),

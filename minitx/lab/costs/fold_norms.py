@@ -77,8 +77,7 @@ class FoldNormsCost:
     @property
     def projections(self) -> int:
         """k of queries, keys and values together."""
-        s = self.shape
-        return (s.heads + 2 * s.kv_heads) * s.head_width
+        return self.shape.qkv_width
 
     @property
     def rope(self) -> int:
@@ -158,8 +157,8 @@ class FoldNormsCost:
             f"cycles for the norm, then {self.product} for a product {s.width:,} x {s.width:,}: "
             f"{self.wait + self.product}, of which dividing later hides the wait."
         )
-        notes = (f"Note: {note}." for note in self.notes())
-        return "\n".join([s.describe(), *notes, "", table(folding), "", table(later), "", cycles])
+        lines = [*s.heading(self.notes()), table(folding), "", table(later), "", cycles]
+        return "\n".join(lines)
 
 
 def cost(

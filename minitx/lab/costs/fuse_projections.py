@@ -23,8 +23,7 @@ class FuseProjectionsCost:
     @property
     def qkv(self) -> tuple[int, int]:
         """W_qkv (in, out)."""
-        s = self.shape
-        return s.width, (s.heads + 2 * s.kv_heads) * s.head_width
+        return self.shape.width, self.shape.qkv_width
 
     @property
     def gate_up(self) -> tuple[int, int] | None:
@@ -75,7 +74,7 @@ class FuseProjectionsCost:
         fused = f"W_qkv is {d_in:,} x {d_out:,}"
         if self.gate_up:
             fused += f", W_gu is {self.gate_up[0]:,} x {self.gate_up[1]:,}"
-        lines = [s.describe(), *(f"Note: {note}." for note in s.notes), "", table(rows), ""]
+        lines = [*s.heading(s.notes), table(rows), ""]
         lines += [
             f"{fused}: no weight less, and no multiply-add.",
             f"{self.tokens:,} tokens that see {self.keys:,} keys: {self.scalings:,} scores are not "

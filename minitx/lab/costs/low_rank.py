@@ -91,9 +91,7 @@ class LowRankCost:
         before, after = self.total
         work, less = self.multiply_adds
         lines = [
-            self.shape.describe(),
-            *(f"Note: {note}." for note in notes(self.shape)),
-            "",
+            *self.shape.heading(notes(self.shape)),
             table(rows),
             "",
             f"Weights with the embeddings: {after:,} of {before:,} ({after / before:.0%}), in "

@@ -100,8 +100,7 @@ class LutCost:
         for name, w in self.kinds.items():
             numbers = w.multiplications, w.additions, w.reads, w.table_bytes, w.weight_bytes
             rows.append([name, *(f"{n:,}" for n in numbers)])
-        notes = [f"Note: {note}." for note in self.notes()]
-        return "\n".join([self.shape.describe(), *notes, "", table(rows)])
+        return "\n".join([*self.shape.heading(self.notes()), table(rows)])
 
 
 def cost(

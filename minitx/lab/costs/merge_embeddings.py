@@ -45,12 +45,9 @@ class MergeEmbeddingsCost:
         rows = [["tables", "numbers", "in float32"]]
         for name, numbers in (("apart", self.apart), ("merged", self.merged)):
             rows.append([name, f"{numbers:,}", f"{4 * numbers / 1e6:,.1f} MB"])
-        notes = [f"Note: {note}." for note in self.shape.notes]
         return "\n".join(
             [
-                self.shape.describe(),
-                *notes,
-                "",
+                *self.shape.heading(self.shape.notes),
                 table(rows),
                 "",
                 f"{self.factor:,.1f} times the memory, for {self.saved:,} additions and "

@@ -103,9 +103,7 @@ class PruneCost:
             rows.append([name, f"{size / 1e6:,.2f}", share, f"{work:,}"])
         where = "the blocks and the embeddings" if self.embeddings else "the blocks"
         lines = [
-            self.shape.describe(),
-            *(f"Note: {note}." for note in notes(self.shape)),
-            "",
+            *self.shape.heading(notes(self.shape)),
             f"{self.sparsity:.0%} of the {self.pruned:,} weights in the matrices of {where}:",
             table(rows),
             "",

@@ -56,8 +56,7 @@ class QuantizeCacheCost:
                            (kept, self.kept)):  # fmt: skip
             share = f"{size / self.float32:.2f}x"
             rows.append([name, f"{size:,}", f"{size * self.positions / 1e6:,.1f} MB", share])
-        notes = [f"Note: {note}." for note in self.shape.notes]
-        return "\n".join([self.shape.describe(), *notes, "", table(rows)])
+        return "\n".join([*self.shape.heading(self.shape.notes), table(rows)])
 
 
 def cost(

@@ -78,8 +78,7 @@ class RemoveWeightsCost(ExampleTable):
             ["possible speedup, one sequence", f"{self.speedup:.2f}x"],
             ["removed without changing the function", f"{self.removed_exactly:,}"],
         ]
-        notes = [f"Note: {note}." for note in self.notes()]
-        return "\n".join([self.shape.describe(), *notes, "", table(rows)])
+        return "\n".join([*self.shape.heading(self.notes()), table(rows)])
 
 
 def cost(shape: Shape) -> RemoveWeightsCost:

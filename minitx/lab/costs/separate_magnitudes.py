@@ -65,8 +65,8 @@ class SeparateMagnitudesCost:
             numbers = f"{self.per_weight(m):.2f}", f"{self.group(m):.0f}"
             rows.append([m.name, f"{kept(m.inputs, self.share):,} of {m.inputs:,}", *numbers])
         memory = [["bytes", "numbers"], *([n, f"{b:,}"] for n, b in self.bytes.items())]
-        told = [self.shape.describe(), *(f"Note: {note}." for note in notes(self.shape))]
-        return "\n".join([*told, "", table(rows), "", table(memory)])
+        heading = self.shape.heading(notes(self.shape))
+        return "\n".join([*heading, table(rows), "", table(memory)])
 
 
 def cost(shape: Shape, *, bits: int = 4, share: float = 0.01) -> SeparateMagnitudesCost:

@@ -62,9 +62,7 @@ class SeparateSignsCost:
         work += [[name, f"{n:,}"] for name, n in zip(names, self.multiply_adds.values())]
         return "\n".join(
             [
-                self.shape.describe(),
-                *(f"Note: {note}." for note in notes(self.shape)),
-                "",
+                *self.shape.heading(notes(self.shape)),
                 table(sums),
                 "",
                 table(work),

@@ -92,8 +92,7 @@ class ShrinkCost:
             ["V and O: of both", f"{self.of_v_and_o:.1%}"],
             ["all that is saved, of Q, K, V and O", f"{self.of_attention:.1%}"],
         ]
-        lines = [self.shape.describe(), *(f"Note: {note}." for note in self.notes())]
-        lines += ["", table(rows), ""]
+        lines = [*self.shape.heading(self.notes()), table(rows), ""]
         lines += [f"{self.attentions} attentions keep {self.saved:,} numbers less; each is also a"]
         lines += ["multiply-add less for every token that passes."]
         return "\n".join(lines)

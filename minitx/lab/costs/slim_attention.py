@@ -156,9 +156,7 @@ def as_text(c: SlimAttentionCost) -> str:
         whole.append(row)
     return "\n".join(
         [
-            c.shape.describe(),
-            *(f"Note: {note}." for note in c.notes()),
-            "",
+            *c.shape.heading(c.notes()),
             f"With {c.n:,} tokens in the cache, in numbers (M: millions):",
             table(whole),
             "",
