@@ -287,16 +287,6 @@ def test_one_head_that_keeps_all_beside_others():
     np.testing.assert_allclose(found, twins, atol=1e-12)
 
 
-def test_what_is_kept_does_not_depend_on_how_bits_are_counted(monkeypatch):
-    """NumPy before 2.0 has no count of bits: the same by a table."""
-    from minitx.keys import hashing
-
-    q, k, _ = random_qkv(11)
-    expected = kept_of(attend(), q, k)
-    monkeypatch.setattr(hashing, "popcount", hashing.popcount_by_bytes)
-    np.testing.assert_array_equal(kept_of(attend(), q, k), expected)
-
-
 def test_the_hash_is_one_for_all_layers_and_the_thresholds_are_each_ones_own():
     lm = apply(tiny_lm(), {"elsa": True})
     chosen = [block.attn.attend.choose for block in lm.model.stack.blocks]

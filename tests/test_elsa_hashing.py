@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from slow import elsa as slow
 
-from minitx.keys import hashing
 from minitx.keys.hashing import (
     Factor,
     Kronecker,
@@ -17,7 +16,6 @@ from minitx.keys.hashing import (
     factor_sizes,
     orthogonal,
     pack,
-    popcount_by_bytes,
     sign_hash,
 )
 from minitx.ledger import counting
@@ -112,10 +110,7 @@ LENGTHS = [1, 7, 8, 12, 16, 32, 33, 64, 96, 100, 128, 300]
 
 
 @pytest.mark.parametrize("k", LENGTHS)
-@pytest.mark.parametrize("counter", ["as it is", "by bytes"])
-def test_packed_hashes_differ_where_the_bits_do(k, counter, monkeypatch):
-    if counter == "by bytes":
-        monkeypatch.setattr(hashing, "popcount", popcount_by_bytes)
+def test_packed_hashes_differ_where_the_bits_do(k):
     rng = np.random.default_rng(k)
     a, b = rng.random((6, k)) < 0.5, rng.random((4, k)) < 0.9
     a[0], b[0] = True, False  # all differ
@@ -132,17 +127,6 @@ def test_words_are_as_long_as_they_can_be():
     for k, (dtype, many) in words.items():
         packed = pack(np.ones((2, k), bool))
         assert packed.dtype == dtype and packed.shape == (2, many)
-
-
-@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8"])
-def test_counting_bits_by_bytes(dtype):
-    rng = np.random.default_rng(0)
-    words = rng.integers(0, np.iinfo(dtype).max, (3, 50), dtype, endpoint=True)
-    words[0, :2] = 0, np.iinfo(dtype).max
-    expected = [[bin(word).count("1") for word in row] for row in words.tolist()]
-    np.testing.assert_array_equal(popcount_by_bytes(words), expected)
-    np.testing.assert_array_equal(popcount_by_bytes(words[:, ::3]), np.array(expected)[:, ::3])
-    np.testing.assert_array_equal(hashing.popcount(words), expected)
 
 
 @pytest.mark.parametrize("d, k", [(8, 8), (7, 5), (6, 20), (64, 64), (12, 300)])

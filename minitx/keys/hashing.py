@@ -104,19 +104,12 @@ def pack(bits):
 
 def distance(a, b):
     """In how many bits hashes a and b (..., W) differ: whole numbers (...)."""
-    differ = popcount(a[..., 0] ^ b[..., 0])
+    differ = np.bitwise_count(a[..., 0] ^ b[..., 0])  # uint8
     for word in range(1, a.shape[-1]):  # few: a word holds up to 64 bits
-        differ = popcount(a[..., word] ^ b[..., word]) + differ.astype(np.uint16, copy=False)
+        differ = differ.astype(np.uint16, copy=False)
+        differ += np.bitwise_count(a[..., word] ^ b[..., word])
     return differ
 
-
-def popcount_by_bytes(words):
-    """How many bits of each word are 1: uint8, like words, looked up byte by byte."""
-    return ONES[words[..., None].view(np.uint8)].sum(-1, dtype=np.uint8)
-
-
-ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], -1).sum(-1, dtype=np.uint8)
-popcount = getattr(np, "bitwise_count", popcount_by_bytes)  # NumPy has it since 2.0
 
 # Angles ------------------------------------------------------------------------------------------
 
