@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_dota import IDS
-from tiny import FAMILIES, tiny_folder, tiny_lm
+from tiny import FAMILIES, tiny_folder, tiny_lm, tiny_model
 
 import minitx
 from minitx.errors import MinitxError
+from minitx.files.huggingface import write_model
 from minitx.files.safetensors import read_tensors
 from minitx.files.safetensors_write import write_safetensors
 from minitx.keys.detector import random_detectors, read_detectors, write_detectors
@@ -132,6 +133,15 @@ def test_a_file_that_does_not_fit(tmp_path, words):
     assert words in text and "dota.safetensors" in text and "\n" not in text
 
 
+def test_detectors_of_other_weights_are_refused(tmp_path):
+    folder = folder_with_detectors(tmp_path)
+    minitx.load(folder, dota=True)
+    write_model(tiny_model(seed=2), folder, "F32")
+    with pytest.raises(MinitxError, match="dota.safetensors: was not trained with the weights"):
+        minitx.load(folder, dota=True)
+    minitx.load(folder, dota={"fit": "post-hoc"})
+
+
 @pytest.mark.parametrize("keep", [0, 7, 100, 1000])
 def test_a_damaged_file(tmp_path, keep):
     path = folder_with_detectors(tmp_path) / "dota.safetensors"
@@ -172,7 +182,7 @@ def test_settings_that_are_refused(options, words):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(MinitxError, match="^dota cannot fit a detector without a tokenizer"):
+    with pytest.raises(MinitxError, match="^dota learns from .* train it with a detector.$"):
         apply(replace(tiny_lm(), tokenizer=None), {"dota": True})
     folder = tiny_folder(tmp_path)
     with pytest.raises(MinitxError, match="^dota has fit=trained .*" + str(folder) + " has none"):

@@ -13,9 +13,10 @@ from minitx.keys.choosing import Seen
 from minitx.keys.hashing import angle_bias
 from minitx.ledger import counting
 from minitx.model import Attend
-from minitx.skip.elsa import learn, learning_texts, samples
+from minitx.skip.elsa import learn, samples
 from minitx.state import Layer
 from minitx.technique import apply, find, swap_numbered
+from minitx.training.calibration import calibration_texts
 from minitx.training.stories import split_of
 from minitx.tree import Part, part
 
@@ -108,13 +109,13 @@ def test_only_calibration_stories_are_read(count):
 
 
 def test_texts_begin_as_stories_do_and_fit_the_context():
-    texts = learning_texts(tiny_lm(), 2)
+    texts = calibration_texts(tiny_lm(), 2)
     assert [len(ids) for ids in texts] == [48, 48] and texts[0][0] == END
 
 
 def test_the_thresholds_of_a_model_are_those_of_its_own_stories():
     lm = tiny_lm()
-    expected = learn(lm, 1.0, learning_texts(lm, 2), 5)
+    expected = learn(lm, 1.0, calibration_texts(lm, 2), 5)
     changed = apply(lm, {"elsa": {"stories": 2, "min_visible": 5}})
     for t, block in zip(expected, changed.model.stack.blocks):
         np.testing.assert_allclose(block.attn.attend.choose.t, t, rtol=1e-6)
@@ -164,7 +165,7 @@ def test_settings_that_are_refused(options, words):
 
 
 def test_without_a_tokenizer_a_threshold_has_to_be_given():
-    with pytest.raises(MinitxError, match="^elsa cannot learn .* such as t=0.3.$"):
+    with pytest.raises(MinitxError, match="^elsa learns from .* no tokenizer .* such as t=0.3.$"):
         apply(tiny_lm(tokenizer=None), {"elsa": True})
 
 

@@ -8,6 +8,7 @@ learned is in ``minitx.training.detector``, and together with nothing else chang
 ``minitx.training.detector_fit``; who keeps which keys by them, in ``minitx.skip.dota``.
 """
 
+import hashlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from minitx import ops
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.files.common import need_finite
-from minitx.files.safetensors import read_tensors
+from minitx.files.safetensors import read_header, read_tensors
 from minitx.files.safetensors_write import write_safetensors
 from minitx.keys.few_bits import few_bits
 from minitx.model import Attention, NoRope, Rope, split_heads
@@ -166,18 +167,28 @@ class Detect(Part):
 
 
 def write_detectors(detectors, folder) -> None:
-    """Write ``dota.safetensors`` into the folder, in float32."""
+    """Write ``dota.safetensors`` into the folder, in float32, for the weights that stand there."""
     tensors = {
         f"blocks.{number}.{f.name}": getattr(detector, f.name)
         for number, detector in enumerate(detectors)
         for f in fields(Detector)
     }
-    write_safetensors(Path(folder) / FILE, tensors, "F32", {"format": "minitx detectors"})
+    metadata = {"format": "minitx detectors", "weights": fingerprint(folder)}
+    write_safetensors(Path(folder) / FILE, tensors, "F32", metadata)
+
+
+def fingerprint(folder) -> str:
+    """What tells the weights in the folder from others: a hash of their files."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).glob("model*.safetensors")):  # one, or shards
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def read_detectors(folder, config: Config, dtype=np.float32) -> tuple[Detector, ...]:
     """The detectors in the folder, one for each block; MinitxError if the file is missing or
-    damaged, or if its arrays do not fit a model of this configuration."""
+    damaged, if its arrays do not fit a model of this configuration, or if they learned to foretell
+    other weights than those that stand there."""
     path = Path(folder) / FILE
     found = read_tensors(path)
     names = [f.name for f in fields(Detector)]
@@ -202,6 +213,11 @@ def read_detectors(folder, config: Config, dtype=np.float32) -> tuple[Detector, 
                 "is it another model's?"
             )
         need_finite(path, name, found[name])
+    if read_header(path).metadata.get("weights") != fingerprint(folder):
+        raise MinitxError(
+            f"{path}: was not trained with the weights beside it; take both from one training, or "
+            "use fit=post-hoc."
+        )
     return tuple(
         Detector(*(found[f"blocks.{number}.{name}"].astype(dtype) for name in names))
         for number in range(config.layers)

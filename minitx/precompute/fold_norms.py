@@ -70,7 +70,9 @@ def folded(reader: Part, gain, bias) -> Part:
         if bias is not None:
             b = (bias @ w + (0 if b is None else b)).astype(reader.w.dtype)
         return replace(reader, w=(gain[:, None] * w).astype(reader.w.dtype), b=b)
-    maps = {name: child for name, child in vars(reader).items() if type(child) is Linear}
+    maps = {name: child for name, child in vars(reader).items() if isinstance(child, Part)}
+    for child in maps.values():
+        need(child, Linear)  # whatever else reads the norm would miss its gain
     return replace(reader, **{name: folded(child, gain, bias) for name, child in maps.items()})
 
 

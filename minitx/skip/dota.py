@@ -134,17 +134,12 @@ def _trained(lm, k: int | None) -> tuple[Detector, ...]:
 @lru_cache(maxsize=1)  # a sweep over kappa needs one fit
 def fitted(lm, k: int | None) -> tuple[Detector, ...]:
     """Detectors of rank k by least squares, on calibration stories."""
-    from minitx.training.calibration import calibration_texts  # only for this fit
+    from minitx.training.calibration import texts_for  # only for this fit
     from minitx.training.detector_fit import TEXTS, fit
 
     k = max(2, lm.model.config.head_width // 8 * 2) if k is None else k
     need_rank(k, lm.model.config, "dota")
-    if lm.tokenizer is None:
-        raise MinitxError(
-            "dota cannot fit a detector without a tokenizer to read stories with; load the model "
-            "with one, or train it with a detector."
-        )
-    return fit(lm.model, calibration_texts(lm, TEXTS), k)
+    return fit(lm.model, texts_for("dota", lm, TEXTS, "train it with a detector"), k)
 
 
 # The detector at work ----------------------------------------------------------------------------
@@ -263,12 +258,9 @@ def loads(kept, rows: int) -> int:
     while wanted.any():  # a step; at most kappa of them, for all groups and heads side by side
         idle = np.bitwise_or.reduce(wanted, axis=1)
         while idle.any():  # a load; at most ``rows`` of them
-            key = BITS_SET[wanted & idle[:, None]].argmax(1)
+            key = np.bitwise_count(wanted & idle[:, None]).argmax(1)
             served = wanted[group, key] & idle
             count += np.count_nonzero(served)
             wanted[group, key] ^= served
             idle ^= served
     return count
-
-
-BITS_SET = np.array([bin(number).count("1") for number in range(256)], np.uint8)

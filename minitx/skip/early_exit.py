@@ -303,12 +303,8 @@ class Streams:
 @lru_cache(maxsize=1)  # a sweep over thresholds needs one probe
 def story_probe(lm) -> tuple[np.ndarray, float]:
     """w and b of the probe for a model that reads stories."""
-    from minitx.training.calibration import calibration_texts  # only for this measure
+    from minitx.training.calibration import texts_for  # only for this measure
     from minitx.training.exit_probe import TEXTS, train_probe
 
-    if lm.tokenizer is None:
-        raise MinitxError(
-            "early_exit cannot train its probe without a tokenizer to read stories with; use "
-            "measure=softmax or saturation."
-        )
-    return train_probe(lm, calibration_texts(lm, TEXTS))
+    texts = texts_for("early_exit", lm, TEXTS, "use measure=softmax or saturation")
+    return train_probe(lm, texts)

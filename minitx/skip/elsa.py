@@ -79,7 +79,10 @@ def elsa(
     if theta_bias is None:
         theta_bias = angle_bias(d, k, seed)
     if t is None and p > 0:
-        thresholds = learn(lm, p, learning_texts(lm, stories), min_visible)  # (L, H)
+        from minitx.training.calibration import texts_for  # only where thresholds are learned
+
+        texts = texts_for("elsa", lm, stories, "give one threshold for all heads, such as t=0.3")
+        thresholds = learn(lm, p, texts, min_visible)  # (L, H)
     else:
         thresholds = np.full(heads, -math.inf if t is None else t)
     thresholds, cos = thresholds.astype(dtype), cosines(k, theta_bias).astype(dtype)
@@ -175,18 +178,6 @@ def largest_seen(norms, seen: Seen):
 # Offline -----------------------------------------------------------------------------------------
 
 SHOWN_AFTER = 1.0  # seconds before a progress bar appears
-
-
-def learning_texts(lm, count: int) -> list[list[int]]:
-    """Ids of ``count`` calibration stories."""
-    from minitx.training.calibration import calibration_texts  # only where thresholds are learned
-
-    if lm.tokenizer is None:
-        raise MinitxError(
-            "elsa cannot learn its thresholds without a tokenizer to read stories with; give one "
-            "for all heads, such as t=0.3."
-        )
-    return calibration_texts(lm, count)
 
 
 def learn(lm, p: float, texts, min_visible: int = 1) -> np.ndarray:

@@ -25,13 +25,13 @@ def _texts(count: int) -> tuple[str, ...]:
     return tuple(story.text for story in islice(stories("calibration", "full", 0), count))
 
 
-def texts_for(name: str, lm, count: int) -> list[list[int]]:
+def texts_for(name: str, lm, count: int, instead: str = "") -> list[list[int]]:
     """``calibration_texts`` for the technique of that name, which refuses a model that cannot read
-    them."""
+    them; ``instead`` says what else would do."""
     if lm.tokenizer is None:
         raise MinitxError(
             f"{name} learns from calibration stories and this model has no tokenizer to read them "
-            "with; load it with tokenizer=PATH."
+            f"with; load it with tokenizer=PATH{instead and f', or {instead}'}."
         )
     return calibration_texts(lm, count)
 
