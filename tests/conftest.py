@@ -1,12 +1,19 @@
-"""What several test files use: a directory for commands and a way to run one; tokenizers."""
+"""What several test files use: a directory for commands and a way to run one; tokenizers. And
+the whole suite runs in two processes."""
 
 import pytest
+import two_processes
 from tiny import tiny_folder
 from tokenizer_files import FOLDER, REFERENCE, with_variant, write_fields
 
 from minitx.cli import main
 from minitx.files import find
 from minitx.files.tokenizer_json import read_tokenizer
+
+
+def pytest_configure(config):
+    if plugin := two_processes.share(config):
+        config.pluginmanager.register(plugin)
 
 
 @pytest.fixture
