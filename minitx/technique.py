@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
@@ -50,14 +51,15 @@ class Option:
         return kind(text)
 
     def check(self, value: Any) -> Any:
-        """The value itself (a whole number as float where that is wanted); ValueError if it is of
-        the wrong type."""
+        """The value itself (NumPy's numbers as Python's, a whole number as float where that is
+        wanted); ValueError if it is of the wrong type."""
         if value is None and type(None) in get_args(self.type):
             return value
         choices = self.choices()
         kind = self._kind()
-        if kind is float and type(value) is int:
-            value = float(value)
+        if kind in (int, float) and not isinstance(value, bool):
+            if isinstance(value, Integral if kind is int else Real):
+                value = kind(value)
         if type(value) is not kind or choices and value not in choices or value != value:
             raise ValueError
         return value

@@ -111,6 +111,14 @@ def test_wrong_options_are_one_sentence(made_up, options, message):
     assert not made_up  # nothing is put in before everything is checked
 
 
+def test_numbers_of_numpy_are_numbers(made_up):
+    apply(tiny_lm(), {"inner": {"times": np.int64(2), "share": np.float32(0.5)}})
+    name, times, _, share = made_up[0]
+    assert (times, share) == (2, 0.5) and type(times) is int and type(share) is float
+    with pytest.raises(MinitxError, match="'times' of inner is .*2.0.*; it must be a whole number"):
+        apply(tiny_lm(), {"inner": {"times": np.float64(2)}})
+
+
 def test_options_are_read_from_words(made_up):
     read = find("inner").read
     assert read(["times=4", "mode=b", "share=0.5"]) == {"times": 4, "mode": "b", "share": 0.5}
