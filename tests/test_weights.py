@@ -75,23 +75,18 @@ def profile():
 
 def test_stories_recalls(profile):
     full = profile[-1]
-    assert full.by_hops[1] >= 0.97 and full.by_hops[2] >= 0.85  # 99 and 92 % on 500 stories
+    assert full.by_hops[1] >= 0.97 and full.by_hops[2] >= 0.85  # 99 and 93 % on 500 stories
     guess = full.guess["where3"]
     assert full.by_hops[3] > guess + 0.5, (full.by_hops[3], guess)
     assert full.by_kind["colour"] > 0.9 and full.by_kind["count"] > 0.7
-    assert full.gap < 0.04
-
-
-@pytest.mark.xfail(strict=True, reason="trained for three hours; the loss of text still falls")
-def test_stories_is_near_the_least_possible_loss(profile):
-    assert profile[-1].gap <= 0.03
+    assert full.gap <= 0.03  # 0.027 nats: near the least possible loss of text
 
 
 def test_leaving_early_has_a_graded_price(profile):
     L = len(profile)
     quarter, three_quarters, full = profile[L // 4 - 1], profile[3 * L // 4 - 1], profile[-1]
     assert quarter.by_hops[2] <= full.by_hops[2] - 0.10
-    assert three_quarters.by_hops[2] >= full.by_hops[2] - 0.05  # 3.3 points on 500 stories
+    assert three_quarters.by_hops[2] >= full.by_hops[2] - 0.03  # 0.2 points on 500 stories
     assert three_quarters.loss < quarter.loss
 
 
