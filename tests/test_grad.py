@@ -77,6 +77,15 @@ def test_matmul(a, b):
     check(lambda x, y: x @ y, draw(*a), draw(*b, seed=1))
 
 
+VECDOTS = [((4,), (4,)), ((3, 4), (4,)), ((4,), (3, 4)), ((2, 3, 4), (2, 3, 4))]
+VECDOTS += [((2, 1, 4), (3, 4)), ((1, 4), (2, 3, 4))]
+
+
+@pytest.mark.parametrize("a,b", VECDOTS)
+def test_vecdot(a, b):
+    check(np.vecdot, draw(*a), draw(*b, seed=1))
+
+
 EINSUMS = [("...d,...d->...", (2, 3, 4), (2, 3, 4)), ("...d,...d->...", (2, 3, 4), (3, 4))]
 EINSUMS += [("nd,nd->n", (3, 4), (3, 4)), ("nd,de->ne", (3, 4), (4, 2)), ("i,j->ij", (3,), (4,))]
 EINSUMS += [("bhtd, bhsd -> bhts", (2, 1, 3, 4), (2, 1, 5, 4))]

@@ -99,6 +99,20 @@ def matmul(x, y):
     return Traced(a @ b, pull)
 
 
+@rule(np.vecdot)
+def vecdot(x, y):
+    a, b = plain(x), plain(y)
+
+    def pull(g):
+        g = g[..., None]
+        if isinstance(x, Traced):
+            yield x, fit(g * b, a.shape)
+        if isinstance(y, Traced):
+            yield y, fit(g * a, b.shape)
+
+    return Traced(np.vecdot(a, b), pull)
+
+
 @rule(np.einsum)
 def einsum(subscripts, *arrays):
     """Any product of two arrays such as ``...d,...d->...``; each letter of one array must be in the
