@@ -63,9 +63,6 @@ class First(Claims):
         super().__init__(Path(self.folder.name))
         self.directory = directory
 
-    def pytest_report_header(self):
-        return "In two processes: the files from the middle to the last are reported at the end."
-
     def pytest_sessionstart(self):
         self.said = open(self.claims / "said", "w+", encoding="utf-8")
         self.other = subprocess.Popen(
@@ -84,7 +81,7 @@ class First(Claims):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
-        terminalreporter.section("the second process")
+        terminalreporter.section("the other files, by a second process")
         self.said.seek(0)
         terminalreporter.write(self.said.read())
 
