@@ -1,6 +1,8 @@
 """What several test files use: a directory for commands and a way to run one; tokenizers. And
 the whole suite runs in two processes."""
 
+import json
+
 import pytest
 import two_processes
 from tiny import tiny_folder
@@ -9,6 +11,7 @@ from tokenizer_files import FOLDER, REFERENCE, with_variant, write_fields
 from minitx.cli import main
 from minitx.files import find
 from minitx.files.tokenizer_json import read_tokenizer
+from minitx.lab.cost import cost
 
 
 def pytest_configure(config):
@@ -35,6 +38,18 @@ def run(workdir, capfd):
         return status, *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture
+def cost_of(tmp_path):
+    """cost_of(name, fields of config.json, *words): the report of ``minitx cost``."""
+
+    def found(name, fields, *words):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(fields))
+        return cost(name, path, words)
+
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from slow import absorb_products as slow
-from tiny import FAMILIES
+from tiny import FAMILIES, error, in_chunks
 
 from minitx.build import random_model
 from minitx.errors import MinitxError
@@ -46,18 +46,6 @@ def make(kind, dtype=np.float64, **changes):
     return LM(map_weights(random, change))
 
 
-def error(found, expected):
-    return abs(found - expected).max() / abs(expected).max()
-
-
-def in_chunks(lm, sizes, ids=IDS):
-    state, found = lm.model.new_state(), []
-    for size in sizes:
-        found.append(lm.model(ids[:size], state))
-        ids = ids[size:]
-    return np.concatenate(found)
-
-
 @cases
 @pytest.mark.parametrize("dtype, allowed", [(np.float64, 1e-12), (np.float32, 1e-5)])
 def test_a_prompt_chunks_and_single_tokens(kind, pairs, dtype, allowed):
@@ -65,7 +53,7 @@ def test_a_prompt_chunks_and_single_tokens(kind, pairs, dtype, allowed):
     lm = apply(dense, {"absorb_products": {"pairs": pairs}})
     expected = dense.logits(IDS)
     for sizes in ((32,), (20, 2, 9, 1), (1,) * 32):
-        found = in_chunks(lm, sizes)
+        found = in_chunks(lm, IDS, sizes)
         assert error(found, expected) < allowed and found.dtype == dtype
 
 
@@ -95,7 +83,7 @@ def test_with_other_exact_folds(kind, pairs, other):
     if other == "merge_embeddings" and KINDS[kind].rope_width:
         pytest.skip("rotary")
     lm = apply(dense, {"absorb_products": {"pairs": pairs}, other: True})
-    assert error(in_chunks(lm, (25, 1, 6)), dense.logits(IDS)) < 1e-12
+    assert error(in_chunks(lm, IDS, (25, 1, 6)), dense.logits(IDS)) < 1e-12
 
 
 @cases

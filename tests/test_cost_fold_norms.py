@@ -26,51 +26,41 @@ SMOL |= {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size"
 SMOL |= {"vocab_size": 49152, "tie_word_embeddings": True}
 
 
-@pytest.fixture
-def find(tmp_path):
-    def found(name, fields, *words):
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(fields))
-        return cost(name, path, words)
-
-    return found
-
-
-def test_the_timing_example(find):
+def test_the_timing_example(cost_of):
     """n = 512, m = 128: 24 cycles one after another, 8 of them waiting and 16 of the product."""
-    c = find("fold_norms", LLAMA | {"hidden_size": 512, "num_attention_heads": 8})
+    c = cost_of("fold_norms", LLAMA | {"hidden_size": 512, "num_attention_heads": 8})
     assert (c.wait, c.product, c.as_dict()["sequential"]) == (8, 16, 24)
-    c = find("fold_norms", LLAMA | {"hidden_size": 512, "num_attention_heads": 8}, "m=64")
+    c = cost_of("fold_norms", LLAMA | {"hidden_size": 512, "num_attention_heads": 8}, "m=64")
     assert (c.wait, c.product) == (16, 64)
 
 
-def test_sizes_of_the_latency_table(find):
-    c = find("fold_norms", SMOL)
+def test_sizes_of_the_latency_table(cost_of):
+    c = cost_of("fold_norms", SMOL)
     assert (c.shape.width, c.projections) == (576, 960)  # n, k of norm and projection
 
 
-def test_weights_and_multiplications(find):
+def test_weights_and_multiplications(cost_of):
     """n weights and n multiplications for each gain, n weights for each bias."""
-    c = find("fold_norms", LLAMA)
+    c = cost_of("fold_norms", LLAMA)
     assert (c.norms, c.weights, c.multiplications, c.additions) == (65, 266240, 266240, 0)
     assert c.new_biases == 0
-    c = find("fold_norms", PYTHIA)
+    c = cost_of("fold_norms", PYTHIA)
     assert (c.norms, c.weights, c.multiplications) == (65, 2 * 266240, 266240)
     assert c.additions == 266240
     assert c.new_biases == 32 * (3 * 4096 + 11008) + 32000
-    c = find("fold_norms", SMOL)
+    c = cost_of("fold_norms", SMOL)
     assert c.norms == 60 and "the last norm stays" in c.notes()[0]
     assert c.relative == pytest.approx(60 * 576 / 134_515_008, rel=1e-9)  # of SmolLM2-135M
 
 
-def test_dividing_later(find):
+def test_dividing_later(cost_of):
     """2 d h - d with 1 / rms in the rotary tables; f - n and 2 f - n in a gated FFN."""
-    c = find("fold_norms", LLAMA)
+    c = cost_of("fold_norms", LLAMA)
     assert c.rope == 2 * 128 * 32 - 128
     assert (c.glu, c.bilinear) == (11008 - 4096, 2 * 11008 - 4096)
-    grouped = find("fold_norms", LLAMA | {"num_key_value_heads": 8})
+    grouped = cost_of("fold_norms", LLAMA | {"num_key_value_heads": 8})
     assert grouped.rope == 128 * 40 - 128
-    c = find("fold_norms", PYTHIA)
+    c = cost_of("fold_norms", PYTHIA)
     assert (c.glu, c.bilinear) == (0, 0) and "bilinear" not in str(c)
 
 
@@ -85,13 +75,13 @@ def test_dividing_later(find):
         ("phi", 33, 2),
     ],
 )
-def test_kinds_of_norms(find, kind, norms, vectors):
+def test_kinds_of_norms(cost_of, kind, norms, vectors):
     fields = LLAMA | {"model_type": kind, "max_position_embeddings": 8}
-    c = find("fold_norms", fields)
+    c = cost_of("fold_norms", fields)
     assert (c.norms, c.vectors) == (norms, vectors)
     assert (c.weights, c.multiplications > 0) == (norms * vectors * 4096, vectors > 0)
     if vectors in (1, 2) and kind != "cohere":
-        other = find("fold_norms", fields, f"norm={'layer' if vectors == 1 else 'rms'}")
+        other = cost_of("fold_norms", fields, f"norm={'layer' if vectors == 1 else 'rms'}")
         assert other.vectors == 3 - vectors
 
 
@@ -112,21 +102,21 @@ def test_folding_a_model_does_what_is_predicted(tmp_path, family):
 # fuse_projections --------------------------------------------------------------------------------
 
 
-def test_fused_products(find):
-    c = find("fuse_projections", LLAMA | {"num_key_value_heads": 8}, "tokens=10", "keys=20")
+def test_fused_products(cost_of):
+    c = cost_of("fuse_projections", LLAMA | {"num_key_value_heads": 8}, "tokens=10", "keys=20")
     assert c.qkv == (4096, 6144) and c.gate_up == (4096, 22016)
     assert c.products == (7, 4) and c.inputs_read == (5 * 4096, 2 * 4096)
     assert c.scalings == 32 * 32 * 10 * 20 and not c.bitwise  # sqrt(128)
-    c = find("fuse_projections", PYTHIA | {"num_attention_heads": 64})
+    c = cost_of("fuse_projections", PYTHIA | {"num_attention_heads": 64})
     assert c.products == (6, 4) and c.gate_up is None and c.inputs_read == (4 * 4096, 2 * 4096)
     assert c.bitwise  # sqrt(64) = 8
-    c = find("fuse_projections", LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
+    c = cost_of("fuse_projections", LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
     assert c.products == (28, 18) and c.inputs_read == (19 * 4096, 9 * 4096)
 
 
 @pytest.mark.parametrize("d, bitwise", [(16, True), (32, False), (36, False), (256, True)])
-def test_a_scale_that_is_a_power_of_two(find, d, bitwise):
-    assert find("fuse_projections", LLAMA | {"head_dim": d}).bitwise == bitwise
+def test_a_scale_that_is_a_power_of_two(cost_of, d, bitwise):
+    assert cost_of("fuse_projections", LLAMA | {"head_dim": d}).bitwise == bitwise
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,14 +137,14 @@ def test_fusing_a_model_does_what_is_predicted(tmp_path, family, monkeypatch):
 # Text, and refusals ------------------------------------------------------------------------------
 
 
-def test_texts(find):
-    text = str(find("fold_norms", LLAMA))
+def test_texts(cost_of):
+    text = str(cost_of("fold_norms", LLAMA))
     assert "266,240" in text and "6,912" in text and "\n\n" in text
-    text = str(find("fuse_projections", LLAMA))
+    text = str(cost_of("fuse_projections", LLAMA))
     assert "W_qkv is 4,096 x 12,288, W_gu is 4,096 x 22,016" in text and "may round" in text
     for name in ("fold_norms", "fuse_projections"):
-        json.dumps(find(name, SMOL).as_dict())
-    gemma = find("fold_norms", LLAMA | {"model_type": "gemma2", "tie_word_embeddings": True})
+        json.dumps(cost_of(name, SMOL).as_dict())
+    gemma = cost_of("fold_norms", LLAMA | {"model_type": "gemma2", "tie_word_embeddings": True})
     assert len(gemma.notes()) == 2
     assert replace(gemma.shape, tied=False).tied is False
 
@@ -168,6 +158,6 @@ def test_texts(find):
         ("fuse_projections", "n=1", "no option 'n'"),
     ],
 )
-def test_refusals(find, name, word, message):
+def test_refusals(cost_of, name, word, message):
     with pytest.raises(MinitxError, match=message):
-        find(name, LLAMA, word)
+        cost_of(name, LLAMA, word)

@@ -22,18 +22,8 @@ MISTRAL |= {"vocab_size": 32000, "hidden_act": "silu", "tie_word_embeddings": Fa
 WEIGHTS = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)  # of the blocks
 
 
-@pytest.fixture
-def find(tmp_path):
-    def found(name, fields, *words):
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(fields))
-        return cost(name, path, words)
-
-    return found
-
-
-def test_orders_of_a_large_model(find):
-    c = find("order_products", MISTRAL)
+def test_orders_of_a_large_model(cost_of):
+    c = cost_of("order_products", MISTRAL)
     assert c.weights == WEIGHTS and c.orders == 2 * WEIGHTS  # 2 bytes beside 1
     # 12 bits for row numbers up to 4,096, 14 for up to 14,336
     down = 32 * 4096 * 14336
@@ -42,14 +32,14 @@ def test_orders_of_a_large_model(find):
     bits = [row["accumulator"] for row in c.as_dict()["matrices"]]
     # 4,096 * 127 * 127 = 66,064,384 < 2^26; 14,336 * 127 * 127 = 231,225,344 < 2^28; and a sign
     assert bits == [27, 27, 27, 27, 29]
-    four = find("order_products", MISTRAL, "bits=4")
+    four = cost_of("order_products", MISTRAL, "bits=4")
     assert four.weights == WEIGHTS // 2
     assert four.as_dict()["matrices"][0]["accumulator"] == 23  # 4,096 * 7 * 127 = 3,641,344
 
 
-def test_the_bound_holds_and_is_reached(find):
+def test_the_bound_holds_and_is_reached(cost_of):
     for inputs in (8, 100, 128):
-        c = find("order_products", MISTRAL | {"hidden_size": inputs, "head_dim": 4})
+        c = cost_of("order_products", MISTRAL | {"hidden_size": inputs, "head_dim": 4})
         worst = inputs * 127 * 127
         assert c.as_dict()["matrices"][0]["accumulator"] == bits_for(-worst, worst)
 
@@ -83,16 +73,16 @@ def test_unsigned_sums_fit_as_predicted(tmp_path, bits):
     assert kept == n
 
 
-def test_signs_of_a_large_model(find):
-    c = find("separate_signs", MISTRAL)
+def test_signs_of_a_large_model(cost_of):
+    c = cost_of("separate_signs", MISTRAL)
     assert (c.together, c.apart) == (WEIGHTS, WEIGHTS * 14 // 8)
     assert [c.accumulator(m) for m in c.matrices] == [26, 26, 26, 26, 28]  # no sign to keep
-    c = find("separate_signs", MISTRAL, "bits=2")
+    c = cost_of("separate_signs", MISTRAL, "bits=2")
     assert c.together == c.apart == WEIGHTS // 4  # two masks
 
 
-def test_magnitudes_of_a_large_model(find):
-    c = find("separate_magnitudes", MISTRAL)
+def test_magnitudes_of_a_large_model(cost_of):
+    c = cost_of("separate_magnitudes", MISTRAL)
     first, down = c.matrices[0], c.matrices[-1]
     assert c.extra(first) == 32 + 41 * 48 and c.extra(down) == 32 + 143 * 48
     assert c.per_weight(first) == 4 + 2000 / 4096
@@ -104,13 +94,13 @@ def test_magnitudes_of_a_large_model(find):
         "plain": (WEIGHTS * 4 + (outputs + 32 * 4096) * 32) // 8,
         "separated": bits // 8,
     }
-    none = find("separate_magnitudes", MISTRAL, "share=0")
+    none = cost_of("separate_magnitudes", MISTRAL, "share=0")
     assert none.bytes["plain"] == none.bytes["separated"] and none.group(first) == 4096
 
 
 @pytest.mark.parametrize("name", ["order_products", "separate_signs", "separate_magnitudes"])
-def test_texts(find, name):
-    c = find(name, MISTRAL | {"model_type": "mixtral", "num_local_experts": 8})
+def test_texts(cost_of, name):
+    c = cost_of(name, MISTRAL | {"model_type": "mixtral", "num_local_experts": 8})
     assert "experts of 3 matrices" in str(c) and "Note: all experts are counted" in str(c)
     assert "W_down" in str(c) and "14,336" in str(c)
     assert json.loads(json.dumps(c.as_dict()))["technique"] == name
@@ -126,6 +116,6 @@ def test_texts(find, name):
         ("separate_magnitudes", ["share=2"], "not 4 and 2"),
     ],
 )
-def test_refusals(find, name, words, message):
+def test_refusals(cost_of, name, words, message):
     with pytest.raises(MinitxError, match=message):
-        find(name, MISTRAL, *words)
+        cost_of(name, MISTRAL, *words)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from slow.early_exit import run as twin
 from slow.early_exit import teacher_forced
-from tiny import FAMILIES, TOKENIZER, tiny_model
+from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
 from minitx.confidence import Drawn, Limit, Saturation, top_two_gap
 from minitx.errors import MinitxError
@@ -42,12 +42,6 @@ def models(family="llama", dtype=np.float64, **options):
     """(dense, leaving early) with six layers."""
     lm = LM(tiny_model(family, dtype=dtype, layers=L), TOKENIZER)
     return lm, apply(lm, {"early_exit": options})
-
-
-def in_chunks(lm, ids, sizes, state=None):
-    state = lm.model.new_state() if state is None else state
-    cuts = np.cumsum([0, *sizes])
-    return np.concatenate([lm.model(ids[..., a:b], state) for a, b in zip(cuts, cuts[1:])], -2)
 
 
 def left_after(lm, ids):

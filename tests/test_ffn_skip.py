@@ -7,7 +7,7 @@ so chunks, rewinding and batches are tested again here, on six layers with much 
 import numpy as np
 import pytest
 from slow.ffn_skip import run as twin
-from tiny import FAMILIES, TOKENIZER, tiny_model
+from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
 from minitx.errors import MinitxError
 from minitx.ledger import counting
@@ -47,12 +47,6 @@ def models(family="llama", dtype=np.float64, **options):
     """(dense, skipping) with six layers."""
     lm = tiny_lm(family, dtype)
     return lm, apply(lm, {"ffn_skip": options})
-
-
-def in_chunks(lm, ids, sizes, state=None):
-    state = lm.model.new_state() if state is None else state
-    cuts = np.cumsum([0, *sizes])
-    return np.concatenate([lm.model(ids[a:b], state) for a, b in zip(cuts, cuts[1:])])
 
 
 def ran(lm, ids):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from slow import first_layer as slow
-from tiny import FAMILIES, tiny_lm
+from tiny import FAMILIES, error, tiny_lm
 
 from minitx import model as core
 from minitx.build import random_model
@@ -51,10 +51,6 @@ def make(kind, dtype=np.float64, **changes):
         return (w + rng.normal(0, 0.3, w.shape) if w.ndim == 1 else 2 * w).astype(dtype)
 
     return LM(map_weights(random, change))
-
-
-def error(found, expected):
-    return abs(found - expected).max() / abs(expected).max()
 
 
 def after_block_0(lm, ids=IDS):

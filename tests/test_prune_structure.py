@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from slow import prune as slow
-from tiny import FAMILIES, TOKENIZER
+from tiny import FAMILIES, TOKENIZER, error
 
 from minitx.build import random_model
 from minitx.errors import MinitxError
@@ -40,10 +40,6 @@ def cut(lm, **options):
 
 def parts(lm, kind):
     return [node for _, node in walk(lm.model) if type(node) is kind]
-
-
-def error(found, expected):
-    return abs(found - expected).max() / abs(expected).max()
 
 
 # Which go ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from slow import remove_weights as slow
-from tiny import FAMILIES, tiny_lm
+from tiny import FAMILIES, error, tiny_lm
 
 from minitx.build import random_model
 from minitx.errors import MinitxError
@@ -47,10 +47,6 @@ def made(kind, dtype=np.float64, seed=3):
         return (w + rng.normal(0, noise, w.shape)).astype(dtype)
 
     return LM(map_weights(random_model(config, seed, dtype), change))
-
-
-def error(found, expected):
-    return abs(found - expected).max() / abs(expected).max()
 
 
 def matrices(lm):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from slow import shrink as slow
-from tiny import FAMILIES, KINDS, tiny_lm
+from tiny import FAMILIES, KINDS, error, tiny_lm
 
 from minitx.build import random_model
 from minitx.errors import MinitxError
@@ -42,10 +42,6 @@ def attention_of(lm) -> Attention:
 
 def parts(lm, kind):
     return [node for _, node in walk(lm) if type(node) is kind]
-
-
-def error(found, expected):
-    return abs(found - expected).max() / abs(expected).max()
 
 
 # The pair ----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from slow import slim_attention as slow
-from tiny import FAMILIES, tiny_lm
+from tiny import FAMILIES, error, in_chunks, tiny_lm
 
 from minitx import ops
 from minitx.build import random_model
@@ -60,18 +60,6 @@ def with_condition(lm, condition, only=None):
     return swap_numbered(lm, Attention, change)
 
 
-def error(found, expected):
-    return abs(found - expected).max() / abs(expected).max()
-
-
-def in_chunks(lm, sizes, ids=IDS):
-    state, found = lm.model.new_state(), []
-    for size in sizes:
-        found.append(lm.model(ids[:size], state))
-        ids = ids[size:]
-    return np.concatenate(found)
-
-
 # Against the plain forward -----------------------------------------------------------------------
 
 
@@ -82,7 +70,7 @@ def test_a_prompt_chunks_and_single_tokens(kind, dtype, allowed):
     lm = apply(dense, {"slim_attention": True})
     expected = dense.logits(IDS)
     for sizes in ((32,), (20, 2, 9, 1), (1,) * 32):
-        assert error(in_chunks(lm, sizes), expected) < allowed
+        assert error(in_chunks(lm, IDS, sizes), expected) < allowed
 
 
 @kinds
@@ -129,7 +117,7 @@ def test_every_combination_with_exact_folds(kind):
                 assert {"first_layer", "merge_embeddings"} <= set(chosen), refusal
                 continue
             assert error(lm.logits(IDS), expected) < 1e-12, chosen
-            assert error(in_chunks(lm, (25, 1, 6)), expected) < 1e-12, chosen
+            assert error(in_chunks(lm, IDS, (25, 1, 6)), expected) < 1e-12, chosen
 
 
 @pytest.mark.parametrize("fuse", [False, True])

@@ -70,6 +70,18 @@ def tiny_folder(folder, family="llama", tokenizer=True):
     return folder
 
 
+def error(found, expected):
+    """The largest difference, as a share of the largest number expected."""
+    return abs(found - expected).max() / abs(expected).max()
+
+
+def in_chunks(lm, ids, sizes, state=None):
+    """Logits of ids (..., T) read piece by piece, so many at a time."""
+    state = lm.model.new_state() if state is None else state
+    cuts = np.cumsum([0, *sizes])
+    return np.concatenate([lm.model(ids[..., a:b], state) for a, b in zip(cuts, cuts[1:])], -2)
+
+
 @part
 class Says(Part):
     """In the place of the token loop: gives these tokens, and notes how it is used."""

@@ -1,6 +1,7 @@
 """What several formats here need: strict JSON, files that appear complete or not at all, and checks
 on what was read."""
 
+import hashlib
 import json
 import os
 from contextlib import contextmanager, suppress
@@ -62,6 +63,17 @@ def read_json(path) -> dict:
 def unreadable(path, error: OSError) -> MinitxError:
     """The error for a file that the system does not let us read."""
     return MinitxError(f"{path}: cannot be read ({error.strerror or error}).")
+
+
+def fingerprint(*paths) -> str:
+    """The SHA-256 of these files, one after another: it tells them from others."""
+    found = hashlib.sha256()
+    for path in paths:
+        try:
+            found.update(Path(path).read_bytes())
+        except OSError as error:
+            raise unreadable(path, error) from None
+    return found.hexdigest()
 
 
 @contextmanager

@@ -7,7 +7,6 @@
 Nothing of what led to it is needed to read it: no checkpoint, no calibration text.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.files.common import need_float, read_json, short, unreadable
+from minitx.files.common import fingerprint, need_float, read_json, short
 from minitx.files.parts import describe, restore
 from minitx.files.safetensors import read_as_stored
 from minitx.files.safetensors_write import write_safetensors
@@ -56,7 +55,7 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
         temporary.mkdir()
         write_safetensors(temporary / ARRAYS, arrays, None, {"format": "minitx precomputed"})
         found = {"format": FORMAT, "from": origin.model, "flags": origin.flags}
-        found |= {"dtype": str(float_type(lm.model)), "arrays": _print(temporary / ARRAYS)}
+        found |= {"dtype": str(float_type(lm.model)), "arrays": fingerprint(temporary / ARRAYS)}
         text = json.dumps(found | numbers | {"entries": entries}, indent=1)
         (temporary / FILE).write_text(text + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -91,7 +90,7 @@ def read_precomputed(folder, dtype=np.float32) -> tuple[Transformer, Part]:
             f"{folder} was precomputed in {short(found['dtype'])}; load it in that type, not in "
             f"{dtype}."
         )
-    if found["arrays"] != _print(folder / ARRAYS):
+    if found["arrays"] != fingerprint(folder / ARRAYS):
         raise MinitxError(
             f"{folder / ARRAYS}: is not the file that {FILE} was written with; run minitx "
             "precompute again."
@@ -137,11 +136,3 @@ def _try(path: Path, model: Transformer) -> None:
         raise MinitxError(f"{path}: its parts do not fit each other ({error}).") from None
     if not whole or not np.isfinite(logits).all():
         raise MinitxError(f"{path}: its parts give logits that are no numbers, or too few.")
-
-
-def _print(path: Path) -> str:
-    """The file's SHA-256."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise unreadable(path, error) from None

@@ -8,7 +8,6 @@ learned is in ``minitx.training.detector``, and together with nothing else chang
 ``minitx.training.detector_fit``; who keeps which keys by them, in ``minitx.skip.dota``.
 """
 
-import hashlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 from minitx import ops
 from minitx.config import Config
 from minitx.errors import MinitxError
-from minitx.files.common import need_finite
+from minitx.files.common import fingerprint, need_finite
 from minitx.files.safetensors import read_header, read_tensors
 from minitx.files.safetensors_write import write_safetensors
 from minitx.keys.few_bits import few_bits
@@ -173,16 +172,13 @@ def write_detectors(detectors, folder) -> None:
         for number, detector in enumerate(detectors)
         for f in fields(Detector)
     }
-    metadata = {"format": "minitx detectors", "weights": fingerprint(folder)}
+    metadata = {"format": "minitx detectors", "weights": weights_beside(folder)}
     write_safetensors(Path(folder) / FILE, tensors, "F32", metadata)
 
 
-def fingerprint(folder) -> str:
-    """What tells the weights in the folder from others: a hash of their files."""
-    found = hashlib.sha256()
-    for path in sorted(Path(folder).glob("model*.safetensors")):  # one, or shards
-        found.update(path.read_bytes())
-    return found.hexdigest()
+def weights_beside(folder) -> str:
+    """The fingerprint of the weights in the folder: of one file, or of its shards."""
+    return fingerprint(*sorted(Path(folder).glob("model*.safetensors")))
 
 
 def read_detectors(folder, config: Config, dtype=np.float32) -> tuple[Detector, ...]:
@@ -213,7 +209,7 @@ def read_detectors(folder, config: Config, dtype=np.float32) -> tuple[Detector, 
                 "is it another model's?"
             )
         need_finite(path, name, found[name])
-    if read_header(path).metadata.get("weights") != fingerprint(folder):
+    if read_header(path).metadata.get("weights") != weights_beside(folder):
         raise MinitxError(
             f"{path}: was not trained with the weights beside it; take both from one training, or "
             "use fit=post-hoc."
