@@ -15,6 +15,7 @@ import numpy as np
 from minitx.decode import Autoregressive, Sampler
 from minitx.errors import MinitxError
 from minitx.model import Transformer
+from minitx.placement import by_columns
 from minitx.tree import Part, part
 
 Prompt = str | Sequence[int]
@@ -238,7 +239,7 @@ def load(
     folder = path if path.is_dir() else None
     lm = LM(found.model, found.tokenizer, found.decode, name_of(path), folder)
     if not techniques:
-        return lm
+        return by_columns(lm)
     from minitx.technique import apply
 
     return apply(lm, techniques)

@@ -37,35 +37,41 @@ def op(f):
 def linear(x, w, b=None):
     """``x @ w + b``: x (..., in), w (in, out), b (out,) or None -> (..., out).
 
-    One row against a large matrix is summed up as ``x[0] w[0] + x[1] w[1] + ...``, which reads the
-    weights from end to end, as memory likes it: BLAS's matrix-vector product hops between the rows
-    and takes 1.2 to 1.5 times as long.
+    Few rows against a large matrix are a matter of reading it, which is quickest from end to end:
+    column after column where it lies by columns (see placement.py). Where it lies by rows, as NumPy
+    makes it, one row is summed up as ``x[0] w[0] + x[1] w[1] + ...``; BLAS's own product of a row
+    and a matrix hops about in it and takes 1.2 to 1.5 times as long.
     """
     if ledger.active:
         ledger.active.add(x.size * w.shape[1], w.nbytes)
-    if x.size == len(w) and w.size > LARGE and w.shape[1] <= WIDE:
+    few = w.size > LARGE and x.size <= FEW * len(w)
+    if few and w.flags.f_contiguous:
+        y = np.vecdot(w.T, x[..., None, :])  # for each row of x, its dot product with each column
+    elif few and x.size == len(w) and w.shape[1] <= WIDE:
         y = np.einsum("i,io->o", x.reshape(-1), w).reshape(*x.shape[:-1], w.shape[1])
     elif x.ndim > 2:  # one large product instead of one small product per row of the batch
-        y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+        y = product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[1])
     else:
-        y = x @ w
+        y = product(x, w)
     return y if b is None else y + b
 
 
-LARGE = 32 << 10  # numbers in a matrix above which reading it takes longer than calling einsum
+def product(x, w):
+    """``x @ w`` of matrices, x (n, in) -> (n, out)."""
+    if w.size > LARGE and len(x) <= MANY and w.flags.f_contiguous:
+        return (w.T @ x.T.copy()).T  # BLAS would have to turn over x and w, but x is small
+    return x @ w
+
+
+LARGE = 32 << 10  # numbers in a matrix above which how it is read matters more than the call
+FEW = 4  # rows up to which reading takes longer than multiplying
+MANY = 128  # rows from which on turning over a matrix takes no time to speak of
 WIDE = 2 << 10  # results beyond which the sum, read and written once a row of w, is too long itself
 
 
 def scores(x, table):
-    """``x @ table.T``: x (..., D), table (V, D) -> (..., V).
-
-    One row against a large table is taken as V separate dot products, for the same reason.
-    """
-    if x.size == x.shape[-1] and table.size > LARGE:
-        if ledger.active:
-            ledger.active.add(table.size, table.nbytes)
-        return np.vecdot(table, x.reshape(-1)).reshape(*x.shape[:-1], len(table))
-    return linear(x, table.T)
+    """``x @ table.T``: x (..., D), table (V, D) -> (..., V)."""
+    return linear(x, table.T)  # which lies by columns
 
 
 def rows(table, ids):

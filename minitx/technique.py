@@ -19,6 +19,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from minitx.errors import MinitxError
+from minitx.placement import by_columns, by_rows
 from minitx.tree import Part, rebuild, walk
 
 # From the inside out: a flag of an inner level is applied before one of an outer level, in
@@ -213,6 +214,7 @@ def apply(lm: Part, wanted: dict[str, dict | bool]) -> Part:
             chosen[found.name] = found, found.checked({} if options is True else options)
     taken: dict[type, str] = {}  # type of part -> the technique that has replaced the last of it
     put: dict[type, str] = {}  # type of part -> the technique that has brought the first of it
+    lm = by_rows(lm)
     for t, options in sorted(chosen.values(), key=lambda entry: _order(entry[0])):
         before = kinds(lm)
         try:
@@ -222,7 +224,7 @@ def apply(lm: Part, wanted: dict[str, dict | bool]) -> Part:
         after = kinds(lm)
         taken |= dict.fromkeys(before - after, t.name)
         put |= dict.fromkeys(after - before, t.name)
-    return lm
+    return by_columns(lm)
 
 
 def _why_not(

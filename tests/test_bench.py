@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from differences import check, draw
 
-from minitx import ops
+from minitx import ledger, ops
 from minitx.build import random_model
 from minitx.cli import main
 from minitx.config import Config
@@ -17,6 +17,7 @@ from minitx.errors import MinitxError
 from minitx.lab import bench
 from minitx.lab.bench_report import as_text, columns
 from minitx.lm import LM
+from minitx.model import Linear
 from minitx.threads import THREAD_VARIABLES
 
 TINY = dict(family="llama", vocab_size=20, width=8, layers=2, heads=2, kv_heads=1, head_width=4)
@@ -250,15 +251,20 @@ def test_scores_are_products_with_every_row(monkeypatch, shape, large):
     check(ops.scores, x, table)
 
 
-@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (6,), (3, 6), (2, 1, 6)])
+@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (6,), (2, 1, 6), (3, 6), (2, 2, 6), (5, 6)])
 @pytest.mark.parametrize("large", [0, 10**9])
+@pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_is_a_product_however_it_is_taken(monkeypatch, shape, large, bias):
-    monkeypatch.setattr(ops, "LARGE", large)
-    x, w = draw(*shape), draw(6, 9, seed=1)
+def test_linear_is_a_product_however_it_is_taken(monkeypatch, shape, large, order, bias):
+    for name, value in dict(LARGE=large, FEW=2, MANY=4).items():
+        monkeypatch.setattr(ops, name, value)
+    x, w = draw(*shape), np.asarray(draw(6, 9, seed=1), order=order)
     b = draw(9, seed=2) if bias else None
     expected = x @ w + (b if bias else 0)
-    found = ops.linear(x, w, b)
+    linear = Linear(w, b)
+    with ledger.counting(linear) as counts:
+        found = linear(x)
+    assert counts.total() == ledger.Entry(x.size * 9, w.nbytes)
     assert found.shape == (*shape[:-1], 9) and np.allclose(found, expected, rtol=1e-13)
     single = ops.linear(*(None if a is None else a.astype(np.float32) for a in (x, w, b)))
     assert single.dtype == np.float32 and np.allclose(single, expected, rtol=1e-4, atol=1e-5)

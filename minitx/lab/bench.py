@@ -40,6 +40,7 @@ from minitx.errors import MinitxError
 from minitx.lab.bench_report import as_text
 from minitx.lm import LM
 from minitx.model import Transformer
+from minitx.placement import by_columns
 from minitx.threads import ONE_THREAD, THREAD_VARIABLES
 from minitx.tree import weights
 
@@ -139,7 +140,7 @@ def measure_all(shapes, plan: Plan, rival: Callable | None, bar: bool = True) ->
 
 def measure(config: Config, plan: Plan, rival: Callable | None, tick: Callable) -> dict:
     """One shape. ``tick()`` is called after warming up and after every round."""
-    model = random_model(config, SEED)
+    model = by_columns(random_model(config, SEED))
     lm, read = LM(model), bytes_per_token(model)
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, plan.prefill)
     jobs = {

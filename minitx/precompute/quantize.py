@@ -184,7 +184,7 @@ class Loaded(Part):
 
     @cached_property  # a frozen part computes no more than what follows from its fields
     def w(self) -> np.ndarray:
-        return self.kept.floats()
+        return np.asfortranarray(self.kept.floats())  # by columns: see placement.py
 
     def __call__(self, x):
         return ops.linear(x, self.w, self.b)

@@ -51,6 +51,7 @@ class Traced(np.lib.mixins.NDArrayOperatorsMixin):
     ndim = property(lambda self: self.value.ndim)
     size = property(lambda self: self.value.size)
     dtype = property(lambda self: self.value.dtype)
+    flags = property(lambda self: self.value.flags)
     T = property(lambda self: self.transpose())
 
     def __repr__(self) -> str:
@@ -93,6 +94,9 @@ class Traced(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __getitem__(self, index):
         return RULES["getitem"](self, index)
+
+    def copy(self):
+        return self  # it is never written into
 
     def reshape(self, *shape):
         return np.reshape(self, shape[0] if len(shape) == 1 else shape)
