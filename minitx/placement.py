@@ -20,6 +20,7 @@ from minitx.model import Head, Linear
 from minitx.tree import Part, rebuild, walk
 
 LINE = 64  # bytes of a cache line
+LARGE_PAGE = 2 << 20  # bytes
 
 
 def by_columns(root: Part) -> Part:
@@ -63,9 +64,9 @@ def replaced(root: Part, new: dict[int, np.ndarray]) -> Part:
 
 
 def aligned(size: int) -> np.ndarray:
-    """So many bytes (uint8), the first of which begins a cache line."""
-    block = np.empty(size + LINE, np.uint8)
-    a = -block.__array_interface__["data"][0] % LINE
+    """So many bytes (uint8) from the beginning of a large page, if the system gives one here."""
+    block = np.empty(size + LARGE_PAGE, np.uint8)  # what is never written takes no memory
+    a = -block.__array_interface__["data"][0] % LARGE_PAGE
     return block[a : a + size]
 
 

@@ -94,6 +94,20 @@ def test_the_fraction_of_the_limit_by_hand():
     assert found["fraction"] == {"median": 0.5, "lowest": 0.5, "highest": 0.75}
 
 
+def test_the_share_of_the_products_by_hand():
+    found = bench.share(tokens=10, decode=[2.0, 4.0, 5.0], products=[0.1, 0.3, 0.25])
+    assert found == {"median": 0.5, "lowest": 0.5, "highest": 0.75}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_products_alone_are_those_of_one_token(tied):
+    model = random_model(Config(**TINY | dict(tied=tied)))
+    products = 2 * (64 + 32 + 32 + 64 + 96 + 96 + 96) + 160  # as above, without norms and embedding
+    with ledger.counting(model) as counts:
+        bench.products_alone(model)()
+    assert counts.total() == ledger.Entry(products, 4 * products)
+
+
 def test_the_matrix_has_the_bytes_that_were_asked_for():
     for size in (1_000_000, 15_000_000):
         x, w = bench.factors(size)

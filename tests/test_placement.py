@@ -11,7 +11,7 @@ from minitx import ops
 from minitx import technique as module
 from minitx.lab import bench
 from minitx.lm import LM
-from minitx.placement import LINE, by_columns, by_rows, large_matrices
+from minitx.placement import LARGE_PAGE, LINE, by_columns, by_rows, large_matrices
 from minitx.technique import apply
 from minitx.tree import map_weights, nbytes, weights
 
@@ -42,6 +42,7 @@ def test_large_matrices_lie_by_columns_one_behind_the_other(family, dtype):
         assert address(new) % LINE == 0
         assert free is None or free <= address(new) < free + LINE
         free = address(new) + new.nbytes
+    assert address(next(iter(after.values()))) % LARGE_PAGE == 0
     assert nbytes(found) == nbytes(model) and str(found) == str(model)
 
 

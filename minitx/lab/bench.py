@@ -9,7 +9,8 @@ Three llama shapes with random weights from a seed, float32, tied embeddings:
   run is taken for that speed: once with a matrix as large as all weights that a token needs, used
   again and again, so that it lies where they lie (in a cache, or in memory); and once with one of
   256 MB, more than any cache holds. A model that fits into a cache may well be faster than the
-  second. Keys, values and activations are not counted.
+  second. Keys, values and activations are not counted. What the products of a token take alone,
+  one after the other, tells which part of the rest is theirs, and which is what stands between.
 
 Where torch and transformers are installed they do the same on the same weights, and their faster
 way of decoding counts. All take turns (A B C A B C ...) on one thread. A speed is the median over
@@ -39,10 +40,10 @@ from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.lab.bench_report import as_text
 from minitx.lm import LM
-from minitx.model import Transformer
+from minitx.model import Head, Linear, TiedHead, Transformer
 from minitx.placement import by_columns
 from minitx.threads import ONE_THREAD, THREAD_VARIABLES
-from minitx.tree import weights
+from minitx.tree import float_type, walk, weights
 
 SEED = 0
 FIRST = 1  # the prompt of one token
@@ -51,6 +52,7 @@ BEYOND_CACHES = 256_000_000  # bytes
 
 # What is timed, in turn
 DECODE, PREFILL, THEIR_PREFILL = "minitx decode", "minitx prefill", "transformers prefill"
+ALONE = "minitx products alone"
 NEAR, FAR = "product of the same size", "product of 256 MB"
 
 
@@ -129,9 +131,9 @@ def measure_all(shapes, plan: Plan, rival: Callable | None, bar: bool = True) ->
     clock, processor = time.perf_counter(), time.process_time()
     with tqdm(total=len(shapes) * (plan.rounds + 1), unit="round", disable=not bar) as progress:
         measured = [measure(config, plan, rival, progress.update) for config in shapes]
-    share = (time.process_time() - processor) / (time.perf_counter() - clock)
+    busy = (time.process_time() - processor) / (time.perf_counter() - clock)
     return {
-        "machine": found | {"processor_share": round(share, 3)},
+        "machine": found | {"processor_share": round(busy, 3)},
         "versions": versions() | (rival.versions if rival else {}),
         "plan": asdict(plan),
         "shapes": measured,
@@ -146,6 +148,7 @@ def measure(config: Config, plan: Plan, rival: Callable | None, tick: Callable) 
     jobs = {
         DECODE: lambda: list(lm.tokens([FIRST], plan.decode)),
         NEAR: lambda: near_x @ near,
+        ALONE: products_alone(model),
         PREFILL: lambda: model.next_logits(ids, model.new_state()),
         FAR: lambda: far_x @ far,
     }
@@ -179,6 +182,7 @@ def measure(config: Config, plan: Plan, rival: Callable | None, tick: Callable) 
             name: limit(plan.decode * read, matrix.nbytes, seconds[DECODE], seconds[name])
             for name, matrix in ((NEAR, near), (FAR, far))
         },
+        "products_alone": share(plan.decode, seconds[DECODE], seconds[ALONE]),
         "seconds": seconds,
     }
 
@@ -226,6 +230,11 @@ def limit(read: int, size: int, decode: list[float], product: list[float]) -> di
     }
 
 
+def share(tokens: int, decode: list[float], products: list[float]) -> dict:
+    """Of the time of decoding ``tokens``: what the products of that many take alone."""
+    return spread([tokens * b / a for a, b in zip(decode, products)])
+
+
 def spread(values: list[float]) -> dict:
     return {"median": median(values), "lowest": min(values), "highest": max(values)}
 
@@ -236,6 +245,24 @@ def bytes_per_token(model: Transformer) -> int:
     parts = (model.stack, model.norm, model.head)
     whole = sum(w.nbytes for part in parts for w in weights(part).values())
     return whole + sum(w[0].nbytes for w in weights(model.embed).values())
+
+
+def products_alone(model: Transformer) -> Callable:
+    """A function that takes the products of one row with all weights that are there for that, in
+    the order of the model, and does nothing else."""
+    linears = [node for _, node in walk(model) if type(node) in (Linear, Head, TiedHead)]
+    dtype = float_type(model)
+
+    def inputs(node) -> int:
+        return node.w.shape[type(node) is TiedHead]
+
+    pairs = [(node, np.ones((1, inputs(node)), dtype)) for node in linears]
+
+    def run():
+        for node, x in pairs:
+            node(x)
+
+    return run
 
 
 def factors(size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,8 @@ def as_text(result: dict) -> str:
         *_speeds(shapes, "prefill"),
         "",
         "Limit: weights read by decoding in GB/s, and how much of the speed that is with which a",
-        "matrix-vector product reads as many weights, or 256 MB of them.",
+        "matrix-vector product reads as many weights, or 256 MB of them. Products alone: the share",
+        "of the time that those of a token take one after the other, with nothing between them.",
         *_limits(shapes),
         "",
         *_notes(result),
@@ -40,7 +41,8 @@ def _speeds(shapes: list[dict], what: str) -> list[str]:
 
 
 def _limits(shapes: list[dict]) -> list[str]:
-    rows = [["width x layers, vocabulary", "MB/token", "GB/s", "of the same size", "of 256 MB"]]
+    names = "width x layers, vocabulary", "MB/token", "GB/s"
+    rows = [[*names, "of the same size", "of 256 MB", "products alone"]]
     for shape in shapes:
         same, far = shape["limit"].values()
         rows.append(
@@ -50,6 +52,7 @@ def _limits(shapes: list[dict]) -> list[str]:
                 f"{same['minitx_bytes_per_second'] / 1e9:.1f}",
                 _with_spread(same["fraction"]),
                 _with_spread(far["fraction"]),
+                _with_spread(shape["products_alone"]),
             ]
         )
     return columns(rows)

@@ -184,7 +184,8 @@ class Loaded(Part):
 
     @cached_property  # a frozen part computes no more than what follows from its fields
     def w(self) -> np.ndarray:
-        return np.asfortranarray(self.kept.floats())  # by columns: see placement.py
+        w = self.kept.floats()
+        return np.asfortranarray(w) if w.size > ops.LARGE else w  # as in placement.py
 
     def __call__(self, x):
         return ops.linear(x, self.w, self.b)
