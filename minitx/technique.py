@@ -214,7 +214,7 @@ def apply(lm: Part, wanted: dict[str, dict | bool]) -> Part:
             chosen[found.name] = found, found.checked({} if options is True else options)
     taken: dict[type, str] = {}  # type of part -> the technique that has replaced the last of it
     put: dict[type, str] = {}  # type of part -> the technique that has brought the first of it
-    lm = by_rows(lm)
+    lm = by_rows(lm)  # as techniques know matrices
     for t, options in sorted(chosen.values(), key=lambda entry: _order(entry[0])):
         before = kinds(lm)
         try:

@@ -9,8 +9,8 @@ Three llama shapes with random weights from a seed, float32, tied embeddings:
   run is taken for that speed: once with a matrix as large as all weights that a token needs, used
   again and again, so that it lies where they lie (in a cache, or in memory); and once with one of
   256 MB, more than any cache holds. A model that fits into a cache may well be faster than the
-  second. Keys, values and activations are not counted. What the products of a token take alone,
-  one after the other, tells which part of the rest is theirs, and which is what stands between.
+  second. Keys, values and activations are not counted. The products of a token are timed alone
+  too, one after the other: the rest of its time goes to what stands between them.
 
 Where torch and transformers are installed they do the same on the same weights, and their faster
 way of decoding counts. All take turns (A B C A B C ...) on one thread. A speed is the median over
