@@ -100,16 +100,16 @@ def largest(logits) -> int:
 @op
 def rms_norm(x, gain, eps):
     """``x / sqrt(mean(x^2) + eps) * gain`` over the last axis (Zhang and Sennrich, 2019)."""
-    mean_square = np.vecdot(x, x) / x.shape[-1]  # faster than (x * x).mean()
-    return x * (gain / np.sqrt(mean_square + eps)[..., None])
+    squares = np.vecdot(x, x)  # faster than (x * x).sum(-1)
+    if squares.size == 1:  # one row: a Python number is quicker than an array of one
+        return x * (gain / math.sqrt(squares.item() / x.shape[-1] + eps))
+    return x * (gain / np.sqrt(squares / x.shape[-1] + eps)[..., None])
 
 
 @op
 def layer_norm(x, gain, bias, eps):
     """``(x - mean) / sqrt(variance + eps) * gain + bias`` over the last axis (Ba et al., 2016)."""
-    x = x - x.mean(-1, keepdims=True)
-    variance = np.vecdot(x, x) / x.shape[-1]
-    return x * (gain / np.sqrt(variance + eps)[..., None]) + bias
+    return rms_norm(x - x.mean(-1, keepdims=True), gain, eps) + bias
 
 
 # Activations -------------------------------------------------------------------------------------
