@@ -43,7 +43,7 @@ from minitx.lm import LM
 from minitx.model import Head, Linear, TiedHead, Transformer
 from minitx.placement import by_columns
 from minitx.threads import ONE_THREAD, THREAD_VARIABLES
-from minitx.tree import float_type, walk, weights
+from minitx.tree import walk, weights
 
 SEED = 0
 FIRST = 1  # the prompt of one token
@@ -250,13 +250,13 @@ def bytes_per_token(model: Transformer) -> int:
 def products_alone(model: Transformer) -> Callable:
     """A function that takes the products of one row with all weights that are there for that, in
     the order of the model, and does nothing else."""
-    linears = [node for _, node in walk(model) if type(node) in (Linear, Head, TiedHead)]
-    dtype = float_type(model)
 
-    def inputs(node) -> int:
-        return node.w.shape[type(node) is TiedHead]
+    def row(node):
+        inputs = node.w.shape[1 if type(node) is TiedHead else 0]
+        return np.ones((1, inputs), node.w.dtype)
 
-    pairs = [(node, np.ones((1, inputs(node)), dtype)) for node in linears]
+    kinds = Linear, Head, TiedHead
+    pairs = [(node, row(node)) for _, node in walk(model) if type(node) in kinds]
 
     def run():
         for node, x in pairs:
