@@ -1,22 +1,31 @@
-"""The ledger: multiply-adds that were really done and bytes that were really read, part by part.
+"""The ledger: multiply-adds actually done and bytes actually read, part by part.
 
-Every product of the model goes through ops.py, and each of them tells the ledger, if one is open:
+Every product of the model goes through ops.py, which reports it here. Nothing is recorded unless a
+ledger is open:
 
     with ledger.counting(lm) as counts:
         lm.generate("Once", 20)
     print(counts.by_group())
 
-What is counted: the multiply-adds of products (x @ w, q k^T, p v), the bytes of weights and of
-cached keys and values that they read, and whatever a technique's decisions cost (``add``). What is
-not: norms, activations, rotations and the softmax, which take a few operations per number. An
-``event`` is something that a technique counts about itself: tokens that left early, rows skipped.
+Counted are the multiply-adds of products (x @ w, q k^T, p v), the bytes of weights and of cached
+keys and values that they read, and the cost of a technique's decisions. Norms, activations,
+rotations and the softmax are not counted: they take a few operations per number. An *event* is
+something a technique counts about itself: tokens that exited early, cache rows evicted.
+
+An algorithm just says what it did, in a line of its own, and never asks whether anyone listens:
+
+    ledger.product(x, w)                                  # x @ w
+    ledger.count(multiply_adds=3 * x.size)                # anything else
+    ledger.event("keys kept", kept)                       # booleans are summed only when counting
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 
+from minitx.state import Layer
 from minitx.tree import Part, walk
 
 
@@ -38,7 +47,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Counts by the path of the part that worked (``stack.blocks.0.ffn.down``)."""
+    """Counts by the path of the part that did the work (``stack.blocks.0.ffn.down``)."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     events: Counter = field(default_factory=Counter)
@@ -84,49 +93,91 @@ def group_of(path: str) -> str:
     return words[-1] if words else ""
 
 
-active: Ledger | None = None  # where ops.py counts, if anywhere
+# What algorithms call ------------------------------------------------------------------------------
+
+active: Ledger | None = None  # the open ledger, if any
 
 
-# The methods of parts in which work is done.
-WORK = ("__call__", "fill", "kv", "best", "remember", "outputs")
+def product(x, w) -> None:
+    """Count the product x (..., in) @ w (in, out), which reads all of w."""
+    if active:
+        active.add(x.size * w.shape[-1], w.nbytes)
+
+
+def count(multiply_adds=0, weight_bytes=0, cache_bytes=0) -> None:
+    """Count work. Each may be a number, or a function without arguments that is called only if a
+    ledger is open, for what takes time to find out."""
+    if active:
+        active.add(*map(_number, (multiply_adds, weight_bytes, cache_bytes)))
+
+
+def event(name: str, n=1) -> None:
+    """Count an event ``n`` times: a number, an array (its sum), or a function that gives either;
+    arrays are summed and functions called only if a ledger is open."""
+    if active:
+        active.event(name, _number(n))
+
+
+def _number(n) -> int:
+    n = n() if callable(n) else n
+    return int(n.sum()) if hasattr(n, "sum") else int(n)
+
+
+# Who is at work ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def counting(root: Part) -> Iterator[Ledger]:
-    """Count what the parts below ``root`` do while the block runs; gives the ledger.
+    """Count what the parts below ``root`` do inside the ``with`` block; yields the ledger.
 
-    Meanwhile the parts' classes say whose turn it is, which costs nothing at any other time. One
-    ledger is open at a time: an inner one counts for itself alone.
+    While the ledger is open, every method of the parts' classes notes whose turn it is, which costs
+    nothing at any other time. One ledger is open at a time: an inner one counts for itself alone.
     """
     global active
     outer, active = active, Ledger()
     ledger = active
-    paths: dict[int, str] = {}
+    paths: dict[int, list[str]] = {}
     for path, node in walk(root):
-        paths.setdefault(id(node), path)
-    classes = {type(node) for _, node in walk(root)}
-    originals = [
-        (cls, name, vars(cls)[name]) for cls in classes for name in WORK if name in vars(cls)
-    ]
+        paths.setdefault(id(node), []).append(path)
+    methods = list(_methods({type(node) for _, node in walk(root)}))
     try:
-        for cls, name, method in originals:
-            setattr(cls, name, _told(method, ledger, paths))
+        for cls, name, method in methods:
+            setattr(cls, name, _noted(method, ledger, paths))
         yield ledger
     finally:
-        for cls, name, method in originals:
+        for cls, name, method in methods:
             setattr(cls, name, method)
         active = outer
 
 
-def _told(method, ledger: Ledger, paths: dict[int, str]):
-    """The method, with the ledger told which part is at work."""
+def _methods(classes: set[type]) -> Iterator[tuple[type, str, Callable]]:
+    """(class, name, method) for every method that these part classes define or inherit."""
+    for cls in {base for cls in classes for base in cls.__mro__ if issubclass(base, Part)} - {Part}:
+        for name, value in list(vars(cls).items()):
+            if isinstance(value, FunctionType) and (name == "__call__" or not name.startswith("__")):
+                yield cls, name, value
 
-    def told(self, *args, **options):
+
+def _noted(method, ledger: Ledger, paths: dict[int, list[str]]):
+    """The method, which first notes the path of its part."""
+
+    def noted(self, *args, **options):
         before = ledger.path
-        ledger.path = paths.get(id(self), before)
+        ledger.path = _path(paths.get(id(self), [before]), before, args)
         try:
             return method(self, *args, **options)
         finally:
             ledger.path = before
 
-    return told
+    return noted
+
+
+def _path(places: list[str], caller: str, args: tuple) -> str:
+    """Which of the places of a part is at work: the block that was handed this layer's state, or
+    the one below the part that called it."""
+    if len(places) == 1:
+        return places[0]
+    index = next((arg.index for arg in args if isinstance(arg, Layer)), None)
+    below = [path for path in places if is_below(path, caller)] or places
+    here = [path for path in below if f".blocks.{index}." in f".{path}."]
+    return (here or below)[0]

@@ -45,7 +45,9 @@ class Layer:
         start: np.ndarray | None = None,
         remember: bool = True,
         shared: Memory | None = None,
+        index: int | None = None,
     ):
+        self.index = index  # of the block
         self.position = 0
         self.capacity = capacity
         self.start = start  # (B,) first real token of each row of a left-padded batch, or None
@@ -92,7 +94,7 @@ class State:
         self.start = start
         self.capacity = capacity
         self.shared = Memory()
-        self.layers = [Layer(capacity, start, remember, self.shared) for _ in range(layers)]
+        self.layers = [Layer(capacity, start, remember, self.shared, i) for i in range(layers)]
 
     @property
     def bytes_per_token(self) -> int:
