@@ -1,8 +1,8 @@
 """The token loop: run the model, choose a token, feed it back. And how a token is chosen.
 
 The loop is a part of the language model, so a technique that skips whole passes of the model
-(speculation, a cache of answers) swaps it for one that is called alike. Text, end-of-text tokens
-and the limit of the context are no matter of this file: see lm.py.
+(speculation, a cache of prefixes or answers) replaces it by another ``TokenLoop``. Text,
+end-of-text tokens and the limit of the context are not handled here: see lm.py.
 """
 
 import math
@@ -16,7 +16,7 @@ from minitx import ops
 from minitx.errors import MinitxError
 from minitx.model import Transformer
 from minitx.state import State
-from minitx.tree import Part, part
+from minitx.tree import Part, part, walk
 
 
 class Sampler:
@@ -44,7 +44,7 @@ class Sampler:
             _refuse("top_p", top_p, "a number above 0 and at most 1")
         if not (seed is None or isinstance(seed, Integral) and seed >= 0):
             _refuse("The seed", seed, "a whole number of at least 0")
-        self.temperature, self.top_k = float(temperature), top_k
+        self.temperature, self.top_k, self.seed = float(temperature), top_k, seed
         self.top_p = None if top_p is None else float(top_p)
         # Numbers in [0, 1). Python guarantees this stream for ever, NumPy only until a new version.
         self.uniform = random.Random(None if seed is None else int(seed)).random
@@ -111,21 +111,52 @@ def next_token(model: Transformer, ids, state: State, choose: Sampler) -> int:
     return choose(model.next_logits(ids, state))
 
 
+class TokenLoop(Part):
+    """Base of every token loop."""
+
+    def __call__(
+        self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
+    ) -> Iterator[int]:
+        """Yield at most ``limit`` new tokens after the prompt ``ids``.
+
+        The state is given: it may hold the first tokens of the prompt already, but not all of them
+        (``state.position < len(ids)``). The caller stops by not asking for more, so a token is run
+        through the model only when the next one is wanted. Every loop yields tokens of the same
+        distribution, for which ``choose.probabilities`` and ``choose.draw`` are there.
+        """
+        raise NotImplementedError
+
+    def batch(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        choosers: Sequence[Sampler],
+        limit: int,
+    ) -> Iterator[list[int]]:
+        """The same for B prompts: yields B tokens at a time, one for each. By default each prompt
+        is decoded by itself, in turns: right for every loop, but nothing is shared."""
+        rows = [
+            self(model, new_state(model, prompt), prompt, choose, limit)
+            for prompt, choose in zip(prompts, choosers, strict=True)
+        ]
+        return map(list, zip(*rows, strict=True))
+
+
+def new_state(model: Transformer, prompt: Sequence[int]) -> State:
+    """The empty state of a sequence that begins with this prompt."""
+    state = model.new_state()
+    state.prompt = len(prompt)
+    return state
+
+
 @part
-class Autoregressive(Part):
+class Autoregressive(TokenLoop):
     """One token at a time, each from the logits after everything before it."""
 
     def __call__(
-        self, model: Transformer, prompt: Sequence[int], choose: Sampler, limit: int
+        self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
     ) -> Iterator[int]:
-        """Yield at most ``limit`` new tokens after ``prompt`` (at least one id).
-
-        The caller stops by not asking for more, so a token is run through the model only when the
-        one behind it is wanted. Another loop in this place has to yield tokens of the same
-        distribution, for which ``choose.probabilities`` and ``choose.draw`` are there.
-        """
-        state = model.new_state()
-        ids = prompt
+        ids = ids[state.position :]
         for _ in range(limit):
             token = next_token(model, ids, state, choose)
             yield token
@@ -138,16 +169,18 @@ class Autoregressive(Part):
         choosers: Sequence[Sampler],
         limit: int,
     ) -> Iterator[list[int]]:
-        """The same for B prompts in step: yields B tokens at a time, one for each row.
-
-        Shorter prompts are padded on the left; the state knows where each row really starts.
-        """
+        """B prompts in step, in one batch. Shorter prompts are padded on the left; the state knows
+        where each row really starts."""
+        if any(node.one_sequence for _, node in walk(model)):
+            yield from super().batch(model, prompts, choosers, limit)
+            return
         longest = max(map(len, prompts))
         start = np.array([longest - len(prompt) for prompt in prompts])
         ids = np.zeros((len(prompts), longest), int)
         for row, prompt, first in zip(ids, prompts, start):
             row[first:] = prompt
         state = model.new_state(start if start.any() else None)
+        state.prompt = longest
         for _ in range(limit):
             logits = model.next_logits(ids, state)  # (B, V)
             tokens = [choose(row) for choose, row in zip(choosers, logits)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minitx.decode import Autoregressive, Sampler
+from minitx.decode import Autoregressive, Sampler, new_state
 from minitx.errors import MinitxError
 from minitx.model import Transformer
 from minitx.placement import by_columns
@@ -79,7 +79,8 @@ class LM(Part):
         """The ids that ``generate`` gives, one by one as they come; otherwise as ``stream``."""
         ids = self.encode(prompt)
         limit = self._room(len(ids), max_new_tokens)
-        return self._until_end(self.decode(self.model, ids, Sampler(**options), limit))
+        state = new_state(self.model, ids)
+        return self._until_end(self.decode(self.model, state, ids, Sampler(**options), limit))
 
     def pieces(self, tokens: Iterable[int], previous: int) -> Iterator[str]:
         """The text of ids that come one by one after the id ``previous``, as from ``stream``."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from minitx import ops
 from minitx.config import Config
-from minitx.state import Layer, State, positions
+from minitx.state import Layer, State, Tokens
 from minitx.tree import Part, part, table
 
 
@@ -48,7 +48,7 @@ class Transformer(Part):
         """The residual stream (..., T, D) after the last block."""
         ids = np.asarray(ids)
         state = self.new_state(remember=False) if state is None else state
-        x = self.embed(ids, positions(state.position, ids.shape[-1], state.start))
+        x = self.embed(ids, state.take(ids.shape[-1]).lookup)
         with np.errstate(over="ignore"):  # silu far below 0 is x / exp(-x) = x / infinity = 0
             x = self.stack(x, state)
         state.position += ids.shape[-1]
@@ -56,7 +56,7 @@ class Transformer(Part):
 
     def new_state(self, start=None, remember: bool = True) -> State:
         """Empty memory for one sequence, or for a batch left-padded up to ``start`` (B,)."""
-        return State(self.config.layers, self.config.context, start, remember)
+        return State(len(self.stack.blocks), self.config.context, start, remember)
 
 
 @part
@@ -90,17 +90,16 @@ class Stack(Part):
         return self.run(x, state, 0, len(self.blocks))
 
     def run(self, x, state: State, first: int, last: int):
-        """Blocks first .. last - 1. Each layer moves its own position on when its block is done."""
-        T = x.shape[-2]
-        for block, layer in zip(self.blocks[first:last], state.layers[first:last]):
+        """Blocks first .. last - 1, over the tokens in hand."""
+        for block, layer in zip(self.blocks[first:last], state.layers[first:last], strict=True):
+            layer.tokens = state.tokens
             x = block(x, layer)
-            layer.position += T
         return x
 
 
 @part
 class Block(Part):
-    """Attention, then the feed-forward network, each added to the stream (llama, GPT-2)."""
+    """Attention, then the feed-forward network, each added to the residual stream (llama, GPT-2)."""
 
     attn: Part
     ffn: Part
@@ -109,9 +108,14 @@ class Block(Part):
         x = x + self.attn(x, layer)
         return x + self.ffn(x, layer)
 
-    def fill(self, x, layer: Layer):
-        """Remember the keys and values of x and do nothing else: see ``Attention.fill``."""
-        self.attn.fill(x, layer)
+    def backfill(self, x, layer: Layer):
+        """Only store the keys and values of tokens x: see ``Attention.backfill``."""
+        self.attn.backfill(x, layer)
+
+    def attend_from(self, x, layer: Layer):
+        """The block for tokens x whose keys and values are stored already."""
+        x = x + self.attn.attend_from(x, layer)
+        return x + self.ffn(x, layer)
 
 
 @part
@@ -124,14 +128,23 @@ class ParallelBlock(Part):
     def __call__(self, x, layer: Layer):
         return x + self.attn(x, layer) + self.ffn(x, layer)
 
-    def fill(self, x, layer: Layer):
-        """Remember the keys and values of x and do nothing else: see ``Attention.fill``."""
-        self.attn.fill(x, layer)
+    def backfill(self, x, layer: Layer):
+        """Only store the keys and values of tokens x: see ``Attention.backfill``."""
+        self.attn.backfill(x, layer)
+
+    def attend_from(self, x, layer: Layer):
+        """The block for tokens x whose keys and values are stored already."""
+        return x + self.attn.attend_from(x, layer) + self.ffn(x, layer)
 
 
 @part
 class Attention(Part):
-    """Normalise; queries, keys and values; rotate; remember; mix; project back."""
+    """Normalize; project to queries, keys and values; rotate; store keys and values; attend; project
+    back.
+
+    "Store the keys and values of these tokens" (``backfill``) and "attend from these tokens"
+    (``attend_from``) can be called apart, for different tokens; ``__call__`` does both.
+    """
 
     norm: Part
     qkv: Part
@@ -145,20 +158,27 @@ class Attention(Part):
     def __call__(self, x, layer: Layer):
         return self.mix(*self.qkv(self.norm(x)), layer)
 
-    def fill(self, x, layer: Layer):
-        """Remember the keys and values of tokens x (..., T, D) that pass this layer by: later
-        tokens will look for them here."""
-        self.remember(*self.qkv.kv(self.norm(x)), layer)
+    def backfill(self, x, layer: Layer):
+        """Only store the keys and values of tokens x (..., T, D): for tokens that skip this layer,
+        so that later tokens find them."""
+        self.store(*self.qkv.kv(self.norm(x)), layer)
 
-    def remember(self, k, v, layer: Layer):
-        """Add keys and values (..., T, K*d) to the memory; returns all so far, (..., K, S, d)."""
-        k = self.rope(split_heads(k, self.kv_heads), layer)  # (..., K, T, d)
-        return self.cache(k, split_heads(v, self.kv_heads), layer)
+    def attend_from(self, x, layer: Layer):
+        """Attention from tokens x (..., T, D) whose keys and values are stored already."""
+        return self.read(self.qkv.q(self.norm(x)), layer)
 
     def mix(self, q, k, v, layer: Layer):
-        """All of attention that follows the projections q (..., T, H*d), k, v (..., T, K*d)."""
-        q = self.rope(split_heads(q, self.heads), layer)  # (..., H, T, d)
-        k, v = self.remember(k, v, layer)  # (..., K, S, d)
+        """Everything after the projections q (..., T, H*d), k and v (..., T, K*d)."""
+        self.store(k, v, layer)
+        return self.read(q, layer)
+
+    def store(self, k, v, layer: Layer):
+        k = self.rope(split_heads(k, self.kv_heads), layer.tokens)  # (..., K, T, d)
+        self.cache.store(k, split_heads(v, self.kv_heads), layer)
+
+    def read(self, q, layer: Layer):
+        q = self.rope(split_heads(q, self.heads), layer.tokens)  # (..., H, T, d)
+        k, v = self.cache.read(layer)  # (..., K, S, d)
         return self.out(merge_heads(self.attend(q, k, v, layer)))  # (..., T, D)
 
 
@@ -196,10 +216,11 @@ class Rope(Part):
     cos: np.ndarray = table()  # (context, rotated columns)
     sin: np.ndarray = table()  # (context, rotated columns)
 
-    def __call__(self, x, layer: Layer):
-        where = positions(layer.position, x.shape[-2], layer.start)
+    def __call__(self, x, tokens: Tokens):
+        """x (..., heads, T, d), turned to the positions of these T tokens."""
+        where = tokens.lookup
         cos, sin = self.cos[where], self.sin[where]  # (T, width); ragged batch: (B, T, width)
-        if layer.start is not None:
+        if tokens.start is not None:
             cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, width): the same for every head
         return ops.rotate(x, cos, sin)
 
@@ -208,26 +229,52 @@ class Rope(Part):
 class NoRope(Part):
     """Nothing to rotate: the positions were added to the embedding."""
 
-    def __call__(self, x, layer: Layer):
+    def __call__(self, x, tokens: Tokens):
         return x
 
 
 @part
 class Cache(Part):
-    """Keys and values of all tokens so far, kept as they are."""
+    """The KV cache, in the numbers of the model."""
 
-    def __call__(self, k, v, layer: Layer):
-        return layer.extend(k, v)  # (..., K, T, d) -> (..., K, S, d)
+    def store(self, k, v, layer: Layer):
+        layer.store(k, v)  # (..., K, T, d)
+
+    def read(self, layer: Layer):
+        return layer.rows()  # (..., K, S, d)
 
 
 @part
 class Attend(Part):
-    """Softmax attention of the queries over all keys so far."""
+    """Softmax attention of the queries over the cached keys that they may see."""
 
     scale: float  # 1 / sqrt(d)
 
     def __call__(self, q, k, v, layer: Layer):
-        return ops.attention(q, k, v, self.scale, layer.start)  # (..., H, T, d)
+        return ops.attention(q, k, v, self.scale, layer.mask())  # (..., H, T, d)
+
+
+@part
+class AttendUnequalGroups(Part):
+    """The same where key heads serve different numbers of query heads: one query head at a time."""
+
+    scale: float  # 1 / sqrt(d)
+    key_head: np.ndarray = table()  # (H,) which of the K key heads serves each query head
+
+    def __call__(self, q, k, v, layer: Layer):
+        mask, out = layer.mask(), np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
+        for h, j in enumerate(self.key_head):
+            one, its = slice(h, h + 1), slice(j, j + 1)
+            head_mask = mask[..., its, :, :, :] if mask is not None and by_head(mask) else mask
+            values = v[..., its, :, :] if v.shape[-3] > 1 else v
+            rows = q[..., one, :, :], k[..., its, :, :], values
+            out[..., one, :, :] = ops.attention(*rows, self.scale, head_mask)
+        return out  # (..., H, T, d)
+
+
+def by_head(mask) -> bool:
+    """Does a mask (..., K or 1, G or 1, T, S) differ by key head?"""
+    return mask.ndim > 3 and mask.shape[-4] > 1
 
 
 @part
@@ -268,6 +315,7 @@ class Activated(Part):
 class Linear(Part):
     """x @ w + b, with w stored (in, out)."""
 
+    layout = "columns"
     w: np.ndarray
     b: np.ndarray | None = None
 
@@ -283,6 +331,7 @@ class Linear(Part):
 class Head(Part):
     """A column of weights for every token: logits are the products with all of them."""
 
+    layout = "columns"
     w: np.ndarray  # (D, V)
     b: np.ndarray | None = None  # (V,), which no model has of itself but a fold may bring about
 

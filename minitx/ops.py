@@ -5,7 +5,7 @@ Leading batch axes are allowed everywhere and written "...". Everything stays in
 input (float32 in use, float64 for proofs), so Python floats are used for constants: a NumPy scalar
 would promote float32 to float64.
 
-Every product tells the ledger what it costs, where one is open (see ledger.py).
+Every product reports its cost to the ledger (see ledger.py).
 """
 
 import math
@@ -42,8 +42,7 @@ def linear(x, w, b=None):
     makes it, one row is summed up as ``x[0] w[0] + x[1] w[1] + ...``; BLAS's own product of a row
     and a matrix hops about in it and takes 1.2 to 1.5 times as long.
     """
-    if ledger.active:
-        ledger.active.add(x.size * w.shape[1], w.nbytes)
+    ledger.product(x, w)
     few = w.size > LARGE and x.size <= FEW * len(w)
     if few and w.flags.f_contiguous:
         y = np.vecdot(w.T, x[..., None, :])  # for each row of x, its dot product with each column
@@ -77,8 +76,7 @@ def scores(x, table):
 def rows(table, ids):
     """The rows ``table[ids]``: table (V, D), ids (...) whole numbers or a slice -> (..., D)."""
     found = table[ids]
-    if ledger.active:
-        ledger.active.add(weight_bytes=found.nbytes)
+    ledger.count(weight_bytes=found.nbytes)
     return found
 
 
@@ -218,42 +216,52 @@ ROWS = 64  # queries handled at a time, so that most of the masked half of S x S
 
 
 @op
-def attention(q, k, v, scale, start=None):
-    """Causal attention: ``softmax(scale * q k^T + mask) v``.
+def attention(q, k, v, scale, mask=None):
+    """``softmax(scale * q k^T + mask) v``, shapes q (..., H, T, d), k and v (..., K, S, d).
 
-    q (..., H, T, d); k, v (..., K, S, d) with the T newest keys last, so query t sees the keys
-    before S - T + t + 1. Query heads share key heads in groups of G = H / K. ``start`` (B,), for a
-    batch padded on the left, is each row's first real key. Returns (..., H, T, d).
+    Query heads share key heads in groups of G = H / K. mask: None for causal attention of the T
+    newest of S tokens, where query t sees the first S - T + t + 1 keys; otherwise booleans that
+    broadcast to (..., K, G, T, S), True where a query must not see a key. Returns (..., H, T, d).
 
-    The values may be of another width than the keys, and one head of them may serve all: then v is
-    (..., K or 1, S, n), and what is returned (..., H, T, n).
+    The values may be of another width n than the keys, and one head of them may serve all: then v
+    is (..., K or 1, S, n) and the result (..., H, T, n).
     """
     T, S = q.shape[-2], k.shape[-2]
     if T == 1:
-        return attend_rows(q, k, v, scale, hidden_keys(1, S, start))
+        return attend_rows(q, k, v, scale, mask)
     out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-    for a, b, end in causal_blocks(T, S):
+    for a, b, end in query_blocks(T, S, mask):
+        block_mask = causal_mask(b - a) if mask is None else mask[..., a:b, :end]
         block = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
-        out[..., a:b, :] = attend_rows(*block, scale, hidden_keys(b - a, end, start))
+        out[..., a:b, :] = attend_rows(*block, scale, block_mask)
     return out
 
 
+def query_blocks(T: int, S: int, mask=None):
+    """(a, b, end): blocks of queries a .. b - 1, none of which sees a key from ``end`` on."""
+    if mask is None:
+        yield from causal_blocks(T, S)
+        return
+    for a in range(0, T, ROWS):
+        b = min(a + ROWS, T)
+        seen = ~mask[..., a:b, :].reshape(-1, S).all(0)  # (S,) does any of these queries see it?
+        yield a, b, int(np.flatnonzero(seen)[-1]) + 1 if seen.any() else 1
+
+
 def causal_blocks(T: int, S: int):
-    """(a, b, end): queries a .. b - 1 of the T newest, which see none but the first ``end`` of S
-    keys: the last row's own key is the last that the block needs."""
+    """``query_blocks`` of the T newest of S tokens: a block ends with its last query's own key."""
     for a in range(0, T, ROWS):
         b = min(a + ROWS, T)
         yield a, b, S - T + b
 
 
-def attend_rows(q, k, v, scale, hidden=None):
-    """Attention of q (..., H, T, d) over k, v (..., K, S, d); ``hidden`` (..., T, n) marks those of
-    the last n keys that a row must not see."""
-    if ledger.active:
-        widths = q.shape[-1] + v.shape[-1]  # of a score, and of what it weighs
-        work = q.size // q.shape[-1] * k.shape[-2] * widths
-        ledger.active.add(work, cache_bytes=cached_bytes(k, v))
-    mixed = mix(attention_weights(q, k, scale, hidden), v)  # (..., K, G*T, n)
+def attend_rows(q, k, v, scale, mask=None):
+    """Attention of q (..., H, T, d) over k, v (..., K, S, d); mask as for ``attention_weights``."""
+    ledger.count(
+        lambda: q.size // q.shape[-1] * k.shape[-2] * (q.shape[-1] + v.shape[-1]),
+        cache_bytes=lambda: cached_bytes(k, v),
+    )
+    mixed = mix(attention_weights(q, k, scale, mask), v)  # (..., K, G*T, n)
     return mixed.reshape(*q.shape[:-1], v.shape[-1])
 
 
@@ -265,23 +273,26 @@ def cached_bytes(k, v) -> int:
 
 
 def mix(p, v):
-    """The mean of the values v (..., S, d), weighed by p (..., T, S) -> (..., T, d)."""
+    """The weighted sum of the values v (..., S, d): ``p / sum(p) @ v`` for p (..., T, S)."""
     mixed = p @ v
     mixed /= p.sum(-1, keepdims=True)  # dividing d columns is cheaper than dividing S
     return mixed
 
 
-def attention_weights(q, k, scale, hidden=None):
-    """``exp(scale * q k^T - row maximum)`` (..., K, G*T, S): softmax before its division."""
+def attention_weights(q, k, scale, mask=None):
+    """``exp(scale * q k^T - row maximum)`` (..., K, G*T, S): the softmax before its division.
+
+    mask: booleans that broadcast to (..., K, G, T, n), True where a query must not see one of the
+    n newest keys (n = S, or fewer where the others are visible to all); None if nothing is masked.
+    """
     *lead, H, T, d = q.shape
     K, S = k.shape[-3], k.shape[-2]
     G = H // K
     q = q.reshape(*lead, K, G * T, d) * scale  # a group's rows meet their keys in one product
     p = q @ k.swapaxes(-1, -2)
-    if hidden is not None:
+    if mask is not None:
         by_head = p.reshape(*lead, K, G, T, S)  # a view: what is written here is written in p
-        newest = by_head[..., S - hidden.shape[-1] :]
-        np.copyto(newest, MASKED, where=hidden[..., None, None, :, :])
+        np.copyto(by_head[..., S - mask.shape[-1] :], MASKED, where=mask)
     p -= p.max(-1, keepdims=True)
     return np.exp(p, out=p)
 
@@ -289,16 +300,12 @@ def attention_weights(q, k, scale, hidden=None):
 MASKED = -1e30  # finite, so that a row that may see nothing (padding) gives numbers and not NaN
 
 
-def hidden_keys(T: int, S: int, start=None):
-    """Which of the newest keys each of the T newest queries must not see: (T, T) booleans for the
-    last T keys, (B, T, S) for all of them when rows start late, or None when none is hidden."""
-    if start is None:
-        return None if T == 1 else future(T)
-    later = np.arange(S) > np.arange(S - T, S)[:, None]  # (T, S)
-    return later | (np.arange(S) < start[:, None, None])
-
-
 @cache
-def future(T: int) -> np.ndarray:
+def causal_mask(T: int) -> np.ndarray:
     """(T, T) booleans: key s comes after query t. T is at most ROWS, so few are ever kept."""
     return np.arange(T) > np.arange(T)[:, None]
+
+
+def newest_mask(T: int):
+    """The mask of the T newest queries over their own keys, (T, T); None for a single one."""
+    return None if T == 1 else causal_mask(T)

@@ -9,6 +9,10 @@ gives large pages to a block of many MB and none to its pieces.
 Techniques change matrices that lie as they are written, by rows. So placing them is the last step
 when a model is loaded (``minitx.load``) or changed (``technique.apply``). It changes no number:
 ``w`` has the same shape and entries and other strides. ``ops.linear`` looks at these.
+
+A part says how its matrix ``w`` is best read by ``layout``: "columns" (``Linear``, ``Head``), "rows"
+for one that reads a selection of its rows (which by columns takes some twenty times as long), or
+None for a matrix that stays as it is.
 """
 
 from dataclasses import replace
@@ -16,7 +20,6 @@ from dataclasses import replace
 import numpy as np
 
 from minitx import ops
-from minitx.model import Head, Linear
 from minitx.tree import Part, rebuild, walk
 
 LINE = 64  # bytes of a cache line
@@ -24,8 +27,12 @@ LARGE_PAGE = 2 << 20  # bytes
 
 
 def by_columns(root: Part) -> Part:
-    """A copy of the tree in which all matrices of more than ``ops.LARGE`` numbers lie by columns in
-    one block; the very same tree if each lies by columns already."""
+    """A copy of the tree in which all matrices of more than ``ops.LARGE`` numbers whose parts want
+    it lie by columns in one block; the very same tree if each lies by columns already. Those that
+    are wanted by rows lie by rows."""
+    by_row = large_matrices(root, "rows")
+    if not all(w.flags.c_contiguous for w in by_row.values()):
+        root = replaced(root, {key: np.ascontiguousarray(w) for key, w in by_row.items()})
     found = large_matrices(root)
     if all(w.flags.f_contiguous for w in found.values()):
         return root
@@ -45,10 +52,10 @@ def by_rows(root: Part) -> Part:
     return replaced(root, {k: np.ascontiguousarray(w) for k, w in large_matrices(root).items()})
 
 
-def large_matrices(root: Part) -> dict[int, np.ndarray]:
-    """The large matrices of every ``Linear`` and ``Head`` by their ids, in the order of the tree,
-    one that stands in two places once."""
-    matrices = (node.w for _, node in walk(root) if type(node) in (Linear, Head))
+def large_matrices(root: Part, layout: str = "columns") -> dict[int, np.ndarray]:
+    """The large matrices of every part of that layout by their ids, in the order of the tree, one
+    that stands in two places once."""
+    matrices = (node.w for _, node in walk(root) if node.layout == layout)
     return {id(w): w for w in matrices if w.size > ops.LARGE}
 
 
@@ -56,7 +63,7 @@ def replaced(root: Part, new: dict[int, np.ndarray]) -> Part:
     """A copy of the tree with other arrays for those matrices whose ids these are."""
 
     def change(node: Part) -> Part | None:
-        if type(node) not in (Linear, Head) or new.get(id(node.w), node.w) is node.w:
+        if node.layout is None or new.get(id(node.w), node.w) is node.w:
             return None
         return replace(node, w=new[id(node.w)])
 

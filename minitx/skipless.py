@@ -27,9 +27,13 @@ class SkiplessBlock(Part):
     def __call__(self, x, layer: Layer):
         return self.ffn(self.attn(x, layer), layer)
 
-    def fill(self, x, layer: Layer):
-        """Remember the keys and values of x and do nothing else: see ``Attention.fill``."""
-        self.attn.fill(x, layer)
+    def backfill(self, x, layer: Layer):
+        """Only store the keys and values of tokens x: see ``Attention.backfill``."""
+        self.attn.backfill(x, layer)
+
+    def attend_from(self, x, layer: Layer):
+        """The block for tokens x whose keys and values are stored already."""
+        return self.ffn(self.attn.attend_from(x, layer), layer)
 
 
 @part
@@ -42,9 +46,13 @@ class SkiplessParallelBlock(Part):
     def __call__(self, x, layer: Layer):
         return self.attn(x, layer) + self.ffn(x, layer)
 
-    def fill(self, x, layer: Layer):
-        """Remember the keys and values of x and do nothing else: see ``Attention.fill``."""
-        self.attn.fill(x, layer)
+    def backfill(self, x, layer: Layer):
+        """Only store the keys and values of tokens x: see ``Attention.backfill``."""
+        self.attn.backfill(x, layer)
+
+    def attend_from(self, x, layer: Layer):
+        """The block for tokens x whose keys and values are stored already."""
+        return self.attn.attend_from(x, layer) + self.ffn(x, layer)
 
 
 @part

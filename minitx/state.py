@@ -1,17 +1,66 @@
-"""Memory: everything that a running sequence remembers. The parts of the model remember nothing.
+"""Everything that a running sequence remembers. The parts of the model remember nothing.
 
-A ``State`` belongs to one sequence (or one batch of them) and holds one ``Layer`` per block. The
-stack hands each block its own layer. A technique that has to remember something (hashes, streaks,
-counters) keeps it in ``layer.memory``, or in ``layer.shared`` if all blocks are to see it, so that
-``rewind`` reaches it too.
+Three things that are often one integer are kept apart:
+
+- the *positions* of the tokens in hand (``Tokens``): what RoPE rotates by;
+- the *rows* of a layer's KV cache, each of which knows the position of its token (``Layer``);
+- which rows a query sees: the *mask*, which compares positions (``Layer.mask``).
+
+As long as every token has one row, in order, row r holds position r and nothing is looked up. A
+layer may hold fewer rows than there are tokens (eviction, token skipping), or in another order.
+
+A ``State`` belongs to one sequence, or to one batch that runs in step, and has one ``Layer`` for
+each block. A technique that has to remember something more (hashes, counters) keeps it in
+``layer.memory``, or in ``layer.shared`` if all blocks are to see it: so ``rewind`` and ``fork``
+reach it too.
 """
 
+import copy
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from minitx.errors import MinitxError
+
+SPARE = 32  # rows allocated beyond those in use, where a cache is kept small
+
+
+class Tokens:
+    """The tokens in hand: where the rows of x (..., T, D) stand in the sequence.
+
+    positions: a slice of consecutive positions, or an array (T,). start: (B,) the first real
+    position of each row of a batch that is padded on the left, or None.
+    """
+
+    def __init__(self, positions, start: np.ndarray | None = None):
+        self.positions, self.start = positions, start
+        consecutive = isinstance(positions, slice)
+        self.end = positions.stop if consecutive else -1  # -1: not consecutive
+        self.lookup = positions if start is None else np.maximum(self.own, 0)
+        # lookup: indexes a table by position; padding looks at 0, and its result is never used
+
+    def __len__(self) -> int:
+        if isinstance(self.positions, slice):
+            return self.positions.stop - self.positions.start
+        return len(self.positions)
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """The positions as an array (T,)."""
+        if isinstance(self.positions, slice):
+            return np.arange(self.positions.start, self.positions.stop)
+        return self.positions
+
+    @property
+    def own(self) -> np.ndarray:
+        """Positions in each row's own sequence: (T,), or (B, T) with padding negative."""
+        return self.array if self.start is None else self.array - self.start[:, None]
+
+    def only(self, which) -> "Tokens":
+        """Those of the tokens that ``which`` selects: indices, or booleans (T,)."""
+        return Tokens(self.array[which], self.start)
 
 
 class Memory:
@@ -33,10 +82,11 @@ class Memory:
 
 
 class Layer:
-    """What one block remembers: ``position`` tokens so far, and their keys and values.
+    """What one block remembers: its KV cache, and what its techniques keep beside it.
 
-    keys, values: (..., K, capacity, d), of which the first ``position`` rows are real. Stored by
+    keys, values: (..., K, allocated, d), of which the first ``count`` rows are in use. Stored by
     head, so that a step of decoding multiplies them where they lie, without a copy.
+    tokens: those in hand, set by whoever runs the block (``Stack``, or ``take`` by hand).
     """
 
     def __init__(
@@ -48,44 +98,172 @@ class Layer:
         index: int | None = None,
     ):
         self.index = index  # of the block
-        self.position = 0
-        self.capacity = capacity
+        self.capacity = capacity  # tokens in the longest sequence
         self.start = start  # (B,) first real token of each row of a left-padded batch, or None
-        self.remember = remember
+        self.remember = remember  # False: one pass, after which nothing is kept
+        self.tokens = Tokens(slice(0, 0), start)
         self.keys: Any = None
         self.values: Any = None
+        self.count = 0
+        self.row_positions: np.ndarray | None = None  # (count,) or (..., K, count); None: row r is r
+        self.visible: np.ndarray | None = None  # rows that this step may see; None: all
+        self.rewindable_to = 0  # the earliest position that can still be returned to, besides 0
+        self.evicted_by = ""  # the technique that has freed what lies before
         self.memory = Memory()  # of this block's parts
         self.shared = Memory() if shared is None else shared  # of all blocks together
 
-    def extend(self, k, v):
-        """Append the keys and values (..., K, T, d) of T new tokens; returns all of them so far,
-        (..., K, S, d). ``position`` moves on only when the block is done: see ``Stack``."""
+    def take(self, T: int) -> "Layer":
+        """Take the next T tokens in hand; returns the layer. For running a block by hand."""
+        first = self.tokens.end
+        self.tokens = Tokens(slice(first, first + T), self.start)
+        return self
+
+    # Rows ----------------------------------------------------------------------------------------
+
+    def store(self, k, v) -> None:
+        """Store the keys and values (..., K, T, d) of the tokens in hand, in a row each."""
+        T = k.shape[-2]
         if not self.remember:
-            return k, v
-        end = self.position + k.shape[-2]
+            self.keys, self.values, self.count = k, v, T
+            return
+        first, end = self.count, self.count + T
+        in_order = self.row_positions is None and self.tokens.end == end
+        if not in_order:
+            self._note_positions(first)
+        self._allocate(k, v, end)
+        self.keys[..., first:end, :] = k
+        self.values[..., first:end, :] = v
+        self.count = end
+
+    def rows(self):
+        """Keys and values (..., K, S, d) of the rows that this step may see."""
+        if self.visible is not None:
+            return self.keys[..., self.visible, :], self.values[..., self.visible, :]
+        return self.keys[..., : self.count, :], self.values[..., : self.count, :]
+
+    def row_tokens(self) -> Tokens:
+        """The tokens that those rows belong to."""
+        if self.visible is None and self.row_positions is None:
+            return Tokens(slice(0, self.count), self.start)
+        return Tokens(self._seen_positions(), self.start)
+
+    def mask(self):
+        """Which rows the tokens in hand must not see: booleans that broadcast to
+        (..., K, G, T, S), True where a row belongs to a later token or to padding. None where they
+        are the newest tokens and the rows are in order, which ``ops.attention`` knows to mask."""
+        if self.row_positions is None and self.start is None and self.tokens.end == self.count:
+            return None
+        query = self.tokens.array[:, None]  # (T, 1)
+        row = self._seen_positions()[..., None, :]  # (1, S), or by key head (..., K, 1, S)
+        if row.ndim > 2:
+            row = row[..., None, :, :]  # (..., K, 1, 1, S)
+        mask = row > query
+        if self.start is not None:
+            mask = mask | (row < self.start[:, None, None, None, None])  # (B, 1 or K, 1, T, S)
+        elif len(query) == 1 and not mask.any():
+            return None
+        return mask
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Free all rows but these: (n,) in rising order, or one set for each key head
+        (..., K, n)."""
+        if self.row_positions is None:
+            self.row_positions = np.arange(self.count)
+        n = rows.shape[-1]
+        if rows.ndim > 1:
+            wide = np.broadcast_to(self.row_positions, (*rows.shape[:-1], self.count))
+            self.row_positions = np.take_along_axis(wide, rows, -1)
+        else:
+            self.row_positions = self.row_positions[..., rows]
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            if rows.ndim > 1:
+                kept = np.take_along_axis(old, rows[..., None], -2)
+            else:
+                kept = old[..., rows, :]
+            if old.shape[-2] > 2 * (n + SPARE):  # give the memory back
+                old = np.empty((*old.shape[:-2], n + SPARE, old.shape[-1]), old.dtype)
+                setattr(self, name, old)
+            old[..., :n, :] = kept
+        self.count = n
+
+    def _seen_positions(self) -> np.ndarray:
+        if self.row_positions is None:
+            return np.arange(self.count) if self.visible is None else self.visible
+        return self.row_positions if self.visible is None else self.row_positions[..., self.visible]
+
+    def _note_positions(self, first: int) -> None:
+        if self.row_positions is None:
+            self.row_positions = np.arange(first)
+        new = self.tokens.array
+        new = np.broadcast_to(new, (*self.row_positions.shape[:-1], len(new)))
+        self.row_positions = np.concatenate([self.row_positions, new], -1)
+
+    def _allocate(self, k, v, end: int) -> None:
+        """Room for ``end`` rows. What is never written takes no memory, so a cache that keeps
+        every token is allocated in full at once."""
         if self.keys is None:
+            room = max(self.capacity, end)
             self.keys, self.values = (
-                np.empty((*a.shape[:-2], self.capacity, a.shape[-1]), a.dtype) for a in (k, v)
+                np.empty((*a.shape[:-2], room, a.shape[-1]), a.dtype) for a in (k, v)
             )
-        if end > self.capacity:
+        elif end > self.keys.shape[-2]:
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = np.empty((*old.shape[:-2], end + SPARE, old.shape[-1]), old.dtype)
+                new[..., : self.count, :] = old[..., : self.count, :]
+                setattr(self, name, new)
+
+    # Going back ----------------------------------------------------------------------------------
+
+    def check_rewind(self, position: int) -> None:
+        if 0 < position < self.rewindable_to:
             raise MinitxError(
-                f"The sequence would grow to {end} tokens but the model's context is "
-                f"{self.capacity}; use a shorter prompt or fewer new tokens."
+                f"Cannot rewind to position {position}: {self.evicted_by} has freed cache rows "
+                f"that it would need; rewind to {self.rewindable_to} or later, or to 0."
             )
-        self.keys[..., self.position : end, :] = k
-        self.values[..., self.position : end, :] = v
-        return self.keys[..., :end, :], self.values[..., :end, :]
 
     def rewind(self, position: int) -> None:
-        self.position = min(self.position, position)  # later rows are overwritten when needed
+        """Forget every token from ``position`` on; its rows are overwritten when needed."""
+        if position == 0:
+            self.count, self.row_positions, self.rewindable_to = 0, None, 0
+        elif self.row_positions is None:
+            self.count = min(self.count, position)
+        else:
+            self._forget_rows(position)
+        end = position if self.tokens.end < 0 else min(position, self.tokens.end)
+        self.tokens = Tokens(slice(end, end), self.start)
         self.memory.rewind(position)
+
+    def _forget_rows(self, position: int) -> None:
+        earlier = self.row_positions < position
+        if earlier.ndim > 1:  # evicted by head: the newest rows, which go, are the same in all
+            count = int(earlier.sum(-1).max())
+            self.row_positions, self.count = self.row_positions[..., :count], count
+        elif not earlier.all():
+            self.keep(np.flatnonzero(earlier))
+
+    def __deepcopy__(self, memo):
+        """A copy with arrays of its own, of which only the rows in use are copied."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        if self.remember and self.keys is not None:
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = np.empty_like(old)
+                new[..., : self.count, :] = old[..., : self.count, :]
+                setattr(other, name, new)
+        other.memory = copy.deepcopy(self.memory, memo)
+        other.shared = copy.deepcopy(self.shared, memo)
+        return other
 
 
 class State:
     """The memory of one running sequence, or of a batch that runs in step.
 
-    layers: one ``Layer`` per block. position: tokens seen so far, padding included.
-    start: (B,) the first real position of each row when a batch is padded on the left, else None.
+    layers: one ``Layer`` for each block. position: tokens seen so far, padding included. tokens:
+    those in hand. prompt: how many tokens of the sequence are its prompt, where that is known.
+    start: (B,) the first real position of each row of a batch padded on the left, else None.
     remember=False: for one pass over whole sequences (training), where nothing is kept.
     """
 
@@ -93,37 +271,56 @@ class State:
         self.position = 0
         self.start = start
         self.capacity = capacity
+        self.prompt: int | None = None
+        self.tokens = Tokens(slice(0, 0), start)
         self.shared = Memory()
         self.layers = [Layer(capacity, start, remember, self.shared, i) for i in range(layers)]
 
+    def take(self, T: int) -> Tokens:
+        """Take the next T tokens in hand. MinitxError if the context has no room for them."""
+        end = self.position + T
+        if end > self.capacity:
+            raise MinitxError(
+                f"The sequence would grow to {end} tokens but the model's context is "
+                f"{self.capacity}; use a shorter prompt or fewer new tokens."
+            )
+        self.tokens = Tokens(slice(self.position, end), self.start)
+        return self.tokens
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values in use, in all layers."""
+        return sum(
+            array[..., : layer.count, :].nbytes
+            for layer in self.layers
+            for array in (layer.keys, layer.values)
+            if array is not None
+        )
+
     @property
     def bytes_per_token(self) -> int:
-        """What the keys and values of one token take, in all layers that hold some."""
-        kept = [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
-        return sum(array.nbytes for array in kept) // self.capacity
+        """Cache bytes for each token seen so far, in all layers that hold some."""
+        return self.cache_bytes // max(self.position, 1)
 
     def rewind(self, position: int) -> None:
-        """Forget every token from ``position`` on, in every layer and every technique's memory."""
+        """Forget every token from ``position`` on, in every layer and every technique's memory.
+        MinitxError if there are not so many, or if a technique has freed rows that this needs."""
         if not 0 <= position <= self.position:
             raise MinitxError(
                 f"Cannot rewind to position {position}: the sequence has {self.position} tokens."
             )
+        if position == self.position:
+            return
+        for layer in self.layers:
+            layer.check_rewind(position)
         self.position = position
         self.shared.rewind(position)
         for layer in self.layers:
             layer.rewind(position)
 
-
-def positions(position: int, T: int, start=None):
-    """Where T new tokens stand: a slice, or for rows that start late an array (B, T), in which the
-    padding is put at position 0 (its result is never looked at)."""
-    if start is None:
-        return slice(position, position + T)
-    return np.maximum(own_positions(position, T, start), 0)
-
-
-def own_positions(position: int, T: int, start=None) -> np.ndarray:
-    """Where T new tokens stand in their own sequences: (T,), or (B, T) for rows that start late, in
-    which padding is negative."""
-    where = np.arange(position, position + T)
-    return where if start is None else where - start[:, None]
+    def fork(self, position: int | None = None) -> "State":
+        """A copy that goes on by itself, rewound to ``position`` (the end, by default)."""
+        other = copy.deepcopy(self)
+        if position is not None:
+            other.rewind(position)
+        return other

@@ -1,17 +1,24 @@
 """Techniques: how one is declared, given its options, and put into a language model.
 
 A technique is a function ``f(lm, *, option: type = default, ...) -> lm`` that returns a changed
-copy of the model, with new parts in the place of old ones (``swap``). Its docstring is its card. It
-stands in a file of its own in ``skip/`` or ``precompute/``, and being there is all that it takes to
-be found: as a flag (``--ffn-skip threshold=0.95``), in ``minitx.load(NAME, ffn_skip={...})``, in
-``minitx list`` and in the tests that every technique has to pass.
+copy of the model. Its docstring is its card. It stands in a file of its own in ``skip/`` or
+``precompute/``, and being there is all that it takes to be found: as a flag
+(``--ffn-skip threshold=0.95``), in ``minitx.load(NAME, ffn_skip={...})``, in ``minitx list`` and in
+the tests that every technique has to pass.
+
+There are three ways to say which parts it changes:
+
+- ``swap(lm, Linear, make)``: every part of this type, wherever it is inside the model;
+- ``wrap(lm, "ffn", make)``: whatever occupies this slot of every block, with everything that is
+  wrapped around it already;
+- ``dataclasses.replace``: this one place.
 """
 
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
@@ -19,14 +26,16 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from minitx.errors import MinitxError
+from minitx.lm import LM
+from minitx.model import FFN, Attention, Block, Stack
 from minitx.placement import by_columns, by_rows
 from minitx.tree import Part, rebuild, walk
 
-# From the inside out: a flag of an inner level is applied before one of an outer level, in
-# whatever order they are given. So a table of the first layer is made from weights that are folded
-# already, and a feed-forward network that is skipped may itself be a lookup.
+# From the inside out: a technique of an inner level is applied before one of an outer level, in
+# whatever order the flags are given. So a table of the first layer is made from weights that are
+# folded already, and a feed-forward network that is skipped may itself be a lookup.
 # "pruning" leaves weights out, "weights" rewrites the matrices that are left, "matrices" says how
-# each of them is kept and multiplied.
+# each of them is stored and multiplied. Within a level, ``after`` says what has to come first.
 LEVELS = (
     *("pruning", "weights", "matrices"),
     *("scores", "attention", "ffn", "block", "stack", "head", "decode"),
@@ -96,6 +105,9 @@ class Technique:
     exact: bool
     neutral: dict | None  # options with which nothing is changed; None if there are none such
     function: Callable
+    after: tuple[str, ...] = ()  # techniques of the same level that are applied before this one
+    demo: dict = field(default_factory=dict)  # options with which it acts on the tiny test models
+    event: str | None = None  # what it counts when it acts
 
     @property
     def flag(self) -> str:
@@ -152,16 +164,29 @@ def as_words(options: dict) -> str:
 REGISTRY: dict[str, Technique] = {}
 
 
-def technique(*, level: str, exact: bool, neutral: dict | None):
+def technique(
+    *,
+    level: str,
+    exact: bool,
+    neutral: dict | None,
+    after: tuple[str, ...] = (),
+    demo: dict | None = None,
+    event: str | None = None,
+):
     """Decorator: the function is a technique. Its file has its name.
 
     level: one of ``LEVELS``. exact: does the model compute the same, but for rounding? neutral:
     options with which it computes exactly what the dense model does, None for a technique that is
-    exact and has no such setting.
+    exact and has no such setting. after: techniques of the same level that come first. demo: options
+    with which it acts on the tiny models of the tests (the defaults, if they do), and event: what it
+    counts then, which the tests look for. A technique without an event has acted if the logits
+    changed (approximate) or the tree did (exact).
     """
 
     def register(f):
-        REGISTRY[f.__name__] = Technique(f.__name__, level, exact, neutral, f)
+        REGISTRY[f.__name__] = Technique(
+            f.__name__, level, exact, neutral, f, after, demo or {}, event
+        )
         return f
 
     return register
@@ -189,21 +214,29 @@ def find(name: str) -> Technique:
 
 
 def techniques() -> list[Technique]:
-    """All of them, in the order of their levels."""
-    return sorted(map(find, names()), key=_order)
+    """All of them, in the order in which they are applied."""
+    return in_order(map(find, names()))
 
 
-def _order(t: Technique) -> tuple:
-    return LEVELS.index(t.level), t.name
+def in_order(chosen: Iterable[Technique]) -> list[Technique]:
+    """From the inside out by level, and within a level each after those that it names."""
+    waiting = sorted(chosen, key=lambda t: (LEVELS.index(t.level), t.name))
+    order: list[Technique] = []
+    while waiting:
+        names = {t.name for t in waiting}
+        ready = next(t for t in waiting if not names & set(t.after))
+        waiting.remove(ready)
+        order.append(ready)
+    return order
 
 
 # Putting them in ---------------------------------------------------------------------------------
 
 
-def apply(lm: Part, wanted: dict[str, dict | bool]) -> Part:
+def apply(lm: LM, wanted: dict[str, dict | bool]) -> LM:
     """The language model with these techniques: ``{name: options}``, True for the defaults, False
     for not at all. MinitxError if one does not fit the model, or two do not fit each other."""
-    chosen: dict[str, tuple[Technique, dict]] = {}
+    chosen: dict[str, dict] = {}
     for name, options in wanted.items():
         if not isinstance(options, dict | bool):
             raise MinitxError(
@@ -211,20 +244,38 @@ def apply(lm: Part, wanted: dict[str, dict | bool]) -> Part:
             )
         if options is not False:
             found = find(name)
-            chosen[found.name] = found, found.checked({} if options is True else options)
-    taken: dict[type, str] = {}  # type of part -> the technique that has replaced the last of it
-    put: dict[type, str] = {}  # type of part -> the technique that has brought the first of it
-    lm = by_rows(lm)  # as techniques know matrices
-    for t, options in sorted(chosen.values(), key=lambda entry: _order(entry[0])):
+            chosen[found.name] = found.checked({} if options is True else options)
+    taken: dict[type, str] = {}  # type of part -> the technique that replaced the last of it
+    put: dict[type, str] = {}  # type of part -> the technique that brought the first of it
+    lm = replace(lm, model=by_rows(lm.model))  # which is how techniques know matrices
+    for t in in_order(map(find, chosen)):
         before = kinds(lm)
         try:
-            lm = t.function(lm, **options)
+            lm = t.function(lm, **chosen[t.name])
         except NoSuchPart as error:
             raise MinitxError(_why_not(t, error, taken, put)) from None
         after = kinds(lm)
         taken |= dict.fromkeys(before - after, t.name)
         put |= dict.fromkeys(after - before, t.name)
+    _check_rows(lm, put)
     return by_columns(lm)
+
+
+def _check_rows(lm: LM, put: dict[type, str]) -> None:
+    """Refuse a technique that needs a cache row for every token beside one that frees rows."""
+    parts = [node for _, node in walk(lm.model)]
+    freeing = next((node for node in parts if node.frees_rows), None)
+    needing = next((node for node in parts if node.needs_all_rows), None)
+    if freeing is not None and needing is not None:
+        raise MinitxError(
+            f"{owner(needing, put)} needs a cache row for every token, and {owner(freeing, put)} "
+            "keeps fewer; use one of the two."
+        )
+
+
+def owner(node: Part, put: dict[type, str] | None = None) -> str:
+    """The technique that a part belongs to: the one that put it in, or whose file defines it."""
+    return (put or {}).get(type(node)) or type(node).__module__.rpartition(".")[2]
 
 
 def _why_not(
@@ -232,11 +283,10 @@ def _why_not(
 ) -> str:
     names = " or ".join(kind.__name__ for kind in error.kinds)
     if error.found is not None:
-        found, module = type(error.found).__name__, type(error.found).__module__
-        owner = put.get(type(error.found), module.rpartition(".")[2])
-        if owner in REGISTRY:  # a technique's file has its name
+        found, other = type(error.found).__name__, owner(error.found, put)
+        if other in REGISTRY:  # a technique's file has its name
             return (
-                f"{t.name} needs a part of type {names} where {owner} has put a {found}; "
+                f"{t.name} needs a part of type {names} where {other} has put a {found}; "
                 "use one of the two."
             )
         return f"{t.name} needs a part of type {names} where the model has a {found}; see its tree."
@@ -258,30 +308,77 @@ class NoSuchPart(MinitxError):
         super().__init__(f"The model has no part of type {names}.")
 
 
-def swap(lm: Part, kind: type, make: Callable[[Any], Part], optional: bool = False) -> Part:
-    """A copy of the tree with ``make(part)`` in the place of each part of that type, also inside
-    what other techniques have put in. Raises if there is none, unless that is ``optional``."""
-    return swap_numbered(lm, kind, lambda part, number: make(part), optional)
-
-
-def swap_numbered(
-    lm: Part, kind: type, make: Callable[[Any, int], Part], optional: bool = False
-) -> Part:
-    """As ``swap`` with ``make(part, number)``, numbered from 0 in the order of the tree: for a part
-    that every block has once, the number of its block."""
-    count = 0
+def swap(root: Part, kind: type, make: Callable[[Any], Part], optional: bool = False) -> Part:
+    """A copy of the tree with ``make(part)`` for each part of exactly that type, also inside what
+    other techniques have put in. Of an LM only its model is walked: a second model inside
+    ``decode`` stays as it is. NoSuchPart if there is none, unless that is ``optional``."""
+    found = False
 
     def change(node):
-        nonlocal count
+        nonlocal found
         if type(node) is not kind:
             return None
-        count += 1
-        return make(node, count - 1)
+        found = True
+        return make(node)
 
-    new = rebuild(lm, change)
-    if not count and not optional:
+    new = _rebuild_model(root, change)
+    if not found and not optional:
         raise NoSuchPart(kind)
     return new
+
+
+SLOTS = {"attn": Attention, "ffn": FFN, "block": Block}  # and what a plain model has there
+
+
+def wrap(root: Part, slot: str, make: Callable[[Any, int], Part]) -> Part:
+    """A copy of the tree with ``make(part, index)`` for whatever occupies this slot of each block:
+    "attn" or "ffn", whatever kind of block it is, or the "block" itself. What earlier wraps put
+    there is inside ``part``, so a later wrap goes outside. ``index`` counts the places in the
+    stack: a part that stands in two places is made twice. NoSuchPart if no block has the slot."""
+    found = False
+
+    def wrapped(block: Part, index: int) -> Part:
+        nonlocal found
+
+        def change(node):
+            nonlocal found
+            if not isinstance(getattr(node, slot, None), Part):
+                return None
+            found = True
+            return replace(node, **{slot: make(getattr(node, slot), index)})
+
+        if slot == "block":
+            found = True
+            return make(block, index)
+        return rebuild(block, change)
+
+    def change_stack(node):
+        if type(node) is Stack:
+            return replace(node, blocks=tuple(wrapped(b, i) for i, b in enumerate(node.blocks)))
+
+    new = _rebuild_model(root, change_stack)
+    if not found:
+        raise NoSuchPart(SLOTS[slot])
+    return new
+
+
+def blocks_of(root: Part) -> tuple[Part, ...]:
+    """The blocks of an LM or a model, in the order in which they run."""
+    model = root.model if isinstance(root, LM) else root
+    return next(node.blocks for _, node in walk(model) if type(node) is Stack)
+
+
+def _rebuild_model(root: Part, change: Callable) -> Part:
+    if isinstance(root, LM):
+        return replace(root, model=rebuild(root.model, change))
+    return rebuild(root, change)
+
+
+def decides(model: Part) -> str:
+    """How a model decides what to skip: "token", "step" or "sequence" (see ``Part``), the widest of
+    its parts."""
+    ways = {node.decides for _, node in walk(model)}
+    return next(way for way in ("sequence", "step", "token") if way in ways)
 
 
 def need(node: Part, *kinds: type) -> None:

@@ -12,10 +12,24 @@ import numpy as np
 
 
 class Part:
-    """Base of every part, for drawing only: ``print(part)`` shows the tree below it."""
+    """Base of every part. ``print(part)`` draws the tree below it.
+
+    The class attributes say what a part needs of the KV cache and how it decides, for whoever
+    combines parts; a part of a technique overrides those that differ.
+    """
+
+    decides = "token"  # or "step": on all tokens run together; or "sequence": on the whole prompt
+    frees_rows = False  # leaves a layer's cache with fewer rows than there are tokens
+    needs_all_rows = False  # needs a row for every token, in order
+    has_history = False  # remembers more of a sequence than its keys and values tell
+    one_sequence = False  # cannot run several sequences of different lengths in one batch
+    layout = None  # how its matrix ``w`` is best read: "columns", "rows", or None (see placement.py)
 
     def __repr__(self) -> str:
         return draw(self)
+
+    def __deepcopy__(self, memo) -> "Part":
+        return self  # nothing in it ever changes
 
 
 def part(cls):

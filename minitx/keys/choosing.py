@@ -33,50 +33,60 @@ class AttendChosen(Part):
     than floats, if anything does.
     """
 
+    needs_all_rows = True
     choose: Part
     scale: float  # 1 / sqrt(d)
     floor: float = 0.0
     arithmetic: Part | None = None
 
     def __call__(self, q, k, v, layer: Layer):
-        T, S = q.shape[-2], k.shape[-2]
-        if self.choose.keeps_all(S) and not self.floor and not self.arithmetic:
-            return ops.attention(q, k, v, self.scale, layer.start)
+        if self.choose.keeps_all(k.shape[-2]) and not self.floor and not self.arithmetic:
+            return ops.attention(q, k, v, self.scale, layer.mask())
         known = self.choose.remember(k, layer)
         out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-        for a, b, end in ops.causal_blocks(T, S):
-            keys = k[..., :end, :], v[..., :end, :]
-            seen = Seen(b - a, end, layer.start)
-            out[..., a:b, :] = self.rows(q[..., a:b, :], *keys, known, seen)
+        where = layer.tokens.array  # positions (T,), which are rows too
+        for a in range(0, len(where), ops.ROWS):
+            b = min(a + ops.ROWS, len(where))
+            end = int(where[b - 1]) + 1  # none of these queries sees a later key
+            seen = Seen(b - a, end, layer.start, where[a:b])
+            block = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
+            out[..., a:b, :] = self.rows(*block, known, seen)
         return out  # (..., H, T, d), or as wide as the values are
 
     def rows(self, q, k, v, known, seen: "Seen"):
         kept = self.choose(q, k, known, seen)  # (..., K, G, T, S)
-        if ledger.active:
-            ledger.active.event("keys seen", seen.total(kept.shape[:-2]))
-            ledger.active.event("keys scored" if self.floor else "keys kept", kept.sum())
+        ledger.event("keys seen", lambda: seen.total(kept.shape[:-2]))
+        ledger.event("keys scored" if self.floor else "keys kept", kept)
         attend = self.arithmetic or (gathered if seen.T == 1 else masked)
         return attend(q, k, v, self.scale, kept, self.floor)
 
 
 class Seen:
-    """Which of S keys each of T queries sees, the T newest: all up to its own. In a batch that is
-    padded on the left, from ``start`` (B,) on; a row of padding sees itself, so that none is empty.
+    """Which of S keys each of T queries sees: all up to its own row. In a batch that is padded on
+    the left, from ``start`` (B,) on; a row of padding sees itself, so that none is empty.
+
+    own (T,): the queries' own rows, in rising order; by default the last T.
+    mask: booleans (T, n), or (B, 1, 1, T, S) for such a batch: True where a query must not see one
+    of the n newest keys. None for a single query that sees all.
     """
 
-    def __init__(self, T: int, S: int, start: np.ndarray | None = None):
+    def __init__(self, T: int, S: int, start: np.ndarray | None = None, own=None):
         self.T, self.S = T, S
-        self.hidden = ops.hidden_keys(T, S, start)  # of the newest: (T, T), (B, T, S), or None
+        self.own = np.arange(S - T, S) if own is None else own
+        if start is None and self.own[0] == S - T:  # the newest, one after another
+            self.mask = ops.newest_mask(T)
+            return
+        self.mask = np.arange(S) > self.own[:, None]  # (T, S)
         if start is not None:
-            t = np.arange(T)
-            self.hidden[:, t, S - T + t] = False
+            self.mask = self.mask | (np.arange(S) < start[:, None, None, None, None])
+            self.mask[..., np.arange(T), self.own] = False
 
     @cached_property
     def count(self) -> np.ndarray:
-        """How many keys each query sees: (1,), (1, 1, T) or (B, 1, 1, T), for (..., K, G, T)."""
-        if self.hidden is None:
+        """How many keys each query sees: (1,), (T,) or (B, 1, 1, T), for (..., K, G, T)."""
+        if self.mask is None:
             return np.array([self.S])
-        return (self.S - self.hidden.sum(-1))[..., None, None, :]
+        return self.S - self.mask.sum(-1)
 
     def total(self, heads: tuple) -> int:
         """How many pairs of a query and a key it sees there are, for (..., K, G) heads."""
@@ -84,9 +94,8 @@ class Seen:
 
     def hide(self, p, value=ops.MASKED):
         """Write ``value`` wherever p (..., K, G, T, S) is about a key that is not seen; gives p."""
-        if self.hidden is not None:
-            newest = p[..., self.S - self.hidden.shape[-1] :]
-            np.copyto(newest, value, where=self.hidden[..., None, None, :, :])
+        if self.mask is not None:
+            np.copyto(p[..., self.S - self.mask.shape[-1] :], value, where=self.mask)
         return p
 
 
@@ -172,10 +181,9 @@ def gathered(q, k, v, scale, kept, floor=0.0):
             heavy = weights >= floor  # the heaviest is 1, so one is left
             weights, key = weights[heavy], key[heavy]
         values = v[h * len(v) // len(queries)].take(key, 0)
-        if ledger.active:
-            ledger.active.add(keys.size + values.size, cache_bytes=keys.nbytes + values.nbytes)
-            if floor:
-                ledger.active.event("keys kept", len(values))
+        ledger.count(keys.size + values.size, cache_bytes=keys.nbytes + values.nbytes)
+        if floor:
+            ledger.event("keys kept", len(values))
         np.dot(weights, values, out=mixed[h])
         mixed[h] /= weights.sum()
     return mixed.reshape(*q.shape[:-1], width)
@@ -187,12 +195,11 @@ def masked(q, k, v, scale, kept, floor=0.0):
     itself, since heads that share keys do not share what they keep."""
     rows = q.reshape(*kept.shape[:-2], 1, *q.shape[-2:])  # (..., K, G, 1, T, d)
     k, v = k[..., None, None, :, :], v[..., None, None, :, :]  # (..., K, 1, 1, S, d)
-    if ledger.active:
-        work = q.size // q.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1])
-        ledger.active.add(work, cache_bytes=k.nbytes + v.nbytes)
-    p = ops.attention_weights(rows, k, scale, ~kept)  # (..., K, G, 1, T, S), the heaviest is 1
+    work = q.size // q.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1])
+    ledger.count(work, cache_bytes=k.nbytes + v.nbytes)
+    mask = ~kept[..., None, None, :, :]  # (..., K, G, 1, 1, T, S)
+    p = ops.attention_weights(rows, k, scale, mask)  # (..., K, G, 1, T, S), the heaviest is 1
     if floor:
         p[p < floor] = 0
-        if ledger.active:
-            ledger.active.event("keys kept", np.count_nonzero(p))
+        ledger.event("keys kept", lambda: np.count_nonzero(p))
     return ops.mix(p, v).reshape(*q.shape[:-1], v.shape[-1])

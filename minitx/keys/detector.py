@@ -21,7 +21,7 @@ from minitx.files.safetensors import read_header, read_tensors
 from minitx.files.safetensors_write import write_safetensors
 from minitx.keys.few_bits import few_bits
 from minitx.model import Attention, NoRope, Rope, split_heads
-from minitx.state import Layer
+from minitx.state import Tokens
 from minitx.technique import need
 from minitx.tree import Part, part, table
 
@@ -40,12 +40,12 @@ class Detector(Part):
     def k(self) -> int:
         return self.p.shape[1]
 
-    def __call__(self, x, rope: Part, layer: Layer):
+    def __call__(self, x, rope: Part, tokens: Tokens):
         """Q~ (..., H, T, k) and K~ (..., K, T, k), rotated, of what the projections read, x
         (..., T, D)."""
         y = ops.linear(x, self.p)  # (..., T, k)
         q, k = (split_heads(ops.linear(y, w), w.shape[1] // self.k) for w in (self.w_q, self.w_k))
-        return rope(q, layer), rope(k, layer)
+        return rope(q, tokens), rope(k, tokens)
 
 
 def projection(width: int, k: int, rng) -> np.ndarray:
@@ -139,25 +139,29 @@ class Detect(Part):
         rope = narrow_rope(attn.rope, detector.k, width)
         return Detect(detector.p, w_q, w_k, s_q, s_k, rope, bits)
 
-    def __call__(self, x, layer: Layer):
+    def __call__(self, x, tokens: Tokens):
         """Codes of Q~ (..., H, T, k), and codes (..., K, T, k) and scales (..., K, T) of K~, for
         what the projections read, x (..., T, D). The scale of a query changes no choice."""
         y = self.narrow(x)
-        queries, _ = self.rows(y, self.w_q, self.s_q, layer)
-        return queries, self.rows(y, self.w_k, self.s_k, layer)
+        queries, _ = self.rows(y, self.w_q, self.s_q, tokens)
+        return queries, self.rows(y, self.w_k, self.s_k, tokens)
 
-    def kv(self, x, layer: Layer):
+    def q(self, x, tokens: Tokens):
+        """Codes of Q~ alone."""
+        return self.rows(self.narrow(x), self.w_q, self.s_q, tokens)[0]
+
+    def kv(self, x, tokens: Tokens):
         """Codes and scales of K~ alone."""
-        return self.rows(self.narrow(x), self.w_k, self.s_k, layer)
+        return self.rows(self.narrow(x), self.w_k, self.s_k, tokens)
 
     def narrow(self, x):
         return coded(ops.linear(x, self.p), self.bits)  # (..., T, k), (..., T)
 
-    def rows(self, y, w, s, layer: Layer):
+    def rows(self, y, w, s, tokens: Tokens):
         """Scales come last: whole numbers are multiplied, which is exact in any order, so that a
         code that lies halfway between two is rounded alike in a chunk and alone."""
         codes, scale = y
-        z = self.rope(split_heads(ops.linear(codes, w), len(s)), layer)
+        z = self.rope(split_heads(ops.linear(codes, w), len(s)), tokens)
         codes, own = coded(z, self.bits)
         return codes, own * scale[..., None, :] * s[..., 0]
 

@@ -166,7 +166,7 @@ def best(index: Part, K: int, q, k, facts, seen: Seen, held=None, order=None):
             ledger.active.event("candidates", candidates.sum())
     p = seen.hide(scores(q, k, candidates))
     kept = largest(p, min(K, k.shape[-2]))
-    if candidates is not None or seen.hidden is not None:
+    if candidates is not None or seen.mask is not None:
         kept &= p > ops.MASKED  # where there are fewer than K
     return kept, p
 

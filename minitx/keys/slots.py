@@ -43,14 +43,16 @@ class Slots:
         self.journal: list[Step] = []  # one step for each of them
 
     def run(self, q, seen: Seen):
-        """Kept keys (M, G, T, S) of q (M, G, T, d), the T newest tokens."""
-        first = seen.S - seen.T
+        """Kept keys (M, G, T, S) of q (M, G, T, d), of the tokens ``seen.own``."""
+        first = int(seen.own[0])
+        consecutive = first == seen.S - seen.T  # otherwise others in between skip this layer
         kept = np.zeros((*q.shape[:-1], seen.S), bool)
-        free = min(max(self.N - first, 0), seen.T) if self.held is None else 0
+        free = min(max(self.N - first, 0), seen.T) if self.held is None and consecutive else 0
         if free:
             kept[:, :, :free, : first + free] = self.while_free(q[:, :, :free], first)
         for t in range(free, seen.T):  # one by one: what one row reads settles what the next evicts
-            self.write(first + t)
+            while self.count <= seen.own[t]:
+                self.write(self.count)
             slots = self.read(q[:, :, t : t + 1])  # (M, G, 1, n)
             m, g, _, slot = np.nonzero(slots)
             kept[m, g, t, self.token[m, slot]] = True

@@ -12,7 +12,7 @@ from minitx.keys.choosing import AttendChosen, Seen, largest
 from minitx.keys.nearest import scores
 from minitx.model import Attend
 from minitx.state import Layer
-from minitx.technique import swap_numbered
+from minitx.technique import swap, wrap
 from minitx.tree import Part, part
 
 SINKS = 4  # first keys that a window keeps too: much attention rests there (Xiao et al., 2024)
@@ -21,7 +21,11 @@ SINKS = 4  # first keys that a window keeps too: much attention rests there (Xia
 def baseline(lm: Part, name: str, r: int) -> Part:
     """The language model with every row's keys chosen by the baseline of that name."""
     make = BASELINES[name]
-    return swap_numbered(lm, Attend, lambda dense, i: AttendChosen(make(r, i), dense.scale))
+    
+    def change(attn: Part, index: int) -> Part:
+        return swap(attn, Attend, lambda dense: AttendChosen(make(r, index), dense.scale))
+
+    return wrap(lm, "attn", change)
 
 
 @part

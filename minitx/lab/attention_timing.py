@@ -98,14 +98,14 @@ class Runner:
     def __init__(self, attn: Part, x: np.ndarray, S: int):
         self.attn, self.x, self.S = attn, x, S
         self.layer = Layer(S)
-        attn.fill(x[: S - 1], self.layer)
-        self.layer.position = S - 1
+        attn.backfill(x[: S - 1], self.layer.take(S - 1))
         self.step(0)  # methods learn of the keys before
 
     def step(self, number: int) -> float:
         """Seconds for one token, which is forgotten again before the next."""
         self.layer.rewind(self.S - 1)
         token = self.token(number)
+        self.layer.take(1)
         began = time.perf_counter()
         self.attn(token, self.layer)
         return time.perf_counter() - began

@@ -60,7 +60,7 @@ class Witness(Part):
         kept = self.choose(q, k, known, seen)  # (..., K, G, T, S)
         left = kept
         if self.weigh or self.floor:
-            p = ops.attention_weights(q, k, self.scale, seen.hidden).reshape(kept.shape)
+            p = ops.attention_weights(q, k, self.scale, seen.mask).reshape(kept.shape)
             p /= p.sum(-1, keepdims=True)
             left = kept & (p >= self.floor * (p * kept).max(-1, keepdims=True))
         self.tally.seen += seen.total(kept.shape[:-2])

@@ -27,7 +27,6 @@ from minitx.lab.reference import (
 )
 from minitx.lm import load
 from minitx.model import Transformer
-from minitx.state import positions
 from minitx.training.layerskip import record
 
 INTRODUCTION = f"""\
@@ -168,7 +167,7 @@ def run_stages(model: Transformer, ids: np.ndarray) -> dict[str, np.ndarray]:
     """The numbers after each stage of one pass over ids (T,): (T, D), of the logits (T, V)."""
     recorded, hidden = record(model)
     last = model.norm(recorded.hidden(ids))
-    embedding = model.embed(ids, positions(0, len(ids)))
+    embedding = model.embed(ids, slice(0, len(ids)))
     return dict(zip(stage_names(len(hidden)), [embedding, *hidden, last, model.head(last)]))
 
 

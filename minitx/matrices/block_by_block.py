@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from minitx.model import Linear, Stack, Transformer
-from minitx.state import Layer, positions
+from minitx.state import Layer
 from minitx.technique import need
 from minitx.tree import Part
 
@@ -27,7 +27,7 @@ def block_by_block(lm: Part, texts: list[list[int]], make: Callable, change: Cal
     model = lm.model
     need(model, Transformer)
     need(model.stack, Stack)
-    streams = [model.embed(np.asarray(ids), positions(0, len(ids))) for ids in texts]
+    streams = [model.embed(np.asarray(ids), slice(0, len(ids))) for ids in texts]
     blocks = []
     for block in model.stack.blocks:
         found: dict[int, object] = {}
@@ -42,4 +42,4 @@ def block_by_block(lm: Part, texts: list[list[int]], make: Callable, change: Cal
 def run(block: Part, streams: list) -> list:
     """Each of the streams (T, D), from the first token on, after that block."""
     with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
-        return [block(x, Layer(len(x), remember=False)) for x in streams]
+        return [block(x, Layer(len(x), remember=False).take(len(x))) for x in streams]

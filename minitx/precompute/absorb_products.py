@@ -7,12 +7,12 @@ import numpy as np
 
 from minitx.errors import MinitxError
 from minitx.model import QKV, Attention, Linear, NoRope, split_heads
-from minitx.state import Layer
+from minitx.state import Layer, Tokens
 from minitx.technique import need, swap, technique
 from minitx.tree import Part, part
 
 
-@technique(level="weights", exact=True, neutral=None)
+@technique(level="weights", exact=True, neutral=None, after=("fold_norms",))
 def absorb_products(lm, *, pairs: Literal["possible", "qk", "ov", "both"] = "possible"):
     """Compare and mix the attention's input itself, by one matrix a head for each pair of two.
 
@@ -152,8 +152,11 @@ class KeysAreValues(Part):
 
     inner: Part
 
-    def __call__(self, k, v, layer: Layer):
-        k, _ = self.inner(k, v, layer)  # (..., 1, S, D)
+    def store(self, k, v, layer: Layer):
+        self.inner.store(k, v, layer)
+
+    def read(self, layer: Layer):
+        k, _ = self.inner.read(layer)  # (..., 1, S, D)
         return k, k
 
 
@@ -164,8 +167,11 @@ class OneKeyHead(Part):
     inner: Part
     heads: int  # K, of values
 
-    def __call__(self, k, v, layer: Layer):
-        k, v = self.inner(k, v, layer)  # (..., 1, S, D), (..., 1, S, K*d)
+    def store(self, k, v, layer: Layer):
+        self.inner.store(k, v, layer)
+
+    def read(self, layer: Layer):
+        k, v = self.inner.read(layer)  # (..., 1, S, D), (..., 1, S, K*d)
         v = split_heads(v[..., 0, :, :], self.heads)  # (..., K, S, d)
         return np.broadcast_to(k, (*v.shape[:-1], k.shape[-1])), v
 
@@ -177,7 +183,7 @@ class PerHead(Part):
     rope: Part
     heads: int  # K, of keys
 
-    def __call__(self, x, layer: Layer):
+    def __call__(self, x, tokens: Tokens):
         if x.shape[-3] == 1:  # keys; queries are split already, into at least as many heads
             x = split_heads(x[..., 0, :, :], self.heads)  # (..., K, T, d)
-        return self.rope(x, layer)
+        return self.rope(x, tokens)

@@ -7,7 +7,7 @@ from minitx import ops
 from minitx.errors import MinitxError
 from minitx.matrices.function_table import FunctionTable
 from minitx.model import Activated, SwiGLU
-from minitx.technique import NoSuchPart, swap_numbered, technique
+from minitx.technique import NoSuchPart, blocks_of, swap, technique, wrap
 from minitx.tree import Part, float_type, part, walk
 
 
@@ -30,7 +30,7 @@ def function_tables(lm, *, layers: int | None = None):
     Neutral: layers = 0: so many blocks, counted from the last, use the table (None: all).
     Not for: gate and up in one product (fuse_projections), where there is no SwiGLU left.
     """
-    L = lm.model.config.layers
+    L = len(blocks_of(lm))
     layers = L if layers is None else layers
     if not 0 <= layers <= L:
         raise MinitxError(f"function_tables: layers is {layers}; it must be from 0 to {L}.")
@@ -41,20 +41,21 @@ def function_tables(lm, *, layers: int | None = None):
             tables[f] = FunctionTable.make(f, float_type(lm))
         return tables[f]
 
-    def swiglu(node: SwiGLU, number: int) -> Part:
-        if number < L - layers:
-            return node
+    def swiglu(node: SwiGLU) -> Part:
         return TableSwiGLU(node.gate, node.up, table_of(ops.silu))
 
-    def activated(node: Activated, number: int) -> Part:
-        if number < L - layers:
-            return node
+    def activated(node: Activated) -> Part:
         if isinstance(node.activation, Part):
             raise MinitxError("function_tables: the activation is another technique's already.")
         return replace(node, activation=table_of(node.activation))
 
-    changed = swap_numbered(lm, SwiGLU, swiglu, optional=True)
-    changed = swap_numbered(changed, Activated, activated, optional=True)
+    def change(ffn: Part, index: int) -> Part:
+        if index < L - layers:
+            return ffn
+        ffn = swap(ffn, SwiGLU, swiglu, optional=True)
+        return swap(ffn, Activated, activated, optional=True)
+
+    changed = wrap(lm, "ffn", change)
     if not any(type(node) in (SwiGLU, TableSwiGLU, Activated) for _, node in walk(changed)):
         raise NoSuchPart(SwiGLU, Activated)
     return changed

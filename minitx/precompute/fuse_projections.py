@@ -10,7 +10,7 @@ from minitx.technique import need, swap, technique
 from minitx.tree import Part, part
 
 
-@technique(level="weights", exact=True, neutral=None)
+@technique(level="weights", exact=True, neutral=None, after=("fold_norms",))
 def fuse_projections(lm):
     """Queries, keys and values come from one product, gate and up from another.
 

@@ -11,7 +11,7 @@ from minitx.matrices.packing import pack_rows, unpack_rows
 from minitx.model import Cache
 from minitx.state import Layer
 from minitx.technique import swap, technique
-from minitx.tree import Part, part
+from minitx.tree import Part, float_type, part
 
 
 @technique(level="attention", exact=False, neutral={"bits": 32})
@@ -48,7 +48,8 @@ def quantize_cache(lm, *, bits: Literal[8, 4, 32] = 8, group: int | None = None)
         raise MinitxError(
             f"quantize_cache: group is {group}; it must be {even}a divisor of the heads' width {d}."
         )
-    return swap(lm, Cache, lambda cache: FewBitCache(bits, group))
+    dtype = float_type(lm.model).name
+    return swap(lm, Cache, lambda cache: FewBitCache(bits, group, dtype))
 
 
 @part
@@ -59,17 +60,20 @@ class FewBitCache(Part):
     """
 
     bits: int
-    group: int | None  # G; None: as many as come
+    group: int | None  # G; None: the whole head
+    dtype: str  # of the numbers that come and go
 
-    def __call__(self, k, v, layer: Layer):
-        kept = layer.extend(self.rounded(k), self.rounded(v))  # (..., K, S, bytes)
-        if ledger.active:
-            ledger.active.add(cache_bytes=sum(a.nbytes for a in kept))
-        return tuple(self.floats(a, like) for a, like in zip(kept, (k, v)))
+    def store(self, k, v, layer: Layer):
+        layer.store(self.rounded(k), self.rounded(v))
+
+    def read(self, layer: Layer):
+        kept = layer.rows()  # bytes (..., K, S, d bits / 8 + scales)
+        ledger.count(cache_bytes=lambda: sum(a.nbytes for a in kept))
+        return tuple(map(self.floats, kept))
 
     def rounded(self, x):
         """x (..., K, T, d) -> bytes (..., K, T, d bits / 8 + scales), as uint8."""
-        if not x.shape[-1]:  # there may be keys alone, which give the values too
+        if not x.shape[-1]:  # keys alone, which give the values too
             return x
         by_group = x.reshape(*x.shape[:-1], -1, self.group or x.shape[-1])  # (..., d / G, G)
         codes, scales = few_bits(by_group, self.bits)
@@ -77,14 +81,21 @@ class FewBitCache(Part):
         codes = codes.view(np.uint8) if self.bits == 8 else pack_rows(codes)
         return np.concatenate([codes, scales.view(np.uint8)], axis=-1)
 
-    def floats(self, kept, like):
-        """Bytes as ``rounded`` gives them -> numbers (..., K, S, d) as wide as ``like``, and in its
-        type."""
-        width = like.shape[-1] * self.bits // 8
-        if not width:
+    def floats(self, kept):
+        """Bytes as ``rounded`` gives them -> numbers (..., K, S, d)."""
+        if not kept.shape[-1]:
             return kept
+        width = self.code_bytes(kept.shape[-1])
         codes = kept[..., :width]
         codes = codes.view(np.int8) if self.bits == 8 else unpack_rows(codes)
-        x = codes.astype(like.dtype).reshape(*kept.shape[:-1], -1, self.group or like.shape[-1])
-        x *= kept[..., width:].view(like.dtype)[..., None]
+        x = codes.astype(self.dtype).reshape(*kept.shape[:-1], -1, self.group or codes.shape[-1])
+        x *= kept[..., width:].view(self.dtype)[..., None]
         return x.reshape(*kept.shape[:-1], -1)
+
+    def code_bytes(self, total: int) -> int:
+        """How many of a row's bytes are codes; the others are one scale for each group."""
+        scale = np.dtype(self.dtype).itemsize
+        if self.group is None:
+            return total - scale
+        codes = self.group * self.bits // 8  # bytes of one group's
+        return total * codes // (codes + scale)

@@ -9,11 +9,11 @@ from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.matrices.ordering import small
 from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope, Rope
-from minitx.technique import need, swap_numbered, technique
+from minitx.technique import need, technique, wrap
 from minitx.tree import Part, part, table
 
 
-@technique(level="weights", exact=True, neutral=None)
+@technique(level="weights", exact=True, neutral=None, after=("fold_norms",))
 def shrink(
     lm, *, choice: Literal["pivoted", "first"] = "pivoted", vo: bool = True, qk: bool = True
 ):
@@ -52,7 +52,8 @@ def shrink(
         raise MinitxError("shrink has nothing to do with vo=False and qk=False; leave one of them.")
     done = []
 
-    def change(attn: Attention, number: int) -> Part:
+    def change(attn: Part, number: int) -> Part:
+        need(attn, Attention)
         need(attn.qkv, QKV)
         need(attn.rope, Rope, NoRope)
         need(attn.cache, Cache)
@@ -67,7 +68,7 @@ def shrink(
             done.append(number)
         return attn
 
-    lm = swap_numbered(lm, Attention, change)
+    lm = wrap(lm, "attn", change)
     if not done:
         raise MinitxError(
             "shrink with vo=False needs columns of queries and keys that are not rotated, and this "

@@ -8,7 +8,7 @@ from minitx import ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import QKV, Attend, Attention, Linear, NoRope, split_heads
 from minitx.state import Layer
-from minitx.technique import NoSuchPart, need, swap_numbered, technique
+from minitx.technique import NoSuchPart, need, technique, wrap
 from minitx.tree import Part, children, part
 
 
@@ -46,10 +46,11 @@ def slim_attention(lm, *, max_condition: float = 1e4):
         by comes back in the values multiplied, as from all inexact keys.
     """
 
-    def change(attn: Attention, number: int) -> Attention:
-        return slim(attn, number, max_condition)
+    def change(attn: Part, index: int) -> Part:
+        need(attn, Attention)
+        return slim(attn, index, max_condition)
 
-    return swap_numbered(lm, Attention, change)
+    return wrap(lm, "attn", change)
 
 
 # Offline -----------------------------------------------------------------------------------------
@@ -163,17 +164,18 @@ class AttendKeys(Part):
         """q (..., H, T, d), raw keys (..., 1, S, H*d), v of width 0 -> (..., H, T, d)"""
         H, E, _ = self.w_kv.shape
         T, S = q.shape[-2], raw.shape[-2]
-        q = self.rope(q, layer)
+        q = self.rope(q, layer.tokens)
         k = split_heads(raw[..., 0, :, :], H)  # (..., H, S, d)
-        k = self.rope(k, Layer(S, layer.start))  # an empty layer: the first key is at position 0
+        k = self.rope(k, layer.row_tokens())
+        mask = layer.mask()
         rebuilt, in_order = S * E * E + T * S * E, T * E * E + H * T * S * E
         if T <= ops.ROWS and in_order < rebuilt:
-            return self.mixed_keys(q, k, raw, ops.hidden_keys(T, S, layer.start))
-        return ops.attention(q, k, self.values(raw), self.scale, layer.start)
+            return self.mixed_keys(q, k, raw, ops.newest_mask(T) if mask is None else mask)
+        return ops.attention(q, k, self.values(raw), self.scale, mask)
 
-    def mixed_keys(self, q, k, raw, hidden):
+    def mixed_keys(self, q, k, raw, mask):
         """First the mean of the raw keys, then the values: u_i = p_i K, u_i W_KV,i."""
-        p = ops.attention_weights(q, k, self.scale, hidden)  # (..., H, T, S)
+        p = ops.attention_weights(q, k, self.scale, mask)  # (..., H, T, S)
         *lead, H, T, S = p.shape
         if ledger.active:  # the rotated keys are no cache, but made of it a moment ago
             work = p.size * (q.shape[-1] + raw.shape[-1])

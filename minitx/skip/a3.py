@@ -142,7 +142,7 @@ class SearchedKeys(Part):
         shape = *q.shape[:-1], seen.S
         if known is None:
             return seen.hide(np.ones(shape, bool), False)
-        own = np.arange(seen.S - seen.T, seen.S) + 1  # (T,): all keys up to the query's own
+        own = seen.own + 1  # (T,): all keys up to the query's own
         end = own - seen.count % self.rebuild if self.rebuild else own  # of the keys sorted for it
         M = np.maximum(1, np.rint(self.M * seen.count)).astype(int)
         rows = [np.broadcast_to(x, shape[:-1]) for x in (own - seen.count, end, M)]

@@ -18,7 +18,7 @@ from minitx.keys.choosing import AttendChosen, Seen, largest
 from minitx.keys.detector import FILE, Detect, Detector, need_rank, read_detectors
 from minitx.model import Attend, Attention, LayerNorm, RMSNorm
 from minitx.state import Layer
-from minitx.technique import NoSuchPart, need, swap_numbered, technique
+from minitx.technique import NoSuchPart, need, technique, wrap
 from minitx.tree import Part, float_type, part
 
 
@@ -80,19 +80,20 @@ def dota(
     trained = _is_trained(lm, fit)
     detectors = _trained(lm, k) if trained else fitted(lm, k)
 
-    def change(attn: Attention, number: int) -> Part:
+    def change(attn: Attention, index: int) -> Part:
+        need(attn, Attention)
         if type(attn.attend) is not Attend:
             raise NoSuchPart(Attend)
         if trained:
             need(attn.norm, RMSNorm, LayerNorm)
-        detect = Detect.of(detectors[number], attn, lm.model.config.head_width, bits)
+        detect = Detect.of(detectors[index], attn, lm.model.config.head_width, bits)
         chosen = AttendChosen(Strongest(kappa, rows), attn.attend.scale)
         changed = replace(attn, attend=chosen)
         return DetectingAttention(
             attn.norm, detect, changed, kappa, "trained" if trained else "post-hoc"
         )
 
-    return swap_numbered(lm, Attention, change)
+    return wrap(lm, "attn", change)
 
 
 def _check(kappa, bits, rows) -> None:
@@ -150,6 +151,8 @@ class DetectingAttention(Part):
     """Attention, and beside it a detector that reads what the projections read: it leaves Q~ and K~
     in the layer's memory, for ``Strongest``."""
 
+    needs_all_rows = True
+    has_history = True
     norm: Part  # the attention's own
     detect: Part
     attn: Part
@@ -158,26 +161,37 @@ class DetectingAttention(Part):
 
     def __call__(self, x, layer: Layer):
         if self.kappa < layer.capacity:
-            queries, keys = self.detect(self.norm(x), layer)
-            guess_of(layer).extend(keys, layer)
-            guess_of(layer).queries = queries
+            guess = guess_of(layer)
+            queries, keys = self.detect(self.norm(x), layer.tokens)
+            guess.ask(queries, layer)
+            guess.store(keys, layer)
         return self.attn(x, layer)
 
-    def fill(self, x, layer: Layer):
-        """Remember K~ too of tokens x (..., T, D) that pass this layer by."""
+    def backfill(self, x, layer: Layer):
+        """Store K~ too of tokens x (..., T, D) that skip this layer."""
         if self.kappa < layer.capacity:
-            guess_of(layer).extend(self.detect.kv(self.norm(x), layer), layer)
-        self.attn.fill(x, layer)
+            guess_of(layer).store(self.detect.kv(self.norm(x), layer.tokens), layer)
+        self.attn.backfill(x, layer)
+
+    def attend_from(self, x, layer: Layer):
+        """Attention from tokens x whose keys and values, and K~, are stored already."""
+        if self.kappa < layer.capacity:
+            guess_of(layer).ask(self.detect.q(self.norm(x), layer.tokens), layer)
+        return self.attn.attend_from(x, layer)
 
 
 class Guess:
-    """What the detector of a block left behind: Q~ of the newest tokens, K~ of all so far."""
+    """What the detector of a block left behind: Q~ of the tokens in hand, K~ of all so far."""
 
     def __init__(self):
-        self.queries = self.keys = self.scales = None
+        self.queries = self.keys = self.scales = self.positions = None
 
-    def extend(self, keys, layer: Layer) -> None:
-        """Write codes (..., K, T, k) and scales (..., K, T) of T new tokens."""
+    def ask(self, queries, layer: Layer) -> None:
+        """Leave Q~ (..., H, T, k) of the tokens in hand for ``Strongest``."""
+        self.queries, self.positions = queries, layer.tokens.array
+
+    def store(self, keys, layer: Layer) -> None:
+        """Write codes (..., K, T, k) and scales (..., K, T) of the tokens in hand."""
         codes, scales = keys
         if not layer.remember:
             self.keys, self.scales = codes, scales
@@ -187,12 +201,12 @@ class Guess:
             kind = np.int8 if np.array_equal(codes, codes.astype(np.int8)) else codes.dtype
             self.keys = np.empty((*heads, layer.capacity, k), kind)
             self.scales = np.empty((*heads, layer.capacity), scales.dtype)
-        end = layer.position + codes.shape[-2]
-        self.keys[..., layer.position : end, :] = codes
-        self.scales[..., layer.position : end] = scales
+        where = layer.tokens.positions
+        self.keys[..., where, :] = codes
+        self.scales[..., where] = scales
 
     def rewind(self, position: int) -> None:
-        """The layer's position says which rows mean anything: later ones are overwritten."""
+        """The layer's rows say which entries mean anything: later ones are overwritten."""
 
 
 def guess_of(layer: Layer) -> Guess:
@@ -213,20 +227,19 @@ class Strongest(Part):
         return self.kappa >= S
 
     def remember(self, k, layer: Layer):
-        """Codes of Q~ of the newest tokens, codes and scales of K~ of all."""
+        """Codes of Q~ of the tokens in hand and their positions, codes and scales of K~ of all."""
         guess, S = guess_of(layer), k.shape[-2]
-        return guess.queries, guess.keys[..., :S, :], guess.scales[..., :S]
+        return guess.queries, guess.positions, guess.keys[..., :S, :], guess.scales[..., :S]
 
     def __call__(self, q, k, known, seen: Seen):
         """Masked before the largest are taken, so that no later key takes a place."""
-        queries, keys, scales = known
-        last = queries.shape[-2] - (keys.shape[-2] - seen.S)
-        queries = queries[..., last - seen.T : last, :]  # those that are asked about
+        queries, positions, keys, scales = known
+        first = int(np.searchsorted(positions, seen.own[0]))  # of the block that is asked about
+        queries = queries[..., first : first + seen.T, :]
         p = guessed(queries, keys[..., : seen.S, :], scales[..., : seen.S])
         kept = largest(seen.hide(p), np.minimum(self.kappa, seen.count))
-        if ledger.active:
-            ledger.active.event("key loads, row by row", kept.sum())
-            ledger.active.event(f"key loads, {self.rows} rows together", loads(kept, self.rows))
+        ledger.event("key loads, row by row", kept)
+        ledger.event(f"key loads, {self.rows} rows together", lambda: loads(kept, self.rows))
         return kept
 
 
@@ -234,8 +247,7 @@ def guessed(queries, keys, scales):
     """S~ (..., K, G, T, S) of queries (..., H, T, k), keys (..., K, S, k), scales (..., K, S)."""
     *lead, H, T, k = queries.shape
     K, S = keys.shape[-3], keys.shape[-2]
-    if ledger.active:
-        ledger.active.add(queries.size * S, cache_bytes=keys.nbytes + scales.nbytes)
+    ledger.count(queries.size * S, cache_bytes=keys.nbytes + scales.nbytes)
     # Codes are multiplied as floats, since BLAS has no integers; sums of them are exact.
     p = queries.reshape(*lead, K, -1, k) @ keys.astype(queries.dtype).swapaxes(-1, -2)
     p *= scales[..., None, :]  # codes of different keys are not comparable

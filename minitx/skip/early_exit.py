@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -20,8 +19,8 @@ from minitx import ledger
 from minitx.confidence import Drawn, Limit, Probe, Saturation, SoftmaxGap, draws
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
-from minitx.state import Layer, State, own_positions
-from minitx.technique import need, swap, technique
+from minitx.state import Layer, State, Tokens
+from minitx.technique import blocks_of, need, swap, technique
 from minitx.tree import Part, part
 
 
@@ -79,7 +78,7 @@ def early_exit(
     Not for: fill=copy with blocks that cannot make keys and values alone; measure=probe without a
         tokenizer. In a batch, a block is passed by only by tokens whose whole column has left.
     """
-    L = lm.model.config.layers
+    L = len(blocks_of(lm))
     check(threshold=(threshold, 0), first=(first, 1), every=(every, 1), warm_up=(warm_up, 0))
     check(tau=(tau, 0), N=(N, 1), seed=(seed, 0))
     if measure == "saturation":
@@ -96,9 +95,9 @@ def early_exit(
         }
         limit = Limit(threshold, tau, length, warm_up)
         if fill == "copy":
-            check_fill(model.stack.blocks[first:])
-        debts = {"copy": CopiedState, "deferred": Deferred}[fill]()
-        stack = ExitingStack(model.stack, kinds[measure](), limit, debts, first, every)
+            check_backfill(model.stack.blocks[first:])
+        fills = {"copy": CopiedState, "deferred": Deferred}[fill]()
+        stack = ExitingStack(model.stack, kinds[measure](), limit, fills, first, every)
         return replace(model, stack=stack)
 
     return swap(lm, Transformer, change)
@@ -111,9 +110,9 @@ def check(**values: tuple) -> None:
             raise MinitxError(f"early_exit: {name} is {value:g}; it must be at least {least}.")
 
 
-def check_fill(blocks: Sequence[Part]) -> None:
+def check_backfill(blocks: Sequence[Part]) -> None:
     for node in [*blocks, *(block.attn for block in blocks if hasattr(block, "attn"))]:
-        if not hasattr(node, "fill"):
+        if not hasattr(node, "backfill"):
             owner = type(node).__module__.rpartition(".")[2]
             raise MinitxError(
                 f"early_exit cannot copy into the {type(node).__name__} of {owner}, which does not "
@@ -121,62 +120,65 @@ def check_fill(blocks: Sequence[Part]) -> None:
             )
 
 
-# Who leaves --------------------------------------------------------------------------------------
+# Who exits ---------------------------------------------------------------------------------------
 
 
 @part
 class ExitingStack(Part):
-    """The blocks one after another; after some of them it is asked who has gone far enough."""
+    """The blocks one after another; after some of them each token is asked whether it exits."""
 
     inner: Part
     measure: Part
     limit: Part
-    debts: Part
+    fill: Part
     first: int
     every: int
 
+    @property
+    def blocks(self) -> tuple:
+        return self.inner.blocks
+
     def __call__(self, x, state: State):
-        L, first = len(self.inner.blocks), self.first
-        t = own_positions(state.position, x.shape[-2], state.start)
-        t = np.broadcast_to(t, x.shape[:-1])  # (..., T)
+        L, first = len(self.blocks), self.first
+        t = np.broadcast_to(state.tokens.own, x.shape[:-1])  # (..., T)
         lam = self.limit(t)  # (..., T)
         may = lam <= 1  # no confidence is larger
         if first >= L or not may.any():
-            return self.inner.run(x, state, 0, L)
-        state = remembering(state, x)
+            x = self.inner.run(x, state, 0, L)
+            self.fill.all_ran(state)
+            return x
         before = self.inner.run(x, state, 0, first - 1)
         x = self.inner.run(before, state, first - 1, first)
-        self.debts.begin(x, state)
-        if ledger.active:
-            ledger.active.event("layers that may be skipped", may.sum() * (L - first))
+        self.fill.begin(x, state)
+        ledger.event("layers that may be skipped", lambda: may.sum() * (L - first))
         if x.size == x.shape[-1]:
             return self.one_token(x, before, state, t.reshape(1), lam.item())
-        live = t >= 0  # padding has left from the start
+        live = t >= 0  # padding has exited from the start
         for depth in range(first, L):
             if (depth - first) % self.every == 0:
                 leave = self.leaving(x, before, depth, t, lam, live & may)
                 live = live & ~leave
                 note(leave, depth, L)
-            block, layer = self.inner.blocks[depth], state.layers[depth]
-            before, x = x, self.debts.run(block, x, live, layer, state)
+            block, layer = self.blocks[depth], state.layers[depth]
+            before, x = x, self.fill.run(block, x, live, layer, state)
         return x
 
     def one_token(self, x, before, state: State, t, lam: float):
-        """The rest for one token, without masks: it runs until it leaves."""
-        L = len(self.inner.blocks)
+        """The rest for one token, without masks: it runs until it exits."""
+        L = len(self.blocks)
         for depth in range(self.first, L):
             if (depth - self.first) % self.every == 0:
                 row, earlier = x.reshape(1, -1), before.reshape(1, -1)  # (1, D)
                 if self.measure(row, earlier, depth, t)[0] >= lam:
                     note(ALIVE, depth, L)
-                    self.debts.pass_by(self.inner.blocks[depth:], x, state.layers[depth:])
+                    self.fill.skip(self.blocks[depth:], x, state.layers[depth:], state)
                     break
-            block, layer = self.inner.blocks[depth], state.layers[depth]
-            before, x = x, self.debts.run(block, x, ALIVE, layer, state)
+            block, layer = self.blocks[depth], state.layers[depth]
+            before, x = x, self.fill.run(block, x, ALIVE, layer, state)
         return x
 
     def leaving(self, x, before, depth: int, t, lam, asked):
-        """Which of the tokens that are ``asked`` (..., T) leave after ``depth`` blocks."""
+        """Which of the tokens that are ``asked`` (..., T) exit after ``depth`` blocks."""
         leave = np.zeros_like(asked)
         if asked.any():
             c = self.measure(x[asked], before[asked], depth, t[asked])
@@ -187,56 +189,48 @@ class ExitingStack(Part):
 ALIVE = np.ones(1, bool)  # the one token of a step
 
 
-def remembering(state: State, x) -> State:
-    """The state, or one of its length for a pass that is to leave nothing behind: a chunk that is
-    cut into pieces has to be remembered while it is run."""
-    if state.layers[0].remember:
-        return state
-    return State(len(state.layers), x.shape[-2], state.start)
-
-
 def note(leave, depth: int, L: int) -> None:
-    if ledger.active:
-        ledger.active.event("layers skipped", leave.sum() * (L - depth))
-        ledger.active.event(f"tokens that left after {depth}", leave.sum())
+    ledger.event("layers skipped", lambda: leave.sum() * (L - depth))
+    ledger.event(f"tokens that left after {depth}", leave)
 
 
-# What those who have left owe --------------------------------------------------------------------
+# Keys and values of tokens that have exited ------------------------------------------------------
 
 
 @part
 class CopiedState(Part):
-    """The layers behind get keys and values of the state that a token left with."""
+    """Later layers get keys and values made from the hidden state that a token exited with."""
 
     def begin(self, x, state: State) -> None:
+        pass
+
+    def all_ran(self, state: State) -> None:
         pass
 
     def run(self, block: Part, x, live, layer: Layer, state: State):
         """One block over those of x (..., T, D) that are live (..., T); the others stay.
 
-        In runs of tokens that go on or have left, in their order, so that each finds the keys and
-        values of all before it. In a batch, a token that has left is carried along where another
-        row goes on: what comes out is thrown away, and what the block remembers is the copy.
+        First the keys and values of all are stored (x holds the exit states of those that have
+        exited), then the live tokens attend. In a batch, a token that has exited is carried along
+        where another row is live, and what comes out is thrown away.
         """
+        layer.tokens = state.tokens
         if live.all():
-            y = block(x, layer)
-            layer.position += x.shape[-2]
-            return y
-        y = x.copy()
-        for a, b, goes_on in runs(columns(live)):
-            piece = x[..., a:b, :]
-            if goes_on:
-                np.copyto(y[..., a:b, :], block(piece, layer), where=live[..., a:b, None])
-            else:
-                block.fill(piece, layer)
-            layer.position += b - a
+            return block(x, layer)
+        block.backfill(x, layer)
+        going = np.flatnonzero(columns(live))
+        if not len(going):
+            return x
+        layer.tokens = state.tokens.only(going)
+        y, rows = x.copy(), x[..., going, :]
+        y[..., going, :] = np.where(live[..., going, None], block.attend_from(rows, layer), rows)
         return y
 
-    def pass_by(self, blocks, x, layers) -> None:
-        """What ``run`` does in all these layers for the one token x (..., 1, D), which has left."""
-        for block, layer in zip(blocks, layers):
-            block.fill(x, layer)
-            layer.position += 1
+    def skip(self, blocks, x, layers, state: State) -> None:
+        """What ``run`` does in all these layers for the one token x (..., 1, D), which exited."""
+        for block, layer in zip(blocks, layers, strict=True):
+            layer.tokens = state.tokens
+            block.backfill(x, layer)
 
 
 def columns(live):
@@ -244,57 +238,59 @@ def columns(live):
     return live.reshape(-1, live.shape[-1]).any(0)
 
 
-def runs(flags):
-    """(a, b, flag) for each run of equal flags (T,)."""
-    cuts = np.flatnonzero(flags[1:] != flags[:-1]) + 1
-    for a, b in pairwise([0, *cuts.tolist(), len(flags)]):
-        yield a, b, flags[a]
-
-
 @part
 class Deferred(Part):
-    """The layers behind get keys and values when a later token needs them: then those who owe them
-    run through the layer in full, in one chunk with that token.
+    """Later layers get keys and values when a later token needs them: then the tokens that skipped
+    a layer run through it in full, in one chunk with that token.
 
-    Each layer's own position says how far it has come. The tokens from there on have been through
-    all layers below and none above, since whoever enters a layer takes them all along.
+    ``Streams.done`` says how far each layer has come. The tokens from there on have been through
+    all layers before and none after, since whoever enters a layer takes them all along.
     """
 
+    has_history = True
+
     def begin(self, x, state: State) -> None:
-        self.stream(x, state)[..., state.position : state.position + x.shape[-2], :] = x
+        self.streams(x, state).rows[..., state.tokens.positions, :] = x
+
+    def all_ran(self, state: State) -> None:
+        if self in state.shared.kept:
+            state.shared.kept[self].done = [state.tokens.end] * len(state.layers)
 
     def run(self, block: Part, x, live, layer: Layer, state: State):
-        """One block over all that is owed up to the last of x (..., T, D) that is live (..., T);
-        what comes out for those who have left is kept for the next layer, and not given back."""
+        """One block over all deferred tokens up to the last of x (..., T, D) that is live (..., T);
+        what comes out for those that have exited is kept for the next layer, and not returned."""
         going = np.flatnonzero(columns(live))
         if not len(going):
             return x
-        at, stream = state.position, self.stream(x, state)
-        a, b = layer.position, at + int(going[-1]) + 1
-        stream[..., a:b, :] = block(stream[..., a:b, :], layer)
-        layer.position = b
-        if ledger.active and a < at:
-            ledger.active.event("layers made up for", (at - a) * math.prod(x.shape[:-2]))
-        return np.where(live[..., None], stream[..., at : at + x.shape[-2], :], x)
+        at, streams = state.position, self.streams(x, state)
+        a, b = streams.done[layer.index], at + int(going[-1]) + 1
+        layer.tokens = Tokens(slice(a, b), state.start)
+        streams.rows[..., a:b, :] = block(streams.rows[..., a:b, :], layer)
+        streams.done[layer.index] = b
+        if a < at:
+            ledger.event("layers made up for", (at - a) * math.prod(x.shape[:-2]))
+        return np.where(live[..., None], streams.rows[..., at : at + x.shape[-2], :], x)
 
-    def pass_by(self, blocks, x, layers) -> None:
-        """Nothing yet for the one token x (..., 1, D), which has left."""
+    def skip(self, blocks, x, layers, state: State) -> None:
+        """Nothing yet for the one token x (..., 1, D), which exited."""
 
-    def stream(self, x, state: State):
-        """(..., capacity, D): each token as it came out of the last layer it has been through."""
+    def streams(self, x, state: State) -> "Streams":
         shape = (*x.shape[:-2], state.capacity, x.shape[-1])
-        return state.shared.recall(self, lambda: Streams(shape, x.dtype)).rows
+        # What came before the first exit was run through all layers.
+        done = [state.position] * len(state.layers)
+        return state.shared.recall(self, lambda: Streams(shape, x.dtype, done))
 
 
 class Streams:
-    """Where tokens stand. The layers' positions say which rows mean anything, so that there is
-    nothing to forget."""
+    """rows (..., capacity, D): each token as it came out of the last layer it has been through.
+    done: for each layer, up to which position tokens have been through it."""
 
-    def __init__(self, shape: tuple, dtype):
+    def __init__(self, shape: tuple, dtype, done: list[int]):
         self.rows = np.empty(shape, dtype)
+        self.done = done
 
     def rewind(self, position: int) -> None:
-        pass
+        self.done = [min(done, position) for done in self.done]
 
 
 # Offline -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from minitx.keys.choosing import AttendChosen, Seen, remembered
 from minitx.keys.hashing import angle_bias, cosines, distance, sign_hash
 from minitx.model import Attend
 from minitx.state import Layer
-from minitx.technique import swap_numbered, technique
+from minitx.technique import swap, technique, wrap
 from minitx.tree import Part, float_type, part, table
 
 
@@ -87,11 +87,12 @@ def elsa(
         thresholds = np.full(heads, -math.inf if t is None else t)
     thresholds, cos = thresholds.astype(dtype), cosines(k, theta_bias).astype(dtype)
 
-    def change(dense: Attend, number: int) -> Part:
+    def change(attn: Part, index: int) -> Part:
         hashed = sign_hash(d, k, seed, dtype)  # the same arrays for all, in parts of this layer
-        return AttendChosen(AlikeKeys(hashed, theta_bias, cos, thresholds[number]), dense.scale)
+        choose = AlikeKeys(hashed, theta_bias, cos, thresholds[index])
+        return swap(attn, Attend, lambda dense: AttendChosen(choose, dense.scale))
 
-    return swap_numbered(lm, Attend, change)
+    return wrap(lm, "attn", change)
 
 
 def _check(p, k, theta_bias, stories, min_visible, seed) -> None:
@@ -136,8 +137,7 @@ class AlikeKeys(Part):
         return remembered(self, k, self.of_keys, layer)
 
     def of_keys(self, k):
-        if ledger.active:
-            ledger.active.add(k.size)
+        ledger.count(k.size)
         return self.hash(k), np.sqrt(np.einsum("...d,...d->...", k, k))
 
     def __call__(self, q, k, known, seen: Seen):
@@ -148,8 +148,7 @@ class AlikeKeys(Part):
         none = np.nonzero(~kept.any(-1))
         if len(none[0]):
             kept[(*none, sim[none].argmax(-1))] = True
-            if ledger.active:
-                ledger.active.event("queries without a key alike enough", len(none[0]))
+            ledger.event("queries without a key alike enough", len(none[0]))
         return kept
 
     def similarity(self, q, hashes, norms):
@@ -158,9 +157,8 @@ class AlikeKeys(Part):
         K, S = norms.shape[-2:]
         mine = self.hash(q).reshape(*lead, K, H // K, T, 1, -1)  # (..., K, G, T, 1, W)
         ham = distance(mine, hashes[..., None, None, :, :])  # (..., K, G, T, S)
-        if ledger.active:
-            ledger.active.add(ham.size, cache_bytes=hashes.nbytes + norms.nbytes)
-            ledger.active.event("bits compared", ham.size * (len(self.cosines) - 1))
+        ledger.count(ham.size, cache_bytes=hashes.nbytes + norms.nbytes)
+        ledger.event("bits compared", ham.size * (len(self.cosines) - 1))
         sim = self.cosines.take(ham, mode="clip")  # without a check of each number, so faster
         sim *= norms[..., None, None, :]
         return sim
@@ -170,7 +168,7 @@ def largest_seen(norms, seen: Seen):
     """The largest of the norms (..., K, S) of the keys that each query sees, (..., K, 1, T, 1) or
     with 1 for T: a later key must not raise an earlier query's bar."""
     norms = norms[..., None, None, :]  # (..., K, 1, 1, S)
-    if seen.hidden is not None:
+    if seen.mask is not None:
         norms = seen.hide(np.repeat(norms, seen.T, -2), 0)
     return norms.max(-1, keepdims=True)
 
@@ -185,11 +183,11 @@ def learn(lm, p: float, texts, min_visible: int = 1) -> np.ndarray:
     (lists of ids). MinitxError if no query of them sees ``min_visible`` keys."""
     found: list[list[np.ndarray]] = []
 
-    def change(dense: Attend, number: int) -> Part:
+    def change(attn: Part, index: int) -> Part:
         found.append([])
-        return Witness(dense, p, min_visible, found[number])
+        return swap(attn, Attend, lambda dense: Witness(dense, p, min_visible, found[index]))
 
-    model = swap_numbered(lm.model, Attend, change)
+    model = wrap(lm.model, "attn", change)
     for ids in tqdm(texts, desc="elsa", unit="story", delay=SHOWN_AFTER):
         model.hidden(ids)
     if not any(map(np.size, found[0])):
@@ -222,7 +220,7 @@ def samples(q, k, p: float, scale: float, seen: Seen):
     """For each query q (H, T, d) of one text over its keys k (K, S, d) the cosine-like number
     (H, T) that would just let pass all keys that weigh more than p times the average."""
     (H, T, d), (K, S, _) = q.shape, k.shape
-    w = ops.attention_weights(q, k, scale, seen.hidden).reshape(K, H // K, T, S)
+    w = ops.attention_weights(q, k, scale, seen.mask).reshape(K, H // K, T, S)
     w /= w.sum(-1, keepdims=True)
     relevant = w > p / seen.count[..., None]
     least = np.where(relevant, w, 2).argmin(-1)  # 2: more than any weight

@@ -111,10 +111,9 @@ class ExactHead(Part):
 
 def note(rows: int = 0, read: int = 0, in_full: int = 0) -> None:
     """Count rows of the head that there are and that were multiplied, and dense heads asked."""
-    if ledger.active:
-        counted = {"head rows": rows, "head rows read": read, "heads in full": in_full}
-        for name, count in counted.items():
-            ledger.active.event(name, count)
+    ledger.event("head rows", rows)
+    ledger.event("head rows read", read)
+    ledger.event("heads in full", in_full)
 
 
 # Norms -------------------------------------------------------------------------------------------
@@ -194,8 +193,7 @@ class Preview(Part):
         k = len(self.b)
         g = ops.linear(x, self.rotation)  # (D,)
         P = ops.linear(g[:k], self.b)  # (V,)
-        if ledger.active:
-            ledger.active.add(self.r.size, self.r.nbytes)
+        ledger.count(self.r.size, self.r.nbytes)
         return P, P + self.r * float(norm(g[k:]))
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from minitx import ledger
 from minitx.errors import MinitxError
-from minitx.model import FFN
-from minitx.state import Layer, own_positions
-from minitx.technique import swap_numbered, technique
+from minitx.skipless import SkiplessBlock, SkiplessParallelBlock
+from minitx.state import Layer
+from minitx.technique import blocks_of, technique, wrap
 from minitx.tree import Part, part, table
 
 
@@ -61,7 +61,8 @@ def ffn_skip(
     Not for: models of one or two layers, where the defaults leave nothing to skip: the first layer
         is cold, and the first that is not has to be measured.
     """
-    L = lm.model.config.layers
+    L = len(blocks_of(lm))
+    need_residual_adds(lm)
     cold_start = 1 + L // 8 if cold_start is None else cold_start
     cold_end = L - (L >= 4) if cold_end is None else cold_end
     k = default_k(L) if k is None else min(k, L)
@@ -71,15 +72,24 @@ def ffn_skip(
     if choose != "similarity":
         plan = planned(choose, rate, warm, L, lm.model.config.context, seed)
 
-    def change(ffn: FFN, number: int) -> Part:
-        if number not in warm:
+    def change(ffn: Part, index: int) -> Part:
+        if index not in warm:
             return ffn
         if choose != "similarity":
-            return PlannedFFN(ffn, plan[number - cold_start], warm_up)
-        below = cold_end - 1 - number  # how many there are to skip after this one
-        return SimilarityFFN(ffn, threshold, k if below else 0, warm_up)
+            return PlannedFFN(ffn, plan[index - cold_start], warm_up)
+        later = cold_end - 1 - index  # how many there are to skip after this one
+        return SimilarityFFN(ffn, threshold, k if later else 0, warm_up)
 
-    return swap_numbered(lm, FFN, change)
+    return wrap(lm, "ffn", change)
+
+
+def need_residual_adds(lm) -> None:
+    """Refuse a model in which an FFN that adds nothing would leave nothing of the token."""
+    if any(type(block) in (SkiplessBlock, SkiplessParallelBlock) for block in blocks_of(lm)):
+        raise MinitxError(
+            "ffn_skip needs residual adds, and this model is skipless: without its FFN nothing of "
+            "a token would be left; leave ffn_skip out."
+        )
 
 
 def default_k(L: int) -> int:
@@ -126,19 +136,21 @@ class SimilarityFFN(Part):
         may = past(self.warm_up, x, layer)  # (..., T)
         if not may.any():
             return self.inner(x, layer)
-        run_skip = self.run_skip(x, layer)[..., layer.position : layer.position + x.shape[-2]]
-        skip = run_skip > 0  # (..., T)
-        run_skip -= skip
+        counts, where = self.run_skip(x, layer), layer.tokens.positions
+        run_skip = counts[..., where]  # (..., T)
+        skip = run_skip > 0
+        run_skip = run_skip - skip
         f = run_kept(self.inner, x, layer, skip, may)  # (..., T, D)
         if self.k:
             measured = may & ~skip
             a = x[measured]  # (tokens, D)
             run_skip[measured] = np.where(cosine(a, a + f[measured]) >= self.threshold, self.k, 0)
+        counts[..., where] = run_skip
         return f
 
     def one_token(self, x, layer: Layer):
         """The same without masks, which for one token take as long as the FFN of a small model."""
-        at = layer.position
+        at = int(layer.tokens.array[0])
         if at - (0 if layer.start is None else layer.start[0]) < self.warm_up:
             return self.inner(x, layer)
         run_skip = self.run_skip(x, layer).reshape(-1)  # (capacity,), a view
@@ -193,13 +205,13 @@ def past(warm_up: int, x, layer: Layer):
 
 def at(x, layer: Layer):
     """Positions of the tokens x (..., T, D) in their own sequences."""
-    return own_positions(layer.position, x.shape[-2], layer.start)
+    return layer.tokens.own
 
 
 def run_kept(ffn: Part, x, layer: Layer, skip, may):
     """What the FFN adds to x (..., T, D), and zeros where ``skip`` (..., T) says so. It is called
     with the other rows alone, and not at all if there are none."""
-    note(may.sum(), skip.sum())
+    note(may, skip)
     if not skip.any():
         return ffn(x, layer)
     f = np.zeros_like(x)
@@ -208,17 +220,15 @@ def run_kept(ffn: Part, x, layer: Layer, skip, may):
     return f
 
 
-def note(may: int, skipped: int) -> None:
+def note(may, skipped) -> None:
     """Count FFNs, each layer and token by itself: not cold and after the warm-up; skipped."""
-    if ledger.active:
-        ledger.active.event("FFNs that may be skipped", may)
-        ledger.active.event("FFNs skipped", skipped)
+    ledger.event("FFNs that may be skipped", may)
+    ledger.event("FFNs skipped", skipped)
 
 
 def cosine(a, y):
     """Cosines (tokens,) of the angles between the rows of a and of y (tokens, D); 0 for zeros."""
-    if ledger.active:
-        ledger.active.add(3 * a.size)
+    ledger.count(3 * a.size)
     ay, aa, yy = (np.einsum("td,td->t", u, v) for u, v in ((a, y), (a, a), (y, y)))
     return ay / (np.sqrt(aa) * np.sqrt(yy) + 1e-30)
 
@@ -242,8 +252,8 @@ class Probe(Part):
 def similarities(lm, texts: Sequence, warm_up: int = 0) -> np.ndarray:
     """Cosines (L, tokens) in a dense model, for the tokens of some texts (lists of ids, or strings)
     from position ``warm_up`` on. The mean of row l is the paper's c_l."""
-    found: list[list] = [[] for _ in range(lm.model.config.layers)]
-    probed = swap_numbered(lm, FFN, lambda ffn, number: Probe(ffn, found[number]))
+    found: list[list] = [[] for _ in blocks_of(lm)]
+    probed = wrap(lm, "ffn", lambda ffn, index: Probe(ffn, found[index]))
     for text in texts:
         probed.logits(lm.encode(text))
     rows = [[c[warm_up:] for c in row] for row in found]

@@ -135,8 +135,7 @@ class Predict(Part):
         """q (..., H, T, d), kc (..., K, S, d), sk (..., K, S) -> (..., K, G, T, S)"""
         *lead, H, T, d = q.shape
         K, S = kc.shape[-3], kc.shape[-2]
-        if ledger.active:
-            ledger.active.add(q.size * S, cache_bytes=kc.nbytes + sk.nbytes)
+        ledger.count(q.size * S, cache_bytes=kc.nbytes + sk.nbytes)
         qc, sq = self.code(q)
         qc = qc.reshape(*lead, K, H // K * T, d).astype(q.dtype)
         # Codes are multiplied as floats, since BLAS has no integers. The sums are whole numbers

@@ -135,6 +135,13 @@ class NearestKeys(Part):
     scale: float  # 1 / sqrt(d)
     context: int
 
+    @property
+    def has_history(self) -> bool:
+        """Which keys are still there depends on which were read."""
+        return self.context > self.N or self.index.history
+
+    one_sequence = has_history
+
     def keeps_all(self, S: int) -> bool:
         """Keys of now are to be kept, and none of those to come may depend on what was read."""
         return type(self.index) is Linear and S <= self.K and self.context <= self.N
@@ -142,7 +149,7 @@ class NearestKeys(Part):
     def remember(self, k, layer: Layer):
         """What the index knows of each key; with the slots around it where there are any."""
         facts = remembered(self.index, k, self.index.remember, layer)  # each (..., K, S, any)
-        if self.context <= self.N and not self.index.history:
+        if not self.has_history:
             return facts
         if layer.start is not None:
             raise MinitxError(
@@ -159,7 +166,7 @@ class NearestKeys(Part):
         else:
             slots = make()
         slots.source = source  # which has grown
-        for t in range(slots.count, layer.position):  # that passed this block by: nobody read
+        for t in range(slots.count, int(layer.tokens.array[0])):  # skipped this layer: nobody read
             slots.write(t)
         return slots
 

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from minitx import ledger
-from minitx.decode import Autoregressive, Sampler
+from minitx.decode import Sampler, TokenLoop
 from minitx.errors import MinitxError
 from minitx.files.find import shipped
 from minitx.lm import load
 from minitx.model import Stack, Transformer
 from minitx.state import State
-from minitx.technique import need, swap, technique
+from minitx.technique import need, technique
 from minitx.tree import Part, part
 
 SHIPPED_DRAFT = "stories-draft"
@@ -64,8 +64,7 @@ def speculative(lm, *, draft: str = "auto", gamma: int = 4):
         raise MinitxError(f"speculative drafts gamma = {gamma} tokens; give 0 or more.")
     if gamma == 0:
         return lm
-    chosen = find_draft(lm, draft)
-    return swap(lm, Autoregressive, lambda plain: Speculative(chosen, gamma))
+    return replace(lm, decode=Speculative(find_draft(lm, draft), gamma))
 
 
 # What it should gain -----------------------------------------------------------------------------
@@ -93,7 +92,7 @@ def operations(alpha: float, gamma: int, c: float) -> float:
 
 
 @part
-class Speculative(Part):
+class Speculative(TokenLoop):
     """Rounds of gamma drafted tokens and one pass of the model, which give 1 to gamma + 1 tokens.
 
     draft: called with (text, gamma, choose, memory), gives at most gamma pairs (x_i, q_i).
@@ -104,14 +103,14 @@ class Speculative(Part):
     gamma: int
 
     def __call__(
-        self, model: Transformer, prompt: Sequence[int], choose: Sampler, limit: int
+        self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
     ) -> Iterator[int]:
-        """Yield at most ``limit`` tokens after ``prompt``, as ``Autoregressive`` does."""
-        text = list(prompt)
+        """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``."""
+        text = list(ids)
         end = len(text) + limit
-        state, memory = model.new_state(), self.draft.new_state()
-        if limit and len(text) > 1:
-            model.hidden(text[:-1], state)  # nothing is chosen there, so no head is needed
+        memory = self.draft.new_state()
+        if limit and state.position < len(text) - 1:
+            model.hidden(text[state.position : -1], state)  # nothing is chosen there: no head
         while len(text) < end:
             room = end - len(text) - 1  # one token comes from the model in any case
             drafted = self.draft(text, min(self.gamma, room), choose, memory)
@@ -120,23 +119,10 @@ class Speculative(Part):
             text += new
             state.rewind(len(text) - 1)  # what was run of the refused tokens is forgotten
             memory.rewind(min(memory.position, len(text) - 1))
-            if ledger.active:
-                ledger.active.event("tokens drafted", len(drafted))
-                ledger.active.event("tokens accepted", len(new) - 1)
-                ledger.active.event("target calls")
+            ledger.event("tokens drafted", len(drafted))
+            ledger.event("tokens accepted", len(new) - 1)
+            ledger.event("target calls")
             yield from new
-
-    def batch(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        choosers: Sequence[Sampler],
-        limit: int,
-    ) -> Iterator[list[int]]:
-        """The same for B prompts, B tokens at a time. Each row is decoded by itself: they accept
-        different numbers of tokens, and rows of one state can only be rewound together."""
-        rows = [self(model, p, choose, limit) for p, choose in zip(prompts, choosers)]
-        return map(list, zip(*rows))
 
 
 def accepted(logits: np.ndarray, drafted: Drafted, choose: Sampler) -> list[int]:

@@ -26,8 +26,8 @@ from minitx.keys.detector import (
 )
 from minitx.model import Attention, Transformer
 from minitx.ops import op
-from minitx.state import Layer
-from minitx.technique import swap_numbered
+from minitx.state import Tokens
+from minitx.technique import need, wrap
 from minitx.training.data import mix
 from minitx.training.grad import gradients
 from minitx.training.optimizer import Layout
@@ -81,11 +81,12 @@ def watch(model: Transformer) -> tuple[Transformer, list[Watched]]:
     """A copy of the model that notes what detectors have to do with, and where, block by block."""
     found: list[Watched] = []
 
-    def change(attn, number):
+    def change(attn, index):
+        need(attn, Attention)
         found.append(Watched(attn))
         return found[-1].part()
 
-    return swap_numbered(model, Attention, change), found
+    return wrap(model, "attn", change), found
 
 
 TRAINED = ("w_q", "w_k")
@@ -155,7 +156,8 @@ def mean_error(watched: list[Watched], detectors, rows):
     total, pairs = 0, 0
     for block, detector in zip(watched, detectors):
         x, q, k = block.last()
-        a, b = detector(x, narrow_rope(block.attn.rope, detector.k, q.shape[-1]), Layer(0))
+        rope = narrow_rope(block.attn.rope, detector.k, q.shape[-1])
+        a, b = detector(x, rope, Tokens(slice(0, q.shape[-2])))
         # S~ - S in one product: [Q~, -q/sqrt(d)] [K~, k]^T
         left = np.concatenate([a, q * -block.attn.attend.scale], -1)
         total = total + squares(left, np.concatenate([b, k], -1), rows)
@@ -199,6 +201,6 @@ def products(a, b, rows):
         mine, seen = slice(first, last), slice(0, end)
         e = a[..., mine, :].reshape(B, K, -1, n) @ b[..., seen, :].swapaxes(-1, -2)
         e = e.reshape(B, K, H // K, last - first, end)
-        np.copyto(e[..., first:], 0, where=ops.future(last - first))
+        np.copyto(e[..., first:], 0, where=ops.causal_mask(last - first))
         e *= rows[:, None, None, mine, None]
         yield mine, seen, e

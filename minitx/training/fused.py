@@ -145,20 +145,20 @@ def rotate(x, cos, sin):
 
 
 @rule(ops.attention)
-def attention(q, k, v, scale, start=None):
+def attention(q, k, v, scale, mask=None):
     """FlashAttention's way back (Dao et al., 2022): nothing of size T x S is kept; the weights are
     computed again, in the row blocks of ``ops.attention``."""
     a, b, c = map(plain, (q, k, v))
-    out = ops.attention(a, b, c, scale, start)
+    out = ops.attention(a, b, c, scale, mask)
 
     def pull(g):
         T, S = a.shape[-2], b.shape[-2]
         dq, dk, dv = np.empty_like(a), np.zeros_like(b), np.zeros_like(c)
-        for first, last, end in ops.causal_blocks(T, S):
+        for first, last, end in ops.query_blocks(T, S, mask):
             rows, keys = slice(first, last), slice(0, end)
-            hidden = ops.hidden_keys(last - first, end, start)
+            near = ops.causal_mask(last - first) if mask is None else mask[..., rows, keys]
             block = a[..., rows, :], b[..., keys, :], c[..., keys, :]
-            parts = _attend_back(g[..., rows, :], out[..., rows, :], *block, scale, hidden, start)
+            parts = _attend_back(g[..., rows, :], out[..., rows, :], *block, scale, near, mask)
             dq[..., rows, :] = parts[0]
             dk[..., keys, :] += parts[1]
             dv[..., keys, :] += parts[2]
@@ -167,7 +167,7 @@ def attention(q, k, v, scale, start=None):
     return Traced(out, pull)
 
 
-def _attend_back(g, out, q, k, v, scale, hidden, start):
+def _attend_back(g, out, q, k, v, scale, near, mask):
     """Gradients for one block of rows: g, out, q (..., H, T, d); k, v (..., K, S, d).
 
     With P the softmax: dv = P^T g, dP = g v^T, and through the softmax
@@ -175,7 +175,7 @@ def _attend_back(g, out, q, k, v, scale, hidden, start):
     """
     *lead, H, T, d = q.shape
     K, S = k.shape[-3], k.shape[-2]
-    p = ops.attention_weights(q, k, scale, hidden)  # (..., K, G*T, S)
+    p = ops.attention_weights(q, k, scale, near)  # (..., K, G*T, S)
     sums = p @ np.ones((p.shape[-1], 1), p.dtype)
     g = g.reshape(*lead, K, -1, d) / sums  # (..., K, G*T, d)
     inner = np.einsum("...d,...d->...", g, out.reshape(g.shape))
@@ -183,9 +183,9 @@ def _attend_back(g, out, q, k, v, scale, hidden, start):
     scores = g @ v.swapaxes(-1, -2)  # (..., K, G*T, S)
     scores -= inner[..., None]
     scores *= p
-    if start is not None:  # a row of padding sees nothing and weighs all keys alike
+    if mask is not None:  # a row of padding sees nothing and weighs all keys alike
         by_head = scores.reshape(*lead, K, H // K, T, S)
-        by_head[np.broadcast_to(hidden[..., None, None, :, :], by_head.shape)] = 0
+        np.copyto(by_head, 0, where=near)
     dq = scores @ k
     dq *= scale
     q = q.reshape(*lead, K, -1, d) * scale

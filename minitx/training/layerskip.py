@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from minitx.errors import MinitxError
-from minitx.model import Stack, Transformer
+from minitx.model import Transformer
 from minitx.state import Layer
+from minitx.technique import wrap
 from minitx.training.data import mix, unit
-from minitx.tree import Part, part, rebuild
+from minitx.tree import Part, part
 
 
 @part
@@ -49,21 +49,6 @@ class Recorded(Part):
         return self.into[-1]
 
 
-def wrap_blocks(model: Transformer, wrap: Callable[[int, Part], Part]) -> Transformer:
-    """The model with ``wrap(l, block)`` in the place of each block."""
-    found = []
-
-    def change(node):
-        if isinstance(node, Stack):
-            found.append(node)
-            return replace(node, blocks=tuple(wrap(i, b) for i, b in enumerate(node.blocks)))
-
-    wrapped = rebuild(model, change)
-    if not found:
-        raise MinitxError("The model has no plain stack of blocks, so no block can be observed.")
-    return wrapped
-
-
 def shallow(model: Transformer, layers: int | None) -> Transformer:
     """The model with its first blocks alone: cheap to train before the rest joins in."""
     return replace(model, stack=replace(model.stack, blocks=model.stack.blocks[:layers]))
@@ -72,7 +57,7 @@ def shallow(model: Transformer, layers: int | None) -> Transformer:
 def record(model: Transformer) -> tuple[Transformer, list]:
     """A copy of the model that puts the hidden state (B, T, D) after each block into the list."""
     into: list[Any] = []
-    return wrap_blocks(model, lambda i, block: Recorded(block, into)), into
+    return wrap(model, "block", lambda block, i: Recorded(block, into)), into
 
 
 # Layer dropout -----------------------------------------------------------------------------------
@@ -92,7 +77,7 @@ def kept(layers: int, highest: float, seed: int, rows: range) -> np.ndarray:
 
 def drop_layers(model: Transformer, keep: np.ndarray) -> Transformer:
     """The model with the layers dropped where keep (L, B) is 0."""
-    return wrap_blocks(model, lambda i, block: Dropped(block, keep[i]))
+    return wrap(model, "block", lambda block, i: Dropped(block, keep[i]))
 
 
 # Early-exit loss ---------------------------------------------------------------------------------
