@@ -134,7 +134,8 @@ def explain(args) -> None:
         return
     print(f"{technique.flag} ({technique.level}): {card.summary}\n")
     for option in technique.options.values():
-        print(f"  {option.name}={option.default}  ({option.needed()})")
+        meaning = option.meaning and f"{option.meaning}; "
+        print(f"  {option.name}={option.default}  ({meaning}{option.needed()})")
     if technique.options:
         print()
     for heading, text in card.sections.items():

@@ -23,7 +23,7 @@ from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from minitx.errors import MinitxError
 from minitx.lm import LM
@@ -44,12 +44,59 @@ PACKAGES = ("minitx.precompute", "minitx.skip")
 
 
 @dataclass(frozen=True)
+class Range:
+    """The values that a number may have: from ``low`` to ``high``, each None where there is no bound;
+    ``open_low``: above ``low`` rather than from it."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+
+    def __contains__(self, value) -> bool:
+        if self.low is not None and (value <= self.low if self.open_low else value < self.low):
+            return False
+        return self.high is None or value <= self.high
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        if self.high is None:
+            return low
+        if self.low is None:
+            return f"at most {self.high:g}"
+        return f"{low} and at most {self.high:g}" if self.open_low else f"{self.low:g} to {self.high:g}"
+
+
+def at_least(low: float) -> Range:
+    return Range(low)
+
+
+def above(low: float, high: float | None = None) -> Range:
+    return Range(low, high, open_low=True)
+
+
+def between(low: float, high: float) -> Range:
+    return Range(low, high)
+
+
+@dataclass(frozen=True)
 class Option:
-    """One setting of a technique, as its signature has it."""
+    """One setting of a technique, as its signature has it: ``name: type = default``, or with its
+    meaning and range ``name: Annotated[int, "what it means", at_least(1)] = 4``."""
 
     name: str
     type: Any  # int, float, bool, str, or Literal[...]; "| None" where None is allowed
     default: Any
+    meaning: str = ""
+    range: Range | None = None
+
+    @classmethod
+    def of(cls, p: inspect.Parameter) -> "Option":
+        if get_origin(p.annotation) is not Annotated:
+            return cls(p.name, p.annotation, p.default)
+        kind, *notes = get_args(p.annotation)
+        meaning = next((note for note in notes if isinstance(note, str)), "")
+        found = next((note for note in notes if isinstance(note, Range)), None)
+        return cls(p.name, kind, p.default, meaning, found)
 
     def read(self, text: str) -> Any:
         """The value that a word of the command line means; ValueError if it means none."""
@@ -61,8 +108,8 @@ class Option:
         return kind(text)
 
     def check(self, value: Any) -> Any:
-        """The value itself (NumPy's numbers as Python's, a whole number as float where that is
-        wanted); ValueError if it is of the wrong type."""
+        """The value itself (NumPy's numbers as Python's, an integer as float where that is wanted);
+        ValueError if it is of the wrong type or out of range."""
         if value is None and type(None) in get_args(self.type):
             return value
         choices = self.choices()
@@ -72,15 +119,19 @@ class Option:
                 value = kind(value)
         if type(value) is not kind or choices and value not in choices or value != value:
             raise ValueError
+        if self.range is not None and value not in self.range:
+            raise ValueError
         return value
 
     def needed(self) -> str:
-        """What is needed, in words."""
+        """What is expected, in words."""
         if choices := self.choices():
             return f"one of {', '.join(map(str, choices))}"
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        none = " or None" if type(None) in get_args(self.type) else ""
-        return words[self._kind()] + none
+        found = words[self._kind()]
+        if self.range is not None:
+            found = f"{'an integer' if self._kind() is int else 'a number'}, {self.range}"
+        return found + (" or None" if type(None) in get_args(self.type) else "")
 
     def choices(self) -> tuple:
         return get_args(self._type()) if get_origin(self._type()) is Literal else ()
@@ -116,7 +167,7 @@ class Technique:
     @property
     def options(self) -> dict[str, Option]:
         parameters = list(inspect.signature(self.function).parameters.values())[1:]
-        return {p.name: Option(p.name, p.annotation, p.default) for p in parameters}
+        return {p.name: Option.of(p) for p in parameters}
 
     @property
     def card(self) -> "Card":
@@ -395,6 +446,9 @@ def kinds(root: Part) -> set[type]:
 # Cards -------------------------------------------------------------------------------------------
 
 HEADINGS = (
+    "Paper", "Fidelity", "Kind", "Idea", "Offline", "Online", "Saves", "In NumPy", "Not for", "Proof",
+)  # fmt: skip
+OLDER_HEADINGS = (  # of cards that are not rewritten yet
     "Paper", "Kind", "Skips or precomputes", "Offline", "Online", "Saves", "Neutral", "Not for",
 )  # fmt: skip
 
@@ -415,7 +469,7 @@ def read_card(text: str) -> Card:
     current = summary
     for line in lines:
         heading, colon, rest = line.partition(":")
-        if colon and heading in HEADINGS:
+        if colon and heading in HEADINGS + OLDER_HEADINGS:
             current = sections.setdefault(heading, [])
             line = rest.strip()
         elif current is not summary:
