@@ -93,7 +93,7 @@ def group_of(path: str) -> str:
     return words[-1] if words else ""
 
 
-# What algorithms call ------------------------------------------------------------------------------
+# What algorithms call ----------------------------------------------------------------------------
 
 active: Ledger | None = None  # the open ledger, if any
 
@@ -154,7 +154,9 @@ def _methods(classes: set[type]) -> Iterator[tuple[type, str, Callable]]:
     """(class, name, method) for every method that these part classes define or inherit."""
     for cls in {base for cls in classes for base in cls.__mro__ if issubclass(base, Part)} - {Part}:
         for name, value in list(vars(cls).items()):
-            if isinstance(value, FunctionType) and (name == "__call__" or not name.startswith("__")):
+            if isinstance(value, FunctionType) and (
+                name == "__call__" or not name.startswith("__")
+            ):
                 yield cls, name, value
 
 

@@ -99,7 +99,7 @@ class Stack(Part):
 
 @part
 class Block(Part):
-    """Attention, then the feed-forward network, each added to the residual stream (llama, GPT-2)."""
+    """Attention, then the feed-forward network, each added to the residual stream."""
 
     attn: Part
     ffn: Part
@@ -139,8 +139,7 @@ class ParallelBlock(Part):
 
 @part
 class Attention(Part):
-    """Normalize; project to queries, keys and values; rotate; store keys and values; attend; project
-    back.
+    """Normalize; project to queries, keys, values; rotate; store keys and values; attend; project.
 
     "Store the keys and values of these tokens" (``backfill``) and "attend from these tokens"
     (``attend_from``) can be called apart, for different tokens; ``__call__`` does both.
@@ -315,7 +314,7 @@ class Activated(Part):
 class Linear(Part):
     """x @ w + b, with w stored (in, out)."""
 
-    layout = "columns"
+    read_by = "columns"
     w: np.ndarray
     b: np.ndarray | None = None
 
@@ -331,7 +330,7 @@ class Linear(Part):
 class Head(Part):
     """A column of weights for every token: logits are the products with all of them."""
 
-    layout = "columns"
+    read_by = "columns"
     w: np.ndarray  # (D, V)
     b: np.ndarray | None = None  # (V,), which no model has of itself but a fold may bring about
 

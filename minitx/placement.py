@@ -10,9 +10,9 @@ Techniques change matrices that lie as they are written, by rows. So placing the
 when a model is loaded (``minitx.load``) or changed (``technique.apply``). It changes no number:
 ``w`` has the same shape and entries and other strides. ``ops.linear`` looks at these.
 
-A part says how its matrix ``w`` is best read by ``layout``: "columns" (``Linear``, ``Head``), "rows"
-for one that reads a selection of its rows (which by columns takes some twenty times as long), or
-None for a matrix that stays as it is.
+A part says by ``read_by`` how its matrix ``w`` is best read: "columns" (``Linear``, ``Head``),
+"rows" for one that reads a selection of its rows (which by columns takes some twenty times as
+long), or None for a matrix that stays as it is.
 """
 
 from dataclasses import replace
@@ -52,10 +52,10 @@ def by_rows(root: Part) -> Part:
     return replaced(root, {k: np.ascontiguousarray(w) for k, w in large_matrices(root).items()})
 
 
-def large_matrices(root: Part, layout: str = "columns") -> dict[int, np.ndarray]:
-    """The large matrices of every part of that layout by their ids, in the order of the tree, one
+def large_matrices(root: Part, read_by: str = "columns") -> dict[int, np.ndarray]:
+    """The large matrices of every part that is read so by their ids, in the order of the tree, one
     that stands in two places once."""
-    matrices = (node.w for _, node in walk(root) if node.layout == layout)
+    matrices = (node.w for _, node in walk(root) if node.read_by == read_by)
     return {id(w): w for w in matrices if w.size > ops.LARGE}
 
 
@@ -63,7 +63,7 @@ def replaced(root: Part, new: dict[int, np.ndarray]) -> Part:
     """A copy of the tree with other arrays for those matrices whose ids these are."""
 
     def change(node: Part) -> Part | None:
-        if node.layout is None or new.get(id(node.w), node.w) is node.w:
+        if node.read_by is None or new.get(id(node.w), node.w) is node.w:
             return None
         return replace(node, w=new[id(node.w)])
 

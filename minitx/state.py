@@ -86,6 +86,7 @@ class Layer:
 
     keys, values: (..., K, allocated, d), of which the first ``count`` rows are in use. Stored by
     head, so that a step of decoding multiplies them where they lie, without a copy.
+    row_positions: the position of each row, for all heads or by key head; None: row r holds r.
     tokens: those in hand, set by whoever runs the block (``Stack``, or ``take`` by hand).
     """
 
@@ -105,7 +106,7 @@ class Layer:
         self.keys: Any = None
         self.values: Any = None
         self.count = 0
-        self.row_positions: np.ndarray | None = None  # (count,) or (..., K, count); None: row r is r
+        self.row_positions: np.ndarray | None = None  # (count,) or (..., K, count)
         self.visible: np.ndarray | None = None  # rows that this step may see; None: all
         self.rewindable_to = 0  # the earliest position that can still be returned to, besides 0
         self.evicted_by = ""  # the technique that has freed what lies before
@@ -309,8 +310,6 @@ class State:
             raise MinitxError(
                 f"Cannot rewind to position {position}: the sequence has {self.position} tokens."
             )
-        if position == self.position:
-            return
         for layer in self.layers:
             layer.check_rewind(position)
         self.position = position

@@ -45,8 +45,8 @@ PACKAGES = ("minitx.precompute", "minitx.skip")
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may have: from ``low`` to ``high``, each None where there is no bound;
-    ``open_low``: above ``low`` rather than from it."""
+    """The values that a number may have: from ``low`` (above it, if ``open_low``) to ``high``; None
+    where there is no bound."""
 
     low: float | None = None
     high: float | None = None
@@ -63,7 +63,11 @@ class Range:
             return low
         if self.low is None:
             return f"at most {self.high:g}"
-        return f"{low} and at most {self.high:g}" if self.open_low else f"{self.low:g} to {self.high:g}"
+        return (
+            f"{low} and at most {self.high:g}"
+            if self.open_low
+            else f"{self.low:g} to {self.high:g}"
+        )
 
 
 def at_least(low: float) -> Range:
@@ -228,10 +232,11 @@ def technique(
 
     level: one of ``LEVELS``. exact: does the model compute the same, but for rounding? neutral:
     options with which it computes exactly what the dense model does, None for a technique that is
-    exact and has no such setting. after: techniques of the same level that come first. demo: options
-    with which it acts on the tiny models of the tests (the defaults, if they do), and event: what it
-    counts then, which the tests look for. A technique without an event has acted if the logits
-    changed (approximate) or the tree did (exact).
+    exact and has no such setting. after: techniques of the same level that come first.
+
+    demo: options with which it acts on the tiny models of the tests (the defaults, if they do), and
+    event: what it counts then, which the tests look for. A technique without an event has acted if
+    the logits changed (approximate) or the tree did (exact).
     """
 
     def register(f):
@@ -296,6 +301,8 @@ def apply(lm: LM, wanted: dict[str, dict | bool]) -> LM:
         if options is not False:
             found = find(name)
             chosen[found.name] = found.checked({} if options is True else options)
+    if not chosen:
+        return by_columns(lm)
     taken: dict[type, str] = {}  # type of part -> the technique that replaced the last of it
     put: dict[type, str] = {}  # type of part -> the technique that brought the first of it
     lm = replace(lm, model=by_rows(lm.model))  # which is how techniques know matrices
@@ -409,20 +416,25 @@ def wrap(root: Part, slot: str, make: Callable[[Any, int], Part]) -> Part:
 
     new = _rebuild_model(root, change_stack)
     if not found:
-        raise NoSuchPart(SLOTS[slot])
+        has_stack = any(type(node) is Stack for _, node in walk(root))
+        raise NoSuchPart(SLOTS[slot] if has_stack else Stack)
     return new
 
 
 def blocks_of(root: Part) -> tuple[Part, ...]:
     """The blocks of an LM or a model, in the order in which they run."""
     model = root.model if isinstance(root, LM) else root
-    return next(node.blocks for _, node in walk(model) if type(node) is Stack)
+    found = next((node.blocks for _, node in walk(model) if type(node) is Stack), None)
+    if found is None:
+        raise NoSuchPart(Stack)
+    return found
 
 
 def _rebuild_model(root: Part, change: Callable) -> Part:
-    if isinstance(root, LM):
-        return replace(root, model=rebuild(root.model, change))
-    return rebuild(root, change)
+    if not isinstance(root, LM):
+        return rebuild(root, change)
+    model = rebuild(root.model, change)
+    return root if model is root.model else replace(root, model=model)
 
 
 def decides(model: Part) -> str:
@@ -446,7 +458,8 @@ def kinds(root: Part) -> set[type]:
 # Cards -------------------------------------------------------------------------------------------
 
 HEADINGS = (
-    "Paper", "Fidelity", "Kind", "Idea", "Offline", "Online", "Saves", "In NumPy", "Not for", "Proof",
+    "Paper", "Fidelity", "Kind", "Idea", "Offline",
+    "Online", "Saves", "In NumPy", "Not for", "Proof",
 )  # fmt: skip
 OLDER_HEADINGS = (  # of cards that are not rewritten yet
     "Paper", "Kind", "Skips or precomputes", "Offline", "Online", "Saves", "Neutral", "Not for",

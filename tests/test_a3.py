@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from slow import a3 as slow
 from test_predictive_attention import random_qkv, run
-from tiny import tiny_lm
+from tiny import stored, tiny_lm
 
 from minitx import ops
 from minitx.keys import greedy_search
@@ -180,8 +180,7 @@ def test_columns_follow_a_cache_that_was_filled_or_rewound_elsewhere(rebuild):
     attend, layer = part(M=0.25, rebuild=rebuild), Layer(30)
     expected = run(attend, q, k, v, (30,))
     run(attend, q, k, v, (6,), layer)
-    layer.extend(k[:, 6:11], v[:, 6:11])
-    layer.position = 11  # five tokens whose queries were never asked
+    stored(layer, k[:, 6:11], v[:, 6:11])
     np.testing.assert_allclose(run(attend, q, k, v, (1, 8), layer), expected[:, 11:20], atol=1e-12)
     layer.rewind(9)
     run(attend, -q, -k, -v, (4,), layer)  # something else, to be forgotten

@@ -7,7 +7,7 @@ import pytest
 from slow import a3 as slow
 from test_a3 import part
 from test_predictive_attention import random_qkv, run
-from tiny import tiny_lm
+from tiny import stored, tiny_lm
 
 from minitx.errors import MinitxError
 from minitx.ledger import counting
@@ -61,8 +61,7 @@ def test_a_decoded_token_costs_what_the_card_says(family, M, T):
 def test_at_longer_contexts_fewer_products_are_made_than_there_are(n):
     q, k, v = random_qkv(1, S=n, d=16)
     attend, layer = part(M=0.125), Layer(n)
-    layer.extend(k[:, :-1], v[:, :-1])
-    layer.position = n - 1
+    stored(layer, k[:, :-1], v[:, :-1])
     with counting(attend) as counts:
         run(attend, q, k, v, (1,), layer)
     made = counts.entries["choose.search"].multiply_adds / 4
@@ -94,9 +93,9 @@ def test_a_rebuild_sorts_when_a_block_is_full():
         with counting(attend) as counts:
             run(attend, q, k, v, (1,), layer)
         moved.append(counts.events["sorted numbers moved"])
-        unfinished = layer.position % 8
+        unfinished = layer.tokens.end % 8
         assert counts.events["keys kept"] >= 4 * unfinished
-        assert counts.events["keys kept"] <= 4 * (unfinished + max(1, round(layer.position / 4)))
+        assert counts.events["keys kept"] <= 4 * (unfinished + max(1, round(layer.tokens.end / 4)))
     assert {n for n, found in enumerate(moved, 1) if found} == {8, 16}
     assert moved[15] == 2 * 8 * 16
 

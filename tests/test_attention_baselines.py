@@ -44,7 +44,7 @@ def test_each_row_keeps_r_keys_and_none_that_it_does_not_see(make, r):
     kept = kept_by(make(r), q, k)
     n = np.arange(1, 31)
     np.testing.assert_array_equal(kept.sum(-1), np.broadcast_to(np.minimum(n, r), (2, 2, 30)))
-    assert not (kept & ops.future(30)).any()
+    assert not (kept & ops.causal_mask(30)).any()
 
 
 def test_the_oracle_keeps_the_most_mass_of_any_choice():

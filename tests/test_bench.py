@@ -286,10 +286,10 @@ def test_linear_is_a_product_however_it_is_taken(monkeypatch, shape, large, orde
 
 
 def test_masks_are_kept_for_short_blocks_only():
-    ops.future.cache_clear()
+    ops.causal_mask.cache_clear()
     k = v = draw(1, 200, 4)
     for T in range(1, 200):
         q = draw(1, T, 4)
         ops.attention(q, k, v, 0.5)
         ops.attention(q, k[:, :T], v[:, :T], 0.5)
-    assert ops.future.cache_info().currsize <= ops.ROWS
+    assert ops.causal_mask.cache_info().currsize <= ops.ROWS

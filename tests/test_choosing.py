@@ -116,7 +116,7 @@ def test_largest_of_equals_takes_the_earlier(seed, step):
 
 
 def test_seen():
-    assert Seen(1, 9).count.tolist() == [9] and Seen(1, 9).hidden is None
+    assert Seen(1, 9).count.tolist() == [9] and Seen(1, 9).mask is None
     assert Seen(3, 9).count.reshape(-1).tolist() == [7, 8, 9]
     padded = Seen(3, 9, np.array([0, 8]))
     assert padded.count.reshape(2, 3).tolist() == [[7, 8, 9], [1, 1, 1]]

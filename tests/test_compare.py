@@ -147,7 +147,7 @@ def leave_out(monkeypatch):
     monkeypatch.setattr(module, "REGISTRY", dict(module.REGISTRY))
 
     def leave_out(lm, *, n: int = 1):
-        return module.swap_numbered(lm, FFN, lambda ffn, i: Left(ffn) if i < n else ffn)
+        return module.wrap(lm, "ffn", lambda ffn, i: Left(ffn) if i < n else ffn)
 
     technique(level="ffn", exact=False, neutral={"n": 0})(leave_out)
     known = module.names() | {"leave_out": "minitx.technique"}

@@ -26,7 +26,7 @@ from minitx.lab.compare_attention import Plan, chains, checked, compare_attentio
 from minitx.lab.sweep import need_pyplot
 from minitx.lm import LM
 from minitx.model import Attend, Rope
-from minitx.state import Layer
+from minitx.state import Layer, Tokens
 from minitx.technique import names, swap
 from minitx.tree import Part, part
 
@@ -364,9 +364,11 @@ def test_what_is_timed_is_attention_to_all_tokens_before(family):
     for number in (1, 0, 2):
         assert runner.step(number) > 0
         token = runner.token(number)
-        whole = attn(np.concatenate([x[:39], token]), Layer(40, remember=False))
+        whole = attn(np.concatenate([x[:39], token]), Layer(40, remember=False).take(40))
         runner.layer.rewind(39)
-        np.testing.assert_allclose(attn(token, runner.layer)[0], whole[-1], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            attn(token, runner.layer.take(1))[0], whole[-1], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_inputs_are_what_the_block_reads():
@@ -386,9 +388,9 @@ def test_a_method_that_mixes_nothing_is_the_rest_of_attention():
     bare = swap(lm, Attend, attention_timing.PassOn)
     attn = attention_timing.attention(bare, 0, 20)
     x = np.ones((3, 16), np.float32)
-    q = attn.rope(attn.qkv(attn.norm(x))[0].reshape(3, 2, 8).swapaxes(0, 1), Layer(3))
+    q = attn.rope(attn.qkv(attn.norm(x))[0].reshape(3, 2, 8).swapaxes(0, 1), Tokens(slice(0, 3)))
     expected = attn.out(q.swapaxes(0, 1).reshape(3, 16))
-    np.testing.assert_allclose(attn(x, Layer(3)), expected, rtol=1e-6)
+    np.testing.assert_allclose(attn(x, Layer(3).take(3)), expected, rtol=1e-6)
 
 
 def test_turns_are_medians_without_the_first():

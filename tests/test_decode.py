@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from tiny import FAMILIES, Spy, tiny_model
+from tiny import FAMILIES, Spy, decode, tiny_model
 
 from minitx import ops
 from minitx.decode import Autoregressive, Sampler, among_largest, nucleus
@@ -222,7 +222,7 @@ def without_cache(model, prompt, choose, limit):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 50, "seed": 3}])
 def test_the_loop_is_its_definition(model, options):
     for prompt in ([5], [7, 250, 3, 3, 9]):
-        found = list(Autoregressive()(model, prompt, Sampler(**options), 30))
+        found = list(decode(Autoregressive(), model, prompt, Sampler(**options), 30))
         assert found == without_cache(model, prompt, Sampler(**options), 30)
         assert len(set(found)) > 3, "a text that says something about the cache"
 
@@ -232,18 +232,20 @@ def test_a_batch_gives_what_each_row_gives_alone(model, lengths):
     rng = np.random.default_rng(8)
     prompts = [rng.integers(0, 259, n).tolist() for n in lengths]
     options = [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 0.5, "top_p": 0.9, "seed": 5}]
-    alone = [list(Autoregressive()(model, p, Sampler(**o), 20)) for p, o in zip(prompts, options)]
+    alone = [
+        list(decode(Autoregressive(), model, p, Sampler(**o), 20)) for p, o in zip(prompts, options)
+    ]
     steps = Autoregressive().batch(model, prompts, [Sampler(**o) for o in options], 20)
     assert [list(row) for row in zip(*steps)] == alone
 
 
 def test_nothing_is_run_that_nobody_asked_for():
     spy = Spy(tiny_model(), [])
-    tokens = Autoregressive()(spy, [1, 2, 3], Sampler(), 10)
+    tokens = decode(Autoregressive(), spy, [1, 2, 3], Sampler(), 10)
     assert spy.runs == []
     assert len(list(islice(tokens, 4))) == 4
     assert spy.runs == [(3,), (1,), (1,), (1,)]  # the prompt in one go; the last token not at all
-    assert list(Autoregressive()(spy, [1], Sampler(), 0)) == [] and len(spy.runs) == 4
+    assert list(decode(Autoregressive(), spy, [1], Sampler(), 0)) == [] and len(spy.runs) == 4
     steps = Autoregressive().batch(spy, [[1, 2], [3]], [Sampler(), Sampler()], 10)
     assert len(list(islice(steps, 3))) == 3
     assert spy.runs[4:] == [(2, 2), (2, 1), (2, 1)]

@@ -13,7 +13,7 @@ from minitx.keys.detector import Detect, Detector, coded, projection, random_det
 from minitx.ledger import counting
 from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope
 from minitx.skip.dota import DetectingAttention, Guess, Strongest, guessed, loads
-from minitx.state import Layer
+from minitx.state import Layer, Tokens
 from minitx.technique import apply
 from minitx.tree import Part, part, walk
 
@@ -76,10 +76,10 @@ DENSE = [[1, 0], [0.6089, 0], [2.5676, 1.5905], [2.7126, 1.5317], [1.0523, 2.573
 
 def scores_of_the_example(bits):
     detect = Detect.of(DETECTOR, ATTN, 2, bits)
-    layer = Layer(5)
-    queries, keys = detect(X, layer)
+    tokens = Tokens(slice(0, 5))
+    queries, keys = detect(X, tokens)
     y, y_scale = coded(X @ P, bits)
-    _, q_scale = detect.rows((y, y_scale), detect.w_q, detect.s_q, layer)
+    _, q_scale = detect.rows((y, y_scale), detect.w_q, detect.s_q, tokens)
     return guessed(queries, *keys)[0, 0] * q_scale[0][:, None]
 
 
@@ -98,7 +98,7 @@ def test_guesses_of_the_example(bits):
 
 
 def test_codes_of_the_example():
-    _, (codes, scales) = Detect.of(DETECTOR, ATTN, 2, 4)(X, Layer(5))
+    _, (codes, scales) = Detect.of(DETECTOR, ATTN, 2, 4)(X, Tokens(slice(0, 5)))
     assert codes[0].tolist() == [[4, 7], [-4, 7], [7, 2], [7, 0], [2, 7]]
     np.testing.assert_allclose(scales[0], [0.34993, 0.34993, 0.52489, 0.34993, 0.52489], atol=5e-6)
 
@@ -121,8 +121,8 @@ def test_selections_and_outputs_of_the_example(monkeypatch, bits, sizes):
     kept = note_kept(monkeypatch)
     part, layer, found = detecting(DETECTOR, ATTN, 2, bits, 2), Layer(5), []
     for size in sizes:
-        found.append(part(X[layer.position : layer.position + size], layer))
-        layer.position += size
+        x = X[layer.tokens.end : layer.tokens.end + size]
+        found.append(part(x, layer.take(size)))
     np.testing.assert_allclose(np.concatenate(found), OUTPUT, atol=5e-5)
     rows = [set(np.flatnonzero(row)) for call in kept for row in call[0, 0]]
     assert rows == SELECTED[-len(rows) :]  # the first two see no more than kappa keys
@@ -133,8 +133,8 @@ def test_selections_and_outputs_of_the_example(monkeypatch, bits, sizes):
 
 
 def test_errors_of_the_example_and_their_bound():
-    found = detecting(DETECTOR, ATTN, 2, None, 2)(X, Layer(5))
-    dense = ATTN(X, Layer(5))
+    found = detecting(DETECTOR, ATTN, 2, None, 2)(X, Layer(5).take(5))
+    dense = ATTN(X, Layer(5).take(5))
     np.testing.assert_allclose(dense, DENSE, atol=5e-5)
     error = np.linalg.norm(found - dense, axis=1)
     s = (X @ W_Q @ (X @ W_K).T) * 2**-0.5
@@ -169,7 +169,7 @@ def test_a_perfect_detector_chooses_as_the_scores_themselves(monkeypatch, kappa)
     x, w_q, w_k, w_v = rng.standard_normal((20, 6)), *rng.standard_normal((3, 6, 6))
     attn = replace(ATTN, qkv=QKV(Linear(w_q), Linear(w_k), Linear(w_v)), out=Bare())
     kept = note_kept(monkeypatch)
-    detecting(Detector(np.eye(6), w_q, w_k), attn, kappa, None, 6)(x, Layer(20))
+    detecting(Detector(np.eye(6), w_q, w_k), attn, kappa, None, 6)(x, Layer(20).take(len(x)))
     (kept,) = kept
     scores = (x @ w_q) @ (x @ w_k).T
     for i in range(20):
@@ -191,7 +191,7 @@ def test_it_is_the_literal_twin(monkeypatch, bits, heads, kv_heads):
     p = projection(D, k, rng).astype(float)
     low_q, low_k = (rng.standard_normal((k, n * k)) for n in (heads, kv_heads))
     with counting(part := detecting(Detector(p, low_q, low_k), attn, kappa, bits, d)) as counts:
-        found = part(x, Layer(T))
+        found = part(x, Layer(T).take(T))
     all_chosen = []
     for h in range(heads):
         g = h // (heads // kv_heads)
@@ -268,17 +268,16 @@ def test_a_kappa_that_no_context_reaches_is_dense(family, bits):
 
 
 def test_keys_of_tokens_that_passed_a_layer_by_are_remembered():
-    """After ``fill`` of all before it, a token finds the K~ that calling the layer would leave."""
+    """After ``backfill`` of all before it a token finds the K~ that running the layer leaves."""
     lm = with_detectors("llama", 3)
     block = lm.model.stack.blocks[0]
     x = np.random.default_rng(6).standard_normal((20, 16))
     called, filled = Layer(48), Layer(48)
-    block(x[:19], called)
+    block(x[:19], called.take(19))
     for a, b in ((0, 7), (7, 8), (8, 19)):
-        block.fill(x[a:b], filled)
-        filled.position = b
-    called.position = 19
-    np.testing.assert_allclose(block(x[19:], filled), block(x[19:], called), atol=1e-12)
+        block.backfill(x[a:b], filled.take(b - a))
+    last = [block(x[19:], layer.take(1)) for layer in (filled, called)]
+    np.testing.assert_allclose(*last, atol=1e-12)
     ours, theirs = (layer.memory.kept[Guess] for layer in (called, filled))
     np.testing.assert_array_equal(ours.keys[..., :20, :], theirs.keys[..., :20, :])
     assert ours.keys.dtype == np.int8
@@ -293,7 +292,7 @@ def test_it_works_with_early_exits_and_folded_norms():
 def test_the_random_ones_to_train_begin_small():
     found = random_detectors(replace(FAMILIES["llama"], width=64), 4, 0)
     x = np.random.default_rng(0).standard_normal((400, 64)).astype(np.float32)
-    q, k = found[0](x, NoRope(), Layer(400))
+    q, k = found[0](x, NoRope(), Tokens(slice(0, 400)))
     assert (q @ k.swapaxes(-1, -2)).var() == pytest.approx(1, rel=0.7)
     assert len(found) == 2 and (found[0].p != found[1].p).any()
     assert {a.dtype for d in found for a in (d.p, d.w_q, d.w_k)} == {np.dtype(np.float32)}

@@ -17,7 +17,6 @@ from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import Block, Stack
-from minitx.skip.early_exit import runs
 from minitx.technique import apply, swap
 from minitx.training.exit_probe import examples, logistic, train_probe
 from minitx.tree import Part, part, weights
@@ -87,12 +86,6 @@ def test_saturation_is_a_cosine():
 def test_chance_belongs_to_the_depth_and_the_position():
     u = np.arange(6.0).reshape(2, 3)
     np.testing.assert_array_equal(Drawn(u)(None, None, 1, np.array([2, 0])), [5, 3])
-
-
-def test_runs_cover_everything_in_order():
-    flags = np.array([1, 1, 0, 1, 0, 0], bool)
-    assert list(runs(flags)) == [(0, 2, True), (2, 3, False), (3, 4, True), (4, 6, False)]
-    assert list(runs(flags[:1])) == [(0, 1, True)]
 
 
 # Copying the state -------------------------------------------------------------------------------
@@ -307,6 +300,7 @@ def test_the_probe_is_better_than_chance_and_the_same_each_time():
         last = dense.logits(ids).argmax(-1)
         x = dense.model.embed(np.array(ids), slice(0, 30))
         state = dense.model.new_state()
+        state.take(30)
         for depth in range(L - 1):
             x = dense.model.stack.run(x, state, depth, depth + 1)
             expected.append(dense.model.head(dense.model.norm(x)).argmax(-1) == last)

@@ -65,7 +65,7 @@ def test_figure_6():
     """Four keys of one number each, so that they are the scores."""
     scores = np.array([1.35, -0.72, 0.86, 0.24])
     q, k = np.full((1, 4, 1), 2.0), scores[None, :, None] / 2
-    w = ops.attention_weights(q, k, 1.0, Seen(4, 4).hidden)
+    w = ops.attention_weights(q, k, 1.0, Seen(4, 4).mask)
     np.testing.assert_allclose(w[0, 3] / w[0, 3].sum(), [0.48, 0.06, 0.30, 0.16], atol=0.005)
     t = samples(q, k, 1.0, 1.0, Seen(4, 4))[0, 3]
     np.testing.assert_allclose(t, 0.86 / (2 * (1.35 / 2)))

@@ -15,7 +15,7 @@ from minitx.ledger import counting
 from minitx.model import Attend
 from minitx.skip.elsa import learn, samples
 from minitx.state import Layer
-from minitx.technique import apply, find, swap_numbered
+from minitx.technique import apply, find, swap, wrap
 from minitx.training.calibration import calibration_texts
 from minitx.training.stories import split_of
 from minitx.tree import Part, part
@@ -38,7 +38,11 @@ class Recorder(Part):
 def recorded(lm, texts):
     """For each layer the (queries, keys) of each text."""
     layers = [[] for _ in lm.model.stack.blocks]
-    model = swap_numbered(lm.model, Attend, lambda dense, number: Recorder(dense, layers[number]))
+
+    def change(attn, index):
+        return swap(attn, Attend, lambda dense: Recorder(dense, layers[index]))
+
+    model = wrap(lm.model, "attn", change)
     for ids in texts:
         model(ids)
     return layers

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from differences import check, draw
+from tiny import padded_mask
 
 from minitx import ops
 from minitx.training.grad import grad_of
@@ -62,7 +63,8 @@ def test_attention_in_a_padded_batch(monkeypatch, rows):
     monkeypatch.setattr(ops, "ROWS", rows)
     start = np.array([0, 2, 4])
     q, k, v = draw(3, 4, 5, 3), draw(3, 2, 5, 3, seed=1), draw(3, 2, 5, 3, seed=2)
-    check(lambda q, k, v: ops.attention(q, k, v, 0.7, start), q, k, v)
+    mask = padded_mask(start, 5)
+    check(lambda q, k, v: ops.attention(q, k, v, 0.7, mask), q, k, v)
 
 
 def test_every_operation_has_a_rule():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tiny import padded_mask
 
 from minitx import ops
 from minitx.build import build, random_model, shapes
@@ -119,7 +120,8 @@ def test_the_context_is_a_limit(model):
     state = model.new_state()
     model.next_logits(np.zeros(160, int), state)
     with pytest.raises(MinitxError, match="161 tokens"):
-        state.layers[0].extend(*[np.zeros((1, 1, 8))] * 2)
+        model.next_logits([0], state)
+    assert state.position == 160 and {layer.count for layer in state.layers} == {160}
 
 
 def test_shapes_are_those_of_the_built_model(model):
@@ -168,7 +170,7 @@ def test_attention_with_large_scores_does_not_overflow():
 
 def test_a_row_of_padding_gives_numbers():
     q = np.ones((2, 1, 4, 2))
-    out = ops.attention(q, q, q, 1.0, np.array([0, 3]))
+    out = ops.attention(q, q, q, 1.0, padded_mask(np.array([0, 3]), 4))
     assert np.isfinite(out).all()
 
 
@@ -196,11 +198,10 @@ def test_layer_memory_is_rewound():
         def rewind(self, position):
             self.seen = min(self.seen, position)
 
-    layer = Layer(10)
-    layer.position = 5
+    layer = Layer(10).take(5)
     assert layer.memory.recall("me", Count) is layer.memory.recall("me", Count)
     layer.rewind(2)
-    assert (layer.position, layer.memory.recall("me", Count).seen) == (2, 2)
+    assert (layer.tokens.end, layer.memory.recall("me", Count).seen) == (2, 2)
 
     state = State(2, 10)
     state.position = 5
@@ -249,13 +250,12 @@ def test_the_best_next_token_is_that_of_the_last_row(model, ids):
 
 
 def test_filling_remembers_what_running_remembers(model, ids):
-    """A block's ``fill`` leaves the keys and values that the block itself would, and no more."""
+    """A block's ``backfill`` leaves the keys and values that the block would, and no more."""
     block = model.stack.blocks[0]
     x = model.embed(ids, slice(0, len(ids)))
     ran, filled = model.new_state().layers[0], model.new_state().layers[0]
-    block(x, ran)
-    assert block.fill(x, filled) is None
     S = len(ids)
+    block(x, ran.take(S))
+    assert block.backfill(x, filled.take(S)) is None
     assert close(filled.keys[:, :S], ran.keys[:, :S])
     assert close(filled.values[:, :S], ran.values[:, :S])
-    assert filled.position == 0  # which the stack moves on

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from slow import predictive_attention as slow
-from tiny import tiny_lm
+from tiny import stored, tiny_lm
 
 from minitx import ops
 from minitx.keys.choosing import AttendChosen
@@ -47,10 +47,9 @@ def run(attend, q, k, v, sizes, layer=None):
     layer = Layer(q.shape[-2], remember=True) if layer is None else layer
     found = []
     for size in sizes:
-        new = slice(layer.position, layer.position + size)
-        so_far = layer.extend(k[..., new, :], v[..., new, :])
+        new = slice(layer.tokens.end, layer.tokens.end + size)
+        so_far = stored(layer, k[..., new, :], v[..., new, :])
         found.append(attend(q[..., new, :], *so_far, layer))
-        layer.position += size
     return np.concatenate(found, -2)
 
 
@@ -184,8 +183,7 @@ def test_codes_follow_a_cache_that_was_filled_or_rewound_elsewhere():
     attend, layer = part(tau=0.3), Layer(30)
     expected = run(attend, q, k, v, (30,))
     run(attend, q, k, v, (6,), layer)
-    layer.extend(k[:, 6:11], v[:, 6:11])
-    layer.position = 11  # five tokens whose queries were never asked
+    stored(layer, k[:, 6:11], v[:, 6:11])
     np.testing.assert_allclose(run(attend, q, k, v, (1, 8), layer), expected[:, 11:20], atol=1e-12)
     layer.rewind(9)
     run(attend, -q, -k, -v, (4,), layer)  # something else, to be forgotten
@@ -193,8 +191,7 @@ def test_codes_follow_a_cache_that_was_filled_or_rewound_elsewhere():
     found = run(attend, q, k, v, (3, 1, 17), layer)
     np.testing.assert_allclose(found, expected[:, 9:], atol=1e-12)
     layer.rewind(9)
-    layer.extend(k[:, 9:16] / 3, v[:, 9:16])  # skipped right after a rewind: other keys than before
-    layer.position = 16
+    stored(layer, k[:, 9:16] / 3, v[:, 9:16])  # skipped after a rewind: other keys
     k[:, 9:16] /= 3
     expected = run(attend, q, k, v, (30,))
     np.testing.assert_allclose(run(attend, q, k, v, (1, 13), layer), expected[:, 16:], atol=1e-12)

@@ -14,7 +14,7 @@ from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import FFN, Attention, Linear, Transformer
 from minitx.precompute.prune_structure import contributions, largest
-from minitx.technique import apply, swap_numbered
+from minitx.technique import apply, wrap
 from minitx.training.calibration import Moments, calibration_texts, watch_inputs
 from minitx.tree import map_weights, nbytes, walk
 
@@ -109,7 +109,7 @@ def with_zeros(lm, changed):
         rows = [np.flatnonzero((before.out.w == row).all(1))[0] for row in after.out.w]
         return replace(part, out=zeroed(part.out, rows))
 
-    return swap_numbered(swap_numbered(lm, FFN, ffn), Attention, attn)
+    return wrap(wrap(lm, "ffn", ffn), "attn", attn)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,10 +21,11 @@ IDS = RNG.integers(0, 258, 30)
 def test_what_is_read_back_is_what_the_twin_keeps(bits, group, dtype):
     k, v = RNG.normal(size=(2, 3, 5, 6)).astype(dtype)  # K, T, d
     k[1, 2] = 0
-    cache, layer = FewBitCache(bits, group), Layer(8)
-    first = cache(k[:, :4], v[:, :4], layer)
-    layer.position = 4
-    found = cache(k[:, 4:], v[:, 4:], layer)
+    cache, layer = FewBitCache(bits, group, np.dtype(dtype).name), Layer(8)
+    cache.store(k[:, :4], v[:, :4], layer.take(4))
+    first = cache.read(layer)
+    cache.store(k[:, 4:], v[:, 4:], layer.take(1))
+    found = cache.read(layer)
     for part, whole, x in zip(first, found, (k, v)):
         assert whole.dtype == dtype
         np.testing.assert_array_equal(part, whole[:, :4])  # later tokens change nothing

@@ -16,7 +16,7 @@ from minitx.files.hf_config import read_config
 from minitx.files.huggingface import read_model, write_model
 from minitx.lab.check import NO_OTHER, check_models, run_stages
 from minitx.skipless import NoNorm, SkiplessBlock, SkiplessParallelBlock
-from minitx.state import Layer
+from minitx.state import Layer, Tokens
 from minitx.training.data import Encoder
 from minitx.training.loss import token_losses
 from minitx.training.recipe import recipe_from
@@ -43,7 +43,8 @@ CONFIGS = {
 def test_blocks_add_nothing_and_normalise_nothing():
     x = np.random.default_rng(1).standard_normal((5, 16))
     block = tiny_model("skipless", dtype=np.float64).stack.blocks[0]
-    layer = Layer(48)
+    layer = Layer(48, remember=False).take(5)
+    layer.count = 5
     mixed = block.attn.out(
         np.concatenate(
             [block.attn.attend(*heads(block, x, h), layer)[0] for h in range(2)], axis=-1
@@ -53,7 +54,7 @@ def test_blocks_add_nothing_and_normalise_nothing():
     expected = hidden @ block.ffn.down.w + block.ffn.down.b
     np.testing.assert_allclose(block(x, layer), expected, atol=1e-12)
     parallel = SkiplessParallelBlock(block.attn, block.ffn)
-    found = parallel(x, Layer(48))
+    found = parallel(x, Layer(48).take(5))
     np.testing.assert_allclose(found, mixed + block.ffn(x, layer), atol=1e-12)
 
 
@@ -61,7 +62,8 @@ def heads(block, x, h):
     """q, k (rotated) and v of one head, (1, T, d)."""
     columns = slice(8 * h, 8 * h + 8)
     q, k, v = (part[:, columns][None] for part in block.attn.qkv(x))
-    return block.attn.rope(q, Layer(48)), block.attn.rope(k, Layer(48)), v
+    where = Tokens(slice(0, len(x)))
+    return block.attn.rope(q, where), block.attn.rope(k, where), v
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -80,9 +82,9 @@ def test_filling_remembers_what_running_does():
     for config in (SKIPLESS, replace(SKIPLESS, parallel=True)):
         block = random_model(config).stack.blocks[0]
         x = np.random.default_rng(1).standard_normal((5, 16)).astype(np.float32)
-        layers = Layer(48), Layer(48)
+        layers = Layer(48).take(5), Layer(48).take(5)
         block(x, layers[0])
-        block.fill(x, layers[1])
+        block.backfill(x, layers[1])
         np.testing.assert_array_equal(layers[0].keys[:, :5], layers[1].keys[:, :5])
         np.testing.assert_array_equal(layers[0].values[:, :5], layers[1].values[:, :5])
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from slow import sparse_memory as slow
 from test_predictive_attention import random_qkv, run
+from tiny import stored
 
 from minitx import ops
 from minitx.keys.choosing import AttendChosen, Seen
@@ -56,9 +57,9 @@ def test_the_example(sizes):
     done = 0
     for size in sizes:
         new = slice(done, done + size)
-        so_far = layer.extend(KEYS[None, new], VALUES[None, new])
+        so_far = stored(layer, KEYS[None, new], VALUES[None, new])
         out = attend(QUERIES[None, new], *so_far, layer)
-        layer.position = done = done + size
+        done += size
         np.testing.assert_allclose(out[0], [step[3] for step in STEPS[new]], atol=5e-5)
         slots = slots_of(layer)
         used = min(done, 3)
@@ -304,9 +305,8 @@ def test_rewinding_and_keys_that_passed_by(index):
     attend, layer = part(index=index, N=7), Layer(30)
 
     def skip(many):
-        new = slice(layer.position, layer.position + many)
-        layer.extend(k[:, new], v[:, new])
-        layer.position += many
+        new = slice(layer.tokens.end, layer.tokens.end + many)
+        stored(layer, k[:, new], v[:, new])
 
     def journey():
         found = [run(attend, q, k, v, (6,), layer)]
@@ -336,10 +336,9 @@ def test_nothing_is_read_that_was_evicted_and_N_is_never_exceeded():
     before = [set(), set()]
     for t in range(60):
         new = slice(t, t + 1)
-        keys, _ = layer.extend(k[:, new], v[:, new])
+        keys, _ = stored(layer, k[:, new], v[:, new])
         known = choose.remember(keys, layer)
         kept = choose(q[:, new], keys, known, Seen(1, t + 1))  # (K, G, 1, S)
-        layer.position += 1
         assert (kept.sum(-1) == min(4, t + 1)).all()
         for h in (0, 1):
             now = set(known.token[h, : min(t + 1, 9)].tolist())

@@ -122,10 +122,12 @@ def test_a_batch_generates_alike_together_and_alone():
     lm = apply(tiny_lm(dtype=np.float64), {"sparse_memory": {"K": 3, "N": 10}})
     even = [IDS[:9].tolist(), IDS[9:18].tolist()]
     assert lm.generate(even, 20) == [lm.generate(prompt, 20) for prompt in even]
-    for options in ({"N": 10}, {"index": "kd-tree"}):
-        lm = apply(tiny_lm(), {"sparse_memory": options})
+    for options in ({"N": 10}, {"index": "kd-tree"}):  # what cannot share a batch is run in turns
+        lm = apply(tiny_lm(dtype=np.float64), {"sparse_memory": options})
+        assert lm.generate(prompts, 9) == [lm.generate(prompt, 9) for prompt in prompts]
+        padded = lm.model.new_state(np.array([0, 3]))
         with pytest.raises(MinitxError, match="^sparse_memory cannot .* run them one by one") as no:
-            lm.generate(prompts, 3)
+            lm.model(np.array([IDS[:9], IDS[9:18]]), padded)
         assert "\n" not in str(no.value)
 
 

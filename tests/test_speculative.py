@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from slow import speculative as slow
-from tiny import tiny_lm, tiny_model
+from tiny import decode, tiny_lm, tiny_model
 
 from minitx import ledger
 from minitx.decode import Sampler
@@ -139,7 +139,7 @@ def constant(p):
 
 def emitted(target, draft, gamma, n, text=(1, 2), **options):
     loop = Speculative(DraftModel(draft), gamma)
-    return law(lambda choose: tuple(loop(target, text, choose, n)), **options)
+    return law(lambda choose: tuple(decode(loop, target, text, choose, n)), **options)
 
 
 # The rule ----------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_a_round_is_that_of_the_literal_twin(gamma):
     p, q = markov(2), markov(3, 0.5)
 
     def one_round(choose):
-        tokens = Speculative(DraftModel(q), gamma)(p, [2, 0], choose, 99)
+        tokens = decode(Speculative(DraftModel(q), gamma), p, [2, 0], choose, 99)
         with ledger.counting(q) as counts:
             first = next(tokens)
             return first, *(next(tokens) for _ in range(counts.events["tokens accepted"]))
@@ -267,7 +267,7 @@ def test_every_sequence_of_a_transformer(family, draft, options):
     def run(choose):
         nonlocal drafted
         with ledger.counting(part) as counts:
-            new = tuple(Speculative(part, 2)(model, prompt, choose, 3))
+            new = tuple(decode(Speculative(part, 2), model, prompt, choose, 3))
         drafted += counts.events["tokens drafted"]
         return new
 
@@ -297,7 +297,7 @@ def test_the_frequencies_with_the_real_sampler(monkeypatch):
 
     def counted():
         choose = Sampler(temperature=1.0, seed=0)
-        return Counter(tuple(loop(p, (1, 2), choose, 3)) for _ in range(n))
+        return Counter(tuple(decode(loop, p, (1, 2), choose, 3)) for _ in range(n))
 
     assert chi_square_p(counted(), expected, n) > 1e-4
     monkeypatch.setattr(module, "beyond", lambda p, x, q: p)
@@ -340,7 +340,7 @@ def test_predicted_tokens_a_round_are_the_counted_ones(gamma):
 
     def accepted(choose):
         with ledger.counting(loop) as counts:
-            next(loop(constant(P), [1, 2], choose, 99))
+            next(decode(loop, constant(P), [1, 2], choose, 99))
         return counts.events["tokens accepted"] + 1
 
     found = sum(n * share for n, share in law(accepted).items())
@@ -360,7 +360,8 @@ def test_the_acceptance_rate_is_the_overlap_of_the_distributions():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "agreed", spy)
-        list(Speculative(DraftModel(q), 3)(p, [1, 2], Sampler(temperature=1.0, seed=1), 2000))
+        sampler = Sampler(temperature=1.0, seed=1)
+        list(decode(Speculative(DraftModel(q), 3), p, [1, 2], sampler, 2000))
     error = math.sqrt(sum(b * (1 - b) for b in overlaps)) / len(overlaps)
     assert abs(np.mean(taken) - np.mean(overlaps)) < 4 * error
     assert 0.2 < np.mean(taken) < 0.95

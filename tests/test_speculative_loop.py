@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from slow import speculative as slow
-from tiny import FAMILIES, TOKENIZER, tiny_folder, tiny_lm, tiny_model
+from tiny import FAMILIES, TOKENIZER, decode, tiny_folder, tiny_lm, tiny_model
 
 import minitx
 from minitx import ledger
@@ -119,14 +119,14 @@ def test_between_rounds_the_caches_hold_all_tokens_but_the_last(family, monkeypa
         lm.model(text[:-1], fresh)
         assert state.position == len(text) - 1 and memory.position < len(text)
         for kept, new in zip(state.layers, fresh.layers):
-            n = new.position
-            assert kept.position == n
+            n = new.count
+            assert kept.count == n == len(text) - 1
             np.testing.assert_allclose(kept.keys[..., :n, :], new.keys[..., :n, :], atol=1e-10)
             np.testing.assert_allclose(kept.values[..., :n, :], new.values[..., :n, :], atol=1e-10)
         seen.append(len(text))
 
     draft = Drafts(lambda text: (text[-1] * 3 + len(text)) % 259 if len(text) % 4 else text[-1])
-    tokens = Speculative(Watched(draft, states, look), 3)(lm.model, PROMPT, Sampler(), 20)
+    tokens = decode(Speculative(Watched(draft, states, look), 3), lm.model, PROMPT, Sampler(), 20)
     assert len(list(tokens)) == 20 and len(seen) > 5
 
 
@@ -281,6 +281,10 @@ def test_a_draft_with_other_tokens_is_refused(tmp_path):
 @part
 class OtherStack(Part):
     stack: Part
+
+    @property
+    def blocks(self):
+        return self.stack.blocks
 
     def __call__(self, x, state):
         return self.stack(x, state)

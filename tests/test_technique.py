@@ -13,7 +13,7 @@ from minitx import technique as module
 from minitx.cli import main
 from minitx.errors import MinitxError
 from minitx.model import FFN, QKV, SwiGLU
-from minitx.technique import Option, apply, find, need, read_card, swap, swap_numbered, technique
+from minitx.technique import Option, apply, find, need, read_card, swap, technique, wrap
 from minitx.tree import Part, part
 
 
@@ -141,7 +141,7 @@ def test_options_are_read_from_words(made_up):
 
 def test_swap_counts_from_the_first_block_and_raises_without_any():
     lm = tiny_lm()
-    numbered = swap_numbered(lm, FFN, lambda ffn, number: Wrapped(ffn, f"{number}"))
+    numbered = wrap(lm, "ffn", lambda ffn, index: Wrapped(ffn, f"{index}"))
     assert [block.ffn.tag for block in numbered.model.stack.blocks] == ["0", "1"]
     assert numbered.model.stack.blocks[0].attn is lm.model.stack.blocks[0].attn
     with pytest.raises(MinitxError, match="no part of type Wrapped"):

@@ -18,7 +18,7 @@ from minitx.build import build
 from minitx.errors import MinitxError
 from minitx.keys.detector import Detector, random_detectors, read_detectors
 from minitx.model import split_heads
-from minitx.state import Layer
+from minitx.state import Layer, Tokens
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from minitx.training.detector import Joint, joint_gradients, joint_loss, squares
 from minitx.training.detector_fit import fit
@@ -52,10 +52,10 @@ def error_by_hand(model, detectors, ids, rows):
     squares, x = [], model.embed(ids, slice(0, ids.shape[1]))
     T = ids.shape[1]
     for block, detector in zip(model.stack.blocks, detectors):
-        attn, layer = block.attn, Layer(T, remember=False)
+        attn, tokens = block.attn, Tokens(slice(0, T))
         read = attn.norm(x)
-        q = attn.rope(split_heads(attn.qkv.q(read), attn.heads), layer)
-        k = attn.rope(split_heads(attn.qkv.k(read), attn.kv_heads), layer)
+        q = attn.rope(split_heads(attn.qkv.q(read), attn.heads), tokens)
+        k = attn.rope(split_heads(attn.qkv.k(read), attn.kv_heads), tokens)
         rank, G = detector.k, attn.heads // attn.kv_heads
         for b in range(len(ids)):
             for h in range(attn.heads):
@@ -69,7 +69,7 @@ def error_by_hand(model, detectors, ids, rows):
                         if rows[b, i] > 0:
                             s = q[b, h, i] @ k[b, key_head, j] / q.shape[-1] ** 0.5
                             squares.append((s - a[i] @ c[j]) ** 2)
-        x = block(x, layer)
+        x = block(x, Layer(T, remember=False).take(T))
     return np.mean(squares)
 
 

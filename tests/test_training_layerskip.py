@@ -124,5 +124,5 @@ def test_exit_loss_is_the_weighted_loss_of_shallower_models():
 
 
 def test_a_model_without_a_plain_stack_is_refused():
-    with pytest.raises(MinitxError, match="stack"):
+    with pytest.raises(MinitxError, match="type Stack"):
         record(MODEL.stack.blocks[0])

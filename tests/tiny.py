@@ -10,12 +10,14 @@ import numpy as np
 
 from minitx.build import random_model
 from minitx.config import Config
+from minitx.decode import TokenLoop, new_state
 from minitx.files.added_tokens import AddedToken
 from minitx.files.byte_level_bpe import ByteLevelBPE
 from minitx.files.huggingface import write_model
 from minitx.files.tokenizer_json_write import write_tokenizer
 from minitx.lm import LM
-from minitx.tree import Part, map_weights, part
+from minitx.state import Layer
+from minitx.tree import map_weights, part
 
 END = 258
 TOKENIZER = ByteLevelBPE(
@@ -82,14 +84,27 @@ def in_chunks(lm, ids, sizes, state=None):
     return np.concatenate([lm.model(ids[..., a:b], state) for a, b in zip(cuts, cuts[1:])], -2)
 
 
+def padded_mask(start, T):
+    """The mask of T tokens in a batch padded on the left up to ``start`` (B,)."""
+    layer = Layer(T, start, remember=False).take(T)
+    layer.count = T
+    return layer.mask()
+
+
+def stored(layer, k, v):
+    """Keys and values so far, once those of new tokens k, v (..., K, T, d) have been stored."""
+    layer.take(k.shape[-2]).store(k, v)
+    return layer.rows()
+
+
 @part
-class Says(Part):
+class Says(TokenLoop):
     """In the place of the token loop: gives these tokens, and notes how it is used."""
 
     tokens: tuple  # one list of ids for each row
     calls: list
 
-    def __call__(self, model, prompt, choose, limit):
+    def __call__(self, model, state, prompt, choose, limit):
         self.calls.append((prompt, limit))
         for token in self.tokens[0][:limit]:
             self.calls.append(token)
@@ -102,12 +117,18 @@ class Says(Part):
             yield list(tokens)
 
 
+def decode(loop, model, prompt, choose, limit):
+    """The tokens that a token loop yields after the prompt, from an empty state."""
+    return loop(model, new_state(model, prompt), prompt, choose, limit)
+
+
 @dataclass
 class Spy:
     """In the place of a model: counts what is run through it."""
 
     model: object
     runs: list
+    one_sequence = False
 
     @property
     def config(self):

@@ -21,7 +21,7 @@ SINKS = 4  # first keys that a window keeps too: much attention rests there (Xia
 def baseline(lm: Part, name: str, r: int) -> Part:
     """The language model with every row's keys chosen by the baseline of that name."""
     make = BASELINES[name]
-    
+
     def change(attn: Part, index: int) -> Part:
         return swap(attn, Attend, lambda dense: AttendChosen(make(r, index), dense.scale))
 

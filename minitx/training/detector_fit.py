@@ -65,7 +65,9 @@ class Text:
         mine = q.reshape(attn.kv_heads, -1, *q.shape[1:])[group]  # (G, T, d)
         self.s = np.tril(mine @ k[group].T) * attn.attend.scale  # (G, T, T), 0 where not seen
         unit = np.broadcast_to(np.eye(rank)[:, None], (rank, T, rank))
-        self.turn = rope(unit, Tokens(slice(0, T))).swapaxes(0, 1)  # (T, k, k): a row y is turned to y turn[t]
+        self.turn = rope(unit, Tokens(slice(0, T))).swapaxes(
+            0, 1
+        )  # (T, k, k): a row y is turned to y turn[t]
 
     def turned(self, w):
         """y_t w turned to the angle of its place t: (T, k) for w (k, k)."""

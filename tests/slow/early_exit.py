@@ -45,8 +45,7 @@ def run(model, ids, measure, threshold, tau, N, first, every, warm_up):
                     c = cosine(h[i][0], h[i - 1][0]) if i > 1 else -math.inf
                 if c >= lam(threshold, tau, N, t):
                     left = i
-            out = block(h[i] if left is None else h[left], layer)
-            layer.position += 1
+            out = block(h[i] if left is None else h[left], layer.take(1))
             h.append(out)
         left = L if left is None else left
         depths.append(left)
@@ -59,6 +58,6 @@ def teacher_forced(model, ids, depths):
     state, T = model.new_state(), len(ids)
     h = [model.embed(np.array(ids), slice(0, T))]
     for block, layer in zip(model.stack.blocks, state.layers):
-        h.append(block(h[-1], layer))
+        h.append(block(h[-1], layer.take(T)))
     rows = [h[depth][t] for t, depth in enumerate(depths)]
     return model.head(model.norm(np.array(rows)))

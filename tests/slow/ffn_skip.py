@@ -30,7 +30,7 @@ def run(model, ids, s0, k, warm_up, cold_s, cold_e):
         run_skip = 0
         for number in range(L):
             block, layer = blocks[number], state.layers[number]
-            mixed = block.attn(x, layer)
+            mixed = block.attn(x, layer.take(1))
             parallel = type(block).__name__ == "ParallelBlock"
             a = x if parallel else x + mixed  # what the FFN reads
             f = block.ffn(a, layer)
@@ -45,6 +45,5 @@ def run(model, ids, s0, k, warm_up, cold_s, cold_e):
                     if sim >= s0:
                         run_skip = k
             x = a + f + mixed if parallel else a + f
-            layer.position += 1
         logits.append(model.head(model.norm(x))[0])
     return np.array(logits), ran, measured
