@@ -152,12 +152,12 @@ def counting(root: Part) -> Iterator[Ledger]:
 
 def _methods(classes: set[type]) -> Iterator[tuple[type, str, Callable]]:
     """(class, name, method) for every method that these part classes define or inherit."""
-    for cls in {base for cls in classes for base in cls.__mro__ if issubclass(base, Part)} - {Part}:
-        for name, value in list(vars(cls).items()):
-            if isinstance(value, FunctionType) and (
-                name == "__call__" or not name.startswith("__")
-            ):
-                yield cls, name, value
+    bases = {base for cls in classes for base in cls.__mro__ if issubclass(base, Part)} - {Part}
+    for base in bases:
+        for name, value in list(vars(base).items()):
+            special = name.startswith("__") and name != "__call__"
+            if isinstance(value, FunctionType) and not special:
+                yield base, name, value
 
 
 def _noted(method, ledger: Ledger, paths: dict[int, list[str]]):

@@ -113,6 +113,11 @@ class Layer:
         self.memory = Memory()  # of this block's parts
         self.shared = Memory() if shared is None else shared  # of all blocks together
 
+    @classmethod
+    def once(cls, T: int) -> "Layer":
+        """For one pass over T tokens, from the first one on, of which nothing is kept."""
+        return cls(T, remember=False).take(T)
+
     def take(self, T: int) -> "Layer":
         """Take the next T tokens in hand; returns the layer. For running a block by hand."""
         first = self.tokens.end

@@ -191,7 +191,7 @@ def test_others_that_want_the_three_matrices(other):
 
 @pytest.mark.parametrize("kind", ["full", "learned"])
 def test_absorbing_after_folding_the_norms_is_exact(kind):
-    """fold_norms comes first, whatever the order of the flags: what is absorbed is folded already."""
+    """fold_norms comes first in any order of the flags: what is absorbed is folded already."""
     dense = make(kind)
     pairs = "both" if kind == "learned" else "ov"
     both = apply(dense, {"absorb_products": {"pairs": pairs}, "fold_norms": True})

@@ -257,7 +257,6 @@ def test_it_is_made_of_titled_cells_and_ends_with_exercises(name):
     assert cells[-1] == " Exercises"
     assert len(re.findall(r"^# \d\. ", source.rpartition("# %%")[2], re.MULTILINE)) >= 3
     assert ast.get_docstring(ast.parse(source))
-    assert len(source.splitlines()) < 300
 
 
 def test_the_flat_forward_is_numpy_and_nothing_else():

@@ -119,7 +119,7 @@ print(f"hidden {hidden.shape}: in the last row, {half} neurons have half the sum
 for name, change, base in (("attention", attention, x), ("feed-forward", ffn, h)):
     ratio = np.linalg.norm(change) / np.linalg.norm(base)
     print(f"{name} adds to the stream {ratio:.2f} times its size")
-theirs = model.stack.blocks[0](model.embed(ids, None), Layer(T, remember=False))
+theirs = model.stack.blocks[0](model.embed(ids, None), Layer.once(T))
 error = abs(h + ffn - theirs).max()
 assert error < 1e-5 * abs(theirs).max()
 print(f"our first block against the model's: largest difference {error:.1e}")
@@ -139,7 +139,7 @@ def softmax(z):
 x = model.embed(ids, None)
 answer = lm.tokenizer.encode(ANSWER, special=False)[0]
 for i, one in enumerate(model.stack.blocks, 1):
-    x = one(x, Layer(T, remember=False))  # (T, D)
+    x = one(x, Layer.once(T))  # (T, D)
     p = softmax(model.head(model.norm(x[-1:]))[0])  # (V,) shares of the next word
     best = int(p.argmax())
     print(f"after block {i:2}: {lm.tokenizer.decode([best])!r:12} {p[best]:4.0%}", end="")

@@ -22,7 +22,7 @@ import minitx
 from minitx.build import random_model
 from minitx.ledger import counting
 from minitx.model import Linear, RMSNorm
-from minitx.state import Layer
+from minitx.state import Layer, Tokens
 from minitx.technique import apply, find, swap
 from minitx.tree import walk, weights
 
@@ -205,11 +205,14 @@ print("network goes into the table. In stories it reads what attention has added
 # Why the first block only? And why must positions wait? Look at Tom, wherever he stands.
 print("\n' Tom' at several places of the story: how much do the rows differ?")
 where = [t for t, token in enumerate(ids) if token == tom]
-block, layer, x = model.stack.blocks[0], Layer(T, remember=False), model.embed(ids, None)
+block, x = model.stack.blocks[0], model.embed(ids, None)
 q = block.attn.qkv.q(block.attn.norm(x)).reshape(T, H, d)
-turned = block.attn.rope(q.swapaxes(0, 1), layer).swapaxes(0, 1)  # (T, H, d)
+turned = block.attn.rope(q.swapaxes(0, 1), Tokens(slice(0, T))).swapaxes(0, 1)  # (T, H, d)
 rows = {"x entering block 0": x, "q in block 0, before positions": q}
-rows |= {"q in block 0, turned by its position": turned, "x entering block 1": block(x, layer)}
+rows |= {
+    "q in block 0, turned by its position": turned,
+    "x entering block 1": block(x, Layer.once(T)),
+}
 for text, found in rows.items():
     print(f"  {text:37} {error(found[where], found[where[:1]]):.3f} of the largest number")
 say(

@@ -63,7 +63,7 @@ def streams(ids):
     """h_1 ... h_L of a text, (L, T, D)."""
     x, found = model.embed(np.array(ids), None), []
     for block in model.stack.blocks:
-        x = block(x, Layer(len(ids), remember=False))
+        x = block(x, Layer.once(len(ids)))
         found.append(x)
     return np.stack(found)
 
@@ -160,9 +160,12 @@ class Careless(Part):
     def __call__(self, x, layer):
         return self.block(x, layer)
 
-    def fill(self, x, layer):
+    def backfill(self, x, layer):
         zeros = np.zeros((*x.shape[:-2], c.kv_heads, x.shape[-2], c.head_width), x.dtype)
-        layer.extend(zeros, zeros)
+        layer.store(zeros, zeros)
+
+    def attend_from(self, x, layer):
+        return self.block.attend_from(x, layer)
 
 
 def price(name, lm, by_lot=None):
@@ -238,7 +241,7 @@ run(skips, lots)
 title("6. Multiply-adds and the clock")
 ids = encoded[0].ids[:64]
 x = streams(ids)[1, -1:]  # one row
-tasks = {"a block": lambda: model.stack.blocks[2](x, Layer(1, remember=False))}
+tasks = {"a block": lambda: model.stack.blocks[2](x, Layer.once(1))}
 tasks |= {name: lambda sign=sign: sign(x, x, 2, None) for name, sign in SIGNS.items()}
 times = fastest(*(lambda task=task: [task() for _ in range(300)] for task in tasks.values()))
 print("One row: " + ", ".join(f"{name} {1e6 * t / 300:.0f} us" for name, t in zip(tasks, times)))

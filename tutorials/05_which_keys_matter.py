@@ -24,8 +24,8 @@ from minitx.keys.nearest import longest_key
 from minitx.lab.compare_attention import Plan, bytes_read, chains, without_projections
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
-from minitx.ops import attention_weights, hidden_keys
-from minitx.state import Layer
+from minitx.ops import attention_weights, newest_mask
+from minitx.state import Layer, Tokens
 from minitx.technique import apply
 from minitx.training.detector import watch
 
@@ -47,7 +47,7 @@ watching, watched = watch(model)  # a copy of the model that notes what its atte
 def read(ids):
     """Logits (T, V); of each block its input (T, D), q (H, T, d), k (H / G, T, d); the weights."""
     logits, found, T = watching(ids), [block.last() for block in watched], len(ids)
-    w = [attention_weights(q, k, d**-0.5, hidden_keys(T, T)) for _, q, k in found]
+    w = [attention_weights(q, k, d**-0.5, newest_mask(T)) for _, q, k in found]
     w = np.reshape(w, (c.layers, c.heads, T, T))
     return logits, found, w / w.sum(-1, keepdims=True)
 
@@ -188,7 +188,8 @@ def dota(i, h):
     detect, x = detecting[i].attn.detect, found[i][0]
     P, W_q, W_k = detect.p, detect.w_q, detect.w_k
     q, k = ((x @ P @ W).reshape(S, -1, P.shape[1]).swapaxes(0, 1) for W in (W_q, W_k))
-    return detect.rope(k, Layer(S))[h // G] @ detect.rope(q, Layer(S))[h, -1]  # (S,)
+    where = Tokens(slice(0, S))
+    return detect.rope(k, where)[h // G] @ detect.rope(q, where)[h, -1]  # (S,)
 
 
 row(f"{detecting[block].attn.fit} detector", dota(block, head) * d**0.5)
@@ -220,7 +221,7 @@ for width in (2, 8, d):
 def theirs(i, h, lm):  # what a technique's part chooses, asked about the same query and keys
     choose = lm.model.stack.blocks[i].attn.attend.choose
     q, k = found[i][1][:, -1:], found[i][2]
-    known = choose.remember(k, Layer(S, remember=False))
+    known = choose.remember(k, Layer.once(S))
     return choose(q, k, known, Seen(1, S)).reshape(-1, S)[h]
 
 

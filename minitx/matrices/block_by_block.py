@@ -42,4 +42,4 @@ def block_by_block(lm: Part, texts: list[list[int]], make: Callable, change: Cal
 def run(block: Part, streams: list) -> list:
     """Each of the streams (T, D), from the first token on, after that block."""
     with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
-        return [block(x, Layer(len(x), remember=False).take(len(x))) for x in streams]
+        return [block(x, Layer.once(len(x))) for x in streams]
