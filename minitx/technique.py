@@ -162,7 +162,14 @@ class Technique:
     function: Callable
     after: tuple[str, ...] = ()  # techniques of the same level that are applied before this one
     demo: dict = field(default_factory=dict)  # options with which it acts on the tiny test models
-    event: str | None = None  # what it counts when it acts
+    event: str | tuple[str, str] | None = None  # what it counts when it acts
+
+    def acted(self, events: dict[str, int]) -> bool:
+        """Does what was counted show that it acted?"""
+        if isinstance(self.event, tuple):
+            some, all_of_them = self.event
+            return 0 < events[some] < events[all_of_them]
+        return events[self.event] > 0
 
     @property
     def flag(self) -> str:
@@ -226,7 +233,7 @@ def technique(
     neutral: dict | None,
     after: tuple[str, ...] = (),
     demo: dict | None = None,
-    event: str | None = None,
+    event: str | tuple[str, str] | None = None,
 ):
     """Decorator: the function is a technique. Its file has its name.
 
@@ -235,8 +242,9 @@ def technique(
     exact and has no such setting. after: techniques of the same level that come first.
 
     demo: options with which it acts on the tiny models of the tests (the defaults, if they do), and
-    event: what it counts then, which the tests look for. A technique without an event has acted if
-    the logits changed (approximate) or the tree did (exact).
+    event: what it counts then, or a pair of which the first is counted less often than the second
+    ("keys kept", "keys seen"). A technique without an event has acted if the logits changed
+    (approximate) or the tree did (exact).
     """
 
     def register(f):

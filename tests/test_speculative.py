@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from enumeration import distance, law, law_of_model
 from slow import speculative as slow
 from tiny import decode, tiny_lm, tiny_model
 
@@ -31,41 +32,6 @@ from minitx.tree import Part
 
 P, Q = [0.5, 0.3, 0.2], [0.2, 0.5, 0.3]
 PROMPT = [5, 1, 2, 3, 9, 8, 1, 2, 3]
-
-
-class Every(Sampler):
-    """In the place of a sampler: follows a script of draws, then takes the first that can be."""
-
-    def __init__(self, script, **options):
-        super().__init__(**dict(temperature=1.0) | options)
-        self.script, self.weights = script, []
-
-    def draw(self, p):
-        possible = np.flatnonzero(p)
-        step = len(self.weights)
-        if step == len(self.script):
-            self.script.append(0)
-        self.weights.append(([*p[possible] / p.sum()], self.script[step]))
-        return int(possible[self.script[step]])
-
-
-def law(run, **options):
-    """{result: probability} of ``run(choose)``, over every way that its draws may go."""
-    found, script = defaultdict(float), []
-    while True:
-        choose = Every(script, **options)
-        result = run(choose)
-        found[result] += math.prod(weights[i] for weights, i in choose.weights)
-        while script and script[-1] + 1 == len(choose.weights[len(script) - 1][0]):
-            script.pop()
-        if not script:
-            return found
-        script[-1] += 1
-
-
-def distance(found, expected):
-    """Total variation between two laws."""
-    return sum(abs(found.get(k, 0) - expected.get(k, 0)) for k in {*found, *expected}) / 2
 
 
 # Models in which the next token depends on the last two, by a table ------------------------------
@@ -253,15 +219,8 @@ def test_every_sequence_of_a_transformer(family, draft, options):
         "self": DraftModel(module.first_half(model)),
         "lookup": PromptLookup(),
     }[draft]
-    prompt, warp = [1, 2, 0, 1], Sampler(**options).probabilities
-    expected = {(): 1.0}
-    for _ in range(3):
-        expected = {
-            (*new, token): share * p
-            for new, share in expected.items()
-            for token, p in enumerate(warp(model([*prompt, *new])[-1]))
-            if p
-        }
+    prompt = [1, 2, 0, 1]
+    expected = law_of_model(model, prompt, 3, **options)
     drafted = 0
 
     def run(choose):

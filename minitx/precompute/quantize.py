@@ -18,7 +18,7 @@ from minitx.tree import Part, part
 BLOCK = 1 << 17  # weights turned into floats at a time: 512 KB of float32, which a cache holds
 
 
-@technique(level="matrices", exact=False, neutral={"bits": 32})
+@technique(level="matrices", exact=False, neutral={"bits": 32}, after=("low_rank", "lut"))
 def quantize(
     lm,
     *,

@@ -25,7 +25,12 @@ SETTINGS = {"conservative": (1 / 2, 5.0), "aggressive": (1 / 8, 10.0)}  # M and 
 PLAIN = SETTINGS["conservative"]
 
 
-@technique(level="scores", exact=False, neutral={"M": None, "T": 0.0})
+@technique(
+    level="scores",
+    exact=False,
+    neutral={"M": None, "T": 0.0},
+    event=("keys kept", "keys seen"),
+)
 def a3(
     lm,
     *,

@@ -22,7 +22,13 @@ from minitx.technique import NoSuchPart, need, technique, wrap
 from minitx.tree import Part, float_type, part
 
 
-@technique(level="scores", exact=False, neutral={"kappa": 10**9})
+@technique(
+    level="scores",
+    exact=False,
+    neutral={"kappa": 10**9},
+    demo={"kappa": 4},
+    event=("keys kept", "keys seen"),
+)
 def dota(
     lm,
     *,

@@ -24,7 +24,13 @@ from minitx.technique import blocks_of, need, swap, technique
 from minitx.tree import Part, part
 
 
-@technique(level="stack", exact=False, neutral={"threshold": 1.1})
+@technique(
+    level="stack",
+    exact=False,
+    neutral={"threshold": 1.1},
+    demo={"measure": "random", "threshold": 0.5},
+    event="layers skipped",
+)
 def early_exit(
     lm,
     *,

@@ -19,7 +19,7 @@ from minitx.technique import swap, technique, wrap
 from minitx.tree import Part, float_type, part, table
 
 
-@technique(level="scores", exact=False, neutral={"p": 0.0})
+@technique(level="scores", exact=False, neutral={"p": 0.0}, event=("keys kept", "keys seen"))
 def elsa(
     lm,
     *,

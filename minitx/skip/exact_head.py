@@ -18,7 +18,13 @@ from minitx.technique import NoSuchPart, kinds, swap, technique
 from minitx.tree import Part, part
 
 
-@technique(level="head", exact=True, neutral=None)
+@technique(
+    level="head",
+    exact=True,
+    neutral=None,
+    demo={"k": 12},
+    event=("head rows read", "head rows"),
+)
 def exact_head(
     lm,
     *,

@@ -19,7 +19,13 @@ from minitx.technique import blocks_of, technique, wrap
 from minitx.tree import Part, part, table
 
 
-@technique(level="ffn", exact=False, neutral={"threshold": 1.1})
+@technique(
+    level="ffn",
+    exact=False,
+    neutral={"threshold": 1.1},
+    demo={"threshold": -2.0, "k": 1, "warm_up": 3, "cold_start": 0, "cold_end": 2},
+    event="FFNs skipped",
+)
 def ffn_skip(
     lm,
     *,

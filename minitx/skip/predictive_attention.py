@@ -20,7 +20,13 @@ from minitx.technique import swap, technique
 from minitx.tree import Part, part
 
 
-@technique(level="scores", exact=False, neutral={"tau": 0.0, "rho": 1.0})
+@technique(
+    level="scores",
+    exact=False,
+    neutral={"tau": 0.0, "rho": 1.0},
+    demo={"tau": 0.2},
+    event=("keys kept", "keys seen"),
+)
 def predictive_attention(
     lm,
     *,

@@ -18,7 +18,13 @@ from minitx.technique import swap, technique
 from minitx.tree import Part, float_type, part, walk
 
 
-@technique(level="scores", exact=False, neutral={"K": 1 << 40, "N": None, "index": "linear"})
+@technique(
+    level="scores",
+    exact=False,
+    neutral={"K": 1 << 40, "N": None, "index": "linear"},
+    demo={"K": 3, "N": 10},
+    event="keys evicted",
+)
 def sparse_memory(
     lm,
     *,

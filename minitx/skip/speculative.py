@@ -25,7 +25,13 @@ SHIPPED_DRAFT = "stories-draft"
 Drafted = list[tuple[int, np.ndarray | None]]  # (x_i, q_i); None for a q that is all on x_i
 
 
-@technique(level="decode", exact=True, neutral={"gamma": 0})
+@technique(
+    level="decode",
+    exact=True,
+    neutral={"gamma": 0},
+    demo={"draft": "lookup", "gamma": 3},
+    event="tokens accepted",
+)
 def speculative(lm, *, draft: str = "auto", gamma: int = 4):
     """Something cheap drafts gamma tokens, and one pass of the model checks all of them.
 
