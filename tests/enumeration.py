@@ -1,4 +1,4 @@
-"""The exact distribution of a random algorithm: every way its draws may go, with its probability."""
+"""The exact distribution of a random algorithm: every way that its draws may go, weighted."""
 
 import math
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""What every technique has to satisfy, run over all that are registered, alone, in pairs and triples.
+"""What every technique has to satisfy: alone, in pairs and in triples.
 
 On small random models of three families and a skipless one. Where a technique refuses a family it
 says so in one sentence, and each of its settings fits one family at least. The settings are

@@ -88,19 +88,18 @@ class OrderedLinear(Part):
     b: np.ndarray | None = None
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        b = None if self.b is None else self.b[first:]
-        w = self.w[:, first:]
+    def outputs(self, x, columns):
+        """Only these columns of the outputs: a slice, or an array of indices."""
+        b = None if self.b is None else self.b[columns]
+        w = self.w[:, columns]
         if self.order.shape[1] == 1:  # shared: turn x, and the product is an ordinary one
             count_order(self.order)
             return ops.linear(x[..., self.order[:, 0]], w, b)
-        order = self.order[:, first:]
+        order = self.order[:, columns]
         count_order(order)
-        if ledger.active:
-            ledger.active.add(x.size * w.shape[1], w.nbytes)
+        ledger.product(x, w)
         rows = x.reshape(-1, x.shape[-1])
         step = max(1, GATHERED // w.size)
         pieces = [
@@ -113,5 +112,4 @@ class OrderedLinear(Part):
 
 def count_order(order) -> None:
     """An order is read like weights."""
-    if ledger.active:
-        ledger.active.add(weight_bytes=order.nbytes)
+    ledger.count(weight_bytes=order.nbytes)

@@ -28,16 +28,16 @@ def sum_entries(table, base, codes, dtype):
     return y  # (n, N)
 
 
-def sum_rows(tables, codes, first: int = 0):
-    """``y[i] = sum over s of tables[s, codes[i, s]]``, without the columns before ``first``.
+def sum_rows(tables, codes, columns=slice(None)):
+    """``y[i] = sum over s of tables[s, codes[i, s]]``, of these columns alone (a slice or indices).
 
-    tables (S, K, N); codes (n, S) whole numbers below K -> (n, N - first).
+    tables (S, K, N); codes (n, S) integers below K -> (n, N or fewer).
     """
     S, K, N = tables.shape
-    entries = tables.reshape(S * K, N)[:, first:]
+    entries = tables.reshape(S * K, N)[:, columns]
     where = codes + np.arange(S) * K  # (n, S)
     rows = max(1, READS // (S * N))
-    y = np.empty((len(codes), N - first), tables.dtype)
+    y = np.empty((len(codes), entries.shape[1]), tables.dtype)
     for i in range(0, len(codes), rows):
         entries[where[i : i + rows]].sum(1, out=y[i : i + rows])
     return y
@@ -54,6 +54,5 @@ def as_rows(x, width: int):
 def note(multiplications: int, reads: int, weight_bytes: int) -> None:
     """Tell the ledger, if one is open. Every read is also one addition; multiplications that remain
     count as multiply-adds."""
-    if ledger.active:
-        ledger.active.add(multiplications, weight_bytes)
-        ledger.active.event("table reads", reads)
+    ledger.count(multiplications, weight_bytes)
+    ledger.event("table reads", reads)

@@ -11,6 +11,7 @@ from minitx.model import (
     FFN,
     Attention,
     Block,
+    Linear,
     ParallelBlock,
     PositionEmbedding,
     Stack,
@@ -19,7 +20,7 @@ from minitx.model import (
 )
 from minitx.state import Layer
 from minitx.technique import need, swap, technique
-from minitx.tree import Part, map_weights, part
+from minitx.tree import Part, children, map_weights, part
 
 
 @technique(level="block", exact=True, neutral=None)
@@ -136,6 +137,8 @@ def added_tables(tokens, positions, norm: Part, qkv: Part) -> "AddedTables":
     x = e.astype(np.float64) + p
     right, found = project(x), (rows(e) + rows(p))[:, width:] * scale(x, eps) + c
     if not abs(found - right).max() <= 1e-5 * abs(right).max():
+        for _, child in children(qkv):
+            need(child, Linear)  # which names the technique that has put something else there
         raise MinitxError(
             "first_layer cannot split tokens from learned positions unless block 0 has an RMSNorm "
             f"or a LayerNorm and linear projections; it has {type(norm).__name__} and "
@@ -256,3 +259,5 @@ class InTable(Part):
             "The norm and projections of block 0 are rows of first_layer's table and cannot be "
             "called on their own; leave first_layer out."
         )
+
+    q = kv = __call__

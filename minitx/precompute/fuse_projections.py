@@ -36,6 +36,8 @@ def fused_attention(attn: Attention) -> Attention:
     need(attn.qkv, QKV)
     need(attn.attend, Attend)
     q, k, v = attn.qkv.q, attn.qkv.k, attn.qkv.v
+    for linear in (q, k, v):
+        need(linear, Linear)
     q = Linear(*(None if a is None else a * attn.attend.scale for a in (q.w, q.b)))
     fused = FusedQKV(side_by_side(q, k, v), q.w.shape[1], k.w.shape[1])
     return replace(attn, qkv=fused, attend=Attend(1.0))
@@ -62,9 +64,13 @@ class FusedQKV(Part):
         end = self.q_width + self.k_width
         return y[..., : self.q_width], y[..., self.q_width : end], y[..., end:]
 
+    def q(self, x):
+        """Queries alone, from their columns."""
+        return self.all.outputs(x, slice(self.q_width))  # (..., T, H*d)
+
     def kv(self, x):
         """Keys and values alone, from their columns."""
-        y = self.all.outputs(x, self.q_width)  # (..., T, 2*K*d)
+        y = self.all.outputs(x, slice(self.q_width, None))  # (..., T, 2*K*d)
         return y[..., : self.k_width], y[..., self.k_width :]
 
 
@@ -77,6 +83,8 @@ class FusedSwiGLU(Part):
 
     @staticmethod
     def of(inner: SwiGLU) -> "FusedSwiGLU":
+        for linear in (inner.gate, inner.up):
+            need(linear, Linear)
         return FusedSwiGLU(side_by_side(inner.gate, inner.up), inner.gate.w.shape[1])
 
     def __call__(self, x):

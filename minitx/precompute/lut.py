@@ -28,7 +28,7 @@ from minitx.technique import need, technique
 from minitx.tree import Part, part, rebuild
 
 
-@technique(level="matrices", exact=False, neutral={"layers": 0})
+@technique(level="matrices", exact=False, neutral={"layers": 0}, after=("low_rank",))
 def lut(
     lm,
     *,

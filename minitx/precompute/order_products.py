@@ -10,7 +10,7 @@ from minitx.model import Linear
 from minitx.technique import technique
 
 
-@technique(level="matrices", exact=True, neutral=None)
+@technique(level="matrices", exact=True, neutral=None, after=("low_rank",))
 def order_products(
     lm,
     *,

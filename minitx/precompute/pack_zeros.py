@@ -10,7 +10,7 @@ from minitx.technique import technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=True, neutral={"least": 1.1})
+@technique(level="matrices", exact=True, neutral={"least": 1.1}, after=("low_rank",))
 def pack_zeros(lm, *, least: float = 0.0):
     """Keep a pruned matrix without its zeros, and unpack it whenever it multiplies.
 
@@ -66,11 +66,11 @@ class PackedZeros(Part):
         return w.reshape(self.inputs, self.width)
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on; unpacked is the whole matrix."""
-        w = self.w[:, first:]
-        if ledger.active:  # the product counts w, which is no array of the model: these are
-            ledger.active.add(weight_bytes=self.values.nbytes + self.bits.nbytes - w.nbytes)
-        return ops.linear(x, w, None if self.b is None else self.b[first:])
+    def outputs(self, x, columns):
+        """Only these columns of the outputs; what is unpacked is the whole matrix."""
+        w = self.w[:, columns]
+        # the product counts w, which is no array of the model: these are
+        ledger.count(weight_bytes=self.values.nbytes + self.bits.nbytes - w.nbytes)
+        return ops.linear(x, w, None if self.b is None else self.b[columns])

@@ -13,7 +13,7 @@ from minitx.technique import need, swap, technique
 from minitx.tree import Part
 
 
-@technique(level="pruning", exact=False, neutral={"neurons": 0.0, "heads": 0.0})
+@technique(level="pruning", exact=False, neutral={"neurons": 0.0, "heads": 0.0}, after=("prune",))
 def prune_structure(
     lm,
     *,

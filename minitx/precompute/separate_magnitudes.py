@@ -14,7 +14,7 @@ from minitx.technique import technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=False, neutral={"share": 1.0})
+@technique(level="matrices", exact=False, neutral={"share": 1.0}, after=("low_rank",))
 def separate_magnitudes(
     lm,
     *,
@@ -96,11 +96,11 @@ class OutlierLinear(Part):
 
     def __call__(self, x):
         w = self.w
-        if ledger.active:  # what is read is smaller than what ops.linear is given
-            read = (self.planes, self.scale, self.rows, self.values)
-            ledger.active.add(weight_bytes=sum(a.nbytes for a in read) - w.nbytes)
+        # what is read is smaller than what ops.linear is given
+        read = (self.planes, self.scale, self.rows, self.values)
+        ledger.count(weight_bytes=lambda: sum(a.nbytes for a in read) - w.nbytes)
         return ops.linear(x, w, self.b)
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        """Only these columns of the outputs: a slice, or an array of indices."""
+        return self(x)[..., columns]

@@ -214,9 +214,9 @@ class ShrunkOutput(Part):
             y += self.further(others.reshape(*x.shape[:-1], -1))
         return y if self.b is None else y + self.b
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        """Only these columns of the outputs: a slice, or an array of indices."""
+        return self(x)[..., columns]
 
 
 @part
@@ -240,13 +240,12 @@ class ShrunkKeys(Part):
         k = k.reshape(*x.shape[:-1], -1)  # (..., T, K d)
         return k if self.b is None else k + self.b
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        """Only these columns of the outputs: a slice, or an array of indices."""
+        return self(x)[..., columns]
 
 
 def per_head(x, w):
     """x (..., T, K, n) times w (K, n, m), head by head -> (..., T, K, m)."""
-    if ledger.active:
-        ledger.active.add(x.size * w.shape[-1], w.nbytes)
+    ledger.product(x, w)
     return (x.swapaxes(-3, -2) @ w).swapaxes(-3, -2)

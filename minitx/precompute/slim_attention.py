@@ -146,9 +146,13 @@ class QueriesAndKeys(Part):
         y = self.both(x)  # (..., T, 2*H*d)
         return y[..., : self.q_width], y[..., self.q_width :], x[..., :0]
 
+    def q(self, x):
+        """Queries alone, from their columns."""
+        return self.both.outputs(x, slice(self.q_width))
+
     def kv(self, x):
         """Keys alone, from their columns."""
-        return self.both.outputs(x, self.q_width), x[..., :0]
+        return self.both.outputs(x, slice(self.q_width, None)), x[..., :0]
 
 
 @part
@@ -177,15 +181,14 @@ class AttendKeys(Part):
         """First the mean of the raw keys, then the values: u_i = p_i K, u_i W_KV,i."""
         p = ops.attention_weights(q, k, self.scale, mask)  # (..., H, T, S)
         *lead, H, T, S = p.shape
-        if ledger.active:  # the rotated keys are no cache, but made of it a moment ago
-            work = p.size * (q.shape[-1] + raw.shape[-1])
-            ledger.active.add(work, cache_bytes=raw.nbytes)
+        # the rotated keys are no cache, but made of it a moment ago
+        work = p.size * (q.shape[-1] + raw.shape[-1])
+        ledger.count(work, cache_bytes=raw.nbytes)
         u = ops.mix(p.reshape(*lead, 1, H * T, S), raw)  # all heads in one product
         return self.values(u.reshape(*lead, H, T, raw.shape[-1]))
 
     def values(self, x):
         """x W_KV,i for each head i: x (..., H or 1, n, H*d) -> (..., H, n, d)"""
         values = x @ self.w_kv
-        if ledger.active:
-            ledger.active.add(values.size * x.shape[-1], self.w_kv.nbytes)
+        ledger.count(values.size * x.shape[-1], self.w_kv.nbytes)
         return values

@@ -30,7 +30,7 @@ Drafted = list[tuple[int, np.ndarray | None]]  # (x_i, q_i); None for a q that i
     exact=True,
     neutral={"gamma": 0},
     demo={"draft": "lookup", "gamma": 3},
-    event="tokens accepted",
+    event="tokens drafted",
 )
 def speculative(lm, *, draft: str = "auto", gamma: int = 4):
     """Something cheap drafts gamma tokens, and one pass of the model checks all of them.
