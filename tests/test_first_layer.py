@@ -55,7 +55,7 @@ def make(kind, dtype=np.float64, **changes):
 
 def after_block_0(lm, ids=IDS):
     m, state = lm.model, lm.model.new_state(remember=False)
-    return m.stack.run(m.embed(ids, slice(0, len(ids))), state, 0, 1)
+    return m.stack.run(m.embed(ids, state.take(len(ids)).lookup), state, 0, 1)
 
 
 # Against the plain forward -----------------------------------------------------------------------

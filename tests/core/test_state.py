@@ -1,0 +1,212 @@
+"""The state of a running sequence: tokens in hand, cache rows that know their positions, masks."""
+
+import numpy as np
+import pytest
+from tiny import FAMILIES, tiny_lm, tiny_model
+
+from minitx import ops
+from minitx.errors import MinitxError
+from minitx.state import SPARE, Layer, State, Tokens
+
+RNG = np.random.default_rng(0)
+
+
+def kv(T, K=2, d=4, lead=()):
+    return RNG.standard_normal((2, *lead, K, T, d))
+
+
+def filled(T, capacity=20):
+    """A layer with T tokens, whose key rows are their positions."""
+    layer = Layer(capacity).take(T)
+    k = np.broadcast_to(np.arange(float(T))[:, None], (2, T, 4))
+    layer.store(k, -k)
+    return layer
+
+
+def held(layer):
+    """The positions of the rows of each head, by what is really in the cache."""
+    k, v = layer.rows()
+    np.testing.assert_array_equal(k, -v, "keys and values are of different tokens")
+    return k[..., 0].tolist()
+
+
+# Tokens ------------------------------------------------------------------------------------------
+
+
+def test_tokens_consecutive_are_a_slice():
+    tokens = Tokens(slice(3, 6))
+    assert tokens.lookup == slice(3, 6) and tokens.end == 6 and len(tokens) == 3
+    assert tokens.array.tolist() == tokens.own.tolist() == [3, 4, 5]
+
+
+def test_tokens_of_a_padded_batch_count_from_each_rows_start():
+    tokens = Tokens(slice(1, 4), np.array([0, 2]))
+    assert tokens.own.tolist() == [[1, 2, 3], [-1, 0, 1]]  # negative: padding
+    assert tokens.lookup.tolist() == [[1, 2, 3], [0, 0, 1]]  # padding looks at 0
+
+
+def test_some_of_the_tokens_keep_their_positions():
+    tokens = Tokens(slice(5, 9)).only(np.array([0, 3]))
+    assert tokens.array.tolist() == [5, 8] and len(tokens) == 2 and tokens.end == -1
+    assert Tokens(slice(5, 9)).only(np.array([False, True, True, False])).array.tolist() == [6, 7]
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+
+def test_rows_in_order_need_no_positions():
+    layer = filled(5)
+    layer.take(2).store(*kv(2))
+    assert layer.count == 7 and layer.row_positions is None and layer.mask() is None
+    assert layer.row_tokens().positions == slice(0, 7)
+
+
+def test_rows_out_of_order_know_their_positions():
+    """Tokens 0, 1, 4 first, then 2 and 3, which come late (token skipping)."""
+    layer = Layer(20)
+    for positions in ([0, 1], [4], [2, 3]):
+        layer.tokens = Tokens(np.array(positions))
+        k = np.broadcast_to(np.array(positions, float)[:, None], (2, len(positions), 4))
+        layer.store(k, -k)
+    assert layer.row_positions.tolist() == [0, 1, 4, 2, 3]
+    assert layer.mask().tolist() == [  # of queries 2 and 3 over rows 0, 1, 4, 2, 3
+        [False, False, True, False, True],
+        [False, False, True, False, False],
+    ]
+    layer.tokens = Tokens(slice(5, 6))
+    layer.store(*np.full((2, 2, 1, 4), 5.0) * [[[[1]]], [[[-1]]]])
+    assert layer.mask() is None, "the newest single token sees every row"
+    layer.rewind(3)
+    assert held(layer) == [[0, 1, 2]] * 2 and layer.row_positions.tolist() == [0, 1, 2]
+
+
+def test_attention_over_rows_in_any_order_is_the_same():
+    """Shuffled cache rows, masked by their positions, give what ordered rows give."""
+    q, (k, v) = RNG.standard_normal((4, 3, 4)), kv(8)
+    ordered = Layer(8)
+    ordered.tokens = Tokens(slice(0, 8))
+    ordered.store(k, v)
+    ordered.tokens = Tokens(slice(5, 8))
+    expected = ops.attention(q, *ordered.rows(), 0.5, ordered.mask())
+    shuffled, order = Layer(8), RNG.permutation(8)
+    shuffled.tokens = Tokens(order)
+    shuffled.store(k[:, order], v[:, order])
+    shuffled.tokens = Tokens(slice(5, 8))
+    found = ops.attention(q, *shuffled.rows(), 0.5, shuffled.mask())
+    np.testing.assert_allclose(found, expected, atol=1e-14)
+
+
+def test_only_visible_rows_are_seen():
+    layer = filled(6)
+    layer.visible = np.array([0, 2, 5])
+    assert held(layer) == [[0, 2, 5]] * 2
+    assert layer.row_tokens().array.tolist() == [0, 2, 5]
+    layer.tokens = Tokens(np.array([2, 5]))
+    assert layer.mask().tolist() == [[False, False, True], [False, False, False]]
+
+
+def test_kept_rows_stay_and_memory_is_given_back():
+    layer = filled(200, capacity=1000)
+    assert layer.keys.shape[-2] == 1000
+    layer.keep(np.array([0, 1, 198, 199]))
+    assert held(layer) == [[0, 1, 198, 199]] * 2
+    assert layer.keys.shape[-2] == layer.values.shape[-2] == 4 + SPARE
+    layer.take(40).store(*kv(40))
+    assert layer.count == 44 and layer.row_positions.tolist()[:5] == [0, 1, 198, 199, 200]
+
+
+def test_rows_kept_by_head_differ_and_so_does_the_mask():
+    layer = filled(5)
+    layer.keep(np.array([[0, 3, 4], [1, 2, 4]]))
+    assert held(layer) == [[0, 3, 4], [1, 2, 4]]
+    layer.tokens = Tokens(np.array([2, 4]))
+    mask = layer.mask()  # (K, 1, T, S)
+    assert mask.shape == (2, 1, 2, 3)
+    assert mask[:, 0, 0].tolist() == [[False, True, True], [False, False, True]]
+    layer.keep(np.array([[0, 2], [1, 2]]))  # now by place among the rows that are left
+    assert held(layer) == [[0, 4], [2, 4]]
+
+
+def test_a_padded_batch_hides_padding_from_everyone():
+    layer = Layer(6, start=np.array([0, 2])).take(3)
+    layer.store(*kv(3, lead=(2,)))
+    mask = layer.mask()  # (B, 1, 1, T, S)
+    causal = np.triu(np.ones((3, 3), bool), 1)
+    assert mask.shape == (2, 1, 1, 3, 3)
+    assert (mask[0, 0, 0] == causal).all()
+    assert mask[1, 0, 0].tolist() == [[True] * 3, [True] * 3, [True, True, False]]
+
+
+# Going back, and forking -------------------------------------------------------------------------
+
+
+def test_rewinding_before_freed_rows_is_refused_by_name():
+    state = State(2, 20)
+    state.take(10)
+    state.position = 10
+    for layer in state.layers:
+        layer.tokens = state.tokens
+        layer.store(*kv(10))
+    state.layers[1].keep(np.arange(6, 10))
+    state.layers[1].rewindable_to, state.layers[1].evicted_by = 8, "some_technique"
+    with pytest.raises(MinitxError, match="position 7: some_technique has freed cache rows"):
+        state.rewind(7)
+    assert state.position == 10 and state.layers[0].count == 10, "a refusal changes nothing"
+    state.rewind(8)
+    assert [layer.count for layer in state.layers] == [8, 2]
+    state.rewind(0)
+    assert [layer.count for layer in state.layers] == [0, 0]
+    assert state.layers[1].row_positions is None and state.layers[1].rewindable_to == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_position_beyond_the_context_is_refused(family):
+    """By the core: learned positions would give empty logits, silently."""
+    model = tiny_model(family)
+    state = model.new_state()
+    model([1] * 40, state)
+    with pytest.raises(MinitxError, match="grow to 49 tokens but the model's context is 48"):
+        model([1] * 9, state)
+    assert state.position == 40
+    assert model([1] * 8, state).shape == (8, 259)
+    with pytest.raises(MinitxError, match="context is 48"):
+        model([1] * 49)
+
+
+def test_the_state_knows_where_the_prompt_ends():
+    seen = []
+
+    class Loop(type(tiny_lm().decode)):
+        def __call__(self, model, state, ids, choose, limit):
+            seen.append((state.prompt, state.position))
+            return super().__call__(model, state, ids, choose, limit)
+
+    lm = tiny_lm(decode=Loop())
+    lm.generate([5, 6, 7], 2)
+    assert seen == [(3, 0)]
+
+
+def test_a_fork_shares_nothing_that_changes():
+    lm = tiny_lm(dtype=np.float64)
+    ids = RNG.integers(0, 258, 30)
+    state = lm.model.new_state()
+    lm.model(ids[:20], state)
+    early, late = state.fork(12), state.fork()
+    expected = lm.model(ids[20:], state)
+    np.testing.assert_array_equal(lm.model(ids[20:], late), expected)
+    whole = lm.model.new_state()
+    lm.model(ids[:12], whole)
+    found, expected = (lm.model(ids[5:9], after) for after in (early, whole))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert (early.position, state.position) == (16, 30)
+
+
+def test_cache_bytes_are_those_of_the_rows_in_use():
+    lm = tiny_lm()
+    state = lm.model.new_state()
+    assert state.cache_bytes == state.bytes_per_token == 0
+    lm.model([1, 2, 3, 4], state)
+    c = lm.model.config
+    assert state.bytes_per_token == c.layers * 2 * c.kv_heads * c.head_width * 4
+    state.layers[0].keep(np.array([0, 3]))
+    assert state.cache_bytes == 6 * c.kv_heads * c.head_width * 2 * 4
