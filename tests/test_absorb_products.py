@@ -1,6 +1,7 @@
 """W_Q W_K^T and W_V W_O as one matrix: against the plain forward, a literal twin, the ledger."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from minitx.build import random_model
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.lm import LM
-from minitx.technique import apply
+from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope, RMSNorm
+from minitx.precompute.absorb_products import absorbed
+from minitx.technique import apply, swap
 from minitx.tree import map_weights
 
 SIZES = dict(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2, head_width=6, context=40)
@@ -112,22 +115,81 @@ def test_the_literal_twin(kind, pairs):
         assert error(attn(rows, layer), expected) < 1e-12
 
 
-def test_the_matrices_by_hand():
-    """Width 2, one head of 1: QK = [1, 2]^T [3, 4] and so on, with the scale left in the scores."""
-    from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope, RMSNorm
-    from minitx.precompute.absorb_products import absorbed
-
+def by_hand():
+    """An attention of width 2 with one head of width 1."""
     columns = np.array([[[1.0], [2.0]], [[3.0], [4.0]], [[5.0], [6.0]]])
     biases = np.array([[10.0], [20.0], [30.0]])
     q, k, v = (Linear(w, b) for w, b in zip(columns, biases))
     out = Linear(np.array([[7.0, 8.0]]), np.array([0.5, 0.25]))
     norm = RMSNorm(np.ones(2), 1e-5)
-    attn = Attention(norm, QKV(q, k, v), NoRope(), Cache(), Attend(1.0), out, 1, 1)
-    both = absorbed(attn, True, True)
+    return Attention(norm, QKV(q, k, v), NoRope(), Cache(), Attend(1.0), out, 1, 1)
+
+
+def test_the_matrices_by_hand():
+    """Width 2, one head of 1: QK = [1, 2]^T [3, 4] and so on, with the scale left in the scores."""
+    both = absorbed(by_hand(), True, True)
     np.testing.assert_array_equal(both.qkv.q.w, [[3, 4], [6, 8]])
     np.testing.assert_array_equal(both.qkv.q.b, [30, 40])  # b_Q W_K^T; b_K goes
     np.testing.assert_array_equal(both.out.w, [[35, 40], [42, 48]])
     np.testing.assert_array_equal(both.out.b, [210.5, 240.25])  # b_V W_O + b_O
+
+
+# Biases ------------------------------------------------------------------------------------------
+
+
+def some_biases(lm, names):
+    """The model with the biases of these of q, k, v and out; the others None."""
+
+    def change(attn):
+        qkv = attn.qkv
+        q, k, v, out = (
+            linear if name in names else replace(linear, b=None)
+            for name, linear in (("q", qkv.q), ("k", qkv.k), ("v", qkv.v), ("out", attn.out))
+        )
+        return replace(attn, qkv=replace(qkv, q=q, k=k, v=v), out=out)
+
+    return swap(lm, Attention, change)
+
+
+CHOICES = [[n for n, b in zip(("q", "k", "v", "out"), c) if b] for c in product([0, 1], repeat=4)]
+
+
+@pytest.mark.parametrize("kind, pairs", [c for c in CASES if c[0] != "learned-plain"])
+def test_absorb_products_mixed_biases_is_exact(kind, pairs):
+    """All 2^4 choices of biases, and they are made only where something is to be added."""
+    lm = make(kind)
+    for names in CHOICES:
+        dense = some_biases(lm, names)
+        new = apply(dense, {"absorb_products": {"pairs": pairs}})
+        found = error(in_chunks(new, IDS, (25, 1, 6)), dense.logits(IDS))
+        assert found <= 1e-12, f"{pairs} with biases of {names or 'none'}: off by {found:.1e}"
+        for block in new.model.stack.blocks:
+            q, out = block.attn.qkv.q, block.attn.out
+            assert (q.b is not None) == ("q" in names), f"queries with biases of {names or 'none'}"
+            wanted = "out" in names or pairs != "qk" and "v" in names
+            assert (out.b is not None) == wanted, f"the output with biases of {names or 'none'}"
+            if pairs == "qk":
+                assert (block.attn.qkv.v.b is not None) == ("v" in names), "values are as they were"
+            if pairs == "ov":
+                assert (block.attn.qkv.k.b is not None) == ("k" in names), "keys are as they were"
+
+
+@pytest.mark.parametrize("names", CHOICES, ids=lambda names: "+".join(names) or "none")
+def test_absorb_products_mixed_biases_by_hand(names):
+    """As in the example by hand: b_Q W_K^T = 10 [3, 4]; b_V W_O = 30 [7, 8]; b_K goes."""
+    absorbed_ = absorbed(some_biases(by_hand(), names), True, True)
+    b = absorbed_.qkv.q.b
+    assert (None if b is None else b.tolist()) == ([30, 40] if "q" in names else None), "b_Q W_K^T"
+    expected = np.zeros(2)
+    if "v" in names:
+        expected = expected + [210, 240]
+    if "out" in names:
+        expected = expected + [0.5, 0.25]
+    b = absorbed_.out.b
+    if not {"v", "out"} & set(names):
+        assert b is None, f"nothing is to be added, but the output has the bias {b}"
+    else:
+        np.testing.assert_array_equal(b, expected, err_msg="b_V W_O + b_O")
 
 
 # What it costs -----------------------------------------------------------------------------------

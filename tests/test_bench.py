@@ -116,13 +116,61 @@ def test_the_matrix_has_the_bytes_that_were_asked_for():
     assert bench.factors(10)[1].shape == (1, 4096)
 
 
+class Ticking:
+    """A clock that moves on by one tick at every ``every``-th look at it, so that what is measured
+    between two looks mostly takes no time at all."""
+
+    def __init__(self, every, tick=0.25):
+        self.every, self.tick, self.looks = every, tick, 0
+
+    def __call__(self):
+        self.looks += 1
+        return self.looks // self.every * self.tick
+
+
 def test_timing_divides_by_the_runs():
     runs = []
     spent = bench.timed(lambda: runs.append(sum(range(20_000))), least=0.05)
     assert len(runs) > 1 and 0.05 <= spent * len(runs) < 0.5
-    runs.clear()
-    bench.timed(lambda: runs.append(1), least=0.0)
-    assert runs == [1]
+
+
+def test_timed_least_zero_on_a_clock_that_moves_runs_once(monkeypatch):
+    monkeypatch.setattr(bench.time, "process_time", Ticking(every=1))
+    runs = []
+    spent = bench.timed(lambda: runs.append(1), least=0.0)
+    assert runs == [1], f"one run is enough, but the job ran {len(runs)} times"
+    assert spent == 0.25, f"expected one tick of 0.25 s, got {spent}"
+
+
+def test_timed_clock_in_ticks_repeats_until_it_has_moved(monkeypatch):
+    """Looks 1 to 7 read 0, look 8 reads 0.25 s: the first before the first run, one after each of
+    7 runs, so a run takes 0.25 / 7 s."""
+    monkeypatch.setattr(bench.time, "process_time", Ticking(every=8))
+    runs = []
+    spent = bench.timed(lambda: runs.append(1), least=0.0)
+    assert len(runs) == 7, f"the clock moved after 7 runs, but the job ran {len(runs)} times"
+    assert spent == 0.25 / 7, f"expected one tick over 7 runs, {0.25 / 7:.4f} s, got {spent}"
+
+
+def test_elapsed_clock_in_ticks_waits_for_the_first():
+    spent = bench.elapsed(Ticking(every=5), began=0.0)
+    assert spent == 0.25, f"expected the first tick after 0, at 0.25 s, got {spent}"
+
+
+def test_bench_clock_in_ticks_gives_finite_speeds(monkeypatch):
+    for name in ("process_time", "perf_counter"):
+        monkeypatch.setattr(bench.time, name, Ticking(every=4))
+    monkeypatch.setattr(bench, "BEYOND_CACHES", 1_000_000)
+    found = bench.measure_all((Config(**TINY),), PLAN, Twin, bar=False)
+    (shape,) = found["shapes"]
+    for name, seconds in shape["seconds"].items():
+        assert min(seconds) > 0, f"{name} took no time at all: {seconds}"
+    figures = [found["machine"]["processor_share"], *shape["products_alone"].values()]
+    for side in ("decode", "prefill"):
+        figures += [shape[side]["minitx_tokens_per_second"], *shape[side]["ratio"].values()]
+    for limit in shape["limit"].values():
+        figures += [limit["minitx_bytes_per_second"], *limit["fraction"].values()]
+    assert np.isfinite(figures).all() and min(figures) > 0, f"a figure is not finite: {figures}"
 
 
 # The run -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_bench import Ticking
 
 import minitx
 from minitx import technique as module
@@ -136,6 +137,39 @@ def test_without_a_tokenizer_it_is_refused():
     lm = LM(random_model(CONFIG, 3))
     with pytest.raises(MinitxError, match="no tokenizer, so it cannot read stories"):
         compare(lm, lm, "", PLAN, bar=False)
+
+
+def test_compare_times_every_continuation_of_both_models(monkeypatch):
+    """Each continuation of 48 tokens takes the dense model 1 s and the changed one 2 s."""
+    dense, changed = story_lm(), story_lm()
+    tokens, seconds = LM.tokens, [0]
+
+    def slow(self, *arguments):
+        seconds[0] += 1 if self is dense else 2
+        return tokens(self, *arguments)
+
+    monkeypatch.setattr(LM, "tokens", slow)
+    monkeypatch.setattr("time.process_time", lambda: seconds[0])
+    telling = compare(dense, changed, "", replace(PLAN, rounds=3), bar=False).telling
+    assert telling.speed == (0.5, 0.5, 0.5), f"expected half the speed, got {telling.speed}"
+    speed = telling.dense_tokens_per_second
+    assert speed == pytest.approx(48), f"expected 2 x 48 tokens in 2 x 1 s, got {speed} a second"
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_compare_clock_in_ticks_gives_finite_speeds(monkeypatch, every):
+    """The clock moves at every look, or at every fifth one only; each run of both models takes
+    equally many looks, so that the ratio of their speeds is near 1 and never 1 over 0."""
+    monkeypatch.setattr("time.process_time", Ticking(every))
+    lm = story_lm()
+    telling = compare(lm, lm, "", replace(PLAN, rounds=4), bar=False).telling
+    assert np.isfinite([*telling.speed, telling.dense_tokens_per_second]).all(), (
+        f"a speed is not finite: {telling.speed}, {telling.dense_tokens_per_second}"
+    )
+    if every == 1:  # a run takes one tick of 0.25 s, in which both beginnings get 48 new tokens
+        assert telling.speed == (1, 1, 1), f"equal times, but the ratios are {telling.speed}"
+        speed = telling.dense_tokens_per_second
+        assert speed == pytest.approx(2 * 48 / 0.25), f"expected 384 tokens a second, got {speed}"
 
 
 # Sweeps ------------------------------------------------------------------------------------------

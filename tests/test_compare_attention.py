@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_bench import Ticking
 from test_compare import CONFIG, END, story_lm
 from test_predictive_attention import random_qkv, run
 from tiny import tiny_lm
@@ -369,6 +370,34 @@ def test_what_is_timed_is_attention_to_all_tokens_before(family):
         np.testing.assert_allclose(
             attn(token, runner.layer.take(1))[0], whole[-1], rtol=1e-4, atol=1e-4
         )
+
+
+def test_runner_step_clock_in_ticks_takes_more_than_zero(monkeypatch):
+    """Two looks a run: looks 1 to 7 read 0 and look 8, at the end of the fourth run, 0.25 s."""
+    lm = tiny_lm()
+    x = np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)
+    runner = attention_timing.Runner(attention_timing.attention(lm, 1, 20), x, 20)
+    clock = Ticking(every=8)
+    monkeypatch.setattr(attention_timing.time, "perf_counter", clock)
+    rewound, rewind = [], runner.layer.rewind
+    monkeypatch.setattr(runner.layer, "rewind", lambda to: rewound.append(to) or rewind(to))
+    spent = runner.step(0)
+    assert clock.looks == 8, f"4 runs of two looks each were needed, not {clock.looks / 2:g}"
+    assert spent == 0.25 / 4, f"expected one tick over 4 runs, got {spent} s"
+    assert rewound == [19] * 4, f"the token is to be forgotten before each run, got {rewound}"
+
+
+def test_race_times_within_a_tick_are_taken_for_a_tick(monkeypatch):
+    """Every step takes the same time, so nothing is left for attending: a ratio of 1, not 0 / 0."""
+    monkeypatch.setattr(attention_timing, "TICK", 0.5)
+    monkeypatch.setattr(attention_timing.Runner, "step", lambda self, number: 2.0)
+    texts = [np.arange(20)]
+    found = attention_timing.race(
+        tiny_lm(), lambda *_: tiny_lm(), {("dense", 1): (METHODS[0], 5)}, texts, [16], 2, int
+    )
+    ((speed,),) = found.values()
+    assert (speed.seconds, speed.dense_seconds) == (0.5, 0.5), f"expected one tick, got {speed}"
+    assert speed.ratio == 1, f"equal times, but the ratio is {speed.ratio}"
 
 
 def test_inputs_are_what_the_block_reads():

@@ -8,10 +8,18 @@ from slow import dota as slow
 from tiny import FAMILIES, tiny_lm
 
 from minitx import ops
+from minitx.errors import MinitxError
 from minitx.keys.choosing import AttendChosen
-from minitx.keys.detector import Detect, Detector, coded, projection, random_detectors
+from minitx.keys.detector import (
+    Detect,
+    Detector,
+    coded,
+    narrow_rope,
+    projection,
+    random_detectors,
+)
 from minitx.ledger import counting
-from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope
+from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope, Rope
 from minitx.skip.dota import DetectingAttention, Guess, Strongest, guessed, loads
 from minitx.state import Layer, Tokens
 from minitx.technique import apply
@@ -212,6 +220,73 @@ def test_it_is_the_literal_twin(monkeypatch, bits, heads, kv_heads):
     )
     assert counts.events["key loads, 4 rows together"] == together
     assert together < counts.events["key loads, row by row"] == counts.events["keys kept"]
+
+
+# Rotation ----------------------------------------------------------------------------------------
+
+# (rotated columns, head width, k): the pairs of the model's that turn. Of k columns, k * rotated /
+# width are to turn, which is half as many pairs: rounded (halves to even), at least one, and the
+# slowest ones.
+PAIRS = {
+    (8, 8, 8): [0, 1, 2, 3],  # all of them
+    (8, 8, 4): [2, 3],
+    (8, 8, 2): [3],
+    (4, 8, 8): [0, 1],  # partial: half of the model's columns turn, so half of the k
+    (4, 8, 4): [1],
+    (4, 8, 2): [1],  # 2 * 4 / 8 / 2 = 0.5 rounds to 0: one pair all the same
+    (2, 16, 4): [0],  # 4 * 2 / 16 / 2 = 0.25
+    (6, 8, 4): [1, 2],  # 4 * 6 / 8 / 2 = 1.5 rounds to 2
+    (12, 16, 6): [4, 5],  # 6 * 12 / 16 / 2 = 2.25
+}
+
+
+@pytest.mark.parametrize("sizes", PAIRS)
+def test_narrow_rope_rotates_the_slowest_pairs_of_the_model(sizes):
+    """Pair i of the model turns by position * 100^(-2 i / rotated columns)."""
+    rotated, width, k = sizes
+    rope = narrow_rope(Rope(*ops.rope_tables(rotated, 7, 100.0, np.float64)), k, width)
+    pairs = PAIRS[sizes]
+    assert rope.cos.shape == rope.sin.shape == (7, 2 * len(pairs)), (
+        f"expected {2 * len(pairs)} of {k} columns to turn, got tables of shape {rope.cos.shape}"
+    )
+    angle = np.array([[at * 100.0 ** (-2 * i / rotated) for i in pairs] for at in range(7)])
+    message = f"expected the angles of the model's pairs {pairs}"
+    np.testing.assert_allclose(rope.cos, np.cos([*angle.T, *angle.T]).T, err_msg=message)
+    np.testing.assert_allclose(rope.sin, np.sin([*-angle.T, *angle.T]).T, err_msg=message)
+
+
+def test_narrow_rope_of_a_partial_rotation_turns_the_first_columns_by_hand():
+    """4 of 8 columns turn in the model, base 100: pairs turn by 1 and by 1/10 a position. Of k = 4
+    columns two turn, as the slower pair: columns 0 and 1 by 3/10 at position 3; 2 and 3 do not."""
+    rope = narrow_rope(Rope(*ops.rope_tables(4, 7, 100.0, np.float64)), 4, 8)
+    layer = Layer(7)
+    layer.position = 3
+    x = np.array([[[2.0, 5.0, 7.0, 11.0]]])  # one head, one token
+    c, s = np.cos(0.3), np.sin(0.3)
+    expected = [2 * c - 5 * s, 5 * c + 2 * s, 7, 11]
+    np.testing.assert_allclose(
+        rope(x, layer)[0, 0], expected, err_msg="the key turned at position 3 is another"
+    )
+
+
+def test_narrow_rope_without_rotation_stays_as_it_is():
+    rope = NoRope()
+    assert narrow_rope(rope, 4, 8) is rope, "a model without rotary positions gets none"
+    with pytest.raises(MinitxError):
+        narrow_rope(Bare(), 4, 8)
+
+
+@pytest.mark.parametrize("family, pairs", [("llama", [2, 3]), ("gpt_neox", [1])])
+def test_detect_rotates_by_the_head_width_of_the_model(family, pairs):
+    """k = 4 of 8: llama turns all columns of a head, gpt_neox 4 of 8, so 4 and 2 of the k turn."""
+    attn = tiny_lm(family).model.stack.blocks[0].attn
+    (detector, *_) = random_detectors(FAMILIES[family], 4, 0)
+    found = Detect.of(detector, attn, FAMILIES[family].head_width, 4).rope
+    half = attn.rope.cos.shape[1] // 2
+    columns = [*pairs, *(half + i for i in pairs)]
+    message = f"expected the model's columns {columns}"
+    np.testing.assert_array_equal(found.cos, attn.rope.cos[:, columns], err_msg=message)
+    np.testing.assert_array_equal(found.sin, attn.rope.sin[:, columns], err_msg=message)
 
 
 # Models ------------------------------------------------------------------------------------------

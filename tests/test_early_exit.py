@@ -4,6 +4,7 @@ The contract tests (test_contract.py) run on models of two layers; here there ar
 at which tokens leave after different layers.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from slow.early_exit import run as twin
 from slow.early_exit import teacher_forced
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
-from minitx.confidence import Drawn, Limit, Saturation, top_two_gap
+from minitx.confidence import Drawn, Limit, Probe, Saturation, sigmoid, top_two_gap
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.lm import LM
@@ -81,6 +82,49 @@ def test_the_threshold_decays_by_hand():
 def test_saturation_is_a_cosine():
     x, before = np.array([[3.0, 4], [1, 0], [0, 0]]), np.array([[4.0, 4], [0, 2], [1, 1]])
     np.testing.assert_allclose(Saturation()(x, before, 2, None), [28 / 5 / 32**0.5, 0, 0])
+
+
+@pytest.mark.parametrize("z", [0.0, 1.0, -1.0, 3.5, -20.0])
+def test_sigmoid_is_one_over_one_plus_exp_of_minus_z(z):
+    expected = 1 / (1 + math.exp(-z))
+    found = sigmoid(np.array(z))
+    assert found == pytest.approx(expected, abs=1e-15), f"sigmoid({z}): {expected}, got {found}"
+
+
+def test_sigmoid_at_zero_is_one_half():
+    assert sigmoid(np.zeros(1))[0] == 0.5, "zero is as likely as not, exactly"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sigmoid_far_out_is_zero_or_one_without_overflow(dtype):
+    with np.errstate(all="raise"):
+        found = sigmoid(np.array([-1000, 1000], dtype))
+    assert found.tolist() == [0, 1], f"expected 0 at -1000 and 1 at 1000, got {found}"
+    assert found.dtype == dtype, f"expected {np.dtype(dtype)}, got {found.dtype}"
+
+
+@pytest.mark.parametrize("z", [0.0, 1.0, -2.0])
+def test_sigmoid_slope_is_s_times_one_minus_s(z):
+    """1/4 at 0, its largest."""
+    low, high = sigmoid(np.array([z - 1e-5, z + 1e-5]))
+    s = 1 / (1 + math.exp(-z))
+    found, expected = (high - low) / 2e-5, s * (1 - s)
+    assert found == pytest.approx(expected, rel=1e-6), f"slope at {z}: {expected}, got {found}"
+
+
+def test_probe_by_hand():
+    """[1 2 3] . [1/2 -1 1/4] = 1/2 - 2 + 3/4 = -3/4, and with the bias 1/4: -1/2.
+    [0 -1 1] . [1/2 -1 1/4] = 1 + 1/4 = 5/4, and with the bias: 3/2."""
+    probe = Probe(np.array([0.5, -1, 0.25]), 0.25)
+    x = np.array([[1.0, 2, 3], [0, -1, 1]])
+    with counting(probe) as counts:
+        found = probe(x, None, 2, None)  # what it was before, depth and position do not matter
+    expected = [1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-1.5))]
+    np.testing.assert_allclose(found, expected, rtol=1e-14, err_msg="sigmoid(x . w + b)")
+    entry = counts.total()
+    assert (entry.multiply_adds, entry.weight_bytes) == (6, 24), (
+        f"expected one multiply-add for each of 6 numbers and 3 weights of 8 bytes, got {entry}"
+    )
 
 
 def test_chance_belongs_to_the_depth_and_the_position():

@@ -1,5 +1,7 @@
 """Table lookup as a technique: what is replaced, searched, learned, counted and refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny import FAMILIES, tiny_lm
@@ -12,10 +14,17 @@ from minitx.lm import LM
 from minitx.matrices.bit_search import two_stages
 from minitx.matrices.bit_serial import BitSerialLinear
 from minitx.matrices.centroid_table import CentroidLinear
-from minitx.matrices.product_table import FoldedLinear, IntegerLinear, ProductTable, TableLinear
-from minitx.model import Linear
-from minitx.precompute.lut import TableHead, chosen, find_bits, matrix, with_tables
-from minitx.technique import apply, kinds
+from minitx.matrices.product_table import (
+    FoldedLinear,
+    IntegerLinear,
+    ProductTable,
+    TableLinear,
+    table_bytes,
+)
+from minitx.model import FFN, Attention, Linear
+from minitx.precompute.lut import TableHead, chosen, find_bits, matrix, right_tokens, with_tables
+from minitx.technique import apply, kinds, swap
+from minitx.training import calibration
 from minitx.tree import nbytes, walk
 
 KINDS = {
@@ -149,6 +158,141 @@ def test_the_search_as_a_command(monkeypatch, capsys):
         assert lut_search.main(words) == 2
         err = capsys.readouterr().err
         assert err.startswith("minitx: ") and err.count("\n") == 1
+
+
+class NextId:
+    """In the place of an LM: after token i the likeliest is always i + 1, of three tokens."""
+
+    def __init__(self):
+        self.asked = []
+
+    def logits(self, ids):
+        self.asked.append(list(ids))
+        return np.eye(3)[(np.array(ids) + 1) % 3]
+
+
+def test_right_tokens_is_the_share_over_the_tokens_of_all_texts():
+    """0 1 2 2 0: predicted after 0 1 2 2 are 1 2 0 0, and 1 2 2 0 follow, so 3 of 4 are right.
+    1 0: predicted is 2 and 0 follows, so 0 of 1. Together 3 of 5; the mean of the two texts'
+    shares, 3/8, would give the short text the weight of the long one."""
+    lm = NextId()
+    found = right_tokens(lm, [[0, 1, 2, 2, 0], [1, 0]])
+    assert found == 3 / 5, f"expected 3 of 5 tokens right, got a share of {found}"
+    assert lm.asked == [[0, 1, 2, 2], [1]], "the last token of a text is never asked about"
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """A model that 8 bits do little to: its blocks write a twentieth of what they did."""
+
+    def quieter(linear):
+        return replace(linear, w=linear.w * 0.05)
+
+    lm = swap(tiny_lm(dtype=np.float64), FFN, lambda ffn: replace(ffn, down=quieter(ffn.down)))
+    return swap(lm, Attention, lambda attn: replace(attn, out=quieter(attn.out)))
+
+
+@pytest.fixture(scope="module")
+def two_thirds(dense):
+    """Four texts of 48 tokens, of which 125 of 188 are those that the dense model predicts: with
+    probability 3/4 the next token is its own choice, otherwise a random one."""
+    rng = np.random.default_rng(4)
+    texts = [[int(rng.integers(258))] for _ in range(4)]
+    for ids in texts:
+        while len(ids) < 48:
+            greedy = rng.random() < 0.75
+            ids.append(int(dense.logits(ids)[-1].argmax() if greedy else rng.integers(258)))
+    return texts
+
+
+@pytest.fixture
+def calibrated(monkeypatch, two_thirds):
+    """Those texts in the place of calibration stories; returns a list of what is asked for."""
+    asked = []
+
+    def texts_for(name, lm, count):
+        asked.append((name, count))
+        return two_thirds
+
+    monkeypatch.setattr(calibration, "texts_for", texts_for)
+    return asked
+
+
+def share_right(lm, texts):
+    """The share of right next tokens, token by token."""
+    right = [
+        int(row.argmax()) == target
+        for ids in texts
+        for row, target in zip(lm.logits(ids[:-1]), ids[1:], strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def searched(lm, texts, least, **options):
+    """(ba, bw) and all that is tried, as the card says: the inputs' bits go down from 8 while the
+    share is at least ``least``, then the weights' bits."""
+    tried = []
+
+    def enough(ba, bw):
+        table = apply(lm, {"lut": dict(ba=ba, bw=bw, d=1) | options})
+        tried.append((ba, bw, share_right(table, texts)))
+        return tried[-1][2] >= least
+
+    ba = bw = 8
+    assert enough(8, 8)
+    while ba > 2 and enough(ba - 1, bw):
+        ba -= 1
+    while bw > 2 and enough(ba, bw - 1):
+        bw -= 1
+    return (ba, bw), tried
+
+
+@pytest.mark.parametrize("drop", [0.03, 0.05, 0.2])
+def test_lut_search_small_drop_keeps_the_dense_share_less_the_drop(
+    dense, two_thirds, calibrated, drop
+):
+    least = share_right(dense, two_thirds) - drop
+    (ba, bw), tried = searched(dense, two_thirds, least)
+    assert 2 < ba < 8 and bw > 2, f"the example is to end before 2 bits, and it tries {tried}"
+    found = find_bits(dense, chosen(dense, None, False), drop, 65536, 5)
+    assert found.least == pytest.approx(least), f"expected {least} to be kept, got {found.least}"
+    assert found.tried == tuple(tried), "other bits are tried, or other shares measured"
+    assert (found.ba, found.bw) == (ba, bw), f"expected ba={ba} bw={bw}, got {found}"
+    sizes = [table_bytes(ba, bw, d) for d in (found.d, found.d + 1)]
+    assert sizes[0] <= 65536 < sizes[1], f"d={found.d} is not the largest that fits: {sizes}"
+    assert calibrated == [("lut", 5)], f"expected 5 stories for lut, got {calibrated}"
+
+
+def test_lut_search_in_the_technique_and_in_the_lab_find_the_same(dense, two_thirds, calibrated):
+    """Both pass on drop, cache, layers, head and stories."""
+    options = dict(drop=0.3, cache=3000, layers=1, head=True, stories=3)
+    least = share_right(dense, two_thirds) - 0.3
+    (ba, bw), tried = searched(dense, two_thirds, least, layers=1, head=True)
+    assert tried != searched(dense, two_thirds, least)[1], "the last layer and all are told apart"
+    d = max(d for d in range(1, 9) if table_bytes(ba, bw, d) <= 3000)
+    assert table_bytes(ba, bw, d + 1) <= 65536, "another cache gives another d"
+    found = lut_search.search(dense, **options)
+    assert found.tried == tuple(tried), "the lab searches other matrices or texts"
+    assert (found.ba, found.bw, found.d) == (ba, bw, d), f"expected {ba}, {bw}, {d}, got {found}"
+    assert found.cache == 3000, f"expected a table of at most 3000 bytes, got {found.cache}"
+    lm = apply(dense, {"lut": dict(search=True) | options})
+    (shared,) = parts(lm, ProductTable).values()
+    made = shared.ba, shared.bw, shared.d
+    assert made == (ba, bw, d), f"the search finds {ba}, {bw}, {d}, but the table has {made}"
+    assert calibrated == [("lut", 3)] * 2, f"expected 3 stories twice, got {calibrated}"
+
+
+def test_lut_search_without_options_takes_the_defaults_of_the_technique(
+    dense, two_thirds, calibrated
+):
+    """A drop of 0.01, 64 KiB, 16 stories, every block, and not the head."""
+    found = lut_search.search(dense)
+    least = share_right(dense, two_thirds) - 0.01
+    assert found.least == pytest.approx(least), f"expected a drop of 0.01, got {found.least}"
+    assert found.cache == 65536, f"expected a table of at most 64 KiB, got {found.cache}"
+    assert calibrated == [("lut", 16)], f"expected 16 stories for lut, got {calibrated}"
+    _, tried = searched(dense, two_thirds, least)
+    assert found.tried == tuple(tried), "the lab searches other matrices or texts"
 
 
 # Counting ----------------------------------------------------------------------------------------

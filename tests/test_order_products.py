@@ -1,5 +1,6 @@
 """Orders of weights against a literal twin: what is exact, what overflows, what an order costs."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -130,6 +131,100 @@ def test_overflows_are_those_of_the_literal_twin(by, bits):
                 assert slow.wrapping(products, bits) == whole
                 if max(map(abs, products)) <= high:
                     assert slow.saturating(slow.balanced(products), bits) == (whole, False)
+
+
+# Inputs 127, 1, 1 (8 bits, scale 1) with weights of 8 bits, each column an output, scale 1 too. An
+# accumulator of 8 bits holds -128 to 127. Products added as stored, and what is left in it:
+#   o  weights          products          running sums, saturating    the whole sum
+#   0     1 -127    2    127 -127    2    127,    0,    2                 2
+#   1     1  127 -127    127  127 -127    127, 254 -> 127,    0           127   transient overflow
+#   2     1  127  127    127  127  127    127, 254 -> 127, 254 -> 127     381   persistent
+#   3    -1 -127  127   -127 -127  127   -127, -254 -> -128, -1          -127   transient
+#   4    -1   -1  127   -127   -1  127   -127, -128,   -1                  -1   -128 just fits
+#   5     1    1 -127    127    1 -127    127, 128 -> 127,    0             1   128 does not
+#   6    -1 -127 -127   -127 -127 -127   -127, -254 -> -128, -255 -> -128 -381  persistent
+EXAMPLE_X = np.array([[127.0, 1, 1]])
+EXAMPLE_W = np.array(
+    [
+        [1.0, 1, 1, -1, -1, 1, -1],
+        [-127, 127, 127, -127, -1, 1, -127],
+        [2, -127, 127, 127, 127, -127, -127],
+    ]
+)
+SATURATED = [2, 0, 127, -1, -1, 0, -128]
+WHOLE = [2, 127, 381, -127, -1, 1, -381]
+TRANSIENT = [0, 1, 0, 1, 0, 1, 0]
+PERSISTENT = [0, 0, 1, 0, 0, 0, 1]
+
+
+def test_order_products_accumulator_8_saturates_by_hand():
+    order = ordering.stored(EXAMPLE_W)
+    sums = accumulate(EXAMPLE_X, EXAMPLE_W, order, 8)
+    expected = dict(found=SATURATED, exact=WHOLE, transient=TRANSIENT, persistent=PERSISTENT)
+    for name, row in expected.items():
+        np.testing.assert_array_equal(getattr(sums, name), [row], err_msg=name)
+    left = np.add(TRANSIENT, PERSISTENT)
+    np.testing.assert_array_equal(sums.left, [left], err_msg="some running sum left the range")
+    b = np.arange(7.0)
+    part = NarrowLinear.of(EXAMPLE_W, b, order, "stored", 8)
+    with counting(part) as counts:
+        y = part(np.concatenate([EXAMPLE_X, [[127.0, 0, 0]]]))  # the second: 127 w[0], which fits
+    np.testing.assert_array_equal(y[0], SATURATED + b, err_msg="saturated sums and the bias")
+    np.testing.assert_array_equal(y[1], 127 * EXAMPLE_W[0] + b, err_msg="products that fit")
+    expected = {
+        "sums": 14,
+        "sums that do not fit": 2,
+        "sums that overflow on the way": 3,
+    }
+    assert counts.events == expected, f"expected {expected}, counted {dict(counts.events)}"
+
+
+def test_order_products_accumulator_8_alternating_avoids_a_transient_overflow_by_hand():
+    """Output 1 again, weights 1, 127, -127: as stored, and positives first (127, 1, -127), the sum
+    is 127 after the first product and would be 254 after the second: it ends at 0. Alternating
+    takes 127, then -127 since the weights so far add up to more than 0, then 1: 127, 0, 127."""
+    w = EXAMPLE_W[:, 1:2]
+    for by, right, overflows in (
+        ("stored", 0, 1),
+        ("positives_first", 0, 1),
+        ("alternating", 127, 0),
+    ):
+        part = NarrowLinear.of(w, None, ORDERS[by](w), by, 8)
+        with counting(part) as counts:
+            y = part(EXAMPLE_X)
+        assert y.tolist() == [[right]], f"{by}: expected {right}, got {y}"
+        found = counts.events["sums that overflow on the way"]
+        assert found == overflows, f"{by}: expected {overflows} transient overflows, got {found}"
+
+
+def test_order_products_accumulator_8_scales_of_input_and_weights_by_hand():
+    """Input 127/4 1/4 1/4: codes 127 1 1 and scale 1/4. Weights twice those of the example have the
+    same codes and scale 2. So the sums are those of the example, times 1/2."""
+    part = NarrowLinear.of(EXAMPLE_W * 2, None, ordering.stored(EXAMPLE_W), "stored", 8)
+    found = part(EXAMPLE_X / 4)
+    np.testing.assert_array_equal(found, [np.array(SATURATED) / 2], err_msg="scaled sums")
+
+
+def test_order_products_accumulator_8_in_a_model_counts_the_overflows_of_the_literal_twin():
+    lm = apply(tiny_lm("gpt2"), {"order_products": {"accumulator": 8, "matrices": "ffn"}})
+    ids, expected = IDS[:6], Counter()
+    narrow = {id(node): node for _, node in walk(lm) if type(node) is NarrowLinear}
+    assert len(narrow) == 4 and {node.accumulator for node in narrow.values()} == {8}
+    assert {node.by for node in narrow.values()} == {"positives_first"}
+    read = watch_inputs(lm, NarrowLinear, [ids], Rows)
+    for key, node in narrow.items():
+        codes = few_bits(read[key].all, 8)[0].astype(int)
+        for row in codes.tolist():
+            for o in range(node.codes.shape[1]):
+                products = [row[i] * int(c) for i, c in zip(node.order[:, o], node.codes[:, o])]
+                left, fits = slow.saturating(products, 8)[1], -128 <= sum(products) <= 127
+                expected["sums"] += 1
+                expected["sums that do not fit"] += not fits
+                expected["sums that overflow on the way"] += left and fits
+    with counting(lm) as counts:
+        lm.logits(ids)
+    assert counts.events == expected, f"expected {dict(expected)}, counted {dict(counts.events)}"
+    assert min(expected.values()) > 0, f"the example has overflows of both kinds: {expected}"
 
 
 def test_bits():

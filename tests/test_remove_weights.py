@@ -1,6 +1,7 @@
 """Skipless models without Q and P: against the dense model and a literal twin, and refusals."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -71,6 +72,79 @@ def test_the_function_is_the_same(kind, matrix, dtype, tolerance):
     state = new.model.new_state()  # and token by token
     found = np.concatenate([new.model(IDS[t : t + 1], state) for t in range(30)])
     assert error(found, lm.logits(IDS)) <= tolerance
+
+
+# Biases ------------------------------------------------------------------------------------------
+
+
+def some_biases(lm, has):
+    """The model with the biases for which ``has(block number, name)`` is true; the others None."""
+    blocks = []
+    for number, block in enumerate(lm.model.stack.blocks):
+
+        def some(**linears):
+            return {
+                name: linear if has(number, name) else replace(linear, b=None)  # noqa: B023
+                for name, linear in linears.items()
+            }
+
+        attn, ffn = block.attn, block.ffn
+        qkv = replace(attn.qkv, **some(q=attn.qkv.q, k=attn.qkv.k, v=attn.qkv.v))
+        maps = {n: node for n, node in vars(ffn.expand).items() if type(node) is Linear}
+        expand = replace(ffn.expand, **some(**maps))
+        attn = replace(attn, qkv=qkv, **some(out=attn.out))
+        blocks.append(
+            replace(block, attn=attn, ffn=replace(ffn, expand=expand, **some(down=ffn.down)))
+        )
+    stack = replace(lm.model.stack, blocks=tuple(blocks))
+    return replace(lm, model=replace(lm.model, stack=stack))
+
+
+NAMES = ("q", "k", "v", "out", "gate", "up", "down")
+WITH_BIASES = [kind for kind in KINDS | PARALLEL if "no-biases" not in kind]
+
+
+@pytest.mark.parametrize("kind, matrix", [c for c in CASES if c[0] in WITH_BIASES])
+def test_remove_weights_mixed_biases_is_exact(kind, matrix):
+    """All 2^4 choices of biases for the removed matrix, P, the FFN's first matrices and its last,
+    the two projections that stay having one each way; in every block alike, and the other way round
+    in every second block, so that a bias meets none in the next block too."""
+    lm = made(kind)
+    first, second = (name for name in "qkv" if name != matrix)
+    for choice in product([False, True], repeat=4):
+        chosen = dict(zip((matrix, "out", "up", "down"), choice))
+        chosen |= {first: choice[1], second: not choice[1], "gate": not choice[2]}
+        for alternate in (False, True):
+            dense = some_biases(lm, lambda i, name: chosen[name] ^ (alternate and i % 2))  # noqa: B023
+            new = apply(dense, {"remove_weights": {"matrix": matrix}})
+            found = error(new.logits(IDS), dense.logits(IDS))
+            there = [name for name in NAMES if chosen[name]]
+            assert found <= 1e-12, (
+                f"with biases of {there}{', the others in block 1' * alternate}: off by {found:.1e}"
+            )
+
+
+@pytest.mark.parametrize("kind", ["plain-mha", "parallel-plain"])
+@pytest.mark.parametrize("only", ["q", "k", "v", "out", "up", "down"])
+def test_remove_weights_one_bias_makes_biases_only_where_it_is_needed(kind, only):
+    """Matrix q is removed. With a = b_q: what reads the stream gets -a W*, what writes it last +a;
+    with p = b_P: the FFN's first matrix gets p M, but P stays in parallel blocks."""
+    lm = some_biases(made(kind), lambda i, name: name == only)
+    new = apply(lm, {"remove_weights": {}}).model.stack.blocks
+    readers = {"k", "v", "up"} if "parallel" in kind else {"k", "v"}
+    for number, block in enumerate(new):
+        expected = {only} - {"q"}
+        if only == "q":
+            expected |= readers | ({"down"} if number < 2 else set())
+        if only == "out" and "parallel" not in kind:
+            expected = {"up"}
+        maps = dict(k=block.attn.qkv.k, v=block.attn.qkv.v, out=block.attn.out)
+        maps |= dict(up=block.ffn.expand.up, down=block.ffn.down)
+        found = {name for name, linear in maps.items() if getattr(linear, "b", None) is not None}
+        assert found == expected, f"block {number}: expected biases of {expected}, got {found}"
+
+
+# What is gone ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, matrix", CASES)

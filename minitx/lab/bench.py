@@ -131,7 +131,8 @@ def measure_all(shapes, plan: Plan, rival: Callable | None, bar: bool = True) ->
     clock, processor = time.perf_counter(), time.process_time()
     with tqdm(total=len(shapes) * (plan.rounds + 1), unit="round", disable=not bar) as progress:
         measured = [measure(config, plan, rival, progress.update) for config in shapes]
-    busy = (time.process_time() - processor) / (time.perf_counter() - clock)
+    spent = time.process_time() - processor
+    busy = spent / elapsed(time.perf_counter, clock)
     return {
         "machine": found | {"processor_share": round(busy, 3)},
         "versions": versions() | (rival.versions if rival else {}),
@@ -188,13 +189,21 @@ def measure(config: Config, plan: Plan, rival: Callable | None, tick: Callable) 
 
 
 def timed(job: Callable, least: float) -> float:
-    """Processor seconds of one run of ``job``, the mean over at least ``least`` seconds of runs."""
+    """Processor seconds of one run of ``job``, the mean over at least ``least`` seconds of runs.
+    Never 0: where the clock moves in ticks, ``job`` runs again until it has moved."""
     began, runs, spent = time.process_time(), 0, 0.0
-    while not runs or spent < least:
+    while not spent or spent < least:
         job()
         runs += 1
         spent = time.process_time() - began
     return spent / runs
+
+
+def elapsed(clock: Callable, began: float) -> float:
+    """Seconds on this clock since ``began``. Never 0: waits for the first tick if need be."""
+    while not (seconds := clock() - began):
+        pass
+    return seconds
 
 
 def agree(ours: np.ndarray, theirs: np.ndarray, config: Config) -> float:

@@ -15,14 +15,15 @@ What is found to be the same is called identical: every greedy choice while read
 continuation. Anything else is approximate, whatever a technique claims to be.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
 from tqdm import tqdm
 
+from minitx.lab.bench import timed
 from minitx.lab.evaluate import (
     Encoded,
     Report,
@@ -175,17 +176,14 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
                 tick()
         ledgers.append(counts)
     same = sum(a == b for a, b in zip(*texts))
+    new = [sum(map(len, own)) or 1 for own in texts]  # tokens
     seconds = [], []
     for _ in range(rounds):
-        for lm, found, own in zip((dense, changed), seconds, texts):
-            began = time.process_time()
-            for prompt in prompts:
-                list(lm.tokens(prompt, room(lm, prompt)))
-            new = sum(map(len, own)) or 1
-            found.append((time.process_time() - began) / new)
+        for lm, found, tokens in zip((dense, changed), seconds, new):
+            found.append(timed(partial(tell_all, lm, prompts), least=0) / tokens)
         tick()
     ratios = [a / b for a, b in zip(*seconds)]
-    costs = [per_token(counts, sum(map(len, own)) or 1) for counts, own in zip(ledgers, texts)]
+    costs = [per_token(counts, tokens) for counts, tokens in zip(ledgers, new)]
     return Telling(
         same,
         len(prompts),
@@ -194,6 +192,11 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
         (median(ratios), min(ratios), max(ratios)),
         1 / median(seconds[0]),
     )
+
+
+def tell_all(lm, prompts: Sequence[list[int]]) -> None:
+    for prompt in prompts:
+        list(lm.tokens(prompt, room(lm, prompt)))
 
 
 def room(lm, prompt) -> int:
