@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import decode
 
 from minitx.cli import main
 from minitx.decode import Autoregressive, Sampler
@@ -109,7 +110,7 @@ def folders(tmp_path):
     for dtype in ("float32", "float64"):
         *h, logits[dtype] = [x[rows] for x in stages_of(dtype, ids)]
         hidden[dtype] = np.stack(h)
-    greedy = np.array(list(Autoregressive()(model, ids.tolist(), Sampler(), 24)))
+    greedy = np.array(list(decode(Autoregressive(), model, ids.tolist(), Sampler(), 24)))
     about = files_about(folder) | {"texts": texts, "versions": {"transformers": "none"}}
     reference = Reference("mine", about, ids, rows, ids, greedy, hidden, logits)
     write_reference(reference, references)

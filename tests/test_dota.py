@@ -259,13 +259,12 @@ def test_narrow_rope_of_a_partial_rotation_turns_the_first_columns_by_hand():
     """4 of 8 columns turn in the model, base 100: pairs turn by 1 and by 1/10 a position. Of k = 4
     columns two turn, as the slower pair: columns 0 and 1 by 3/10 at position 3; 2 and 3 do not."""
     rope = narrow_rope(Rope(*ops.rope_tables(4, 7, 100.0, np.float64)), 4, 8)
-    layer = Layer(7)
-    layer.position = 3
+    where = Tokens(slice(3, 4))
     x = np.array([[[2.0, 5.0, 7.0, 11.0]]])  # one head, one token
     c, s = np.cos(0.3), np.sin(0.3)
     expected = [2 * c - 5 * s, 5 * c + 2 * s, 7, 11]
     np.testing.assert_allclose(
-        rope(x, layer)[0, 0], expected, err_msg="the key turned at position 3 is another"
+        rope(x, where)[0, 0], expected, err_msg="the key turned at position 3 is another"
     )
 
 

@@ -37,8 +37,8 @@ def changed(name, lm_family, dtype=np.float32):
 
 @each
 @family
-def test_what_is_read_is_what_was_written(technique, family, tmp_path):
-    lm = changed(technique.name, family)
+def test_what_is_read_is_what_was_written(name, family, tmp_path):
+    lm = changed(name, family)
     model, decode = read_precomputed(written(lm, tmp_path / "out"))
     assert repr(model) == repr(lm.model) and repr(decode) == repr(lm.decode)
     again = tiny_lm(model=model, decode=decode)
