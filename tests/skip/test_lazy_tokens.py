@@ -271,17 +271,19 @@ def test_rewind_and_replay_repeats_every_step_bit_for_bit(family, back_to):
         np.testing.assert_array_equal(lm.model(ids, state), once[number], f"step {number}")
 
 
-def test_rewind_into_a_step_forgets_only_the_later_tokens():
+@pytest.mark.parametrize("back_to", [1, 13, 19])
+def test_rewind_into_a_step_forgets_only_the_later_tokens(back_to):
     _, lm = models(keep=0.5)
     state = lm.model.new_state()
     lm.model(IDS[:20], state)
     held = [positions_held(layer) for layer in state.layers]
-    state.rewind(13)
+    state.rewind(back_to)
     for before, layer in zip(held, state.layers):
-        assert positions_held(layer).tolist() == before[before < 13].tolist()
-    lm.model(OTHER[13:14], state)
+        assert positions_held(layer).tolist() == before[before < back_to].tolist()
+    lm.model(OTHER[back_to : back_to + 1], state)
     for layer in state.layers:
-        assert positions_held(layer)[-1] == 13, "the new token has a row in every layer"
+        assert positions_held(layer)[-1] == back_to, "the new token has a row in every layer"
+        assert layer.visible is None, "after a step nothing is hidden"
 
 
 def test_fork_goes_on_by_itself():
@@ -470,12 +472,26 @@ def test_options_out_of_range_are_refused(options, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("other", ["early_exit", "elsa", "dota"])
-def test_techniques_that_need_what_it_changes_are_refused_by_name(other):
+@pytest.mark.parametrize(
+    ("other", "choose"),
+    [("early_exit", "attention"), ("elsa", "attention"), ("dota", "attention"), ("dota", "random")],
+)
+def test_techniques_that_need_what_it_changes_are_refused_by_name(other, choose):
+    """Its place, softmax attention, or (dota, also with random) a row for every token."""
     lm, _ = models()
     with pytest.raises(MinitxError) as caught:
-        apply(lm, {"lazy_tokens": True, other: True})
+        apply(lm, {"lazy_tokens": dict(choose=choose), other: True})
     assert other in str(caught.value) and "lazy_tokens" in str(caught.value)
+
+
+@family
+def test_exact_techniques_do_not_change_which_tokens_are_pruned(family):
+    """first_layer hands the stack rows of a table, wider than the hidden state."""
+    dense, lm = models(family, keep=0.5)
+    both = apply(dense, {"lazy_tokens": dict(keep=0.5), "first_layer": True})
+    assert error(in_chunks(both, IDS, STEPS), in_chunks(lm, IDS, STEPS)) < 1e-11
+    batch = np.stack([IDS, OTHER])
+    assert error(both.logits(batch), lm.logits(batch)) < 1e-11
 
 
 def test_the_tree_shows_the_scoring_layers():
