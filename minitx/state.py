@@ -131,6 +131,7 @@ class Layer:
         T = k.shape[-2]
         if not self.remember:
             self.keys, self.values, self.count = k, v, T
+            self.row_positions = None if self.tokens.end == T else self.tokens.array
             return
         first, end = self.count, self.count + T
         in_order = self.row_positions is None and self.tokens.end == end
