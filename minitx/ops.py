@@ -257,12 +257,17 @@ def causal_blocks(T: int, S: int):
 
 def attend_rows(q, k, v, scale, mask=None):
     """Attention of q (..., H, T, d) over k, v (..., K, S, d); mask as for ``attention_weights``."""
+    return weighted_values(attention_weights(q, k, scale, mask), q, k, v)
+
+
+def weighted_values(p, q, k, v):
+    """The end of attention: the values weighted by p (..., K, G*T, S), which came of q and k, as
+    (..., H, T, n). Counts the work of the whole."""
     ledger.count(
         lambda: q.size // q.shape[-1] * k.shape[-2] * (q.shape[-1] + v.shape[-1]),
         cache_bytes=lambda: cached_bytes(k, v),
     )
-    mixed = mix(attention_weights(q, k, scale, mask), v)  # (..., K, G*T, n)
-    return mixed.reshape(*q.shape[:-1], v.shape[-1])
+    return mix(p, v).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def cached_bytes(k, v) -> int:
@@ -285,13 +290,24 @@ def attention_weights(q, k, scale, mask=None):
     mask: booleans that broadcast to (..., K, G, T, n), True where a query must not see one of the
     n newest keys (n = S, or fewer where the others are visible to all); None if nothing is masked.
     """
+    p = attention_scores(q, k, scale)
+    return exponentials(p, mask, q.shape[-2])
+
+
+def attention_scores(q, k, scale):
+    """``scale * q k^T`` (..., K, G*T, S) for q (..., H, T, d) and k (..., K, S, d)."""
     *lead, H, T, d = q.shape
-    K, S = k.shape[-3], k.shape[-2]
-    G = H // K
-    q = q.reshape(*lead, K, G * T, d) * scale  # a group's rows meet their keys in one product
-    p = q @ k.swapaxes(-1, -2)
+    K = k.shape[-3]
+    q = q.reshape(*lead, K, H // K * T, d) * scale  # a group's rows meet their keys in one product
+    return q @ k.swapaxes(-1, -2)
+
+
+def exponentials(p, mask, T: int):
+    """``exp(p - row maximum)`` of the scores p (..., K, G*T, S), without those that are masked;
+    p is overwritten."""
     if mask is not None:
-        by_head = p.reshape(*lead, K, G, T, S)  # a view: what is written here is written in p
+        S = p.shape[-1]
+        by_head = p.reshape(*p.shape[:-2], -1, T, S)  # a view: what is written here is written in p
         np.copyto(by_head[..., S - mask.shape[-1] :], MASKED, where=mask)
     p -= p.max(-1, keepdims=True)
     return np.exp(p, out=p)

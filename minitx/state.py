@@ -226,8 +226,8 @@ class Layer:
     def check_rewind(self, position: int) -> None:
         if 0 < position < self.rewindable_to:
             raise MinitxError(
-                f"Cannot rewind to position {position}: {self.evicted_by} has freed cache rows "
-                f"that it would need; rewind to {self.rewindable_to} or later, or to 0."
+                f"Cannot rewind to position {position}: {self.evicted_by} has freed what that "
+                f"needs; rewind to {self.rewindable_to} or later, or to 0."
             )
 
     def rewind(self, position: int) -> None:

@@ -1,0 +1,203 @@
+"""H2O: the cache keeps the rows that attention has used most, and the latest.
+
+The card and the options, the two parts that run (online), what they remember, notes.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import numpy as np
+
+from minitx import ledger, ops
+from minitx.confidence import draws
+from minitx.model import Attend, Attention
+from minitx.state import Layer
+from minitx.technique import at_least, blocks_of, need, technique, wrap
+from minitx.tree import Part, part, table
+
+
+@technique(
+    level="attention",
+    exact=False,
+    neutral={"heavy": 1 << 40},
+    after=("quantize_cache",),
+    demo={"heavy": 4, "recent": 4},
+    event="cache rows evicted",
+)
+def heavy_hitters(
+    lm,
+    *,
+    heavy: Annotated[int, "rows kept for their attention, per key head", at_least(0)] = 64,
+    recent: Annotated[int, "latest rows that always stay", at_least(0)] = 64,
+    choose: Annotated[
+        Literal["attention", "random"], "accumulated attention, or a random baseline"
+    ] = "attention",
+    seed: Annotated[int, "of choose=random", at_least(0)] = 0,
+):
+    """Evict the cache rows with the least accumulated attention (H2O).
+
+    Paper:     Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
+               Language Models", NeurIPS 2023, arXiv 2306.14048.
+    Fidelity:  the authors' code. That a group of query heads adds up what it gives its shared key
+               head, and that rows go at the start of the next step, is ours.
+    Kind:      approximate; exact while a text is no longer than heavy + recent.
+    Idea:      A few tokens receive most of the attention, step after step. Add up what each cached
+               token receives, and evict those that receive least.
+    Offline:   nothing.
+    Online:    acc[r] += sum of the softmax weights that this step's queries give to row r
+               before the next step, in each key head: if there are more than heavy + recent rows,
+               keep the ``recent`` latest and, of the others, the ``heavy`` with the largest acc
+               (ties go to the lower index); free the rest.
+    Saves:     cache rows: at most heavy + recent + the new tokens. A decoded token takes
+               2 H d (heavy + recent) multiply-adds for attention instead of 2 H d S.
+    In NumPy:  rows are gathered head by head in every step: see Notes.
+    Not for:   a prompt read in one step, which is dense, however long; techniques that need a cache
+               row for every token (elsa, a3, dota, ...).
+    Proof:     tests/skip/test_heavy_hitters.py, tests/skip/literal_heavy_hitters.py
+    """
+    if heavy + recent >= lm.model.config.context:
+        return lm
+    L, context = len(blocks_of(lm)), lm.model.config.context
+    random = draws(L, context, seed) if choose == "random" else None
+
+    def change(attn: Part, index: int) -> Part:
+        need(attn, Attention)
+        need(attn.attend, Attend)
+        drawn = None if random is None else random[index]
+        cache = HeavyCache(attn.cache, heavy, recent, drawn)
+        return replace(attn, cache=cache, attend=AccumulatingAttend(attn.attend.scale))
+
+    return wrap(lm, "attn", change)
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class HeavyCache(Part):
+    """Frees rows over the budget, then stores the new ones."""
+
+    decides = "step"
+    frees_rows = True
+    has_history = True
+    inner: Part
+    heavy: int
+    recent: int
+    random: np.ndarray | None = table(default=None)  # (context,) scores of the baseline
+
+    def store(self, k, v, layer: Layer):
+        if layer.remember:
+            accumulated(layer, v.dtype).begin(layer)
+            if layer.count > self.heavy + self.recent:
+                self.evict(layer)
+        self.inner.store(k, v, layer)
+
+    def read(self, layer: Layer):
+        return self.inner.read(layer)
+
+    def evict(self, layer: Layer) -> None:
+        acc = accumulated(layer)
+        scores = acc.total  # (..., K, S)
+        if self.random is not None:
+            scores = np.broadcast_to(self.random[layer.row_tokens().array], scores.shape)
+        rows = heaviest_and_latest(scores, self.heavy, self.recent)  # (..., K, heavy + recent)
+        ledger.event("cache rows evicted", scores.size - rows.size)
+        layer.keep(rows)
+        acc.keep(rows)
+
+
+def heaviest_and_latest(acc, heavy: int, recent: int):
+    """The rows (..., heavy + recent) to keep, in rising order: the ``recent`` last of acc (..., S)
+    and the ``heavy`` largest of the others; ties go to the lower index."""
+    S = acc.shape[-1]
+    older = acc[..., : S - recent]
+    largest = np.argsort(-older, axis=-1, kind="stable")[..., :heavy]
+    latest = np.broadcast_to(np.arange(S - recent, S), (*acc.shape[:-1], recent))
+    return np.concatenate([np.sort(largest, -1), latest], -1)
+
+
+@part
+class AccumulatingAttend(Part):
+    """Softmax attention that adds up how much each cache row receives."""
+
+    scale: float  # 1 / sqrt(d)
+
+    def __call__(self, q, k, v, layer: Layer):
+        if not layer.remember:  # one pass: nothing is ever evicted
+            return ops.attention(q, k, v, self.scale, layer.mask())
+        T, S = q.shape[-2], k.shape[-2]
+        mask, out = layer.mask(), np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
+        given = np.zeros((*k.shape[:-2], T, S), q.dtype)  # (..., K, T, S) by each token to each row
+        for a, b, end in ops.query_blocks(T, S, mask):
+            near = ops.newest_mask(b - a) if mask is None else mask[..., a:b, :end]
+            rows, keys, values = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
+            p = ops.attention_weights(rows, keys, self.scale, near)  # (..., K, G*t, end)
+            out[..., a:b, :] = ops.weighted_values(p, rows, keys, values)
+            p /= p.sum(-1, keepdims=True)
+            given[..., a:b, :end] = p.reshape(*k.shape[:-2], -1, b - a, end).sum(-3)
+        if layer.start is not None:  # padding gives nothing
+            real = layer.tokens.own >= 0  # (B, T)
+            given *= real[:, None, :, None]
+        if layer.keys.shape[-3] < k.shape[-3]:  # one cached head stands for all
+            given = given.sum(-3, keepdims=True)
+        accumulated(layer).add(given, layer)
+        return out  # (..., H, T, d)
+
+
+# What it remembers -------------------------------------------------------------------------------
+
+
+def accumulated(layer: Layer, dtype=np.float32) -> "Accumulated":
+    return layer.memory.recall(Accumulated, lambda: Accumulated(dtype))
+
+
+class Accumulated:
+    """The attention that each cache row has received, total (..., K, S).
+
+    A step can be undone in part (speculative decoding rejects tokens): then what its first tokens
+    gave is added to what there was before.
+    """
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        self.total: np.ndarray | None = None
+        self.before: np.ndarray | None = None  # the total before this step, of the rows of then
+        self.given: np.ndarray | None = None  # (..., K, T, S) in this step
+        self.first = 0  # position of its first token
+
+    def begin(self, layer: Layer) -> None:
+        """A new step: what came before it cannot be undone any more."""
+        self.first = int(layer.tokens.array[0])
+        layer.rewindable_to, layer.evicted_by = self.first, "heavy_hitters"
+        if layer.count:
+            total = np.zeros((*layer.keys.shape[:-2], layer.count), self.dtype)
+            if self.total is not None:  # rows that nobody has attended to yet have received nothing
+                total[..., : self.total.shape[-1]] = self.total
+            self.total = total
+        self.before, self.given = self.total, None
+
+    def keep(self, rows) -> None:
+        """Rows (..., K, n) are kept, the others are gone."""
+        self.total = self.before = np.take_along_axis(self.total, rows, -1)
+
+    def add(self, given, layer: Layer) -> None:
+        """Add what the tokens in hand gave to each row, (..., K, T, S)."""
+        self.given = given if given.shape[-2] <= ops.ROWS else None
+        if self.given is None:  # too long to be kept: this step can only be undone as a whole
+            layer.rewindable_to = layer.tokens.end
+        self.total = self.sum_of(given)
+
+    def sum_of(self, given):
+        total = given.sum(-2)  # (..., K, S)
+        if self.before is not None:
+            total[..., : self.before.shape[-1]] += self.before
+        return total
+
+    def rewind(self, position: int) -> None:
+        if position == 0:
+            self.total = self.before = self.given = None
+        elif self.given is not None and position < self.first + self.given.shape[-2]:
+            T = max(position - self.first, 0)
+            rows = self.given.shape[-1] - self.given.shape[-2] + T
+            self.given = self.given[..., :T, :rows]
+            self.total = self.sum_of(self.given)
