@@ -129,6 +129,7 @@ def parser() -> Parser:
     compare = add(names, "compare", commands.compare, "what techniques cost and save")
     add_model(compare)
     add_stories(compare, 100)
+    add_chains(compare)
     add_json(compare)
 
     sweep = add(names, "sweep", commands.sweep, "one technique at several settings")
@@ -136,6 +137,7 @@ def parser() -> Parser:
     sweep.add_argument("settings", nargs="*", help="option=value,value,...")
     add_model(sweep)
     add_stories(sweep, 40)
+    add_chains(sweep)
     sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
     add_json(sweep)
 
@@ -226,6 +228,16 @@ def add_stories(command: Parser, default: int) -> None:
         help=f"how many to read (default {default})",
     )
     command.add_argument("--grade", default="full", help="difficulty (default full)")
+
+
+def add_chains(command: Parser) -> None:
+    command.add_argument(
+        "--chains",
+        type=count,
+        default=0,
+        metavar="N",
+        help="read N chains of stories instead, each as long as the model's context",
+    )
 
 
 def add_json(command: Parser) -> None:

@@ -169,7 +169,9 @@ def compare(args) -> None:
 
     dense = minitx.load(args.model, args.tokenizer)
     changed = apply(dense, args.techniques)
-    found = measure(dense, changed, flags_text(args), Plan(stories=args.stories), args.grade)
+    found = measure(
+        dense, changed, flags_text(args), Plan(stories=args.stories, chains=args.chains), args.grade
+    )
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
@@ -180,7 +182,9 @@ def sweep(args) -> None:
 
     technique = find(args.name)
     chosen = lab.settings(technique, args.settings)
-    points = lab.sweep(load(args), technique, chosen, Plan(stories=args.stories), args.grade)
+    points = lab.sweep(
+        load(args), technique, chosen, Plan(stories=args.stories, chains=args.chains), args.grade
+    )
     if args.png:
         lab.picture(points, f"{technique.name} on {args.model}", args.png)
     print(json.dumps(lab.as_dict(points), indent=1) if args.json else lab.as_text(points))

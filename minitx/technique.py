@@ -23,7 +23,7 @@ from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from minitx.errors import MinitxError
 from minitx.lm import LM
@@ -142,7 +142,7 @@ class Option:
 
     def _type(self):
         """The type without ``| None``."""
-        if isinstance(self.type, UnionType):
+        if get_origin(self.type) in (Union, UnionType):  # Literal[...] | None is the former
             return next(t for t in get_args(self.type) if t is not type(None))
         return self.type
 

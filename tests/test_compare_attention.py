@@ -220,18 +220,18 @@ def test_methods_by_name():
 def test_chains_are_stories_one_after_another():
     lm = story_lm()
     plan = checked(lm, Plan(tokens=250))
-    told = chains(lm, "evaluation", plan)
+    told = chains(lm.tokenizer, "evaluation", plan.grade, plan.tokens)
     first, second = next(told), next(told)
     for chain in (first, second):
         assert len(chain.ids) == 251 and len(chain.kinds) == 250 and chain.ids[0] == END
         assert chain.ids.count(END) >= 2  # before each story
         assert max(chain.kinds) > 0 and 0 < chain.nats
     assert first.ids != second.ids
-    assert next(chains(lm, "evaluation", plan)) == first
-    other = next(chains(lm, "calibration", plan))
+    assert next(chains(lm.tokenizer, "evaluation", plan.grade, plan.tokens)) == first
+    other = next(chains(lm.tokenizer, "calibration", plan.grade, plan.tokens))
     assert other.ids != first.ids
     # a chain that ends within its first story has the nats of the pieces until there
-    short = next(chains(lm, "evaluation", replace(plan, tokens=20)))
+    short = next(chains(lm.tokenizer, "evaluation", plan.grade, 20))
     assert short.ids == first.ids[:21] and short.nats < first.nats
 
 

@@ -2,14 +2,18 @@
 
 Two readings of held-out stories, always the same ones:
 
-- read: each story once, token by token as the text has it. Loss above the least possible, accuracy
-  by hops, and how far the changed model's next-token distributions are from the dense ones: the
+- read: each story once, as its text has it. Loss above the least possible, accuracy by hops,
+  and how far the changed model's next-token distributions are from the dense ones: the
   mean Kullback-Leibler divergence KL(dense || changed), and how often both choose the same token;
 - told: the beginning of each story is continued greedily. Multiply-adds and bytes read are counted
   for each new token, part by part; then both models are timed in turns, and the ratio is the median
   over the rounds, with the lowest and the highest beside it.
 
-Both are also weighed: bytes of all arrays in memory, and of what one token leaves in the cache.
+Both are also weighed: bytes of all arrays in memory, and of the cache for each token of a text.
+
+Stories are read in one pass, unless a technique decides by the step what to skip: then as they
+would be generated, a beginning at once and the rest token by token. With chains, stories follow one
+another until the model's context is full, for techniques that show on long texts.
 
 What is found to be the same is called identical: every greedy choice while reading, and every
 continuation. Anything else is approximate, whatever a technique claims to be.
@@ -18,17 +22,20 @@ continuation. Anything else is approximate, whatever a technique claims to be.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from statistics import median
 
 import numpy as np
 from tqdm import tqdm
 
+from minitx.decode import Sampler, new_state
 from minitx.lab.bench import timed
 from minitx.lab.evaluate import (
     Encoded,
     Report,
     Tally,
     best_guess,
+    chains,
     encode,
     held_out,
     hops_name,
@@ -37,6 +44,7 @@ from minitx.lab.evaluate import (
     table,
 )
 from minitx.ledger import Entry, Ledger, counting
+from minitx.technique import decides
 from minitx.tree import nbytes
 
 PROMPT, NEW = 32, 48  # tokens of a story's beginning, and how many are told after it
@@ -44,11 +52,13 @@ PROMPT, NEW = 32, 48  # tokens of a story's beginning, and how many are told aft
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is read and told: stories, continuations, and rounds of timing."""
+    """How much is read and told: stories, or chains of them in their place; continuations, and
+    rounds of timing."""
 
     stories: int = 100
     told: int = 10
     rounds: int = 5
+    chains: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Telling:
 
     same: int  # continuations that are equal
     told: int
+    prompt: int  # tokens of each beginning
     dense: dict[str, Entry]  # by part
     changed: dict[str, Entry]
     events: dict[str, int]  # what the techniques counted about themselves
@@ -80,12 +91,13 @@ class Size:
     """What a model takes in memory, in bytes."""
 
     weights: int  # all arrays, tables too
-    cache: int  # keys and values of one token
+    cache: int  # keys and values, for each token of a text
 
     @classmethod
     def of(cls, lm, ids) -> "Size":
         state = lm.model.new_state()
-        lm.model(np.array(ids), state)
+        for step in (ids[:-2], ids[-2:-1], ids[-1:]):  # rows are freed when a step begins
+            lm.model.hidden(np.array(step), state)
         return cls(nbytes(lm), state.bytes_per_token)
 
 
@@ -114,6 +126,11 @@ class Comparison:
         """Bytes of the changed model's arrays, over those of the dense one."""
         return self.size.weights / self.dense_size.weights
 
+    @property
+    def cache(self) -> float:
+        """Bytes of the changed model's cache, over those of the dense one."""
+        return self.size.cache / max(self.dense_size.cache, 1)
+
     def as_dict(self) -> dict:
         found = asdict(self)
         for name in ("dense", "changed"):
@@ -129,14 +146,22 @@ def compare(
 ) -> Comparison:
     """Compare two LMs that share a tokenizer. Raises MinitxError without one."""
     found = held_out(dense, plan.stories, grade)
-    encoded = encode(dense.tokenizer, found)
+    context = dense.model.config.context
+    if plan.chains:
+        endless = chains(dense.tokenizer, "evaluation", grade, context)
+        encoded = list(islice(endless, plan.chains))
+    else:
+        encoded = encode(dense.tokenizer, found)
+    beginning = context - NEW if plan.chains else PROMPT
     with tqdm(
-        total=len(encoded) + plan.told * 2 + plan.rounds, unit="run", disable=not bar
+        total=len(encoded) + min(plan.told, len(encoded)) * 2 + plan.rounds,
+        unit="run",
+        disable=not bar,
     ) as progress:
         reading = read(dense, changed, encoded, best_guess(found), progress.update)
-        prompts = [story.ids[:PROMPT] for story in encoded[: plan.told]]
+        prompts = [text.ids[:beginning] for text in encoded[: plan.told]]
         telling = tell(dense, changed, prompts, plan.rounds, progress.update)
-    sizes = [Size.of(lm, prompts[0]) for lm in (dense, changed)]
+    sizes = [Size.of(lm, encoded[0].ids[:context]) for lm in (dense, changed)]
     return Comparison(techniques, reading, telling, *sizes)
 
 
@@ -146,7 +171,7 @@ def read(dense, changed, encoded: Sequence[Encoded], guess: dict, tick) -> Readi
     divergence, same, tokens = 0.0, 0, 0
     for story in encoded:
         ids, targets, kinds = story.ids[:-1], np.array(story.ids[1:]), np.array(story.kinds)
-        both = [lm.logits(ids) for lm in (dense, changed)]
+        both = [logits_as_generated(lm, ids) for lm in (dense, changed)]
         for tally, logits in zip(tallies, both):
             tally.floor += story.nats
             tally.add(logits, targets, kinds)
@@ -157,6 +182,18 @@ def read(dense, changed, encoded: Sequence[Encoded], guess: dict, tick) -> Readi
         tick()
     ours = [report(tally, guess) for tally in tallies]
     return Reading(*ours, max(divergence / tokens, 0.0), same / tokens, tokens)
+
+
+def logits_as_generated(lm, ids) -> np.ndarray:
+    """Logits (T, V) of a text: in one pass where that makes no difference, otherwise a beginning at
+    once and the rest token by token, as generation runs it."""
+    if decides(lm.model) == "token":
+        return lm.logits(ids)
+    state, ids = lm.model.new_state(), np.array(ids)
+    state.prompt = min(PROMPT, len(ids))
+    found = [lm.model(ids[:PROMPT], state)]
+    found += [lm.model(ids[t : t + 1], state) for t in range(PROMPT, len(ids))]
+    return np.concatenate(found)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -172,7 +209,7 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
         with counting(lm) as counts:
             texts.append([])
             for prompt in prompts:
-                texts[-1].append(list(lm.tokens(prompt, room(lm, prompt))))
+                texts[-1].append(continuation(lm, prompt))
                 tick()
         ledgers.append(counts)
     same = sum(a == b for a, b in zip(*texts))
@@ -187,6 +224,7 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
     return Telling(
         same,
         len(prompts),
+        max(map(len, prompts)),
         *costs,
         dict(ledgers[1].events),
         (median(ratios), min(ratios), max(ratios)),
@@ -196,7 +234,13 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
 
 def tell_all(lm, prompts: Sequence[list[int]]) -> None:
     for prompt in prompts:
-        list(lm.tokens(prompt, room(lm, prompt)))
+        continuation(lm, prompt)
+
+
+def continuation(lm, prompt) -> list[int]:
+    """The greedy continuation, past the end of a story too, so that all models tell as much."""
+    state = new_state(lm.model, prompt)
+    return list(lm.decode(lm.model, state, prompt, Sampler(), room(lm, prompt)))
 
 
 def room(lm, prompt) -> int:
@@ -224,7 +268,7 @@ def as_text(c: Comparison) -> str:
         "",
         quality(r),
         "",
-        f"For each new token ({PROMPT} of prompt, up to {NEW} new, the prompt's work shared out):",
+        f"For each new token ({t.prompt} of prompt, {NEW} new, the prompt's work shared out):",
         costs(t),
         "",
         sizes(c.dense_size, c.size),

@@ -14,7 +14,7 @@ the model with the method in every block, all but the last token in one go, and
 Time at growing contexts is in attention_timing.py, what is printed in attention_report.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -26,10 +26,9 @@ from minitx.errors import MinitxError
 from minitx.lab.attention_methods import Method, chosen_methods, settle
 from minitx.lab.attention_timing import CONTEXTS, Speed, crossover, race
 from minitx.lab.attention_witness import KeyTally, witnessed
-from minitx.lab.evaluate import Encoded, Report, Tally, encode, report
+from minitx.lab.evaluate import Encoded, Report, Tally, chains, report
 from minitx.ledger import Entry, Ledger, counting
 from minitx.model import Attend
-from minitx.training.stories import stories
 from minitx.tree import walk
 
 
@@ -129,8 +128,12 @@ def compare_attention(dense, plan: Plan = Plan(), bar: bool = True) -> Attention
     followed, and for a model without a tokenizer."""
     plan = checked(dense, plan)
     methods = chosen_methods(plan.methods)
-    evaluation = list(islice(chains(dense, "evaluation", plan), plan.chains))
-    calibration = list(islice(chains(dense, "calibration", plan), plan.calibration))
+    evaluation = list(
+        islice(chains(dense.tokenizer, "evaluation", plan.grade, plan.tokens), plan.chains)
+    )
+    calibration = list(
+        islice(chains(dense.tokenizer, "calibration", plan.grade, plan.tokens), plan.calibration)
+    )
     steps = len(methods) * len(plan.shares)
     total = (steps + 1) * plan.chains + steps + len(plan.contexts)
     with tqdm(total=total, unit="step", disable=not bar) as progress:
@@ -174,23 +177,6 @@ def checked(dense, plan: Plan) -> Plan:
                 f"The share of keys is {share:g}; a number above 0 and below 1 is needed."
             )
     return replace(plan, tokens=tokens)
-
-
-# Chains ------------------------------------------------------------------------------------------
-
-
-def chains(lm, split: str, plan: Plan) -> Iterator[Encoded]:
-    """Endless chains: story after story, each behind ``<|endoftext|>``, cut after so many tokens
-    (as in training, see data.py)."""
-    told = stories(split, plan.grade, 0)
-    while True:
-        ids, kinds, nats = [], [], 0.0
-        while len(kinds) < plan.tokens:
-            (story,) = encode(lm.tokenizer, [next(told)], plan.tokens - len(kinds))
-            ids += story.ids[bool(ids) :]  # the first token is the end of the story before
-            kinds += story.kinds
-            nats += story.nats
-        yield Encoded(ids, kinds, nats)
 
 
 # Measuring ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ what the model would have said there. No text is generated. Stories of similar l
 padded at the end, which a causal model does not notice.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -221,6 +221,20 @@ def encode(tokenizer, stories: Iterable[Story], longest: int | None = None) -> l
         nats = story.nats if longest is None else _nats(encoder, story, longest)
         found.append(Encoded([encoder.end, *ids[:longest]], kinds[:longest], nats))
     return found
+
+
+def chains(tokenizer, split: str, grade, tokens: int) -> Iterator[Encoded]:
+    """Endless chains of so many tokens: story after story, each behind ``<|endoftext|>``, the last
+    one cut (as in training, see data.py)."""
+    told = stories(split, grade, 0)
+    while True:
+        ids, kinds, nats = [], [], 0.0
+        while len(kinds) < tokens:
+            (story,) = encode(tokenizer, [next(told)], tokens - len(kinds))
+            ids += story.ids[bool(ids) :]  # the first token is the end of the story before
+            kinds += story.kinds
+            nats += story.nats
+        yield Encoded(ids, kinds, nats)
 
 
 def _nats(encoder: Encoder, story: Story, longest: int) -> float:

@@ -95,16 +95,16 @@ def as_table(points: Sequence[Point]) -> str:
     reading = points[0].comparison.reading
     hops = list(reading.dense.by_hops)
     names = map(hops_name, hops)
-    heading = ["setting", "multiply-adds", "memory", "loss above dense", "same choice"]
+    heading = ["setting", "multiply-adds", "memory", "cache", "loss above dense", "same choice"]
     rows = [[*heading, *names, "speed"]]
     dense = [percent(reading.dense.by_hops[h]) for h in hops]
-    rows.append(["dense", "1.000x", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])
+    rows.append(["dense", "1.000x", "1.000x", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])
     for p in points:
         r = p.comparison.reading
         accuracies = [percent(r.changed.by_hops[h]) for h in hops]
         same, speed = percent(r.agreement), f"{p.comparison.telling.speed[0]:.2f}x"
-        cost, memory = f"{p.cost:.3f}x", f"{p.comparison.memory:.3f}x"
-        rows.append([p.label, cost, memory, f"{p.harm:+.4f}", same, *accuracies, speed])
+        sizes = [f"{x:.3f}x" for x in (p.cost, p.comparison.memory, p.comparison.cache)]
+        rows.append([p.label, *sizes, f"{p.harm:+.4f}", same, *accuracies, speed])
     return table(rows)
 
 

@@ -50,7 +50,8 @@ def heavy_hitters(
                (ties go to the lower index); free the rest.
     Saves:     cache rows: at most heavy + recent + the new tokens. A decoded token takes
                2 H d (heavy + recent) multiply-adds for attention instead of 2 H d S.
-    In NumPy:  rows are gathered head by head in every step: see Notes.
+    In NumPy:  saves memory, not time: every step gathers the rows that stay, head by head, which
+               takes longer than the attention that it saves (Notes).
     Not for:   a prompt read in one step, which is dense, however long; techniques that need a cache
                row for every token (elsa, a3, dota, ...).
     Proof:     tests/skip/test_heavy_hitters.py, tests/skip/literal_heavy_hitters.py

@@ -51,7 +51,8 @@ def sink_window(
                side, so a sink is p - shift - r away, shift = max(0, p - window + 1 - sinks).
     Saves:     cache rows: at most sinks + window + the new tokens. A decoded token takes
                2 H d (sinks + window) multiply-adds for attention instead of 2 H d S.
-    In NumPy:  faster than dense from a few hundred tokens on; see Notes.
+    In NumPy:  saves memory, not time: freeing rows and scoring the sinks apart take longer than the
+               attention that they save, at all contexts of the shipped models (Notes).
     Not for:   what has to be looked up outside the window: it is gone. positions=cache in a model
                with learned positions, where they are part of every key. Techniques that need a
                cache row for every token (elsa, a3, dota, ...).
