@@ -1,6 +1,6 @@
-"""Layer sharing: the same block in several places of the stack, as ALBERT and Universal Transformers
-have it. Parts remember nothing and the memory is by place, so nothing else is needed for it; these
-tests hold the core to that.
+"""Layer sharing: the same block in several places of the stack, as in ALBERT and Universal
+Transformers. Parts remember nothing and the memory is by place, so nothing else is needed for it;
+these tests hold the core to that.
 """
 
 from dataclasses import replace
@@ -73,7 +73,7 @@ def test_the_ledger_counts_each_place_by_its_own_path(family, order):
 
 @part
 class Labelled(Part):
-    """Calls the part, and notes the index that it was made with and that of the layer it runs in."""
+    """Calls the part; notes the index it was made with and that of the layer it runs in."""
 
     inner: Part
     index: int

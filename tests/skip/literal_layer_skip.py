@@ -1,4 +1,4 @@
-"""Layer skipping, literally: one layer, one token and one pair of numbers at a time, in plain loops.
+"""Layer skipping, literally: one layer, one token, one pair of numbers at a time, in plain loops.
 
 Only the dense model's attention and feed-forward networks are taken from minitx. Units are named by
 words: "attn3", "ffn5"; a layer is both of its sub-layers.
@@ -11,8 +11,8 @@ import numpy as np
 
 
 def run(model, ids, left_out=()):
-    """The dense ``model`` without some sub-layers: logits (T, V), the hidden states before and after
-    each layer (L + 1 arrays), and around each sub-layer that runs (name -> two arrays)."""
+    """The dense ``model`` without some sub-layers: logits (T, V), the hidden states before and
+    after each layer (L + 1 arrays), and around each sub-layer that runs (name -> two arrays)."""
     T, state, around = len(ids), model.new_state(), {}
     x = model.embed(np.array(ids), slice(0, T))
     hidden = [x]

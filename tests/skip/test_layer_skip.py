@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
+import minitx
 from minitx.errors import MinitxError
 from minitx.files.precomputed import Origin, read_precomputed, write_precomputed
 from minitx.ledger import counting
@@ -30,8 +31,8 @@ from minitx.skip.layer_skip import (
     units_of,
 )
 from minitx.technique import apply, wrap
-from minitx.tree import Part, map_weights, nbytes, part
 from minitx.training.calibration import texts_for
+from minitx.tree import Part, map_weights, nbytes, part
 
 L = 6
 IDS = np.random.default_rng(3).integers(0, 258, 40)
@@ -477,7 +478,7 @@ def test_models_it_does_not_fit_are_refused():
     with pytest.raises(MinitxError, match="layer_skip needs residual adds, and this model is skip"):
         apply(skipless, {"layer_skip": {"count": 0}})
     bare = replace(tiny_lm(), tokenizer=None)
-    with pytest.raises(MinitxError, match="layer_skip learns from .*use choose=random, choose=last"):
+    with pytest.raises(MinitxError, match="layer_skip learns .*use choose=random, choose=last"):
         apply(bare, {"layer_skip": True})
     apply(bare, {"layer_skip": {"choose": "last"}})
 
@@ -602,3 +603,45 @@ def test_a_written_model_keeps_what_is_left_out(tmp_path):
     write_precomputed(lm, tmp_path / "out", Origin("tiny", "--layer-skip"), None)
     model, _ = read_precomputed(tmp_path / "out")
     np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stories():
+    lm = minitx.load("stories")
+    return lm, texts_for("layer_skip", lm, 4)
+
+
+def test_on_stories_three_late_layers_have_almost_no_influence(stories):
+    influence = block_influence(*stories)
+    assert (influence[4:7] > 0.003).all() and (influence[4:7] < 0.015).all()
+    assert (influence[1:4] > 0.1).all() and (influence[1:4] < 0.3).all()
+    assert 0.8 < influence[0] < 1
+
+
+def test_on_stories_criteria_agree_on_layers_4_to_6(stories):
+    lm, texts = stories
+    for choose in ("influence", "greedy"):
+        plan = CRITERIA[choose](lm, units_of(lm, "layer"), 3, texts[:2])
+        assert sorted(u.index for u in plan) == [4, 5, 6], f"choose={choose}"
+    distance = angular_distance(lm, texts, 3)  # of few tokens, so 5 to 7 may be as near
+    assert 0.06 < distance[4:].min() <= distance[4:].max() < 0.11 and distance[:4].min() > 0.2
+
+
+def test_on_stories_what_a_layer_costs_depends_on_which(stories):
+    lm, texts = stories
+    dense = loss(lm, texts)
+    assert 0.6 < dense < 0.9
+    costs = {drop: loss(layer_skip(lm, drop=drop), texts) - dense for drop in ("4,5,6", "2", "0")}
+    assert 0 < costs["4,5,6"] < 0.015
+    assert 0.02 < costs["2"] < 0.1
+    assert 5 < costs["0"] < 15
+
+
+def test_without_training_for_it_a_layer_cannot_go():
+    lm = minitx.load("stories-parallel")
+    texts = texts_for("layer_skip", lm, 2)
+    costs = [loss(layer_skip(lm, drop=str(i)), texts) - loss(lm, texts) for i in range(4)]
+    assert 0.25 < min(costs) < 1
