@@ -380,7 +380,7 @@ def check_streams(lm, choose: str) -> None:
 # Layers 4, 5 and 6 can go, whoever chooses: ``stories`` was trained with LayerSkip's layer dropout,
 # and even ``last`` finds them. Without that no layer can: on ``stories-parallel`` the cheapest
 # single layer of four costs 0.49 nats per token of 16 calibration stories. The fourth layer shows
-# what a mean loss hides: +0.0073 nats, and two thirds of the answers that chain three facts are lost.
+# what a mean loss hides: +0.0073 nats, and two thirds of the answers that chain three facts lost.
 #
 # Cosines are blind to scale: a layer that makes the hidden state ten times as long has influence 0,
 # and matters. Only greedy looks at what the model then says, for count * units passes over the
