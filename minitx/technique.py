@@ -22,8 +22,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from minitx.errors import MinitxError
 from minitx.lm import LM
@@ -129,11 +128,11 @@ class Option:
 
     def needed(self) -> str:
         """What is expected, in words."""
-        if choices := self.choices():
-            return f"one of {', '.join(map(str, choices))}"
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         found = words[self._kind()]
-        if self.range is not None:
+        if choices := self.choices():
+            found = f"one of {', '.join(map(str, choices))}"
+        elif self.range is not None:
             found = f"{'an integer' if self._kind() is int else 'a number'}, {self.range}"
         return found + (" or None" if type(None) in get_args(self.type) else "")
 
@@ -142,7 +141,7 @@ class Option:
 
     def _type(self):
         """The type without ``| None``."""
-        if get_origin(self.type) in (Union, UnionType):  # Literal[...] | None is the former
+        if type(None) in get_args(self.type):
             return next(t for t in get_args(self.type) if t is not type(None))
         return self.type
 
@@ -493,8 +492,6 @@ def read_card(text: str) -> Card:
         if colon and heading in HEADINGS + OLDER_HEADINGS:
             current = sections.setdefault(heading, [])
             line = rest.strip()
-        elif current is not summary:
-            line = line.removeprefix("    ")
         current.append(line)
-    found = {heading: "\n".join(body).strip() for heading, body in sections.items()}
+    found = {heading: inspect.cleandoc("\n".join(body)) for heading, body in sections.items()}
     return Card(" ".join(" ".join(summary).split()), found)

@@ -23,7 +23,7 @@ from minitx.technique import need, swap, technique
 from minitx.tree import Part, children, map_weights, part
 
 
-@technique(level="block", exact=True, neutral=None)
+@technique(level="block", exact=True, neutral=None, after=("layer_skip",))
 def first_layer(lm):
     """Look up what block 0 computes from the token alone, instead of computing it.
 

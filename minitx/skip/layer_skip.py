@@ -1,0 +1,391 @@
+"""Leave out whole layers, or attention or FFN sub-layers, by a fixed list that is chosen once.
+
+The list is the technique: what runs is the model without these units. Below the part that runs are
+the published criteria that choose the list; each looks at a model and some text, and gives a plan.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+
+from minitx import ledger
+from minitx.errors import MinitxError
+from minitx.model import Stack
+from minitx.state import Layer
+from minitx.technique import at_least, blocks_of, need, technique, wrap
+from minitx.tree import Part, part, walk
+
+
+@technique(
+    level="block",
+    exact=False,
+    neutral={"count": 0},
+    demo={"unit": "both", "count": 2},
+    event="sub-layers left out",
+)
+def layer_skip(
+    lm,
+    *,
+    unit: Annotated[
+        Literal["layer", "attention", "ffn", "both"],
+        "what is left out; both: attention and FFN sub-layers, ranked in one list",
+    ] = "layer",
+    count: Annotated[int | None, "how many units; default 1", at_least(0)] = None,
+    drop: Annotated[
+        str | None, "the units by number from 0, as 3,5 or 3+5; with unit=both as attn3,ffn5"
+    ] = None,
+    choose: Annotated[
+        Literal["influence", "angular", "similarity", "greedy", "random", "last"] | None,
+        "how they are chosen; default influence for layers, similarity for sub-layers",
+    ] = None,
+    stories: Annotated[int, "calibration stories", at_least(1)] = 16,
+    seed: Annotated[int, "of choose=random", at_least(0)] = 0,
+):
+    """Leave out a fixed list of layers, or of attention and FFN sub-layers.
+
+    Paper:     influence: Men et al., "ShortGPT", 2024, arXiv 2403.03853.
+               angular: Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers",
+               2024, arXiv 2403.17887. similarity: He et al., "What Matters in Transformers? Not
+               All Attention is Needed" (LLM-Drop), 2024, arXiv 2406.15786. greedy: Song et al.,
+               "SLEB", ICML 2024, arXiv 2402.09025; on sub-layers BlockPruner, arXiv 2406.10594.
+    Fidelity:  similarity: the authors' code. influence, angular: a reconstruction from the
+               abstracts and from other people's code; greedy: from summaries.
+    Kind:      approximate.
+    Idea:      A unit adds to the residual stream: y = x + f(norm(x)). Where that hardly matters,
+               y = x will do.
+    Offline:   h[l] enters layer l; means are over the calibration tokens.
+               influence:  mean 1 - cos(h[l], h[l+1]);  the layers with the lowest
+               angular:    mean arccos(cos(h[l], h[l+n])) / pi at each text's last token;
+                           the n layers from the l with the lowest
+               similarity: mean cos(x, x + f(norm(x)));  the sub-layers with the highest
+               greedy:     the unit without which the loss is lowest, then again, n times
+               Baselines: random; last, the deepest n units but for the very last one.
+    Online:    y = x. No keys or values are stored.
+    Saves:     per token and attention sub-layer 2 D (H + K) d + 2 S H d multiply-adds and 2 K d
+               cached numbers; per FFN 3 D F (2 D F without a gate); and the weights of both.
+    In NumPy:  faster in proportion, for prompts, decoding and batches alike.
+    Not for:   skipless models; FFN 0 once it is in a first_layer table (parallel blocks);
+               early_exit with measure=saturation, which takes a layer left out for certainty.
+    Proof:     tests/skip/test_layer_skip.py; literal version: tests/skip/literal_layer_skip.py
+    """
+    check_model(lm)
+    units = units_of(lm, unit)
+    if drop is not None:
+        if count is not None:
+            raise MinitxError("layer_skip: got both drop and count; give only one of them.")
+        return leave_out(lm, read_drop(drop, unit, units))
+    choose = choose or ("influence" if unit == "layer" else "similarity")
+    count = 1 if count is None else count
+    check_choice(choose, unit, count, len(units))
+    if count == 0:
+        return lm
+    if choose == "random":
+        plan = at_random(units, count, seed)
+    elif choose == "last":
+        plan = deepest(units, count)
+    else:
+        check_streams(lm, choose)
+        plan = CRITERIA[choose](lm, units, count, calibration(lm, stories))
+    return leave_out(lm, plan)
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class LeftOut(Part):
+    """Stands in for an attention or FFN sub-layer: adds nothing, stores nothing."""
+
+    def __call__(self, x, layer: Layer):
+        ledger.event("sub-layers left out", x.size // x.shape[-1])
+        return np.zeros_like(x)  # (..., T, D)
+
+    def backfill(self, x, layer: Layer):
+        """Attention: store no keys and values."""
+
+    def attend_from(self, x, layer: Layer):
+        """Attention for tokens whose keys and values would be stored already."""
+        return self(x, layer)
+
+    def mix(self, q, k, v, layer: Layer):
+        """Attention after the projections. A plain 0, since q (..., T, H*d) may be wider than x."""
+        ledger.event("sub-layers left out", q.size // q.shape[-1])
+        return 0.0
+
+
+class Unit(NamedTuple):
+    """One thing that may be left out."""
+
+    kind: str  # "layer", "attn" or "ffn"
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.index}"
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("attn", "ffn") if self.kind == "layer" else (self.kind,)
+
+
+KINDS = {"layer": ("layer",), "attention": ("attn",), "ffn": ("ffn",), "both": ("attn", "ffn")}
+
+
+def units_of(lm, unit: str) -> list[Unit]:
+    """All units of this sort, in the order in which they run."""
+    return [Unit(kind, i) for i in range(len(blocks_of(lm))) for kind in KINDS[unit]]
+
+
+def leave_out(lm, plan: Sequence[Unit]):
+    """The model without these units: nothing is left of a sub-layer, nor of its norm."""
+    left = {(slot, unit.index) for unit in plan for slot in unit.slots}
+    check_slots(lm, left)
+
+    def without(lm, slot: str):
+        return wrap(lm, slot, lambda p, index: LeftOut() if (slot, index) in left else p)
+
+    return without(without(lm, "attn"), "ffn")
+
+
+# Offline: criteria -------------------------------------------------------------------------------
+# Each gives a plan of ``count`` of the units, in the order in which they would be removed, for a
+# model and some texts (lists of ids).
+
+
+def by_influence(lm, units: list[Unit], count: int, texts) -> list[Unit]:
+    return lowest(units, count, block_influence(lm, texts))
+
+
+def by_angular_distance(lm, units: list[Unit], count: int, texts) -> list[Unit]:
+    first = int(angular_distance(lm, texts, count).argmin())
+    return units[first : first + count]
+
+
+def by_similarity(lm, units: list[Unit], count: int, texts) -> list[Unit]:
+    return lowest(units, count, -similarity(lm, units, texts))
+
+
+def by_loss(lm, units: list[Unit], count: int, texts) -> list[Unit]:
+    """Greedy: the loss is evaluated anew after each removal."""
+    plan: list[Unit] = []
+    for _ in range(count):
+        rest = [unit for unit in units if unit not in plan]
+        losses = [loss(leave_out(lm, [*plan, unit]), texts) for unit in rest]
+        plan += lowest(rest, 1, losses)
+    return plan
+
+
+CRITERIA = {
+    "influence": by_influence,
+    "angular": by_angular_distance,
+    "similarity": by_similarity,
+    "greedy": by_loss,
+}
+
+
+def at_random(units: list[Unit], count: int, seed: int) -> list[Unit]:
+    order = np.random.default_rng(seed).permutation(len(units))
+    return [units[i] for i in order[:count]]
+
+
+def deepest(units: list[Unit], count: int) -> list[Unit]:
+    """From the last but one down."""
+    return units[-2::-1][:count]
+
+
+def lowest(units: list[Unit], count: int, scores) -> list[Unit]:
+    """The units with the lowest scores, the lowest first."""
+    return [units[i] for i in np.argsort(scores, kind="stable")[:count]]
+
+
+# Offline: what they measure ----------------------------------------------------------------------
+
+
+def block_influence(lm, texts) -> np.ndarray:
+    """(L,) ShortGPT's BI of each layer."""
+    cosines = [cosine(h[:-1], h[1:]) for h in hidden_states(lm, texts)]  # of (L, T)
+    return 1 - np.concatenate(cosines, -1).mean(-1)
+
+
+def angular_distance(lm, texts, n: int) -> np.ndarray:
+    """(L - n + 1,) distances, from 0 to 1, between what enters layer l and what enters l + n."""
+    cosines = []
+    for h in hidden_states(lm, texts):
+        last = h[:, -1]  # (L + 1, D): of the last token
+        cosines.append(cosine(last[:-n], last[n:]))
+    return (np.arccos(cosines) / np.pi).mean(0)
+
+
+def similarity(lm, units: Sequence[Unit], texts) -> np.ndarray:
+    """(units,) mean cosines of the residual stream before and after each sub-layer."""
+    found: dict[Unit, list] = {unit: [] for unit in units}
+
+    def watch(lm, kind: str):
+        def watched(p, index):
+            unit = Unit(kind, index)
+            return Watched(p, found[unit]) if unit in found else p
+
+        return wrap(lm, kind, watched)
+
+    watched = watch(watch(lm, "attn"), "ffn")
+    for ids in texts:
+        watched.model.hidden(ids)
+    return np.array([np.concatenate([cosine(x, x + f) for x, f in found[u]]).mean() for u in units])
+
+
+def loss(lm, texts) -> float:
+    """The mean negative log-likelihood of the texts' tokens, in nats."""
+    from minitx.training.loss import token_losses  # the core stands below training
+
+    losses = [token_losses(lm.logits(ids[:-1]), np.array(ids[1:])) for ids in texts]
+    return float(np.concatenate(losses).mean(dtype=np.float64))
+
+
+def hidden_states(lm, texts) -> Iterator[np.ndarray]:
+    """For each text h (L + 1, T, D): what enters each layer, and what leaves the last."""
+    found: list = []
+    watched = wrap(lm, "block", lambda block, index: Watched(block, found))
+    for ids in texts:
+        found.clear()
+        watched.model.hidden(ids)
+        yield np.stack([found[0][0], *(after for _, after in found)])
+
+
+@part
+class Watched(Part):
+    """Runs a part and keeps what went in and what came out."""
+
+    inner: Part
+    found: list
+
+    def __call__(self, x, layer: Layer):
+        y = self.inner(x, layer)
+        self.found.append((x, y))
+        return y
+
+
+def cosine(a, b) -> np.ndarray:
+    """Cosines of the angles between the rows of a and b (..., D), in float64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.clip((a * b).sum(-1) / lengths, -1, 1)  # rounding may pass 1, and arccos may not
+
+
+def calibration(lm, stories: int) -> list[list[int]]:
+    from minitx.training.calibration import texts_for
+
+    return texts_for("layer_skip", lm, stories, "use choose=random, choose=last or drop=")
+
+
+# What is asked for -------------------------------------------------------------------------------
+
+NOUNS = {
+    "layer": "layers",
+    "attention": "attention sub-layers",
+    "ffn": "FFN sub-layers",
+    "both": "sub-layers",
+}
+UNITS = {  # what each choice is for; the others are for all
+    "influence": ("layer",),
+    "angular": ("layer",),
+    "similarity": ("attention", "ffn", "both"),
+}
+
+
+def read_drop(text: str, unit: str, units: list[Unit]) -> list[Unit]:
+    """The units that a text like ``3,5``, ``3+5`` or, for both, ``attn3,ffn5`` names."""
+    known = {str(u) if unit == "both" else str(u.index): u for u in units}
+    plan: list[Unit] = []
+    for name in text.replace("+", ",").split(","):
+        if name.strip() not in known:
+            first, last = list(known)[0], list(known)[-1]
+            raise MinitxError(
+                f"layer_skip: drop has {name!r}; expected {first} to {last}, the {NOUNS[unit]} of "
+                f"this model, separated by commas."
+            )
+        if known[name.strip()] in plan:
+            raise MinitxError(f"layer_skip: drop has {name.strip()!r} twice; name it once.")
+        plan.append(known[name.strip()])
+    return plan
+
+
+def check_choice(choose: str, unit: str, count: int, units: int) -> None:
+    if unit not in UNITS.get(choose, NOUNS):
+        others = [c for c in (*CRITERIA, "random", "last") if unit in UNITS.get(c, NOUNS)]
+        raise MinitxError(
+            f"layer_skip: choose={choose} does not rank {NOUNS[unit]} (unit={unit}); use "
+            f"{', '.join(others[:-1])} or {others[-1]}."
+        )
+    most = units - (choose == "last")
+    if count > most:
+        keeps = ", since choose=last keeps the very last" if choose == "last" else ""
+        raise MinitxError(
+            f"layer_skip: count is {count}; expected at most {most} of the {units} "
+            f"{NOUNS[unit]} of this model{keeps}."
+        )
+
+
+def check_model(lm) -> None:
+    if lm.model.config.skipless:
+        raise MinitxError(
+            "layer_skip needs residual adds, and this model is skipless: without a sub-layer "
+            "nothing of a token would be left; leave layer_skip out."
+        )
+
+
+def check_slots(lm, left: set[tuple[str, int]]) -> None:
+    blocks = blocks_of(lm)
+    for slot, index in sorted(left):
+        found = (getattr(node, slot, None) for _, node in walk(blocks[index]))
+        if not any(isinstance(p, Part) for p in found):
+            raise MinitxError(
+                f"layer_skip cannot leave out {slot}{index}: block {index}, a "
+                f"{type(blocks[index]).__name__}, has no part of that name any more; leave out "
+                "another, or load the model as it was before."
+            )
+
+
+def check_streams(lm, choose: str) -> None:
+    """Refuse to compare hidden states where no hidden state enters the first block."""
+    if choose == "greedy":
+        return
+    need(lm.model.stack, Stack)
+    x = lm.model.embed(np.array([0]), slice(0, 1))
+    if x.shape[-1] != lm.model.config.width:
+        raise MinitxError(
+            f"layer_skip: choose={choose} compares the hidden states around each layer, and a row "
+            "of a table enters the first; use greedy, random, last or drop=, or the model as it "
+            "was before."
+        )
+
+
+# Notes:
+#
+# Measured on ``stories``, by: minitx sweep layer-skip choose=influence,greedy,last count=1,2,3,4,5
+# (for random: choose=random seed=0,1,2,3,4 count=3). Loss above dense in nats per token of ordinary
+# text; then accuracy of answers that chain 1, 2, 3 facts (dense: 99.3, 97.2, 100 %).
+#
+#     unit       count  choose                 multiply-adds  loss     1 hop  2 hops  3 hops  speed
+#     layer        3    all but random            0.643x     +0.0050   99.3    94.4    96.0   1.56x
+#     layer        3    random, seed 0            0.643x     +0.0914   47.0    58.3    44.0
+#     layer        3    random, best of 5         0.643x     +0.0037   98.7    94.4    92.0
+#     layer        3    random, worst of 5        0.643x     +10.6      2.6     2.8     0.0
+#     layer        4    influence, greedy         0.524x     +0.0073   98.7    61.1    36.0   1.9x
+#     layer        4    last                      0.524x     +0.0412   90.7    58.3    56.0   1.8x
+#     attention    3    greedy                    0.889x     +0.0026   99.3    97.2   100.0   1.3x
+#     attention    3    similarity                0.889x     +0.0061   98.0    94.4    92.0   1.3x
+#     ffn          3    greedy                    0.754x     +0.0039   99.3    97.2   100.0   1.15x
+#     both         3    last                      0.844x     +0.0014   99.3    97.2    96.0   1.25x
+#
+# Layers 4, 5 and 6 can go, whoever chooses: ``stories`` was trained with LayerSkip's layer dropout,
+# and even ``last`` finds them. Without that no layer can: on ``stories-parallel`` the cheapest
+# single layer of four costs 0.49 nats per token of 16 calibration stories. The fourth layer shows
+# what a mean loss hides: +0.0073 nats, and two thirds of the answers that chain three facts lost.
+#
+# Cosines are blind to scale: a layer that makes the hidden state ten times as long has influence 0,
+# and matters. Only greedy looks at what the model then says, for count * units passes over the
+# texts. Texts are run one by one, so no padding enters a mean. Angular sees one token of each text
+# and wants the most of them.
+#
+# Unconfirmed in the papers and chosen here: influence weighs all calibration tokens alike, not
+# texts; ties go to the lower index; SLEB's first and last layers are candidates as any other.
