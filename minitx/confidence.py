@@ -36,8 +36,7 @@ class Saturation(Part):
     """The cosine between the stream and what it was a block ago."""
 
     def __call__(self, x, before, depth: int, t):
-        if ledger.active:
-            ledger.active.add(3 * x.size)
+        ledger.count(3 * x.size)
         dot, xx, bb = (np.einsum("td,td->t", u, v) for u, v in ((x, before), (x, x), (before,) * 2))
         return dot / (np.sqrt(xx) * np.sqrt(bb) + 1e-30)
 
@@ -50,8 +49,7 @@ class Probe(Part):
     b: float
 
     def __call__(self, x, before, depth: int, t):
-        if ledger.active:
-            ledger.active.add(x.size, self.w.nbytes)
+        ledger.count(x.size, self.w.nbytes)
         return sigmoid(x @ self.w + self.b)
 
 

@@ -48,8 +48,7 @@ class FixedPoint(Part):
         k, v = k[..., None, :, :], v[..., None, :, :]  # (..., K, 1, S, d)
         if q.shape[-2] == 1:
             k, v, kept = packed(k, v, kept)
-        if ledger.active:
-            ledger.active.add(2 * q.size * k.shape[-2], cache_bytes=k.nbytes + v.nbytes)
+        ledger.count(2 * q.size * k.shape[-2], cache_bytes=k.nbytes + v.nbytes)
         if self.rounded:  # in float64, in which sums of such whole numbers are exact
             rows, k, v = (self.rounded(x.astype(np.float64)) for x in (rows, k, v))
         s = rows @ k.swapaxes(-1, -2)  # (..., K, G, T, S)
@@ -57,8 +56,7 @@ class FixedPoint(Part):
         s -= s.max(-1, keepdims=True)
         if floor:
             kept = s >= math.log(floor)
-            if ledger.active:
-                ledger.active.event("keys kept", kept.sum())
+            ledger.event("keys kept", kept)
         weights = exp_by_tables(s, self.f) if self.tables else np.exp(s)
         weights = np.where(kept, self._short(weights), 0)
         weights /= weights.sum(-1, keepdims=True)

@@ -41,8 +41,7 @@ class GreedySearch(Part):
             up, down = (side(sign * q[(*t, slice(None))], columns, *rows, b, R) for sign in (1, -1))
             taken = pops(up.best, down.best, M[t])
             greedy[(*t, slice(None))] = up.by_key(M[t], S) - down.by_key(taken, S)
-        if ledger.active:
-            ledger.active.event("products by the paper", 2 * M.sum())
+        ledger.event("products by the paper", lambda: 2 * M.sum())
         return greedy
 
 
@@ -104,8 +103,7 @@ def side(q, columns: Columns, first, end, M, b: int, R: int) -> Side:
         q_j = np.take_along_axis(q, column, -1)[..., None]
         p, place = products(q_j, columns, column[..., None], e)  # (..., K, G, T, R, b)
         rows = columns.rows[place]
-        if ledger.active:
-            ledger.active.add(cache_bytes=rows.nbytes)
+        ledger.count(cache_bytes=rows.nbytes)
         # What is not seen is stepped over, without counting as one of the M: R has room for it.
         seen = (e < n) & (rows >= first[..., None, None]) & (rows < end[..., None, None])
         p = np.where(seen, p, 0)
@@ -135,8 +133,7 @@ def products(q_j, columns: Columns, column, e):
     head = (x[..., None, None, None, None] for x in np.ogrid[tuple(map(slice, lead))])
     place = (*head, column, np.where(q_j > 0, n - 1 - e, e).clip(0, n - 1))
     values = columns.values[place]
-    if ledger.active:
-        ledger.active.add(values.size, cache_bytes=values.nbytes)
+    ledger.count(values.size, cache_bytes=values.nbytes)
     return q_j * values, place
 
 

@@ -94,9 +94,8 @@ class KDTrees(Part):
         for m, g, t in np.ndindex(q.shape[:-1]):  # slow, and meant to be read: see the top
             seen = self.search(held[m], k[m], q[m, g, t])
             found[m, g, t, seen] = True
-        if ledger.active:
-            ledger.active.add(q.size * k.shape[-2], cache_bytes=k.nbytes)
-            ledger.active.event("points checked", found.sum())
+        ledger.count(q.size * k.shape[-2], cache_bytes=k.nbytes)
+        ledger.event("points checked", found)
         return found
 
     def search(self, forest: Forest, keys, q) -> list[int]:

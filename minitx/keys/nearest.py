@@ -107,8 +107,7 @@ class LSH(Part):
     def __call__(self, q, k, facts, held=None):
         (of_keys,) = facts  # (..., K, S, L)
         of_queries = self.buckets(q)  # (..., K, G, T, L); a query's last coordinate is 0
-        if ledger.active:
-            ledger.active.add(cache_bytes=of_keys.nbytes)
+        ledger.count(cache_bytes=of_keys.nbytes)
         same = np.zeros((*of_queries.shape[:-1], of_keys.shape[-2]), bool)  # (..., K, G, T, S)
         for i in range(self.L):  # not over keys; all L at once would need L times the room
             column = of_keys[..., None, None, :, i]  # (..., K, 1, 1, S)
@@ -117,10 +116,9 @@ class LSH(Part):
 
     def buckets(self, x):
         """Bits of x (..., d) or (..., d + 1), one whole number a table: (..., L)"""
-        planes = self.planes[:, : x.shape[-1]]
-        if ledger.active:
-            ledger.active.add(x.size * len(planes), planes.nbytes)
-        bits = (x @ planes.T > 0).reshape(*x.shape[:-1], self.L, self.b)
+        planes = self.planes[:, : x.shape[-1]].T  # (d or d + 1, L * b)
+        ledger.product(x, planes)
+        bits = (x @ planes > 0).reshape(*x.shape[:-1], self.L, self.b)
         packed = np.packbits(bits, axis=-1)  # (..., L, 1 or 2) bytes
         return np.ascontiguousarray(packed).view(f"u{packed.shape[-1]}")[..., 0]
 
@@ -162,8 +160,7 @@ def best(index: Part, K: int, q, k, facts, seen: Seen, held=None, order=None):
     if candidates is not None:
         visible = seen.hide(np.ones_like(candidates), False)
         candidates = fill_up(candidates & visible, K, visible, order)
-        if ledger.active:
-            ledger.active.event("candidates", candidates.sum())
+        ledger.event("candidates", candidates)
     p = seen.hide(scores(q, k, candidates))
     kept = largest(p, min(K, k.shape[-2]))
     if candidates is not None or seen.hidden is not None:
@@ -182,13 +179,11 @@ def scores(q, k, candidates):
         p = (q.reshape(*lead, G * T, d) @ k.swapaxes(-1, -2)).reshape(*lead, G, T, n)
         if candidates is not None:
             p[~candidates] = ops.MASKED
-        if ledger.active:
-            ledger.active.add(q.size * n, cache_bytes=k.nbytes)
+        ledger.count(q.size * n, cache_bytes=k.nbytes)
         return p
     *head, member, row, key = np.nonzero(candidates)  # each (pairs,)
     keys = k[(*head, key)]  # (pairs, d)
     p = np.full((*lead, G, T, n), ops.MASKED, q.dtype)
     p[candidates] = np.einsum("nd,nd->n", q[(*head, member, row)], keys)
-    if ledger.active:
-        ledger.active.add(keys.size, cache_bytes=keys.nbytes)
+    ledger.count(keys.size, cache_bytes=keys.nbytes)
     return p

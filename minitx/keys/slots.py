@@ -64,8 +64,7 @@ class Slots:
         if t >= self.N:
             # The paper keeps a linked list, O(1); in NumPy a look at N numbers is faster.
             slot = (self.last * (t + 1) + self.token).argmin(-1)
-            if ledger.active:
-                ledger.active.event("keys evicted", len(slot))
+            ledger.event("keys evicted", len(slot))
         step = Step(slot, self.token[each, slot], self.last[each, slot], self.held, [])
         old = self.rows[0][each, slot] if t >= self.N else [None] * len(each)  # a copy
         self.place(slot, np.full_like(slot, t), t)

@@ -82,8 +82,8 @@ class SortedColumns:
         np.put_along_axis(values, place, x[..., None], -1)
         np.put_along_axis(rows, place, n, -1)
         self.count = n + 1
-        if ledger.active:
-            ledger.active.event("sorted numbers moved", later.sum() + x.size)
+        ledger.event("sorted numbers moved", later)
+        ledger.event("sorted numbers moved", x.size)
 
     def _keep(self, columns: Columns) -> None:
         if self.room is None:
@@ -92,8 +92,7 @@ class SortedColumns:
         self.count = columns.rows.shape[-1]
         for array, found in zip(self.room, columns):
             array[..., : self.count] = found
-        if ledger.active:
-            ledger.active.event("sorted numbers moved", columns.rows.size)
+        ledger.event("sorted numbers moved", columns.rows.size)
 
     def rewind(self, position: int) -> None:
         if position < self.count:

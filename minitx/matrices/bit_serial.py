@@ -97,8 +97,7 @@ class BitSerialLinear(Part):
         rows = as_rows(x, R * self.g)
         dot = bit_serial_sums(rows, index, self.g, self.half)
         note(2 * dot.size, len(rows) * index.size, index.nbytes)
-        if ledger.active:
-            ledger.active.event("table entries made", len(rows) * R << self.g - self.half)
+        ledger.event("table entries made", len(rows) * R << self.g - self.half)
         zero, scale = self.zero[first:], self.scale[first:]
         y = (dot - zero * rows.sum(1)[:, None]) * scale
         if self.b is not None:

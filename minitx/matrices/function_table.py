@@ -28,7 +28,6 @@ class FunctionTable(Part):
         return cls(values, f.__name__)
 
     def __call__(self, x):
-        if ledger.active:
-            ledger.active.add(weight_bytes=x.size * self.values.itemsize)
-            ledger.active.event("function table reads", x.size)
+        ledger.count(weight_bytes=x.size * self.values.itemsize)
+        ledger.event("function table reads", x.size)
         return self.values[x.astype(np.float16).view(np.uint16)].astype(x.dtype, copy=False)

@@ -95,12 +95,11 @@ class OrderedLinear(Part):
         b = None if self.b is None else self.b[first:]
         w = self.w[:, first:]
         if self.order.shape[1] == 1:  # shared: turn x, and the product is an ordinary one
-            count_order(self.order)
+            ledger.count(weight_bytes=self.order.nbytes)  # an order is read like weights
             return ops.linear(x[..., self.order[:, 0]], w, b)
         order = self.order[:, first:]
-        count_order(order)
-        if ledger.active:
-            ledger.active.add(x.size * w.shape[1], w.nbytes)
+        ledger.count(weight_bytes=order.nbytes)
+        ledger.product(x, w)
         rows = x.reshape(-1, x.shape[-1])
         step = max(1, GATHERED // w.size)
         pieces = [
@@ -109,9 +108,3 @@ class OrderedLinear(Part):
         ]
         y = np.concatenate(pieces).reshape(*x.shape[:-1], w.shape[1])
         return y if b is None else y + b
-
-
-def count_order(order) -> None:
-    """An order is read like weights."""
-    if ledger.active:
-        ledger.active.add(weight_bytes=order.nbytes)

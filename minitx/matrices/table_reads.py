@@ -52,8 +52,7 @@ def as_rows(x, width: int):
 
 
 def note(multiplications: int, reads: int, weight_bytes: int) -> None:
-    """Tell the ledger, if one is open. Every read is also one addition; multiplications that remain
-    count as multiply-adds."""
-    if ledger.active:
-        ledger.active.add(multiplications, weight_bytes)
-        ledger.active.event("table reads", reads)
+    """Count in the ledger. Every read is also one addition; multiplications that remain count as
+    multiply-adds."""
+    ledger.count(multiplications, weight_bytes)
+    ledger.event("table reads", reads)

@@ -71,6 +71,6 @@ class PackedZeros(Part):
     def outputs(self, x, first: int):
         """Only the outputs from column ``first`` on; unpacked is the whole matrix."""
         w = self.w[:, first:]
-        if ledger.active:  # the product counts w, which is no array of the model: these are
-            ledger.active.add(weight_bytes=self.values.nbytes + self.bits.nbytes - w.nbytes)
+        # ops.linear counts reading w; what is read from memory is the packed arrays instead.
+        ledger.count(weight_bytes=self.values.nbytes + self.bits.nbytes - w.nbytes)
         return ops.linear(x, w, None if self.b is None else self.b[first:])

@@ -223,8 +223,7 @@ class Integers(Part):
 
 
 def count(x, kept: Codes) -> None:
-    if ledger.active:
-        ledger.active.add(x.size * kept.width, kept.stored_bytes)
+    ledger.count(x.size * kept.width, lambda: kept.stored_bytes)
 
 
 def finished(y, x, b):
@@ -241,8 +240,7 @@ class CodedEmbedding(Part):
 
     def __call__(self, ids, where):
         kept = self.kept
-        if ledger.active:
-            ledger.active.add(weight_bytes=np.size(ids) * kept.stored_bytes // kept.width)
+        ledger.count(weight_bytes=lambda: np.size(ids) * kept.stored_bytes // kept.width)
         return kept.columns(ids, np.result_type(kept.scales, np.float32))  # (..., T, D)
 
 

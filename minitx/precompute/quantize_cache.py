@@ -63,8 +63,7 @@ class FewBitCache(Part):
 
     def __call__(self, k, v, layer: Layer):
         kept = layer.extend(self.rounded(k), self.rounded(v))  # (..., K, S, bytes)
-        if ledger.active:
-            ledger.active.add(cache_bytes=sum(a.nbytes for a in kept))
+        ledger.count(cache_bytes=kept[0].nbytes + kept[1].nbytes)
         return tuple(self.floats(a, like) for a, like in zip(kept, (k, v)))
 
     def rounded(self, x):

@@ -246,6 +246,5 @@ class ShrunkKeys(Part):
 
 def per_head(x, w):
     """x (..., T, K, n) times w (K, n, m), head by head -> (..., T, K, m)."""
-    if ledger.active:
-        ledger.active.add(x.size * w.shape[-1], w.nbytes)
+    ledger.product(x, w)
     return (x.swapaxes(-3, -2) @ w).swapaxes(-3, -2)

@@ -175,15 +175,13 @@ class AttendKeys(Part):
         """First the mean of the raw keys, then the values: u_i = p_i K, u_i W_KV,i."""
         p = ops.attention_weights(q, k, self.scale, hidden)  # (..., H, T, S)
         *lead, H, T, S = p.shape
-        if ledger.active:  # the rotated keys are no cache, but made of it a moment ago
-            work = p.size * (q.shape[-1] + raw.shape[-1])
-            ledger.active.add(work, cache_bytes=raw.nbytes)
+        # Only the raw keys are read from the cache; the rotated ones were just computed from them.
+        ledger.count(p.size * (q.shape[-1] + raw.shape[-1]), cache_bytes=raw.nbytes)
         u = ops.mix(p.reshape(*lead, 1, H * T, S), raw)  # all heads in one product
         return self.values(u.reshape(*lead, H, T, raw.shape[-1]))
 
     def values(self, x):
         """x W_KV,i for each head i: x (..., H or 1, n, H*d) -> (..., H, n, d)"""
         values = x @ self.w_kv
-        if ledger.active:
-            ledger.active.add(values.size * x.shape[-1], self.w_kv.nbytes)
+        ledger.count(values.size * x.shape[-1], self.w_kv.nbytes)
         return values
