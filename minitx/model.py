@@ -274,9 +274,9 @@ class Linear(Part):
     def __call__(self, x):
         return ops.linear(x, self.w, self.b)
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return ops.linear(x, self.w[:, first:], None if self.b is None else self.b[first:])
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        return ops.linear(x, self.w[:, columns], None if self.b is None else self.b[columns])
 
 
 @part

@@ -100,6 +100,6 @@ class NarrowLinear(Part):
         y = y.reshape(*x.shape[:-1], len(self.scale))
         return y if self.b is None else y + self.b
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        return self(x)[..., columns]

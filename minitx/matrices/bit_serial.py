@@ -88,18 +88,18 @@ class BitSerialLinear(Part):
         return cls(index, scale.astype(w.dtype), zero.astype(w.dtype), g, half, b)
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        index = self.index[:, :, first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        index = self.index[:, :, columns]
         R, N = index.shape[1:]
         rows = as_rows(x, R * self.g)
         dot = bit_serial_sums(rows, index, self.g, self.half)
         note(2 * dot.size, len(rows) * index.size, index.nbytes)
         ledger.event("table entries made", len(rows) * R << self.g - self.half)
-        zero, scale = self.zero[first:], self.scale[first:]
+        zero, scale = self.zero[columns], self.scale[columns]
         y = (dot - zero * rows.sum(1)[:, None]) * scale
         if self.b is not None:
-            y += self.b[first:]
+            y += self.b[columns]
         return y.reshape(*x.shape[:-1], N)

@@ -69,15 +69,15 @@ class CentroidLinear(Part):
         return cls(codebook, tables.astype(w.dtype), b)
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
         rows = as_rows(x, x.shape[-1])
-        y = sum_rows(self.tables, self.codebook(rows), first)
+        y = sum_rows(self.tables, self.codebook(rows), columns)
         reads = len(self.tables) * y.size
         P = self.codebook.prototypes
         note(len(rows) * P.size, reads, P.nbytes + reads * self.tables.itemsize)
         if self.b is not None:
-            y += self.b[first:]
+            y += self.b[columns]
         return y.reshape(*x.shape[:-1], y.shape[1])

@@ -88,20 +88,21 @@ class OrderedLinear(Part):
     b: np.ndarray | None = None
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        b = None if self.b is None else self.b[first:]
-        w = self.w[:, first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        b = None if self.b is None else self.b[columns]
+        w = self.w[:, columns]
         if self.order.shape[1] == 1:  # shared: turn x, and the product is an ordinary one
             ledger.count(weight_bytes=self.order.nbytes)  # an order is read like weights
             return ops.linear(x[..., self.order[:, 0]], w, b)
-        order = self.order[:, first:]
+        # Row-major, as w is stored: from another layout einsum adds the products in another order.
+        w, order = np.ascontiguousarray(w), np.ascontiguousarray(self.order[:, columns])
         ledger.count(weight_bytes=order.nbytes)
         ledger.product(x, w)
         rows = x.reshape(-1, x.shape[-1])
-        step = max(1, GATHERED // w.size)
+        step = max(1, GATHERED // max(1, w.size))
         pieces = [
             np.einsum("nko,ko->no", rows[a : a + step, order], w)  # adds k = 0, 1, 2, ...
             for a in range(0, len(rows), step)

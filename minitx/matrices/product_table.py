@@ -116,17 +116,17 @@ class TableLinear(Part):
         return cls(shared, narrow, ws.astype(w.dtype), b)
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        t, codes = self.table, self.codes[:, first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        t, codes = self.table, self.codes[:, columns]
         rows = as_rows(x, x.shape[-1])
         xi, xs = rounded_inputs(rows, t.ba)
         acc = t.sums(pack(xi, t.ba, t.d), codes)
         reads = len(rows) * codes.size
         note(rows.size + 2 * acc.size, reads, codes.nbytes + reads * t.entries.itemsize)
-        return scaled(acc, xs, self.scale[first:], self.b, first, x)
+        return scaled(acc, xs, self.scale[columns], self.b, columns, x)
 
 
 def rounded_inputs(rows, bits: int):
@@ -145,12 +145,12 @@ def rounded(w, bits: int):
     return wi.T, ws
 
 
-def scaled(acc, xs, ws, b, first: int, x):
-    """acc (n, N) times the scales xs (n,) and ws (N,), plus b from column ``first`` on, in the
-    type and with the leading axes of x."""
+def scaled(acc, xs, ws, b, columns, x):
+    """acc (n, N) times the scales xs (n,) and ws (N,), plus these columns of b, in the type and
+    with the leading axes of x."""
     y = acc.astype(x.dtype) * (xs[:, None] * ws)
     if b is not None:
-        y += b[first:]
+        y += b[columns]
     return y.reshape(*x.shape[:-1], len(ws))
 
 
@@ -175,16 +175,16 @@ class FoldedLinear(Part):
         return cls(tables.astype(w.dtype), ba, d, b)
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
         rows = as_rows(x, x.shape[-1])
         xi, xs = rounded_inputs(rows, self.ba)
-        acc = sum_rows(self.tables, pack(xi, self.ba, self.d), first)
+        acc = sum_rows(self.tables, pack(xi, self.ba, self.d), columns)
         reads = len(self.tables) * acc.size
         note(rows.size + acc.size, reads, reads * self.tables.itemsize)
-        return scaled(acc, xs, np.ones(acc.shape[1], x.dtype), self.b, first, x)
+        return scaled(acc, xs, np.ones(acc.shape[1], x.dtype), self.b, columns, x)
 
 
 def folded_bytes(D: int, N: int, ba: int, d: int, entry: int) -> int:
@@ -210,12 +210,13 @@ class IntegerLinear(Part):
         return cls(wi, ws.astype(w.dtype), ba, b)
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
         rows = as_rows(x, x.shape[-1])
         xi, xs = rounded_inputs(rows, self.ba)
-        acc = xi.astype(np.float64) @ self.w[:, first:]
-        note(rows.size * acc.shape[1], 0, self.w[:, first:].nbytes)
-        return scaled(acc, xs, self.scale[first:], self.b, first, x)
+        w = self.w[:, columns]
+        acc = xi.astype(np.float64) @ w
+        note(rows.size * acc.shape[1], 0, w.nbytes)
+        return scaled(acc, xs, self.scale[columns], self.b, columns, x)

@@ -18,7 +18,7 @@ def sum_entries(table, base, codes, dtype):
     table: one-dimensional. base (n, S) whole numbers; codes (S, N) whole numbers of any type.
     """
     S, N = codes.shape
-    columns = min(N, max(1, READS // S))
+    columns = max(1, min(N, READS // S))
     rows = max(1, READS // (S * columns))
     y = np.empty((len(base), N), dtype)
     for a in range(0, N, columns):
@@ -28,16 +28,16 @@ def sum_entries(table, base, codes, dtype):
     return y  # (n, N)
 
 
-def sum_rows(tables, codes, first: int = 0):
-    """``y[i] = sum over s of tables[s, codes[i, s]]``, without the columns before ``first``.
+def sum_rows(tables, codes, columns=slice(None)):
+    """``y[i] = sum over s of tables[s, codes[i, s]]``, only these columns (a slice or indices).
 
-    tables (S, K, N); codes (n, S) whole numbers below K -> (n, N - first).
+    tables (S, K, N); codes (n, S) whole numbers below K -> (n, columns).
     """
     S, K, N = tables.shape
-    entries = tables.reshape(S * K, N)[:, first:]
+    entries = tables.reshape(S * K, N)[:, columns]
     where = codes + np.arange(S) * K  # (n, S)
     rows = max(1, READS // (S * N))
-    y = np.empty((len(codes), N - first), tables.dtype)
+    y = np.empty((len(codes), entries.shape[1]), tables.dtype)
     for i in range(0, len(codes), rows):
         entries[where[i : i + rows]].sum(1, out=y[i : i + rows])
     return y

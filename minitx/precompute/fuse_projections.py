@@ -62,9 +62,13 @@ class FusedQKV(Part):
         end = self.q_width + self.k_width
         return y[..., : self.q_width], y[..., self.q_width : end], y[..., end:]
 
+    def q(self, x):
+        """Queries alone, from their columns."""
+        return self.all.outputs(x, slice(self.q_width))  # (..., T, H*d)
+
     def kv(self, x):
         """Keys and values alone, from their columns."""
-        y = self.all.outputs(x, self.q_width)  # (..., T, 2*K*d)
+        y = self.all.outputs(x, slice(self.q_width, None))  # (..., T, 2*K*d)
         return y[..., : self.k_width], y[..., self.k_width :]
 
 

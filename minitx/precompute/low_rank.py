@@ -130,6 +130,6 @@ class LowRank(Part):
     def __call__(self, x):
         return self.b(self.a(x))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return self.b.outputs(self.a(x), first)
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        return self.b.outputs(self.a(x), columns)

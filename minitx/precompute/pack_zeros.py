@@ -66,11 +66,11 @@ class PackedZeros(Part):
         return w.reshape(self.inputs, self.width)
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on; unpacked is the whole matrix."""
-        w = self.w[:, first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        w = self.w[:, columns]  # the whole matrix is unpacked
         # ops.linear counts reading w; what is read from memory is the packed arrays instead.
         ledger.count(weight_bytes=self.values.nbytes + self.bits.nbytes - w.nbytes)
-        return ops.linear(x, w, None if self.b is None else self.b[first:])
+        return ops.linear(x, w, None if self.b is None else self.b[columns])

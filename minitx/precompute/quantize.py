@@ -171,8 +171,8 @@ class Streamed(Part):
             y -= rows.sum(-1) @ (kept.zeros * kept.scales.astype(x.dtype))
         return finished(y, x, self.b)
 
-    def outputs(self, x, first: int):
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        return self(x)[..., columns]
 
 
 @part
@@ -190,8 +190,8 @@ class Loaded(Part):
     def __call__(self, x):
         return ops.linear(x, self.w, self.b)
 
-    def outputs(self, x, first: int):
-        return ops.linear(x, self.w[:, first:], None if self.b is None else self.b[first:])
+    def outputs(self, x, columns):
+        return ops.linear(x, self.w[:, columns], None if self.b is None else self.b[columns])
 
 
 @part
@@ -218,8 +218,8 @@ class Integers(Part):
             y += sums.sum(0)
         return finished(y, x, self.b)
 
-    def outputs(self, x, first: int):
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        return self(x)[..., columns]
 
 
 def count(x, kept: Codes) -> None:

@@ -101,6 +101,6 @@ class OutlierLinear(Part):
         ledger.count(weight_bytes=lambda: sum(a.nbytes for a in read) - w.nbytes)
         return ops.linear(x, w, self.b)
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        return self(x)[..., columns]

@@ -72,12 +72,12 @@ class SeparatedSigns(Part):
     b: np.ndarray | None = None
 
     def __call__(self, x):
-        return self.outputs(x, 0)
+        return self.outputs(x, slice(None))
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        y = ops.linear(x, self.plus[:, first:]) - ops.linear(x, self.minus[:, first:])
-        return y if self.b is None else y + self.b[first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        y = ops.linear(x, self.plus[:, columns]) - ops.linear(x, self.minus[:, columns])
+        return y if self.b is None else y + self.b[columns]
 
 
 @part
@@ -102,9 +102,9 @@ class UnsignedLinear(Part):
         y = (up - down).astype(x.dtype) * scale[..., None] * self.scale
         return y if self.b is None else y + self.b
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        return self(x)[..., columns]
 
     def sums(self, x_plus, x_minus):
         """(up, down) (..., out): whole numbers >= 0, for inputs (..., in) of such.

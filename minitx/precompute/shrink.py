@@ -213,9 +213,9 @@ class ShrunkOutput(Part):
             y += self.further(others.reshape(*x.shape[:-1], -1))
         return y if self.b is None else y + self.b
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        return self(x)[..., columns]
 
 
 @part
@@ -239,9 +239,9 @@ class ShrunkKeys(Part):
         k = k.reshape(*x.shape[:-1], -1)  # (..., T, K d)
         return k if self.b is None else k + self.b
 
-    def outputs(self, x, first: int):
-        """Only the outputs from column ``first`` on."""
-        return self(x)[..., first:]
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        return self(x)[..., columns]
 
 
 def per_head(x, w):

@@ -145,9 +145,13 @@ class QueriesAndKeys(Part):
         y = self.both(x)  # (..., T, 2*H*d)
         return y[..., : self.q_width], y[..., self.q_width :], x[..., :0]
 
+    def q(self, x):
+        """Queries alone, from their columns."""
+        return self.both.outputs(x, slice(self.q_width))
+
     def kv(self, x):
         """Keys alone, from their columns."""
-        return self.both.outputs(x, self.q_width), x[..., :0]
+        return self.both.outputs(x, slice(self.q_width, None)), x[..., :0]
 
 
 @part
