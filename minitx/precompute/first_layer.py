@@ -256,3 +256,6 @@ class InTable(Part):
             "The norm and projections of block 0 are rows of first_layer's table and cannot be "
             "called on their own; leave first_layer out."
         )
+
+    def q(self, x):
+        return self(x)

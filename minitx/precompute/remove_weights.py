@@ -226,6 +226,10 @@ class StreamIsQ(Part):
     def __call__(self, x):
         return x, self.k(x), self.v(x)
 
+    def q(self, x):
+        """Queries alone."""
+        return x
+
     def kv(self, x):
         """Keys and values alone."""
         return self.k(x), self.v(x)
