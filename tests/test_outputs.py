@@ -1,96 +1,135 @@
-"""Parts that give some of their outputs: the same numbers as the whole result has there."""
+"""Some columns of a projection: ``outputs(x, columns)`` of every part that has it, against the same
+columns of the whole result."""
 
 import numpy as np
 import pytest
-from tiny import KINDS, tiny_lm
+from tiny import tiny_lm
 
-from minitx.errors import MinitxError
-from minitx.technique import apply, blocks_of, techniques
-from minitx.tree import walk
+from minitx import ledger
+from minitx.lm import LM
+from minitx.matrices.accumulators import NarrowLinear
+from minitx.matrices.bit_serial import BitSerialLinear
+from minitx.matrices.centroid_table import CentroidLinear
+from minitx.matrices.ordering import OrderedLinear
+from minitx.matrices.product_table import FoldedLinear, IntegerLinear, TableLinear
+from minitx.model import Linear
+from minitx.precompute.quantize import Integers, Streamed
+from minitx.precompute.separate_magnitudes import OutlierLinear
+from minitx.precompute.separate_signs import UnsignedLinear
+from minitx.precompute.shrink import ShrunkKeys, ShrunkOutput
+from minitx.technique import apply, swap, techniques
+from minitx.tree import Part, walk
 
-MATRICES = [
-    (t.name, options)
-    for t in techniques()
-    if t.level in ("matrices", "weights", "pruning")
-    for options in [
-        {},
-        *({"quantize": [{"run": run} for run in ("cast", "load", "integers")]}.get(t.name, [])),
-    ]
+# Techniques of the two levels, first as they are, then with the options that bring other parts.
+CASES = [
+    *({t.name: True} for t in techniques() if t.level in ("weights", "matrices")),
+    *({"quantize": {"run": run}} for run in ("cast", "load", "integers")),
+    {"quantize": {"bits": 4, "symmetric": False, "group": 8}},
+    {"quantize": {"bits": 4, "symmetric": False, "group": 8, "run": "integers"}},
+    *({"lut": {"kind": kind}} for kind in ("folded", "centroid", "bit-serial")),
+    {"lut": {"layout": "horizontal"}},
+    {"separate_signs": {"bits": 8}},
+    {"order_products": {"order": "largest_rows_first"}},
+    {"order_products": {"accumulator": 12}},
+    {"prune": {"sparsity": 0.5}, "pack_zeros": True},
+    {"shrink": True, "low_rank": True},
 ]
-MATRICES += [("lut", {"kind": kind}) for kind in ("folded", "centroid", "bit-serial")]
-MATRICES += [("order_products", {"accumulator": 16}), ("separate_signs", {"bits": 8})]
+# What these compute for some columns they compute as for all, in the same order: the same bits.
+SAME_BITS = (
+    *(NarrowLinear, BitSerialLinear, CentroidLinear, FoldedLinear, IntegerLinear, TableLinear),
+    *(Integers, Streamed, OutlierLinear, UnsignedLinear, ShrunkKeys, ShrunkOutput, OrderedLinear),
+)
+# These compute all columns and select.
+SELECT = (NarrowLinear, Integers, Streamed, OutlierLinear, UnsignedLinear, ShrunkKeys, ShrunkOutput)
+IDS = np.random.default_rng(0).integers(0, 258, 7)
+COLUMNS = {
+    "slice(1, 4)": slice(1, 4),
+    "slice(2, None)": slice(2, None),
+    "slice(None)": slice(None),
+    "indices": np.array([4, 0, 2, 2, -1, 1]),
+    "one index": np.array([4]),
+    "no index": np.array([], int),
+}
 
 
-def changed(name, options):
-    """(kind of model, model) for every kind that the technique accepts."""
-    for kind in KINDS:
-        try:
-            yield kind, apply(tiny_lm(kind), {name: options}).model
-        except MinitxError as error:
-            assert "has no option" not in str(error) and "must be one of" not in str(error), error
+def with_techniques(case: dict) -> LM:
+    """A model of the kind that the techniques fit, without RoPE where there is one such."""
+    family = "skipless" if "remove_weights" in case else "gpt2"
+    return apply(tiny_lm(family, np.float64), case)
 
 
-@pytest.mark.parametrize("name, options", MATRICES, ids=str)
-def test_outputs_of_some_columns_equal_those_of_all(name, options):
-    rng, seen = np.random.default_rng(3), set()
-    for kind, model in changed(name, options):
-        for path, node in walk(model):
-            if not hasattr(node, "outputs") or (kind, type(node)) in seen:
-                continue
-            seen.add((kind, type(node)))
-            inputs = inputs_of(node, model.config)
-            x = rng.standard_normal((3, inputs)).astype(np.float32)
-            whole = node(x)
-            n = whole.shape[-1]
-            for columns in (slice(2, 5), slice(n // 2, None), slice(None), np.array([n - 1, 0, 3])):
-                found = node.outputs(x, columns)
-                np.testing.assert_allclose(
-                    found,
-                    whole[..., columns],
-                    rtol=1e-4,
-                    atol=1e-4 * abs(whole).max(),
-                    err_msg=f"{path}: {type(node).__name__}.outputs(x, {columns})",
-                )
-    assert seen, "no part of this technique gives some of its outputs"
+def with_integer_products() -> LM:
+    """lut's search alone uses these parts."""
+    return swap(tiny_lm(), Linear, lambda m: IntegerLinear.of(m.w, m.b, 4, 4))
 
 
-def inputs_of(node, config) -> int:
-    """How many inputs a part takes: the first size of the model that it does not refuse."""
-    for size in (config.width, config.hidden, config.heads * config.head_width):
-        try:
-            if np.isfinite(node(np.ones((1, size), np.float32))).all():
-                return size
-        except (ValueError, IndexError):
-            continue
-    raise AssertionError(f"{type(node).__name__} takes none of the sizes of the model")
+def parts_and_inputs(lm: LM) -> list[tuple[Part, np.ndarray]]:
+    """The parts that have ``outputs``, each with what it reads when the model reads IDS."""
+    found = {id(node): node for _, node in walk(lm.model) if hasattr(node, "outputs")}
+    read = {}
+
+    def watched(call):
+        def noted(self, x):
+            read.setdefault(id(self), x)
+            return call(self, x)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in {type(node) for node in found.values()}:
+            patch.setattr(kind, "__call__", watched(kind.__call__))
+        lm.model(IDS)
+    return [(node, read[key]) for key, node in found.items()]
 
 
-QKV_PARTS = ["fold_norms", "fuse_projections", "slim_attention", "absorb_products", "shrink"]
+def work(node: Part, method: str, *args) -> tuple[int, int]:
+    """Multiply-adds and bytes of weights that a call of the part takes."""
+    with ledger.counting(node) as counts:
+        getattr(node, method)(*args)
+    return counts.total().multiply_adds, counts.total().weight_bytes
 
 
-@pytest.mark.parametrize("name", [None, *QKV_PARTS, "q", "k", "v"])
-def test_queries_alone_and_keys_and_values_alone_equal_those_of_all_three(name):
-    options = {} if name in (None, *QKV_PARTS) else {"matrix": name}
-    technique = name if name in (None, *QKV_PARTS) else "remove_weights"
-    tried = 0
-    for kind in KINDS:
-        try:
-            lm = apply(tiny_lm(kind, dtype=np.float64), {technique: options} if technique else {})
-        except MinitxError:
-            continue
-        qkv = blocks_of(lm)[1].attn.qkv
-        x = np.random.default_rng(1).standard_normal((5, lm.model.config.width))
-        q, k, v = qkv(x)
-        np.testing.assert_allclose(qkv.q(x), q, atol=1e-12, err_msg="queries alone")
-        for found, expected, what in zip(qkv.kv(x), (k, v), ("keys", "values"), strict=True):
-            np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=f"{what} alone")
-        tried += 1
-    assert tried
+def has_same_bits(node: Part) -> bool:
+    shared = isinstance(node, OrderedLinear) and node.order.shape[1] == 1  # one product by BLAS
+    return isinstance(node, SAME_BITS) and not shared
 
 
-def test_a_table_of_the_first_layer_refuses_to_project():
-    lm = apply(tiny_lm(), {"first_layer": True})
-    qkv = blocks_of(lm)[0].attn.qkv
-    for call in (qkv, qkv.q, qkv.kv):
-        with pytest.raises(MinitxError, match="first_layer's table"):
-            call(np.zeros((1, 16)))
+@pytest.fixture(scope="module")
+def parts() -> list[tuple[Part, np.ndarray]]:
+    models = [*map(with_techniques, CASES), with_integer_products()]
+    return [pair for lm in models for pair in parts_and_inputs(lm)]
+
+
+def test_every_part_that_has_outputs_is_tested(parts):
+    def below(kind):
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    shipped = {kind for kind in below(Part) if kind.__module__.startswith("minitx.")}
+    missing = {kind for kind in shipped if hasattr(kind, "outputs")} - {type(n) for n, _ in parts}
+    assert not missing
+
+
+@pytest.mark.parametrize("columns", COLUMNS.values(), ids=COLUMNS)
+def test_outputs_are_columns_of_the_whole_result(parts, columns):
+    for node, x in parts:
+        for rows in (x, x[:1], x[None]):
+            whole = node(rows)
+            expected, found = whole[..., columns], node.outputs(rows, columns)
+            assert found.shape == expected.shape and found.dtype == expected.dtype
+            same = has_same_bits(node) and expected.shape[-1] > 1  # of one, NumPy adds pairwise
+            tolerance = 0 if same else 1e-12 if x.dtype == np.float64 else 1e-5
+            largest = abs(whole).max()
+            np.testing.assert_allclose(
+                found, expected, rtol=0, atol=tolerance * largest, err_msg=type(node).__name__
+            )
+
+
+@pytest.mark.parametrize("columns", [slice(1, 4), np.array([4, 0, 2])], ids=["slice", "indices"])
+def test_fewer_columns_take_less_work(parts, columns):
+    for node, x in parts:
+        whole, some = work(node, "__call__", x), work(node, "outputs", x, columns)
+        if isinstance(node, SELECT):
+            assert some == whole, type(node).__name__
+        else:
+            less = [a < b for a, b in zip(some, whole)]
+            assert any(less) and all(a <= b for a, b in zip(some, whole)), type(node).__name__

@@ -227,7 +227,8 @@ def test_packed_matrices_multiply_like_the_dense_ones(family):
         np.testing.assert_array_equal(part.w, w)
         assert part.values.nbytes + part.bits.nbytes == w.size * (2 + 1 / 8)
         x = np.ones((2, len(w)), np.float32)
-        np.testing.assert_array_equal(part.outputs(x, 3), Linear(w, part.b).outputs(x, 3))
+        some = slice(3, None)
+        np.testing.assert_array_equal(part.outputs(x, some), Linear(w, part.b).outputs(x, some))
 
 
 def test_memory_and_bytes_read_are_those_of_the_formula():

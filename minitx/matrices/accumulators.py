@@ -91,15 +91,15 @@ class NarrowLinear(Part):
         rows = x.reshape(-1, x.shape[-1])
         codes, scale = few_bits(rows, 8)  # each token has its own scale
         sums = accumulate(codes, self.codes, self.order, self.accumulator)
-        read = self.codes.nbytes + self.order.nbytes
-        ledger.count(x.size * self.codes.shape[1], read)
+        ledger.product(x, self.codes)
+        ledger.count(weight_bytes=self.order.nbytes)
         ledger.event("sums", sums.left.size)
         ledger.event("sums that do not fit", sums.persistent)
-        ledger.event("sums that overflow on the way", sums.transient)
+        ledger.event("sums that overflow on the way", lambda: sums.transient)
         y = sums.found.astype(x.dtype) * scale[:, None] * self.scale
         y = y.reshape(*x.shape[:-1], len(self.scale))
         return y if self.b is None else y + self.b
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these columns of the result: a slice or an array of indices."""
         return self(x)[..., columns]

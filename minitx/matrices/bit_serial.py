@@ -91,7 +91,7 @@ class BitSerialLinear(Part):
         return self.outputs(x, slice(None))
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these columns of the result: a slice or an array of indices."""
         index = self.index[:, :, columns]
         R, N = index.shape[1:]
         rows = as_rows(x, R * self.g)

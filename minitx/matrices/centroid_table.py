@@ -72,7 +72,7 @@ class CentroidLinear(Part):
         return self.outputs(x, slice(None))
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these columns of the result: a slice or an array of indices."""
         rows = as_rows(x, x.shape[-1])
         y = sum_rows(self.tables, self.codebook(rows), columns)
         reads = len(self.tables) * y.size

@@ -91,25 +91,21 @@ class OrderedLinear(Part):
         return self.outputs(x, slice(None))
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these columns of the result: a slice or an array of indices."""
         b = None if self.b is None else self.b[columns]
         w = self.w[:, columns]
         if self.order.shape[1] == 1:  # shared: turn x, and the product is an ordinary one
-            count_order(self.order)
+            ledger.count(weight_bytes=self.order.nbytes)  # an order is read like weights
             return ops.linear(x[..., self.order[:, 0]], w, b)
-        order = self.order[:, columns]
-        count_order(order)
+        # Row-major, as w is stored: from another layout einsum adds the products in another order.
+        w, order = np.ascontiguousarray(w), np.ascontiguousarray(self.order[:, columns])
+        ledger.count(weight_bytes=order.nbytes)
         ledger.product(x, w)
         rows = x.reshape(-1, x.shape[-1])
-        step = max(1, GATHERED // w.size)
+        step = max(1, GATHERED // max(1, w.size))
         pieces = [
             np.einsum("nko,ko->no", rows[a : a + step, order], w)  # adds k = 0, 1, 2, ...
             for a in range(0, len(rows), step)
         ]
         y = np.concatenate(pieces).reshape(*x.shape[:-1], w.shape[1])
         return y if b is None else y + b
-
-
-def count_order(order) -> None:
-    """An order is read like weights."""
-    ledger.count(weight_bytes=order.nbytes)

@@ -119,7 +119,7 @@ class TableLinear(Part):
         return self.outputs(x, slice(None))
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these columns of the result: a slice or an array of indices."""
         t, codes = self.table, self.codes[:, columns]
         rows = as_rows(x, x.shape[-1])
         xi, xs = rounded_inputs(rows, t.ba)
@@ -146,8 +146,8 @@ def rounded(w, bits: int):
 
 
 def scaled(acc, xs, ws, b, columns, x):
-    """acc (n, N) times the scales xs (n,) and ws (N,), plus these columns of b, in the
-    type and with the leading axes of x."""
+    """acc (n, N) times the scales xs (n,) and ws (N,), plus these columns of b, in the type and
+    with the leading axes of x."""
     y = acc.astype(x.dtype) * (xs[:, None] * ws)
     if b is not None:
         y += b[columns]
@@ -178,7 +178,7 @@ class FoldedLinear(Part):
         return self.outputs(x, slice(None))
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these columns of the result: a slice or an array of indices."""
         rows = as_rows(x, x.shape[-1])
         xi, xs = rounded_inputs(rows, self.ba)
         acc = sum_rows(self.tables, pack(xi, self.ba, self.d), columns)
@@ -213,9 +213,10 @@ class IntegerLinear(Part):
         return self.outputs(x, slice(None))
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these columns of the result: a slice or an array of indices."""
         rows = as_rows(x, x.shape[-1])
         xi, xs = rounded_inputs(rows, self.ba)
-        acc = xi.astype(np.float64) @ self.w[:, columns]
-        note(rows.size * acc.shape[1], 0, self.w[:, columns].nbytes)
+        w = self.w[:, columns]
+        acc = xi.astype(np.float64) @ w
+        note(rows.size * acc.shape[1], 0, w.nbytes)
         return scaled(acc, xs, self.scale[columns], self.b, columns, x)

@@ -18,7 +18,7 @@ def sum_entries(table, base, codes, dtype):
     table: one-dimensional. base (n, S) whole numbers; codes (S, N) whole numbers of any type.
     """
     S, N = codes.shape
-    columns = min(N, max(1, READS // S))
+    columns = max(1, min(N, READS // S))
     rows = max(1, READS // (S * columns))
     y = np.empty((len(base), N), dtype)
     for a in range(0, N, columns):
@@ -29,9 +29,9 @@ def sum_entries(table, base, codes, dtype):
 
 
 def sum_rows(tables, codes, columns=slice(None)):
-    """``y[i] = sum over s of tables[s, codes[i, s]]``, of these columns alone (a slice or indices).
+    """``y[i] = sum over s of tables[s, codes[i, s]]``, only these columns (a slice or indices).
 
-    tables (S, K, N); codes (n, S) integers below K -> (n, N or fewer).
+    tables (S, K, N); codes (n, S) whole numbers below K -> (n, columns).
     """
     S, K, N = tables.shape
     entries = tables.reshape(S * K, N)[:, columns]
@@ -52,7 +52,7 @@ def as_rows(x, width: int):
 
 
 def note(multiplications: int, reads: int, weight_bytes: int) -> None:
-    """Tell the ledger, if one is open. Every read is also one addition; multiplications that remain
-    count as multiply-adds."""
+    """Count in the ledger. Every read is also one addition; multiplications that remain count as
+    multiply-adds."""
     ledger.count(multiplications, weight_bytes)
     ledger.event("table reads", reads)

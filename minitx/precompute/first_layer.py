@@ -260,4 +260,4 @@ class InTable(Part):
             "called on their own; leave first_layer out."
         )
 
-    q = kv = __call__
+    q = __call__
