@@ -192,6 +192,8 @@ def _settings(node: Part) -> str:
         value = getattr(node, f.name)
         if hasattr(value, "shape"):
             words.append(f"{f.name} {'x'.join(map(str, value.shape))}{_zeros(f, value)}")
+        elif isinstance(value, tuple) and value and all(type(v) in (int, float) for v in value):
+            words.append(f"{f.name}={','.join(f'{v:g}' for v in value)}")
         elif isinstance(value, (bool, int, float, str)):
             words.append(f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}")
         elif callable(value) and not isinstance(value, Part):

@@ -12,6 +12,7 @@ from itertools import islice
 import numpy as np
 
 from minitx.errors import MinitxError
+from minitx.technique import blocks_of
 from minitx.training.data import ORDINARY, PADDING, Encoder
 from minitx.training.layerskip import record
 from minitx.training.loss import token_losses
@@ -134,7 +135,7 @@ def exit_profile(model, tokenizer, read: Iterable[Story], batch_tokens: int = 40
     many blocks, all recorded in one pass. The last is the report of ``evaluate``."""
     model, read = getattr(model, "model", model), list(read)
     recorded, hidden = record(model)
-    totals = [Tally.empty() for _ in range(model.config.layers)]
+    totals = [Tally.empty() for _ in blocks_of(model)]
     for batch in batches(encode(tokenizer, read), context_of(model), batch_tokens):
         hidden.clear()
         recorded.hidden(batch.ids)
