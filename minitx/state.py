@@ -244,10 +244,10 @@ class Layer:
 
     def _forget_rows(self, position: int) -> None:
         earlier = self.row_positions < position
-        if earlier.ndim > 1:  # evicted by head: the newest rows, which go, are the same in all
-            count = int(earlier.sum(-1).max())
+        count = int(earlier.sum(-1).max())
+        if earlier[..., :count].all():  # the rows that go are the last ones, in every head
             self.row_positions, self.count = self.row_positions[..., :count], count
-        elif not earlier.all():
+        else:
             self.keep(np.flatnonzero(earlier))
 
     def __deepcopy__(self, memo):
