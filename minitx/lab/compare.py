@@ -7,7 +7,8 @@ Two readings of held-out stories, always the same ones:
   mean Kullback-Leibler divergence KL(dense || changed), and how often both choose the same token;
 - told: the beginning of each story is continued greedily. Multiply-adds and bytes read are counted
   for each new token, part by part; then both models are timed in turns, and the ratio is the median
-  over the rounds, with the lowest and the highest beside it.
+  over the rounds, with the lowest and the highest beside it. What is kept between sequences is
+  forgotten before each round (``minitx first-token`` is for that).
 
 Both are also weighed: bytes of all arrays in memory, and of what one token leaves in the cache.
 
@@ -36,7 +37,7 @@ from minitx.lab.evaluate import (
     table,
 )
 from minitx.ledger import Entry, Ledger, counting
-from minitx.tree import nbytes
+from minitx.tree import nbytes, walk
 
 PROMPT, NEW = 32, 48  # tokens of a story's beginning, and how many are told after it
 
@@ -170,6 +171,7 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
     for lm in (dense, changed):
         with counting(lm) as counts:
             texts.append([])
+            forget(lm)
             for prompt in prompts:
                 texts[-1].append(list(lm.tokens(prompt, room(lm, prompt))))
                 tick()
@@ -178,6 +180,7 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
     seconds = [], []
     for _ in range(rounds):
         for lm, found, own in zip((dense, changed), seconds, texts):
+            forget(lm)
             began = time.process_time()
             for prompt in prompts:
                 list(lm.tokens(prompt, room(lm, prompt)))
@@ -194,6 +197,12 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
         (median(ratios), min(ratios), max(ratios)),
         1 / median(seconds[0]),
     )
+
+
+def forget(lm) -> None:
+    """Empty what outlives a sequence (a store of prefixes), so that every pass begins alike."""
+    for _, node in walk(lm):
+        node.forget()
 
 
 def room(lm, prompt) -> int:
