@@ -132,6 +132,19 @@ def parser() -> Parser:
     add_chains(compare)
     add_json(compare)
 
+    first = "time to the first token of prompts that begin alike"
+    first = add(names, "first-token", commands.first_token, first)
+    add_model(first)
+    for name, default, meaning in (
+        ("shared", 400, "tokens that all prompts begin with"),
+        ("own", 20, "tokens that each goes on with"),
+        ("prompts", 8, "prompts in a round"),
+        ("rounds", 7, "rounds"),
+    ):
+        text = f"{meaning} (default {default})"
+        first.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
+    add_json(first)
+
     sweep = add(names, "sweep", commands.sweep, "one technique at several settings")
     sweep.add_argument("name", help="of a technique: ffn-skip")
     sweep.add_argument("settings", nargs="*", help="option=value,value,...")

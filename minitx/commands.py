@@ -175,6 +175,18 @@ def compare(args) -> None:
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
+def first_token(args) -> None:
+    from minitx.lab.first_token import Plan
+    from minitx.lab.first_token import first_token as measure
+    from minitx.technique import apply
+
+    dense = minitx.load(args.model, args.tokenizer)
+    changed = apply(dense, args.techniques)
+    plan = Plan(**{name: getattr(args, name) for name in ("shared", "own", "prompts", "rounds")})
+    found = measure(dense, changed, flags_text(args), plan)
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+
+
 def sweep(args) -> None:
     from minitx.lab import sweep as lab
     from minitx.lab.compare import Plan

@@ -31,6 +31,9 @@ class Part:
     def __deepcopy__(self, memo) -> "Part":
         return self  # nothing in it ever changes
 
+    def forget(self) -> None:
+        """Drop what was kept of earlier sequences: for a store; other parts keep nothing."""
+
 
 def part(cls):
     """Class decorator: a frozen dataclass that is compared (and hashed) by identity, since arrays

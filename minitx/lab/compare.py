@@ -7,7 +7,8 @@ Two readings of held-out stories, always the same ones:
   mean Kullback-Leibler divergence KL(dense || changed), and how often both choose the same token;
 - told: the beginning of each story is continued greedily. Multiply-adds and bytes read are counted
   for each new token, part by part; then both models are timed in turns, and the ratio is the median
-  over the rounds, with the lowest and the highest beside it.
+  over the rounds, with the lowest and the highest beside it. What is kept between sequences is
+  forgotten before each round (``minitx first-token`` is for that).
 
 Both are also weighed: bytes of all arrays in memory, and of the cache for each token of a text.
 
@@ -45,7 +46,7 @@ from minitx.lab.evaluate import (
 )
 from minitx.ledger import Entry, Ledger, counting
 from minitx.technique import decides
-from minitx.tree import nbytes
+from minitx.tree import nbytes, walk
 
 PROMPT, NEW = 32, 48  # tokens of a story's beginning, and how many are told after it
 
@@ -208,6 +209,7 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
     for lm in (dense, changed):
         with counting(lm) as counts:
             texts.append([])
+            forget(lm)
             for prompt in prompts:
                 texts[-1].append(continuation(lm, prompt))
                 tick()
@@ -233,6 +235,7 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
 
 
 def tell_all(lm, prompts: Sequence[list[int]]) -> None:
+    forget(lm)
     for prompt in prompts:
         continuation(lm, prompt)
 
@@ -241,6 +244,12 @@ def continuation(lm, prompt) -> list[int]:
     """The greedy continuation, past the end of a story too, so that all models tell as much."""
     state = new_state(lm.model, prompt)
     return list(lm.decode(lm.model, state, prompt, Sampler(), room(lm, prompt)))
+
+
+def forget(lm) -> None:
+    """Empty what outlives a sequence (a store of prefixes), so that every pass begins alike."""
+    for _, node in walk(lm):
+        node.forget()
 
 
 def room(lm, prompt) -> int:

@@ -17,6 +17,7 @@ from minitx.errors import MinitxError
 from minitx.files.find import shipped
 from minitx.lm import load
 from minitx.model import Stack, Transformer
+from minitx.second_model import first_blocks, load_second, why_another_vocabulary
 from minitx.state import State
 from minitx.technique import need, technique
 from minitx.tree import Part, part
@@ -183,42 +184,19 @@ def find_draft(lm, draft: str) -> Part:
         other = load(SHIPPED_DRAFT)
         known = lm.tokenizer is not None and not why_another_vocabulary(lm, other)
         return DraftModel(other.model) if known else PromptLookup()
-    try:
-        other = load(draft)
-    except MinitxError as error:
-        raise MinitxError(f"speculative cannot load its draft: {error}") from None
-    if why := why_another_vocabulary(lm, other):
-        raise MinitxError(
-            f"speculative cannot draft with {draft!r}: {why}; give a model that shares the "
-            "tokenizer, or draft=self or draft=lookup."
-        )
-    return DraftModel(other.model)
-
-
-def why_another_vocabulary(lm, other) -> str:
-    """How the vocabulary of ``other`` is another one, or nothing. Without tokenizers, of which a
-    model that works on ids alone has none, only the sizes can be compared."""
-    ours, theirs = lm.model.config.vocab_size, other.model.config.vocab_size
-    if ours != theirs:
-        return f"it has {theirs} tokens and this model {ours}"
-    if lm.tokenizer is None or other.tokenizer is None or lm.tokenizer is other.tokenizer:
-        return ""
-    here, there = (
-        [t.token_bytes(i) for i in range(len(t))] for t in (lm.tokenizer, other.tokenizer)
-    )
-    return "" if here == there else "its tokens are others than this model's"
+    instead = "draft=self or draft=lookup"
+    return DraftModel(load_second(lm, draft, "speculative", "draft", instead).model)
 
 
 def first_half(model: Transformer) -> Transformer:
     """The model with the first half of its blocks only, rounded down; weights are shared."""
     need(model.stack, Stack)
-    kept = len(model.stack.blocks) // 2
-    if not kept:
+    half = len(model.stack.blocks) // 2
+    if not half:
         raise MinitxError(
             "speculative cannot draft with half of a model of one block; give another draft."
         )
-    stack = replace(model.stack, blocks=model.stack.blocks[:kept])
-    return replace(model, stack=stack, config=replace(model.config, layers=kept))
+    return first_blocks(model, half, "speculative")
 
 
 @part

@@ -1,0 +1,162 @@
+"""``minitx first-token``: how long it takes from a prompt to the first new token.
+
+The prompts begin alike, as those do that start with the same instructions or the conversation so
+far, and each goes on in its own way. What a technique keeps between sequences is forgotten before
+the first prompt of every round, which so tells the time of one that is new; the others tell that
+of prompts whose beginning has come by before.
+
+The dense model and the changed one take turns, prompt by prompt. A ratio is the median over these
+pairs, with the lowest and the highest beside it. Time is processor time; with one BLAS thread (set
+OPENBLAS_NUM_THREADS=1) on an idle machine that is the time on the clock.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import numpy as np
+from tqdm import tqdm
+
+from minitx.errors import MinitxError
+from minitx.lab.compare import forget
+from minitx.lab.evaluate import table
+from minitx.ledger import counting
+from minitx.training.stories import stories
+
+
+@dataclass(frozen=True)
+class Plan:
+    """shared: tokens that all prompts begin with; own: those that each goes on with."""
+
+    shared: int = 400
+    own: int = 20
+    prompts: int = 8
+    rounds: int = 7
+
+
+@dataclass(frozen=True)
+class Times:
+    """From a prompt to its first new token, of one kind of prompts."""
+
+    dense: float  # median, seconds
+    changed: float
+    ratio: tuple[float, float, float]  # dense over changed: median, lowest, highest
+    multiply_adds: float  # of the changed model, over those of the dense one
+    events: dict[str, int]  # what was counted for one such prompt
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    techniques: str
+    plan: Plan
+    new: Times  # nothing of the prompt has come by before
+    known: Times  # its beginning has
+    cache_bytes: int  # of a token's keys and values
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        plan, rows = self.plan, [["", "dense", "changed", "faster", "", "multiply-adds"]]
+        for name, t in (("first prompt", self.new), ("those after it", self.known)):
+            middle, low, high = t.ratio
+            rows.append(
+                [name, *(f"{1e3 * s:.2f} ms" for s in (t.dense, t.changed)), f"{middle:.2f}x"]
+                + [f"({low:.2f}x to {high:.2f}x)", f"{t.multiply_adds:.3f}x"]
+            )
+        lines = [
+            f"{self.techniques or 'no technique'}: time to the first new token after "
+            f"{plan.shared + plan.own} tokens, of which the first {plan.shared} are the same in "
+            "all prompts.",
+            "",
+            table(rows),
+            "",
+            f"{self.cache_bytes:,} bytes of cache a token.",
+        ]
+        for name, t in (("the first prompt", self.new), ("one after it", self.known)):
+            if t.events:
+                found = ", ".join(f"{n:,} {event}" for event, n in t.events.items())
+                lines.append(f"Counted for {name}: {found}.")
+        return "\n".join(lines)
+
+
+def first_token(dense, changed, techniques: str, plan: Plan = Plan(), bar=True) -> FirstToken:
+    """Compare two LMs that share a vocabulary. MinitxError if the prompts do not fit the context or
+    are not at least two."""
+    if plan.prompts < 2:
+        raise MinitxError(
+            f"first-token has {plan.prompts} prompt; at least 2 are needed, a new one and one "
+            "whose beginning is known."
+        )
+    texts = prompts(dense, plan.shared, plan.own, plan.prompts)
+    work, events = [], []
+    forget(changed)
+    for text in texts[:2]:
+        done = []
+        for lm in (dense, changed):
+            with counting(lm) as counts:
+                until_first(lm, text)
+            done.append(counts.total().multiply_adds)
+        work.append(done[1] / done[0])
+        events.append({event: n for event, n in counts.events.items() if n})
+    seconds: tuple[list, list] = [], []  # of pairs (dense, changed)
+    for _ in tqdm(range(plan.rounds), unit="round", disable=not bar):
+        forget(changed)
+        for text in texts:
+            pair = tuple(until_first(lm, text) for lm in (dense, changed))
+            seconds[text is not texts[0]].append(pair)
+    new, known = (times(*found) for found in zip(seconds, work, events))
+    state = changed.model.new_state()
+    changed.model(np.array(texts[0]), state)
+    return FirstToken(techniques, plan, new, known, state.bytes_per_token)
+
+
+def until_first(lm, prompt: list[int]) -> float:
+    """Seconds until the token loop gives its first token, whatever it is."""
+    began = time.process_time()
+    next(lm.tokens(prompt, 1), None)
+    return time.process_time() - began
+
+
+def times(pairs: list[tuple], multiply_adds: float, events: Counter) -> Times:
+    ratios = [a / b for a, b in pairs]
+    dense, changed = map(median, zip(*pairs))
+    spread = median(ratios), min(ratios), max(ratios)
+    return Times(dense, changed, spread, multiply_adds, events)
+
+
+def prompts(lm, shared: int, own: int, count: int) -> list[list[int]]:
+    """So many prompts with the same first ``shared`` tokens and different ones after them: held-out
+    stories; for a model without a tokenizer random ids, always the same."""
+    config, length = lm.model.config, shared + own
+    if min(shared, own) < 1 or length >= config.context:
+        raise MinitxError(
+            "first-token needs prompts of at least 1 + 1 tokens that leave room for another in "
+            f"the model's context of {config.context}; got {shared} + {own}."
+        )
+    texts = _texts(lm)
+
+    def read(ids: list[int], n: int) -> list[int]:
+        while len(ids) < n:
+            ids = ids + next(texts)
+        return ids[:n]
+
+    first, found, taken = read([], shared), [], set()
+    for _ in range(count):
+        # Stories begin alike too: each prompt goes on with a token that no other one goes on with.
+        ids = next(texts)
+        skip = next((i for i, token in enumerate(ids) if token not in taken), 0)
+        taken.add(ids[skip])
+        found.append(first + read(ids[skip:], own))
+    return found
+
+
+def _texts(lm) -> Iterator[list[int]]:
+    if lm.tokenizer is not None:
+        for story in stories("evaluation", "full", 0):
+            yield lm.tokenizer.encode(story.text)
+    draw = np.random.default_rng(0).integers
+    while True:
+        yield draw(0, lm.model.config.vocab_size, 256).tolist()
