@@ -19,8 +19,8 @@ from minitx.lm import load
 from minitx.model import Stack, Transformer
 from minitx.second_model import first_blocks, load_second, why_another_vocabulary
 from minitx.state import State
-from minitx.technique import need, technique
-from minitx.tree import Part, part
+from minitx.technique import need, owner, technique
+from minitx.tree import Part, part, walk
 
 SHIPPED_DRAFT = "stories-draft"
 Drafted = list[tuple[int, np.ndarray | None]]  # (x_i, q_i); None for a q that is all on x_i
@@ -190,6 +190,12 @@ def find_draft(lm, draft: str) -> Part:
 
 def first_half(model: Transformer) -> Transformer:
     """The model with the first half of its blocks only, rounded down; weights are shared."""
+    for _, node in walk(model):
+        if node.frees_rows:
+            raise MinitxError(
+                f"speculative cannot draft with draft=self: {owner(node)} frees cache rows, so the "
+                "draft could not take back tokens that are rejected; use draft=lookup."
+            )
     need(model.stack, Stack)
     half = len(model.stack.blocks) // 2
     if not half:

@@ -5,6 +5,7 @@ import pytest
 from tiny import FAMILIES, tiny_lm, tiny_model
 
 from minitx import ops
+from minitx.decode import Sampler
 from minitx.errors import MinitxError
 from minitx.state import SPARE, Layer, State, Tokens
 
@@ -210,3 +211,32 @@ def test_cache_bytes_are_those_of_the_rows_in_use():
     assert state.bytes_per_token == c.layers * 2 * c.kv_heads * c.head_width * 4
     state.layers[0].keep(np.array([0, 3]))
     assert state.cache_bytes == 6 * c.kv_heads * c.head_width * 2 * 4
+
+
+# Decoding ----------------------------------------------------------------------------------------
+
+
+def test_decoding_goes_on_from_a_warm_state():
+    """The state holds the first tokens of the prompt: they are not run again."""
+    lm = tiny_lm(dtype=np.float64)
+    prompt = RNG.integers(0, 258, 9).tolist()
+    for held in (0, 1, 8):
+        state = lm.model.new_state()
+        if held:
+            lm.model(prompt[:held], state)
+        found = list(lm.decode(lm.model, state, prompt, Sampler(), 7))
+        assert found == lm.generate(prompt, 7), f"{held} tokens were there"
+        assert state.position == 9 + 6
+
+
+def test_a_sampler_knows_its_seed():
+    assert Sampler(seed=7).seed == 7 and Sampler().seed is None
+
+
+@pytest.mark.parametrize("T, S", [(130, 130), (70, 200), (3, 3)])
+def test_a_written_causal_mask_equals_the_built_in_one(T, S):
+    """Also in blocks of queries, of which the first do not see the last keys."""
+    q, (k, v) = RNG.standard_normal((4, T, 4)), kv(S)
+    mask = np.arange(S) > np.arange(S - T, S)[:, None]
+    found, expected = ops.attention(q, k, v, 0.5, mask), ops.attention(q, k, v, 0.5)
+    np.testing.assert_allclose(found, expected, atol=1e-14)
