@@ -15,7 +15,7 @@ from minitx.cli import main
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.lab import sweep as sweeps
-from minitx.lab.compare import Plan, compare, log_softmax
+from minitx.lab.compare import Plan, compare, continuation, log_softmax
 from minitx.lm import LM
 from minitx.model import FFN, TiedHead
 from minitx.technique import swap, technique
@@ -141,14 +141,13 @@ def test_without_a_tokenizer_it_is_refused():
 
 def test_compare_times_every_continuation_of_both_models(monkeypatch):
     """Each continuation of 48 tokens takes the dense model 1 s and the changed one 2 s."""
-    dense, changed = story_lm(), story_lm()
-    tokens, seconds = LM.tokens, [0]
+    dense, changed, seconds = story_lm(), story_lm(), [0]
 
-    def slow(self, *arguments):
-        seconds[0] += 1 if self is dense else 2
-        return tokens(self, *arguments)
+    def slow(lm, prompt):
+        seconds[0] += 1 if lm is dense else 2
+        return continuation(lm, prompt)
 
-    monkeypatch.setattr(LM, "tokens", slow)
+    monkeypatch.setattr("minitx.lab.compare.continuation", slow)
     monkeypatch.setattr("time.process_time", lambda: seconds[0])
     telling = compare(dense, changed, "", replace(PLAN, rounds=3), bar=False).telling
     assert telling.speed == (0.5, 0.5, 0.5), f"expected half the speed, got {telling.speed}"

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minitx.errors import MinitxError
+from minitx.lab.bench import elapsed
 from minitx.lab.compare import forget
 from minitx.lab.evaluate import table
 from minitx.ledger import counting
@@ -117,7 +118,7 @@ def until_first(lm, prompt: list[int]) -> float:
     """Seconds until the token loop gives its first token, whatever it is."""
     began = time.process_time()
     next(lm.tokens(prompt, 1), None)
-    return time.process_time() - began
+    return elapsed(time.process_time, began)
 
 
 def times(pairs: list[tuple], multiply_adds: float, events: Counter) -> Times:

@@ -89,14 +89,14 @@ def test_a_comparison_begins_every_pass_with_an_empty_store(monkeypatch):
     dense, held, prompt = tiny_lm(**BARE), [], np.arange(9).tolist()
     lm = cached(dense)
     lm.generate(prompt, 1)
-    tokens = type(lm).tokens
+    real = compare.continuation
 
-    def watched(self, prompt, limit):
-        if self is lm:
+    def watched(lm, prompt):
+        if lm.decode is not dense.decode:
             held.append(len(lm.decode.store.blocks))
-        return tokens(self, prompt, limit)
+        return real(lm, prompt)
 
-    monkeypatch.setattr(type(lm), "tokens", watched)
+    monkeypatch.setattr(compare, "continuation", watched)
     found = compare.tell(dense, lm, [prompt, prompt[:8] + [99]], 2, lambda: None)
     assert found.events == {"prompt tokens reused": 8, "prompt tokens run": 10}
     assert held[0::2] == [0, 0, 0] and all(n > 0 for n in held[1::2])
