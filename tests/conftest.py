@@ -2,6 +2,10 @@
 the whole suite runs in two processes."""
 
 import json
+import os
+
+# Before NumPy is imported: two processes with two BLAS threads each would wait for each other.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
 import pytest
 import two_processes
