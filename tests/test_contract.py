@@ -361,8 +361,9 @@ def sampled(count: int, size: int, seed: int) -> list:
 
 
 IN_ACTION = sampled(90, 2, 1) + sampled(90, 3, 2)
-# One that leaves the other nothing to do: all logits are asked for when drafts are verified.
-IDLE = {"exact_head": {"speculative"}}
+# One that leaves the other nothing to do: all logits are asked for when drafts are verified; of two
+# FFNs one is left out, so that none comes after the other.
+IDLE = {"exact_head": {"speculative"}, "ffn_skip": {"layer_skip"}}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from minitx.skip.speculative import (
     speculative,
 )
 from minitx.state import State
-from minitx.technique import apply, techniques
+from minitx.technique import apply, decides, techniques
 from minitx.tree import Part, part
 
 # Greedy ------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_self_needs_a_stack_that_can_be_cut():
 @pytest.mark.parametrize("technique", techniques(), ids=lambda t: t.name)
 @pytest.mark.parametrize("draft", ["self", "lookup"])
 def test_it_says_what_another_technique_says_alone(technique, draft):
-    """Also with one that is approximate: its decisions are per token, and it can be rewound."""
+    """Also with one that is approximate, if its decisions are per token and it can be rewound."""
     if technique.name == "speculative":
         return
     for family in FAMILIES:
@@ -303,6 +303,8 @@ def test_it_says_what_another_technique_says_alone(technique, draft):
             alone = apply(tiny_lm(family, dtype=np.float64), {technique.name: True})
             both = apply(alone, {"speculative": {"draft": draft, "gamma": 3}})
         except MinitxError:
+            continue
+        if decides(alone.model) != "token":  # on several tokens together it decides otherwise
             continue
         assert both.generate(PROMPT, 30) == alone.generate(PROMPT, 30)
 
