@@ -21,8 +21,8 @@ from minitx.keys.choosing import Seen
 from minitx.keys.hashing import angle_bias, directions
 from minitx.keys.kd_trees import looked_at
 from minitx.keys.nearest import longest_key
-from minitx.lab.compare_attention import Plan, bytes_read, chains, without_projections
-from minitx.lab.evaluate import encode, held_out
+from minitx.lab.compare_attention import bytes_read, without_projections
+from minitx.lab.evaluate import chains, encode, held_out
 from minitx.ledger import counting
 from minitx.ops import attention_weights, newest_mask
 from minitx.state import Layer, Tokens
@@ -265,7 +265,7 @@ FLAGS = {
     "DOTA": {"dota": {"kappa": n // 8}},
     "linear": {"sparse_memory": {"K": n // 8}},  # an index of all keys: the oracle
 }
-before = next(chains(lm, "evaluation", Plan(tokens=n))).ids  # other stories
+before = next(chains(lm.tokenizer, "evaluation", "full", n)).ids  # other stories
 texts = [[*before[: n + 2 - len(text)], *text] for text in (*questions[:5], [*ids, answer])]
 for name, flags in FLAGS.items():
     one, said = minitx.load("stories", **flags).model, []
