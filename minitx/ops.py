@@ -257,16 +257,16 @@ def causal_blocks(T: int, S: int):
 
 def attend_rows(q, k, v, scale, mask=None):
     """Attention of q (..., H, T, d) over k, v (..., K, S, d); mask as for ``attention_weights``."""
-    return weighted_values(attention_weights(q, k, scale, mask), q, k, v)
+    p = attention_scores(q, k, scale)
+    return weighted_values(exponentials(p, mask, q.shape[-2]), q, k, v)
 
 
 def weighted_values(p, q, k, v):
     """The end of attention: the values weighted by p (..., K, G*T, S), which came of q and k, as
     (..., H, T, n). Counts the work of the whole."""
-    ledger.count(
-        lambda: q.size // q.shape[-1] * k.shape[-2] * (q.shape[-1] + v.shape[-1]),
-        cache_bytes=lambda: cached_bytes(k, v),
-    )
+    if ledger.active:  # asked here, since this runs for every token and layer
+        work = q.size // q.shape[-1] * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        ledger.count(work, cache_bytes=cached_bytes(k, v))
     return mix(p, v).reshape(*q.shape[:-1], v.shape[-1])
 
 
