@@ -183,6 +183,7 @@ class WindowAttend(Part):
 #   The models of the paper break down without sinks (perplexity 5158 instead of 5.40, as others
 #   quote its table 1). This one does not: its stories are short and begin anew within a chain.
 #   positions=original differs little: +0.074 and +0.243 where cache has +0.092 and +0.207.
-# - Speed: 0.5x to 0.8x of dense decoding with 464 to 512 tokens in the cache. Per layer and token a
-#   few small NumPy calls free a row and score the sinks apart, and this model's whole attention
-#   over 500 keys takes less.
+# - Speed: decoding alone, with 440 to 500 tokens in the dense cache, 0.4x of dense, and 0.6x with
+#   positions=original (one BLAS thread; the sweep's speed has the prompt in it, which is dense). Per
+#   layer and token a few small NumPy calls free a row and score the sinks apart, and this model's
+#   whole attention over 500 keys takes less.

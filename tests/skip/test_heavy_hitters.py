@@ -157,8 +157,10 @@ def test_speculation_runs_on_top():
         apply(lm, {"speculative": {"draft": "self"}})
 
 
-def test_rows_of_a_padded_batch_are_the_rows_alone():
-    lm = apply(tiny_lm(dtype=np.float64), {"heavy_hitters": SMALL})
+@pytest.mark.parametrize("choose", ["attention", "random"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_a_padded_batch_are_the_rows_alone(family, choose):
+    lm = apply(tiny_lm(family, dtype=np.float64), {"heavy_hitters": SMALL | {"choose": choose}})
     prompts = [IDS[:20].tolist(), IDS[3:7].tolist(), IDS[9:21].tolist()]
     assert lm.generate(prompts, 20) == [lm.generate(prompt, 20) for prompt in prompts]
 
