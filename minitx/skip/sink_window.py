@@ -184,6 +184,6 @@ class WindowAttend(Part):
 #   quote its table 1). This one does not: its stories are short and begin anew within a chain.
 #   positions=original differs little: +0.074 and +0.243 where cache has +0.092 and +0.207.
 # - Speed: decoding alone, with 440 to 500 tokens in the dense cache, 0.4x of dense, and 0.6x with
-#   positions=original (one BLAS thread; the sweep's speed has the prompt in it, which is dense). Per
-#   layer and token a few small NumPy calls free a row and score the sinks apart, and this model's
-#   whole attention over 500 keys takes less.
+#   positions=original (one BLAS thread; the sweep's speed has the prompt in it, which is dense).
+#   Per layer and token a few small NumPy calls free a row and score the sinks apart, and this
+#   model's whole attention over 500 keys takes less.
