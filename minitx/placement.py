@@ -27,9 +27,9 @@ LARGE_PAGE = 2 << 20  # bytes
 
 
 def by_columns(root: Part) -> Part:
-    """A copy of the tree in which all matrices of more than ``ops.LARGE`` numbers whose parts want
-    it lie by columns in one block; the very same tree if each lies by columns already. Those that
-    are wanted by rows lie by rows."""
+    """A copy of the tree in which each matrix of more than ``ops.LARGE`` numbers is stored as its
+    part reads it: column-major, all of them in one block, or row-major. The very same tree if that
+    is so already."""
     by_row = large_matrices(root, "rows")
     if not all(w.flags.c_contiguous for w in by_row.values()):
         root = replaced(root, {key: np.ascontiguousarray(w) for key, w in by_row.items()})

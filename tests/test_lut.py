@@ -161,7 +161,7 @@ def test_the_search_as_a_command(monkeypatch, capsys):
 
 
 class NextId:
-    """In the place of an LM: after token i the likeliest is always i + 1, of three tokens."""
+    """Stands in for an LM: after token i the likeliest is always i + 1, of three tokens."""
 
     def __init__(self):
         self.asked = []
@@ -207,7 +207,7 @@ def two_thirds(dense):
 
 @pytest.fixture
 def calibrated(monkeypatch, two_thirds):
-    """Those texts in the place of calibration stories; returns a list of what is asked for."""
+    """Those texts instead of calibration stories; returns a list of what is asked for."""
     asked = []
 
     def texts_for(name, lm, count):

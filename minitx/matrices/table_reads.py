@@ -31,7 +31,7 @@ def sum_entries(table, base, codes, dtype):
 def sum_rows(tables, codes, columns=slice(None)):
     """``y[i] = sum over s of tables[s, codes[i, s]]``, only these columns (a slice or indices).
 
-    tables (S, K, N); codes (n, S) whole numbers below K -> (n, columns).
+    tables (S, K, N); codes (n, S) integers below K -> (n, columns).
     """
     S, K, N = tables.shape
     entries = tables.reshape(S * K, N)[:, columns]

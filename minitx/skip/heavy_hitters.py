@@ -133,20 +133,26 @@ class AccumulatingAttend(Part):
             return ops.attention(q, k, v, self.scale, layer.mask())
         T, S = q.shape[-2], k.shape[-2]
         mask, out = layer.mask(), np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-        given = np.zeros((*k.shape[:-2], T, S), q.dtype)  # (..., K, T, S) by each token to each row
+        received = np.zeros((*k.shape[:-2], S), q.dtype)  # (..., K, S) by each row
+        given = None  # (..., K, T, S) by each token to each row, if the step is short
+        if T <= ops.ROWS:
+            given = np.zeros((*k.shape[:-2], T, S), q.dtype)
         for a, b, end in ops.query_blocks(T, S, mask):
             near = ops.newest_mask(b - a) if mask is None else mask[..., a:b, :end]
             rows, keys, values = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
             p = ops.attention_weights(rows, keys, self.scale, near)  # (..., K, G*t, end)
             out[..., a:b, :] = ops.weighted_values(p, rows, keys, values)
             p /= p.sum(-1, keepdims=True)
-            given[..., a:b, :end] = p.reshape(*k.shape[:-2], -1, b - a, end).sum(-3)
-        if layer.start is not None:  # padding gives nothing
-            real = layer.tokens.own >= 0  # (B, T)
-            given *= real[:, None, :, None]
+            by_token = p.reshape(*k.shape[:-2], -1, b - a, end).sum(-3)  # (..., K, t, end)
+            if layer.start is not None:  # padding gives nothing
+                by_token *= (layer.tokens.own >= 0)[:, None, a:b, None]
+            received[..., :end] += by_token.sum(-2)
+            if given is not None:
+                given[..., a:b, :end] = by_token
         if layer.keys.shape[-3] < k.shape[-3]:  # one cached head stands for all
-            given = given.sum(-3, keepdims=True)
-        accumulated(layer).add(given, layer)
+            received = received.sum(-2, keepdims=True)
+            given = None if given is None else given.sum(-3, keepdims=True)
+        accumulated(layer).add(received, given, layer)
         return out  # (..., H, T, d)
 
 
@@ -186,15 +192,17 @@ class Accumulated:
         """Rows (..., K, n) are kept, the others are gone."""
         self.total = self.before = np.take_along_axis(self.total, rows, -1)
 
-    def add(self, given, layer: Layer) -> None:
-        """Add what the tokens in hand gave to each row, (..., K, T, S)."""
-        self.given = given if given.shape[-2] <= ops.ROWS else None
-        if self.given is None:  # too long to be kept: this step can only be undone as a whole
+    def add(self, received, given, layer: Layer) -> None:
+        """Add what each row received in this step, (..., K, S). given: token by token,
+        (..., K, T, S), or None for a long step, which can only be undone as a whole."""
+        self.given = given
+        if given is None:
             layer.rewindable_to = layer.tokens.end
-        self.total = self.sum_of(given)
+        self.total = self.after(received)
 
-    def sum_of(self, given):
-        total = given.sum(-2)  # (..., K, S)
+    def after(self, received):
+        """The total once the rows have received this."""
+        total = received.copy()
         if self.before is not None:
             total[..., : self.before.shape[-1]] += self.before
         return total
@@ -206,7 +214,7 @@ class Accumulated:
             T = max(position - self.first, 0)
             rows = self.given.shape[-1] - self.given.shape[-2] + T
             self.given = self.given[..., :T, :rows]
-            self.total = self.sum_of(self.given)
+            self.total = self.after(self.given.sum(-2))
 
 
 # Notes:

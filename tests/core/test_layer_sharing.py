@@ -1,5 +1,5 @@
 """Layer sharing: the same block in several places of the stack, as in ALBERT and Universal
-Transformers. Parts remember nothing and the memory is by place, so nothing else is needed for it;
+Transformers. Parts remember nothing, and each place has its own state, so nothing else is needed;
 these tests hold the core to that.
 """
 

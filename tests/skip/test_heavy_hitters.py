@@ -73,6 +73,19 @@ def test_accumulated_attention_sums_to_the_number_of_queries():
         np.testing.assert_allclose(accumulated(layer).total.sum(-1), 30 * c.group)
 
 
+def test_a_step_of_several_blocks_of_queries_accumulates_all_of_them(monkeypatch):
+    from minitx import ops
+
+    lm = apply(tiny_lm(dtype=np.float64), {"heavy_hitters": {"heavy": 20, "recent": 20}})
+    totals = []
+    for rows in (64, 8):  # queries in a block
+        monkeypatch.setattr(ops, "ROWS", rows)
+        state = lm.model.new_state()
+        lm.model(IDS[:30], state)
+        totals.append([accumulated(layer).total for layer in state.layers])
+    np.testing.assert_allclose(*totals, atol=1e-12, err_msg="attention of a block was lost")
+
+
 def test_nothing_changes_before_the_first_eviction():
     dense, lm = (tiny_lm(dtype=np.float64) for _ in range(2))
     lm = apply(lm, {"heavy_hitters": SMALL})

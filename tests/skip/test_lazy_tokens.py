@@ -63,7 +63,7 @@ def waiting(layer, tokens_below):
 
 @part
 class Notes(Part):
-    """In the place of a block: adds 1, stores a row for each token, and notes what it was given."""
+    """Stands in for a block: adds 1, stores a row for each token, and notes what it was given."""
 
     ran: list  # positions run, for each call
     saw: list  # positions that they could attend to

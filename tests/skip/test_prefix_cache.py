@@ -253,7 +253,7 @@ def test_speculation_goes_on_from_reused_rows(family, draft, inner):
 
 @part
 class LeftOut(Part):
-    """In the place of attention: nothing, not even rows."""
+    """Stands in for attention: adds nothing, stores no rows."""
 
     def __call__(self, x, layer):
         return np.zeros_like(x)
