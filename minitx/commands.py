@@ -85,7 +85,7 @@ def read_stdin() -> str:
 
 
 def show(args) -> None:
-    from minitx.files.precomputed import is_precomputed, read_origin
+    from minitx.checkpoints.precomputed import is_precomputed, read_origin
 
     lm = load(args)
     total = sum(w.size for w in weights(lm.model).values())
@@ -226,8 +226,8 @@ def cost(args) -> None:
 
 
 def precompute(args) -> None:
-    from minitx.files.find import locate, tokenizer_path
-    from minitx.files.precomputed import Origin, write_precomputed
+    from minitx.checkpoints.find import locate, tokenizer_path
+    from minitx.checkpoints.precomputed import Origin, write_precomputed
 
     if not args.techniques:
         raise MinitxError(

@@ -51,13 +51,13 @@ class Sampler:
 
     def __call__(self, logits: np.ndarray) -> int:
         if self.temperature == 0:
-            return ops.largest(logits)
+            return ops.argmax_token(logits)
         return self.draw(self.probabilities(logits))
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """The distribution (V,) that a token is drawn from, in float64; at temperature 0 all of it
         is on one token."""
-        best = ops.largest(logits)
+        best = ops.argmax_token(logits)
         if self.temperature == 0:
             return np.eye(1, logits.size, best)[0]
         z = logits.astype(np.float64)
@@ -107,7 +107,7 @@ def _refuse(name: str, value, needed: str):
 def next_token(model: Transformer, ids, state: State, choose: Sampler) -> int:
     """The token after the ids, which continue the sequence of ``state``."""
     if choose.temperature == 0:
-        return model.next_best(ids, state)
+        return model.next_argmax(ids, state)
     return choose(model.next_logits(ids, state))
 
 

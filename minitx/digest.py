@@ -45,8 +45,8 @@ def _pieces(value, arrays: dict[int, bytes]) -> Iterator[str | bytes]:
 
 
 def _of_array(array: np.ndarray) -> bytes:
-    by_columns = array.flags.f_contiguous and not array.flags.c_contiguous
-    lies = array.T if by_columns else np.ascontiguousarray(array)
-    found = sha256(f"{array.dtype.str} {array.shape} {by_columns} ".encode())
+    column_major = array.flags.f_contiguous and not array.flags.c_contiguous
+    lies = array.T if column_major else np.ascontiguousarray(array)
+    found = sha256(f"{array.dtype.str} {array.shape} {column_major} ".encode())
     found.update(lies.view(np.uint8) if lies.size else b"")
     return found.digest()

@@ -14,8 +14,8 @@ import numpy as np
 
 from minitx.decode import Autoregressive, Sampler, new_state
 from minitx.errors import MinitxError
+from minitx.memory_layout import to_column_major
 from minitx.model import Transformer
-from minitx.placement import by_columns
 from minitx.tree import Part, part
 
 Prompt = str | Sequence[int]
@@ -196,7 +196,7 @@ class LM(Part):
 
 
 def _decoded(tokenizer, tokens: Iterable[int], previous: int) -> Iterator[str]:
-    from minitx.files.tokenizer import StreamDecoder  # only here: the core stands below files
+    from minitx.checkpoints.tokenizer import StreamDecoder  # only here: the core stands below files
 
     decoder = StreamDecoder(tokenizer, previous)
     for token in tokens:
@@ -233,14 +233,14 @@ def load(
     Raises MinitxError if there is no such model or technique, or if anything about it is not as it
     should be.
     """
-    from minitx.files.find import name_of, read
+    from minitx.checkpoints.find import name_of, read
 
     found = read(name_or_path, tokenizer, dtype)
     path = found.path
     folder = path if path.is_dir() else None
     lm = LM(found.model, found.tokenizer, found.decode, name_of(path), folder)
     if not techniques:
-        return by_columns(lm)
+        return to_column_major(lm)
     from minitx.technique import apply
 
     return apply(lm, techniques)

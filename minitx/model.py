@@ -35,10 +35,10 @@ class Transformer(Part):
         """Logits (..., V) after the last of the ids: the only row that choosing a token needs."""
         return self.head(self.last(ids, state))
 
-    def next_best(self, ids, state: State | None = None) -> int:
+    def next_argmax(self, ids, state: State | None = None) -> int:
         """The id of the largest of the ``next_logits`` (V,) of one sequence: all that greedy
         decoding needs, and a head may find it without the other logits."""
-        return self.head.best(self.last(ids, state))
+        return self.head.argmax(self.last(ids, state))
 
     def last(self, ids, state: State | None = None):
         """What the head reads (..., D) after the last of the ids."""
@@ -155,7 +155,7 @@ class Attention(Part):
     kv_heads: int  # K
 
     def __call__(self, x, layer: Layer):
-        return self.mix(*self.qkv(self.norm(x)), layer)
+        return self.from_qkv(*self.qkv(self.norm(x)), layer)
 
     def backfill(self, x, layer: Layer):
         """Only store the keys and values of tokens x (..., T, D): for tokens that skip this layer,
@@ -166,7 +166,7 @@ class Attention(Part):
         """Attention from tokens x (..., T, D) whose keys and values are stored already."""
         return self.read(self.qkv.q(self.norm(x)), layer)
 
-    def mix(self, q, k, v, layer: Layer):
+    def from_qkv(self, q, k, v, layer: Layer):
         """Everything after the projections q (..., T, H*d), k and v (..., T, K*d)."""
         self.store(k, v, layer)
         return self.read(q, layer)
@@ -314,7 +314,7 @@ class Activated(Part):
 class Linear(Part):
     """x @ w + b, with w stored (in, out)."""
 
-    read_by = "columns"
+    layout = "column-major"
     w: np.ndarray
     b: np.ndarray | None = None
 
@@ -330,16 +330,16 @@ class Linear(Part):
 class Head(Part):
     """A column of weights for every token: logits are the products with all of them."""
 
-    read_by = "columns"
+    layout = "column-major"
     w: np.ndarray  # (D, V)
     b: np.ndarray | None = None  # (V,), which no model has of itself but a fold may bring about
 
     def __call__(self, x):
         return ops.linear(x, self.w, self.b)  # (..., V)
 
-    def best(self, x) -> int:
+    def argmax(self, x) -> int:
         """The id of the largest logit of one row x (D,)."""
-        return ops.largest(self(x))
+        return ops.argmax_token(self(x))
 
 
 @part
@@ -351,9 +351,9 @@ class TiedHead(Part):
     def __call__(self, x):
         return ops.scores(x, self.w)  # (..., V)
 
-    def best(self, x) -> int:
+    def argmax(self, x) -> int:
         """The id of the largest logit of one row x (D,)."""
-        return ops.largest(self(x))
+        return ops.argmax_token(self(x))
 
 
 @part

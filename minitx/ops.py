@@ -13,7 +13,7 @@ from functools import cache, wraps
 
 import numpy as np
 
-from minitx import ledger
+from minitx import fast, ledger
 from minitx.errors import MinitxError
 
 
@@ -35,37 +35,10 @@ def op(f):
 
 
 def linear(x, w, b=None):
-    """``x @ w + b``: x (..., in), w (in, out), b (out,) or None -> (..., out).
-
-    Few rows against a large matrix are a matter of reading it, which is quickest from end to end:
-    column after column where it lies by columns (see placement.py). Where it lies by rows, as NumPy
-    makes it, one row is summed up as ``x[0] w[0] + x[1] w[1] + ...``; BLAS's own product of a row
-    and a matrix hops about in it and takes 1.2 to 1.5 times as long.
-    """
+    """``x @ w + b``: x (..., in), w (in, out), b (out,) or None -> (..., out)."""
     ledger.product(x, w)
-    few = w.size > LARGE and x.size <= FEW * len(w)
-    if few and w.flags.f_contiguous:
-        y = np.vecdot(w.T, x[..., None, :])  # for each row of x, its dot product with each column
-    elif few and x.size == len(w) and w.shape[1] <= WIDE:
-        y = np.einsum("i,io->o", x.reshape(-1), w).reshape(*x.shape[:-1], w.shape[1])
-    elif x.ndim > 2:  # one large product instead of one small product per row of the batch
-        y = product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[1])
-    else:
-        y = product(x, w)
+    y = fast.matmul(x, w)  # x @ w, in the order in which this matrix is read fastest
     return y if b is None else y + b
-
-
-def product(x, w):
-    """``x @ w`` of matrices, x (n, in) -> (n, out)."""
-    if w.size > LARGE and len(x) <= MANY and w.flags.f_contiguous:
-        return (w.T @ x.T.copy()).T  # BLAS would have to turn over x and w, but x is small
-    return x @ w
-
-
-LARGE = 32 << 10  # numbers in a matrix above which how it is read matters more than the call
-FEW = 4  # rows up to which reading takes longer than multiplying
-MANY = 128  # rows from which on turning over a matrix takes no time to speak of
-WIDE = 2 << 10  # results beyond which the sum, read and written once a row of w, is too long itself
 
 
 def scores(x, table):
@@ -80,7 +53,7 @@ def rows(table, ids):
     return found
 
 
-def largest(logits) -> int:
+def argmax_token(logits) -> int:
     """The id of the largest of logits (V,), the smallest among equals; MinitxError if that is no
     finite number."""
     best = int(logits.argmax())  # of NaN if there is one anywhere: so one look finds it
@@ -212,116 +185,39 @@ def rotate(x, cos, sin):
 
 # Attention ---------------------------------------------------------------------------------------
 
-ROWS = 64  # queries handled at a time, so that most of the masked half of S x S is never computed
+
+def softmax(x):
+    """``exp(x) / sum(exp(x))`` over the last axis. Subtracting the maximum first changes nothing in
+    the result and keeps exp from overflowing."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def causal_mask(T: int, S: int):
+    """(T, S) booleans for the T newest of S tokens: True where key s comes after query t, which
+    must not see it."""
+    return np.arange(S) > np.arange(S - T, S)[:, None]
+
+
+def plain_attention(q, k, v, scale, mask):
+    """``softmax(scale * q k^T) v`` where the mask is False, one step a line, as papers write it:
+    q (..., H, T, d), k and v (..., H, S, d), mask (T, S) -> (..., H, T, d)."""
+    scores = scale * q @ k.swapaxes(-1, -2)  # (..., H, T, S)
+    scores = np.where(mask, fast.MASKED, scores)
+    weights = softmax(scores)  # each row sums to 1
+    return weights @ v
 
 
 @op
 def attention(q, k, v, scale, mask=None):
-    """``softmax(scale * q k^T + mask) v``, shapes q (..., H, T, d), k and v (..., K, S, d).
+    """What ``plain_attention`` computes, several times faster (fast.py says how), and with fewer
+    key heads than query heads: q (..., H, T, d), k and v (..., K, S, d) -> (..., H, T, d).
 
-    Query heads share key heads in groups of G = H / K. mask: None for causal attention of the T
-    newest of S tokens, where query t sees the first S - T + t + 1 keys; otherwise booleans that
-    broadcast to (..., K, G, T, S), True where a query must not see a key. Returns (..., H, T, d).
+    Query heads share key heads in groups of G = H / K (grouped-query attention). mask: None for the
+    causal mask of the T newest of S tokens; otherwise booleans that broadcast to (..., K, G, T, S),
+    True where a query must not see a key.
 
-    The values may be of another width n than the keys, and one head of them may serve all: then v
-    is (..., K or 1, S, n) and the result (..., H, T, n).
+    The values may have another width n than the keys, and one head of them may serve all: then v is
+    (..., K or 1, S, n) and the result (..., H, T, n).
     """
-    T, S = q.shape[-2], k.shape[-2]
-    if T == 1:
-        return attend_rows(q, k, v, scale, mask)
-    out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-    for a, b, end in query_blocks(T, S, mask):
-        block_mask = causal_mask(b - a) if mask is None else mask[..., a:b, :end]
-        block = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
-        out[..., a:b, :] = attend_rows(*block, scale, block_mask)
-    return out
-
-
-def query_blocks(T: int, S: int, mask=None):
-    """(a, b, end): blocks of queries a .. b - 1, none of which sees a key from ``end`` on."""
-    if mask is None:
-        yield from causal_blocks(T, S)
-        return
-    for a in range(0, T, ROWS):
-        b = min(a + ROWS, T)
-        seen = ~mask[..., a:b, :].reshape(-1, S).all(0)  # (S,) does any of these queries see it?
-        yield a, b, int(np.flatnonzero(seen)[-1]) + 1 if seen.any() else 1
-
-
-def causal_blocks(T: int, S: int):
-    """``query_blocks`` of the T newest of S tokens: a block ends with its last query's own key."""
-    for a in range(0, T, ROWS):
-        b = min(a + ROWS, T)
-        yield a, b, S - T + b
-
-
-def attend_rows(q, k, v, scale, mask=None):
-    """Attention of q (..., H, T, d) over k, v (..., K, S, d); mask as for ``attention_weights``."""
-    p = attention_scores(q, k, scale)
-    return weighted_values(exponentials(p, mask, q.shape[-2]), q, k, v)
-
-
-def weighted_values(p, q, k, v):
-    """The end of attention: the values weighted by p (..., K, G*T, S), which came of q and k, as
-    (..., H, T, n). Counts the work of the whole."""
-    if ledger.active:  # asked here, since this runs for every token and layer
-        work = q.size // q.shape[-1] * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-        ledger.count(work, cache_bytes=cached_bytes(k, v))
-    return mix(p, v).reshape(*q.shape[:-1], v.shape[-1])
-
-
-def cached_bytes(k, v) -> int:
-    """Bytes of keys and values as they lie in memory: one array may be both, one head stand for
-    several."""
-    once = [a[tuple(slice(None if step else 1) for step in a.strides)] for a in (k, v)]
-    return once[0].nbytes + (0 if np.may_share_memory(k, v) else once[1].nbytes)
-
-
-def mix(p, v):
-    """The weighted sum of the values v (..., S, d): ``p / sum(p) @ v`` for p (..., T, S)."""
-    mixed = p @ v
-    mixed /= p.sum(-1, keepdims=True)  # dividing d columns is cheaper than dividing S
-    return mixed
-
-
-def attention_weights(q, k, scale, mask=None):
-    """``exp(scale * q k^T - row maximum)`` (..., K, G*T, S): the softmax before its division.
-
-    mask: booleans that broadcast to (..., K, G, T, n), True where a query must not see one of the
-    n newest keys (n = S, or fewer where the others are visible to all); None if nothing is masked.
-    """
-    p = attention_scores(q, k, scale)
-    return exponentials(p, mask, q.shape[-2])
-
-
-def attention_scores(q, k, scale):
-    """``scale * q k^T`` (..., K, G*T, S) for q (..., H, T, d) and k (..., K, S, d)."""
-    *lead, H, T, d = q.shape
-    K = k.shape[-3]
-    q = q.reshape(*lead, K, H // K * T, d) * scale  # a group's rows meet their keys in one product
-    return q @ k.swapaxes(-1, -2)
-
-
-def exponentials(p, mask, T: int):
-    """``exp(p - row maximum)`` of the scores p (..., K, G*T, S), without those that are masked;
-    p is overwritten."""
-    if mask is not None:
-        S = p.shape[-1]
-        by_head = p.reshape(*p.shape[:-2], -1, T, S)  # a view: what is written here is written in p
-        np.copyto(by_head[..., S - mask.shape[-1] :], MASKED, where=mask)
-    p -= p.max(-1, keepdims=True)
-    return np.exp(p, out=p)
-
-
-MASKED = -1e30  # finite, so that a row that may see nothing (padding) gives numbers and not NaN
-
-
-@cache
-def causal_mask(T: int) -> np.ndarray:
-    """(T, T) booleans: key s comes after query t. T is at most ROWS, so few are ever kept."""
-    return np.arange(T) > np.arange(T)[:, None]
-
-
-def newest_mask(T: int):
-    """The mask of the T newest queries over their own keys, (T, T); None for a single one."""
-    return None if T == 1 else causal_mask(T)
+    return fast.attention(q, k, v, scale, mask)

@@ -26,8 +26,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from minitx.errors import MinitxError
 from minitx.lm import LM
+from minitx.memory_layout import to_column_major, to_row_major
 from minitx.model import FFN, Attention, Block, Stack
-from minitx.placement import by_columns, by_rows
 from minitx.tree import Part, rebuild, walk
 
 # From the inside out: a technique of an inner level is applied before one of an outer level, in
@@ -309,10 +309,10 @@ def apply(lm: LM, wanted: dict[str, dict | bool]) -> LM:
             found = find(name)
             chosen[found.name] = found.checked({} if options is True else options)
     if not chosen:
-        return by_columns(lm)
+        return to_column_major(lm)
     taken: dict[type, str] = {}  # type of part -> the technique that replaced the last of it
     put: dict[type, str] = {}  # type of part -> the technique that brought the first of it
-    lm = replace(lm, model=by_rows(lm.model))  # which is how techniques know matrices
+    lm = replace(lm, model=to_row_major(lm.model))  # which is how techniques know matrices
     for t in in_order(map(find, chosen)):
         before = kinds(lm)
         try:
@@ -323,7 +323,7 @@ def apply(lm: LM, wanted: dict[str, dict | bool]) -> LM:
         taken |= dict.fromkeys(before - after, t.name)
         put |= dict.fromkeys(after - before, t.name)
     _check_rows(lm, put)
-    return by_columns(lm)
+    return to_column_major(lm)
 
 
 def _check_rows(lm: LM, put: dict[type, str]) -> None:
@@ -340,7 +340,15 @@ def _check_rows(lm: LM, put: dict[type, str]) -> None:
 
 def owner(node: Part, put: dict[type, str] | None = None) -> str:
     """The technique that a part belongs to: the one that put it in, or whose file defines it."""
-    return (put or {}).get(type(node)) or type(node).__module__.rpartition(".")[2]
+    return (put or {}).get(type(node)) or file_of(type(node))
+
+
+def file_of(kind: type) -> str:
+    """The file or folder that defines a part, by its name: that of its technique, if it has one."""
+    module = type_module = kind.__module__
+    for package in PACKAGES:
+        module = module.removeprefix(f"{package}.")
+    return module.partition(".")[0] if module != type_module else module.rpartition(".")[2]
 
 
 def _why_not(

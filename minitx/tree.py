@@ -23,7 +23,7 @@ class Part:
     needs_all_rows = False  # needs a row for every token, in order
     has_history = False  # remembers more of a sequence than its keys and values tell
     one_sequence = False  # cannot run several sequences of different lengths in one batch
-    read_by = None  # how its matrix ``w`` is best read: "columns", "rows", or None (placement.py)
+    layout = None  # of its matrix ``w``: "column-major", "row-major" or None (memory_layout.py)
 
     def __repr__(self) -> str:
         return draw(self)

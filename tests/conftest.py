@@ -12,9 +12,9 @@ import two_processes
 from tiny import tiny_folder
 from tokenizer_files import FOLDER, REFERENCE, with_variant, write_fields
 
+from minitx.checkpoints import find
+from minitx.checkpoints.tokenizer_json import read_tokenizer
 from minitx.cli import main
-from minitx.files import find
-from minitx.files.tokenizer_json import read_tokenizer
 from minitx.lab.cost import cost
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx.files.safetensors import read_tensors
-from minitx.files.safetensors_write import write_safetensors
+from minitx.checkpoints.safetensors import read_tensors
+from minitx.checkpoints.safetensors_write import write_safetensors
 
 REFERENCE = Path(__file__).parent / "reference" / "files"
 NAMES = sorted(folder.name for folder in REFERENCE.iterdir() if (folder / "config.json").exists())

@@ -8,7 +8,7 @@ import pytest
 
 import minitx
 from minitx import arguments
-from minitx.files.find import shipped
+from minitx.checkpoints.find import shipped
 from minitx.technique import techniques
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def test_the_techniques_are_those_that_there_are():
     rows = re.findall(r"^\| \[`(--[\w-]+)`\]\((\S+)\) \| (\w+) \| (\w+) \| (.*) \|$", README, re.M)
     expected = []
     for t in techniques():
-        path = t.function.__module__.replace(".", "/") + ".py"
+        path = t.path
         exact = "exact" if t.exact else "approximate"
         expected.append((t.flag, path, t.level, exact, t.card.summary))
     assert rows == expected

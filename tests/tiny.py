@@ -9,12 +9,12 @@ from functools import cache
 import numpy as np
 
 from minitx.build import random_model
+from minitx.checkpoints.added_tokens import AddedToken
+from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
+from minitx.checkpoints.huggingface import write_model
+from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.config import Config
 from minitx.decode import TokenLoop, new_state
-from minitx.files.added_tokens import AddedToken
-from minitx.files.byte_level_bpe import ByteLevelBPE
-from minitx.files.huggingface import write_model
-from minitx.files.tokenizer_json_write import write_tokenizer
 from minitx.lm import LM
 from minitx.state import Layer
 from minitx.tree import map_weights, part
@@ -141,6 +141,6 @@ class Spy:
         self.runs.append(np.shape(ids))
         return self.model.next_logits(ids, state)
 
-    def next_best(self, ids, state):
+    def next_argmax(self, ids, state):
         self.runs.append(np.shape(ids))
-        return self.model.next_best(ids, state)
+        return self.model.next_argmax(ids, state)

@@ -15,11 +15,11 @@ from itertools import islice
 import numpy as np
 
 import minitx
-from minitx.confidence import Probe, Saturation, SoftmaxGap
 from minitx.lab.evaluate import Tally, encode, exit_profile, held_out, hops_name, report
 from minitx.lab.learn_then_test import calibrate, hoeffding_bentkus, loss
 from minitx.ledger import counting
 from minitx.model import Block
+from minitx.shared.confidence import Probe, Saturation, SoftmaxGap
 from minitx.skip import ffn_skip
 from minitx.state import Layer
 from minitx.technique import apply, swap
@@ -252,7 +252,7 @@ print(f"Counted, the gap (V D) costs {share:.2f} blocks, on the clock {times[1] 
 def step_by_step(lm):
     state = lm.model.new_state()
     for i in ids:
-        lm.model.next_best([i], state)
+        lm.model.next_argmax([i], state)
 
 
 print(f"{len(ids)} tokens, one by one:  multiply-adds saved    speed (dense = 1)")

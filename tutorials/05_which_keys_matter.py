@@ -17,14 +17,14 @@ import numpy as np
 from numpy.linalg import norm
 
 import minitx
-from minitx.keys.choosing import Seen
-from minitx.keys.hashing import angle_bias, directions
-from minitx.keys.kd_trees import looked_at
-from minitx.keys.nearest import longest_key
+from minitx.fast import attention_weights, newest_mask
 from minitx.lab.compare_attention import bytes_read, without_projections
 from minitx.lab.evaluate import chains, encode, held_out
 from minitx.ledger import counting
-from minitx.ops import attention_weights, newest_mask
+from minitx.shared.sparse_attention import Visible
+from minitx.skip.elsa.hashing import angle_bias, directions
+from minitx.skip.sparse_memory.kd_trees import looked_at
+from minitx.skip.sparse_memory.nearest import longest_key
 from minitx.state import Layer, Tokens
 from minitx.technique import apply
 from minitx.training.detector import watch
@@ -222,7 +222,7 @@ def theirs(i, h, lm):  # what a technique's part chooses, asked about the same q
     choose = lm.model.stack.blocks[i].attn.attend.choose
     q, k = found[i][1][:, -1:], found[i][2]
     known = choose.remember(k, Layer.once(S))
-    return choose(q, k, known, Seen(1, S)).reshape(-1, S)[h]
+    return choose(q, k, known, Visible(1, S)).reshape(-1, S)[h]
 
 
 lsh = apply(lm, {"sparse_memory": {"K": R, "index": "lsh"}})
@@ -272,15 +272,15 @@ for name, flags in FLAGS.items():
     for text in texts:
         state = one.new_state()
         (one if name == "DOTA" else model).hidden(text[:-2], state)
-        said.append(one.next_best(text[-2:-1], state))
+        said.append(one.next_argmax(text[-2:-1], state))
     state.rewind(n)
     with counting(one) as counts:
-        one.next_best(ids[-1:], state)
+        one.next_argmax(ids[-1:], state)
     runs[name] = one, state, said, without_projections(lm, counts), counts.events
 for name, (one, state, *_) in [*runs.items()] * 12:  # in turns
     state.rewind(n)
     began = time.process_time()
-    one.next_best(ids[-1:], state)
+    one.next_argmax(ids[-1:], state)
     seconds[name] = min(seconds.get(name, np.inf), time.process_time() - began)
 print(f"{'':8}the question  same of {len(texts)}  keys kept  multiply-adds  bytes  time, token")
 full = runs["dense"][3]

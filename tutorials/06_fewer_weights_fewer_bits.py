@@ -23,7 +23,7 @@ from minitx.cli import main
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
-from minitx.matrices.product_table import IntegerLinear, ProductTable, TableLinear
+from minitx.precompute.lut.product_table import IntegerLinear, ProductTable, TableLinear
 from minitx.technique import apply, find
 from minitx.training.loss import token_losses
 from minitx.tree import nbytes
@@ -67,11 +67,11 @@ def measure(lm):
     state = lm.model.new_state()
     lm.model.next_logits(ids[:63], state)
     with counting(lm) as counts:
-        lm.model.next_best(ids[63:64], state)
+        lm.model.next_argmax(ids[63:64], state)
     work, sizes = counts.total(), (nbytes(lm), state.bytes_per_token)
     row = Row(lm, work.multiply_adds, work.weight_bytes, *sizes, np.concatenate(losses).mean())
     likeliest = np.concatenate([z.argmax(-1) for z in logits])
-    return row, likeliest, lambda: (state.rewind(63), lm.model.next_best(ids[63:64], state))
+    return row, likeliest, lambda: (state.rewind(63), lm.model.next_argmax(ids[63:64], state))
 
 
 def versus(lm, lines):

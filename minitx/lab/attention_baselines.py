@@ -8,9 +8,9 @@ others look at nothing. What a technique keeps should be near the oracle's and f
 
 import numpy as np
 
-from minitx.keys.choosing import AttendChosen, Seen, largest
-from minitx.keys.nearest import scores
 from minitx.model import Attend
+from minitx.shared.sparse_attention import SparseAttention, Visible, top_k
+from minitx.skip.sparse_memory.nearest import scores
 from minitx.state import Layer
 from minitx.technique import swap, wrap
 from minitx.tree import Part, part
@@ -23,7 +23,7 @@ def baseline(lm: Part, name: str, r: int) -> Part:
     make = BASELINES[name]
 
     def change(attn: Part, index: int) -> Part:
-        return swap(attn, Attend, lambda dense: AttendChosen(make(r, index), dense.scale))
+        return swap(attn, Attend, lambda dense: SparseAttention(make(r, index), dense.scale))
 
     return wrap(lm, "attn", change)
 
@@ -40,10 +40,10 @@ class BestKeys(Part):
     def remember(self, k, layer: Layer):
         return ()
 
-    def __call__(self, q, k, known, seen: Seen):
+    def __call__(self, q, k, known, visible: Visible):
         by_group = q.reshape(*k.shape[:-2], -1, *q.shape[-2:])  # (..., K, G, T, d)
-        p = seen.hide(scores(by_group, k, None))
-        return largest(p, np.minimum(seen.count, self.r))
+        p = visible.hide(scores(by_group, k, None))
+        return top_k(p, np.minimum(visible.count, self.r))
 
 
 @part
@@ -58,11 +58,11 @@ class NewestKeys(Part):
     def remember(self, k, layer: Layer):
         return ()
 
-    def __call__(self, q, k, known, seen: Seen):
-        i, j = own_places(seen)
+    def __call__(self, q, k, known, visible: Visible):
+        i, j = own_places(visible)
         sinks = min(SINKS, self.r - 1)
         kept = (j < sinks) | (j > i - (self.r - sinks))
-        return seen.hide(for_each_head(kept, q, k), False)
+        return visible.hide(for_each_head(kept, q, k), False)
 
 
 @part
@@ -78,11 +78,11 @@ class RandomKeys(Part):
     def remember(self, k, layer: Layer):
         return ()
 
-    def __call__(self, q, k, known, seen: Seen):
-        i, j = own_places(seen)
+    def __call__(self, q, k, known, visible: Visible):
+        i, j = own_places(visible)
         head = np.arange(q.shape[-3]).reshape(k.shape[-3], -1, 1, 1)  # (K, G, 1, 1)
         p = for_each_head(random_numbers(self.seed, head, i, j), q, k)
-        return largest(seen.hide(p), np.minimum(seen.count, self.r))
+        return top_k(visible.hide(p), np.minimum(visible.count, self.r))
 
 
 BASELINES = {
@@ -92,13 +92,15 @@ BASELINES = {
 }
 
 
-def own_places(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+def own_places(visible: Visible) -> tuple[np.ndarray, np.ndarray]:
     """Where queries (..., T, 1) and keys (..., T, S) stand in their own sequence, whose first key
     is 0 also where padding comes before it: then the place says the same in every batch."""
-    n = np.broadcast_to(seen.count, (*seen.count.shape[:-1], seen.T))[..., None]  # (..., T, 1)
-    column = np.arange(seen.S - seen.T, seen.S)[:, None]  # of each query, (T, 1)
+    n = np.broadcast_to(visible.count, (*visible.count.shape[:-1], visible.T))[
+        ..., None
+    ]  # (..., T, 1)
+    column = np.arange(visible.S - visible.T, visible.S)[:, None]  # of each query, (T, 1)
     first = column + 1 - n  # column of the first key it sees, (..., T, 1)
-    return n - 1, np.arange(seen.S) - first
+    return n - 1, np.arange(visible.S) - first
 
 
 def for_each_head(rows, q, k):

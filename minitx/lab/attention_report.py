@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from minitx.files.common import replacing
+from minitx.checkpoints.common import replacing
 from minitx.lab.attention_baselines import BASELINES
 from minitx.lab.attention_published import NOTES, PUBLISHED
 from minitx.lab.compare_attention import AttentionComparison, Point, Quality, bytes_read

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minitx import ops
-from minitx.keys.choosing import AttendChosen, Seen
+from minitx import fast
+from minitx.shared.sparse_attention import SparseAttention, Visible
 from minitx.state import Layer
 from minitx.technique import swap
 from minitx.tree import Part, part
@@ -41,29 +41,29 @@ class KeyTally:
 class Witness(Part):
     """Chooses what ``choose`` does, and writes down how much of the exact attention that is.
 
-    floor: as of the attention around it (see AttendChosen). weigh: or count keys only.
+    floor: as of the attention around it (see SparseAttention). weigh: or count keys only.
     """
 
-    choose: Part
+    selector: Part
     scale: float
     floor: float
     tally: KeyTally
     weigh: bool = True
 
     def keeps_all(self, S: int) -> bool:
-        return self.choose.keeps_all(S)
+        return self.selector.keeps_all(S)
 
     def remember(self, k, layer: Layer):
-        return self.choose.remember(k, layer)
+        return self.selector.remember(k, layer)
 
-    def __call__(self, q, k, known, seen: Seen):
-        kept = self.choose(q, k, known, seen)  # (..., K, G, T, S)
+    def __call__(self, q, k, known, visible: Visible):
+        kept = self.selector(q, k, known, visible)  # (..., K, G, T, S)
         left = kept
         if self.weigh or self.floor:
-            p = ops.attention_weights(q, k, self.scale, seen.mask).reshape(kept.shape)
+            p = fast.attention_weights(q, k, self.scale, visible.mask).reshape(kept.shape)
             p /= p.sum(-1, keepdims=True)
             left = kept & (p >= self.floor * (p * kept).max(-1, keepdims=True))
-        self.tally.seen += seen.total(kept.shape[:-2])
+        self.tally.seen += visible.total(kept.shape[:-2])
         self.tally.kept += int(left.sum())
         self.tally.rows += kept[..., 0].size
         if self.weigh:
@@ -83,6 +83,6 @@ def witnessed(lm: Part, tally: KeyTally, weigh: bool = True) -> Part:
     """The LM with a witness around every part that chooses."""
     return swap(
         lm,
-        AttendChosen,
-        lambda a: replace(a, choose=Witness(a.choose, a.scale, a.floor, tally, weigh)),
+        SparseAttention,
+        lambda a: replace(a, selector=Witness(a.selector, a.scale, a.floor, tally, weigh)),
     )

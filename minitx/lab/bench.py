@@ -40,8 +40,8 @@ from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.lab.bench_report import as_text
 from minitx.lm import LM
+from minitx.memory_layout import to_column_major
 from minitx.model import Head, Linear, TiedHead, Transformer
-from minitx.placement import by_columns
 from minitx.threads import ONE_THREAD, THREAD_VARIABLES
 from minitx.tree import walk, weights
 
@@ -143,7 +143,7 @@ def measure_all(shapes, plan: Plan, rival: Callable | None, bar: bool = True) ->
 
 def measure(config: Config, plan: Plan, rival: Callable | None, tick: Callable) -> dict:
     """One shape. ``tick()`` is called after warming up and after every round."""
-    model = by_columns(random_model(config, SEED))
+    model = to_column_major(random_model(config, SEED))
     lm, read = LM(model), bytes_per_token(model)
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, plan.prefill)
     jobs = {

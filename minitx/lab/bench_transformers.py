@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from minitx.files.huggingface import write_model
+from minitx.checkpoints.huggingface import write_model
 from minitx.model import Transformer
 
 

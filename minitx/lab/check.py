@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from minitx.checkpoints.find import locate, name_of, shipped
 from minitx.errors import MinitxError
-from minitx.files.find import locate, name_of, shipped
 from minitx.lab.comparison import ALLOWED, BUG, Comparison, Stage
 from minitx.lab.reference import (
     DTYPES,
@@ -175,7 +175,7 @@ def _same_tokens(reference: Reference, model: Transformer) -> int:
     """How many greedy tokens are the reference's, up to the first that is not."""
     ids, state = reference.prompt.tolist(), model.new_state()
     for same, expected in enumerate(reference.greedy.tolist()):
-        # Unlike next_best, this also goes on with NaN, which is for the verdict to report.
+        # Unlike next_argmax, this also goes on with NaN, which is for the verdict to report.
         token = int(model.next_logits(ids, state).argmax())
         if token != expected:
             return same

@@ -9,8 +9,8 @@ import sys
 
 import minitx
 from minitx.errors import MinitxError
-from minitx.matrices.bit_search import Search
 from minitx.precompute.lut import chosen, find_bits
+from minitx.precompute.lut.bit_search import Search
 from minitx.technique import find
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from minitx.build import build, random_model
+from minitx.checkpoints.common import replacing, unreadable
 from minitx.config import Config
 from minitx.errors import MinitxError
-from minitx.files.common import replacing, unreadable
 from minitx.model import Transformer
 from minitx.tree import weights
 

@@ -6,9 +6,9 @@ What ``minitx cost`` stands on (cost.py): no weights are needed.
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitx.checkpoints.common import read_json, short
+from minitx.checkpoints.fields import Fields
 from minitx.errors import MinitxError
-from minitx.files.common import read_json, short
-from minitx.files.fields import Fields
 
 
 @dataclass(frozen=True)

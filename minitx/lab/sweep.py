@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from minitx.checkpoints.common import replacing
 from minitx.errors import MinitxError
-from minitx.files.common import replacing
 from minitx.lab.compare import Comparison, Plan, compare
 from minitx.lab.evaluate import hops_name, percent, table
 from minitx.technique import Technique, apply, as_words

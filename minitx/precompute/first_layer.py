@@ -221,7 +221,7 @@ class FirstBlock(Part):
 
     def __call__(self, rows, layer: Layer):
         x, q, k, v = self.split(rows)
-        x = x + self.attn.mix(q, k, v, layer)  # (..., T, D)
+        x = x + self.attn.from_qkv(q, k, v, layer)  # (..., T, D)
         return x + self.ffn(x, layer)
 
 
@@ -234,7 +234,7 @@ class FirstParallelBlock(Part):
 
     def __call__(self, rows, layer: Layer):
         s, q, k, v = self.split(rows)
-        return s + self.attn.mix(q, k, v, layer)  # (..., T, D)
+        return s + self.attn.from_qkv(q, k, v, layer)  # (..., T, D)
 
 
 @part
@@ -247,7 +247,7 @@ class FirstParallelBlockAndFFN(Part):
 
     def __call__(self, rows, layer: Layer):
         x, q, k, v = self.split(rows)
-        return x + self.attn.mix(q, k, v, layer) + self.ffn(x, layer)  # (..., T, D)
+        return x + self.attn.from_qkv(q, k, v, layer) + self.ffn(x, layer)  # (..., T, D)
 
 
 @part

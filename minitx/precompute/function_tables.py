@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from minitx import ops
 from minitx.errors import MinitxError
-from minitx.matrices.function_table import FunctionTable
 from minitx.model import Activated, SwiGLU
+from minitx.shared.function_table import FunctionTable
 from minitx.technique import NoSuchPart, blocks_of, swap, technique, wrap
 from minitx.tree import Part, float_type, part, walk
 

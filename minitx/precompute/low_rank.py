@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.matrices.linears import change_linears, linears
-from minitx.matrices.share import share_of
 from minitx.model import Linear
+from minitx.shared.linears import change_linears, linears
+from minitx.shared.share import share_of
 from minitx.technique import technique
 from minitx.tree import Part, part
 

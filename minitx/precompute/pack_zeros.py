@@ -4,8 +4,8 @@ import numpy as np
 
 from minitx import ledger, ops
 from minitx.errors import MinitxError
-from minitx.matrices.linears import change_linears, linears
 from minitx.model import Linear
+from minitx.shared.linears import change_linears, linears
 from minitx.technique import technique
 from minitx.tree import Part, part
 

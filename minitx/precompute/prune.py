@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.matrices.block_by_block import block_by_block
-from minitx.matrices.linears import change_linears, linears
-from minitx.matrices.share import share_of
 from minitx.model import Linear
+from minitx.shared.block_by_block import block_by_block
+from minitx.shared.linears import change_linears, linears
+from minitx.shared.share import share_of
 from minitx.technique import technique
 
 RUNS = {"2:4": (2, 4), "4:8": (4, 8)}  # N kept of M consecutive inputs

@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.matrices.block_by_block import block_by_block
-from minitx.matrices.share import share_of
 from minitx.model import FFN, QKV, Activated, Attention, Linear, SwiGLU
+from minitx.shared.block_by_block import block_by_block
+from minitx.shared.share import share_of
 from minitx.technique import need, swap, technique
 from minitx.tree import Part
 

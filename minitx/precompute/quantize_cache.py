@@ -6,9 +6,9 @@ import numpy as np
 
 from minitx import ledger
 from minitx.errors import MinitxError
-from minitx.keys.few_bits import few_bits
-from minitx.matrices.packing import pack_rows, unpack_rows
 from minitx.model import Cache
+from minitx.shared.packing import pack_rows, unpack_rows
+from minitx.shared.symmetric import quantize_symmetric
 from minitx.state import Layer
 from minitx.technique import swap, technique
 from minitx.tree import Part, float_type, part
@@ -76,7 +76,7 @@ class FewBitCache(Part):
         if not x.shape[-1]:  # keys alone, which give the values too
             return x
         by_group = x.reshape(*x.shape[:-1], -1, self.group or x.shape[-1])  # (..., d / G, G)
-        codes, scales = few_bits(by_group, self.bits)
+        codes, scales = quantize_symmetric(by_group, self.bits)
         codes = codes.astype(np.int8).reshape(x.shape)
         codes = codes.view(np.uint8) if self.bits == 8 else pack_rows(codes)
         return np.concatenate([codes, scales.view(np.uint8)], axis=-1)

@@ -6,10 +6,10 @@ import numpy as np
 
 from minitx import ledger, ops
 from minitx.errors import MinitxError
-from minitx.matrices.bit_planes import pack, unpack
-from minitx.matrices.linears import change_linears, linears
-from minitx.matrices.ordering import largest_first
 from minitx.model import Linear
+from minitx.shared.bit_planes import pack, unpack
+from minitx.shared.linears import change_linears, linears
+from minitx.shared.ordering import largest_first
 from minitx.technique import technique
 from minitx.tree import Part, part
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from minitx import ops
 from minitx.errors import MinitxError
-from minitx.keys.few_bits import few_bits
-from minitx.matrices.linears import change_linears, linears
 from minitx.model import Linear
+from minitx.shared.linears import change_linears, linears
+from minitx.shared.symmetric import quantize_symmetric
 from minitx.technique import technique
 from minitx.tree import Part, part
 
@@ -92,12 +92,12 @@ class UnsignedLinear(Part):
 
     @staticmethod
     def of(linear: Linear, bits: int) -> "UnsignedLinear":
-        codes, scale = few_bits(linear.w.T, bits)
+        codes, scale = quantize_symmetric(linear.w.T, bits)
         plus, minus = separated(np.ascontiguousarray(codes.T))
         return UnsignedLinear(plus.astype(np.uint8), minus.astype(np.uint8), scale, bits, linear.b)
 
     def __call__(self, x):
-        codes, scale = few_bits(x, 8)  # each token has its own scale
+        codes, scale = quantize_symmetric(x, 8)  # each token has its own scale
         up, down = self.sums(*separated(codes))
         y = (up - down).astype(x.dtype) * scale[..., None] * self.scale
         return y if self.b is None else y + self.b

@@ -7,8 +7,8 @@ import numpy as np
 
 from minitx import ledger
 from minitx.errors import MinitxError
-from minitx.matrices.ordering import small
 from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope, Rope
+from minitx.shared.ordering import small
 from minitx.technique import need, technique, wrap
 from minitx.tree import Part, part, table
 

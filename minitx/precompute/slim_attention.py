@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from minitx import ledger, ops
+from minitx import fast, ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import QKV, Attend, Attention, Linear, NoRope, split_heads
 from minitx.state import Layer
@@ -173,18 +173,18 @@ class AttendKeys(Part):
         k = self.rope(k, layer.row_tokens())
         mask = layer.mask()
         rebuilt, in_order = S * E * E + T * S * E, T * E * E + H * T * S * E
-        if T <= ops.ROWS and in_order < rebuilt:
-            return self.mixed_keys(q, k, raw, ops.newest_mask(T) if mask is None else mask)
+        if T <= fast.ROWS and in_order < rebuilt:
+            return self.mixed_keys(q, k, raw, fast.newest_mask(T) if mask is None else mask)
         return ops.attention(q, k, self.values(raw), self.scale, mask)
 
     def mixed_keys(self, q, k, raw, mask):
         """First the mean of the raw keys, then the values: u_i = p_i K, u_i W_KV,i."""
-        p = ops.attention_weights(q, k, self.scale, mask)  # (..., H, T, S)
+        p = fast.attention_weights(q, k, self.scale, mask)  # (..., H, T, S)
         *lead, H, T, S = p.shape
         # the rotated keys are no cache, but made of it a moment ago
         work = p.size * (q.shape[-1] + raw.shape[-1])
         ledger.count(work, cache_bytes=raw.nbytes)
-        u = ops.mix(p.reshape(*lead, 1, H * T, S), raw)  # all heads in one product
+        u = fast.weighted_sum(p.reshape(*lead, 1, H * T, S), raw)  # all heads in one product
         return self.values(u.reshape(*lead, H, T, raw.shape[-1]))
 
     def values(self, x):

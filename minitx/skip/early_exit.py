@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 
 from minitx import ledger
-from minitx.confidence import Drawn, Limit, Probe, Saturation, SoftmaxGap, draws
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
+from minitx.shared.confidence import Drawn, Limit, Probe, Saturation, SoftmaxGap, draws
 from minitx.state import Layer, State, Tokens
-from minitx.technique import blocks_of, need, swap, technique
+from minitx.technique import blocks_of, need, owner, swap, technique
 from minitx.tree import Part, part
 
 
@@ -119,10 +119,9 @@ def check(**values: tuple) -> None:
 def check_backfill(blocks: Sequence[Part]) -> None:
     for node in [*blocks, *(block.attn for block in blocks if hasattr(block, "attn"))]:
         if not hasattr(node, "backfill"):
-            owner = type(node).__module__.rpartition(".")[2]
             raise MinitxError(
-                f"early_exit cannot copy into the {type(node).__name__} of {owner}, which does not "
-                "make keys and values alone; use fill=deferred, or one of the two."
+                f"early_exit cannot copy into the {type(node).__name__} of {owner(node)}, "
+                "which does not make keys and values alone; use fill=deferred, or one of the two."
             )
 
 

@@ -106,12 +106,12 @@ class ExactHead(Part):
     def __call__(self, x):
         return self.head(x)  # (..., V)
 
-    def best(self, x) -> int:
+    def argmax(self, x) -> int:
         """The id of the largest logit of one row x (D,), as the dense head would have it."""
         found = self.search(np.append(x, x.dtype.type(1)) if self.biased else x)
         if found is None:
             note(read=len(self.search.rows), in_full=1)
-            return self.head.best(x)
+            return self.head.argmax(x)
         return found
 
 
@@ -277,7 +277,7 @@ def share_of_dense(lm, texts: Sequence, **options) -> float:
     with ledger.counting(changed) as counts:
         for text in texts:
             for x in model.norm(model.hidden(changed.encode(text))):  # (T, D)
-                model.head.best(x)
+                model.head.argmax(x)
                 tokens += 1
     if not tokens:
         raise MinitxError("exact_head: there is no text to try it on; give at least one.")

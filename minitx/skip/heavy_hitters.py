@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from minitx import ledger, ops
-from minitx.confidence import draws
+from minitx import fast, ledger, ops
 from minitx.model import Attend, Attention
+from minitx.shared.confidence import draws
 from minitx.state import Layer
 from minitx.technique import at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, table
@@ -135,13 +135,13 @@ class AccumulatingAttend(Part):
         mask, out = layer.mask(), np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
         received = np.zeros((*k.shape[:-2], S), q.dtype)  # (..., K, S) by each row
         given = None  # (..., K, T, S) by each token to each row, if the step is short
-        if T <= ops.ROWS:
+        if T <= fast.ROWS:
             given = np.zeros((*k.shape[:-2], T, S), q.dtype)
-        for a, b, end in ops.query_blocks(T, S, mask):
-            near = ops.newest_mask(b - a) if mask is None else mask[..., a:b, :end]
+        for a, b, end in fast.query_blocks(T, S, mask):
+            near = fast.newest_mask(b - a) if mask is None else mask[..., a:b, :end]
             rows, keys, values = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
-            p = ops.attention_weights(rows, keys, self.scale, near)  # (..., K, G*t, end)
-            out[..., a:b, :] = ops.weighted_values(p, rows, keys, values)
+            p = fast.attention_weights(rows, keys, self.scale, near)  # (..., K, G*t, end)
+            out[..., a:b, :] = fast.weighted_values(p, rows, keys, values)
             p /= p.sum(-1, keepdims=True)
             by_token = p.reshape(*k.shape[:-2], -1, b - a, end).sum(-3)  # (..., K, t, end)
             if layer.start is not None:  # padding gives nothing

@@ -108,7 +108,7 @@ class LeftOut(Part):
         """Attention for tokens whose keys and values would be stored already."""
         return self(x, layer)
 
-    def mix(self, q, k, v, layer: Layer):
+    def from_qkv(self, q, k, v, layer: Layer):
         """Attention after the projections. A plain 0, since q (..., T, H*d) may be wider than x."""
         ledger.event("sub-layers left out", q.size // q.shape[-1])
         return 0.0

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from minitx import ledger, ops
-from minitx.confidence import draws
+from minitx import fast, ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend, Stack, Transformer
+from minitx.shared.confidence import draws
 from minitx.state import Layer, State, Tokens
 from minitx.technique import above, at_least, need, swap, technique, wrap
 from minitx.tree import Part, part, table
@@ -214,7 +214,7 @@ class ScoringAttend(Part):
         """Mean over heads (S,) of the last token's attention weights: q (H, 1, d), k (K, S, d). It
         comes after all others, so nothing is masked."""
         ledger.count(q.size * k.shape[-2], cache_bytes=k.nbytes)
-        p = ops.attention_weights(q, k, self.inner.scale)  # (K, G, S)
+        p = fast.attention_weights(q, k, self.inner.scale)  # (K, G, S)
         p /= p.sum(-1, keepdims=True)
         return p.mean((0, 1))
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from minitx import ledger
 from minitx.errors import MinitxError
-from minitx.keys.choosing import AttendChosen, Seen, largest, remembered
-from minitx.keys.few_bits import few_bits
 from minitx.model import Attend
+from minitx.shared.sparse_attention import SparseAttention, Visible, per_key, top_k
+from minitx.shared.symmetric import quantize_symmetric
 from minitx.state import Layer
 from minitx.technique import swap, technique
 from minitx.tree import Part, part
@@ -61,7 +61,7 @@ def predictive_attention(
     Saves: when one token is decoded, S d + 2 r d multiply-adds for each query head in the place of
         2 S d: less if under half of the keys are kept. Hardware would make the S d ones b x b bits;
         NumPy does them in full, so they are counted in full, under
-        attend.choose. Of the cache,
+        attend.selector. Of the cache,
         S (d + 4) bytes are read for each key head (codes, float32 scales) and 8 r d for each query
         head, in the place of 8 S d for each key head: heads that share keys fetch their own. The
         cache grows by d + 4 bytes a key and head (4 d + 4 with leading-one). A prompt saves
@@ -80,7 +80,7 @@ def predictive_attention(
     return swap(
         lm,
         Attend,
-        lambda dense: AttendChosen(PredictedKeys(Predict(code), keep, dense.scale), dense.scale),
+        lambda dense: SparseAttention(PredictedKeys(Predict(code), keep, dense.scale), dense.scale),
     )
 
 
@@ -116,15 +116,17 @@ class PredictedKeys(Part):
 
     def remember(self, k, layer: Layer):
         """Codes (..., K, S, d) and scales (..., K, S) of all keys so far."""
-        return remembered(self, k, self.predict.code, layer)
+        return per_key(self, k, self.predict.code, layer)
 
-    def __call__(self, q, k, known, seen: Seen):
+    def __call__(self, q, k, known, visible: Visible):
         """Masked before anything is ranked, so that no later key has a say in what an earlier query
         keeps."""
         codes, scales = known
-        p = self.predict(q, codes[..., : seen.S, :], scales[..., : seen.S])  # (..., K, G, T, S)
+        p = self.predict(
+            q, codes[..., : visible.S, :], scales[..., : visible.S]
+        )  # (..., K, G, T, S)
         p *= self.scale
-        return self.keep(seen.hide(p), seen.count)
+        return self.keep(visible.hide(p), visible.count)
 
 
 # Predicting --------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ class IntegerCode(Part):
 
     def __call__(self, x):
         """x (..., d) -> codes (..., d) int8, scales (...)"""
-        code, scale = few_bits(x, self.b)
+        code, scale = quantize_symmetric(x, self.b)
         return code.astype(np.int8), scale
 
 
@@ -196,4 +198,4 @@ class Keep(Part):
             return kept
         # a hair less, since 0.07 * 100 = 7.000000000000001 is meant to be 7
         share = np.ceil(self.rho * n - 1e-9).astype(int)
-        return kept & largest(p, np.minimum(n, np.maximum(self.r_min, share)))
+        return kept & top_k(p, np.minimum(n, np.maximum(self.r_min, share)))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from minitx import ledger, ops
+from minitx import fast, ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import Attend, Attention, NoRope, Rope
 from minitx.state import Layer
@@ -130,12 +130,12 @@ class WindowAttend(Part):
         if type(self.rope) is NoRope or not self.sinks:
             return ops.attention(q, k, v, self.scale, mask)
         near, out = self.nearer(q, layer), np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-        for a, b, end in ops.query_blocks(q.shape[-2], k.shape[-2], mask):
+        for a, b, end in fast.query_blocks(q.shape[-2], k.shape[-2], mask):
             rows, keys, values = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
-            p = ops.attention_scores(rows, keys, self.scale)  # (..., K, G*T, S)
+            p = fast.attention_scores(rows, keys, self.scale)  # (..., K, G*T, S)
             self.score_sinks(p, near[..., a:b, :], keys, layer)
-            p = ops.exponentials(p, mask[..., a:b, :end], b - a)
-            out[..., a:b, :] = ops.weighted_values(p, rows, keys, values)
+            p = fast.exponentials(p, mask[..., a:b, :end], b - a)
+            out[..., a:b, :] = fast.weighted_values(p, rows, keys, values)
         return out  # (..., H, T, d)
 
     def mask(self, layer: Layer):
@@ -160,7 +160,7 @@ class WindowAttend(Part):
         own = layer.row_tokens().own[..., : k.shape[-2]]
         sink = (own >= 0) & (own < self.sinks)  # (S,), or (B, S) in a padded batch
         columns = np.flatnonzero(sink.reshape(-1, sink.shape[-1]).any(0))
-        scores = ops.attention_scores(near, k[..., columns, :], self.scale)
+        scores = fast.attention_scores(near, k[..., columns, :], self.scale)
         ledger.count(near.size * len(columns))
         sink = sink[..., columns] if sink.ndim == 1 else sink[:, None, None, columns]
         p[..., columns] = np.where(sink, scores, p[..., columns])

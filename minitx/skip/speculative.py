@@ -12,9 +12,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from minitx import ledger
+from minitx.checkpoints.find import shipped
 from minitx.decode import Sampler, TokenLoop
 from minitx.errors import MinitxError
-from minitx.files.find import shipped
 from minitx.lm import load
 from minitx.model import Stack, Transformer
 from minitx.second_model import first_blocks, load_second, why_another_vocabulary

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
+from minitx.checkpoints.added_tokens import AddedToken
+from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
+from minitx.checkpoints.pretoken import split
+from minitx.checkpoints.tokenizer import check_text
 from minitx.errors import MinitxError
-from minitx.files.added_tokens import AddedToken
-from minitx.files.byte_level_bpe import ByteLevelBPE
-from minitx.files.pretoken import split
-from minitx.files.tokenizer import check_text
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minitx.checkpoints.common import replacing
 from minitx.errors import MinitxError
-from minitx.files.common import replacing
 from minitx.training.recipe import Recipe, Stage
 
 ARRAYS = ("weights", "m", "v")

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
 from minitx.errors import MinitxError
-from minitx.files.byte_level_bpe import ByteLevelBPE
 from minitx.training.bpe import bpe_for_words
 from minitx.training.grades import KINDS, Grade, grade_from
 from minitx.training.stories import Story, stories, vocabulary

@@ -6,7 +6,7 @@ The mean is over blocks, query heads, and pairs of a query and a key that it see
 softmax reads: rotated, and divided by sqrt(d), which the paper's Q K^T is not (its weight would be
 d times smaller than ours for the same loss; its value is not known). Both sides learn: the detector
 to foretell the scores, and the model to have scores that can be foretold. What detectors are, and
-their file: ``minitx.keys.detector``.
+their file: ``minitx.skip.dota.detector``.
 """
 
 from dataclasses import replace
@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx import ops
+from minitx import fast
 from minitx.config import Config
-from minitx.keys.detector import (
+from minitx.model import Attention, Transformer
+from minitx.ops import op
+from minitx.skip.dota.detector import (
     FILE,
     Detector,
     narrow_rope,
@@ -24,8 +26,6 @@ from minitx.keys.detector import (
     shapes,
     write_detectors,
 )
-from minitx.model import Attention, Transformer
-from minitx.ops import op
 from minitx.state import Tokens
 from minitx.technique import need, wrap
 from minitx.training.data import mix
@@ -197,10 +197,10 @@ def products(a, b, rows):
     """(queries, keys, E) in blocks: E (B, K, G, t, s) the products, 0 where they do not count."""
     B, H, T, n = a.shape
     K = b.shape[1]
-    for first, last, end in ops.causal_blocks(T, T):
+    for first, last, end in fast.causal_blocks(T, T):
         mine, seen = slice(first, last), slice(0, end)
         e = a[..., mine, :].reshape(B, K, -1, n) @ b[..., seen, :].swapaxes(-1, -2)
         e = e.reshape(B, K, H // K, last - first, end)
-        np.copyto(e[..., first:], 0, where=ops.causal_mask(last - first))
+        np.copyto(e[..., first:], 0, where=fast.block_mask(last - first))
         e *= rows[:, None, None, mine, None]
         yield mine, seen, e

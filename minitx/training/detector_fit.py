@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.keys.detector import Detector, narrow_rope, projection
 from minitx.model import Rope
+from minitx.skip.dota.detector import Detector, narrow_rope, projection
 from minitx.state import Tokens
 from minitx.training.detector import watch
 from minitx.tree import Part

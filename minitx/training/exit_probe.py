@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from minitx.confidence import sigmoid
 from minitx.errors import MinitxError
+from minitx.shared.confidence import sigmoid
 from minitx.training.layerskip import record
 
 TEXTS = 24  # stories: about 5,000 tokens, which keeps it near a second for the shipped models

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from minitx import ops
+from minitx import fast, ops
 from minitx.training.rules import fit
 from minitx.training.traced import Traced, plain, rule
 
@@ -154,9 +154,9 @@ def attention(q, k, v, scale, mask=None):
     def pull(g):
         T, S = a.shape[-2], b.shape[-2]
         dq, dk, dv = np.empty_like(a), np.zeros_like(b), np.zeros_like(c)
-        for first, last, end in ops.query_blocks(T, S, mask):
+        for first, last, end in fast.query_blocks(T, S, mask):
             rows, keys = slice(first, last), slice(0, end)
-            near = ops.causal_mask(last - first) if mask is None else mask[..., rows, keys]
+            near = fast.block_mask(last - first) if mask is None else mask[..., rows, keys]
             block = a[..., rows, :], b[..., keys, :], c[..., keys, :]
             parts = _attend_back(g[..., rows, :], out[..., rows, :], *block, scale, near, mask)
             dq[..., rows, :] = parts[0]
@@ -175,7 +175,7 @@ def _attend_back(g, out, q, k, v, scale, near, mask):
     """
     *lead, H, T, d = q.shape
     K, S = k.shape[-3], k.shape[-2]
-    p = ops.attention_weights(q, k, scale, near)  # (..., K, G*T, S)
+    p = fast.attention_weights(q, k, scale, near)  # (..., K, G*T, S)
     sums = p @ np.ones((p.shape[-1], 1), p.dtype)
     g = g.reshape(*lead, K, -1, d) / sums  # (..., K, G*T, d)
     inner = np.einsum("...d,...d->...", g, out.reshape(g.shape))

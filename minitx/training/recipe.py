@@ -11,10 +11,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from minitx.checkpoints.common import read_json
 from minitx.config import Config
 from minitx.errors import MinitxError
-from minitx.files.common import read_json
-from minitx.keys.detector import need_rank
+from minitx.skip.dota.detector import need_rank
 from minitx.training.data import LINKS
 from minitx.training.grades import KINDS, Grade, grade_from
 

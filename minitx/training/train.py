@@ -17,10 +17,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minitx.build import random_model
+from minitx.checkpoints.common import replacing
+from minitx.checkpoints.huggingface import ONE_FILE, write_model
+from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.errors import MinitxError
-from minitx.files.common import replacing
-from minitx.files.huggingface import ONE_FILE, write_model
-from minitx.files.tokenizer_json_write import write_tokenizer
 from minitx.lab.evaluate import Tally, report
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from minitx.training.data import story_tokenizer

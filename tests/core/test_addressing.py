@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from tiny import KINDS, tiny_lm, tiny_model
 
-from minitx import ops
+from minitx import fast, ops
 from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
 from minitx.ledger import counting
+from minitx.memory_layout import to_column_major
 from minitx.model import Attend, AttendUnequalGroups, Linear
-from minitx.placement import by_columns
 from minitx.skip.speculative import DraftModel, Speculative
 from minitx.technique import apply, blocks_of, decides, swap, wrap
 from minitx.tree import Part, part, walk
@@ -137,7 +137,7 @@ def test_the_widest_decision_counts():
 def test_a_part_says_how_its_matrix_is_read():
     @part
     class RowReader(Part):
-        read_by = "rows"
+        layout = "row-major"
         w: np.ndarray
 
     @part
@@ -146,11 +146,11 @@ def test_a_part_says_how_its_matrix_is_read():
         b: Part
 
     large = np.asfortranarray(np.ones((300, 200), np.float32))
-    assert large.size > ops.LARGE
-    placed = by_columns(Pair(Linear(large.copy("C")), RowReader(large)))
+    assert large.size > fast.LARGE
+    placed = to_column_major(Pair(Linear(large.copy("C")), RowReader(large)))
     assert placed.a.w.flags.f_contiguous, "a Linear is read by columns"
     assert placed.b.w.flags.c_contiguous, "this part reads rows"
-    assert by_columns(placed) is placed
+    assert to_column_major(placed) is placed
 
 
 # Heads in unequal groups -------------------------------------------------------------------------

@@ -25,10 +25,10 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from double import in_float64  # noqa: E402
 
+from minitx.checkpoints.find import shipped  # noqa: E402
+from minitx.checkpoints.hf_config import read_config  # noqa: E402
+from minitx.checkpoints.huggingface import write_model  # noqa: E402
 from minitx.config import Config  # noqa: E402
-from minitx.files.find import shipped  # noqa: E402
-from minitx.files.hf_config import read_config  # noqa: E402
-from minitx.files.huggingface import write_model  # noqa: E402
 from minitx.lab.reference import (  # noqa: E402
     Reference,
     files_about,

@@ -74,12 +74,11 @@ def test_accumulated_attention_sums_to_the_number_of_queries():
 
 
 def test_a_step_of_several_blocks_of_queries_accumulates_all_of_them(monkeypatch):
-    from minitx import ops
 
     lm = apply(tiny_lm(dtype=np.float64), {"heavy_hitters": {"heavy": 20, "recent": 20}})
     totals = []
     for rows in (64, 8):  # queries in a block
-        monkeypatch.setattr(ops, "ROWS", rows)
+        monkeypatch.setattr(fast, "ROWS", rows)
         state = lm.model.new_state()
         lm.model(IDS[:30], state)
         totals.append([accumulated(layer).total for layer in state.layers])
@@ -148,9 +147,8 @@ def test_rewind_before_the_last_step_is_refused_by_name():
 
 
 def test_a_long_step_can_only_be_undone_as_a_whole(monkeypatch):
-    from minitx import ops
 
-    monkeypatch.setattr(ops, "ROWS", 8)
+    monkeypatch.setattr(fast, "ROWS", 8)
     lm = apply(tiny_lm(), {"heavy_hitters": SMALL})
     state = lm.model.new_state()
     lm.model(IDS[:9], state)

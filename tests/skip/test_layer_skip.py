@@ -12,8 +12,8 @@ import pytest
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
 import minitx
+from minitx.checkpoints.precomputed import Origin, read_precomputed, write_precomputed
 from minitx.errors import MinitxError
-from minitx.files.precomputed import Origin, read_precomputed, write_precomputed
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import Block, Stack

@@ -520,14 +520,14 @@ def test_stories_prompt_costs_what_the_card_says(stories):
     for model in (dense, lm):
         state = new_state(model.model, ids)
         with counting(model) as counts:
-            model.model.next_best(ids, state)
+            model.model.next_argmax(ids, state)
         found.append(counts.total().multiply_adds)
     assert [layer.count for layer in state.layers] == [320] * 2 + [224] * 2 + [157] * 3 + [110]
     assert 0.61 < found[1] / found[0] < 0.63
     # Forty tokens later, few of the pruned tokens have not been revived.
     ids = [dense.encode("Once")[-1]]
     for _ in range(40):
-        ids = [lm.model.next_best(ids, state)]
+        ids = [lm.model.next_argmax(ids, state)]
     assert [layer.count for layer in state.layers][:2] == [360] * 2
     assert 0.95 < state.layers[-1].count / 360 <= 1
 

@@ -10,9 +10,9 @@ from tiny import FAMILIES, decode, tiny_lm, tiny_model
 
 import minitx
 from minitx import ledger
+from minitx.checkpoints.precomputed import Origin, write_precomputed
 from minitx.decode import Sampler
 from minitx.errors import MinitxError
-from minitx.files.precomputed import Origin, write_precomputed
 from minitx.lm import LM
 from minitx.skip.prefix_cache import Block, PrefixStore, extend
 from minitx.technique import apply, wrap

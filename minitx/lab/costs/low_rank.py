@@ -16,7 +16,7 @@ from minitx.lab.block_matrices import (
 )
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
-from minitx.matrices.share import share_of
+from minitx.shared.share import share_of
 
 
 def break_even(m: Matrix) -> float:

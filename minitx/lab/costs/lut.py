@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from minitx.lab.block_matrices import block_matrices, notes
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
-from minitx.matrices.product_table import folded_bytes, groups, largest_entry, table_bytes
+from minitx.precompute.lut.product_table import folded_bytes, groups, largest_entry, table_bytes
 
 
 @dataclass(frozen=True)

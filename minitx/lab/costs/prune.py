@@ -11,7 +11,7 @@ from minitx.errors import MinitxError
 from minitx.lab.block_matrices import block_weights, embedding_weights, notes
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
-from minitx.matrices.share import share_of
+from minitx.shared.share import share_of
 
 BYTES = 4  # of a float32, and of an index of CSR
 

@@ -12,7 +12,7 @@ from minitx.errors import MinitxError
 from minitx.lab.block_matrices import block_matrices, block_weights
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
-from minitx.matrices.groups import group_size
+from minitx.precompute.quantize.groups import group_size
 
 
 def bytes_per_weight(bits: int, group: int, half_scales=False, symmetric=True) -> float:

@@ -1,0 +1,96 @@
+"""Write a byte-level BPE tokenizer as ``tokenizer.json``, which Hugging Face loads as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
+from minitx.checkpoints.common import replacing
+from minitx.checkpoints.tokenizer_json import BYTE_CHARACTERS
+from minitx.errors import MinitxError
+
+
+def write_tokenizer(tokenizer: ByteLevelBPE, folder) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` into `folder`, which must exist."""
+    if not isinstance(tokenizer, ByteLevelBPE):
+        kind = type(tokenizer).__name__
+        raise MinitxError(f"a {kind} cannot be written as tokenizer.json; a ByteLevelBPE can.")
+    contents = {token.id: token.content for token in tokenizer.added}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,  # decoding must not eat spaces
+        "bos_token": contents.get(tokenizer.bos),
+        "eos_token": contents.get(tokenizer.eos),
+    }
+    files = {"tokenizer.json": _content(tokenizer), "tokenizer_config.json": config}
+    for name, fields in files.items():
+        text = json.dumps(fields, ensure_ascii=False, indent=1) + "\n"
+        with replacing(Path(folder) / name) as file:
+            file.write(text.encode("utf-8"))
+
+
+def _content(tokenizer: ByteLevelBPE) -> dict:
+    names = _names(tokenizer)
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": tokenizer.add_prefix_space,
+        "trim_offsets": True,
+        "use_regex": tokenizer.use_regex,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [vars(token) for token in tokenizer.added],
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
+        "pre_tokenizer": byte_level,
+        "post_processor": _first_token(tokenizer, names) if tokenizer.adds_bos else byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": tokenizer.ignore_merges,
+            "vocab": {name: id for id, name in enumerate(names[: len(tokenizer.tokens)])},
+            "merges": [f"{names[left]} {names[right]}" for left, right in tokenizer.merges],
+        },
+    }
+
+
+def _names(tokenizer: ByteLevelBPE) -> list[str]:
+    """What the file calls each id: an added token its text, any other its bytes' characters."""
+    contents = {token.id: token.content for token in tokenizer.added}
+    names = ["".join(BYTE_CHARACTERS[byte] for byte in data) for data in tokenizer.tokens]
+    names += [""] * (tokenizer.vocab_size - len(names))
+    names = [contents.get(id, name) for id, name in enumerate(names)]
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise MinitxError(
+                f"an added token and another token would both be called {name!a}; rename the first."
+            )
+        seen.add(name)
+    return names
+
+
+def _first_token(tokenizer: ByteLevelBPE, names: list[str]) -> dict:
+    """The post-processor that puts the start token before a text, and before a second one."""
+    bos = names[tokenizer.bos]
+
+    def started(text: str, type_id: int) -> list[dict]:
+        return [
+            {"SpecialToken": {"id": bos, "type_id": type_id}},
+            {"Sequence": {"id": text, "type_id": type_id}},
+        ]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": started("A", 0),
+        "pair": started("A", 0) + started("B", 1),
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
+    }

@@ -1,0 +1,153 @@
+"""The two operations that take all the time, arranged for speed: the product with a weight matrix,
+and attention. ops.py says what they compute; this file only says in which order, and tests hold
+both against the plain formulas (tests/core/test_fast.py).
+
+Skip it at first reading.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from minitx import ledger
+
+# Products with a weight matrix -------------------------------------------------------------------
+
+LARGE = 32 << 10  # numbers in a matrix above which reading it costs more than the call
+FEW = 4  # rows of x up to which the product is memory-bandwidth bound
+MANY = 128  # rows of x from which on transposing the matrix costs next to nothing
+WIDE = 2 << 10  # outputs beyond which accumulating a whole row of outputs per input is too long
+
+
+def matmul(x, w):
+    """``x @ w``: x (..., in), w (in, out) -> (..., out).
+
+    With few rows in x, almost all of the time goes into reading w, so w is read contiguously:
+    column by column where it is column-major (memory_layout.py), row by row (as the sum
+    ``x[0] w[0] + x[1] w[1] + ...``) where it is row-major. BLAS's own vector-matrix product strides
+    through a row-major matrix and takes 1.2 to 1.5 times as long.
+    """
+    few = w.size > LARGE and x.size <= FEW * len(w)
+    if few and w.flags.f_contiguous:
+        return np.vecdot(w.T, x[..., None, :])  # each row of x: its dot product with each column
+    if few and x.size == len(w) and w.shape[1] <= WIDE:
+        return np.einsum("i,io->o", x.reshape(-1), w).reshape(*x.shape[:-1], w.shape[1])
+    if x.ndim > 2:  # one large product instead of one small product per row of the batch
+        return product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[1])
+    return product(x, w)
+
+
+def product(x, w):
+    """``x @ w`` of matrices, x (n, in) -> (n, out)."""
+    if w.size > LARGE and len(x) <= MANY and w.flags.f_contiguous:
+        return (w.T @ x.T.copy()).T  # BLAS would transpose x and w, but only x is small
+    return x @ w
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+ROWS = 64  # queries in a block
+
+
+def attention(q, k, v, scale, mask=None):
+    """``ops.attention``, one block of queries at a time: so most of the masked half of T x S is
+    never computed, and scores never take more memory than one block's."""
+    T, S = q.shape[-2], k.shape[-2]
+    if T == 1:
+        return attend_rows(q, k, v, scale, mask)
+    out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
+    for a, b, end in query_blocks(T, S, mask):
+        near = block_mask(b - a) if mask is None else mask[..., a:b, :end]
+        block = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
+        out[..., a:b, :] = attend_rows(*block, scale, near)
+    return out
+
+
+def query_blocks(T: int, S: int, mask=None):
+    """(a, b, end): blocks of queries a .. b - 1, none of which sees a key from ``end`` on."""
+    if mask is None:
+        yield from causal_blocks(T, S)
+        return
+    for a in range(0, T, ROWS):
+        b = min(a + ROWS, T)
+        seen = ~mask[..., a:b, :].reshape(-1, S).all(0)  # (S,) does any of these queries see it?
+        yield a, b, int(np.flatnonzero(seen)[-1]) + 1 if seen.any() else 1
+
+
+def causal_blocks(T: int, S: int):
+    """``query_blocks`` of the T newest of S tokens: a block ends with its last query's own key."""
+    for a in range(0, T, ROWS):
+        b = min(a + ROWS, T)
+        yield a, b, S - T + b
+
+
+def attend_rows(q, k, v, scale, mask=None):
+    """Attention of q (..., H, T, d) over k, v (..., K, S, d); mask as for ``attention_weights``."""
+    p = attention_scores(q, k, scale)
+    return weighted_values(exponentials(p, mask, q.shape[-2]), q, k, v)
+
+
+def weighted_values(p, q, k, v):
+    """The end of attention: the values weighted by p (..., K, G*T, S), which came of q and k, as
+    (..., H, T, n). Counts the work of the whole."""
+    if ledger.active:  # asked here, since this runs for every token and layer
+        work = q.size // q.shape[-1] * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        ledger.count(work, cache_bytes=cached_bytes(k, v))
+    return weighted_sum(p, v).reshape(*q.shape[:-1], v.shape[-1])
+
+
+def cached_bytes(k, v) -> int:
+    """Bytes of keys and values as they lie in memory: one array may be both, one head stand for
+    several."""
+    once = [a[tuple(slice(None if step else 1) for step in a.strides)] for a in (k, v)]
+    return once[0].nbytes + (0 if np.may_share_memory(k, v) else once[1].nbytes)
+
+
+def weighted_sum(p, v):
+    """The weighted sum of the values v (..., S, d): ``p / sum(p) @ v`` for p (..., T, S)."""
+    mixed = p @ v
+    mixed /= p.sum(-1, keepdims=True)  # dividing d columns is cheaper than dividing S
+    return mixed
+
+
+def attention_weights(q, k, scale, mask=None):
+    """``exp(scale * q k^T - row maximum)`` (..., K, G*T, S): the softmax before its division.
+
+    mask: booleans that broadcast to (..., K, G, T, n), True where a query must not see one of the
+    n newest keys (n = S, or fewer where the others are visible to all); None if nothing is masked.
+    """
+    p = attention_scores(q, k, scale)
+    return exponentials(p, mask, q.shape[-2])
+
+
+def attention_scores(q, k, scale):
+    """``scale * q k^T`` (..., K, G*T, S) for q (..., H, T, d) and k (..., K, S, d)."""
+    *lead, H, T, d = q.shape
+    K = k.shape[-3]
+    q = q.reshape(*lead, K, H // K * T, d) * scale  # a group's rows meet their keys in one product
+    return q @ k.swapaxes(-1, -2)
+
+
+def exponentials(p, mask, T: int):
+    """``exp(p - row maximum)`` of the scores p (..., K, G*T, S), without those that are masked;
+    p is overwritten."""
+    if mask is not None:
+        S = p.shape[-1]
+        by_head = p.reshape(*p.shape[:-2], -1, T, S)  # a view: what is written here is written in p
+        np.copyto(by_head[..., S - mask.shape[-1] :], MASKED, where=mask)
+    p -= p.max(-1, keepdims=True)
+    return np.exp(p, out=p)
+
+
+MASKED = -1e30  # finite, so that a row that may see nothing (padding) gives numbers and not NaN
+
+
+@cache
+def block_mask(T: int) -> np.ndarray:
+    """(T, T) booleans: key s comes after query t. T is at most ROWS, so few are ever kept."""
+    return np.arange(T) > np.arange(T)[:, None]
+
+
+def newest_mask(T: int):
+    """The mask of the T newest queries over their own keys, (T, T); None for a single one."""
+    return None if T == 1 else block_mask(T)

@@ -1,0 +1,1 @@
+"""What several techniques use; none of these is a technique itself."""

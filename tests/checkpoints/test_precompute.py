@@ -1,0 +1,246 @@
+"""``minitx precompute``: a model with its techniques is written, read again and is the same;
+damaged files are refused, and reading runs nothing that stands in them."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_contract import ALL, IDS, each, family
+from tiny import FAMILIES, TOKENIZER, tiny_folder, tiny_lm
+
+import minitx
+from minitx.build import random_model
+from minitx.checkpoints import precomputed
+from minitx.checkpoints.parts import describe, restore
+from minitx.checkpoints.precomputed import ARRAYS, FILE, Origin, read_precomputed, write_precomputed
+from minitx.errors import MinitxError
+from minitx.model import Activated
+from minitx.technique import apply, swap
+from minitx.tree import nbytes, walk
+
+ORIGIN = Origin("toy", "--fold-norms")
+
+
+def written(lm, folder, tokenizer=None):
+    write_precomputed(lm, folder, ORIGIN, tokenizer)
+    return folder
+
+
+def changed(name, lm_family, dtype=np.float32):
+    try:
+        return apply(tiny_lm(lm_family, dtype), {name: True})
+    except MinitxError as error:
+        pytest.skip(str(error))
+
+
+@each
+@family
+def test_what_is_read_is_what_was_written(name, family, tmp_path):
+    lm = changed(name, family)
+    model, decode = read_precomputed(written(lm, tmp_path / "out"))
+    assert repr(model) == repr(lm.model) and repr(decode) == repr(lm.decode)
+    again = tiny_lm(model=model, decode=decode)
+    np.testing.assert_array_equal(again.logits(IDS), lm.logits(IDS))
+    assert again.generate(IDS[:5], 20) == lm.generate(IDS[:5], 20)
+    assert nbytes(again) == nbytes(lm)  # what was shared is shared again
+
+
+def test_all_techniques_were_tried():
+    assert len(ALL) > 10
+
+
+def test_in_float64(tmp_path):
+    lm = changed("fold_norms", "llama", np.float64)
+    model, _ = read_precomputed(written(lm, tmp_path / "out"), np.float64)
+    np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
+    with pytest.raises(MinitxError, match="precomputed in 'float64'; load it in that type"):
+        read_precomputed(tmp_path / "out")
+
+
+def test_shared_parts_and_arrays_stay_shared(tmp_path):
+    lm = tiny_lm("gpt2")
+    model, _ = read_precomputed(written(lm, tmp_path / "out"))
+    assert model.head.w is model.embed.tokens.w
+    lm = tiny_lm(model=random_model(FAMILIES["llama"]))
+    blocks = read_precomputed(written(lm, tmp_path / "rope"))[0].stack.blocks
+    assert blocks[0].attn.rope is blocks[1].attn.rope
+
+
+def test_whole_numbers_keep_their_types(tmp_path):
+    lm = changed("elsa", "llama")
+    kinds = {w.dtype for _, node in walk(lm) for w in vars(node).values() if hasattr(w, "dtype")}
+    model, _ = read_precomputed(written(lm, tmp_path / "out"))
+    found = {w.dtype for _, node in walk(model) for w in vars(node).values() if hasattr(w, "dtype")}
+    assert found == kinds
+
+
+def test_no_calibration_text_is_needed_to_load(tmp_path, monkeypatch):
+    lm = apply(tiny_lm(), {"early_exit": {"measure": "probe"}})
+    written(lm, tmp_path / "out")
+
+    def refuse(*_):
+        raise AssertionError("calibration stories were read")
+
+    monkeypatch.setattr("minitx.training.calibration.calibration_texts", refuse)
+    model, _ = read_precomputed(tmp_path / "out")
+    np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MinitxError, match="exists already"):
+        written(tiny_lm(), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_it_appears_whole_or_not_at_all(tmp_path, monkeypatch, fault):
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(precomputed, "write_safetensors", fail)
+    with pytest.raises((MinitxError, KeyboardInterrupt)):
+        written(tiny_lm(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_file_can_hold_is_refused(tmp_path):
+    lm = tiny_lm("gpt2")
+
+    def local(x):
+        return x
+
+    for bad, message in ((local, "top of minitx's own modules"), ({}, "holds a dict")):
+        odd = swap(lm, Activated, lambda part, bad=bad: replace(part, activation=bad))
+        with pytest.raises(MinitxError, match=message):
+            written(odd, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def edited(folder, change):
+    found = json.loads((folder / FILE).read_text())
+    change(found)
+    (folder / FILE).write_text(json.dumps(found))
+
+
+def first(found, part):
+    return next(e for e in found["entries"] if e["part"].endswith(":" + part))
+
+
+EDITS = {
+    "version": lambda f: f.update(format=2),
+    "dtype": lambda f: f.update(dtype=4),
+    "root": lambda f: f.update(model=10**6),
+    "root that is no model": lambda f: f.update(model=0),
+    "no entries": lambda f: f.update(entries=[]),
+    "entries missing": lambda f: f.pop("entries"),
+    "entry": lambda f: f["entries"].insert(0, 3),
+    "module": lambda f: first(f, "Linear").update(part="os:system"),
+    "module of minitx": lambda f: first(f, "Linear").update(part="minitx.cli:main"),
+    "no such module": lambda f: first(f, "Linear").update(part="minitx.skip.nothing:Linear"),
+    "imported name": lambda f: first(f, "Linear").update(part="minitx.skip.a3:np"),
+    "no part": lambda f: first(f, "Linear").update(part="minitx.ops:silu"),
+    "other part": lambda f: first(f, "Linear").update(part="minitx.model:Rope"),
+    "field missing": lambda f: first(f, "Linear")["fields"].pop("b"),
+    "field too many": lambda f: first(f, "Linear")["fields"].update(c=1),
+    "array": lambda f: first(f, "Linear")["fields"].update(w={"array": "nowhere"}),
+    "other array": lambda f: first(f, "Linear")["fields"].update(w={"array": "model.embed.w"}),
+    "no array": lambda f: first(f, "Linear")["fields"].update(w=3),
+    "list": lambda f: first(f, "Linear")["fields"].update(w=[3]),
+    "two keys": lambda f: first(f, "Linear")["fields"].update(w={"array": "x", "entry": 1}),
+    "later entry": lambda f: first(f, "Attention")["fields"].update(norm={"entry": 10**4}),
+    "function": lambda f: first(f, "Attention")["fields"].update(norm={"function": "minitx.ops:x"}),
+    "text for a number": lambda f: first(f, "Attention")["fields"].update(heads="2"),
+    "heads": lambda f: first(f, "Attention")["fields"].update(heads=3),
+    "eps": lambda f: first(f, "RMSNorm")["fields"].update(eps=None),
+    "config": lambda f: first(f, "Transformer")["fields"]["config"]["config"].update(more=1),
+    "sizes": lambda f: first(f, "Transformer")["fields"]["config"]["config"].update(layers=-1),
+    "layers": lambda f: first(f, "Transformer")["fields"]["config"]["config"].update(layers=1),
+    "vocabulary": lambda f: first(f, "Transformer")["fields"]["config"]["config"].update(
+        vocab_size=7
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return written(tiny_lm(), tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_damaged_files_are_refused(name, folder, tmp_path):
+    (tmp_path / ARRAYS).write_bytes((folder / ARRAYS).read_bytes())
+    (tmp_path / FILE).write_text((folder / FILE).read_text())
+    read_precomputed(tmp_path)
+    edited(tmp_path, EDITS[name])
+    with pytest.raises(MinitxError) as caught:
+        read_precomputed(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_damaged_or_missing_arrays_are_refused(folder, tmp_path):
+    (tmp_path / FILE).write_text((folder / FILE).read_text())
+    with pytest.raises(MinitxError, match="cannot be read"):
+        read_precomputed(tmp_path)
+    data = bytearray((folder / ARRAYS).read_bytes())
+    for damaged in (data[:-4], data[:-1] + bytes([data[-1] ^ 1])):
+        (tmp_path / ARRAYS).write_bytes(damaged)
+        with pytest.raises(MinitxError, match="is not the file that"):
+            read_precomputed(tmp_path)
+
+
+def test_entries_alone():
+    lm = tiny_lm()
+    entries, arrays, numbers = describe(model=lm.model)
+    again = restore("here", json.loads(json.dumps(entries)), arrays)[numbers["model"]]
+    assert repr(again) == repr(lm.model)
+    assert again.stack.blocks[0].attn.qkv.q.w is lm.model.stack.blocks[0].attn.qkv.q.w
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def test_the_command(run, workdir):
+    flags = ["--fold-norms", "--ffn-skip", "threshold=0.9"]
+    status, out, err = run("precompute", "made", "-m", "toy", *flags)
+    assert (status, out) == (0, "") and "made: 0." in err and "done for good" in err
+    direct = minitx.load("toy", fold_norms=True, ffn_skip={"threshold": 0.9})
+    lm = minitx.load("made")
+    assert repr(lm.model) == repr(direct.model) and lm.name == "made"
+    assert lm.generate("Once", 20) == direct.generate("Once", 20)
+    shown = run("show", "-m", "made")
+    assert shown[1] == f"{direct.model}\n"
+    assert "made by: minitx precompute -m toy --fold-norms --ffn-skip threshold=0.9" in shown[2]
+    # Others go on top; one that is there already is refused.
+    more = minitx.load("made", fuse_projections=True)
+    both = minitx.load("toy", fold_norms=True, fuse_projections=True, ffn_skip={"threshold": 0.9})
+    assert repr(more.model) == repr(both.model)
+    status, _, err = run("show", "-m", "made", "--fold-norms")
+    assert status == 2 and "fold_norms needs a part of type" in err
+
+
+def test_the_command_with_wrong_input(run, workdir):
+    for words, message in (
+        ([], "OUT_DIR"),
+        (["made", "-m", "toy"], "nothing to precompute without a technique"),
+        (["toy", "-m", "toy", "--fold-norms"], "toy exists already"),
+        (["toy/config.json/x", "-m", "toy", "--fold-norms"], "cannot be written"),
+        (["made", "-m", "nowhere", "--fold-norms"], "no model 'nowhere'"),
+    ):
+        status, out, err = run("precompute", *words)
+        assert (status, out) == (2, "") and message in err and err.count("\n") == 1, words
+    assert not os.path.exists("made")
+
+
+def test_the_tokenizer_goes_with_it(run, workdir, tmp_path):
+    tiny_folder(tmp_path / "m", tokenizer=False)
+    status, _, _ = run("precompute", "made", "-m", str(tmp_path / "m"), "--fold-norms")
+    assert status == 0 and minitx.load("made").tokenizer is None
+    tokenizer = str(workdir / "toy" / "tokenizer.json")
+    run("precompute", "text", "-m", str(tmp_path / "m"), "--tokenizer", tokenizer, "--fold-norms")
+    assert minitx.load("text").tokenizer.encode("once") == TOKENIZER.encode("once")

@@ -1,0 +1,214 @@
+"""Byte-level BPE: the ids of the reference, round trips, merging, streaming."""
+
+import random
+
+import pytest
+from tokenizer_files import BYTES, REFERENCE, with_variant, write_fields
+
+from minitx.checkpoints.added_tokens import AddedToken
+from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
+from minitx.checkpoints.merging import merge_best_first
+from minitx.checkpoints.tokenizer import StreamDecoder
+from minitx.checkpoints.tokenizer_json import read_tokenizer
+from minitx.errors import MinitxError
+
+
+def random_text(rng, length):
+    planes = [(0, 0x80), (0x80, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    return "".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(length))
+
+
+# Agreement with the reference
+
+
+def test_ids_are_those_of_the_reference(variant):
+    tokenizer, texts, ids = variant
+    for text, expected in zip(texts, ids, strict=True):
+        assert tokenizer.encode(text) == expected, text
+
+
+def test_decoded_text_is_that_of_the_reference(plain):
+    for ids, text, without_special in REFERENCE["decoded"]:
+        assert plain.decode(ids) == text
+        assert plain.decode(ids, skip_special=True) == without_special
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("name", ["plain", "starts with bos", "no regex", "ignore merges"])
+def test_any_text_round_trips(name, tmp_path):
+    variant = REFERENCE["variants"][name]["replaced"]
+    tokenizer = read_tokenizer(write_fields(tmp_path, with_variant(variant)))
+    rng = random.Random(1)
+    for text in REFERENCE["texts"] + [random_text(rng, 30) for _ in range(200)]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(tokenizer.encode("")) == ""
+
+
+def test_every_code_point_round_trips(plain):
+    for start in range(0, 0x110000, 0x800):
+        if not 0xD800 <= start < 0xE000:
+            text = "".join(map(chr, range(start, start + 0x800)))
+            assert plain.decode(plain.encode(text)) == text
+
+
+def test_any_bytes_round_trip(plain):
+    rng = random.Random(2)
+    samples = [*BYTES, *(rng.randbytes(rng.randrange(40)) for _ in range(300))]
+    samples += ["caf\u00e9 <|endoftext|>".encode()[:k] for k in range(20)]
+    for data in samples:
+        assert plain.decode_bytes(plain.encode_bytes(data)) == data
+        assert plain.decode(plain.encode_bytes(data)) == data.decode(errors="replace")
+
+
+def test_bytes_of_a_text_have_the_ids_of_the_text(plain):
+    for text in REFERENCE["texts"]:
+        if "<|endoftext|>" not in text:
+            assert plain.encode_bytes(text.encode()) == plain.encode(text)
+    assert plain.eos in plain.encode("<|endoftext|>")
+    assert plain.eos not in plain.encode_bytes(b"<|endoftext|>")
+
+
+def test_a_lone_surrogate_is_refused(plain):
+    with pytest.raises(MinitxError, match=r"character 2 .* U\+DC80"):
+        plain.encode("ab\udc80")
+
+
+# The tokenizer itself
+
+
+def test_worked_example():
+    # 256 = "ab", 257 = "abc", 258 = "bc"; "ab" goes first, so "bc" only where no "a" is before.
+    tokens = [*BYTES, b"ab", b"abc", b"bc"]
+    tokenizer = ByteLevelBPE(tokens, [(97, 98), (256, 99), (98, 99)], [AddedToken("<s>", 259)])
+    assert tokenizer.encode("abcbc abab<s>") == [257, 258, 32, 256, 256, 259]
+    assert tokenizer.vocab_size == len(tokenizer) == 260
+    assert tokenizer.token_bytes(257) == b"abc"
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.special_ids) == (None, None, {259})
+
+
+def test_start_token_is_put_first_and_taken_away():
+    added = [AddedToken("<s>", 256)]
+    tokenizer = ByteLevelBPE(BYTES, [], added, bos=256, adds_bos=True)
+    assert tokenizer.encode("a") == [256, 97]
+    assert tokenizer.encode("a", special=False) == [97]
+    assert tokenizer.encode("<s>a<s>") == [256, 256, 97, 256]
+    assert tokenizer.decode([256, 256, 97, 256]) == "<s>a<s>"
+    assert tokenizer.decode([256, 256, 97, 256], skip_special=True) == "a"
+
+
+@pytest.mark.parametrize("id", [-1, 420, 10**9])
+def test_ids_outside_the_vocabulary_are_refused(plain, id):
+    for use in (plain.token_bytes, StreamDecoder(plain).push, lambda id: plain.decode([id])):
+        with pytest.raises(MinitxError, match=f"token id {id} .* vocabulary of 420"):
+            use(id)
+
+
+def test_a_byte_without_a_token_is_refused_when_it_is_met():
+    tokenizer = ByteLevelBPE([b"a", b"b", b"ab"], [(0, 1)])
+    assert tokenizer.encode("abba") == [2, 1, 0]
+    with pytest.raises(MinitxError, match="0x63"):
+        tokenizer.encode("abc")
+
+
+def test_the_cache_stays_bounded(monkeypatch):
+    from minitx.checkpoints import byte_level_bpe
+
+    monkeypatch.setattr(byte_level_bpe, "_CACHED_WORDS", 10)
+    tokenizer = ByteLevelBPE(BYTES, [])
+    for n in range(100):
+        word = chr(97 + n % 26) * (n + 1)
+        assert tokenizer.decode(tokenizer.encode(word)) == word
+        assert len(tokenizer._cache) <= 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([*BYTES, b"a"], []), "97 and 256"),
+        ((BYTES, [(97, 98)]), "merge 0 makes b'ab'"),
+        ((BYTES, [(97, 256)]), "ids below 256"),
+        ((BYTES, [(-1, 97)]), "ids below 256"),
+        ((BYTES, [], [AddedToken("<s>", 257)]), "next one free .* is 256"),
+        ((BYTES, [], [AddedToken("<s>", -1)]), "next one free .* is 256"),
+        ((BYTES, [], [AddedToken("<s>", 256), AddedToken("<e>", 256)]), "no id twice"),
+        ((BYTES, [], [AddedToken("<s>", 256), AddedToken("<s>", 257)]), "there twice"),
+        ((BYTES, [], [AddedToken("", 256)]), "is empty"),
+        ((BYTES, [], [AddedToken("<s>", 5)]), "which is the token"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(MinitxError, match=message):
+        ByteLevelBPE(*arguments)
+
+
+def test_bos_and_eos_are_added_tokens():
+    with pytest.raises(MinitxError, match="eos is 3"):
+        ByteLevelBPE(BYTES, [], eos=3)
+    with pytest.raises(MinitxError, match="without a bos"):
+        ByteLevelBPE(BYTES, [], adds_bos=True)
+
+
+# Merging
+
+
+def merge_by_looking_everywhere(ids, find):
+    ids = list(ids)
+    while True:
+        found = [(find(*ids[at : at + 2]), at) for at in range(len(ids) - 1)]
+        found = [((priority, at), merged) for (priority, merged), at in filter(all_there, found)]
+        if not found:
+            return ids
+        (_, at), merged = min(found)
+        ids[at : at + 2] = [merged]
+
+
+def all_there(entry):
+    return entry[0] is not None
+
+
+def test_merging_takes_the_best_pair_and_of_equals_the_leftmost():
+    rng = random.Random(3)
+    for _ in range(400):
+        # Random rules, so that a merge may open a pair of an earlier rank, and equal ranks occur.
+        rules = {
+            (rng.randrange(12), rng.randrange(12)): (rng.randrange(8), rng.randrange(12))
+            for _ in range(30)
+        }
+        ids = rng.choices(range(4), k=rng.randrange(40))
+        find = lambda left, right: rules.get((left, right))  # noqa: B023, E731
+        assert merge_best_first(ids, find) == merge_by_looking_everywhere(ids, find)
+
+
+def test_a_word_of_100000_characters_is_encoded(plain):
+    for word in ("the" * 33_333, "a" * 100_000, " " * 100_000):
+        assert plain.decode(plain.encode(word)) == word
+
+
+# Streaming
+
+
+def test_a_split_character_is_held_back(plain):
+    decoder = StreamDecoder(plain)
+    pieces = [decoder.push(id) for id in plain.encode_bytes(b"a\xf0") + plain.encode_bytes(b"\x9f")]
+    assert pieces == ["a", "", ""]
+    rest = plain.encode_bytes(b"\x99") + plain.encode_bytes(b"\x82!")
+    assert [decoder.push(id) for id in rest] == ["", "\U0001f642", "!"]
+    assert decoder.finish() == ""
+
+
+def test_a_character_that_never_ends_is_one_replacement(plain):
+    decoder = StreamDecoder(plain)
+    assert "".join(map(decoder.push, plain.encode_bytes(b"x\xf0\x9f\x99"))) == "x"
+    assert decoder.finish() == "\ufffd"
+    assert decoder.push(plain.encode("b")[0]) == "b"
+
+
+def test_streamed_text_is_the_decoded_text(plain):
+    for ids, text, without_special in REFERENCE["decoded"]:
+        for skip, expected in ((False, text), (True, without_special)):
+            decoder = StreamDecoder(plain, skip_special=skip)
+            assert "".join(map(decoder.push, ids)) + decoder.finish() == expected

@@ -1,0 +1,210 @@
+"""tokenizer.json: what is written reads back, and whatever is not understood is refused by name."""
+
+import copy
+import json
+
+import pytest
+from tokenizer_files import BYTES, FIELDS, FOLDER, REFERENCE, with_variant, write_fields
+
+from minitx.checkpoints.added_tokens import AddedToken
+from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
+from minitx.checkpoints.tokenizer_json import read_tokenizer
+from minitx.checkpoints.tokenizer_json_write import write_tokenizer
+from minitx.errors import MinitxError
+
+
+def test_a_written_file_reads_back_as_the_same_tokenizer(variant, tmp_path):
+    tokenizer, texts, ids = variant
+    again = tmp_path / "again"
+    again.mkdir()
+    write_tokenizer(tokenizer, again)
+    assert sorted(path.name for path in again.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    copied = read_tokenizer(again)
+    assert [copied.encode(text) for text in texts] == ids
+    for name in ("tokens", "merges", "added", "bos", "eos", "adds_bos", "vocab_size", "nfc"):
+        assert getattr(copied, name) == getattr(tokenizer, name), name
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_merges_are_read_in_both_notations(legacy, tmp_path, plain):
+    fields = copy.deepcopy(FIELDS)
+    pairs = [
+        merge if isinstance(merge, list) else merge.split() for merge in fields["model"]["merges"]
+    ]
+    fields["model"]["merges"] = [" ".join(pair) for pair in pairs] if legacy else pairs
+    assert read_tokenizer(write_fields(tmp_path, fields)).merges == plain.merges
+
+
+def test_gpt2_file_without_type_of_model_is_read(tmp_path, plain):
+    fields = copy.deepcopy(FIELDS)
+    del fields["model"]["type"]
+    assert read_tokenizer(write_fields(tmp_path, fields)).tokens == plain.tokens
+
+
+def test_start_and_end_come_from_the_config_beside_the_file(tmp_path):
+    variant = REFERENCE["variants"]["flags"]["replaced"]
+    file = write_fields(tmp_path, with_variant(variant))
+    by_itself = read_tokenizer(file)
+    assert by_itself.bos == by_itself.eos == 419
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": None, "eos_token": {"content": "<l>"}}))
+    assert (read_tokenizer(tmp_path).bos, read_tokenizer(tmp_path).eos) == (None, 420)
+    for bad in ("nowhere", 7, ["<l>"], {"content": ["<l>"]}):
+        config.write_text(json.dumps({"eos_token": bad}))
+        with pytest.raises(MinitxError, match="eos_token"):
+            read_tokenizer(tmp_path)
+
+
+def model(**keys):
+    return {"model": FIELDS["model"] | keys}
+
+
+VOCAB = FIELDS["model"]["vocab"]
+LAST = max(VOCAB, key=VOCAB.get)
+SPLIT = REFERENCE["variants"]["split first"]["replaced"]["pre_tokenizer"]["pretokenizers"][0]
+BYTE_LEVEL = FIELDS["pre_tokenizer"]
+TEMPLATE = REFERENCE["variants"]["starts with bos"]["replaced"]["post_processor"]
+
+
+def added(**keys):
+    return {"added_tokens": [FIELDS["added_tokens"][0] | keys]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer .*Lowercase"),
+        ({"truncation": {"max_length": 5}}, "truncation"),
+        ({"padding": {"strategy": "BatchLongest"}}, "padding"),
+        ({"decoder": None}, "decoder is None"),
+        ({"decoder": {"type": "Metaspace"}}, "decoder .*Metaspace"),
+        ({"pre_tokenizer": None}, "pre_tokenizer is None"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer .*Whitespace"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_LEVEL]}}, "pre_tokenizer"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": "x"}}, "pre_tokenizer"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [SPLIT | {"pattern": {"Regex": r"\s+"}}, BYTE_LEVEL],
+                }
+            },
+            "GPT-2's pattern",
+        ),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [SPLIT, BYTE_LEVEL | {"add_prefix_space": True}],
+                }
+            },
+            "pre_tokenizer",
+        ),
+        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": 1}}, "use_regex"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"mystery": 1}}, "mystery"),
+        ({"post_processor": {"type": "BertProcessing"}}, "post_processor .*Bert"),
+        ({"post_processor": TEMPLATE | {"single": TEMPLATE["single"] * 2}}, "post_processor"),
+        ({"post_processor": TEMPLATE | {"single": TEMPLATE["single"][::-1]}}, "post_processor"),
+        ({"post_processor": TEMPLATE | {"special_tokens": {}}}, "post_processor"),
+        ({"post_processor": {"type": "Sequence", "processors": [TEMPLATE, TEMPLATE]}}, "post_proc"),
+        ({"mystery": 1}, "mystery"),
+        ({"model": None}, "'model'"),
+        ({"model": []}, "'model'"),
+        (model(type="WordPiece"), "WordPiece"),
+        (model(dropout=0.1), "dropout"),
+        (model(continuing_subword_prefix="##"), "continuing_subword_prefix"),
+        (model(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (model(byte_fallback=True), "byte_fallback"),
+        (model(ignore_merges="yes"), "ignore_merges"),
+        (model(mystery=1), "mystery"),
+        (model(vocab=None), "'vocab'"),
+        (model(vocab=["a"]), "'vocab'"),
+        (model(merges=None), "'merges'"),
+        (model(merges={}), "'merges'"),
+        (model(vocab=VOCAB | {LAST: 5}), "have the same id 5"),
+        (model(vocab=VOCAB | {LAST: 10**15}), "none of the 419 tokens has id 418"),
+        (model(vocab=VOCAB | {LAST: -1}), "has id -1"),
+        (model(vocab=VOCAB | {LAST: 1.0}), "has id 1.0"),
+        (model(vocab=VOCAB | {LAST: True}), "has id True"),
+        (model(vocab=VOCAB | {"": 419}), "the token '' is empty"),
+        (model(vocab=VOCAB | {"a b": 419}), "characters that stand for no byte"),
+        (model(vocab=VOCAB | {"\ud800": 419}), "characters that stand for no byte"),
+        (model(merges=["a"]), "merge 0 is 'a'"),
+        (model(merges=["a b c"]), "merge 0"),
+        (model(merges=[["a", "b", "c"]]), "merge 0"),
+        (model(merges=[["a", 1]]), "merge 0"),
+        (model(merges=[["a", []]]), "merge 0"),
+        (model(merges=[7]), "merge 0 is 7"),
+        (model(merges=["a nowhere"]), "needs the token 'nowhere'"),
+        (model(merges=["z z"]), "needs the token 'zz'"),
+        (model(unk_token="a", vocab={"a": 0, "b": 1}, merges=[]), "unk_token"),
+        ({"added_tokens": {}}, "added_tokens"),
+        ({"added_tokens": [1]}, "is no object"),
+        (added(id=420), "next one free"),
+        (added(id="419"), "id of the added token"),
+        (added(id=True), "id of the added token"),
+        (added(id=10**15), "next one free"),
+        (added(id=3), "id 3"),
+        (added(content=None), "text of the added token"),
+        (added(content=""), "is empty"),
+        (added(content="\ud800"), "text of the added token"),
+        (added(content="a"), "has the id 419 and, in the vocabulary"),
+        (added(content="\u0120"), "also the spelling of b' '"),
+        (added(lstrip=1), "lstrip"),
+        (added(mystery=True), "mystery"),
+    ],
+)
+def test_files_that_are_not_understood_are_refused_by_name(changed, message, tmp_path):
+    file = write_fields(tmp_path, FIELDS | changed)
+    with pytest.raises(MinitxError, match=message) as refusal:
+        read_tokenizer(file)
+    assert str(file) in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < len(str(file)) + 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"null", b"{", b'{"model": 1}', b"\xff\xfe", b"[" * 100_000, b'{"a": NaN}'],
+)
+def test_files_that_are_no_json_object_are_refused(content, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content)
+    with pytest.raises(MinitxError, match="tokenizer.json"):
+        read_tokenizer(file)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(MinitxError, match="tokenizer.json"):
+        read_tokenizer(tmp_path)
+    with pytest.raises(MinitxError, match="nowhere"):
+        read_tokenizer(tmp_path / "nowhere")
+
+
+def test_truncated_files_are_refused(tmp_path):
+    whole = (FOLDER / "tokenizer.json").read_bytes()
+    file = tmp_path / "tokenizer.json"
+    for size in range(0, len(whole) - 2, 97):
+        file.write_bytes(whole[:size])
+        with pytest.raises(MinitxError):
+            read_tokenizer(file)
+
+
+def test_what_would_not_read_back_is_not_written(tmp_path):
+    two_called_alike = ByteLevelBPE(BYTES, [], [AddedToken("\u0120", 256)])
+    with pytest.raises(MinitxError, match="would both be called"):
+        write_tokenizer(two_called_alike, tmp_path)
+    with pytest.raises(MinitxError, match="a str cannot be written"):
+        write_tokenizer("tokenizer", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MinitxError, match="cannot be written"):
+        write_tokenizer(ByteLevelBPE(BYTES, []), tmp_path / "nowhere")
+
+
+def test_written_text_does_not_depend_on_the_run(tmp_path, plain):
+    write_tokenizer(plain, tmp_path)
+    first = (tmp_path / "tokenizer.json").read_bytes()
+    write_tokenizer(read_tokenizer(tmp_path), tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == first

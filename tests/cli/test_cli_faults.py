@@ -1,0 +1,195 @@
+"""The command line when something is wrong: one sentence and a status, never a traceback."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_training import FIRST, recipe_of
+from test_training import write as write_recipe
+from tiny import tiny_model
+
+import minitx
+from minitx import cli
+from minitx.checkpoints.huggingface import write_model
+from minitx.cli import main
+from minitx.tree import map_weights
+
+ROOT = Path(__file__).parent.parent.parent
+COMMANDS = ["generate", "show", "check", "bench", "evaluate", "train", "stories"]
+
+
+# Wrong input -------------------------------------------------------------------------------------
+
+TOO_LONG = "x" * 300
+WRONG = [
+    ([], "a command is needed, one of generate, show, list,"),
+    (["foo"], "invalid choice: 'foo'"),
+    (["--foo"], "no option --foo; usage: minitx"),
+    (["generate"], "required: prompt"),
+    (["generate", "x", "--temprature", "3"], r"no option --temprature; usage: .*-t T\] .*--seed N"),
+    (["show", "--jso"], r"no option --jso; usage: .* \[--json\]"),
+    (["generate", "Once", "upon"], "'upon' is one word too many .*in quotes"),
+    (["generate", "x", "-n", "few"], "-n/--max-new-tokens: invalid int value: 'few'"),
+    (["generate", "x", "-n"], "expected one argument"),
+    (["generate", "x", "-m", "nowhere"], "no model 'nowhere'"),
+    (["generate", "x", "-m", "\udcff"], r"no model '\\udcff'"),
+    (["generate", "x", "-m", TOO_LONG], "File name too long|no model"),
+    (["generate", "x", "-m", "notes.txt"], "notes.txt is no model"),
+    (["generate", "x", "-m", "."], "config.json"),
+    (["generate", "x", "-m", "bare"], "no tokenizer"),
+    (["generate", "x", "-m", "toy", "--tokenizer", "nowhere"], "no such tokenizer"),
+    (["generate", "x", "-m", "toy", "-n", "-5"], "max_new_tokens is -5"),
+    (["generate", "x", "-m", "toy", "-n", "99"], "prompt of 2 tokens and 99 new"),
+    (["generate", TOO_LONG, "-m", "toy"], "301 tokens do not fit"),
+    (["generate", "a\udcff", "-m", "toy"], "Character 1 of the prompt is a stray byte"),
+    (["generate", "x", "-m", "toy", "-t", "-1"], "temperature is -1.0"),
+    (["generate", "x", "-m", "toy", "-t", "nan"], "temperature is nan"),
+    (["generate", "x", "-m", "toy", "--top-k", "0"], "top_k is 0"),
+    (["generate", "x", "-m", "toy", "--top-p", "1.5"], "top_p is 1.5"),
+    (["generate", "x", "-m", "toy", "--seed", "-1"], "seed is -1"),
+    (["show", "-m", "nowhere"], "no model"),
+    (["bench", "--stories"], r"no option --stories; usage: .*--quick"),
+    (["evaluate", "-m", "toy", "--stories", "-3"], "-3 is not from 1 to"),
+    (["evaluate", "-m", "toy", "--stories", "9" * 30], "is not from 1 to"),
+    (["evaluate", "-m", "toy", "--grade", "ful"], "Did you mean 'full'"),
+    (["train", "nowhere.json"], "nowhere.json: cannot be read"),
+    (["train", "notes.txt"], "notes.txt: is not valid JSON"),
+    (["train", "nonsense.json"], "nonsense.json: .*'colour'"),
+    (["train", "toy"], "recipe.json: cannot be read"),
+    (["train", "good/recipe.json", "--workers", "0"], "number of workers is 0"),
+    (["train", "good/recipe.json", "--time-limit", "-1"], "-1.0 is not from 0"),
+    (["train", "good/recipe.json", "--time-limit", "nan"], "nan is not from 0"),
+    (["train", "good/recipe.json", "--out", "notes.txt"], "notes.txt: cannot be made"),
+    (["stories", "--grade", "\udcff"], "Unknown grade"),
+    (["stories", "--split", "trian"], "known: train, calibration, evaluation"),
+    (["stories", "--seed", "-1"], "seed of stories is -1"),
+    (["stories", "-n", "0"], "0 is not from 1 to"),
+    (["stories", "-n", "9" * 30], "is not from 1 to"),
+]
+
+
+@pytest.mark.parametrize("words, message", WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_input_is_one_sentence_and_status_2(run, workdir, words, message):
+    (workdir / "notes.txt").write_text("Once")
+    (workdir / "nonsense.json").write_text('{"colour": 1}')
+    write_recipe(workdir / "good", recipe_of(FIRST))
+    status, out, err = run(*words)
+    assert (status, out) == (2, "")
+    assert err.startswith("minitx: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert re.search(message, err), err
+
+
+def test_an_unknown_command_lists_those_that_there_are(run):
+    for words in ([], ["foo"]):
+        assert all(name in run(*words)[2] for name in COMMANDS)
+
+
+def test_numbers_that_overflow_are_refused_without_warnings(run, workdir):
+    huge = map_weights(tiny_model(), lambda w: w * np.float32(1e38) if w.shape == (16, 259) else w)
+    write_model(huge, workdir / "toy", "F32")
+    status, out, err = run("generate", "Once", "-m", "toy")
+    assert (status, out) == (2, "Once\n")
+    assert re.fullmatch(r"minitx: The model gave the score (nan|inf) to token [^\n]*\n", err)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], *([name, "-h"] for name in COMMANDS)])
+def test_help_and_version(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    if words == ["--version"]:
+        assert out == f"minitx {minitx.__version__}\n"
+    elif words == ["--help"]:
+        assert all(re.search(rf"^ +{name} +\w+", out, re.M) for name in COMMANDS)
+    else:
+        assert out.startswith(f"usage: minitx {words[0]}")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (PermissionError(13, "Permission denied", "secret"), "secret: Permission denied."),
+        (OSError(28, "No space left on device"), "output: No space left on device."),
+        (MemoryError(), "there is not enough memory for this."),
+    ],
+)
+def test_what_the_system_refuses(run, monkeypatch, error, words):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(minitx, "load", fail)
+    assert run("show") == (2, "", f"minitx: {words}\n")
+
+
+# In a process of its own -------------------------------------------------------------------------
+
+
+def start(*words, code="from minitx.cli import main; import sys; sys.exit(main())", **options):
+    """The command in a process of its own."""
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, *words], env=environment, **options)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="about signals and closed pipes of Unix")
+class TestProcess:
+    def test_module_and_version(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "minitx", "--version"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (0, f"minitx {minitx.__version__}\n")
+
+    def test_bytes_that_are_no_text(self, workdir):
+        out, err = (process := start("generate", b"a\xff", "-m", "toy")).communicate()
+        assert (process.returncode, out) == (2, b"") and b"stray byte" in err
+
+    @pytest.mark.parametrize("words", [["stories", "-n", "3000"], ["stories", "-n", "1"]])
+    def test_a_reader_that_has_seen_enough(self, words):
+        process = start(*words)
+        process.stdout.read(10 if words[-1] != "1" else 0)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == cli.CLOSED_PIPE
+        process.stderr.close()
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+    def test_a_full_disk(self, workdir):
+        for words in (["stories"], ["generate", "x", "-m", "toy"]):
+            with open("/dev/full", "wb") as full:
+                process = start(*words, stdout=full)
+            err = process.communicate()[1].decode()
+            assert (process.returncode, err) == (2, "minitx: output: No space left on device.\n")
+
+    def test_ctrl_c_while_it_writes(self, workdir):
+        slowly = (
+            "import time, sys; from minitx.model import Transformer; from minitx.cli import main\n"
+            "step = Transformer.next_argmax\n"
+            "def slow(*arguments): time.sleep(0.2); return step(*arguments)\n"
+            "Transformer.next_argmax = slow\n"
+            "sys.exit(main())"
+        )
+        process = start("generate", "Once", "-m", "toy", code=slowly)
+        assert process.stdout.read(4) == b"Once"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        assert process.returncode == 130 and out.endswith(b"\n")
+        assert err == b"minitx: stopped.\n"
+
+    def test_closed_from_the_beginning(self, workdir):
+        """Neither may take what is closed for the other."""
+        command = f"{sys.executable} -m minitx generate x -m {workdir / 'toy'} -n 3"
+        for closed, open_ in ((">&-", "stderr"), ("2>&-", "stdout")):
+            done = subprocess.run(f"{command} {closed}", shell=True, cwd=ROOT, capture_output=True)
+            assert done.returncode == 0
+            assert (b"3 tokens" in done.stderr) == (open_ == "stderr")
+            assert (done.stdout != b"") == (open_ == "stdout") and b"tokens" not in done.stdout
+
+    def test_an_encoding_that_lacks_the_character(self, workdir, monkeypatch):
+        monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+        out, err = (process := start("generate", "Zoë", "-m", "toy", "-n", "3")).communicate()
+        assert process.returncode == 0 and out.startswith(b"Zo?") and b"Traceback" not in err

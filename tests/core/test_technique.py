@@ -1,0 +1,231 @@
+"""The machinery: options, order, refusals, swapping, cards, flags; on made-up techniques."""
+
+import json
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import pytest
+from tiny import tiny_folder, tiny_lm
+
+import minitx
+from minitx import technique as module
+from minitx.cli import main
+from minitx.errors import MinitxError
+from minitx.model import FFN, QKV, SwiGLU
+from minitx.technique import Option, apply, find, need, read_card, swap, technique, wrap
+from minitx.tree import Part, part
+
+
+@part
+class Wrapped(Part):
+    inner: Part
+    tag: str
+
+    def __call__(self, *args):
+        return self.inner(*args)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Three techniques: two wrap the FFN, at two levels; one replaces its expansion for good."""
+    monkeypatch.setattr(module, "REGISTRY", dict(module.REGISTRY))
+    applied = []
+
+    def wrap(name, level):
+        def function(
+            lm, *, times: int = 1, mode: Literal["a", "b"] = "a", share: float | None = None
+        ):
+            applied.append((name, times, mode, share))
+            return swap(lm, FFN, lambda ffn: Wrapped(ffn, name))
+
+        function.__name__ = name
+        technique(level=level, exact=True, neutral={})(function)
+
+    def swallow(lm):
+        """Swallow the expansion."""
+        applied.append("swallow")
+        return swap(lm, SwiGLU, lambda part: replace(Wrapped(part, "gone"), inner=Hidden(part.up)))
+
+    def wants_swiglu(lm):
+        return swap(lm, SwiGLU, lambda part: part)
+
+    wrap("outer", "block")
+    wrap("inner", "ffn")
+    technique(level="weights", exact=False, neutral={})(swallow)
+    technique(level="ffn", exact=False, neutral={})(wants_swiglu)
+    own = ("outer", "inner", "swallow", "wants_swiglu")
+    known = module.names() | dict.fromkeys(own, "minitx.technique")
+    monkeypatch.setattr(module, "names", lambda: known)
+    return applied
+
+
+@part
+class Hidden(Part):
+    up: Part
+
+    def __call__(self, x):
+        return self.up(x)
+
+
+def test_levels_decide_the_order_whatever_the_order_of_the_flags(made_up):
+    lm = tiny_lm()
+    one = apply(lm, {"outer": True, "swallow": True, "inner": {"times": 3}})
+    assert made_up == ["swallow", ("inner", 3, "a", None), ("outer", 1, "a", None)]
+    other = apply(lm, {"inner": {"times": 3}, "swallow": {}, "outer": {}})
+    assert repr(one) == repr(other)
+    ffn = one.model.stack.blocks[1].ffn
+    assert (ffn.tag, ffn.inner.tag) == ("inner", "outer")  # FFN is found inside what is there
+    assert apply(lm, {"outer": False}) is lm
+
+
+def test_two_that_want_the_same_part_are_refused_by_name(made_up):
+    with pytest.raises(MinitxError) as caught:
+        apply(tiny_lm(), {"wants_swiglu": True, "swallow": True})
+    assert str(caught.value) == (
+        "wants_swiglu needs a part of type SwiGLU, which swallow has replaced; use one of the two."
+    )
+    with pytest.raises(MinitxError, match="type SwiGLU, and this model has none"):
+        apply(tiny_lm("gpt2"), {"swallow": True})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner": {"tmes": 1}}, "inner has no option 'tmes'; it has times, mode, share."),
+        ({"inner": {"times": 1.5}}, "Option 'times' of inner is 1.5; it must be a whole number."),
+        ({"inner": {"times": True}}, "is True; it must be a whole number"),
+        ({"inner": {"mode": "c"}}, "must be one of a, b"),
+        ({"inner": {"share": "x"}}, "must be a number or None"),
+        ({"inner": {"share": float("nan")}}, "must be a number or None"),
+        ({"inner": 3}, "inner is 3; give True, or a dict of its options"),
+        ({"iner": True}, "There is no technique 'iner'; did you mean 'inner'?"),
+        ({"zzz": True}, "There is no technique 'zzz'; known: .*inner.*outer"),
+        ({"swallow": {"a": 1}}, "swallow has no option 'a'; it has none."),
+    ],
+)
+def test_wrong_options_are_one_sentence(made_up, options, message):
+    with pytest.raises(MinitxError, match=message) as caught:
+        apply(tiny_lm(), options)
+    assert "\n" not in str(caught.value)
+    assert not made_up  # nothing is put in before everything is checked
+
+
+def test_numbers_of_numpy_are_numbers(made_up):
+    apply(tiny_lm(), {"inner": {"times": np.int64(2), "share": np.float32(0.5)}})
+    name, times, _, share = made_up[0]
+    assert (times, share) == (2, 0.5) and type(times) is int and type(share) is float
+    with pytest.raises(MinitxError, match="'times' of inner is .*2.0.*; it must be a whole number"):
+        apply(tiny_lm(), {"inner": {"times": np.float64(2)}})
+
+
+def test_options_are_read_from_words(made_up):
+    read = find("inner").read
+    assert read(["times=4", "mode=b", "share=0.5"]) == {"times": 4, "mode": "b", "share": 0.5}
+    assert read(["share=None"]) == {"share": None}
+    assert read(["share=2"]) == {"share": 2.0}
+    assert type(find("inner").checked({"share": 2})["share"]) is float
+    for words, message in (
+        (["times=x"], "'times' of inner is 'x'; it must be a whole number"),
+        (["mode=c"], "'mode' of inner is 'c'; it must be one of a, b"),
+        (["colour=red"], "no option 'colour'"),
+    ):
+        with pytest.raises(MinitxError, match=message):
+            read(words)
+    flag = Option("flag", bool, False)
+    assert flag.read("True") is True and flag.read("false") is False
+    for wrong in ("yes", "1"):
+        with pytest.raises(KeyError):
+            flag.read(wrong)
+
+
+def test_swap_counts_from_the_first_block_and_raises_without_any():
+    lm = tiny_lm()
+    numbered = wrap(lm, "ffn", lambda ffn, index: Wrapped(ffn, f"{index}"))
+    assert [block.ffn.tag for block in numbered.model.stack.blocks] == ["0", "1"]
+    assert numbered.model.stack.blocks[0].attn is lm.model.stack.blocks[0].attn
+    with pytest.raises(MinitxError, match="no part of type Wrapped"):
+        swap(lm, Wrapped, lambda node: node)
+    assert swap(lm, Wrapped, lambda node: node, optional=True) is lm
+    need(lm.model.stack.blocks[0].attn.qkv, QKV)
+    with pytest.raises(MinitxError, match="no part of type FFN or SwiGLU"):
+        need(lm.model.norm, FFN, SwiGLU)
+
+
+def test_a_card_is_layout_its_headings():
+    card = read_card(
+        """One line
+        that goes on.
+
+        Paper: Someone, 2020.
+            Section 2.
+        Online: y = x: not a heading.
+            Other: words stay.
+        """
+    )
+    assert card.summary == "One line that goes on."
+    assert card.sections == {
+        "Paper": "Someone, 2020.\nSection 2.",
+        "Online": "y = x: not a heading.\nOther: words stay.",
+    }
+
+
+# In Python and on the command line ---------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    tiny_folder(tmp_path / "toy")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_load_puts_them_in(toy):
+    dense = minitx.load("toy")
+    lm = minitx.load("toy", fold_norms=True, fuse_projections={})
+    assert "BareRMSNorm" in repr(lm) and "FusedQKV" in repr(lm) and "Bare" not in repr(dense)
+    np.testing.assert_allclose(lm.logits([1, 2, 3]), dense.logits([1, 2, 3]), atol=1e-4)
+    assert "Fused" not in repr(minitx.load("toy", fuse_projections=False))
+
+
+def test_flags_stand_anywhere(toy, capsys):
+    for words in (
+        ["generate", "--fold-norms", "Once", "-m", "toy", "-n", "5"],
+        ["generate", "Once", "-m", "toy", "--fold-norms", "-n", "5", "--fuse-projections"],
+        ["generate", "-m", "toy", "-n", "5", "--fold_norms", "--", "Once"],
+    ):
+        assert main(words) == 0
+        assert capsys.readouterr().out == f"Once{minitx.load('toy').generate('Once', 5)}\n"
+    assert main(["show", "-m", "toy", "--fuse-projections"]) == 0
+    assert "FusedQKV" in capsys.readouterr().out
+    assert main(["generate", "-m", "toy", "-n", "1", "--", "--fold-norms"]) == 0
+    assert capsys.readouterr().out.startswith("--fold-norms")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stories", "--fold-norms"], "stories takes no techniques; leave --fold-norms out."),
+        (["show", "-m", "toy", "--fold-norms", "a=1"], "fold_norms has no option 'a'"),
+        (["show", "-m", "toy", "--fold-norms", "--fold-norms"], "--fold-norms is given twice"),
+        (["show", "-m", "toy", "--fold-norm"], "There is no option --fold-norm"),
+        (["explain", "fold-norm"], "no technique 'fold-norm'; did you mean 'fold_norms'?"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(toy, capsys, words, message):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_list_and_explain(capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [t.flag for t in module.techniques()]
+    assert main(["list", "--json"]) == 0
+    assert {row["flag"] for row in json.loads(capsys.readouterr().out)} >= {"--fold-norms"}
+    assert main(["explain", "fold-norms"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("--fold-norms (weights): ") and "arXiv 2407.09577" in text
+    assert main(["explain", "fold_norms", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["exact"] is True and found["options"] == {} and found["Neutral"]

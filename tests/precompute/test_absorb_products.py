@@ -1,0 +1,260 @@
+"""W_Q W_K^T and W_V W_O as one matrix: against the plain forward, a literal twin, the ledger."""
+
+from dataclasses import replace
+from itertools import product
+
+import literal_absorb_products as literal
+import numpy as np
+import pytest
+from tiny import FAMILIES, error, in_chunks
+
+from minitx.build import random_model
+from minitx.errors import MinitxError
+from minitx.ledger import counting
+from minitx.lm import LM
+from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope, RMSNorm
+from minitx.precompute.absorb_products import absorbed
+from minitx.technique import apply, swap
+from minitx.tree import map_weights
+
+SIZES = dict(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2, head_width=6, context=40)
+PLAIN = dict(bos=None, eos=())
+BIASES = dict(qkv_bias=True, out_bias=True)
+KINDS = {
+    "learned": replace(FAMILIES["gpt2"], **SIZES, **PLAIN),
+    "learned-plain": replace(FAMILIES["llama"], **SIZES, **PLAIN, rope_width=0),
+    "rotary": replace(FAMILIES["llama"], **SIZES, **PLAIN, **BIASES, rope_width=4),
+    "parallel": replace(FAMILIES["gpt_neox"], **SIZES, **PLAIN, rope_width=2),
+}
+KINDS["one head"] = replace(KINDS["learned"], heads=1, kv_heads=1, head_width=16)
+KINDS["one key head"] = replace(KINDS["rotary"], kv_heads=1)
+KINDS["full"] = replace(KINDS["learned"], kv_heads=4)
+IDS = np.array([7, 2, 7, 0, 10, 3, 7, 5] * 4)
+CASES = [
+    (kind, pairs)
+    for kind, config in KINDS.items()
+    for pairs in (("ov",) if config.rope_width else ("qk", "ov", "both"))
+]
+cases = pytest.mark.parametrize("kind, pairs", CASES)
+
+
+def make(kind, dtype=np.float64, **changes):
+    """A model whose biases are not zero and whose gains are not one."""
+    rng = np.random.default_rng(5)
+    random = random_model(replace(KINDS[kind], **changes), 3, dtype)
+
+    def change(w):
+        return (w + rng.normal(0, 0.3, w.shape) if w.ndim == 1 else 2 * w).astype(dtype)
+
+    return LM(map_weights(random, change))
+
+
+@cases
+@pytest.mark.parametrize("dtype, allowed", [(np.float64, 1e-12), (np.float32, 1e-5)])
+def test_a_prompt_chunks_and_single_tokens(kind, pairs, dtype, allowed):
+    dense = make(kind, dtype)
+    lm = apply(dense, {"absorb_products": {"pairs": pairs}})
+    expected = dense.logits(IDS)
+    for sizes in ((32,), (20, 2, 9, 1), (1,) * 32):
+        found = in_chunks(lm, IDS, sizes)
+        assert error(found, expected) < allowed and found.dtype == dtype
+
+
+@pytest.mark.parametrize("kind, pairs", [("learned", "both"), ("rotary", "ov")])
+def test_by_itself_it_absorbs_what_the_positions_allow(kind, pairs):
+    possible, asked = (
+        apply(make(kind), {"absorb_products": options}) for options in ({}, {"pairs": pairs})
+    )
+    assert repr(possible) == repr(asked)
+    np.testing.assert_array_equal(possible.logits(IDS), asked.logits(IDS))
+
+
+@cases
+def test_batches(kind, pairs):
+    """In step, and padded on the left: each row as alone."""
+    lm = apply(make(kind), {"absorb_products": {"pairs": pairs}})
+    both = lm.logits(np.stack([IDS, IDS[::-1]]))
+    assert error(both[1], lm.logits(IDS[::-1])) < 1e-12
+    prompts = [[7, 2, 7, 0], [3], [10, 9]]
+    assert lm.generate(prompts, 8) == [lm.generate(prompt, 8) for prompt in prompts]
+
+
+@cases
+@pytest.mark.parametrize("other", ["first_layer", "merge_embeddings", "exact_head"])
+def test_with_other_exact_folds(kind, pairs, other):
+    dense = make(kind)
+    if other == "merge_embeddings" and KINDS[kind].rope_width:
+        pytest.skip("rotary")
+    lm = apply(dense, {"absorb_products": {"pairs": pairs}, other: True})
+    assert error(in_chunks(lm, IDS, (25, 1, 6)), dense.logits(IDS)) < 1e-12
+
+
+@cases
+def test_tokens_that_pass_a_layer_by_leave_what_later_ones_need(kind, pairs):
+    exit_early = {"early_exit": {"threshold": 0.0, "first": 1, "warm_up": 8}}
+    dense = make(kind)
+    expected = apply(dense, exit_early).logits(IDS)
+    lm = apply(dense, exit_early | {"absorb_products": {"pairs": pairs}})
+    assert error(lm.logits(IDS), expected) < 1e-12
+    assert error(dense.logits(IDS), expected) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned-plain", "one head", "full"])
+@pytest.mark.parametrize("pairs", ["qk", "ov", "both"])
+def test_the_literal_twin(kind, pairs):
+    dense = make(kind)
+    lm = apply(dense, {"absorb_products": {"pairs": pairs}})
+    plain, absorbed = (model.model.stack.blocks[1].attn for model in (dense, lm))
+    rows = np.random.default_rng(1).normal(0, 1, (10, 16))
+    maps = dict(zip("QKVO", (plain.qkv.q, plain.qkv.k, plain.qkv.v, plain.out)))
+    w = {f"W_{name}": m.w for name, m in maps.items()}
+    w |= {f"b_{n}": np.zeros(m.w.shape[1]) if m.b is None else m.b for n, m in maps.items()}
+    expected = literal.attend(plain.norm(rows), w, plain.heads, plain.kv_heads)
+    for attn, model in ((absorbed, lm.model), (plain, dense.model)):
+        layer = model.new_state().layers[1].take(len(rows))
+        assert error(attn(rows, layer), expected) < 1e-12
+
+
+def by_hand():
+    """An attention of width 2 with one head of width 1."""
+    columns = np.array([[[1.0], [2.0]], [[3.0], [4.0]], [[5.0], [6.0]]])
+    biases = np.array([[10.0], [20.0], [30.0]])
+    q, k, v = (Linear(w, b) for w, b in zip(columns, biases))
+    out = Linear(np.array([[7.0, 8.0]]), np.array([0.5, 0.25]))
+    norm = RMSNorm(np.ones(2), 1e-5)
+    return Attention(norm, QKV(q, k, v), NoRope(), Cache(), Attend(1.0), out, 1, 1)
+
+
+def test_the_matrices_by_hand():
+    """Width 2, one head of 1: QK = [1, 2]^T [3, 4] and so on, with the scale left in the scores."""
+    both = absorbed(by_hand(), True, True)
+    np.testing.assert_array_equal(both.qkv.q.w, [[3, 4], [6, 8]])
+    np.testing.assert_array_equal(both.qkv.q.b, [30, 40])  # b_Q W_K^T; b_K goes
+    np.testing.assert_array_equal(both.out.w, [[35, 40], [42, 48]])
+    np.testing.assert_array_equal(both.out.b, [210.5, 240.25])  # b_V W_O + b_O
+
+
+# Biases ------------------------------------------------------------------------------------------
+
+
+def some_biases(lm, names):
+    """The model with the biases of these of q, k, v and out; the others None."""
+
+    def change(attn):
+        qkv = attn.qkv
+        q, k, v, out = (
+            linear if name in names else replace(linear, b=None)
+            for name, linear in (("q", qkv.q), ("k", qkv.k), ("v", qkv.v), ("out", attn.out))
+        )
+        return replace(attn, qkv=replace(qkv, q=q, k=k, v=v), out=out)
+
+    return swap(lm, Attention, change)
+
+
+CHOICES = [[n for n, b in zip(("q", "k", "v", "out"), c) if b] for c in product([0, 1], repeat=4)]
+
+
+@pytest.mark.parametrize("kind, pairs", [c for c in CASES if c[0] != "learned-plain"])
+def test_absorb_products_mixed_biases_is_exact(kind, pairs):
+    """All 2^4 choices of biases, and they are made only where something is to be added."""
+    lm = make(kind)
+    for names in CHOICES:
+        dense = some_biases(lm, names)
+        new = apply(dense, {"absorb_products": {"pairs": pairs}})
+        found = error(in_chunks(new, IDS, (25, 1, 6)), dense.logits(IDS))
+        assert found <= 1e-12, f"{pairs} with biases of {names or 'none'}: off by {found:.1e}"
+        for block in new.model.stack.blocks:
+            q, out = block.attn.qkv.q, block.attn.out
+            assert (q.b is not None) == ("q" in names), f"queries with biases of {names or 'none'}"
+            wanted = "out" in names or pairs != "qk" and "v" in names
+            assert (out.b is not None) == wanted, f"the output with biases of {names or 'none'}"
+            if pairs == "qk":
+                assert (block.attn.qkv.v.b is not None) == ("v" in names), "values are as they were"
+            if pairs == "ov":
+                assert (block.attn.qkv.k.b is not None) == ("k" in names), "keys are as they were"
+
+
+@pytest.mark.parametrize("names", CHOICES, ids=lambda names: "+".join(names) or "none")
+def test_absorb_products_mixed_biases_by_hand(names):
+    """As in the example by hand: b_Q W_K^T = 10 [3, 4]; b_V W_O = 30 [7, 8]; b_K goes."""
+    absorbed_ = absorbed(some_biases(by_hand(), names), True, True)
+    b = absorbed_.qkv.q.b
+    assert (None if b is None else b.tolist()) == ([30, 40] if "q" in names else None), "b_Q W_K^T"
+    expected = np.zeros(2)
+    if "v" in names:
+        expected = expected + [210, 240]
+    if "out" in names:
+        expected = expected + [0.5, 0.25]
+    b = absorbed_.out.b
+    if not {"v", "out"} & set(names):
+        assert b is None, f"nothing is to be added, but the output has the bias {b}"
+    else:
+        np.testing.assert_array_equal(b, expected, err_msg="b_V W_O + b_O")
+
+
+# What it costs -----------------------------------------------------------------------------------
+
+
+@cases
+def test_a_token_costs_what_the_card_says(kind, pairs):
+    dense = make(kind, np.float32)
+    lm = apply(dense, {"absorb_products": {"pairs": pairs}})
+    c = dense.model.config
+    D, H, K, d, S = 16, c.heads, c.kv_heads, c.head_width, 30
+    qk, ov = pairs != "ov", pairs != "qk"
+    states = [model.model.new_state() for model in (dense, lm)]
+    found = []
+    for model, state in zip((dense, lm), states):
+        model.model(IDS[: S - 1], state)
+        with counting(model) as counts:
+            model.model(IDS[S - 1 : S], state)
+        found.append(counts.total("model.stack.blocks.0.attn"))
+    before, after = found
+    assert before.multiply_adds == 2 * D * (H + K) * d + 2 * S * H * d
+    scores = H * D * D + S * H * D if qk else D * (H + K) * d + S * H * d
+    mixing = H * D * D + S * H * D if ov else D * (H + K) * d + S * H * d
+    assert after.multiply_adds == scores + mixing
+    products = (H * D if qk else (H + K) * d) + (H * D if ov else (H + K) * d)
+    assert after.weight_bytes == 4 * D * products
+    kept = D if qk and ov else D + K * d if qk or ov else 2 * K * d
+    assert states[1].bytes_per_token == 4 * kept * c.layers
+    assert after.cache_bytes == 4 * kept * S  # keys that are values are read once
+    assert before.cache_bytes == 4 * 2 * K * d * S
+
+
+def test_it_pays_for_one_wide_head():
+    """d = D: both products are as large as one of their two factors."""
+    dense = make("one head", np.float32)
+    costs = []
+    for lm in (dense, apply(dense, {"absorb_products": True})):
+        with counting(lm) as counts:
+            lm.logits(IDS)
+        costs.append(counts.total("model.stack.blocks.0.attn"))
+    assert costs[1].multiply_adds < costs[0].multiply_adds
+    assert costs[1].weight_bytes * 2 == costs[0].weight_bytes
+    assert costs[1].cache_bytes * 2 == costs[0].cache_bytes
+
+
+# What it is not for ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rotary", "parallel"])
+@pytest.mark.parametrize("pairs", ["qk", "both"])
+def test_rotary_positions_stand_between_queries_and_keys(kind, pairs):
+    with pytest.raises(MinitxError, match="^absorb_products.*rotary.*use pairs=ov"):
+        apply(make(kind), {"absorb_products": {"pairs": pairs}})
+
+
+@pytest.mark.parametrize("other", ["fuse_projections", "slim_attention"])
+def test_others_that_want_the_three_matrices(other):
+    with pytest.raises(MinitxError, match=f"{other}.*absorb_products.*use one of the two"):
+        apply(make("full"), {"absorb_products": True, other: True})
+
+
+@pytest.mark.parametrize("kind", ["full", "learned"])
+def test_absorbing_after_folding_the_norms_is_exact(kind):
+    """fold_norms comes first in any order of the flags: what is absorbed is folded already."""
+    dense = make(kind)
+    pairs = "both" if kind == "learned" else "ov"
+    both = apply(dense, {"absorb_products": {"pairs": pairs}, "fold_norms": True})
+    assert error(both.logits(IDS), dense.logits(IDS)) < 1e-12

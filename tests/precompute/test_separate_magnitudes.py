@@ -1,0 +1,126 @@
+"""A few large weights in full: the grid of the rest, its memory, and plain rounding beside it."""
+
+import numpy as np
+import pytest
+from tiny import FAMILIES, tiny_lm
+
+from minitx.errors import MinitxError
+from minitx.ledger import counting
+from minitx.model import Linear
+from minitx.precompute.separate_magnitudes import OutlierLinear, kept
+from minitx.shared.bit_planes import pack, unpack
+from minitx.technique import apply
+from minitx.tree import nbytes, walk
+
+rng = np.random.default_rng(0)
+W, B = rng.standard_t(3, (64, 10)), rng.normal(size=10)  # heavy tails
+IDS = np.arange(20) * 7 % 258
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("outputs", [1, 7, 8, 19])
+def test_bit_planes(bits, outputs):
+    codes = rng.integers(0, 2**bits, (5, outputs))
+    planes = pack(codes, bits)
+    np.testing.assert_array_equal(unpack(planes, outputs), codes)
+    assert planes.shape == (5, bits, -(-outputs // 8)) and planes.dtype == np.uint8
+
+
+def test_bit_planes_by_hand():
+    planes = pack(np.array([[5, 1, 2]]), 3)  # 101, 001, 010
+    assert planes.tolist() == [[[0b11000000], [0b00100000], [0b10000000]]]
+
+
+def test_a_worked_example():
+    w = np.array([[7.0], [-100.0], [-3.4], [1.6]])
+    part = OutlierLinear.of(Linear(w), 4, 0.25)
+    assert part.rows.tolist() == [[1]] and part.values.tolist() == [[-100.0]]
+    assert part.scale.tolist() == [1.0]
+    assert part.w.tolist() == [[7.0], [-100.0], [-3.0], [2.0]]
+    plain = OutlierLinear.of(Linear(w), 4, 0.0)
+    assert plain.rows.shape == (0, 1) and plain.w[3, 0] == 0  # the steps are 100 / 7
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5])
+def test_the_rest_is_half_a_step_away_at_most(bits, share):
+    part, k = OutlierLinear.of(Linear(W), bits, share), kept(64, share)
+    assert k == {0.0: 0, 0.01: 1, 0.1: 6, 0.5: 32}[share]
+    error = abs(part.w - W)
+    assert (error <= part.scale / 2 + 1e-12).all()
+    largest = np.sort(abs(W), axis=0)[64 - k :]
+    np.testing.assert_array_equal(np.sort(abs(part.values), axis=0), largest)
+    assert (np.take_along_axis(error, part.rows.astype(int), 0) == 0).all()
+
+
+def test_products_and_outputs():
+    part, x = OutlierLinear.of(Linear(W, B), 4, 0.05), rng.normal(size=(3, 5, 64))
+    np.testing.assert_allclose(part(x), x @ part.w + B, atol=1e-12)
+    np.testing.assert_array_equal(part.outputs(x, slice(4, None)), part(x)[..., 4:])
+
+
+def rounded(w, bits, groups):
+    """Plain rounding with a scale for each of so many groups of inputs."""
+    found = []
+    for piece in np.array_split(w, groups):
+        scale = abs(piece).max(0) / (2 ** (bits - 1) - 1)
+        found.append(np.rint(piece / scale) * scale)
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_against_plain_rounding(bits):
+    """With heavy tails: better than a scale for each output, and than groups that take as much."""
+    w = rng.standard_t(3, (256, 40))
+    k = 5
+    part = OutlierLinear.of(Linear(w), bits, k / 256)
+    groups = round((32 + k * (32 + 8)) / 32)  # as much memory, see lab/costs
+    errors = [np.linalg.norm(found - w) for found in (part.w, rounded(w, bits, groups))]
+    assert errors[0] < errors[1] < np.linalg.norm(rounded(w, bits, 1) - w)
+    np.testing.assert_allclose(OutlierLinear.of(Linear(w), bits, 0).w, rounded(w, bits, 1))
+
+
+def test_no_weights_and_all_of_them():
+    zero = OutlierLinear.of(Linear(np.zeros((4, 3), np.float32)), 4, 0.25)
+    assert not zero.w.any() and zero.w.dtype == np.float32
+    w = W.astype(np.float32)
+    np.testing.assert_array_equal(OutlierLinear.of(Linear(w), 2, 1.0).w, w)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_memory_and_counts(family):
+    dense = tiny_lm(family)
+    expected, errors = dense.logits(IDS), []
+    for share in (0.0, 0.1, 0.5, 1.0):
+        lm = apply(dense, {"separate_magnitudes": {"share": share}})
+        found = lm.logits(IDS)
+        assert found.dtype == np.float32
+        errors.append(abs(found - expected).max())
+        saved = nbytes(dense) - nbytes(lm)
+        linears = [n.w.shape for _, n in walk(dense) if type(n) is Linear]
+        predicted = [  # every number of outputs here fills bytes, and rows have 8 bits
+            outputs * (4 * inputs - inputs * 4 // 8 - 4 - kept(inputs, share) * 5)
+            for inputs, outputs in linears
+        ]
+        assert saved == sum(predicted)
+        with counting(lm) as counts:
+            lm.logits(IDS)
+        with counting(dense) as plain:
+            dense.logits(IDS)
+        assert counts.total().multiply_adds == plain.total().multiply_adds
+        assert plain.total().weight_bytes - counts.total().weight_bytes == saved
+    assert errors[0] > errors[2] > errors[3] == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bits": 1}, "takes 2 to 8 bits, not 1;"),
+        ({"bits": 9}, "takes 2 to 8 bits, not 9;"),
+        ({"share": -0.1}, "a share of 0 to 1 of the weights, not -0.1;"),
+        ({"share": 1.5}, "a share of 0 to 1 of the weights, not 1.5;"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(MinitxError, match=f"^separate_magnitudes .*{message}"):
+        apply(tiny_lm(), {"separate_magnitudes": options})

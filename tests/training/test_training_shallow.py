@@ -1,0 +1,124 @@
+"""Stages that train the first blocks alone: the others wait, and join in without a jolt."""
+
+import json
+
+import numpy as np
+import pytest
+from test_training import FIRST, MODEL, SECOND, TOKENIZER, recipe_of, run_of, worker_of, write
+
+from minitx.build import random_model
+from minitx.checkpoints.huggingface import read_model
+from minitx.lab.evaluate import Tally
+from minitx.training.layerskip import exit_weights, kept, shallow
+from minitx.training.optimizer import decays
+from minitx.training.recipe import recipe_from
+from minitx.training.train import train
+from minitx.training.worker import DROPOUT, batch_loss
+from minitx.tree import weights
+
+IDS = np.arange(60).reshape(2, 30)
+GPT2 = MODEL | {
+    "family": "gpt2", "kv_heads": 2, "rope_width": 0, "activation": "relu",
+    "qkv_bias": True, "out_bias": True, "ffn_bias": True,
+}  # fmt: skip
+GPT2.pop("rope_base")
+NEOX = GPT2 | {"family": "gpt_neox", "rope_width": 4, "parallel": True}
+
+
+def block_of(path: str) -> int:
+    """The number of the block that a weight belongs to; -1 for what is outside of all."""
+    return int(path.split(".")[2]) if path.startswith("stack.blocks.") else -1
+
+
+def begun(folder, *stages, model=MODEL):
+    """The model with which a training by these stages begins."""
+    run = run_of(folder, recipe_of(*stages, model=model))
+    run.begin()
+    return run.layout.model(run.arrays["weights"])
+
+
+# The beginning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [MODEL, GPT2, NEOX], ids=["llama", "gpt2", "gpt_neox"])
+def test_blocks_that_wait_begin_as_identities(tmp_path, sizes):
+    model = begun(tmp_path, FIRST | {"layers": 1}, FIRST, model=sizes)
+    np.testing.assert_array_equal(model(IDS), shallow(model, 1)(IDS))
+    assert (model.hidden(IDS) != model.embed(IDS, slice(0, 30))).any()
+    plain = weights(random_model(model.config, 4))
+    for path, w in weights(model).items():
+        zero = block_of(path) >= 1 and path.endswith((".attn.out.w", ".ffn.down.w"))
+        np.testing.assert_array_equal(w, 0 * plain[path] if zero else plain[path])
+
+
+@pytest.mark.parametrize("stages", [[FIRST], [FIRST, FIRST | {"layers": 1}]])
+def test_a_training_of_all_blocks_begins_with_random_ones(tmp_path, stages):
+    model = begun(tmp_path, *stages)
+    for path, w in weights(random_model(model.config, 4)).items():
+        np.testing.assert_array_equal(weights(model)[path], w)
+
+
+# A stage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [FIRST, SECOND], ids=["plain", "LayerSkip"])
+def test_blocks_that_wait_only_decay(stage):
+    stage = stage | {"layers": 2, "warmup": 0, "schedule": "constant"}
+    worker = worker_of(recipe_of(stage))
+    before = {path: w.copy() for path, w in weights(worker.model).items()}
+    for step in range(3):
+        worker.step(0, step, step)
+    rate = stage.get("muon", stage["lr"])
+    shrunk = (1 - rate * stage["weight_decay"]) ** 3
+    for path, w in weights(worker.model).items():
+        if block_of(path) < 2:
+            assert (w != before[path]).any(), path
+        else:
+            np.testing.assert_allclose(w, before[path] * (shrunk if decays(path) else 1), 1e-6)
+
+
+def test_a_shallow_step_is_that_of_a_model_of_so_many_layers():
+    deep = worker_of(recipe_of(FIRST | {"layers": 2}))
+    small = worker_of(recipe_of(FIRST, model=MODEL | {"layers": 2}))
+    for path, w in weights(small.model).items():
+        w[:] = weights(deep.model)[path]
+    # Also clipped alike: to the norm of all gradients the blocks that wait add nothing.
+    assert deep.step(0, 0, 0) == small.step(0, 0, 0)
+    for path, w in weights(small.model).items():
+        np.testing.assert_allclose(weights(deep.model)[path], w, rtol=1e-5, atol=1e-7)
+    one, other = (sum(w.check(0).values(), Tally.empty()) for w in (deep, small))
+    assert (one.right == other.right).all() and one.count[0] > 0
+    np.testing.assert_allclose(one.loss, other.loss, rtol=1e-4)
+
+
+def test_dropout_and_exits_count_the_layers_of_the_stage():
+    """The last of the first two layers is the last: it is dropped most and always has the loss."""
+    stage = recipe_from(recipe_of(SECOND | {"layers": 2, "layer_dropout": 0.9})).stages[0]
+    config = recipe_from(recipe_of(SECOND)).config(len(TOKENIZER), TOKENIZER.eos)
+    deep = random_model(config, 3)
+    worker = worker_of(recipe_of(SECOND | {"layers": 2}))
+    worker.enter(0)
+    batch = worker.rows.batch(0, 0, 8)
+    full = recipe_from(recipe_of(SECOND | {"layer_dropout": 0.9})).stages[0]
+    assert list(exit_weights(2, 0.2, 2, 1)) == [1] and kept(2, 0.9, DROPOUT, range(8)).min() == 0
+    alone = batch_loss(shallow(deep, 2), batch, full, 1, range(8), DROPOUT)
+    assert batch_loss(deep, batch, stage, 1, range(8), DROPOUT) == alone
+    assert batch_loss(deep, batch, full, 1, range(8), DROPOUT) != alone
+
+
+# All of it ---------------------------------------------------------------------------------------
+
+
+def test_waiting_blocks_join_in(tmp_path):
+    """At the end of a shallow stage the whole model still is the shallow one; then all learn."""
+    short = FIRST | {"steps": 2, "every": 2, "weight_decay": 0.0}
+    path = write(tmp_path, recipe_of(short | {"layers": 1}, dtype="float32"))
+    train(path, tmp_path / "out", workers=1, bar=False)
+    model = read_model(tmp_path / "out")
+    np.testing.assert_array_equal(model(IDS), shallow(model, 1)(IDS))
+
+    path.write_text(json.dumps(recipe_of(short | {"layers": 1}, short, dtype="float32")))
+    train(path, tmp_path / "out", workers=1, bar=False)
+    model = read_model(tmp_path / "out")
+    for number in (1, 2):
+        assert (shallow(model, number + 1)(IDS) != shallow(model, number)(IDS)).any()
