@@ -118,6 +118,11 @@ def list_techniques(args) -> None:
         print(f"{row['flag']:{wide}}  {row['level']:9}  {kind:11}  {row['summary']}")
 
 
+HANGING = 11  # characters that the text of a card is indented by
+LEGEND = """B batch, T new tokens, S cached tokens, D width, H query heads, K key/value heads,
+           G = H/K, d head width, F hidden width, V vocabulary, L layers"""
+
+
 def explain(args) -> None:
     from minitx.technique import find
 
@@ -132,15 +137,20 @@ def explain(args) -> None:
             )
         )
         return
-    print(f"{technique.flag} ({technique.level}): {card.summary}\n")
-    for option in technique.options.values():
-        meaning = option.meaning and f"{option.meaning}; "
-        print(f"  {option.name}={option.default}  ({meaning}{option.needed()})")
-    if technique.options:
-        print()
+    kind = "exact" if technique.exact else "approximate"
+    print(f"{technique.flag} ({technique.level}, {kind})\n{card.summary}\n")
     for heading, text in card.sections.items():
-        print(f"{heading}:")
-        print(textwrap.indent(text, "  "))
+        first, *more = text.splitlines()
+        print(f"{heading + ':':{HANGING}}{first}")
+        for line in more:
+            print(textwrap.indent(line, HANGING * " "))
+    print(f"{'File:':{HANGING}}{technique.path}")
+    print(f"{'Letters:':{HANGING}}{LEGEND}\n")
+    if not technique.options:
+        print("No options.")
+    for option in technique.options.values():
+        print(f"  {option.name}={option.default}")
+        print(f"      {option.meaning} ({option.expected()})")
 
 
 def check(args) -> int:

@@ -17,6 +17,7 @@ There are three ways to say which parts it changes:
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -126,15 +127,17 @@ class Option:
             raise ValueError
         return value
 
-    def needed(self) -> str:
-        """What is expected, in words."""
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    def expected(self) -> str:
+        """The values that are allowed, in words: "an integer, at least 1"."""
+        words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
         found = words[self._kind()]
         if choices := self.choices():
             found = f"one of {', '.join(map(str, choices))}"
         elif self.range is not None:
-            found = f"{'an integer' if self._kind() is int else 'a number'}, {self.range}"
-        return found + (" or None" if type(None) in get_args(self.type) else "")
+            found = f"{found}, {self.range}"
+        if type(None) in get_args(self.type):
+            found += ", or None" if "," in found else " or None"
+        return found
 
     def choices(self) -> tuple:
         return get_args(self._type()) if get_origin(self._type()) is Literal else ()
@@ -180,6 +183,13 @@ class Technique:
         return {p.name: Option.of(p) for p in parameters}
 
     @property
+    def path(self) -> str:
+        """Its file, from the top of the repository: ``minitx/skip/elsa/__init__.py``."""
+        path = self.function.__module__.replace(".", "/")
+        is_folder = hasattr(sys.modules[self.function.__module__], "__path__")
+        return f"{path}/__init__.py" if is_folder else f"{path}.py"
+
+    @property
     def card(self) -> "Card":
         return read_card(self.function.__doc__ or "")
 
@@ -198,8 +208,8 @@ class Technique:
         return found
 
     def bad_value(self, name: str, value) -> MinitxError:
-        needed = self.options[name].needed()
-        return MinitxError(f"Option {name!r} of {self.name} is {value!r}; it must be {needed}.")
+        expected = self.options[name].expected()
+        return MinitxError(f"{self.name}: {name} must be {expected}; got {value!r}.")
 
     def read(self, words: Iterable[str]) -> dict:
         """Options from words like ``threshold=0.95``."""
@@ -474,7 +484,7 @@ def kinds(root: Part) -> set[type]:
 
 HEADINGS = (
     "Paper", "Fidelity", "Kind", "Idea", "Offline",
-    "Online", "Saves", "In NumPy", "Not for", "Proof",
+    "Online", "Saves", "In NumPy", "Not for", "Proof", "Tutorial",
 )  # fmt: skip
 OLDER_HEADINGS = (  # of cards that are not rewritten yet
     "Paper", "Kind", "Skips or precomputes", "Offline", "Online", "Saves", "Neutral", "Not for",

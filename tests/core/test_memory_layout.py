@@ -7,7 +7,7 @@ import pytest
 from tiny import KINDS, tiny_folder, tiny_lm, tiny_model
 
 import minitx
-from minitx import ops
+from minitx import fast
 from minitx import technique as module
 from minitx.checkpoints.huggingface import write_model
 from minitx.lab import bench
@@ -22,7 +22,7 @@ SMALL = 16 * 16  # numbers in the matrices of tiny models for queries and output
 @pytest.fixture(autouse=True)
 def large(monkeypatch):
     """In tiny models too, some matrices are large and some are not."""
-    monkeypatch.setattr(ops, "LARGE", SMALL)
+    monkeypatch.setattr(fast, "LARGE", SMALL)
 
 
 def address(array):
@@ -86,7 +86,7 @@ def test_what_is_shared_stays_shared():
 
 
 def test_a_model_without_large_matrices_stays_itself(monkeypatch):
-    monkeypatch.setattr(ops, "LARGE", 10**6)
+    monkeypatch.setattr(fast, "LARGE", 10**6)
     model = tiny_model()
     assert to_column_major(model) is model and to_row_major(model) is model
 

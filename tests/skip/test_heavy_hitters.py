@@ -6,6 +6,7 @@ from literal_heavy_hitters import keep, run
 from tiny import FAMILIES, in_chunks, tiny_lm
 
 import minitx
+from minitx import fast
 from minitx.errors import MinitxError
 from minitx.lab.compare import Plan, compare
 from minitx.ledger import counting

@@ -9,7 +9,7 @@ import math
 import numpy as np
 from tqdm import tqdm
 
-from minitx import fast, ledger, ops
+from minitx import fast, ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
