@@ -73,8 +73,8 @@ def _notes(result: dict) -> list[str]:
     load, share = result["machine"]["load"] or 0, result["machine"]["processor_share"]
     if load > 0.5 or share < 0.95:
         notes.append(
-            f"Other programs were running (load {load:.1f} at the start, {share:.0%} of a CPU for this "
-            "one). They share caches and memory bandwidth, which slows decoding most."
+            f"Other programs were running (load {load:.1f} at the start, {share:.0%} of a CPU for "
+            "this one). They share caches and memory bandwidth, which slows decoding most."
         )
     return notes
 

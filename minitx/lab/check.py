@@ -32,8 +32,8 @@ from minitx.training.layerskip import record
 INTRODUCTION = f"""\
 Each model reads a text, and the values after every stage are compared with those that Hugging Face
 transformers computed from the same weights. "error" is the largest absolute difference, "relative"
-is the error divided by the stage's largest value. Up to {ALLOWED["float32"]:.0e} in float32 and \
-{ALLOWED["float64"]:.0e} in float64 counts as rounding.
+is the error divided by the stage's largest value. Errors up to these count as
+rounding: {ALLOWED["float32"]:.0e} in float32, {ALLOWED["float64"]:.0e} in float64.
 """
 
 
@@ -113,7 +113,7 @@ def check_model(name: str, folder=None) -> Comparison:
         if load(path).model.config.skipless:
             raise NoOtherFramework(
                 f"{known} is skipless (no residual connections, no norms), which no other "
-                "framework supports, so there is no reference. It has the parts of the other models."
+                "framework supports, so there is no reference. It has the parts of other models."
             )
         raise MinitxError(
             f"There are no reference outputs for {known}; choose from {', '.join(references)}."

@@ -119,8 +119,9 @@ class Comparison:
         if not self.greedy_ok("float64"):
             return (
                 f"A bug: it first appears in the greedy continuation, after "
-                f"{self.greedy['float64']} matching tokens. One pass over the whole text agrees, so look at what "
-                "only decoding uses: the KV cache, and the positions of later tokens."
+                f"{self.greedy['float64']} matching tokens. One pass over the "
+                "whole text agrees, so look at what only decoding uses: the KV cache, "
+                "and the positions of later tokens."
             )
         return (
             "A bug in the tokenizer: on the same ids the model agrees, but text "

@@ -234,7 +234,7 @@ def test_the_command_with_wrong_input(run, workdir):
         (["first-layer", "--config", "nowhere.json"], "nowhere.json"),
         (["first-layer", "--config", "toy/model.safetensors"], "is not valid JSON"),
         (["first-layer", "--config", "toy", "--fold-norms"], "takes no techniques"),
-        (["first-layer", "depth=2", "--config", "toy"], "has no option 'depth'; it has none"),
+        (["first-layer", "depth=2", "--config", "toy"], "has no option 'depth'; it takes none"),
     ):
         status, out, err = run("cost", *words)
         assert (status, out) == (2, "") and message in err and err.count("\n") == 1
