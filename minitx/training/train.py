@@ -243,7 +243,7 @@ def _folder(recipe_path, out) -> Path:
 def _workers(asked: int | None, recipe: Recipe) -> int:
     """How many processes: as asked, or one a core; never more than there are shards."""
     if asked is not None and (type(asked) is not int or asked < 1):
-        raise MinitxError(f"The number of workers is {asked!r}; a whole number >= 1 is needed.")
+        raise MinitxError(f"The number of workers is {asked!r}; expected an integer >= 1.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(asked or cores or 1, recipe.shards)
 
