@@ -82,7 +82,7 @@ METHODS = (
     Method("a3", Knob("M", 1 / 256, 8.0, start=1.2), {"T": 0.0}),
     Method("elsa", Knob("p", 1 / 64, 64.0, start=0.25, falling=True)),
     Method("dota", keys("keep")),
-    Method("predictive_attention", Knob("rho", 0.001, 1.0), {"tau": 0.0, "r_min": 1}),
+    Method("predictive_attention", Knob("share", 0.001, 1.0), {"threshold": 0.0, "min_keys": 1}),
     Method("sparse_memory", keys("K")),
     Method("window", keys("r")),
     Method("random", keys("r")),
