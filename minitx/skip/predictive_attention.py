@@ -181,8 +181,9 @@ class LeadingOne(Part):
 #   scores but not their size, so it goes with share and threshold=0; bits is not used.
 # - Left out of the related designs: several rounds of prediction, prediction before q and k exist.
 # - Cache reads per token: S (d + 4) bytes for each key head (int8 codes, float32 scales; with
-#   leading-one S (4 d + 4)) and 8 r d for each query head, since heads that share keys keep different
-#   ones, instead of 8 S d for each key head. The cache grows by d + 4 bytes per key and key head.
+#   leading-one S (4 d + 4)) and 8 r d for each query head, since heads that share keys keep
+#   different ones, instead of 8 S d for each key head. The cache grows by d + 4 bytes per key and
+#   key head.
 # - For a prompt 3 S d are computed instead of 2 S d, since many queries are faster in one dense
 #   product than gathered; "keys kept" of "keys seen" tells what hardware could skip. Coding,
 #   rescaling and sorting take a few operations per number and are not counted.
