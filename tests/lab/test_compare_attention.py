@@ -1,4 +1,4 @@
-"""``minitx compare-attention``: attention mass, tuning, costs and timing, against figures by hand."""
+"""``minitx compare-attention``: attention mass, tuning, costs and timing."""
 
 import json
 import sys

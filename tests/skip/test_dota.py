@@ -27,7 +27,7 @@ from minitx.skip.dota.detector import (
     quantize,
 )
 from minitx.skip.dota.file import read_detectors, write_detectors
-from minitx.skip.dota.fit import fit_detectors
+from minitx.skip.dota.fit import Text, fit_detectors, solve
 from minitx.skip.dota.loads import key_loads
 from minitx.state import Layer, Tokens
 from minitx.technique import apply, find
@@ -345,6 +345,32 @@ def test_fit_has_the_least_error_nearby(name):
             for d in found
         )
         assert error(near) > best * (1 - slack), "a w_k nearby has a smaller error"
+
+
+@pytest.mark.parametrize("side", ["w_q", "w_k"])
+def test_fit_normal_equations_equal_least_squares_pair_by_pair(side):
+    """One equation per pair j <= i, in the four unknowns w_ac of a matrix: s_ij is the sum of
+    y_ia w_ac (R_i k~_j)_c for a head's w_q, and of y_ja w_ac (R_j q~_i)_c, in both heads, for
+    w_k."""
+    rng, T = np.random.default_rng(7), 9
+    attn = tiny_lm("llama").model.stack.blocks[0].attn  # two heads of width 8 share their keys
+    x, q, k = (rng.standard_normal(shape) for shape in ((T, 16), (2, T, 8), (1, T, 8)))
+    rope = narrow_rope(attn.rope, 2, 8)
+    text = Text(projection(16, 2, rng), attn, rope, (x, q, k), 0)
+    w_q, w_k = rng.standard_normal((2, 2, 2)), rng.standard_normal((2, 2))
+    low_k = rope((text.y @ w_k)[None], Tokens(slice(0, T)))[0]
+    np.testing.assert_allclose(text.rotated(w_k), low_k, atol=1e-12, err_msg="rotated rows")
+    pairs, scores = [], []
+    for head in [0] if side == "w_q" else [0, 1]:
+        low_q = text.rotated(w_q[head])
+        for i in range(T):
+            for j in range(i + 1):
+                mine, other = (i, low_k[j]) if side == "w_q" else (j, low_q[i])
+                pairs.append(np.outer(text.y[mine], text.turn[mine] @ other).reshape(-1))
+                scores.append(q[head, i] @ k[0, j] * attn.attend.scale)
+    expected = np.linalg.lstsq(np.array(pairs), np.array(scores))[0].reshape(2, 2)
+    found = solve([text.query_sums(w_k, 0) if side == "w_q" else text.key_sums(w_q)])
+    np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=f"{side} of least error")
 
 
 def test_fit_without_texts_is_refused():
