@@ -103,7 +103,7 @@ class DetectedKeys(Part):
     """The selector: keeps the keys of each query with the largest estimated scores."""
 
     keep: int
-    parallel: int  # queries that run in parallel, in the count of key loads
+    parallel_queries: int  # in the count of key loads
 
     def __call__(self, q, k, known, visible: Visible):
         """q~ and k~ come from ``DetectingAttention``; q and k are not looked at."""
@@ -114,8 +114,8 @@ class DetectedKeys(Part):
         kept = top_k(visible.hide(estimates), np.minimum(self.keep, visible.count))
         ledger.event("key loads, one query at a time", kept)
         ledger.event(
-            f"key loads, {self.parallel} queries in parallel",
-            lambda: key_loads(kept, self.parallel),
+            f"key loads, {self.parallel_queries} queries in parallel",
+            lambda: key_loads(kept, self.parallel_queries),
         )
         return kept
 
