@@ -1,8 +1,8 @@
-"""The two operations that take all the time, arranged for speed: the product with a weight matrix,
-and attention. ops.py says what they compute; this file only says in which order, and tests hold
-both against the plain formulas (tests/core/test_fast.py).
+"""The two operations that take nearly all the time, arranged for speed: the product with a weight
+matrix, and attention.
 
-Skip it at first reading.
+ops.py says what they compute; here is only how to compute it fast. Tests check both against the
+plain formulas (tests/core/test_fast.py). Skip this file on a first reading.
 """
 
 from functools import cache
@@ -11,7 +11,7 @@ import numpy as np
 
 from minitx import ledger
 
-# Products with a weight matrix -------------------------------------------------------------------
+# Products with a weight matrix --------------------------------------------------------------------
 
 LARGE = 32 << 10  # numbers in a matrix above which reading it costs more than the call
 FEW = 4  # rows of x up to which the product is memory-bandwidth bound
@@ -44,7 +44,7 @@ def product(x, w):
     return x @ w
 
 
-# Attention ---------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 ROWS = 64  # queries in a block
 
@@ -64,18 +64,19 @@ def attention(q, k, v, scale, mask=None):
 
 
 def query_blocks(T: int, S: int, mask=None):
-    """(a, b, end): blocks of queries a .. b - 1, none of which sees a key from ``end`` on."""
+    """(a, b, end): a block of queries a .. b - 1 that sees only keys before ``end``."""
     if mask is None:
         yield from causal_blocks(T, S)
         return
     for a in range(0, T, ROWS):
         b = min(a + ROWS, T)
-        seen = ~mask[..., a:b, :].reshape(-1, S).all(0)  # (S,) does any of these queries see it?
+        seen = ~mask[..., a:b, :].reshape(-1, S).all(0)  # (S,): visible to any of these queries?
         yield a, b, int(np.flatnonzero(seen)[-1]) + 1 if seen.any() else 1
 
 
 def causal_blocks(T: int, S: int):
-    """``query_blocks`` of the T newest of S tokens: a block ends with its last query's own key."""
+    """``query_blocks`` under the causal mask of the T newest of S tokens: the last key that a block
+    sees is that of its last query."""
     for a in range(0, T, ROWS):
         b = min(a + ROWS, T)
         yield a, b, S - T + b
@@ -88,33 +89,34 @@ def attend_rows(q, k, v, scale, mask=None):
 
 
 def weighted_values(p, q, k, v):
-    """The end of attention: the values weighted by p (..., K, G*T, S), which came of q and k, as
-    (..., H, T, n). Counts the work of the whole."""
-    if ledger.active:  # asked here, since this runs for every token and layer
+    """The second half of attention: the values weighted by the exponentials p (..., K, G*T, S) of q
+    and k -> (..., H, T, n). Counts the multiply-adds of both halves."""
+    if ledger.active:  # checked here because this runs for every token and layer
         work = q.size // q.shape[-1] * k.shape[-2] * (q.shape[-1] + v.shape[-1])
         ledger.count(work, cache_bytes=cached_bytes(k, v))
     return weighted_sum(p, v).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def cached_bytes(k, v) -> int:
-    """Bytes of keys and values as they lie in memory: one array may be both, one head stand for
-    several."""
+    """Bytes of keys and values in memory: one array may be both, and a broadcast head counts
+    once."""
     once = [a[tuple(slice(None if step else 1) for step in a.strides)] for a in (k, v)]
     return once[0].nbytes + (0 if np.may_share_memory(k, v) else once[1].nbytes)
 
 
 def weighted_sum(p, v):
-    """The weighted sum of the values v (..., S, d): ``p / sum(p) @ v`` for p (..., T, S)."""
-    mixed = p @ v
-    mixed /= p.sum(-1, keepdims=True)  # dividing d columns is cheaper than dividing S
-    return mixed
+    """The softmax-weighted sum of the values: ``p / sum(p) @ v`` for exponentials p (..., T, S) and
+    v (..., S, d)."""
+    total = p @ v
+    total /= p.sum(-1, keepdims=True)  # dividing d columns is cheaper than dividing S
+    return total
 
 
 def attention_weights(q, k, scale, mask=None):
-    """``exp(scale * q k^T - row maximum)`` (..., K, G*T, S): the softmax before its division.
+    """``exp(scale * q k^T - row maximum)`` (..., K, G*T, S): the softmax before it is normalized.
 
     mask: booleans that broadcast to (..., K, G, T, n), True where a query must not see one of the
-    n newest keys (n = S, or fewer where the others are visible to all); None if nothing is masked.
+    n newest keys (n = S, or fewer if all queries see the others); None if nothing is masked.
     """
     p = attention_scores(q, k, scale)
     return exponentials(p, mask, q.shape[-2])
@@ -124,30 +126,31 @@ def attention_scores(q, k, scale):
     """``scale * q k^T`` (..., K, G*T, S) for q (..., H, T, d) and k (..., K, S, d)."""
     *lead, H, T, d = q.shape
     K = k.shape[-3]
-    q = q.reshape(*lead, K, H // K * T, d) * scale  # a group's rows meet their keys in one product
+    q = q.reshape(*lead, K, H // K * T, d) * scale  # one product for all query heads of a group
     return q @ k.swapaxes(-1, -2)
 
 
 def exponentials(p, mask, T: int):
-    """``exp(p - row maximum)`` of the scores p (..., K, G*T, S), without those that are masked;
-    p is overwritten."""
+    """``exp(p - row maximum)`` of the scores p (..., K, G*T, S), 0 where masked; overwrites p."""
     if mask is not None:
         S = p.shape[-1]
-        by_head = p.reshape(*p.shape[:-2], -1, T, S)  # a view: what is written here is written in p
+        by_head = p.reshape(*p.shape[:-2], -1, T, S)  # a view into p
         np.copyto(by_head[..., S - mask.shape[-1] :], MASKED, where=mask)
     p -= p.max(-1, keepdims=True)
     return np.exp(p, out=p)
 
 
-MASKED = -1e30  # finite, so that a row that may see nothing (padding) gives numbers and not NaN
+MASKED = (
+    -1e30
+)  # finite, so that a row that sees nothing (padding) gives finite numbers instead of NaN
 
 
 @cache
 def block_mask(T: int) -> np.ndarray:
-    """(T, T) booleans: key s comes after query t. T is at most ROWS, so few are ever kept."""
+    """(T, T) ``causal_mask`` of one block. T is at most ROWS, so few are ever cached."""
     return np.arange(T) > np.arange(T)[:, None]
 
 
 def newest_mask(T: int):
-    """The mask of the T newest queries over their own keys, (T, T); None for a single one."""
+    """The causal mask (T, T) of the T newest queries over their own keys; None if T is 1."""
     return None if T == 1 else block_mask(T)

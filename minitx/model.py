@@ -1,7 +1,7 @@
-"""The transformer, from top to bottom like the equations. No flag, no hook, no technique.
+"""The transformer, top to bottom like the equations. No flag, no hook, no technique.
 
-Every class is a part (see tree.py): it holds weights and smaller parts, and calling it computes.
-A row of ``x`` is one token: x (..., T, D). ``layer`` is the block's memory (see state.py).
+Every class is a part (tree.py): it holds weights and smaller parts, and calling it computes. x
+(..., T, D) is the residual stream, one row per token. ``layer`` is the block's KV cache (state.py).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from minitx.tree import Part, part, table
 
 @part
 class Transformer(Part):
-    """Token ids in, one score per vocabulary entry out."""
+    """Token ids in, one logit per vocabulary entry out."""
 
     embed: Part
     stack: Part
@@ -27,35 +27,36 @@ class Transformer(Part):
     def __call__(self, ids, state: State | None = None):
         """Logits (..., T, V) for ids (..., T): row t scores the token that follows ids[t].
 
-        With a state, the ids continue its sequence; without, they are a whole sequence.
+        With a state, the ids continue its sequence; without one, they are a whole sequence.
         """
         return self.head(self.norm(self.hidden(ids, state)))
 
     def next_logits(self, ids, state: State | None = None):
-        """Logits (..., V) after the last of the ids: the only row that choosing a token needs."""
+        """Logits (..., V) after the last of the ids: the only row that sampling needs."""
         return self.head(self.last(ids, state))
 
     def next_argmax(self, ids, state: State | None = None) -> int:
-        """The id of the largest of the ``next_logits`` (V,) of one sequence: all that greedy
-        decoding needs, and a head may find it without the other logits."""
+        """The argmax of ``next_logits`` for one sequence: all that greedy decoding needs. A head
+        may find it without computing every logit."""
         return self.head.argmax(self.last(ids, state))
 
     def last(self, ids, state: State | None = None):
-        """What the head reads (..., D) after the last of the ids."""
+        """The normalized hidden state (..., D) of the last of the ids: the input of the head."""
         return self.norm(self.hidden(ids, state)[..., -1:, :])[..., 0, :]
 
     def hidden(self, ids, state: State | None = None):
-        """The residual stream (..., T, D) after the last block."""
+        """The hidden states (..., T, D): the residual stream after the last block."""
         ids = np.asarray(ids)
         state = self.new_state(remember=False) if state is None else state
         x = self.embed(ids, state.take(ids.shape[-1]).lookup)
-        with np.errstate(over="ignore"):  # silu far below 0 is x / exp(-x) = x / infinity = 0
+        with np.errstate(over="ignore"):  # silu(x) far below 0 is x / exp(-x) = x / Inf = 0
             x = self.stack(x, state)
         state.position += ids.shape[-1]
         return x
 
     def new_state(self, start=None, remember: bool = True) -> State:
-        """Empty memory for one sequence, or for a batch left-padded up to ``start`` (B,)."""
+        """An empty state for one sequence, or for a batch padded on the left up to ``start``
+        (B,)."""
         return State(len(self.stack.blocks), self.config.context, start, remember)
 
 
@@ -90,7 +91,7 @@ class Stack(Part):
         return self.run(x, state, 0, len(self.blocks))
 
     def run(self, x, state: State, first: int, last: int):
-        """Blocks first .. last - 1, over the tokens in hand."""
+        """Run blocks first .. last - 1 on the tokens of this step."""
         for block, layer in zip(self.blocks[first:last], state.layers[first:last], strict=True):
             layer.tokens = state.tokens
             x = block(x, layer)
@@ -109,11 +110,11 @@ class Block(Part):
         return x + self.ffn(x, layer)
 
     def backfill(self, x, layer: Layer):
-        """Only store the keys and values of tokens x: see ``Attention.backfill``."""
+        """Only fill the KV cache for tokens x: see ``Attention.backfill``."""
         self.attn.backfill(x, layer)
 
     def attend_from(self, x, layer: Layer):
-        """The block for tokens x whose keys and values are stored already."""
+        """Run the block for tokens x whose keys and values are already cached."""
         x = x + self.attn.attend_from(x, layer)
         return x + self.ffn(x, layer)
 
@@ -129,20 +130,21 @@ class ParallelBlock(Part):
         return x + self.attn(x, layer) + self.ffn(x, layer)
 
     def backfill(self, x, layer: Layer):
-        """Only store the keys and values of tokens x: see ``Attention.backfill``."""
+        """Only fill the KV cache for tokens x: see ``Attention.backfill``."""
         self.attn.backfill(x, layer)
 
     def attend_from(self, x, layer: Layer):
-        """The block for tokens x whose keys and values are stored already."""
+        """Run the block for tokens x whose keys and values are already cached."""
         return x + self.attn.attend_from(x, layer) + self.ffn(x, layer)
 
 
 @part
 class Attention(Part):
-    """Normalize; project to queries, keys, values; rotate; store keys and values; attend; project.
+    """Normalize; project to queries, keys and values; rotate; cache keys and values; attend;
+    project.
 
-    "Store the keys and values of these tokens" (``backfill``) and "attend from these tokens"
-    (``attend_from``) can be called apart, for different tokens; ``__call__`` does both.
+    ``__call__`` does two things that techniques also call separately: fill the KV cache for some
+    tokens (``backfill``), and attend from some tokens (``attend_from``).
     """
 
     norm: Part
@@ -158,12 +160,12 @@ class Attention(Part):
         return self.from_qkv(*self.qkv(self.norm(x)), layer)
 
     def backfill(self, x, layer: Layer):
-        """Only store the keys and values of tokens x (..., T, D): for tokens that skip this layer,
-        so that later tokens find them."""
+        """Only cache the keys and values of tokens x (..., T, D), which skip this layer but must be
+        visible to later tokens."""
         self.store(*self.qkv.kv(self.norm(x)), layer)
 
     def attend_from(self, x, layer: Layer):
-        """Attention from tokens x (..., T, D) whose keys and values are stored already."""
+        """Attention from tokens x (..., T, D) whose keys and values are already cached."""
         return self.read(self.qkv.q(self.norm(x)), layer)
 
     def from_qkv(self, q, k, v, layer: Layer):
@@ -183,7 +185,7 @@ class Attention(Part):
 
 @part
 class QKV(Part):
-    """Three products with the same input."""
+    """Three projections of the same input."""
 
     q: Part
     k: Part
@@ -193,7 +195,7 @@ class QKV(Part):
         return self.q(x), self.k(x), self.v(x)
 
     def kv(self, x):
-        """Keys and values alone."""
+        """Keys and values only."""
         return self.k(x), self.v(x)
 
 
@@ -210,13 +212,14 @@ def merge_heads(x):
 
 @part
 class Rope(Part):
-    """Rotary positions: turn each head's columns by an angle that grows with the position."""
+    """Rotary position embedding: rotate pairs of columns by an angle proportional to the
+    position."""
 
     cos: np.ndarray = table()  # (context, rotated columns)
     sin: np.ndarray = table()  # (context, rotated columns)
 
     def __call__(self, x, tokens: Tokens):
-        """x (..., heads, T, d), turned to the positions of these T tokens."""
+        """Rotate x (..., heads, T, d) to the positions of these T tokens."""
         where = tokens.lookup
         cos, sin = self.cos[where], self.sin[where]  # (T, width); ragged batch: (B, T, width)
         if tokens.start is not None:
@@ -226,7 +229,7 @@ class Rope(Part):
 
 @part
 class NoRope(Part):
-    """Nothing to rotate: the positions were added to the embedding."""
+    """No rotation: learned positions were added to the embedding."""
 
     def __call__(self, x, tokens: Tokens):
         return x
@@ -234,7 +237,7 @@ class NoRope(Part):
 
 @part
 class Cache(Part):
-    """The KV cache, in the numbers of the model."""
+    """The KV cache, in the dtype of the model."""
 
     def store(self, k, v, layer: Layer):
         layer.store(k, v)  # (..., K, T, d)
@@ -245,7 +248,7 @@ class Cache(Part):
 
 @part
 class Attend(Part):
-    """Softmax attention of the queries over the cached keys that they may see."""
+    """Softmax attention of the queries over the visible cached keys."""
 
     scale: float  # 1 / sqrt(d)
 
@@ -255,10 +258,10 @@ class Attend(Part):
 
 @part
 class AttendUnequalGroups(Part):
-    """The same where key heads serve different numbers of query heads: one query head at a time."""
+    """The same if key heads serve different numbers of query heads: one query head at a time."""
 
     scale: float  # 1 / sqrt(d)
-    key_head: np.ndarray = table()  # (H,) which of the K key heads serves each query head
+    key_head: np.ndarray = table()  # (H,): the key head of each query head
 
     def __call__(self, q, k, v, layer: Layer):
         mask, out = layer.mask(), np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
@@ -272,13 +275,13 @@ class AttendUnequalGroups(Part):
 
 
 def by_head(mask) -> bool:
-    """Does a mask (..., K or 1, G or 1, T, S) differ by key head?"""
+    """Is a mask (..., K or 1, G or 1, T, S) different for each key head?"""
     return mask.ndim > 3 and mask.shape[-4] > 1
 
 
 @part
 class FFN(Part):
-    """Normalise; expand to F hidden neurons; project back to D."""
+    """Normalize; expand to F hidden neurons; project back to D."""
 
     norm: Part
     expand: Part
@@ -322,37 +325,37 @@ class Linear(Part):
         return ops.linear(x, self.w, self.b)
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these output columns: a slice, or an array of indices."""
         return ops.linear(x, self.w[:, columns], None if self.b is None else self.b[columns])
 
 
 @part
 class Head(Part):
-    """A column of weights for every token: logits are the products with all of them."""
+    """The output head: one column of weights, and one logit, per vocabulary entry."""
 
     layout = "column-major"
     w: np.ndarray  # (D, V)
-    b: np.ndarray | None = None  # (V,), which no model has of itself but a fold may bring about
+    b: np.ndarray | None = None  # (V,): no model has one, but folding a norm can produce one
 
     def __call__(self, x):
         return ops.linear(x, self.w, self.b)  # (..., V)
 
     def argmax(self, x) -> int:
-        """The id of the largest logit of one row x (D,)."""
+        """The token with the largest logit for one row x (D,)."""
         return ops.argmax_token(self(x))
 
 
 @part
 class TiedHead(Part):
-    """The embedding table once more: logits are the products with every token's row."""
+    """A head that shares the embedding table: logits are dot products with its rows."""
 
-    w: np.ndarray  # (V, D), the very array of the embedding
+    w: np.ndarray  # (V, D), the same array as the embedding
 
     def __call__(self, x):
         return ops.scores(x, self.w)  # (..., V)
 
     def argmax(self, x) -> int:
-        """The id of the largest logit of one row x (D,)."""
+        """The token with the largest logit for one row x (D,)."""
         return ops.argmax_token(self(x))
 
 

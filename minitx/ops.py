@@ -1,11 +1,11 @@
-"""The arithmetic: every product, norm, softmax and activation of the model, as plain functions.
+"""The arithmetic of the model: matrix products, norms, activations, softmax and attention.
 
 Shapes: T new tokens, S all tokens so far, D width, H query heads, K key/value heads, d head width.
-Leading batch axes are allowed everywhere and written "...". Everything stays in the type of its
-input (float32 in use, float64 for proofs), so Python floats are used for constants: a NumPy scalar
-would promote float32 to float64.
+Any number of leading batch axes is allowed, written "...". Every function keeps the dtype of its
+input (float32 in use, float64 in proofs), so constants are Python floats: a NumPy scalar would
+promote float32 to float64.
 
-Every product reports its cost to the ledger (see ledger.py).
+Every product reports its multiply-adds and bytes to the ledger (ledger.py).
 """
 
 import math
@@ -18,10 +18,10 @@ from minitx.errors import MinitxError
 
 
 def op(f):
-    """Mark an operation that is worth a gradient rule of its own.
+    """Mark an operation that has a gradient rule of its own (training/fused.py).
 
-    A plain array just runs it. Any other array-like (the traced arrays of training) is asked
-    instead, by its method ``__op__``: so training runs through these same functions.
+    Called with a plain array, it just runs. Called with a traced array (training), it hands over to
+    the array's ``__op__`` method, so training runs the same forward pass as inference.
     """
 
     @wraps(f)
@@ -43,36 +43,36 @@ def linear(x, w, b=None):
 
 def scores(x, table):
     """``x @ table.T``: x (..., D), table (V, D) -> (..., V)."""
-    return linear(x, table.T)  # which lies by columns
+    return linear(x, table.T)  # the transpose is column-major
 
 
 def rows(table, ids):
-    """The rows ``table[ids]``: table (V, D), ids (...) whole numbers or a slice -> (..., D)."""
+    """The rows ``table[ids]``: table (V, D), ids (...) integers or a slice -> (..., D)."""
     found = table[ids]
     ledger.count(weight_bytes=lambda: found.nbytes)
     return found
 
 
 def argmax_token(logits) -> int:
-    """The id of the largest of logits (V,), the smallest among equals; MinitxError if that is no
-    finite number."""
-    best = int(logits.argmax())  # of NaN if there is one anywhere: so one look finds it
+    """The token with the largest logit, logits (V,); ties go to the lower id. MinitxError if the
+    largest is not finite."""
+    best = int(logits.argmax())  # argmax returns the first NaN if there is any
     if not math.isfinite(logits[best]):
         raise MinitxError(
-            f"The model gave the score {logits[best]} to token {best}, so no next token can be "
-            "chosen: its numbers are too large for their type, or its weights are damaged."
+            f"The model's logit for token {best} is {logits[best]}, so no next token can be "
+            f"chosen: {logits.dtype} overflowed, or the weights are damaged."
         )
     return best
 
 
-# Norms -------------------------------------------------------------------------------------------
+# Norms --------------------------------------------------------------------------------------------
 
 
 @op
 def rms_norm(x, gain, eps):
     """``x / sqrt(mean(x^2) + eps) * gain`` over the last axis (Zhang and Sennrich, 2019)."""
     squares = np.vecdot(x, x)  # faster than (x * x).sum(-1)
-    if squares.size == 1:  # one row: a Python number is quicker than an array of one
+    if squares.size == 1:  # one row: a Python float is faster than an array of size 1
         return x * (gain / math.sqrt(squares.item() / x.shape[-1] + eps))
     return x * (gain / np.sqrt(squares / x.shape[-1] + eps)[..., None])
 
@@ -83,7 +83,7 @@ def layer_norm(x, gain, bias, eps):
     return rms_norm(x - x.mean(-1, keepdims=True), gain, eps) + bias
 
 
-# Activations -------------------------------------------------------------------------------------
+# Activations --------------------------------------------------------------------------------------
 
 
 @op
@@ -99,13 +99,14 @@ def relu(x):
 
 @op
 def gelu(x):
-    """``x * P(X <= x)`` for a standard normal X (Hendrycks and Gimpel, 2016), by the exact erf."""
+    """``x * Phi(x)``, Phi the standard normal CDF (Hendrycks and Gimpel, 2016), with the exact
+    erf."""
     return x * (0.5 + 0.5 * erf(x * math.sqrt(0.5)))
 
 
 @op
 def gelu_tanh(x):
-    """The tanh approximation of GELU, which GPT-2 was trained with."""
+    """The tanh approximation of GELU that GPT-2 was trained with."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
@@ -115,9 +116,9 @@ ACTIVATIONS = {"silu": silu, "relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 def erf(x):
     """The error function, which NumPy lacks, to about 1e-15.
 
-    A Taylor polynomial around the nearest point of a grid of exact values (``math.erf``):
-    erf(c + t) = erf(c) + erf'(c) (t - c t^2 + (4c^2 - 2) t^3 / 6 + ...), the factors being the
-    Hermite polynomials that differentiating exp(-c^2) gives.
+    A Taylor polynomial around the nearest point c of a grid of exact values (``math.erf``):
+    erf(c + t) = erf(c) + erf'(c) (t - c t^2 + (4c^2 - 2) t^3 / 6 + ...). The factors are Hermite
+    polynomials: they come from differentiating exp(-c^2).
     """
     values, slopes = _erf_grid(x.dtype)
     i = np.fmax(np.fmin(np.rint(x * _ERF_STEPS), _ERF_END), -_ERF_END).astype(np.int32)  # not NaN
@@ -154,14 +155,15 @@ def swiglu(gate, up):
     return y
 
 
-# Positions ---------------------------------------------------------------------------------------
+# Positions ----------------------------------------------------------------------------------------
 
 
 def rope_tables(width: int, context: int, base: float, dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Rotary angles (Su et al., 2021): cos and sin (context, width), ready for ``rotate``.
+    """Rotary position embedding (RoPE, Su et al., 2021): cos and sin (context, width) for
+    ``rotate``.
 
-    Column pair (i, i + width/2) turns by position * base^(-2i/width). The minus sign of the
-    rotation is kept in the first half of the sin table.
+    Columns (i, i + width/2) rotate by the angle position * base^(-2i/width). The minus sign of the
+    rotation matrix is stored in the first half of the sin table.
     """
     exponent = np.arange(0, width, 2, dtype=dtype) / width
     frequency = (1.0 / base**exponent).astype(dtype)
@@ -172,7 +174,7 @@ def rope_tables(width: int, context: int, base: float, dtype) -> tuple[np.ndarra
 
 @op
 def rotate(x, cos, sin):
-    """Turn the first columns of x (..., T, d) by the angles cos, sin (..., T, width <= d)."""
+    """Rotate the first ``width`` columns of x (..., T, d); cos and sin (..., T, width <= d)."""
     width = cos.shape[-1]
     half = width // 2
     swapped = np.concatenate([x[..., half:width], x[..., :half]], -1)
@@ -183,7 +185,7 @@ def rotate(x, cos, sin):
     return np.concatenate([x[..., :width] * cos + swapped * sin, x[..., width:]], -1)
 
 
-# Attention ---------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 
 def softmax(x):

@@ -1,18 +1,18 @@
-"""Everything that a running sequence remembers. The parts of the model remember nothing.
+"""The state of a running sequence: its KV cache and whatever else must be remembered. The parts of
+the model are stateless.
 
-Three things that are often one integer are kept apart:
+Three things that are often a single integer are kept apart:
 
-- the *positions* of the tokens in hand (``Tokens``): what RoPE rotates by;
-- the *rows* of a layer's KV cache, each of which knows the position of its token (``Layer``);
-- which rows a query sees: the *mask*, which compares positions (``Layer.mask``).
+- the *positions* of the tokens of this step (``Tokens``): the angle of RoPE;
+- the *rows* of a layer's KV cache, each of which knows its token's position (``Layer``);
+- which rows a query may see: the *mask*, which compares positions (``Layer.mask``).
 
-As long as every token has one row, in order, row r holds position r and nothing is looked up. A
-layer may hold fewer rows than there are tokens (eviction, token skipping), or in another order.
+While every token has one row, in order, row r holds position r and nothing is looked up. A layer
+may also hold fewer rows than there are tokens (eviction, token skipping), or in another order.
 
-A ``State`` belongs to one sequence, or to one batch that runs in step, and has one ``Layer`` for
-each block. A technique that has to remember something more (hashes, counters) keeps it in
-``layer.memory``, or in ``layer.shared`` if all blocks are to see it: so ``rewind`` and ``fork``
-reach it too.
+A ``State`` belongs to one sequence, or to one batch that advances together, and has one ``Layer``
+per block. A technique that has to remember more (hashes, counters) keeps it in ``layer.memory``,
+or in ``layer.shared`` if all blocks need it, so that ``rewind`` and ``fork`` include it.
 """
 
 import copy
@@ -24,14 +24,14 @@ import numpy as np
 
 from minitx.errors import MinitxError
 
-SPARE = 32  # rows allocated beyond those in use, where a cache is kept small
+SPARE = 32  # extra rows to allocate when a small cache grows
 
 
 class Tokens:
-    """The tokens in hand: where the rows of x (..., T, D) stand in the sequence.
+    """The tokens of this step: the positions of the rows of x (..., T, D) in the sequence.
 
     positions: a slice of consecutive positions, or an array (T,). start: (B,) the first real
-    position of each row of a batch that is padded on the left, or None.
+    position of each sequence of a batch padded on the left, or None.
     """
 
     def __init__(self, positions, start: np.ndarray | None = None):
@@ -39,7 +39,7 @@ class Tokens:
         consecutive = isinstance(positions, slice)
         self.end = positions.stop if consecutive else -1  # -1: not consecutive
         self.lookup = positions if start is None else np.maximum(self.own, 0)
-        # lookup: indexes a table by position; padding looks at 0, and its result is never used
+        # lookup: the index into a table by position; padding looks up 0, and is never used
 
     def __len__(self) -> int:
         if isinstance(self.positions, slice):
@@ -55,22 +55,22 @@ class Tokens:
 
     @property
     def own(self) -> np.ndarray:
-        """Positions in each row's own sequence: (T,), or (B, T) with padding negative."""
+        """Positions within each sequence: (T,), or (B, T) where padding is negative."""
         return self.array if self.start is None else self.array - self.start[:, None]
 
     def only(self, which) -> "Tokens":
-        """Those of the tokens that ``which`` selects: indices, or booleans (T,)."""
+        """A subset of the tokens: ``which`` is an array of indices, or of booleans (T,)."""
         return Tokens(self.array[which], self.start)
 
 
 class Memory:
-    """What techniques remember, by the part that owns it."""
+    """What techniques remember of a sequence, keyed by the part that owns it."""
 
     def __init__(self):
         self.kept: dict[Any, Any] = {}
 
     def recall(self, owner: Any, make: Callable[[], Any]) -> Any:
-        """What ``owner`` keeps here, made by ``make()`` the first time. It needs a method
+        """The memory of ``owner``, made by ``make()`` the first time. It needs a method
         ``rewind(position)`` that forgets every token from ``position`` on."""
         if owner not in self.kept:
             self.kept[owner] = make()
@@ -82,12 +82,12 @@ class Memory:
 
 
 class Layer:
-    """What one block remembers: its KV cache, and what its techniques keep beside it.
+    """The state of one block: its KV cache, and what techniques keep beside it.
 
-    keys, values: (..., K, allocated, d), of which the first ``count`` rows are in use. Stored by
-    head, so that a step of decoding multiplies them where they lie, without a copy.
-    row_positions: the position of each row, for all heads or by key head; None: row r holds r.
-    tokens: those in hand, set by whoever runs the block (``Stack``, or ``take`` by hand).
+    keys, values: (..., K, allocated, d); the first ``count`` rows are in use. Heads come before
+    rows, so that a decoding step multiplies each head's keys without copying them.
+    row_positions: the position of each row, for all heads or per key head; None: row r holds r.
+    tokens: the tokens of this step, set by whoever runs the block (``Stack``, or ``take``).
     """
 
     def __init__(
@@ -99,35 +99,35 @@ class Layer:
         index: int | None = None,
     ):
         self.index = index  # of the block
-        self.capacity = capacity  # tokens in the longest sequence
-        self.start = start  # (B,) first real token of each row of a left-padded batch, or None
-        self.remember = remember  # False: one pass, after which nothing is kept
+        self.capacity = capacity  # the longest sequence, in tokens
+        self.start = start  # (B,) first real token of each sequence of a left-padded batch, or None
+        self.remember = remember  # False: a single pass, nothing is kept
         self.tokens = Tokens(slice(0, 0), start)
         self.keys: Any = None
         self.values: Any = None
         self.count = 0
         self.row_positions: np.ndarray | None = None  # (count,) or (..., K, count)
-        self.visible: np.ndarray | None = None  # rows that this step may see; None: all
-        self.rewindable_to = 0  # the earliest position that can still be returned to, besides 0
-        self.evicted_by = ""  # the technique that has freed what lies before
+        self.visible: np.ndarray | None = None  # rows visible in this step; None: all
+        self.rewindable_to = 0  # the earliest position, besides 0, that rewind can reach
+        self.evicted_by = ""  # the technique that freed the rows before it
         self.memory = Memory()  # of this block's parts
         self.shared = Memory() if shared is None else shared  # of all blocks together
 
     @classmethod
     def once(cls, T: int) -> "Layer":
-        """For one pass over T tokens, from the first one on, of which nothing is kept."""
+        """A layer for a single pass over the first T tokens, after which nothing is kept."""
         return cls(T, remember=False).take(T)
 
     def take(self, T: int) -> "Layer":
-        """Take the next T tokens in hand; returns the layer. For running a block by hand."""
+        """Advance to the next T tokens; returns the layer. For running a block by hand."""
         first = self.tokens.end
         self.tokens = Tokens(slice(first, first + T), self.start)
         return self
 
-    # Rows ----------------------------------------------------------------------------------------
+    # Rows -----------------------------------------------------------------------------------------
 
     def store(self, k, v) -> None:
-        """Store the keys and values (..., K, T, d) of the tokens in hand, in a row each."""
+        """Append the keys and values (..., K, T, d) of this step's tokens, one row each."""
         T = k.shape[-2]
         if not self.remember:
             self.keys, self.values, self.count = k, v, T
@@ -143,21 +143,21 @@ class Layer:
         self.count = end
 
     def rows(self):
-        """Keys and values (..., K, S, d) of the rows that this step may see."""
+        """Keys and values (..., K, S, d) of the visible rows."""
         if self.visible is not None:
             return self.keys[..., self.visible, :], self.values[..., self.visible, :]
         return self.keys[..., : self.count, :], self.values[..., : self.count, :]
 
     def row_tokens(self) -> Tokens:
-        """The tokens that those rows belong to."""
+        """The tokens of those rows."""
         if self.visible is None and self.row_positions is None:
             return Tokens(slice(0, self.count), self.start)
         return Tokens(self._seen_positions(), self.start)
 
     def mask(self):
-        """Which rows the tokens in hand must not see: booleans that broadcast to
-        (..., K, G, T, S), True where a row belongs to a later token or to padding. None where they
-        are the newest tokens and the rows are in order, which ``ops.attention`` knows to mask."""
+        """The attention mask of this step's tokens: booleans that broadcast to (..., K, G, T, S),
+        True where a row belongs to a later token or to padding. None if these are the newest tokens
+        and the rows are in order: then ``ops.attention`` applies the causal mask itself."""
         if self.row_positions is None and self.start is None and self.tokens.end == self.count:
             return None
         query = self.tokens.array[:, None]  # (T, 1)
@@ -172,8 +172,8 @@ class Layer:
         return mask
 
     def keep(self, rows: np.ndarray) -> None:
-        """Free all rows but these: (n,) in rising order, or one set for each key head
-        (..., K, n)."""
+        """Free all rows except these: (n,) in ascending order, or a set per key head (..., K,
+        n)."""
         if self.row_positions is None:
             self.row_positions = np.arange(self.count)
         n = rows.shape[-1]
@@ -207,8 +207,8 @@ class Layer:
         self.row_positions = np.concatenate([self.row_positions, new], -1)
 
     def _allocate(self, k, v, end: int) -> None:
-        """Room for ``end`` rows. What is never written takes no memory, so a cache that keeps
-        every token is allocated in full at once."""
+        """Make room for ``end`` rows. Pages that are never written take no memory, so the first
+        allocation is for the whole context."""
         if self.keys is None:
             room = max(self.capacity, end)
             self.keys, self.values = (
@@ -221,17 +221,17 @@ class Layer:
                 new[..., : self.count, :] = old[..., : self.count, :]
                 setattr(self, name, new)
 
-    # Going back ----------------------------------------------------------------------------------
+    # Going back -----------------------------------------------------------------------------------
 
     def check_rewind(self, position: int) -> None:
         if 0 < position < self.rewindable_to:
             raise MinitxError(
-                f"Cannot rewind to position {position}: {self.evicted_by} has freed what that "
-                f"needs; rewind to {self.rewindable_to} or later, or to 0."
+                f"Cannot rewind to position {position}: {self.evicted_by} has freed cache rows "
+                f"that this needs; rewind to {self.rewindable_to} or later, or to 0."
             )
 
     def rewind(self, position: int) -> None:
-        """Forget every token from ``position`` on; its rows are overwritten when needed."""
+        """Forget every token from ``position`` on. Its rows are overwritten later."""
         if position == 0:
             self.count, self.row_positions, self.rewindable_to = 0, None, 0
         elif self.row_positions is None:
@@ -245,13 +245,13 @@ class Layer:
     def _forget_rows(self, position: int) -> None:
         earlier = self.row_positions < position
         count = int(earlier.sum(-1).max())
-        if earlier[..., :count].all():  # the rows that go are the last ones, in every head
+        if earlier[..., :count].all():  # in every head, the forgotten rows are the last ones
             self.row_positions, self.count = self.row_positions[..., :count], count
         else:
             self.keep(np.flatnonzero(earlier))
 
     def __deepcopy__(self, memo):
-        """A copy with arrays of its own, of which only the rows in use are copied."""
+        """A copy with its own arrays; only rows in use are copied."""
         other = copy.copy(self)
         memo[id(self)] = other
         if self.remember and self.keys is not None:
@@ -266,12 +266,12 @@ class Layer:
 
 
 class State:
-    """The memory of one running sequence, or of a batch that runs in step.
+    """The state of one running sequence, or of a batch that advances together.
 
-    layers: one ``Layer`` for each block. position: tokens seen so far, padding included. tokens:
-    those in hand. prompt: how many tokens of the sequence are its prompt, where that is known.
-    start: (B,) the first real position of each row of a batch padded on the left, else None.
-    remember=False: for one pass over whole sequences (training), where nothing is kept.
+    layers: one ``Layer`` per block. position: tokens processed so far, padding included. tokens:
+    those of this step. prompt: the length of the prompt, if known. start: (B,) the first real
+    position of each sequence of a batch padded on the left, else None. remember=False: for a single
+    pass over whole sequences (training), after which nothing is kept.
     """
 
     def __init__(self, layers: int, capacity: int, start=None, remember: bool = True):
@@ -284,7 +284,7 @@ class State:
         self.layers = [Layer(capacity, start, remember, self.shared, i) for i in range(layers)]
 
     def take(self, T: int) -> Tokens:
-        """Take the next T tokens in hand. MinitxError if the context has no room for them."""
+        """Advance to the next T tokens. MinitxError if they do not fit the context."""
         end = self.position + T
         if end > self.capacity:
             raise MinitxError(
@@ -296,7 +296,7 @@ class State:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values in use, in all layers."""
+        """Bytes of the KV cache in use, over all layers."""
         return sum(
             array[..., : layer.count, :].nbytes
             for layer in self.layers
@@ -306,12 +306,12 @@ class State:
 
     @property
     def bytes_per_token(self) -> int:
-        """Cache bytes for each token seen so far, in all layers that hold some."""
+        """Bytes of the KV cache per token processed so far."""
         return self.cache_bytes // max(self.position, 1)
 
     def rewind(self, position: int) -> None:
         """Forget every token from ``position`` on, in every layer and every technique's memory.
-        MinitxError if there are not so many, or if a technique has freed rows that this needs."""
+        MinitxError if there are fewer tokens, or if a technique has freed rows that this needs."""
         if not 0 <= position <= self.position:
             raise MinitxError(
                 f"Cannot rewind to position {position}: the sequence has {self.position} tokens."
@@ -324,7 +324,7 @@ class State:
             layer.rewind(position)
 
     def fork(self, position: int | None = None) -> "State":
-        """A copy that goes on by itself, rewound to ``position`` (the end, by default)."""
+        """An independent copy, rewound to ``position`` (default: the end)."""
         other = copy.deepcopy(self)
         if position is not None:
             other.rewind(position)

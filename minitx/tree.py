@@ -1,7 +1,7 @@
-"""A model is a tree of parts: how to draw it, walk it, and make a changed copy.
+"""A model is a tree of parts. This file draws it, walks it, and makes changed copies.
 
-A part is a frozen dataclass that can be called. Its fields are weights (arrays), child parts,
-tuples of parts, and plain settings. Nothing here knows what any part computes.
+A part is a frozen, callable dataclass. Its fields are weights (arrays), child parts, tuples of
+parts, and plain settings. Nothing here knows what any part computes.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,27 +12,27 @@ import numpy as np
 
 
 class Part:
-    """Base of every part. ``print(part)`` draws the tree below it.
+    """Base class of every part. ``print(part)`` draws the tree below it.
 
-    The class attributes say what a part needs of the KV cache and how it decides, for whoever
-    combines parts; a part of a technique overrides those that differ.
+    The class attributes declare how a part uses the KV cache and how it decides what to skip, so
+    that techniques can be combined safely. A technique's part overrides those that differ.
     """
 
-    decides = "token"  # or "step": on all tokens run together; or "sequence": on the whole prompt
-    frees_rows = False  # leaves a layer's cache with fewer rows than there are tokens
-    needs_all_rows = False  # needs a row for every token, in order
-    has_history = False  # remembers more of a sequence than its keys and values tell
-    one_sequence = False  # cannot run several sequences of different lengths in one batch
+    decides = "token"  # or "step": by all tokens of one pass; or "sequence": by the whole prompt
+    frees_rows = False  # a layer's KV cache may hold fewer rows than there are tokens
+    needs_all_rows = False  # needs one cache row for every token, in order
+    has_history = False  # keeps state of a sequence beyond its keys and values
+    one_sequence = False  # cannot run sequences of different lengths in one batch
     layout = None  # of its matrix ``w``: "column-major", "row-major" or None (memory_layout.py)
 
     def __repr__(self) -> str:
         return draw(self)
 
     def __deepcopy__(self, memo) -> "Part":
-        return self  # nothing in it ever changes
+        return self  # parts are immutable
 
     def forget(self) -> None:
-        """Drop what was kept of earlier sequences: for a store; other parts keep nothing."""
+        """Drop what is stored across sequences (a prefix cache, say); most parts store nothing."""
 
 
 def part(cls):
@@ -42,7 +42,7 @@ def part(cls):
 
 
 def table(**options) -> Any:
-    """A field for an array that follows from the settings (rotary angles): not a weight."""
+    """A field for an array that is computed from the settings (RoPE angles), not a weight."""
     return field(metadata={"weight": False}, **options)
 
 
@@ -60,23 +60,22 @@ def children(node: Part) -> Iterator[tuple[str, Part]]:
 
 def walk(node: Part, path: str = "") -> Iterator[tuple[str, Part]]:
     """(path, part) for the node itself and everything below it, from the root down. A part that
-    stands in two places comes twice."""
+    is used in two places comes twice."""
     yield path, node
     for name, child in children(node):
         yield from walk(child, f"{path}.{name}" if path else name)
 
 
 def rebuild(node: Part, change: Callable[[Part], Part | None], seen: dict | None = None) -> Part:
-    """A copy of the tree with ``change(node)`` in the place of each node for which it gives a part.
+    """A copy of the tree in which ``change(node)`` replaces each node for which it returns a part.
 
-    Nodes are offered from the root down; what ``change`` gives is not walked again. Unchanged
-    subtrees, and parts that stand in two places, stay the very same objects.
-    """
+    Nodes are visited from the root down; a replacement is not visited again. Unchanged subtrees
+    stay the same objects, and a part that is used in two places is replaced once."""
     seen = {} if seen is None else seen
     if id(node) not in seen:
         new = change(node)
         seen[id(node)] = node, (_rebuild_children(node, change, seen) if new is None else new)
-    return seen[id(node)][1]  # the node itself is kept too, so that its id stays taken
+    return seen[id(node)][1]  # the node is kept too, so that its id is not reused
 
 
 def _rebuild_children(node: Part, change, seen: dict) -> Part:
@@ -123,19 +122,19 @@ def nbytes(node: Part) -> int:
 
 
 def float_type(node: Part) -> np.dtype:
-    """The type that the parts below ``node`` compute in: of their first weight that is float32 or
-    float64 (other types are kept, but not computed in)."""
+    """The dtype that the parts below ``node`` compute in: that of their first float32 or float64
+    weight (other dtypes are storage only)."""
     return next(w.dtype for w in weights(node).values() if w.dtype in (np.float32, np.float64))
 
 
 def is_weight(f, value) -> bool:
-    """Is this field's value an array that training would change?"""
+    """Is this field's value an array that training would update?"""
     return f.metadata.get("weight", True) and hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def map_weights(node: Part, make: Callable[[Any], Any]) -> Part:
     """A copy of the tree with ``make(array)`` for every weight; an array shared by two parts
-    (tied embeddings) is made once and stays shared. Tables that are no weights stay as they are."""
+    (tied embeddings) is made once and stays shared. Tables stay as they are."""
     made: dict[int, tuple] = {}
 
     def once(array):
@@ -158,7 +157,7 @@ def map_weights(node: Part, make: Callable[[Any], Any]) -> Part:
     return copy(node)
 
 
-# Drawing -----------------------------------------------------------------------------------------
+# Drawing ------------------------------------------------------------------------------------------
 
 
 def draw(node: Part) -> str:
