@@ -25,8 +25,8 @@ grade {plan.grade}, {answers} answers; methods are tuned on calibration stories.
 {qualities(c)}
 
 kept: share of the keys that queries see. mass: share of the exact attention that lies on the kept
-keys; best: on as many of the best keys. above least: loss of ordinary text, nats per token, above
-the stories' own entropy. multiply-adds, bytes: of attention for one token at {plan.tokens} keys,
+keys; best: on as many of the best keys. above entropy: loss of ordinary text above the entropy of
+the stories, nats per token. multiply-adds, bytes: of attention for one token at {plan.tokens} keys,
 without the projections, relative to dense attention. ~: over a tenth off the wanted share.
 
 Attention mass kept, over the share of keys kept:
@@ -50,7 +50,7 @@ def qualities(c: AttentionComparison) -> str:
     hops = list(c.dense.report.by_hops)
     names = [hops_name(h) for h in hops]
     rows = [
-        ["method", "setting", "kept", "mass", "best", "above least", "answers", *names]
+        ["method", "setting", "kept", "mass", "best", "above entropy", "answers", *names]
         + ["multiply-adds", "bytes"]
     ]
     rows.append(["dense", "", *quality_cells(c.dense, c.dense, hops)])

@@ -485,7 +485,7 @@ def test_command_prints_a_table_or_json(loads, capsys):
         (["--share", "half"], "--share: invalid"),
         (["--share", "2"], "share of keys must be a number above 0 and below 1; got 2."),
         (["--methods", "elza"], "There is no method 'elza'"),
-        (["--chains", "0"], "0 is not from 1"),
+        (["--chains", "0"], "expected a number from 1 to 1000000000, got 0"),
         (["--tokens", "9000"], "tokens must be 2 to the model's context 300; got 9000."),
         (["--fold-norms"], "takes no techniques"),
     ],
