@@ -2,8 +2,8 @@
 
 A selector is a part that guesses, before any exact score is computed, which keys matter to which
 query. elsa, a3, dota, predictive_attention and sparse_memory each bring one. What follows the
-selection is the same for all and stands here: exact scores, softmax, and the weighted sum of the
-values, over the kept keys only.
+selection is the same for all, and written here once: exact scores, softmax, and the weighted sum of
+the values, over the kept keys only.
 
 A selector has three methods:
 
