@@ -14,7 +14,7 @@ from typing import Any
 from minitx.checkpoints.common import read_json
 from minitx.config import Config
 from minitx.errors import MinitxError
-from minitx.skip.dota.detector import need_rank
+from minitx.skip.dota.detector import check_rank
 from minitx.training.data import LINKS
 from minitx.training.grades import KINDS, Grade, grade_from
 
@@ -31,7 +31,7 @@ class EarlyExit:
 
 @dataclass(frozen=True)
 class Detecting:
-    """DOTA's loss on scores that a detector of rank k foretells: see detector.joint_loss."""
+    """DOTA's loss on scores that a detector of rank k estimates: see detector.joint_loss."""
 
     k: int
     weight: float = 0.01
@@ -158,7 +158,7 @@ def recipe_from(given: dict) -> Recipe:
                 f"give at most {LINKS} numbers, up to that."
             )
         if stage.detector is not None:
-            need_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}")
+            check_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}: k")
             if stage.detector.k != recipe.rank:
                 raise MinitxError(
                     f"Stage {stage.name!r} has a detector with k={stage.detector.k} after one with "

@@ -461,7 +461,7 @@ def test_what_cannot_be_cut_into_blocks_is_refused(options, why):
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("dota", {"kappa": 4}),
+        ("dota", {"keep": 4}),
         ("sparse_memory", {"K": 3, "N": 8}),
         ("early_exit", {"fill": "deferred"}),
     ],
