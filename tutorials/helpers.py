@@ -89,6 +89,14 @@ def shade(weights):
     return "".join(SHADES[min(int(10 * weight), 9)] for weight in weights)
 
 
+def print_vertically(words, indent):
+    """Print words from top to bottom side by side, as headings of columns that are two characters
+    wide and begin after ``indent`` spaces."""
+    for row in range(max(map(len, words))):
+        letters = [word[row] if row < len(word) else " " for word in words]
+        print((" " * indent + " ".join(letters)).rstrip())
+
+
 def tree_changes(before, after):
     """Print two trees of parts as one: "-" marks lines of ``before`` only, "+" of ``after`` only;
     unchanged parts are left out, but for those that contain a change."""
@@ -260,7 +268,9 @@ def save_picture(name, draw):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print('(For a picture of this, install matplotlib: pip install "minitx[plot]".)')
+        print(
+            "(With matplotlib installed, this is also saved as a picture: pip install matplotlib)"
+        )
         return
     folder = Path(tempfile.gettempdir()) / "minitx-tutorials"
     folder.mkdir(exist_ok=True)
