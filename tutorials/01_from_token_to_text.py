@@ -310,7 +310,7 @@ for setting in SETTINGS:
     possible = p[p > 0]
     perplexity = np.exp(-(possible * np.log(possible)).sum())
     name = ", ".join(f"{key} {value}" for key, value in setting.items())
-    print(f"{name:22}  possible tokens: {len(possible):4}  perplexity: {perplexity:4.1f}")
+    print(f"{name:24}  possible tokens: {len(possible):4}  perplexity: {perplexity:4.1f}")
     for seed in (1, 2):
         new = lm.generate(opening, 12, seed=seed, **setting)
         print(f"    seed {seed}: {lm.tokenizer.decode(new)}")
@@ -322,8 +322,8 @@ for setting in SETTINGS:
 #    the script; print abs(logits - expected).max(-1) there instead. Is any row still right? Why
 #    would the last row be right in a model of one block, and is not in this one?
 # 2. Switch off block 5: copy the weights, changed = dict(W), and set to 0 what its two networks
-#    write, changed["stack.blocks.4.attn.out.w"] and changed["stack.blocks.4.ffn.down.w"] (0 *
-#    W[...]). Does flat_forward(ids, changed, c) still answer the question, and how far do its
+#    write, changed["stack.blocks.4.attn.out.w"] and changed["stack.blocks.4.ffn.down.w"]
+#    (0 * W[...]). Does flat_forward(ids, changed, c) still answer the question, and how far do its
 #    logits move? Try every block: which one is missed least?
-# 3. Ask for Anna: after the imports, QUESTION, ANSWER = " Where is Anna? Anna is in the", "
-#    kitchen". After which block is the answer known, and is it the same head that looks it up?
+# 3. Ask for Anna: set QUESTION = " Where is Anna? Anna is in the" and ANSWER = " kitchen" after the
+#    imports. After which block is the answer known, and is it the same head that looks it up?

@@ -280,13 +280,16 @@ def save_picture(name, draw):
     print(f"(Picture: {folder / name}.png)")
 
 
-def save_lines(name, x, lines, x_label, y_label):
-    """Save a picture with one line for each entry of ``lines``, {"what it is": values at x}."""
+def save_lines(name, x, lines, x_label, y_label, log=False):
+    """Save a picture with one line for each entry of ``lines``, {"what it is": values at x}. log:
+    both axes on a logarithmic scale."""
 
     def draw(axes):
         for label, values in lines.items():
             axes.plot(x, values, marker="o", label=label)
         axes.set(xlabel=x_label, ylabel=y_label)
+        if log:
+            axes.loglog()
         axes.legend()
 
     save_picture(name, draw)
