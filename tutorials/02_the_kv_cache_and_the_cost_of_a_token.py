@@ -191,8 +191,8 @@ print_table(["S", "weights", "KV cache", "multiply-adds per byte"], table)
 per_token = L * 2 * K * d * 4
 say(
     f"Each token adds {per_token:,} bytes to the KV cache; after",
-    f"{counts.weight_bytes // per_token:,} tokens it is as large as the weights. A token does about",
-    "one multiply-add for every four bytes: it uses each 4-byte number once.",
+    f"{counts.weight_bytes // per_token:,} tokens it is as large as the weights. A token does",
+    "about one multiply-add for every four bytes: it uses each 4-byte number once.",
 )
 
 # %% 5. One row or many: memory-bandwidth bound
@@ -301,8 +301,9 @@ table = [
 ]
 print_table(["MB", "weights", "KV cache of one text", "of 32 texts"], table)
 say(
-    "With 32 long texts the KV cache is larger than the weights, in both models. With a key head",
-    f"for every query head it would be {H // K} times as large in stories, 4 times in the large model.",
+    "With 32 long texts the KV cache is larger than the weights, in both models. If every query",
+    f"head had its own key head, it would be {H // K} times as large in stories and 4 times in the",
+    "large model.",
     "Tutorial 8 stores it in fewer bits.",
 )
 
@@ -311,7 +312,7 @@ say(
 # one part of a token, so look at how large that part is before you expect much of it.
 title("8. Where the multiply-adds of a token are, and which tutorial is about them")
 NEXT = {
-    "projections": "3: compute before the first token what follows from the weights alone",
+    "projections": "3: compute before the first token what the weights alone decide",
     "feed-forward": "5: skip networks that would change little",
     "attention": "6, 7: find the keys that matter without scoring all of them",
     "one layer": "4: stop at the first layer that is sure",
