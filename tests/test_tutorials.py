@@ -62,6 +62,18 @@ PRINTS = {
         r"  8 billion weights +16,060\.0 +1,073\.7 +34,359\.7$",
         r"  attention +2% +40%  6, 7: ",
     ],
+    "11": [
+        r"  garden +1/10 +1/5 +1/2 +0$",
+        r"comes out: +park 3/5, kitchen 3/10, garden 1/10, cave 0$",
+        r"  0\.7 +1\.00 +1\.70 +2\.19 +2\.77 +3\.20$",
+        r"  4 accepted \|",
+        r"\d+ tokens in \d+ passes; the target model alone writes the same text\.$",
+        r"  park +\d+% #+$",
+        r"  greedy +\d+ +\d+ +[2-4]\.\d\d +1\.\d\d$",
+        r"  temperature 1 +\d+ +\d+ +[2-5]\.\d\d +1\.\d\d$",
+        r"  Max +1\.4% +26\.0% +\d+\.\d% +2\.0%$",
+        r"measured: \d\.\d\d times as fast$",
+    ],
 }
 
 
