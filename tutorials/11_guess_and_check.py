@@ -198,9 +198,8 @@ for name, temperature in (("greedy", 0), ("temperature 1", 1)):
     relative_work = (work / tokens) / (work_alone / tokens_alone)
     table.append([name, proposed, accepted, f"{tokens / passes:.2f}", f"{relative_work:.2f}"])
 print_table(["", "proposed", "accepted", "tokens per pass", "multiply-adds (alone = 1)"], table)
-print(
-    f"By the formula for alpha = {alpha:.2f}: {tokens_per_pass(alpha, GAMMA):.2f} tokens per pass"
-)
+expected = tokens_per_pass(alpha, GAMMA)
+print(f"By the formula for alpha = {alpha:.2f}: {expected:.2f} tokens per pass")
 # The formula is for sampling, and a good guide though alpha differs from token to token. Greedy
 # decoding accepts less: where two words are about equally likely, the models' distributions may
 # nearly agree and yet have different most likely words. The multiply-adds are the first part of the
@@ -208,7 +207,7 @@ print(
 
 # %% 6. Is sampled text still distributed as p?
 # A check from outside: after one beginning, draw the next word 500 times, with a guess each time,
-# and count. Here the draft model is far off: it has hardly heard of Max. A share of 500 draws has a
+# and count. Here the draft model is far off: it nearly forgets Max. A share of 500 draws has a
 # standard error of sqrt(p (1 - p) / 500).
 title("6. The next word, drawn 500 times with guess and check")
 DRAWS = 500
@@ -267,24 +266,22 @@ with counting(guessing) as counts:
 assert write_guessing() == write_alone()
 brought = tokens / (tokens - counts.events["draft tokens accepted"])
 gain = speedup(write_alone, write_guessing, repeats=9)
-print(
-    f"{brought:.2f} tokens per pass; by the formula {brought / (GAMMA * c + v):.2f} times as fast"
-)
+print(f"{brought:.2f} tokens per pass")
+print(f"by the formula: {brought / (GAMMA * c + v):.2f} times as fast")
 print(f"measured: {gain:.2f} times as fast")
 ratio = sizes[1] / sizes[0]
 print(f"if reading weights were all: {brought / (GAMMA * ratio + 1):.2f} times as fast")
 say(
     f"Here it gains little. The draft model has {1 / ratio:.0f} times fewer weights, but its step",
-    f"takes {c:.0%} of the target's time: Python calls NumPy for each layer, however small it is. And",
-    "the target's weights are in the processor's cache already, so reading them once for several",
-    "rows saves little of the pass.",
+    f"takes {c:.0%} of the target's time: Python calls NumPy for each layer, however small it is.",
+    "And the target's weights, 6.4 MB, fit into the cache of many processors, so reading them once",
+    "for several rows saves little of the pass.",
 )
 
 # %% Try this
 # 1. In section 1, let q be 1/10, 1/10, 1/10, 7/10: a draft model that nearly always says "cave".
-#    How often is a guess accepted, and does p still come out? Then bring q close to p (keep all
-#    four above 0). What is the largest acceptance probability that you reach, and what would q have
-#    to be for 1?
+#    How often is a guess accepted, and does p still come out? Then bring q close to p, all four
+#    above 0. When is a guess always accepted?
 # 2. With alpha = 0.91, c = 0.08 and v = 1, which gamma from 1 to 20 has the largest
 #    tokens_per_pass(alpha, gamma) / (gamma * c + v)? And with your c and v from section 7?
 # 3. Guess without a second model: speculative={"draft": "self"} (the first half of the target's own
