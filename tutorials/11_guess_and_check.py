@@ -265,14 +265,14 @@ with counting(guessing) as counts:
     tokens = len(write_guessing())
 assert write_guessing() == write_alone()
 brought = tokens / (tokens - counts.events["draft tokens accepted"])
-gain = speedup(write_alone, write_guessing, repeats=9)
+gain = speedup(write_alone, write_guessing, repeats=15)
 print(f"{brought:.2f} tokens per pass")
 print(f"by the formula: {brought / (GAMMA * c + v):.2f} times as fast")
 print(f"measured: {gain:.2f} times as fast")
 ratio = sizes[1] / sizes[0]
 print(f"if reading weights were all: {brought / (GAMMA * ratio + 1):.2f} times as fast")
 say(
-    f"Here it gains little. The draft model has {1 / ratio:.0f} times fewer weights, but its step",
+    f"Here little is gained. The draft model has {1 / ratio:.0f} times fewer weights, but its step",
     f"takes {c:.0%} of the target's time: Python calls NumPy for each layer, however small it is.",
     "And the target's weights, 6.4 MB, fit into the cache of many processors, so reading them once",
     "for several rows saves little of the pass.",

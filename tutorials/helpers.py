@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -134,26 +133,22 @@ def largest_error(found, expected):
 def time_side_by_side(*tasks, repeats=9):
     """The best time of each task, in seconds. The tasks take turns (A B A B ...), so that a busy
     moment of the machine hits all of them; a first turn warms up and is not counted."""
-    return [min(times) for times in zip(*_rounds(tasks, repeats))]
+    best = [float("inf")] * len(tasks)
+    for turn in range(repeats + 1):
+        for i, task in enumerate(tasks):
+            began = time.perf_counter()
+            task()
+            seconds = time.perf_counter() - began
+            if turn > 0:
+                best[i] = min(best[i], seconds)
+    return best
 
 
 def speedup(before, after, repeats=9):
-    """How many times as fast as ``before`` the task ``after`` is: the median of the ratios within a
-    round. Above 1: faster."""
-    return median(slow / fast for slow, fast in _rounds((before, after), repeats))
-
-
-def _rounds(tasks, repeats):
-    """A list of rounds; each holds the seconds of every task."""
-    found = []
-    for _ in range(repeats + 1):
-        seconds = []
-        for task in tasks:
-            began = time.perf_counter()
-            task()
-            seconds.append(time.perf_counter() - began)
-        found.append(seconds)
-    return found[1:]  # the first was for warming up
+    """How many times as fast as ``before`` the task ``after`` is, by their best times. Above 1:
+    faster."""
+    slow, fast = time_side_by_side(before, after, repeats=repeats)
+    return slow / fast
 
 
 def verdict(ratio):
