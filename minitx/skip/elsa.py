@@ -149,7 +149,7 @@ class HashSelector(Part):
 
 def largest_visible_norm(norms, visible: Visible):
     """The largest norm (..., K, 1, T, 1) of the keys that each query sees, of norms (..., K, S);
-    with 1 for T if there is no mask. A later key must not raise the threshold of an earlier query."""
+    with 1 for T if there is no mask. A later key must not raise an earlier query's threshold."""
     norms = norms[..., None, None, :]  # (..., K, 1, 1, S)
     if visible.mask is not None:
         norms = visible.hide(np.repeat(norms, visible.T, -2), 0)
