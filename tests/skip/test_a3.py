@@ -113,7 +113,8 @@ def test_greedy_sums_of_the_worked_examples(search, example, M, expected):
     key 3:  0.40, -0.21,  0.20
     greedy: -0.48 + 0.32 = -0.16, -0.36, 0.64, 0.40 - 0.21 = 0.19: candidates are keys 2 and 3.
     """
-    np.testing.assert_allclose(search(*example, M), expected, atol=1e-12)
+    found = search(*example, M)
+    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="greedy sums")
 
 
 def test_figure_6_pops_six_products_at_any_reading_of_the_gate():
@@ -177,9 +178,9 @@ def test_attention_equals_the_literal_version(settings, K):
         attend = a3_part(**settings)
         with counting(attend) as counts:
             found = run(attend, q, k, v, sizes)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=f"chunks of {sizes}")
         candidates, kept = (sum(len(s[i]) for row in selected for s in row) for i in (0, 1))
-        assert counts.events["keys kept"] == kept
+        assert counts.events["keys kept"] == kept, "after the second filter"
         assert not settings["threshold"] or counts.events["keys scored"] == candidates
 
 
@@ -285,7 +286,7 @@ def test_search_equals_sorting_all_products_and_the_literal_queues(integers):
         q, keys, M = random_search(seed, integers)
         found = greedy_sums(q, keys, M)
         by_sorting, _ = literal.search_by_sorting(q.tolist(), keys.tolist(), M)
-        np.testing.assert_allclose(found, by_sorting, atol=1e-12)
+        np.testing.assert_allclose(found, by_sorting, atol=1e-12, err_msg=f"search {seed}")
         assert (found > 1e-12).sum() <= M, "more candidates than iterations"
         if not integers:
             by_queues, products = literal.search_by_queues(q.tolist(), keys.tolist(), M)

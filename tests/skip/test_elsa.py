@@ -142,7 +142,8 @@ def test_similarities_of_the_example():
     np.testing.assert_array_equal(EXAMPLE(Q), pack_bits(np.array([1, 0, 1, 1], bool)))
     selector = elsa_part([0.0], bits=4, bias=0.25, hash_of=EXAMPLE).selector
     found = selector.similarity(Q[None, None], *selector.hash_keys(KEYS[None]))[0, 0, 0]
-    np.testing.assert_allclose(found, [1.7321, 0.3711, 0.5802, 2.1067, 0.1732], atol=5e-5)
+    similarities = [1.7321, 0.3711, 0.5802, 2.1067, 0.1732]
+    np.testing.assert_allclose(found, similarities, atol=5e-5, err_msg="similarities by hand")
     expected = literal.similarities(
         Q.tolist(), KEYS.tolist(), projection_of(EXAMPLE).tolist(), 0.25
     )
@@ -190,7 +191,8 @@ def test_attention_equals_the_literal_version(K, bits):
     part = elsa_part(bits=bits)
     expected, kept = literal_attention(q, k, v, part)
     found = kept_of(part, q, k).reshape(4, 30, 30)
-    assert [[np.flatnonzero(row).tolist() for row in head] for head in found] == kept
+    indices = [[np.flatnonzero(row).tolist() for row in head] for head in found]
+    assert indices == kept, "other keys are kept"
     assert {len(which) for which in kept[3]} == {1} != {len(which) for which in kept[0]}
     for sizes in ((30,), (1,) * 30, (7, 1, 1, 16, 5)):
         np.testing.assert_allclose(run(part, q, k, v, sizes), expected, atol=1e-12)

@@ -70,7 +70,7 @@ def a3(
     Idea:      A score is a sum of d products q[j] * key[j]. The most extreme products of all keys
                tell which keys may score high, and they are at the ends of the sorted columns.
     Offline:   nothing.
-    Online:    Keep each column j of the keys (after RoPE) sorted, with the row of each number.
+    Online:    Keep each column j of the keys (after RoPE) sorted, each number with its key's row.
                greedy = 0 for each key; running = 0; M = max(1, round(iterations * keys seen))
                repeat M times:
                    pop the largest product left over all columns; only if it is positive,
@@ -144,8 +144,6 @@ def pop_products(q: list[float], columns: Columns, sign: int):
     """
     number, key = columns.values.item, columns.rows.item
     d, n = columns.rows.shape
-    if not n:
-        return
     step = [-1 if sign * x > 0 else 1 for x in q]
     start = [n - 1 if sign * x > 0 else 0 for x in q]
     # heapq pops the smallest first, so products are stored negated for sign=1. Ties: lower column.
@@ -213,6 +211,8 @@ class GreedySelector(Part):
             of_head = columns.of_head(head)
             for t in range(T):
                 seen = of_head.between(first[head][0, t], end[head][0, t])
+                if not seen.rows.size:  # no block is full yet
+                    continue
                 for g in range(G):
                     M = int(iterations[head][g, t])
                     greedy[head][g, t] = greedy_search(q[head][g, t].tolist(), seen, M, S)
@@ -228,14 +228,17 @@ class GreedySelector(Part):
 # - Ties: of equal products in two columns the lower column's is popped first; in one column the
 #   outer one. Equal numbers of a column are sorted by key, so for q[j] > 0 the largest products
 #   come from the last of equal keys.
-# - Many iterations are not neutral. Without the gate, d times the keys would give the scores
-#   themselves, and keys with scores above 0.
-# - Each query sorts and searches only the keys that it sees: a prompt selects what single tokens
-#   select.
+# - Many iterations are not neutral: with iterations=d and no gate each product would be added, so
+#   greedy would be the score itself, and keys with negative scores would still be dropped.
+# - Each query searches only the keys that it sees, so a prompt selects what single tokens select.
 # - Inserting a new key moves half of each column on average ("sorted values moved"), for one query
 #   per head. In the paper many queries share the sorting. rebuild=B sorts every B keys instead.
-# - Time on stories, one BLAS thread, iterations=0.5 threshold=5: a decoded token takes about 10 ms
-#   at 256 keys and 16 ms at 500, a prompt of 256 tokens about 1.2 s; dense 0.7, 0.8 and 17 ms.
+# - Time on stories, one BLAS thread (OMP_NUM_THREADS=1, model(ids, state) timed by itself):
+#
+#                              decode at 256 keys    at 500 keys    prompt of 256
+#       dense                        0.7 ms             0.8 ms           17 ms
+#       setting=conservative          10 ms              16 ms         1200 ms
+#       setting=aggressive             6 ms               7 ms          650 ms
 # - Cost of the second filter: values of candidates that it drops are not read, so r d and not c d.
 #   Fixed point and the tables show what the hardware's arithmetic does to the outputs; they are
 #   slower still.
