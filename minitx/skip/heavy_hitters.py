@@ -10,7 +10,7 @@ import numpy as np
 
 from minitx import fast, ledger, ops
 from minitx.model import Attend, Attention
-from minitx.shared.confidence import draws
+from minitx.shared.random_baseline import random_scores
 from minitx.state import Layer
 from minitx.technique import at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, table
@@ -59,7 +59,7 @@ def heavy_hitters(
     if heavy + recent >= lm.model.config.context:
         return lm
     L, context = len(blocks_of(lm)), lm.model.config.context
-    random = draws(L, context, seed) if choose == "random" else None
+    random = random_scores(L, context, seed) if choose == "random" else None
 
     def change(attn: Part, index: int) -> Part:
         need(attn, Attention)

@@ -12,7 +12,7 @@ import numpy as np
 from minitx import fast, ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend, Stack, Transformer
-from minitx.shared.confidence import draws
+from minitx.shared.random_baseline import random_scores
 from minitx.state import Layer, State, Tokens
 from minitx.technique import above, at_least, need, swap, technique, wrap
 from minitx.tree import Part, part, table
@@ -74,7 +74,7 @@ def lazy_tokens(
 
     if cuts and keep < 1 and choose == "attention":
         lm = wrap(lm, "attn", score)
-    random = draws(L, context, seed) if choose == "random" else None
+    random = random_scores(L, context, seed) if choose == "random" else None
 
     def change(model: Transformer) -> Transformer:
         return replace(model, stack=LazyStack(model.stack, keep, cuts, random))

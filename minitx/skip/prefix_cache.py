@@ -62,8 +62,9 @@ def prefix_cache(
     In NumPy:  400 of 420 prompt tokens reused: the first token comes 7 to 10 times sooner (minitx
                first-token --prefix-cache). A prompt that is new takes 2 to 5 % longer.
     Not for:   parts that free cache rows, that remember more than keys and values (sparse_memory,
-               dota, early_exit with fill=deferred), or that decide by the step or the whole prompt.
-               Prompts of a batch are decoded in turns; a draft model reads every prompt anew.
+               dota, early_exit with kv_fill=deferred), or whose decisions depend on the step or on
+               the whole prompt. Prompts of a batch are decoded one by one; a draft model runs every
+               prompt in full.
     Proof:     tests/skip/test_prefix_cache.py; literal version: tests/skip/literal_prefix_cache.py
     """
     if not megabytes:

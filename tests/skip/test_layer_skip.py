@@ -552,26 +552,26 @@ def test_a_table_refuses_what_it_cannot_give():
 
 
 def test_ffn_skip_does_not_count_ffns_that_are_left_out():
-    flags = {"ffn_skip": dict(threshold=-2.0, k=2, warm_up=0, cold_start=1, cold_end=6)}
+    flags = {"ffn_skip": dict(threshold=-2.0, skip=2, warm_up=0, cold_start=1, cold_end=6)}
     lm = apply(tiny_lm(), flags | {"layer_skip": dict(unit="ffn", drop="2,4")})
     with counting(lm) as counts:
         lm.logits(IDS)
     # of FFNs 1, 3 and 5, the first is measured and the next two are skipped
-    assert counts.events["FFNs that may be skipped"] == 3 * 40
+    assert counts.events["skippable FFNs"] == 3 * 40
     assert counts.events["FFNs skipped"] == 2 * 40
     assert counts.events["sub-layers left out"] == 2 * 40
 
 
 TOGETHER = {
     "exit, copied": {"early_exit": dict(threshold=0.2, warm_up=3)},
-    "exit, deferred": {"early_exit": dict(threshold=0.2, warm_up=3, fill="deferred")},
-    "ffn_skip": {"ffn_skip": dict(threshold=0.8, k=2, warm_up=4, cold_start=1, cold_end=L)},
+    "exit, deferred": {"early_exit": dict(threshold=0.2, warm_up=3, kv_fill="deferred")},
+    "ffn_skip": {"ffn_skip": dict(threshold=0.8, skip=2, warm_up=4, cold_start=1, cold_end=L)},
     "quantize": {"quantize": dict(bits=8)},
     "elsa": {"elsa": dict(p=1.0)},
     "int8 cache": {"quantize_cache": dict(bits=8)},
     "all": {
         "quantize": dict(bits=8),
-        "ffn_skip": dict(threshold=0.8, k=2, warm_up=4, cold_start=1, cold_end=L),
+        "ffn_skip": dict(threshold=0.8, skip=2, warm_up=4, cold_start=1, cold_end=L),
         "first_layer": {},
         "early_exit": dict(threshold=0.2, warm_up=3),
     },
@@ -594,11 +594,11 @@ def test_chunks_and_rewinding_with_other_techniques(others):
     assert all(state.layers[i].count == 0 for i in (1, 5)), "a layer left out has cache rows"
 
 
-@pytest.mark.parametrize("fill", ["copy", "deferred"])
+@pytest.mark.parametrize("kv_fill", ["copy", "deferred"])
 @each_drop
-def test_early_exit_with_units_left_out_equals_zeroed_weights(options, fill):
+def test_early_exit_with_units_left_out_equals_zeroed_weights(options, kv_fill):
     """Those who exit skip the same layers, and a layer left out has no rows to fill."""
-    flags = {"early_exit": dict(threshold=0.2, warm_up=3, fill=fill)}
+    flags = {"early_exit": dict(threshold=0.2, warm_up=3, kv_fill=kv_fill)}
     lm = apply(tiny_lm(), flags | {"layer_skip": options})
     zeroed = apply(with_zeros(tiny_lm(), left(apply(tiny_lm(), {"layer_skip": options}))), flags)
     close(lm.logits(IDS), zeroed.logits(IDS), "logits differ")
