@@ -1,6 +1,6 @@
-"""Putting a transformer together: from a configuration and its weights, to the tree of parts.
+"""Build the tree of parts from a configuration and its weights.
 
-The three families differ only in which small parts are chosen here.
+The three model families differ only in which parts are selected here.
 """
 
 import numpy as np
@@ -55,7 +55,7 @@ def shapes(config: Config) -> dict[str, tuple]:
 
     def note(path, shape):
         found[path] = shape
-        return np.broadcast_to(np.float32(0), shape)  # looks like an array, takes no memory
+        return np.broadcast_to(np.float32(0), shape)  # an array in shape only: takes no memory
 
     build(config, note)
     return found
@@ -64,10 +64,9 @@ def shapes(config: Config) -> dict[str, tuple]:
 def random_model(config: Config, seed: int = 0, dtype=np.float32) -> Transformer:
     """A model with seeded random weights, scaled as for training from scratch.
 
-    Matrices are normal with deviation 1/sqrt(in), those that write to the residual stream smaller
-    by 1/sqrt(2L) (GPT-2) so that the stream does not grow with depth; gains 1, biases 0. A skipless
-    model begins near the identity instead: see skipless.py.
-    """
+    Matrices are normal with standard deviation 1/sqrt(in); those that write to the residual stream
+    are scaled by 1/sqrt(2L) (GPT-2), so that it does not grow with depth; gains 1, biases 0. A
+    skipless model begins near the identity instead: see skipless.py."""
     rng = np.random.default_rng(seed)
     if config.skipless:
         return build(config, near_identity(config, rng, dtype))
