@@ -444,8 +444,8 @@ class Unfit(Part):
     [
         ({"has_history": True}, "remembers more of a prompt"),
         ({"frees_rows": True}, "keeps fewer cache rows"),
-        ({"decides": "step"}, "depend on what follows"),
-        ({"decides": "sequence"}, "depend on what follows"),
+        ({"decides": "step"}, "depend on later tokens"),
+        ({"decides": "sequence"}, "depend on later tokens"),
     ],
     ids=str,
 )

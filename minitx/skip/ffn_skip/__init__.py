@@ -12,7 +12,6 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.shared.cosine import cosine
-from minitx.skipless import SkiplessBlock, SkiplessParallelBlock
 from minitx.state import Layer
 from minitx.technique import at_least, between, blocks_of, technique, wrap
 from minitx.tree import Part, part
@@ -108,10 +107,10 @@ def default_skip(L: int) -> int:
 
 
 def check_residual(lm) -> None:
-    if any(type(block) in (SkiplessBlock, SkiplessParallelBlock) for block in blocks_of(lm)):
+    if lm.model.config.skipless:
         raise MinitxError(
-            "ffn_skip needs residual adds, and this model is skipless: without its FFN nothing of "
-            "a token would be left; leave ffn_skip out."
+            "ffn_skip needs residual connections and this model is skipless: skipping an FFN would "
+            "drop the hidden state; leave ffn_skip out."
         )
 
 
