@@ -157,7 +157,7 @@ class LazyStack(Part):
         return cand[np.sort(np.append(best, len(cand) - 1))]
 
     def each_row(self, x, state: State):
-        """A batch x (..., T, D) without a KV cache: each row prunes other tokens, so it runs alone."""
+        """A batch x (..., T, D) without a KV cache: its rows prune different tokens."""
         if state.layers[0].remember:
             raise MinitxError(
                 f"lazy_tokens keeps different tokens for each sequence and got a batch of shape "
