@@ -363,7 +363,7 @@ def test_events_count_the_tokens_that_exited_after_each_layer():
         dict(fold_norms=True),
         dict(fuse_projections=True),
         dict(first_layer=True),
-        dict(predictive_attention={"tau": 0.2}),
+        dict(predictive_attention={"threshold": 0.2}),
         dict(ffn_skip={"threshold": 0.8, "warm_up": 2, "cold_start": 1}),
         dict(exact_head=True),
     ],
