@@ -31,7 +31,6 @@ MODULES = (
     "minitx.skipless",
     "minitx.ops",
     "minitx.decode",
-    "minitx.shared.confidence",
 )
 PACKAGES = ("minitx.shared.", "minitx.precompute.", "minitx.skip.")
 
