@@ -29,7 +29,7 @@ class Config:
     parallel: bool = (
         False  # attention and FFN read the same input and are added together (gpt_neox)
     )
-    skipless: bool = False  # nothing is added to the stream and nothing normalised: blocks in a row
+    skipless: bool = False  # no residual adds and no norms
     tied: bool = False  # the head is the embedding table, transposed
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection

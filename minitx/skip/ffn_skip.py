@@ -13,7 +13,7 @@ import numpy as np
 
 from minitx import ledger
 from minitx.errors import MinitxError
-from minitx.skipless import SkiplessBlock, SkiplessParallelBlock
+from minitx.model import SkiplessBlock, SkiplessParallelBlock
 from minitx.state import Layer
 from minitx.technique import blocks_of, technique, wrap
 from minitx.tree import Part, part, table
