@@ -58,7 +58,7 @@ SHOWS = {
         r"v of block 0 in float32: error \d\.\de-0[6-9], allowed 1e-05$",
         r"Offline: for each matrix W ",
         r"-     norm: RMSNorm\(",
-        r"\+     norm: BareRMSNorm\(",
+        r"\+     norm: WeightlessRMSNorm\(",
         r"logits of \d+ tokens: error .* in float32, \d\.\de-1[3-9] in float64$",
         r"The greedy text is the same: ",
         r"\+ +qkv: FusedQKV\(",
