@@ -32,7 +32,7 @@ def fold_norms(lm):
                arXiv 2407.09577; of it, the weightless norms (Notes: what is left out).
     Fidelity:  the paper's text.
     Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
-               1e-6 of the largest).
+               1e-6 of the largest one).
     Idea:      A gain scales the columns of the norm's output. Scaling the rows of the next matrix
                does the same, once and for all tokens.
     Offline:   for each matrix W (in, out) with bias c that reads a norm  n(x) * g + b

@@ -21,7 +21,7 @@ def fuse_projections(lm):
                into W_q is plain algebra.
     Fidelity:  our own formulation.
     Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
-               8e-7 of the largest), as BLAS may sum a wider product in another order.
+               8e-7 of the largest one), as BLAS may sum a wider product in another order.
     Idea:      Matrices that read the same input can stand side by side: one call, one pass
                over the input, and the result is split by columns.
     Offline:   W_qkv = [W_q / sqrt(d), W_k, W_v]    (D, (H + 2 K) d)     biases alike

@@ -45,7 +45,7 @@ def remove_weights(
                arXiv 2404.12362, figure 1 (b). Its P, M, O are W_o, W_up, W_down here.
     Fidelity:  the paper's text. Biases, learned positions and parallel blocks are our extension.
     Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
-               2e-6 of the largest), the more the worse W_q is conditioned.
+               2e-6 of the largest one), the more the worse W_q is conditioned.
     Idea:      Without residual adds and norms, matrices follow each other directly: W_down of
                one block and W_q of the next, W_o and W_up. Each such pair is one matrix.
     Offline:   W_down* = W_down W_q,  b_down* = b_down W_q + b_q    W_q, b_q of the next block
