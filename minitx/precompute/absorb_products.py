@@ -31,14 +31,14 @@ def absorb_products(
     Fidelity:  a reconstruction from summaries; the algebra, with biases and shared heads, is ours.
     Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
                2e-6 of the largest one).
-    Idea:      n is a token's normalized input, N (S, D) those of all tokens, p the attention
-               weights. In the scores  n W_q W_k^T N^T  and in the output  p N W_v W_o  two weight
-               matrices meet directly, so their product can be made in advance.
+    Idea:      n is a token's normalized input, inputs (S, D) those of all tokens. In the scores
+               n W_q W_k^T inputs^T  and in the output  p inputs W_v W_o  (p: attention weights)
+               two matrices meet directly, so their product can be made in advance.
     Offline:   for query head i, whose key head is j = i // G  (W_q,i: the columns of head i):
                    QK_i = W_q,i W_k,j^T    (D, D),  bias b_q,i W_k,j^T
                    OV_i = W_v,j W_o,i      (D, D),  bias of all heads  b_o + sum_i b_v,j W_o,i
-    Online:    p_i = softmax(n QK_i N^T / sqrt(d));   out = sum_i (p_i N) OV_i
-               N is cached, as one head that serves as keys and as values.
+    Online:    p_i = softmax(n QK_i inputs^T / sqrt(d));   out = sum_i (p_i inputs) OV_i
+               The inputs are cached, as one head that serves as keys and as values.
                pairs=qk, pairs=ov: one of the two products; values, or keys, as usual.
     Saves:     nothing unless d > D/2, which means a single head. Per token 2 H D^2 + 2 S H D
                multiply-adds instead of 2 D (H + K) d + 2 S H d; 2 H D^2 weights instead of

@@ -38,17 +38,17 @@ def first_layer(lm):
                1e-6 of the largest one).
     Idea:      What block 0 computes before it attends depends on the token alone, not on its
                position or on other tokens (RoPE comes later).
-    Offline:   for every token t:  x = E[t];  n = norm(x)
+    Offline:   for every token t:  x = embedding[t];  n = norm(x)
                    q = n W_q,  k = n W_k,  v = n W_v    biases included, no rotation yet
                    s = x                                serial block
                    s = x + FFN(x)                       parallel block; the FFN with its own norm
-                   table[t] = [s, q, k, v]              (V, D + A), A = (H + 2 K) d
+                   table[t] = [s, q, k, v]              (V, D + (H + 2 K) d)
     Online:    s, q, k, v = table[t]
                y = s + attention(rope(q), rope(k), v) W_o;   serial: y + FFN(y)
-    Saves:     D A multiply-adds per token; in a parallel block also its FFN's 2 D F (3 D F with a
-               gate). At most 1/L of the work. Costs V A numbers less those weights, and V D more
-               if the head is tied. A pass over B tokens reads less while B < D (in a parallel
-               block B < D + 2 D F / A).
+    Saves:     D (H + 2 K) d multiply-adds per token, and in a parallel block the FFN's 2 D F
+               (3 D F with a gate): at most 1/L of the work. Those weights go; the table has
+               V (H + 2 K) d numbers more than the embedding, V D more still if the head is tied.
+               Reads less than it did up to D tokens in a pass (more in a parallel block).
     In NumPy:  faster: decoding 1.05x on stories, 1.1x to 1.2x on stories-parallel.
     Not for:   an attention that another technique has wrapped. A table is of these weights:
                change them and it is wrong.
@@ -66,10 +66,10 @@ def first_layer(lm):
 class FirstLayerTable(Part):
     """Token ids to rows [s, q, k, v]."""
 
-    w: np.ndarray  # (V, D + A), A = H*d + 2*K*d
+    w: np.ndarray  # (V, D + H*d + 2*K*d)
 
     def __call__(self, ids, where):
-        return ops.rows(self.w, ids)  # (..., T, D + A)
+        return ops.rows(self.w, ids)  # (..., T, D + H*d + 2*K*d)
 
 
 @part
@@ -203,15 +203,15 @@ def in_float64(node: Part) -> Part:
 
 
 # Learned positions -------------------------------------------------------------------------------
-# x = E[t] + P[p], so no table over tokens alone can hold the projections. But a norm is linear up
-# to one scalar r(x) per token, with gain g and bias b:
+# x = tokens[t] + positions[p]: no table over tokens alone can hold the projections. But a norm
+# is linear up to one scalar r(x) per token, with gain g and bias b:
 #
-#     [q, k, v] = r(x) * (Y(E[t]) + Y(P[p])) + c
-#     r(x) = 1 / sqrt(mean(x^2) + eps),  Y(x) = (x * g) W,  c = b W + bias of W
+#     [q, k, v] = r(x) * (y(tokens[t]) + y(positions[p])) + c
+#     r(x) = 1 / sqrt(mean(x^2) + eps),  y(x) = (x * g) W,  c = b W + bias of W
 #     (a LayerNorm: x - mean(x) instead of x)
 #
-# Two tables, [E, Y(E)] and [P, Y(P)], are added row by row. c and Y come from calling the parts:
-# c = qkv(norm(0)),  Y(x) = (qkv(norm(x)) - c) / r(x).
+# Two tables of rows [x, y(x)], one over tokens and one over positions, are added row by row. c and
+# y come from calling the parts: c = qkv(norm(0)),  y(x) = (qkv(norm(x)) - c) / r(x).
 
 
 @part
@@ -219,9 +219,9 @@ class AddedTables(Part):
     """Token ids and positions to rows [x, q, k, v]: the rows of two tables are added, then q, k, v
     scaled by r and shifted by c."""
 
-    tokens: np.ndarray  # (V, D + A)
-    positions: np.ndarray  # (context, D + A)
-    c: np.ndarray  # (A,)
+    tokens: np.ndarray  # (V, D + H*d + 2*K*d)
+    positions: np.ndarray  # (context, D + H*d + 2*K*d)
+    c: np.ndarray  # (H*d + 2*K*d,)
     scale: Callable
     eps: float
 
@@ -231,7 +231,7 @@ class AddedTables(Part):
         qkv = rows[..., width:]  # a view
         qkv *= self.scale(rows[..., :width], self.eps)
         qkv += self.c
-        return rows  # (..., T, D + A)
+        return rows  # (..., T, D + H*d + 2*K*d)
 
 
 def added_tables(tokens, positions, norm: Part, qkv: Part) -> AddedTables:
@@ -240,7 +240,7 @@ def added_tables(tokens, positions, norm: Part, qkv: Part) -> AddedTables:
     zero, one = np.zeros((1, width)), np.ones((1, width))
 
     def project(x):
-        return np.concatenate(qkv(norm(x)), axis=-1)  # (..., A)
+        return np.concatenate(qkv(norm(x)), axis=-1)  # (..., H*d + 2*K*d)
 
     # A LayerNorm gives the same for every constant row, an RMSNorm does not.
     scale = layer_scale if np.array_equal(norm(one), norm(zero)) else rms_scale
@@ -280,6 +280,8 @@ def layer_scale(x, eps):
 # Notes:
 #
 # - W_o and the FFN of a serial block stay: their input has seen other tokens.
+# - With A = (H + 2 K) d, a pass over B tokens reads D A weights less and B A numbers of the table
+#   more: less in all while B < D (in a parallel block B < D + 2 D F / A).
 # - Learned positions: a token takes D + A multiplications and no product. 2 B A numbers are read
 #   and (V + context) A kept, instead of B A and V A. The FFN of a parallel block stays, because
 #   the two parts of x do not add up after its activation.

@@ -49,7 +49,7 @@ def remove_weights(
     Idea:      Without residual adds and norms, matrices follow each other directly: W_down of
                one block and W_q of the next, W_o and W_up. Each such pair is one matrix.
     Offline:   W_down* = W_down W_q,  b_down* = b_down W_q + b_q    W_q, b_q of the next block
-               E*      = E W_q + b_q         embedding table; W_q, b_q of block 0
+               embedding* = embedding W_q + b_q                            W_q, b_q of block 0
                W_k*    = W_q^-1 W_k,  b_k*    = b_k - b_q W_k*      W_v and b_v alike
                W_up*   = W_o W_up,    b_up*   = b_o W_up + b_up     W_gate and b_gate alike
                matrix=k, matrix=v: the same with W_k or W_v in the role of W_q.
@@ -130,8 +130,8 @@ class MergedIntoFFN(Part):
 
 
 # Offline -----------------------------------------------------------------------------------------
-# Removing W_q (A, with bias a) changes the basis of the hidden state x that enters the block to
-# x' = x A + a, which is q. What writes x has to write x', and what reads x has to read x'.
+# Removing W_q changes the basis of the hidden state x that enters the block to x' = x W_q + b_q,
+# which is q. What writes x has to write x', and what reads x has to read x'.
 
 
 def merge(model: Transformer, matrix: str) -> Transformer:
@@ -158,7 +158,7 @@ def merge_block(block: Part, matrix: str, base: "Basis", next_base: "Basis | Non
     else:  # parallel: W_up reads x, and W_o and W_down both write the next x
         expand = change_inputs(ffn.expand, base.reading)
         if next_base is not None:
-            out = change(out, lambda w, b: next_base.writing(w, b, offset=False))  # a only once
+            out = change(out, lambda w, b: next_base.writing(w, b, offset=False))  # only once
     if next_base is not None:
         down = change(down, next_base.writing)
     return replace(
@@ -175,24 +175,25 @@ def after(out: Linear, w, b):
 
 
 class Basis:
-    """The basis x' = x A + a, and how weights that write or read x change with it. All arrays are
-    float64; a bias may be None."""
+    """The basis x' = x matrix + offset, and how weights that write or read x change with it. All
+    arrays are float64; a bias may be None."""
 
-    def __init__(self, A, a, condition: float):
-        self.A, self.a, self.condition = A, a, condition  # (D, D), (D,) or None
+    def __init__(self, matrix, offset, condition: float):
+        self.matrix, self.offset = matrix, offset  # (D, D), (D,) or None
+        self.condition = condition
 
     def writing(self, w, b, offset: bool = True):
-        """Weights and bias that wrote x: now x' (or only x A, without the offset a)."""
-        new = None if b is None else b @ self.A
-        if offset and self.a is not None:
-            new = self.a if new is None else new + self.a
-        return w @ self.A, new
+        """Weights and bias that wrote x: now x' (or, without the offset, x matrix)."""
+        new = None if b is None else b @ self.matrix
+        if offset and self.offset is not None:
+            new = self.offset if new is None else new + self.offset
+        return w @ self.matrix, new
 
     def reading(self, w, b):
         """Weights and bias that read x: now x'."""
-        new = np.linalg.solve(self.A, w)
-        if self.a is not None:
-            b = -self.a @ new + (0 if b is None else b)
+        new = np.linalg.solve(self.matrix, w)
+        if self.offset is not None:
+            b = -self.offset @ new + (0 if b is None else b)
         return new, b
 
 
@@ -202,21 +203,21 @@ LARGEST_CONDITION = 1e6  # beyond it float32 keeps no digit worth having
 def basis_of(qkv: QKV, matrix: str, number: int) -> Basis:
     """The basis in which W_q (or W_k, W_v) of block ``number`` is the identity."""
     removed = getattr(qkv, matrix)
-    A, a = wide(removed.w), wide(removed.b)
-    if A.shape[0] != A.shape[1]:
+    w = wide(removed.w)
+    if w.shape[0] != w.shape[1]:
         advice = "" if matrix == "q" else "; try matrix=q, since queries are not shared"
         raise MinitxError(
             f"remove_weights needs a square W_{matrix}, which has an inverse; this one is "
-            f"{A.shape[0]} x {A.shape[1]}{advice}."
+            f"{w.shape[0]} x {w.shape[1]}{advice}."
         )
-    condition = float(np.linalg.cond(A))
+    condition = float(np.linalg.cond(w))
     if not condition <= LARGEST_CONDITION:
         raise MinitxError(
             f"remove_weights cannot invert W_{matrix} of block {number}: its condition number is "
             f"{condition:.0e}, expected at most {LARGEST_CONDITION:.0e}; try another matrix (q, k "
             "or v)."
         )
-    return Basis(A, a, condition)
+    return Basis(w, wide(removed.b), condition)
 
 
 def remaining_projections(qkv: QKV, matrix: str, base: Basis) -> Part:
@@ -288,11 +289,11 @@ def check_skipless(block: Part) -> None:
 
 # Notes:
 #
-# - Parallel blocks (a is the bias of the removed matrix A; next: that of the next block):
+# - Parallel blocks: W_up reads the same x as W_q, and W_o and W_down both write the next one:
 #
-#       W_up* = A^-1 W_up,      b_up* = b_up - a W_up*         W_k, W_v, W_gate alike
-#       W_o* = W_o A_next,      b_o* = b_o A_next
-#       W_down* = W_down A_next,  b_down* = b_down A_next + a_next
+#       W_up*   = W_q^-1 W_up,   b_up*   = b_up - b_q W_up*        W_k, W_v, W_gate alike
+#       W_o*    = W_o W_q,       b_o*    = b_o W_q                 W_q, b_q of the next block
+#       W_down* = W_down W_q,    b_down* = b_down W_q + b_q        W_q, b_q of the next block
 #
 #   W_o stays: removing it too would take a second basis for the same hidden state. The paper's
 #   figure 3 drops both, which is another function (a test shows it).

@@ -1,4 +1,4 @@
-"""The table of merged embeddings, by loops: EP[t][p] = E[t] + P[p]. Tables are lists of rows."""
+"""Merged embeddings by loops: merged[t][p] = tokens[t] + positions[p]. Tables are lists of rows."""
 
 
 def add(a, b):

@@ -24,17 +24,17 @@ IDS = np.random.default_rng(0).integers(0, 258, 40)
 
 
 def test_merged_embedding_worked_example_by_hand():
-    """E = [1, 2], [3, 4] for two tokens, P = [10, 20], [30, 40] for two positions:
+    """Rows [1, 2], [3, 4] for two tokens, [10, 20], [30, 40] for two positions:
 
-    EP[0] = [1 + 10, 2 + 20], [1 + 30, 2 + 40] = [11, 22], [31, 42]
-    EP[1] = [3 + 10, 4 + 20], [3 + 30, 4 + 40] = [13, 24], [33, 44]
-    Tokens 1, 0: EP[1, 0], EP[0, 1] = [13, 24], [31, 42]
+    merged[0] = [1 + 10, 2 + 20], [1 + 30, 2 + 40] = [11, 22], [31, 42]
+    merged[1] = [3 + 10, 4 + 20], [3 + 30, 4 + 40] = [13, 24], [33, 44]
+    Tokens 1, 0: merged[1, 0], merged[0, 1] = [13, 24], [31, 42]
     """
     tokens, positions = np.array([[1, 2], [3, 4.0]]), np.array([[10, 20], [30, 40.0]])
     embed = PositionEmbedding(TokenEmbedding(tokens), positions)
     dense = LM(replace(random_model(SMALL, 3), embed=embed))
     merged = apply(dense, {"merge_embeddings": True}).model.embed
-    np.testing.assert_array_equal(merged.w, [[[11, 22], [31, 42]], [[13, 24], [33, 44]]], "EP")
+    np.testing.assert_array_equal(merged.w, [[[11, 22], [31, 42]], [[13, 24], [33, 44]]], "merged")
     found = merged(np.array([1, 0]), slice(0, 2))
     np.testing.assert_array_equal(found, [[13, 24], [31, 42]], "rows of tokens 1, 0")
 
@@ -43,7 +43,7 @@ def test_merged_embedding_equals_the_literal_version():
     dense = random_model(SMALL, 3, np.float64)
     merged = apply(LM(dense), {"merge_embeddings": True}).model.embed
     table = literal.merge(dense.embed.tokens.w.tolist(), dense.embed.w.tolist())
-    np.testing.assert_array_equal(merged.w, table, "EP")
+    np.testing.assert_array_equal(merged.w, table, "merged")
     ids = np.array([6, 0, 3])
     expected = literal.embed(table, ids.tolist(), first=2)
     np.testing.assert_array_equal(merged(ids, slice(2, 5)), expected, "rows from position 2 on")
@@ -73,7 +73,7 @@ def test_merge_embeddings_is_bit_for_bit_the_dense_model(dtype):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_merge_embeddings_memory_and_reads_are_as_predicted(tied):
-    """V * context * D numbers instead of (V + context) D, V D more with a tied head; one row read."""
+    """V * context * D numbers instead of (V + context) D, V D more with a tied head; one row."""
     dense = LM(random_model(replace(SMALL, tied=tied), 3))
     lm = apply(dense, {"merge_embeddings": True})
     grown = 7 * 5 * 4 - (7 + 5) * 4 + (7 * 4 if tied else 0)
