@@ -40,7 +40,7 @@ def shrink(
                2e-6 of the largest one), more the worse the blocks are conditioned.
     Idea:      W_v W_o = (W_v block) (block^-1 W_o) for any invertible block. If it consists of d
                columns of W_o, these become the identity: nothing to store or to multiply.
-    Offline:   vo, for key/value head j with W_v,j (D, d) and its query heads' W_o,1 .. W_o,G (d, D):
+               qk, for the r columns of a head that are not rotated (d with learned positions):
                    block  = W_o,1[:, p]         p: d of its columns; rest: the others
                    W_v,j* = W_v,j block,        W_o,g* = block^-1 W_o,g  for g = 1 .. G
                qk, for the r columns of a head that RoPE does not rotate (d with learned positions):
