@@ -1,6 +1,6 @@
-"""The arguments of the ``minitx`` command: which words there are, and how flags are read.
+"""The arguments of the ``minitx`` command, and how technique flags are parsed.
 
-What is wrong with them is a ``MinitxError``; what the commands do is in commands.py.
+Bad arguments raise ``MinitxError``. commands.py does the work.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from minitx.errors import MinitxError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a fault as all bad input is reported, without the usage text in front of it."""
+    """Reports errors like all bad input: one sentence, without the usage text."""
 
     def error(self, message):
         raise MinitxError(f"{message} ({self.prog} --help says more).")
@@ -24,7 +24,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
     args, unknown = parser().parse_known_args(words)
     if flags and not hasattr(args, "techniques"):
-        raise MinitxError(f"{args.parser.prog} takes no techniques; leave {flags[0][0]} out.")
+        raise MinitxError(f"{args.parser.prog} takes no techniques; remove {flags[0][0]}.")
     if flags:
         args.techniques = read_flags(flags)
     if not unknown:
@@ -33,14 +33,14 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if unknown[0].startswith("-"):
         raise MinitxError(f"There is no option {unknown[0]}; {usage}")
     raise MinitxError(
-        f"{unknown[0]!r} is one word too many (put a text of several words in quotes); {usage}"
+        f"Unexpected argument {unknown[0]!r} (put text of several words in quotes); {usage}"
     )
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
     """The arguments without techniques, and each technique's flag with its ``option=value`` words.
 
-    argparse cannot do this: it would take the prompt behind ``--fold-norms`` for an option.
+    argparse cannot do this: it would take a prompt after ``--fold-norms`` for an option.
     """
     from minitx.technique import names
 
@@ -64,7 +64,7 @@ def read_flags(flags: list[list[str]]) -> dict[str, dict]:
     for flag, *options in flags:
         technique = find(flag[2:])
         if technique.name in found:
-            raise MinitxError(f"{flag} is given twice; give it once, with all its options.")
+            raise MinitxError(f"{flag} is given twice; give it once, with all of its options.")
         found[technique.name] = technique.read(options)
     return found
 
@@ -72,33 +72,51 @@ def read_flags(flags: list[list[str]]) -> dict[str, dict]:
 def parser() -> Parser:
     top = Parser(
         prog="minitx",
-        description="A transformer in NumPy, to read and to measure.",
+        description="A transformer in NumPy, with techniques that skip or precompute work.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"minitx {minitx.__version__}")
     names = top.add_subparsers(metavar="COMMAND")
     top.set_defaults(
         parser=top,
-        run=lambda _: top.error(f"a command is needed, one of {', '.join(names.choices)}"),
+        run=lambda _: top.error(f"expected a command, one of {', '.join(names.choices)}"),
     )
 
-    generate = add(names, "generate", commands.generate, "continue a text, as it comes")
+    generate = add(
+        names, "generate", commands.generate, "generate a completion of a prompt, streamed"
+    )
     generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
     add_model(generate)
     generate.add_argument(
-        "-n", "--max-new-tokens", type=int, metavar="N", help="at most so many (default: what fits)"
+        "-n",
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="maximum number of new tokens (default: fill the context)",
     )
     generate.add_argument(
-        "-t", "--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default)"
+        "-t",
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; 0 is greedy decoding (default)",
     )
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest")
     generate.add_argument(
-        "--top-p", type=float, metavar="P", help="draw among the likeliest that reach P"
+        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
     )
-    generate.add_argument("--seed", type=int, metavar="N", help="the same seed, the same text")
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="nucleus sampling: keep the smallest set with probability mass P",
+    )
+    generate.add_argument(
+        "--seed", type=int, metavar="N", help="random seed: the same seed gives the same text"
+    )
     add_json(generate)
 
-    show = add(names, "show", commands.show, "draw the tree of parts that runs")
+    show = add(names, "show", commands.show, "print the tree of parts that runs")
     add_model(show)
     add_json(show)
 
@@ -106,47 +124,56 @@ def parser() -> Parser:
     add_json(listed)
 
     explain = add(names, "explain", commands.explain, "print a technique's card")
-    explain.add_argument("name", help="of a technique: fold-norms")
+    explain.add_argument("name", help="name of a technique, such as fold-norms")
     add_json(explain)
 
-    check = add(names, "check", commands.check, "compare models with another framework's outputs")
+    check = add(
+        names, "check", commands.check, "compare models with Hugging Face reference outputs"
+    )
     check.add_argument("models", nargs="*", help="names of shipped models (default: all)")
     check.add_argument(
-        "--reference", metavar="DIR", help="folder of the outputs (default: the checkout's)"
+        "--reference",
+        metavar="DIR",
+        help="folder with the reference outputs (default: tests/reference)",
     )
     add_json(check)
 
     bench = add(names, "bench", commands.bench, "measure decoding and prefill at three shapes")
-    bench.add_argument("--quick", action="store_true", help="fewer repeats, rougher figures")
+    bench.add_argument("--quick", action="store_true", help="fewer repeats, noisier figures")
     add_json(bench)
 
     evaluate = add(names, "evaluate", commands.evaluate, "accuracy by hops on held-out stories")
     add_model(evaluate)
     add_stories(evaluate, 500)
-    evaluate.add_argument("--depths", action="store_true", help="also leave after every block")
+    evaluate.add_argument("--depths", action="store_true", help="also exit after every block")
     add_json(evaluate)
 
-    compare = add(names, "compare", commands.compare, "what techniques cost and save")
+    compare = add(
+        names,
+        "compare",
+        commands.compare,
+        "measure what techniques save and cost, side by side with dense",
+    )
     add_model(compare)
     add_stories(compare, 100)
     add_chains(compare)
     add_json(compare)
 
-    first = "time to the first token of prompts that begin alike"
+    first = "time to first token for prompts that share a prefix"
     first = add(names, "first-token", commands.first_token, first)
     add_model(first)
     for name, default, meaning in (
-        ("shared", 400, "tokens that all prompts begin with"),
-        ("own", 20, "tokens that each goes on with"),
-        ("prompts", 8, "prompts in a round"),
+        ("shared", 400, "length of the shared prefix in tokens"),
+        ("own", 20, "tokens of each prompt after the prefix"),
+        ("prompts", 8, "prompts per round"),
         ("rounds", 7, "rounds"),
     ):
         text = f"{meaning} (default {default})"
         first.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
     add_json(first)
 
-    sweep = add(names, "sweep", commands.sweep, "one technique at several settings")
-    sweep.add_argument("name", help="of a technique: ffn-skip")
+    sweep = add(names, "sweep", commands.sweep, "measure one technique at several settings")
+    sweep.add_argument("name", help="name of a technique, such as ffn-skip")
     sweep.add_argument("settings", nargs="*", help="option=value,value,...")
     add_model(sweep)
     add_stories(sweep, 40)
@@ -154,60 +181,80 @@ def parser() -> Parser:
     sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
     add_json(sweep)
 
-    attention = commands.compare_attention, "methods that choose keys, at the same share of keys"
+    attention = (
+        commands.compare_attention,
+        "compare sparse attention methods at the same share of keys",
+    )
     attention = add(names, "compare-attention", *attention)
     add_model(attention, techniques=False)
     attention.add_argument(
         "--methods",
         type=words,
         metavar="A,B",
-        help="names of techniques that choose keys, oracle, window, random (default: all)",
+        help="sparse attention techniques, oracle, window, random (default: all)",
     )
     attention.add_argument(
         "--share",
         type=shares,
         default=(1 / 2, 1 / 4, 1 / 8),
         metavar="A,B",
-        help="of the keys to keep (default 1/2,1/4,1/8)",
+        help="shares of the keys to keep (default 1/2,1/4,1/8)",
     )
-    attention.add_argument("--chains", type=count, default=8, metavar="N", help="(default 8)")
+    chains = "number of token sequences, each a chain of stories (default 8)"
+    attention.add_argument("--chains", type=count, default=8, metavar="N", help=chains)
     attention.add_argument(
-        "--tokens", type=count, metavar="N", help="in each chain (default: the model's context)"
+        "--tokens", type=count, metavar="N", help="tokens per chain (default: fill the context)"
     )
-    attention.add_argument("--grade", default="full", help="difficulty (default full)")
-    attention.add_argument("--rounds", type=count, default=15, metavar="N", help="(default 15)")
+    attention.add_argument(
+        "--grade", default="full", help="difficulty of the stories (default full)"
+    )
+    rounds = "timing rounds (default 15)"
+    attention.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
     attention.add_argument("--png", metavar="FILE", help="also draw curves (needs minitx[plot])")
     add_json(attention)
 
-    cost = add(names, "cost", commands.cost, "what a technique saves on a model of any size")
-    cost.add_argument("technique", type=known_cost, help="first-layer, for instance")
-    cost.add_argument("options", nargs="*", help="option=value")
+    cost = add(
+        names,
+        "cost",
+        commands.cost,
+        "predict what a technique saves on a model of any size, from its config",
+    )
+    cost.add_argument("technique", type=known_cost, help="name of a technique, such as first-layer")
+    cost.add_argument("options", nargs="*", help="options of the technique: option=value")
     cost.add_argument("--config", required=True, metavar="FILE", help="a Hugging Face config.json")
-    cost.add_argument("--parallel", action="store_true", help="as if its blocks were parallel")
+    cost.add_argument(
+        "--parallel",
+        action="store_true",
+        help="assume parallel blocks (attention and FFN read the same input)",
+    )
     add_json(cost)
 
-    precompute = "do a technique's offline work once and write the model that it gives"
+    precompute = "do the offline work of techniques once and write the resulting model"
     precompute = add(names, "precompute", commands.precompute, precompute)
-    precompute.add_argument("out", metavar="OUT_DIR", help="a new folder; -m OUT_DIR runs it")
+    precompute.add_argument("out", metavar="OUT_DIR", help="a new folder, which -m OUT_DIR loads")
     add_model(precompute)
 
-    train = add(names, "train", commands.train, "train a model by its recipe")
-    train.add_argument("recipe", help="a recipe.json, or the folder that holds one")
+    train = add(names, "train", commands.train, "train a model from a recipe")
+    train.add_argument("recipe", help="a recipe.json, or the folder that contains one")
     train.add_argument("--out", metavar="DIR", help="folder to write (default: runs/NAME)")
-    train.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     train.add_argument(
-        "--time-limit", type=seconds, metavar="S", help="stop at a checkpoint after so many seconds"
+        "--workers", type=int, metavar="N", help="number of processes (default: one per core)"
     )
-    train.add_argument("--restart", action="store_true", help="ignore an earlier checkpoint")
+    train.add_argument(
+        "--time-limit", type=seconds, metavar="S", help="stop at a checkpoint after S seconds"
+    )
+    train.add_argument(
+        "--restart", action="store_true", help="start over: ignore an existing checkpoint"
+    )
 
     stories = add(names, "stories", commands.stories, "print stories from the grammar")
-    stories.add_argument("--grade", default="full", help="difficulty (default full)")
+    stories.add_argument("--grade", default="full", help="difficulty of the stories (default full)")
     stories.add_argument(
         "--split", default="train", help="train (default), calibration or evaluation"
     )
-    stories.add_argument("--seed", type=int, default=0, metavar="N", help="(default 0)")
+    stories.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
     stories.add_argument(
-        "-n", "--count", type=count, default=3, metavar="N", help="how many (default 3)"
+        "-n", "--count", type=count, default=3, metavar="N", help="number of stories (default 3)"
     )
     add_json(stories)
     return top
@@ -223,13 +270,18 @@ def add(names, name: str, run, text: str) -> Parser:
 
 def add_model(command: Parser, techniques: bool = True) -> None:
     command.add_argument(
-        "-m", "--model", default="stories", help="a shipped name, a folder or a file"
+        "-m",
+        "--model",
+        default="stories",
+        help="a shipped model's name, a folder or a file (default stories)",
     )
-    command.add_argument("--tokenizer", help="folder or file, if it is not beside the model")
+    command.add_argument(
+        "--tokenizer", help="folder or file of the tokenizer, if it is not beside the model"
+    )
     if not techniques:
         return
     command.set_defaults(techniques={})
-    command.epilog = "Techniques: --NAME [option=value ...]; minitx list names them."
+    command.epilog = "Techniques: --NAME [option=value ...]; minitx list shows them all."
 
 
 def add_stories(command: Parser, default: int) -> None:
@@ -238,9 +290,9 @@ def add_stories(command: Parser, default: int) -> None:
         type=count,
         default=default,
         metavar="N",
-        help=f"how many to read (default {default})",
+        help=f"number of held-out stories (default {default})",
     )
-    command.add_argument("--grade", default="full", help="difficulty (default full)")
+    command.add_argument("--grade", default="full", help="difficulty of the stories (default full)")
 
 
 def add_chains(command: Parser) -> None:
@@ -249,7 +301,7 @@ def add_chains(command: Parser) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="read N chains of stories instead, each as long as the model's context",
+        help="read N chains of stories instead, each as long as the context",
     )
 
 
@@ -258,7 +310,7 @@ def add_json(command: Parser) -> None:
 
 
 def known_cost(text: str) -> str:
-    """The name of a technique that has formulas of what it costs."""
+    """The name of a technique that has cost formulas."""
     from minitx.lab.cost import names
 
     if text.replace("-", "_") not in names():
@@ -289,5 +341,5 @@ def shares(text: str) -> tuple[float, ...]:
 
 def in_range(number, least, most):
     if not least <= number <= most:
-        raise argparse.ArgumentTypeError(f"{number} is not from {least} to {most}")
+        raise argparse.ArgumentTypeError(f"expected a number from {least} to {most}, got {number}")
     return number

@@ -1,6 +1,6 @@
-"""Putting a transformer together: from a configuration and its weights, to the tree of parts.
+"""Build the tree of parts from a configuration and its weights.
 
-The three families differ only in which small parts are chosen here.
+The three model families differ only in which parts are selected here.
 """
 
 from collections.abc import Callable
@@ -62,16 +62,16 @@ def shapes(config: Config) -> dict[str, tuple]:
 
     def note(path, shape):
         found[path] = shape
-        return np.broadcast_to(np.float32(0), shape)  # looks like an array, takes no memory
+        return np.broadcast_to(np.float32(0), shape)  # an array in shape only: takes no memory
 
     build(config, note)
     return found
 
 
 def normal_init(config: Config, rng: np.random.Generator, dtype) -> Get:
-    """Weights scaled as for training from scratch: matrices are normal with deviation 1/sqrt(in),
-    those that write to the residual stream smaller by 1/sqrt(2L) (GPT-2) so that it does not grow
-    with depth; gains 1, biases 0."""
+    """Weights scaled as for training from scratch: matrices are normal with standard deviation
+    1/sqrt(in); those that write to the residual stream are scaled by 1/sqrt(2L) (GPT-2), so that it
+    does not grow with depth; gains 1, biases 0."""
 
     def get(path: str, shape: tuple) -> np.ndarray:
         if path.endswith("gain"):

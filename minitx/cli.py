@@ -1,7 +1,7 @@
 """The ``minitx`` command: text and tables go to stdout, figures about the run to stderr.
 
-Whatever is wrong with the input becomes one sentence on stderr and status 2. Which arguments there
-are is in arguments.py, what the commands do in commands.py.
+Bad input gives one sentence on stderr and exit status 2. arguments.py declares the arguments,
+commands.py does the work.
 """
 
 import os
@@ -12,25 +12,25 @@ from minitx.arguments import read_arguments
 from minitx.errors import MinitxError
 
 BAD_INPUT = 2
-INTERRUPTED, CLOSED_PIPE = 130, 141  # as a shell has it: 128 and the number of the signal
+INTERRUPTED, CLOSED_PIPE = 130, 141  # as in a shell: 128 + the signal number
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0; 1 if ``check`` found a bug; 2 for bad input;
-    3 if ``train`` stopped before its end; 130 for Ctrl-C, 141 if nobody reads on."""
+    """Run one command and return its exit status: 0; 1 if ``check`` found a bug; 2 for bad input;
+    3 if ``train`` stopped early; 130 for Ctrl-C; 141 for a closed pipe."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # for what the terminal's encoding does not have
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     try:
         args = read_arguments(arguments)
         status = args.run(args) or 0
         if sys.stdout:
-            sys.stdout.flush()  # now, while a fault can still be reported
+            sys.stdout.flush()  # now, while an error can still be reported
         return status
     except MinitxError as error:
         return fail(str(error), BAD_INPUT)
     except KeyboardInterrupt:
         return fail("stopped.", INTERRUPTED)
-    except BrokenPipeError:  # the reader (head, less) has seen enough, which is no fault
+    except BrokenPipeError:  # the reader (head, less) has seen enough: not an error
         drop_output()
         return CLOSED_PIPE
     except OSError as error:
@@ -46,9 +46,9 @@ def fail(message: str, status: int) -> int:
 
 
 def drop_output() -> None:
-    """Write what was printed or, if it cannot be, drop it: Python would try again when it ends."""
+    """Flush the output or, if that fails, drop it: Python would try again at exit."""
     try:
-        if sys.stdout:  # None if it was closed from the beginning
+        if sys.stdout:  # None if it was closed from the start
             sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,7 @@
-"""What each ``minitx`` command does: a few lines around a function that Python can call as well.
+"""The ``minitx`` commands: each is a few lines around a function that can also be called in Python.
 
-Each gets its arguments as arguments.py read them, and returns the exit status if it is not 0. What
-a command alone needs is imported when it runs, so that the others start faster.
+Each takes the parsed arguments and returns an exit status, or None for 0. What only one command
+needs is imported when it runs, so that the others start faster.
 """
 
 import json
@@ -24,7 +24,7 @@ NOT_FINISHED = 3
 
 
 def load(args):
-    """The model that the arguments name, with the techniques that they ask for."""
+    """The model that the arguments name, with the requested techniques."""
     return minitx.load(args.model, args.tokenizer, **args.techniques)
 
 
@@ -36,7 +36,7 @@ def generate(args) -> None:
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     tokens, new = tee(lm.tokens(ids, args.max_new_tokens, **options))
     pieces = lm.pieces(tokens, ids[-1])
-    # Numbers that are too large end in scores that are refused: a warning before that is no help.
+    # An overflow ends in logits that are refused with a clear message: no warning before that.
     with np.errstate(over="ignore", invalid="ignore"):
         if args.json:
             text = "".join(pieces)
@@ -46,7 +46,7 @@ def generate(args) -> None:
     if args.json:
         found = {"prompt": prompt, "text": text, "prompt_ids": ids, "ids": new, "seconds": took}
         print(json.dumps(found, indent=1))
-    print_figures(f"{len(new)} tokens in {took:.2f} s, {len(new) / took:.0f} a second")
+    print_figures(f"{len(new)} tokens in {took:.2f} s, {len(new) / took:.0f} tokens/s")
 
 
 def print_figures(text: str) -> None:
@@ -60,27 +60,29 @@ def print_text(prompt: str, pieces: Iterable[str]) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
     finally:
-        print()  # a message about what went wrong begins on a line of its own
+        print()  # so that an error message starts on its own line
 
 
 def need_text(argument: str) -> str:
     try:
         argument.encode("utf-8")
-    except UnicodeEncodeError as error:  # Python hides bytes that are no text in surrogates
+    except UnicodeEncodeError as error:  # Python maps undecodable bytes to surrogates
         raise MinitxError(
-            f"Character {error.start} of the prompt is a stray byte; text in UTF-8 is needed."
+            f"Character {error.start} of the prompt is not valid UTF-8; give UTF-8 text."
         ) from None
     return argument
 
 
 def read_stdin() -> str:
-    """The text on stdin, without the line end that most text ends with."""
+    """The text on stdin, without its final line break."""
     if not sys.stdin:
         raise MinitxError("There is no stdin to read the prompt from.")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MinitxError(f"Byte {error.start} on stdin is not UTF-8; text is needed.") from None
+        raise MinitxError(
+            f"Byte {error.start} on stdin is not valid UTF-8; give UTF-8 text."
+        ) from None
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -95,9 +97,9 @@ def show(args) -> None:
         print(json.dumps(found, indent=1))
     else:
         print(lm.model)
-        if type(lm.decode) is not Autoregressive:  # a technique has put another loop there
+        if type(lm.decode) is not Autoregressive:  # a technique has replaced the decoding loop
             print(lm.decode)
-        print_figures(f"{total:,} weights; {nbytes(lm) / 1e6:.2f} MB in memory")
+        print_figures(f"{total:,} weights, {nbytes(lm) / 1e6:.2f} MB in memory")
         if lm.folder and is_precomputed(lm.folder):
             print_figures(read_origin(lm.folder))
 
@@ -241,8 +243,8 @@ def precompute(args) -> None:
 
     if not args.techniques:
         raise MinitxError(
-            "There is nothing to precompute without a technique; give one: --fold-norms, for "
-            "instance (minitx list names them)."
+            "Expected at least one technique to precompute, such as --fold-norms (minitx list "
+            "shows them all)."
         )
     began = time.perf_counter()
     lm = load(args)
@@ -251,11 +253,11 @@ def precompute(args) -> None:
     origin = Origin(args.model, flags_text(args))
     write_precomputed(lm, args.out, origin, tokenizer_path(path, args.tokenizer))
     size = sum(file.stat().st_size for file in Path(args.out).iterdir())
-    print_figures(f"{args.out}: {size / 1e6:.2f} MB; {took:.2f} s of work that is done for good")
+    print_figures(f"{args.out}: {size / 1e6:.2f} MB; offline work took {took:.2f} s")
 
 
 def flags_text(args) -> str:
-    """The techniques as they were asked for: ``--fold-norms --ffn-skip threshold=0.9``."""
+    """The techniques as given: ``--fold-norms --ffn-skip threshold=0.9``."""
     from minitx.technique import as_words, find
 
     flags = [f"{find(name).flag} {as_words(options)}" for name, options in args.techniques.items()]
@@ -267,7 +269,7 @@ def train(args) -> int:
 
     recipe = Path(args.recipe)
     folder = recipe if recipe.is_dir() else recipe.parent
-    # Never the recipe's own folder by itself: that of a shipped model holds the shipped weights.
+    # Never the recipe's own folder by default: for a shipped model it holds the shipped weights.
     out = args.out or Path("runs") / folder.resolve().name
     result = train_by(
         recipe, out, workers=args.workers, resume=not args.restart, time_limit=args.time_limit

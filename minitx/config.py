@@ -1,4 +1,4 @@
-"""The sizes and choices that make one transformer: what a checkpoint says besides its weights."""
+"""The configuration of a transformer: everything about a checkpoint except its weights."""
 
 from dataclasses import dataclass
 
@@ -11,26 +11,27 @@ FAMILIES = ("llama", "gpt2", "gpt_neox")
 @dataclass(frozen=True)
 class Config:
     """Names as in the equations: D, L, H, K, d, F, V are width, layers, heads, kv_heads,
-    head_width, hidden, vocab_size. Loaders translate every foreign spelling into this one."""
+    head_width, hidden, vocab_size. The loaders in checkpoints/ translate every other naming into
+    this one."""
 
-    family: str  # which small parts are put together: see build.py
+    family: str  # selects the parts: see build.py
     vocab_size: int  # V
     width: int  # D, the residual stream
     layers: int  # L
     heads: int  # H query heads
     kv_heads: int  # K key/value heads; each serves G = H / K query heads
-    head_width: int  # d; free: H * d need not be D
+    head_width: int  # d; H * d need not equal D
     hidden: int  # F, inside the feed-forward network
     context: int  # the longest sequence
     activation: str = "silu"
     norm_eps: float = 1e-5
-    rope_width: int = 0  # how many of the d columns are rotated; 0: learned positions instead
+    rope_width: int = 0  # how many of the d columns are rotated; 0: learned positions
     rope_base: float = 10000.0
     parallel: bool = (
         False  # attention and FFN read the same input and are added together (gpt_neox)
     )
-    skipless: bool = False  # no residual adds and no norms
-    tied: bool = False  # the head is the embedding table, transposed
+    skipless: bool = False  # no residual connections and no norms
+    tied: bool = False  # the head shares the embedding table
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
     ffn_bias: bool = False
@@ -57,7 +58,7 @@ class Config:
         if self.rope_width % 2 or not 0 <= self.rope_width <= self.head_width:
             raise MinitxError(
                 f"{self.rope_width} rotary columns do not fit heads of width {self.head_width}; "
-                "an even number of at most the head width is needed."
+                "expected an even number, at most the head width."
             )
 
     @property
@@ -68,6 +69,4 @@ class Config:
 
 def _need_positive(name: str, value) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise MinitxError(
-            f"The configuration has {name} = {value!r}; a positive integer is needed."
-        )
+        raise MinitxError(f"The configuration has {name} = {value!r}; expected a positive integer.")

@@ -1,9 +1,8 @@
 """The decoding loop (run the model, sample a token, feed it back) and the sampler.
 
-The loop is a part of the language model, so a technique that skips whole forward passes (speculative
-decoding, a prefix cache) replaces it by another ``TokenLoop``. Text, end-of-text tokens and the
-length of the context are handled in lm.py.
-"""
+The loop is a part of the language model, so a technique that skips whole forward passes
+(speculative decoding, a prefix cache) replaces it by another ``TokenLoop``. Text, end-of-text
+tokens and the length of the context are handled in lm.py."""
 
 import math
 import random
@@ -54,13 +53,16 @@ class Sampler:
         return self.draw(self.probabilities(logits))
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """The distribution (V,) that a token is drawn from, in float64; at temperature 0, one-hot."""
+        """The distribution (V,) that a token is drawn from, in float64; at temperature 0,
+        one-hot."""
         best = ops.argmax_token(logits)
         if self.temperature == 0:
             return np.eye(1, logits.size, best)[0]
         z = logits.astype(np.float64)
         z -= z[best]  # <= 0, so exp cannot overflow
-        z /= max(self.temperature, 1e-99)  # below that nothing changes, but the quotient could overflow
+        z /= max(
+            self.temperature, 1e-99
+        )  # below that nothing changes, but the quotient could overflow
         p = np.exp(z, out=z)
         if self.top_k is not None and self.top_k < p.size:
             p[~top_k_mask(logits, self.top_k)] = 0
@@ -117,11 +119,10 @@ class TokenLoop(Part):
     ) -> Iterator[int]:
         """Yield at most ``limit`` new tokens after the prompt ``ids``.
 
-        The state may already hold a prefix of the prompt, but not all of it
-        (``state.position < len(ids)``). The caller stops by not asking for more tokens, so a token is
-        fed to the model only when the next one is wanted. Every loop yields tokens of the same
-        distribution, ``choose.probabilities``.
-        """
+        The state may already hold a prefix of the prompt, but not all of it (``state.position <
+        len(ids)``). The caller stops by not asking for more tokens, so a token is fed to the model
+        only when the next one is wanted. Every loop yields tokens of the same distribution,
+        ``choose.probabilities``."""
         raise NotImplementedError
 
     def batch(
@@ -167,8 +168,8 @@ class Autoregressive(TokenLoop):
         choosers: Sequence[Sampler],
         limit: int,
     ) -> Iterator[list[int]]:
-        """B prompts in one batch. Shorter prompts are padded on the left; the state knows where each
-        sequence really starts."""
+        """B prompts in one batch. Shorter prompts are padded on the left; the state knows where
+        each sequence really starts."""
         if any(node.one_sequence for _, node in walk(model)):
             yield from super().batch(model, prompts, choosers, limit)
             return

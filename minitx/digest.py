@@ -1,6 +1,6 @@
 """The digest of a model: equal for two models only if they compute the same.
 
-For whatever outlives a sequence and must not be handed to another model: prefixes, answers.
+For caches that outlive a sequence (of prefixes, say) and must not be used with another model.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,16 @@ from minitx.tree import Part, walk
 
 
 def digest(root: Part) -> bytes:
-    """sha256 of all parts below ``root``, with their settings in full precision and every array,
-    tables too. Equal numbers in another memory layout have another digest."""
+    """sha256 over all parts below ``root``: their types, settings in full precision, and all
+    arrays, including tables. The same numbers in another memory layout give another digest."""
     found, arrays = sha256(), {}
     for _, node in walk(root):
         cls = type(node)
         for piece in (cls.__module__, cls.__qualname__, *_fields(node, arrays)):
             piece = piece if isinstance(piece, bytes) else piece.encode()
-            found.update(len(piece).to_bytes(8, "little") + piece)  # so that no two run together
+            found.update(
+                len(piece).to_bytes(8, "little") + piece
+            )  # length-prefixed, so that pieces cannot be confused
     return found.digest()
 
 
@@ -31,9 +33,9 @@ def _fields(node: Part, arrays: dict[int, bytes]) -> Iterator[str | bytes]:
 
 
 def _pieces(value, arrays: dict[int, bytes]) -> Iterator[str | bytes]:
-    """What tells this value from others. A child part is walked by itself."""
+    """What identifies a value. Child parts are visited by the caller."""
     if isinstance(value, np.ndarray):
-        if id(value) not in arrays:  # tied weights stand in two places
+        if id(value) not in arrays:  # tied weights appear twice
             arrays[id(value)] = _of_array(value)
         yield arrays[id(value)]
     elif isinstance(value, tuple | list):

@@ -1,8 +1,8 @@
-"""The one error that minitx raises for bad input: a single clear sentence, never a traceback."""
+"""The error that minitx raises for bad input: one clear sentence instead of a traceback."""
 
 
 class MinitxError(ValueError):
-    """Bad input. The message is one sentence: what was found, what is needed, what to do.
+    """Bad input. The message is one sentence: what was expected, what was found, what to do.
 
-    The command line prints it and leaves with status 2; in Python it is an ordinary ``ValueError``.
+    The command line prints it and exits with status 2; in Python it is a ``ValueError``.
     """

@@ -11,7 +11,7 @@ import numpy as np
 
 from minitx import ledger
 
-# Products with a weight matrix -------------------------------------------------------------------
+# Products with a weight matrix --------------------------------------------------------------------
 
 LARGE = 32 << 10  # numbers in a matrix above which reading it costs more than the call
 FEW = 4  # rows of x up to which the product is memory-bandwidth bound
@@ -44,7 +44,7 @@ def product(x, w):
     return x @ w
 
 
-# Attention ---------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 ROWS = 64  # queries in a block
 
@@ -140,7 +140,9 @@ def exponentials(p, mask, T: int):
     return np.exp(p, out=p)
 
 
-MASKED = -1e30  # finite, so that a row that sees nothing (padding) gives finite numbers instead of NaN
+MASKED = (
+    -1e30
+)  # finite, so that a row that sees nothing (padding) gives finite numbers instead of NaN
 
 
 @cache

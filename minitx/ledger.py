@@ -1,4 +1,4 @@
-"""The ledger: multiply-adds actually done and bytes actually read, part by part.
+"""The ledger counts multiply-adds and bytes read, part by part, as they happen.
 
 Every product of the model goes through ops.py, which reports it here. Nothing is recorded unless a
 ledger is open:
@@ -7,16 +7,16 @@ ledger is open:
         lm.generate("Once", 20)
     print(counts.by_group())
 
-Counted are the multiply-adds of products (x @ w, q k^T, p v), the bytes of weights and of cached
-keys and values that they read, and the cost of a technique's decisions. Norms, activations,
-rotations and the softmax are not counted: they take a few operations per number. An *event* is
-something a technique counts about itself: tokens that exited early, cache rows evicted.
+It counts the multiply-adds of products (x @ w, q k^T, p v), the bytes of weights and of the KV
+cache that they read, and the cost of a technique's decisions. Norms, activations, rotations and the
+softmax are not counted: they take a few operations per number. An *event* is something that a
+technique counts about itself: tokens that exited early, cache rows evicted.
 
-An algorithm just says what it did, in a line of its own, and never asks whether anyone listens:
+An algorithm reports its work in a line of its own and never checks whether a ledger is open:
 
-    ledger.product(x, w)                                  # x @ w
-    ledger.count(multiply_adds=3 * x.size)                # anything else
-    ledger.event("keys kept", kept)                       # booleans are summed only when counting
+    ledger.product(x, w)                   # x @ w
+    ledger.count(multiply_adds=3 * x.size) # anything else
+    ledger.event("keys kept", kept)        # booleans: summed only if a ledger is open
 """
 
 from collections import Counter
@@ -31,10 +31,10 @@ from minitx.tree import Part, walk
 
 @dataclass
 class Entry:
-    """What one part has done."""
+    """The work of one part."""
 
     multiply_adds: int = 0
-    weight_bytes: int = 0  # of the model's arrays, read from end to end or in part
+    weight_bytes: int = 0  # of the model's arrays
     cache_bytes: int = 0  # of keys and values
 
     def __add__(self, other: "Entry") -> "Entry":
@@ -47,11 +47,11 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Counts by the path of the part that did the work (``stack.blocks.0.ffn.down``)."""
+    """Counts by the path of the part that worked (``stack.blocks.0.ffn.down``)."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     events: Counter = field(default_factory=Counter)
-    path: str = ""  # of the part at work
+    path: str = ""  # of the part that is running
 
     def add(self, multiply_adds: int = 0, weight_bytes: int = 0, cache_bytes: int = 0) -> None:
         entry = self.entries.setdefault(self.path, Entry())
@@ -63,12 +63,13 @@ class Ledger:
         self.events[name] += int(count)
 
     def total(self, below: str = "") -> Entry:
-        """The sum over a part and everything below it; over all, by default."""
+        """The sum over a part and everything below it (default: over all)."""
         inside = (e for path, e in self.entries.items() if is_below(path, below))
         return sum(inside, Entry())
 
     def by_group(self) -> dict[str, Entry]:
-        """Summed over blocks and put together by what the work is for: ``stack.blocks.*.ffn``."""
+        """Sums over all blocks, grouped by kind of part: ``blocks.ffn``, ``blocks.attn``,
+        ``head``."""
         found: dict[str, Entry] = {}
         for path, entry in self.entries.items():
             group = group_of(path)
@@ -81,19 +82,19 @@ def is_below(path: str, above: str) -> bool:
 
 
 def group_of(path: str) -> str:
-    """``model.stack.blocks.3.ffn.down`` -> ``blocks.ffn``; ``model.head`` -> ``head``. A model that
-    the token loop has for itself (a draft) stands apart: ``decode.blocks.ffn``."""
+    """``model.stack.blocks.3.ffn.down`` -> ``blocks.ffn``; ``model.head`` -> ``head``. A
+    second model in the decoding loop (a draft) is separate: ``decode.blocks.ffn``."""
     if path.startswith("decode."):
         return f"decode.{group_of(path.removeprefix('decode.'))}"
     words = [word for word in path.split(".") if not word.isdigit()]
     if "blocks" in words:
         return ".".join(words[words.index("blocks") :][:2])
     if "head" in words:
-        return "head"  # and all that a technique has put around it
+        return "head"  # and whatever a technique wraps around it
     return words[-1] if words else ""
 
 
-# What algorithms call ----------------------------------------------------------------------------
+# What algorithms call -----------------------------------------------------------------------------
 
 active: Ledger | None = None  # the open ledger, if any
 
@@ -105,15 +106,15 @@ def product(x, w) -> None:
 
 
 def count(multiply_adds=0, weight_bytes=0, cache_bytes=0) -> None:
-    """Count work. Each may be a number, or a function without arguments that is called only if a
-    ledger is open, for what takes time to find out."""
+    """Count work. Each argument is a number, or a function that is called only if a ledger is open
+    (for numbers that take time to compute)."""
     if active:
         active.add(*map(_number, (multiply_adds, weight_bytes, cache_bytes)))
 
 
 def event(name: str, n=1) -> None:
-    """Count an event ``n`` times: a number, an array (its sum), or a function that gives either;
-    arrays are summed and functions called only if a ledger is open."""
+    """Count an event ``n`` times: a number, an array (its sum), or a function that returns either.
+    Arrays are summed and functions called only if a ledger is open."""
     if active:
         active.event(name, _number(n))
 
@@ -123,15 +124,15 @@ def _number(n) -> int:
     return int(n.sum()) if hasattr(n, "sum") else int(n)
 
 
-# Who is at work ----------------------------------------------------------------------------------
+# Which part is running ----------------------------------------------------------------------------
 
 
 @contextmanager
 def counting(root: Part) -> Iterator[Ledger]:
-    """Count what the parts below ``root`` do inside the ``with`` block; yields the ledger.
+    """Count the work of the parts below ``root`` inside the ``with`` block; yields the ledger.
 
-    While the ledger is open, every method of the parts' classes notes whose turn it is, which costs
-    nothing at any other time. One ledger is open at a time: an inner one counts for itself alone.
+    While the ledger is open, every method of the parts' classes records which part is running; at
+    other times that costs nothing. Ledgers do not nest: an inner one counts by itself.
     """
     global active
     outer, active = active, Ledger()
@@ -161,7 +162,7 @@ def _methods(classes: set[type]) -> Iterator[tuple[type, str, Callable]]:
 
 
 def _noted(method, ledger: Ledger, paths: dict[int, list[str]]):
-    """The method, which first notes the path of its part."""
+    """The method, wrapped to set the path of its part while it runs."""
 
     def noted(self, *args, **options):
         before = ledger.path
@@ -175,8 +176,8 @@ def _noted(method, ledger: Ledger, paths: dict[int, list[str]]):
 
 
 def _path(places: list[str], caller: str, args: tuple) -> str:
-    """Which of the places of a part is at work: the block that was handed this layer's state, or
-    the one below the part that called it."""
+    """The path of a part that is used in several places: the one in the block of this ``Layer``, or
+    the one below the caller."""
     if len(places) == 1:
         return places[0]
     index = next((arg.index for arg in args if isinstance(arg, Layer)), None)

@@ -1,7 +1,7 @@
 """The language model, root of the tree: a tokenizer, a transformer, and a way to decode.
 
-Here prompts are checked and turned into ids, and new ids into text. How the next token comes about
-is in decode.py, what the model computes in model.py.
+This file checks prompts, encodes them, and turns new ids into text. decode.py samples the next
+token, model.py computes its logits.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,11 +23,11 @@ Prompt = str | Sequence[int]
 
 @part
 class LM(Part):
-    """A model that can be used. ``print(lm.model)`` draws what runs.
+    """A language model. ``print(lm.model)`` draws what runs.
 
-    tokenizer: has ``encode(text) -> ids`` and ``decode(ids) -> text`` (see files/tokenizer.py);
-    None for a model that is used with ids alone. decode: the loop that makes new tokens, a part
-    like any other. folder: the one it was read from, where more may stand that belongs to it.
+    tokenizer: has ``encode(text) -> ids`` and ``decode(ids) -> text`` (checkpoints/tokenizer.py);
+    None for a model that is used with ids only. decode: the decoding loop, a part like any other.
+    folder: where the model was read from; further files of it may be there.
     """
 
     model: Transformer
@@ -50,13 +50,13 @@ class LM(Part):
         top_p: float | None = None,
         seed: int | None = None,
     ):
-        """What follows the prompt: text for text, a list of ids for ids, a list for a batch.
+        """The completion of a prompt: text for text, a list of ids for ids, a list for a batch.
 
-        It ends before the model's end-of-text token, or after ``max_new_tokens`` (as many as the
-        context has room for, if not given). The prompt is not repeated in the result.
-        How a token is chosen: see ``decode.Sampler``. The prompts of a batch may be of any lengths
-        (there is room for what fits after the longest); row i is what it would be alone, but for
-        the last bits of the logits, and is drawn with the seed ``seed + i``.
+        It ends before the model's end-of-text token, or after ``max_new_tokens`` (default: fill the
+        context). The prompt is not repeated in the result. For sampling options see
+        ``decode.Sampler``. The prompts of a batch may differ in length (the longest one limits the
+        number of new tokens); row i equals what it would be alone, except for rounding in the last
+        bits of the logits, and is sampled with seed ``seed + i``.
         """
         options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         if _is_batch(prompt):
@@ -66,36 +66,37 @@ class LM(Part):
         return list(self.tokens(prompt, max_new_tokens, seed=seed, **options))
 
     def stream(self, prompt: Prompt, max_new_tokens: int | None = None, **options) -> Iterator[str]:
-        """The text that ``generate`` gives, piece by piece as it comes, always whole characters:
-        one that is split over several tokens is held back until it is complete.
+        """The text of ``generate``, streamed in pieces of whole characters: a character that spans
+        several tokens is held back until it is complete.
 
-        One prompt, text or ids; options as for ``generate``. Bad input is refused at once, not when
-        the first piece is asked for.
+        One prompt, text or ids; options as for ``generate``. Bad input is refused immediately, not
+        when the first piece is requested.
         """
         ids = self.encode(prompt)
         return self.pieces(self.tokens(ids, max_new_tokens, **options), ids[-1])
 
     def tokens(self, prompt: Prompt, max_new_tokens: int | None = None, **options) -> Iterator[int]:
-        """The ids that ``generate`` gives, one by one as they come; otherwise as ``stream``."""
+        """The ids of ``generate``, streamed one by one; otherwise like ``stream``."""
         ids = self.encode(prompt)
         limit = self._room(len(ids), max_new_tokens)
         state = new_state(self.model, ids)
         return self._until_end(self.decode(self.model, state, ids, Sampler(**options), limit))
 
     def pieces(self, tokens: Iterable[int], previous: int) -> Iterator[str]:
-        """The text of ids that come one by one after the id ``previous``, as from ``stream``."""
+        """The text of a stream of ids that follow the id ``previous``, as ``stream`` yields it."""
         self._need_tokenizer()
         return _decoded(self.tokenizer, tokens, previous)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The ids of one prompt: text as the tokenizer encodes it (which knows whether a token goes
-        before it); ids are checked. An empty text starts from the token that begins or ends one."""
+        """The ids of one prompt. Text goes through the tokenizer (which adds a beginning-of-text
+        token if the model has one); ids are checked. An empty text starts from the beginning- or
+        end-of-text token."""
         if not isinstance(prompt, str):
             ids = self._checked(prompt)
             if ids.ndim != 1:
                 raise MinitxError(
-                    f"The prompt is an array of shape {ids.shape}; one text or one list of ids is "
-                    "needed here (generate takes several prompts)."
+                    f"Expected one text or one list of token ids, got an array of shape {ids.shape}; "
+                    "for several prompts use generate."
                 )
             return ids.tolist()
         self._need_tokenizer()
@@ -103,27 +104,29 @@ class LM(Part):
         start = (config.eos if config.bos is None else (config.bos,))[:1]
         return self._checked(self.tokenizer.encode(prompt) or start).tolist()
 
-    # Checks --------------------------------------------------------------------------------------
+    # Checks ---------------------------------------------------------------------------------------
 
     def _checked(self, ids) -> np.ndarray:
-        """The ids as an array of whole numbers, refused if any is outside the vocabulary, or if
-        they are none or too many."""
+        """The ids as an array of integers; refused if empty, too long, or outside the
+        vocabulary."""
         try:
             array = np.asarray(ids)
         except ValueError:
             raise MinitxError(
-                "The ids form rows of unequal length; give rows of one length."
+                "Expected token ids in rows of equal length, got rows of different lengths; pad "
+                "them, or use generate for prompts of different lengths."
             ) from None
         config = self.model.config
         if array.ndim == 0:
             raise MinitxError(
-                f"{_short(ids)} is no list of token ids; give one (encode makes it from a text)."
+                f"Expected a list of token ids, got {_short(ids)}; use lm.encode(text) to make one."
             )
         if array.size == 0:
-            raise MinitxError("The prompt is empty; at least one token is needed to start from.")
+            raise MinitxError("The prompt is empty; give at least one token.")
         if array.dtype.kind not in "iu":
             raise MinitxError(
-                f"The ids are {_short(ids)}, of type {array.dtype}; whole numbers are needed."
+                f"Expected integer token ids, got {_short(ids)} of type {array.dtype}; use "
+                "lm.encode(text) to make ids from text."
             )
         if array.min() < 0 or array.max() >= config.vocab_size:
             bad = array.min() if array.min() < 0 else array.max()
@@ -133,35 +136,33 @@ class LM(Part):
             )
         if array.shape[-1] > config.context:
             raise MinitxError(
-                f"{array.shape[-1]} tokens do not fit the model's context of {config.context}; "
-                "use fewer."
+                f"The prompt has {array.shape[-1]} tokens but the context is {config.context}; "
+                "shorten it."
             )
         return array
 
     def _room(self, length: int, wanted: int | None) -> int:
-        """How many new tokens to make after a prompt of ``length``, refused if they do not fit."""
+        """The number of new tokens after a prompt of ``length``; refused if they do not fit."""
         room = self.model.config.context - length
         if wanted is None:
             return room
         if not isinstance(wanted, Integral) or wanted < 0:
-            raise MinitxError(
-                f"max_new_tokens is {wanted!r}; a whole number of at least 0 is needed."
-            )
+            raise MinitxError(f"max_new_tokens must be an integer >= 0, got {wanted!r}.")
         if wanted > room:
             raise MinitxError(
-                f"A prompt of {length} tokens and {wanted} new ones do not fit the model's context "
-                f"of {length + room}; use a shorter prompt or at most {room} new tokens."
+                f"A prompt of {length} tokens plus {wanted} new ones exceeds the context of "
+                f"{length + room}; use a shorter prompt or at most {room} new tokens."
             )
         return int(wanted)
 
     def _need_tokenizer(self) -> None:
         if self.tokenizer is None:
             raise MinitxError(
-                "This model has no tokenizer, so it can only continue a list of ids; "
-                "for text, load it with tokenizer=PATH."
+                "This model has no tokenizer, so it takes token ids, not text; load it with "
+                "tokenizer=PATH to use text."
             )
 
-    # Work ----------------------------------------------------------------------------------------
+    # Work -----------------------------------------------------------------------------------------
 
     def _until_end(self, tokens: Iterator[int]) -> Iterator[int]:
         for token in tokens:
@@ -172,7 +173,7 @@ class LM(Part):
     def _generate_batch(self, prompts, max_new_tokens, seed: int | None, options: dict) -> list:
         encoded = [self.encode(prompt) for prompt in prompts]
         limit = self._room(max(map(len, encoded)), max_new_tokens)
-        # The first checks the options; only then is it certain that the seed is a number.
+        # The first sampler validates the options; only then is the seed known to be an integer.
         choosers = [Sampler(seed=seed, **options)]
         for row in range(1, len(encoded)):
             choosers.append(Sampler(seed=None if seed is None else seed + row, **options))
@@ -183,7 +184,8 @@ class LM(Part):
         ]
 
     def _rows(self, prompts, choosers, limit: int) -> list[list[int]]:
-        """The new ids of each row up to its end; one that has ended runs along with the others."""
+        """The new ids of each row up to its end-of-text; finished rows keep running until all
+        are."""
         rows: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
         for tokens in self.decode.batch(self.model, prompts, choosers, limit):
@@ -196,7 +198,9 @@ class LM(Part):
 
 
 def _decoded(tokenizer, tokens: Iterable[int], previous: int) -> Iterator[str]:
-    from minitx.checkpoints.tokenizer import StreamDecoder  # only here: the core stands below files
+    from minitx.checkpoints.tokenizer import (
+        StreamDecoder,
+    )  # imported here: the core does not import checkpoints
 
     decoder = StreamDecoder(tokenizer, previous)
     for token in tokens:
@@ -207,7 +211,7 @@ def _decoded(tokenizer, tokens: Iterable[int], previous: int) -> Iterator[str]:
 
 
 def _is_batch(prompt) -> bool:
-    """Several texts or lists of ids, as opposed to one text or one list of ids."""
+    """Several texts or lists of ids, rather than a single one?"""
     if isinstance(prompt, np.ndarray):
         return prompt.ndim > 1 and len(prompt) > 0
     if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence) or not prompt:
@@ -216,7 +220,7 @@ def _is_batch(prompt) -> bool:
 
 
 def _short(value) -> str:
-    """A value as one line of bounded length, for a message."""
+    """A value as one short line, for a message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -224,14 +228,13 @@ def _short(value) -> str:
 def load(
     name_or_path: str | Path, tokenizer: str | Path | None = None, dtype=np.float32, **techniques
 ) -> LM:
-    """A language model by the name of a shipped one (``stories``), or from a Hugging Face folder, a
-    llama2.c ``.bin`` file, or a folder that ``minitx precompute`` wrote.
+    """Load a shipped model by name (``stories``), a Hugging Face folder, a llama2.c ``.bin`` file,
+    or a folder that ``minitx precompute`` wrote.
 
-    tokenizer: a folder or file to read the tokenizer from, if it does not stand beside the model; a
-    model without one still works on ids. dtype: float32, or float64 for proofs. techniques: by
-    name, True or their options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``.
-    Raises MinitxError if there is no such model or technique, or if anything about it is not as it
-    should be.
+    tokenizer: the folder or file of the tokenizer, if it is not beside the model; without one, a
+    model still works on ids. dtype: float32, or float64 for proofs. techniques: by name, True or a
+    dict of options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``.
+    Raises MinitxError if there is no such model or technique, or if a file is damaged.
     """
     from minitx.checkpoints.find import name_of, read
 

@@ -1,18 +1,18 @@
-"""Where the large matrices of a model lie in memory: by columns, all of them in one block.
+"""The memory layout of a model's large matrices: column-major, all in one block.
 
-One row times a matrix (in, out) is ``out`` dot products with its columns. Where each column lies in
-one piece, and the next one behind it, the weights are read from end to end, which is what memory is
-good at: for matrices of a few hundred rows and columns that lie by rows, BLAS takes 1.5 to 2.7
-times as long. All of them go into one block in the order in which they are used, since the system
-gives large pages to a block of many MB and none to its pieces.
+One row times a matrix (in, out) is ``out`` dot products with its columns. If the matrix is
+column-major, every column is contiguous and the weights are read in one sequential sweep, which is
+what memory is fastest at. With row-major matrices of a few hundred rows and columns, BLAS takes 1.5
+to 2.7 times as long. All matrices go into one block, in the order in which they are used, because
+the system backs a block of many MB with large pages but not its pieces.
 
-Techniques change matrices that lie as they are written, by rows. So placing them is the last step
-when a model is loaded (``minitx.load``) or changed (``technique.apply``). It changes no number:
-``w`` has the same shape and entries and other strides. ``ops.linear`` looks at these.
+Techniques work on row-major matrices, as NumPy makes them. So the layout is changed last, when a
+model is loaded (``minitx.load``) or changed (``technique.apply``). No number changes: ``w`` keeps
+its shape and entries and gets other strides, which ``fast.matmul`` looks at.
 
-A part says by ``layout`` how its matrix ``w`` is best read: "columns" (``Linear``, ``Head``),
-"rows" for one that reads a selection of its rows (which by columns takes some twenty times as
-long), or None for a matrix that stays as it is.
+A part declares by ``layout`` how its matrix ``w`` should be stored: "column-major" (``Linear``,
+``Head``), "row-major" for a part that reads selected rows (some twenty times slower column-major),
+or None for a matrix that stays as it is.
 """
 
 from dataclasses import replace
@@ -27,9 +27,9 @@ LARGE_PAGE = 2 << 20  # bytes
 
 
 def to_column_major(root: Part) -> Part:
-    """A copy of the tree in which each matrix of more than ``fast.LARGE`` numbers is stored as its
-    part reads it: column-major, all of them in one block, or row-major. The very same tree if that
-    is so already."""
+    """A copy of the tree in which each matrix of more than ``fast.LARGE`` numbers has the layout
+    that its part declares: column-major (all in one block) or row-major. The same tree if that is
+    already the case."""
     by_row = large_matrices(root, "row-major")
     if not all(w.flags.c_contiguous for w in by_row.values()):
         root = replaced(root, {key: np.ascontiguousarray(w) for key, w in by_row.items()})
@@ -47,20 +47,20 @@ def to_column_major(root: Part) -> Part:
 
 
 def to_row_major(root: Part) -> Part:
-    """A copy of the tree in which these matrices lie by rows, as NumPy makes them; the very same
-    tree if they do already."""
+    """A copy of the tree in which these matrices are row-major; the same tree if they already
+    are."""
     return replaced(root, {k: np.ascontiguousarray(w) for k, w in large_matrices(root).items()})
 
 
 def large_matrices(root: Part, layout: str = "column-major") -> dict[int, np.ndarray]:
-    """The large matrices of every part that is read so by their ids, in the order of the tree, one
-    that stands in two places once."""
+    """The large matrices of parts that declare this layout, by id, in the order of the tree; a
+    shared matrix appears once."""
     matrices = (node.w for _, node in walk(root) if node.layout == layout)
     return {id(w): w for w in matrices if w.size > fast.LARGE}
 
 
 def replaced(root: Part, new: dict[int, np.ndarray]) -> Part:
-    """A copy of the tree with other arrays for those matrices whose ids these are."""
+    """A copy of the tree with new arrays for the matrices with these ids."""
 
     def change(node: Part) -> Part | None:
         if node.layout is None or new.get(id(node.w), node.w) is node.w:
@@ -71,12 +71,12 @@ def replaced(root: Part, new: dict[int, np.ndarray]) -> Part:
 
 
 def aligned(size: int) -> np.ndarray:
-    """So many bytes (uint8) from the beginning of a large page, if the system gives one here."""
-    block = np.empty(size + LARGE_PAGE, np.uint8)  # what is never written takes no memory
+    """``size`` bytes (uint8) that start at a large-page boundary."""
+    block = np.empty(size + LARGE_PAGE, np.uint8)  # pages that are never written take no memory
     a = -block.__array_interface__["data"][0] % LARGE_PAGE
     return block[a : a + size]
 
 
 def whole_lines(w) -> int:
-    """The bytes of an array, rounded up to whole cache lines."""
+    """The size of an array in bytes, rounded up to whole cache lines."""
     return -(-w.nbytes // LINE) * LINE

@@ -1,7 +1,7 @@
 """The transformer, top to bottom like the equations. No flag, no hook, no technique.
 
-Every class is a part (tree.py): it holds weights and smaller parts, and calling it computes.
-x (..., T, D) is the residual stream, one row per token. ``layer`` is the block's KV cache (state.py).
+Every class is a part (tree.py): it holds weights and smaller parts, and calling it computes. x
+(..., T, D) is the residual stream, one row per token. ``layer`` is the block's KV cache (state.py).
 """
 
 from collections.abc import Callable
@@ -36,8 +36,8 @@ class Transformer(Part):
         return self.head(self.last(ids, state))
 
     def next_argmax(self, ids, state: State | None = None) -> int:
-        """The argmax of ``next_logits`` for one sequence: all that greedy decoding needs. A head may
-        find it without computing every logit."""
+        """The argmax of ``next_logits`` for one sequence: all that greedy decoding needs. A head
+        may find it without computing every logit."""
         return self.head.argmax(self.last(ids, state))
 
     def last(self, ids, state: State | None = None):
@@ -55,7 +55,8 @@ class Transformer(Part):
         return x
 
     def new_state(self, start=None, remember: bool = True) -> State:
-        """An empty state for one sequence, or for a batch padded on the left up to ``start`` (B,)."""
+        """An empty state for one sequence, or for a batch padded on the left up to ``start``
+        (B,)."""
         return State(len(self.stack.blocks), self.config.context, start, remember)
 
 
@@ -178,7 +179,8 @@ class SkiplessParallelBlock(Part):
 
 @part
 class Attention(Part):
-    """Normalize; project to queries, keys and values; rotate; cache keys and values; attend; project.
+    """Normalize; project to queries, keys and values; rotate; cache keys and values; attend;
+    project.
 
     ``__call__`` does two things that techniques also call separately: fill the KV cache for some
     tokens (``backfill``), and attend from some tokens (``attend_from``).
@@ -249,7 +251,8 @@ def merge_heads(x):
 
 @part
 class Rope(Part):
-    """Rotary position embedding: rotate pairs of columns by an angle proportional to the position."""
+    """Rotary position embedding: rotate pairs of columns by an angle proportional to the
+    position."""
 
     cos: np.ndarray = table()  # (context, rotated columns)
     sin: np.ndarray = table()  # (context, rotated columns)

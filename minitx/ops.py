@@ -59,13 +59,13 @@ def argmax_token(logits) -> int:
     best = int(logits.argmax())  # argmax returns the first NaN if there is any
     if not math.isfinite(logits[best]):
         raise MinitxError(
-            f"The model's logit for token {best} is {logits[best]}, so no next token can be chosen: "
-            f"{logits.dtype} overflowed, or the weights are damaged."
+            f"The model's logit for token {best} is {logits[best]}, so no next token can be "
+            f"chosen: {logits.dtype} overflowed, or the weights are damaged."
         )
     return best
 
 
-# Norms -------------------------------------------------------------------------------------------
+# Norms --------------------------------------------------------------------------------------------
 
 
 @op
@@ -83,7 +83,7 @@ def layer_norm(x, gain, bias, eps):
     return rms_norm(x - x.mean(-1, keepdims=True), gain, eps) + bias
 
 
-# Activations -------------------------------------------------------------------------------------
+# Activations --------------------------------------------------------------------------------------
 
 
 @op
@@ -99,7 +99,8 @@ def relu(x):
 
 @op
 def gelu(x):
-    """``x * Phi(x)``, Phi the standard normal CDF (Hendrycks and Gimpel, 2016), with the exact erf."""
+    """``x * Phi(x)``, Phi the standard normal CDF (Hendrycks and Gimpel, 2016), with the exact
+    erf."""
     return x * (0.5 + 0.5 * erf(x * math.sqrt(0.5)))
 
 
@@ -154,11 +155,12 @@ def swiglu(gate, up):
     return y
 
 
-# Positions ---------------------------------------------------------------------------------------
+# Positions ----------------------------------------------------------------------------------------
 
 
 def rope_tables(width: int, context: int, base: float, dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Rotary position embedding (RoPE, Su et al., 2021): cos and sin (context, width) for ``rotate``.
+    """Rotary position embedding (RoPE, Su et al., 2021): cos and sin (context, width) for
+    ``rotate``.
 
     Columns (i, i + width/2) rotate by the angle position * base^(-2i/width). The minus sign of the
     rotation matrix is stored in the first half of the sin table.
@@ -183,7 +185,7 @@ def rotate(x, cos, sin):
     return np.concatenate([x[..., :width] * cos + swapped * sin, x[..., width:]], -1)
 
 
-# Attention ---------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------
 
 
 def softmax(x):

@@ -124,7 +124,7 @@ class Layer:
         self.tokens = Tokens(slice(first, first + T), self.start)
         return self
 
-    # Rows ----------------------------------------------------------------------------------------
+    # Rows -----------------------------------------------------------------------------------------
 
     def store(self, k, v) -> None:
         """Append the keys and values (..., K, T, d) of this step's tokens, one row each."""
@@ -172,7 +172,8 @@ class Layer:
         return mask
 
     def keep(self, rows: np.ndarray) -> None:
-        """Free all rows except these: (n,) in ascending order, or a set per key head (..., K, n)."""
+        """Free all rows except these: (n,) in ascending order, or a set per key head (..., K,
+        n)."""
         if self.row_positions is None:
             self.row_positions = np.arange(self.count)
         n = rows.shape[-1]
@@ -220,13 +221,13 @@ class Layer:
                 new[..., : self.count, :] = old[..., : self.count, :]
                 setattr(self, name, new)
 
-    # Going back ----------------------------------------------------------------------------------
+    # Going back -----------------------------------------------------------------------------------
 
     def check_rewind(self, position: int) -> None:
         if 0 < position < self.rewindable_to:
             raise MinitxError(
-                f"Cannot rewind to position {position}: {self.evicted_by} has freed cache rows that "
-                f"this needs; rewind to {self.rewindable_to} or later, or to 0."
+                f"Cannot rewind to position {position}: {self.evicted_by} has freed cache rows "
+                f"that this needs; rewind to {self.rewindable_to} or later, or to 0."
             )
 
     def rewind(self, position: int) -> None:

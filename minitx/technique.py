@@ -1,17 +1,17 @@
-"""Techniques: how one is declared, given its options, and put into a language model.
+"""Techniques: how to declare one, how its options are read, and how it is applied to a model.
 
 A technique is a function ``f(lm, *, option: type = default, ...) -> lm`` that returns a changed
-copy of the model. Its docstring is its card. It stands in a file of its own in ``skip/`` or
-``precompute/``, and being there is all that it takes to be found: as a flag
-(``--ffn-skip threshold=0.95``), in ``minitx.load(NAME, ffn_skip={...})``, in ``minitx list`` and in
-the tests that every technique has to pass.
+copy of the model. Its docstring is its card. It has its own file (or folder) in ``skip/`` or
+``precompute/``, and that is all it takes to be found: as a flag (``--ffn-skip threshold=0.95``), in
+``minitx.load(NAME, ffn_skip={...})``, in ``minitx list``, and by the tests that every technique
+must pass.
 
-There are three ways to say which parts it changes:
+There are three ways to address the parts that it changes:
 
 - ``swap(lm, Linear, make)``: every part of this type, wherever it is inside the model;
-- ``wrap(lm, "ffn", make)``: whatever occupies this slot of every block, with everything that is
-  wrapped around it already;
-- ``dataclasses.replace``: this one place.
+- ``wrap(lm, "ffn", make)``: whatever occupies this slot of every block, including what other
+  techniques have already wrapped around it;
+- ``dataclasses.replace``: one particular place.
 """
 
 import importlib
@@ -31,11 +31,11 @@ from minitx.memory_layout import to_column_major, to_row_major
 from minitx.model import FFN, Attention, Block, Stack
 from minitx.tree import Part, rebuild, walk
 
-# From the inside out: a technique of an inner level is applied before one of an outer level, in
-# whatever order the flags are given. So a table of the first layer is made from weights that are
-# folded already, and a feed-forward network that is skipped may itself be a lookup.
-# "pruning" leaves weights out, "weights" rewrites the matrices that are left, "matrices" says how
-# each of them is stored and multiplied. Within a level, ``after`` says what has to come first.
+# Techniques are applied from the inside out, whatever the order of the flags: one of an inner level
+# before one of an outer level. So the first-layer table is made from weights that are already
+# folded, and a feed-forward network that is skipped may itself be a table lookup. "pruning" removes
+# weights, "weights" rewrites the remaining matrices, "matrices" changes how each is stored and
+# multiplied. Within a level, ``after`` names the techniques that come first.
 LEVELS = (
     *("pruning", "weights", "matrices"),
     *("scores", "attention", "ffn", "block", "stack", "head", "decode"),
@@ -45,8 +45,8 @@ PACKAGES = ("minitx.precompute", "minitx.skip")
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may have: from ``low`` (above it, if ``open_low``) to ``high``; None
-    where there is no bound."""
+    """The allowed values of a number: from ``low`` (excluded if ``open_low``) to ``high``; None
+    means unbounded."""
 
     low: float | None = None
     high: float | None = None
@@ -84,8 +84,8 @@ def between(low: float, high: float) -> Range:
 
 @dataclass(frozen=True)
 class Option:
-    """One setting of a technique, as its signature has it: ``name: type = default``, or with its
-    meaning and range ``name: Annotated[int, "what it means", at_least(1)] = 4``."""
+    """One option of a technique, from its signature:
+    ``name: Annotated[int, "what it means", at_least(1)] = 4``."""
 
     name: str
     type: Any  # int, float, bool, str, or Literal[...]; "| None" where None is allowed
@@ -103,7 +103,7 @@ class Option:
         return cls(p.name, kind, p.default, meaning, found)
 
     def read(self, text: str) -> Any:
-        """The value that a word of the command line means; ValueError if it means none."""
+        """Parse the value from the command line; ValueError if it cannot be parsed."""
         if text == "None" and type(None) in get_args(self.type):
             return None
         kind = self._kind()
@@ -112,8 +112,8 @@ class Option:
         return kind(text)
 
     def check(self, value: Any) -> Any:
-        """The value itself (NumPy's numbers as Python's, an integer as float where that is wanted);
-        ValueError if it is of the wrong type or out of range."""
+        """The value, converted (NumPy numbers to Python's, integers to float if a float is
+        expected); ValueError if it has the wrong type or is out of range."""
         if value is None and type(None) in get_args(self.type):
             return value
         choices = self.choices()
@@ -155,19 +155,19 @@ class Option:
 
 @dataclass(frozen=True)
 class Technique:
-    """What the registry knows of a technique. ``apply(lm, **options)`` puts it in."""
+    """A registered technique: its function and what it declares."""
 
     name: str
     level: str
     exact: bool
-    neutral: dict | None  # options with which nothing is changed; None if there are none such
+    neutral: dict | None  # options with which it equals the dense model; None if there are none
     function: Callable
-    after: tuple[str, ...] = ()  # techniques of the same level that are applied before this one
+    after: tuple[str, ...] = ()  # techniques of the same level that are applied first
     demo: dict = field(default_factory=dict)  # options with which it acts on the tiny test models
-    event: str | tuple[str, str] | None = None  # what it counts when it acts
+    event: str | tuple[str, str] | None = None  # the event that it counts when it acts
 
     def acted(self, events: dict[str, int]) -> bool:
-        """Does what was counted show that it acted?"""
+        """Do the counted events show that it acted?"""
         if isinstance(self.event, tuple):
             some, all_of_them = self.event
             return 0 < events[some] < events[all_of_them]
@@ -194,12 +194,12 @@ class Technique:
         return read_card(self.function.__doc__ or "")
 
     def checked(self, given: dict) -> dict:
-        """The options with values of their types; MinitxError for a name or value that is wrong."""
+        """The options, checked and converted; MinitxError for an unknown name or a bad value."""
         options = self.options
         found = {}
         for name, value in given.items():
             if name not in options:
-                known = f"it has {', '.join(options)}" if options else "it has none"
+                known = f"choose from {', '.join(options)}" if options else "it takes none"
                 raise MinitxError(f"{self.name} has no option {name!r}; {known}.")
             try:
                 found[name] = options[name].check(value)
@@ -212,7 +212,7 @@ class Technique:
         return MinitxError(f"{self.name}: {name} must be {expected}; got {value!r}.")
 
     def read(self, words: Iterable[str]) -> dict:
-        """Options from words like ``threshold=0.95``."""
+        """Parse options like ``threshold=0.95``."""
         found = {}
         for word in words:
             name, equals, text = word.partition("=")
@@ -228,7 +228,7 @@ class Technique:
 
 
 def as_words(options: dict) -> str:
-    """Options as ``Technique.read`` takes them: ``threshold=0.95 k=2``."""
+    """Options as ``Technique.read`` parses them: ``threshold=0.95 window=2``."""
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 
@@ -244,17 +244,16 @@ def technique(
     demo: dict | None = None,
     event: str | tuple[str, str] | None = None,
 ):
-    """Decorator: the function is a technique. Its file has its name.
+    """Decorator that registers a function as a technique. Its file or folder has the same name.
 
-    level: one of ``LEVELS``. exact: does the model compute the same, but for rounding? neutral:
-    options with which it computes exactly what the dense model does, None for a technique that is
-    exact and has no such setting. after: techniques of the same level that come first.
+    level: one of ``LEVELS``. exact: is the result the same except for rounding? neutral: options
+    with which it computes exactly what the dense model computes; None for an exact technique
+    without such options. after: techniques of the same level that are applied first.
 
-    demo: options with which it acts on the tiny models of the tests (the defaults, if they do), and
-    event: what it counts then, or a pair of which the first is counted less often than the second
+    demo: options with which it acts on the tiny test models (default: the defaults), and event: the
+    event that it then counts, or a pair where the first is counted less often than the second
     ("keys kept", "keys seen"). A technique without an event has acted if the logits changed
-    (approximate) or the tree did (exact).
-    """
+    (approximate) or the tree did (exact)."""
 
     def register(f):
         REGISTRY[f.__name__] = Technique(
@@ -267,7 +266,7 @@ def technique(
 
 @cache
 def names() -> dict[str, str]:
-    """The name of every technique and the module that holds it, found by looking at the files."""
+    """The module of every technique by its name, found by listing the files."""
     found = {}
     for package in PACKAGES:
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
@@ -287,12 +286,12 @@ def find(name: str) -> Technique:
 
 
 def techniques() -> list[Technique]:
-    """All of them, in the order in which they are applied."""
+    """All techniques, in the order in which they are applied."""
     return in_order(map(find, names()))
 
 
 def in_order(chosen: Iterable[Technique]) -> list[Technique]:
-    """From the inside out by level, and within a level each after those that it names."""
+    """From the inside out by level; within a level, each after those in its ``after``."""
     waiting = sorted(chosen, key=lambda t: (LEVELS.index(t.level), t.name))
     order: list[Technique] = []
     while waiting:
@@ -303,26 +302,27 @@ def in_order(chosen: Iterable[Technique]) -> list[Technique]:
     return order
 
 
-# Putting them in ---------------------------------------------------------------------------------
+# Applying techniques ------------------------------------------------------------------------------
 
 
 def apply(lm: LM, wanted: dict[str, dict | bool]) -> LM:
-    """The language model with these techniques: ``{name: options}``, True for the defaults, False
-    for not at all. MinitxError if one does not fit the model, or two do not fit each other."""
+    """Apply techniques to a language model: ``{name: options}``, True for the default options,
+    False to leave it out. MinitxError if one does not fit the model, or two cannot be combined."""
     chosen: dict[str, dict] = {}
     for name, options in wanted.items():
         if not isinstance(options, dict | bool):
             raise MinitxError(
-                f"{name} is {options!r}; give True, or a dict of its options, {{'option': value}}."
+                f"{name} must be True, False or a dict of options ({{'option': value}}), got "
+                f"{options!r}."
             )
         if options is not False:
             found = find(name)
             chosen[found.name] = found.checked({} if options is True else options)
     if not chosen:
         return to_column_major(lm)
-    taken: dict[type, str] = {}  # type of part -> the technique that replaced the last of it
-    put: dict[type, str] = {}  # type of part -> the technique that brought the first of it
-    lm = replace(lm, model=to_row_major(lm.model))  # which is how techniques know matrices
+    taken: dict[type, str] = {}  # type of part -> the technique that replaced the last one
+    put: dict[type, str] = {}  # type of part -> the technique that introduced it
+    lm = replace(lm, model=to_row_major(lm.model))  # techniques work on row-major matrices
     for t in in_order(map(find, chosen)):
         before = kinds(lm)
         try:
@@ -337,24 +337,24 @@ def apply(lm: LM, wanted: dict[str, dict | bool]) -> LM:
 
 
 def _check_rows(lm: LM, put: dict[type, str]) -> None:
-    """Refuse a technique that needs a cache row for every token beside one that frees rows."""
+    """Refuse a technique that needs every cache row together with one that frees rows."""
     parts = [node for _, node in walk(lm.model)]
     freeing = next((node for node in parts if node.frees_rows), None)
     needing = next((node for node in parts if node.needs_all_rows), None)
     if freeing is not None and needing is not None:
         raise MinitxError(
-            f"{owner(needing, put)} needs a cache row for every token, and {owner(freeing, put)} "
-            "keeps fewer; use one of the two."
+            f"{owner(needing, put)} needs a cache row for every token, but {owner(freeing, put)} "
+            "frees some; use one of the two."
         )
 
 
 def owner(node: Part, put: dict[type, str] | None = None) -> str:
-    """The technique that a part belongs to: the one that put it in, or whose file defines it."""
+    """The technique of a part: the one that introduced it, or whose file defines it."""
     return (put or {}).get(type(node)) or file_of(type(node))
 
 
 def file_of(kind: type) -> str:
-    """The file or folder that defines a part, by its name: that of its technique, if it has one."""
+    """The name of the file or folder that defines a part, which is the name of its technique."""
     module = type_module = kind.__module__
     for package in PACKAGES:
         module = module.removeprefix(f"{package}.")
@@ -383,7 +383,8 @@ def _why_not(
 
 
 class NoSuchPart(MinitxError):
-    """There is no part of these types, but ``found``, where one place was looked at."""
+    """The model has no part of these types; ``found`` is what was there instead, if one place was
+    checked."""
 
     def __init__(self, *kinds: type, found: Part | None = None):
         self.kinds, self.found = kinds, found
@@ -392,9 +393,9 @@ class NoSuchPart(MinitxError):
 
 
 def swap(root: Part, kind: type, make: Callable[[Any], Part], optional: bool = False) -> Part:
-    """A copy of the tree with ``make(part)`` for each part of exactly that type, also inside what
-    other techniques have put in. Of an LM only its model is walked: a second model inside
-    ``decode`` stays as it is. NoSuchPart if there is none, unless that is ``optional``."""
+    """A copy of the tree with ``make(part)`` instead of each part of exactly this type, including
+    those inside other techniques' parts. Of an LM, only its model is walked: a second model inside
+    ``decode`` is left alone. NoSuchPart if there is none, unless ``optional``."""
     found = False
 
     def change(node):
@@ -410,14 +411,14 @@ def swap(root: Part, kind: type, make: Callable[[Any], Part], optional: bool = F
     return new
 
 
-SLOTS = {"attn": Attention, "ffn": FFN, "block": Block}  # and what a plain model has there
+SLOTS = {"attn": Attention, "ffn": FFN, "block": Block}  # and what a plain model has in each
 
 
 def wrap(root: Part, slot: str, make: Callable[[Any, int], Part]) -> Part:
-    """A copy of the tree with ``make(part, index)`` for whatever occupies this slot of each block:
-    "attn" or "ffn", whatever kind of block it is, or the "block" itself. What earlier wraps put
-    there is inside ``part``, so a later wrap goes outside. ``index`` counts the places in the
-    stack: a part that stands in two places is made twice. NoSuchPart if no block has the slot."""
+    """A copy of the tree with ``make(part, index)`` in this slot of every block: "attn", "ffn", or
+    the "block" itself. ``part`` is whatever occupies the slot, including earlier wraps, so later
+    wraps go outside. ``index`` is the position in the stack: a part that is used in two places is
+    wrapped twice. NoSuchPart if no block has the slot."""
     found = False
 
     def wrapped(block: Part, index: int) -> Part:
@@ -447,7 +448,7 @@ def wrap(root: Part, slot: str, make: Callable[[Any, int], Part]) -> Part:
 
 
 def blocks_of(root: Part) -> tuple[Part, ...]:
-    """The blocks of an LM or a model, in the order in which they run."""
+    """The blocks of an LM or a model, in order."""
     model = root.model if isinstance(root, LM) else root
     found = next((node.blocks for _, node in walk(model) if type(node) is Stack), None)
     if found is None:
@@ -463,14 +464,14 @@ def _rebuild_model(root: Part, change: Callable) -> Part:
 
 
 def decides(model: Part) -> str:
-    """How a model decides what to skip: "token", "step" or "sequence" (see ``Part``), the widest of
-    its parts."""
+    """How a model decides what to skip: the widest of "token", "step" and "sequence" among its
+    parts (see ``Part``)."""
     ways = {node.decides for _, node in walk(model)}
     return next(way for way in ("sequence", "step", "token") if way in ways)
 
 
 def need(node: Part, *kinds: type) -> None:
-    """Raise unless the part is of one of these types."""
+    """Raise NoSuchPart unless the part has one of these types."""
     if type(node) not in kinds:
         raise NoSuchPart(*kinds, found=node)
 
@@ -480,7 +481,7 @@ def kinds(root: Part) -> set[type]:
     return {type(node) for _, node in walk(root)}
 
 
-# Cards -------------------------------------------------------------------------------------------
+# Cards --------------------------------------------------------------------------------------------
 
 HEADINGS = (
     "Paper", "Fidelity", "Kind", "Idea", "Offline",
@@ -493,14 +494,14 @@ OLDER_HEADINGS = (  # of cards that are not rewritten yet
 
 @dataclass(frozen=True)
 class Card:
-    """What a technique's docstring says: one line, and a text under each of ``HEADINGS``."""
+    """A technique's docstring: a one-line summary, and a text under each of ``HEADINGS``."""
 
     summary: str
     sections: dict[str, str]
 
 
 def read_card(text: str) -> Card:
-    """A docstring whose sections begin with ``Heading:`` at the start of a line."""
+    """Parse a docstring whose sections begin with ``Heading:`` at the start of a line."""
     lines = inspect.cleandoc(text).splitlines()
     sections: dict[str, list[str]] = {}
     summary: list[str] = []

@@ -69,9 +69,8 @@ def walk(node: Part, path: str = "") -> Iterator[tuple[str, Part]]:
 def rebuild(node: Part, change: Callable[[Part], Part | None], seen: dict | None = None) -> Part:
     """A copy of the tree in which ``change(node)`` replaces each node for which it returns a part.
 
-    Nodes are visited from the root down; a replacement is not visited again. Unchanged subtrees stay
-    the same objects, and a part that is used in two places is replaced once.
-    """
+    Nodes are visited from the root down; a replacement is not visited again. Unchanged subtrees
+    stay the same objects, and a part that is used in two places is replaced once."""
     seen = {} if seen is None else seen
     if id(node) not in seen:
         new = change(node)
@@ -158,7 +157,7 @@ def map_weights(node: Part, make: Callable[[Any], Any]) -> Part:
     return copy(node)
 
 
-# Drawing -----------------------------------------------------------------------------------------
+# Drawing ------------------------------------------------------------------------------------------
 
 
 def draw(node: Part) -> str:

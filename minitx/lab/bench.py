@@ -1,22 +1,22 @@
-"""``minitx bench``: how fast the model writes and reads, beside transformers and beside the memory.
+"""``minitx bench``: decoding and prefill speed, next to transformers and next to memory bandwidth.
 
-Three llama shapes with random weights from a seed, float32, tied embeddings:
+Three llama shapes with seeded random weights, float32, tied embeddings:
 
 - decode: greedy tokens one by one after a prompt of one token, by ``lm.tokens``;
-- prefill: one call that reads a prompt, fills the cache and gives the logits of the next token;
-- limit: at every token all weights have to be read, so tokens per second times their bytes cannot
-  exceed the speed at which weights can be read. What a matrix-vector product reaches in the same
-  run is taken for that speed: once with a matrix as large as all weights that a token needs, used
-  again and again, so that it lies where they lie (in a cache, or in memory); and once with one of
-  256 MB, more than any cache holds. A model that fits into a cache may well be faster than the
-  second. Keys, values and activations are not counted. The products of a token are timed alone
-  too, one after the other: the rest of its time goes to what stands between them.
+- prefill: one call that reads a prompt, fills the KV cache and returns the next token's logits;
+- limit: decoding reads every weight once per token, so it is memory-bandwidth bound: tokens/s times
+  bytes of weights cannot exceed the read bandwidth. The bandwidth is that of a matrix-vector
+  product in the same run: with a matrix as large as all weights, used repeatedly, so that it is
+  wherever the weights are (a cache, or memory), and with one of 256 MB, larger than any cache. A
+  model that fits in a cache may be faster than the second. The KV cache and activations are not
+  counted. The products of a token are also timed alone, back to back: the rest of a token's time is
+  overhead between them.
 
-Where torch and transformers are installed they do the same on the same weights, and their faster
-way of decoding counts. All take turns (A B C A B C ...) on one thread. A speed is the median over
-the rounds, a ratio the median of the ratios within a round, with the lowest and the highest beside
-it: what slows one turn mostly slows the next one too. Time is processor time, which on an idle
-machine is the time on the clock.
+If torch and transformers are installed, they do the same with the same weights; the faster of their
+two ways of decoding counts. All take turns (A B C A B C ...) on one thread. A speed is the median
+over the rounds, a ratio the median of the ratios within a round, with minimum and maximum: a
+slowdown of the machine mostly affects neighbouring turns alike. Time is CPU time, which on an idle
+machine equals wall time.
 """
 
 import json
@@ -47,7 +47,7 @@ from minitx.tree import walk, weights
 
 SEED = 0
 FIRST = 1  # the prompt of one token
-ALLOWED = 1e-4  # of the largest logit, between two frameworks in float32
+ALLOWED = 1e-4  # of the largest logit: difference between two frameworks in float32
 BEYOND_CACHES = 256_000_000  # bytes
 
 # What is timed, in turn
@@ -81,8 +81,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: new tokens, tokens of the prompt, rounds of turns, and for how many
-    seconds at least each turn repeats what it measures."""
+    """How much to measure: new tokens, prompt tokens, rounds, and the minimum seconds of a turn."""
 
     decode: int
     prefill: int
@@ -95,8 +94,8 @@ QUICK = Plan(decode=50, prefill=256, rounds=3, least=0.02)
 
 
 def bench(as_json: bool = False, quick: bool = False) -> None:
-    """Measure and print, as a table or as JSON. Runs itself again in a process with one BLAS
-    thread if this one was not started so. Raises MinitxError if the two frameworks disagree."""
+    """Measure and print, as a table or JSON. Reruns itself in a process with one BLAS thread if
+    necessary. Raises MinitxError if the two frameworks disagree."""
     if any(os.environ.get(name) != "1" for name in THREAD_VARIABLES):
         return _run_again(["--json"] * as_json + ["--quick"] * quick)
     rival, reason = find_rival()
@@ -106,7 +105,7 @@ def bench(as_json: bool = False, quick: bool = False) -> None:
 
 
 def _run_again(options: list[str]) -> None:
-    source = str(Path(__file__).resolve().parents[2])  # so that the very same minitx is found
+    source = str(Path(__file__).resolve().parents[2])  # so that the same minitx is imported
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     environment = os.environ | ONE_THREAD | {"PYTHONPATH": path}
     command = [sys.executable, "-m", "minitx", "bench", *options]
@@ -116,7 +115,7 @@ def _run_again(options: list[str]) -> None:
 
 
 def find_rival() -> tuple[Callable | None, str | None]:
-    """What makes a rival of a model, or None and the reason why there is none."""
+    """A function that wraps a model in the other framework, or None and the reason."""
     try:
         from minitx.lab.bench_transformers import Transformers
     except ImportError as error:
@@ -125,9 +124,9 @@ def find_rival() -> tuple[Callable | None, str | None]:
 
 
 def measure_all(shapes, plan: Plan, rival: Callable | None, bar: bool = True) -> dict:
-    """Everything about every shape, as plain data for JSON. ``rival(model)`` makes what is compared
-    with (see ``Transformers``), None compares with nothing."""
-    found = machine()  # before the run, which is a load itself
+    """All measurements of all shapes, as plain data for JSON. ``rival(model)`` wraps a model in the
+    other framework (see ``Transformers``); None measures minitx only."""
+    found = machine()  # before the run, which is load itself
     clock, processor = time.perf_counter(), time.process_time()
     with tqdm(total=len(shapes) * (plan.rounds + 1), unit="round", disable=not bar) as progress:
         measured = [measure(config, plan, rival, progress.update) for config in shapes]
@@ -142,7 +141,7 @@ def measure_all(shapes, plan: Plan, rival: Callable | None, bar: bool = True) ->
 
 
 def measure(config: Config, plan: Plan, rival: Callable | None, tick: Callable) -> dict:
-    """One shape. ``tick()`` is called after warming up and after every round."""
+    """Measure one shape. ``tick()`` is called after the warm-up and after every round."""
     model = to_column_major(random_model(config, SEED))
     lm, read = LM(model), bytes_per_token(model)
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, plan.prefill)
@@ -189,8 +188,8 @@ def measure(config: Config, plan: Plan, rival: Callable | None, tick: Callable) 
 
 
 def timed(job: Callable, least: float) -> float:
-    """Processor seconds of one run of ``job``, the mean over at least ``least`` seconds of runs.
-    Never 0: where the clock moves in ticks, ``job`` runs again until it has moved."""
+    """CPU seconds of one run of ``job``, averaged over at least ``least`` seconds of runs. Never 0:
+    if the clock moves in ticks, ``job`` runs again until it has moved."""
     began, runs, spent = time.process_time(), 0, 0.0
     while not spent or spent < least:
         job()
@@ -200,14 +199,15 @@ def timed(job: Callable, least: float) -> float:
 
 
 def elapsed(clock: Callable, began: float) -> float:
-    """Seconds on this clock since ``began``. Never 0: waits for the first tick if need be."""
+    """Seconds on this clock since ``began``. Never 0: waits for the first tick."""
     while not (seconds := clock() - began):
         pass
     return seconds
 
 
 def agree(ours: np.ndarray, theirs: np.ndarray, config: Config) -> float:
-    """How far logits differ, relative to the largest; MinitxError beyond what rounding can do."""
+    """The largest difference of logits, relative to the largest logit; MinitxError if it is more
+    than rounding."""
     error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not error <= ALLOWED:
         raise MinitxError(
@@ -219,7 +219,7 @@ def agree(ours: np.ndarray, theirs: np.ndarray, config: Config) -> float:
 
 
 def compared(tokens: int, seconds: dict, ours: str, theirs: list[str]) -> dict:
-    """Tokens per second of both sides, and the ratio to the faster of ``theirs``."""
+    """Tokens per second of both frameworks, and the ratio to the faster of ``theirs``."""
     out = {"minitx_tokens_per_second": tokens / median(seconds[ours])}
     if theirs:
         faster = min(theirs, key=lambda name: median(seconds[name]))
@@ -230,8 +230,8 @@ def compared(tokens: int, seconds: dict, ours: str, theirs: list[str]) -> dict:
 
 
 def limit(read: int, size: int, decode: list[float], product: list[float]) -> dict:
-    """Bytes of weights per second: of decoding, which reads ``read`` of them in each of its times,
-    of a product with a matrix of ``size`` bytes, and the first as a fraction of the second."""
+    """Read bandwidth in bytes per second: of decoding (``read`` bytes per time), of a product with
+    a matrix of ``size`` bytes, and the first as a fraction of the second."""
     return {
         "minitx_bytes_per_second": read / median(decode),
         "product_bytes_per_second": size / median(product),
@@ -240,7 +240,7 @@ def limit(read: int, size: int, decode: list[float], product: list[float]) -> di
 
 
 def share(tokens: int, decode: list[float], products: list[float]) -> dict:
-    """Of the time of decoding ``tokens``: what the products of that many take alone."""
+    """The share of decoding time that the products alone take."""
     return spread([tokens * b / a for a, b in zip(decode, products)])
 
 
@@ -249,16 +249,16 @@ def spread(values: list[float]) -> dict:
 
 
 def bytes_per_token(model: Transformer) -> int:
-    """Bytes of weights that decoding one token reads: the blocks, the last norm, the whole head
-    (also where it is the embedding table), and one row of each embedding table."""
+    """Bytes of weights read to decode one token: the blocks, the final norm, the whole head (also
+    if tied), and one row of each embedding table."""
     parts = (model.stack, model.norm, model.head)
     whole = sum(w.nbytes for part in parts for w in weights(part).values())
     return whole + sum(w[0].nbytes for w in weights(model.embed).values())
 
 
 def products_alone(model: Transformer) -> Callable:
-    """A function that takes the products of one row with all weights that are there for that, in
-    the order of the model, and does nothing else."""
+    """A function that multiplies one row with all weight matrices, in the order of the model, and
+    does nothing else."""
 
     def row(node):
         inputs = node.w.shape[1 if type(node) is TiedHead else 0]
@@ -275,15 +275,15 @@ def products_alone(model: Transformer) -> Callable:
 
 
 def factors(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A vector (1, n) and a matrix (n, 4096) of about ``size`` bytes to multiply it with. Its rows
-    are long enough for BLAS to reach its full speed whatever the size."""
+    """A vector (1, n) and a matrix (n, 4096) of about ``size`` bytes, with rows long enough for
+    BLAS to reach full speed at any size."""
     n = max(1, round(size / (4 * 4096)))
     return np.ones((1, n), np.float32), np.ones((n, 4096), np.float32)
 
 
 def machine() -> dict:
-    """What it runs on. load: programs that wanted a processor over the last minute, on average
-    (None where the system does not tell)."""
+    """The machine. load: the load average over the last minute (None if the system does not report
+    it)."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         cpu = next(line for line in text.splitlines() if line.startswith("model name"))

@@ -1,22 +1,22 @@
-"""What ``minitx bench`` prints: its measured figures (bench.py) as three small tables."""
+"""The report of ``minitx bench``: the measurements of bench.py as three small tables."""
 
 
 def as_text(result: dict) -> str:
-    """The tables of ``bench.measure_all``'s result, with what one has to know to read them."""
+    """The tables for a result of ``bench.measure_all``, with notes."""
     plan, machine, shapes = result["plan"], result["machine"], result["shapes"]
     lines = [
         f"{machine['cpu']}, one thread; "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         "",
-        f"Decode: {plan['decode']} greedy tokens after a prompt of 1, with the cache.",
+        f"Decode: {plan['decode']} greedy tokens after a prompt of 1, with the KV cache.",
         *_speeds(shapes, "decode"),
         "",
         f"Prefill: {plan['prefill']} tokens in one call, to the logits of the next token.",
         *_speeds(shapes, "prefill"),
         "",
-        "Limit: weights read by decoding in GB/s, and how much of the speed that is with which a",
-        "matrix-vector product reads as many weights, or 256 MB of them. Products alone: the share",
-        "of the time that those of a token take one after the other, with nothing between them.",
+        "Limit: weights read by decoding in GB/s, as a fraction of the bandwidth of a",
+        "matrix-vector product with as many weights, or with 256 MB of them. Products alone: the",
+        "share of the time that the products of a token take back to back, without overhead.",
         *_limits(shapes),
         "",
         *_notes(result),
@@ -66,15 +66,15 @@ def _notes(result: dict) -> list[str]:
         worst = max(s["agreement"]["logits_relative_difference"] for s in result["shapes"])
         same = min(s["agreement"]["same_greedy_tokens"] for s in result["shapes"])
         notes.append(
-            f"Both compute the same: logits differ by at most {worst:.0e} of the largest, and at "
-            f"least {same} of {result['plan']['decode']} greedy tokens are equal."
+            f"Both compute the same: logits differ by at most {worst:.0e} of the "
+            f"largest, and at least {same} of {result['plan']['decode']} greedy tokens match."
         )
-    notes.append("In brackets: the lowest and the highest of the rounds.")
+    notes.append("In brackets: minimum and maximum over the rounds.")
     load, share = result["machine"]["load"] or 0, result["machine"]["processor_share"]
     if load > 0.5 or share < 0.95:
         notes.append(
-            f"Other programs were running (load {load:.1f} at the start, {share:.0%} of a "
-            "processor for this one). They share its caches and memory, which slows decoding most."
+            f"Other programs were running (load {load:.1f} at the start, {share:.0%} of a CPU for "
+            "this one). They share caches and memory bandwidth, which slows decoding most."
         )
     return notes
 
@@ -89,7 +89,7 @@ def _with_spread(s: dict, unit: str = "") -> str:
 
 
 def columns(rows: list[list[str]]) -> list[str]:
-    """Rows of words as lines: the first column to the left, the others to the right."""
+    """Rows of words as aligned lines: first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         "  ".join(f"{row[i]:{'<' if i == 0 else '>'}{width}}" for i, width in enumerate(widths))

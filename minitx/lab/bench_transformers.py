@@ -1,4 +1,4 @@
-"""The other side of ``minitx bench``: Hugging Face transformers doing the same on the same weights.
+"""The counterpart in ``minitx bench``: Hugging Face transformers with the same weights.
 
 The model is written to a temporary folder and loaded from there, so both read one set of numbers.
 Needs torch and transformers (the ``reference`` extra); nothing else in minitx's measuring does.
@@ -15,8 +15,7 @@ from minitx.model import Transformer
 
 
 class Transformers:
-    """A model in transformers: float32, one thread, inference mode, with its cache, and attention
-    as it comes by default."""
+    """A model in transformers: float32, one thread, inference mode, KV cache, default attention."""
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
 
@@ -28,15 +27,16 @@ class Transformers:
             write_model(model, folder, "F32")
             load = transformers.AutoModelForCausalLM.from_pretrained
             self.model = load(folder, dtype=torch.float32).eval()
-        self.model.generation_config.eos_token_id = None  # never end before the last token
+        self.model.generation_config.eos_token_id = None  # never stop early
 
     def ways_to_decode(self) -> dict:
-        """Two, of which either may be the faster: name -> f(first id, count) -> the new ids."""
+        """Two ways of decoding, either of which may be faster: name -> f(first id, count) ->
+        ids."""
         return {"own loop": self.loop, "generate": self.generate}
 
     @torch.inference_mode()
     def loop(self, first: int, count: int) -> list[int]:
-        """The plainest loop: the model, the largest logit, the model again."""
+        """The plain loop: run the model, take the argmax, repeat."""
         ids, cache, new = torch.tensor([[first]]), None, []
         for _ in range(count):
             out = self.model(ids, past_key_values=cache, use_cache=True)
@@ -46,7 +46,7 @@ class Transformers:
 
     @torch.inference_mode()
     def generate(self, first: int, count: int) -> list[int]:
-        """transformers' own loop."""
+        """The ``generate`` of transformers."""
         ids = torch.tensor([[first]])
         out = self.model.generate(
             ids,
@@ -59,11 +59,11 @@ class Transformers:
 
     @torch.inference_mode()
     def prefill(self, ids: np.ndarray) -> np.ndarray:
-        """Logits (V,) after the ids (T,), in one call that also fills the cache."""
+        """Logits (V,) after the ids (T,), in one call that also fills the KV cache."""
         out = self.model(torch.from_numpy(ids)[None], use_cache=True, logits_to_keep=1)
         return out.logits[0, -1].numpy()
 
     @torch.inference_mode()
     def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Logits (T, V) of every position."""
+        """Logits (T, V) at every position."""
         return self.model(torch.from_numpy(ids)[None]).logits[0].numpy()

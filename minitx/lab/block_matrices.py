@@ -1,4 +1,4 @@
-"""The matrices of a model's blocks, as a shape (shape.py) has them: what cost formulas sum over."""
+"""The matrices of a model's blocks, from its shape (shape.py): what cost formulas sum over."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from minitx.lab.shape import Shape
 
 
 class Matrix(NamedTuple):
-    """One kind of matrix of a block: W (inputs, outputs), of which the model has so many."""
+    """One kind of weight matrix (inputs, outputs), and how many of them the model has."""
 
     name: str
     inputs: int
@@ -16,12 +16,12 @@ class Matrix(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Numbers in one of them."""
+        """Weights in one of them."""
         return self.inputs * self.outputs
 
 
 def block_matrices(s: Shape) -> list[Matrix]:
-    """Those of attention, then those of the FFN, experts one by one; no biases, no norms."""
+    """The matrices of attention, then of the FFN (each expert counted); no biases, no norms."""
     inner, kv, ffns = s.heads * s.head_width, s.kv_heads * s.head_width, s.layers * s.experts
     return [
         Matrix("W_q", s.width, inner, s.layers),
@@ -38,24 +38,24 @@ def block_weights(s: Shape) -> int:
 
 
 def embedding_weights(s: Shape) -> int:
-    """Input and output; learned positions too."""
+    """Weights of the embedding, the head and learned positions."""
     return s.width * (s.vocab_size * (1 if s.tied else 2) + s.positions)
 
 
 def notes(s: Shape) -> list[str]:
-    """What a reader of sums over these matrices should know."""
+    """Caveats for sums over these matrices."""
     found = [*s.notes, "norms and biases are left out"]
     if s.experts > 1:
         found.append(
-            "all experts are counted as run; a router chooses a few, so a token takes fewer "
-            "multiply-adds than are given here"
+            "all experts are counted; a router selects a few, so a token takes fewer multiply-adds "
+            "than given here"
         )
     return found
 
 
 @dataclass(frozen=True)
 class ExampleTable:
-    """The rows that the tables of Graef's papers begin with."""
+    """The first rows of the tables in Graef's papers."""
 
     shape: Shape
 
@@ -78,7 +78,7 @@ class ExampleTable:
 
     @property
     def embedding_weights(self) -> int:
-        """Input and output; learned positions too."""
+        """Weights of the embedding, the head and learned positions."""
         return embedding_weights(self.shape)
 
     @property

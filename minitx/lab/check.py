@@ -1,9 +1,9 @@
-"""``minitx check``: run a model beside its reference outputs and print how they compare.
+"""``minitx check``: compare a model, stage by stage, with reference outputs.
 
-The same text is run in float32 and in float64, and the numbers after each stage (embedding, every
-block, last norm, logits) are compared with those of another framework. Compared too: a greedy
-continuation token by token, which alone uses the cache, and the tokenizer's ids. What was found is
-judged in ``comparison.py``; the stored outputs are read by ``reference.py``.
+The same text is run in float32 and float64, and the hidden states after each stage (embedding,
+every block, final norm) and the logits are compared with those of Hugging Face transformers. Also
+compared: a greedy continuation token by token, which exercises the KV cache, and the tokenizer's
+ids. ``comparison.py`` gives the verdict; ``reference.py`` reads the stored outputs.
 """
 
 import json
@@ -30,20 +30,20 @@ from minitx.model import Transformer
 from minitx.training.layerskip import record
 
 INTRODUCTION = f"""\
-Each model reads a text, and the numbers after every stage are compared with those that another
-framework computed from the same weights. "error" is the largest difference, "relative" the same
-divided by the stage's largest value. As rounding pass {ALLOWED["float32"]:.0e} in float32 and \
-{ALLOWED["float64"]:.0e} in float64.
+Each model reads a text, and the values after every stage are compared with those that Hugging Face
+transformers computed from the same weights. "error" is the largest absolute difference, "relative"
+is the error divided by the stage's largest value. Errors up to these count as
+rounding: {ALLOWED["float32"]:.0e} in float32, {ALLOWED["float64"]:.0e} in float64.
 """
 
 
 def check_models(names: list[str], as_json: bool = False, folder=None) -> int:
-    """Print how models compare with their references in ``folder`` (default: the checkout's).
+    """Print how models compare with their references in ``folder`` (default: tests/reference).
 
-    names: shipped models, folders of models, or random models of the references; if empty, all that
-    are shipped, and then the random ones, in a line each unless there is a bug.
-    Returns 1 if there is a bug, else 2 if a model could not be checked, else 0: also where no other
-    framework has such a model, which is said.
+    names: shipped models, model folders, or random models of the references; by default all shipped
+    models, then the random ones in one line each, unless there is a bug. Returns 1 if there is a
+    bug, else 2 if a model could not be checked, else 0 (also for a model that no other framework
+    has, which is said).
     """
     chosen = names or list(dict.fromkeys([*shipped(), *find_references(folder)]))
     results = []
@@ -63,11 +63,11 @@ NOT_CHECKED, NO_OTHER = "not checked", "no other framework"
 
 
 class NoOtherFramework(MinitxError):
-    """There is nothing to compare a model with, and there cannot be."""
+    """No other framework has this kind of model, so there is no reference."""
 
 
 class Excuse:
-    """In the place of a comparison that could not be made: the sentence that says why."""
+    """The result for a model that could not be compared: a sentence that says why."""
 
     def __init__(self, name: str, explanation: str, verdict: str = NOT_CHECKED):
         self.name, self.explanation, self.verdict = name, explanation, verdict
@@ -81,7 +81,7 @@ def _check_or_excuse(name: str, folder) -> Comparison | Excuse:
         return check_model(name, folder)
     except NoOtherFramework as error:
         return Excuse(name, str(error), NO_OTHER)
-    except MinitxError as error:  # the other models are still worth checking
+    except MinitxError as error:  # go on with the other models
         return Excuse(name, str(error))
 
 
@@ -98,7 +98,7 @@ def _text(result: Comparison | Excuse, in_full: bool) -> str:
 def check_model(name: str, folder=None) -> Comparison:
     """Compare one model; names as in ``check_models``.
 
-    Raises MinitxError if there is no such model, if it has no reference, or if its reference was
+    Raises MinitxError if there is no such model, if it has no reference, or if the reference was
     made from other weights.
     """
     references = find_references(folder)
@@ -112,11 +112,11 @@ def check_model(name: str, folder=None) -> Comparison:
     if known not in references:
         if load(path).model.config.skipless:
             raise NoOtherFramework(
-                f"{known} is skipless (no residual adds, no norms): no other framework has such "
-                "models to compare it with. Its parts are those of the other models."
+                f"{known} is skipless (no residual connections, no norms), which no other "
+                "framework supports, so there is no reference. It has the parts of other models."
             )
         raise MinitxError(
-            f"There are no reference outputs for {known}; there are for {', '.join(references)}."
+            f"There are no reference outputs for {known}; choose from {', '.join(references)}."
         )
     reference = read_reference(references[known])
     _need_same_weights(reference, files_about(path))
@@ -126,7 +126,7 @@ def check_model(name: str, folder=None) -> Comparison:
 def _need_same_weights(reference: Reference, found: dict) -> None:
     if found["weights"] != reference.about.get("weights"):
         raise MinitxError(
-            f"{reference.name}: these are not the weights that its reference was made from; "
+            f"{reference.name}: its reference was made from other weights; "
             f"{remake(reference.name)}."
         )
 
@@ -142,7 +142,7 @@ def compare(reference: Reference, make: Callable[[str], Transformer], tokenizer=
     for dtype in DTYPES:
         model = make(dtype)
         _need_same_sizes(reference, model)
-        with np.errstate(all="ignore"):  # NaN and infinity are reported, with their place
+        with np.errstate(all="ignore"):  # NaN and Inf are reported in the table
             ours = run_stages(model, reference.ids)
             for name, theirs in reference.stages(dtype).items():
                 errors[name][dtype] = float(np.abs(ours[name][reference.rows] - theirs).max())
@@ -164,7 +164,7 @@ def _need_same_sizes(reference: Reference, model: Transformer) -> None:
 
 
 def run_stages(model: Transformer, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """The numbers after each stage of one pass over ids (T,): (T, D), of the logits (T, V)."""
+    """The values after each stage of one pass over ids (T,): (T, D), logits (T, V)."""
     recorded, hidden = record(model)
     last = model.norm(recorded.hidden(ids))
     embedding = model.embed(ids, slice(0, len(ids)))
@@ -172,10 +172,10 @@ def run_stages(model: Transformer, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _same_tokens(reference: Reference, model: Transformer) -> int:
-    """How many greedy tokens are the reference's, up to the first that is not."""
+    """The number of greedy tokens that match the reference, up to the first mismatch."""
     ids, state = reference.prompt.tolist(), model.new_state()
     for same, expected in enumerate(reference.greedy.tolist()):
-        # Unlike next_argmax, this also goes on with NaN, which is for the verdict to report.
+        # Unlike next_argmax this accepts NaN, which the verdict reports.
         token = int(model.next_logits(ids, state).argmax())
         if token != expected:
             return same

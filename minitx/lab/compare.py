@@ -1,23 +1,23 @@
-"""``minitx compare``: what a set of techniques costs and saves, beside the dense model.
+"""``minitx compare``: what techniques save and cost, side by side with the dense model.
 
-Two readings of held-out stories, always the same ones:
+Two measurements on the same held-out stories:
 
-- read: each story once, as its text has it. Loss above the least possible, accuracy by hops,
-  and how far the changed model's next-token distributions are from the dense ones: the
-  mean Kullback-Leibler divergence KL(dense || changed), and how often both choose the same token;
-- told: the beginning of each story is continued greedily. Multiply-adds and bytes read are counted
-  for each new token, part by part; then both models are timed in turns, and the ratio is the median
-  over the rounds, with the lowest and the highest beside it. What is kept between sequences is
-  forgotten before each round (``minitx first-token`` is for that).
+- reading: each story is read once with teacher forcing. Loss above the entropy of the text,
+  accuracy by hops, the mean KL divergence of the next-token distributions KL(dense || changed),
+  and how often the argmax agrees;
+- generation: the beginning of each story is continued greedily. Multiply-adds and bytes read are
+  counted per new token, part by part; then both models are timed in turns. The speed ratio is the
+  median over the rounds, with the minimum and maximum. Caches that outlive a sequence are cleared
+  before each round (``minitx first-token`` measures those).
 
-Both are also weighed: bytes of all arrays in memory, and of the cache for each token of a text.
+Also reported: bytes of all arrays in memory, and bytes of KV cache per token.
 
-Stories are read in one pass, unless a technique decides by the step what to skip: then as they
-would be generated, a beginning at once and the rest token by token. With chains, stories follow one
-another until the model's context is full, for techniques that show on long texts.
+A story is read in one pass, unless a technique decides per step what to skip: then it is read as
+generation would run it, a prompt at once and the rest token by token. With chains, stories follow
+one another until the context is full, for techniques whose effect shows on long texts.
 
-What is found to be the same is called identical: every greedy choice while reading, and every
-continuation. Anything else is approximate, whatever a technique claims to be.
+The result is called identical if every argmax while reading and every continuation is the same;
+anything else is approximate, whatever a technique claims.
 """
 
 from collections.abc import Sequence
@@ -48,16 +48,16 @@ from minitx.ledger import Entry, Ledger, counting
 from minitx.technique import decides
 from minitx.tree import nbytes, walk
 
-PROMPT, NEW = 32, 48  # tokens of a story's beginning, and how many are told after it
+PROMPT, NEW = 32, 48  # tokens of a prompt, and new tokens generated after it
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is read and told: stories, or chains of them in their place; continuations, and
+    """How much to measure: stories to read (or chains of stories instead), prompts to continue, and
     rounds of timing."""
 
     stories: int = 100
-    told: int = 10
+    prompts: int = 10
     rounds: int = 5
     chains: int = 0
 
@@ -74,25 +74,26 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Telling:
-    """Both models on the same beginnings; costs are for one new token, the prompt's share in it."""
+class Generation:
+    """Both models generating from the same prompts; costs are per new token, with the prompt's work
+    divided among them."""
 
-    same: int  # continuations that are equal
-    told: int
-    prompt: int  # tokens of each beginning
+    same: int  # continuations that are the same
+    prompts: int
+    prompt_tokens: int  # of each prompt
     dense: dict[str, Entry]  # by part
     changed: dict[str, Entry]
-    events: dict[str, int]  # what the techniques counted about themselves
+    events: dict[str, int]  # events that the techniques counted
     speed: tuple[float, float, float]  # tokens a second over dense ones: median, lowest, highest
     dense_tokens_per_second: float
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a model takes in memory, in bytes."""
+    """Bytes of memory that a model takes."""
 
-    weights: int  # all arrays, tables too
-    cache: int  # keys and values, for each token of a text
+    weights: int  # all arrays, including tables
+    cache: int  # KV cache, per token
 
     @classmethod
     def of(cls, lm, ids) -> "Size":
@@ -106,30 +107,30 @@ class Size:
 class Comparison:
     techniques: str
     reading: Reading
-    telling: Telling
+    generation: Generation
     dense_size: Size
     size: Size
 
     @property
     def identical(self) -> bool:
-        return self.reading.agreement == 1 and self.telling.same == self.telling.told
+        return self.reading.agreement == 1 and self.generation.same == self.generation.prompts
 
     @property
     def multiply_adds(self) -> float:
-        """Of the changed model, over those of the dense one."""
+        """Of the changed model, relative to the dense one."""
         changed, dense = (
-            sum(part.values(), Entry()) for part in (self.telling.changed, self.telling.dense)
+            sum(part.values(), Entry()) for part in (self.generation.changed, self.generation.dense)
         )
         return changed.multiply_adds / dense.multiply_adds
 
     @property
     def memory(self) -> float:
-        """Bytes of the changed model's arrays, over those of the dense one."""
+        """Bytes of all arrays, relative to the dense model."""
         return self.size.weights / self.dense_size.weights
 
     @property
     def cache(self) -> float:
-        """Bytes of the changed model's cache, over those of the dense one."""
+        """Bytes of the KV cache, relative to the dense model."""
         return self.size.cache / max(self.dense_size.cache, 1)
 
     def as_dict(self) -> dict:
@@ -155,19 +156,19 @@ def compare(
         encoded = encode(dense.tokenizer, found)
     beginning = context - NEW if plan.chains else PROMPT
     with tqdm(
-        total=len(encoded) + min(plan.told, len(encoded)) * 2 + plan.rounds,
+        total=len(encoded) + min(plan.prompts, len(encoded)) * 2 + plan.rounds,
         unit="run",
         disable=not bar,
     ) as progress:
         reading = read(dense, changed, encoded, best_guess(found), progress.update)
-        prompts = [text.ids[:beginning] for text in encoded[: plan.told]]
-        telling = tell(dense, changed, prompts, plan.rounds, progress.update)
+        prompts = [text.ids[:beginning] for text in encoded[: plan.prompts]]
+        generation = generate(dense, changed, prompts, plan.rounds, progress.update)
     sizes = [Size.of(lm, encoded[0].ids[:context]) for lm in (dense, changed)]
-    return Comparison(techniques, reading, telling, *sizes)
+    return Comparison(techniques, reading, generation, *sizes)
 
 
 def read(dense, changed, encoded: Sequence[Encoded], guess: dict, tick) -> Reading:
-    """One story after another, since not every technique takes batches."""
+    """Read one story after another: not every technique takes batches."""
     tallies = Tally.empty(), Tally.empty()
     divergence, same, tokens = 0.0, 0, 0
     for story in encoded:
@@ -186,8 +187,8 @@ def read(dense, changed, encoded: Sequence[Encoded], guess: dict, tick) -> Readi
 
 
 def logits_as_generated(lm, ids) -> np.ndarray:
-    """Logits (T, V) of a text: in one pass where that makes no difference, otherwise a beginning at
-    once and the rest token by token, as generation runs it."""
+    """Logits (T, V) of a text: in one pass if that makes no difference, otherwise a prompt at once
+    and the rest token by token, as generation runs it."""
     if decides(lm.model) == "token":
         return lm.logits(ids)
     state, ids = lm.model.new_state(), np.array(ids)
@@ -204,7 +205,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
-def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Telling:
+def generate(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Generation:
     texts, ledgers = [], []
     for lm in (dense, changed):
         with counting(lm) as counts:
@@ -219,11 +220,11 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
     seconds = [], []
     for _ in range(rounds):
         for lm, found, tokens in zip((dense, changed), seconds, new):
-            found.append(timed(partial(tell_all, lm, prompts), least=0) / tokens)
+            found.append(timed(partial(generate_all, lm, prompts), least=0) / tokens)
         tick()
     ratios = [a / b for a, b in zip(*seconds)]
     costs = [per_token(counts, tokens) for counts, tokens in zip(ledgers, new)]
-    return Telling(
+    return Generation(
         same,
         len(prompts),
         max(map(len, prompts)),
@@ -234,20 +235,20 @@ def tell(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Tel
     )
 
 
-def tell_all(lm, prompts: Sequence[list[int]]) -> None:
+def generate_all(lm, prompts: Sequence[list[int]]) -> None:
     forget(lm)
     for prompt in prompts:
         continuation(lm, prompt)
 
 
 def continuation(lm, prompt) -> list[int]:
-    """The greedy continuation, past the end of a story too, so that all models tell as much."""
+    """The greedy continuation. It goes on past end-of-text, so that all models generate as much."""
     state = new_state(lm.model, prompt)
     return list(lm.decode(lm.model, state, prompt, Sampler(), room(lm, prompt)))
 
 
 def forget(lm) -> None:
-    """Empty what outlives a sequence (a store of prefixes), so that every pass begins alike."""
+    """Clear caches that outlive a sequence (a prefix cache), so that every pass starts the same."""
     for _, node in walk(lm):
         node.forget()
 
@@ -267,48 +268,48 @@ def per_token(counts: Ledger, tokens: int) -> dict[str, Entry]:
 
 
 def as_text(c: Comparison) -> str:
-    r, t = c.reading, c.telling
+    r, t = c.reading, c.generation
     word = "identical" if c.identical else "approximate"
     speed, low, high = t.speed
     lines = [
-        f"{c.techniques or 'no technique'}: {word}. {percent(r.agreement)} of {r.tokens:,} next "
-        f"tokens are the same, {t.same} of {t.told} continuations; "
-        f"KL {r.divergence:.2g} nats a token.",
+        f"{c.techniques or 'no technique'}: {word}. The argmax agrees at {percent(r.agreement)} of "
+        f"{r.tokens:,} tokens, {t.same} of {t.prompts} greedy continuations are the same; "
+        f"KL divergence {r.divergence:.2g} nats per token.",
         "",
         quality(r),
         "",
-        f"For each new token ({t.prompt} of prompt, {NEW} new, the prompt's work shared out):",
+        f"Per new token (prompt of {t.prompt_tokens}, {NEW} new tokens, prefill included):",
         costs(t),
         "",
         sizes(c.dense_size, c.size),
-        f"{speed:.2f}x the tokens a second of the dense model ({low:.2f}x to {high:.2f}x), "
-        f"which does {t.dense_tokens_per_second:,.0f}.",
+        f"Speed: {speed:.2f}x the dense model's ({low:.2f}x to {high:.2f}x), which generates "
+        f"{t.dense_tokens_per_second:,.0f} tokens/s.",
     ]
     if t.events:
         lines += [
             "",
-            "Counted: " + ", ".join(f"{n:,} {name}" for name, n in t.events.items()) + ".",
+            "Events: " + ", ".join(f"{n:,} {name}" for name, n in t.events.items()) + ".",
         ]
     return "\n".join(lines)
 
 
 def sizes(dense: Size, changed: Size) -> str:
     arrays = f"{changed.weights / 1e6:.2f} MB of arrays ({cell(dense.weights, changed.weights)[1]})"
-    cache = f"{changed.cache:,} bytes of cache a token ({cell(dense.cache, changed.cache)[1]})"
-    return f"In memory: {arrays}, {cache}."
+    cache = f"{changed.cache:,} bytes of KV cache per token ({cell(dense.cache, changed.cache)[1]})"
+    return f"Memory: {arrays}, {cache}."
 
 
 def quality(r: Reading) -> str:
     names = {hops: hops_name(hops) for hops in r.dense.by_hops}
-    rows = [["", "loss", "above least", *names.values()]]
+    rows = [["", "loss", "above entropy", *names.values()]]
     for name, found in (("dense", r.dense), ("changed", r.changed)):
         accuracies = [percent(found.by_hops[hops]) for hops in names]
         rows.append([name, f"{found.loss:.4f}", f"{found.gap:.4f}", *accuracies])
     return table(rows)
 
 
-def costs(t: Telling) -> str:
-    rows = [["part", "multiply-adds", "", "weights read", "", "cache read", ""]]
+def costs(t: Generation) -> str:
+    rows = [["part", "multiply-adds", "", "weight bytes", "", "KV cache bytes", ""]]
     groups = list(dict.fromkeys([*t.dense, *t.changed]))
     entries = [(g, t.dense.get(g, Entry()), t.changed.get(g, Entry())) for g in groups]
     entries.append(("all", sum(t.dense.values(), Entry()), sum(t.changed.values(), Entry())))

@@ -1,8 +1,8 @@
-"""A model beside its reference outputs: the differences, what they mean, and how they are printed.
+"""The comparison of a model with its reference outputs: differences, verdict, and how to print it.
 
-Two correct programs differ by rounding, because they add in another order. Whether a difference is
-rounding shows in float64: it has 9 more digits, so rounding shrinks by nine orders of magnitude,
-and a mistake stays. Nothing is run here: ``check.py`` does that.
+Two correct programs differ by rounding, because they add in another order. float64 tells rounding
+from mistakes: it has 9 more digits, so rounding shrinks by nine orders of magnitude and a mistake
+does not. ``check.py`` runs the models.
 """
 
 import math
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from minitx.lab.evaluate import table
 from minitx.lab.reference import DTYPES, Reference
 
-# The largest error, relative to the largest value of the stage, that passes as rounding: float32
-# keeps 7 digits and float64 16, of which some dozen layers may lose a few.
+# The largest error, relative to the largest value of the stage, that counts as rounding: float32
+# has 7 digits and float64 has 16, and a dozen layers may lose a few of them.
 ALLOWED = {"float32": 2e-5, "float64": 1e-10}
-SLIGHT = 1e-3  # in float32, more than this is no rounding, whatever float64 says
-SINGLE = 1e-6  # in float64, an error below this may come from one step that is done in float32
+SLIGHT = 1e-3  # in float32, more than this is not rounding, even if float64 agrees
+SINGLE = 1e-6  # in float64, an error below this may come from a step that runs in float32
 
 AGREES, ROUNDING, BUG = "agrees", "rounding", "bug"  # the verdicts
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The numbers after one stage of the forward pass, compared in both types."""
+    """The values after one stage of the forward pass, compared in both dtypes."""
 
     name: str
     largest: float  # the reference's largest absolute value
-    error: dict[str, float]  # by type: the largest absolute difference; NaN if ours has NaN
+    error: dict[str, float]  # by dtype: the largest absolute difference; NaN if ours has NaN
 
     @property
     def relative(self) -> dict[str, float]:
@@ -39,7 +39,7 @@ class Stage:
 
     @property
     def is_bug(self) -> bool:
-        """Is the difference more than rounding can explain? (Comparing so, NaN is a bug.)"""
+        """Is the difference larger than rounding? (Written so that NaN counts as a bug.)"""
         return not (self.ok["float64"] and self.relative["float32"] <= SLIGHT)
 
     def row(self) -> list[str]:
@@ -62,13 +62,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that was compared of one model."""
+    """Everything that was compared for one model."""
 
     reference: Reference
     title: str  # what kind of model it is
     stages: list[Stage]
-    greedy: dict[str, int]  # by type: the tokens that are the same before the first other one
-    wrong_text: int | None  # the first text (from 0) that the tokenizer gives other ids for
+    greedy: dict[str, int]  # by dtype: greedy tokens that match before the first mismatch
+    wrong_text: int | None  # index of the first text with other token ids
 
     @property
     def name(self) -> str:
@@ -78,13 +78,13 @@ class Comparison:
         return self.greedy[dtype] == len(self.reference.greedy)
 
     def worst(self, dtype: str) -> float:
-        """The largest relative error of any stage; infinite if one has NaN."""
+        """The largest relative error of any stage; Inf if one has NaN."""
         errors = [stage.relative[dtype] for stage in self.stages]
         return max(math.inf if math.isnan(error) else error for error in errors)
 
     @property
     def bug(self) -> Stage | None:
-        """The first stage that rounding does not explain; what follows it inherits the error."""
+        """The first stage with more than rounding; later stages inherit its error."""
         return next((stage for stage in self.stages if stage.is_bug), None)
 
     @property
@@ -98,7 +98,7 @@ class Comparison:
 
     @property
     def explanation(self) -> str:
-        """The verdict in words."""
+        """The verdict as a sentence."""
         single, double = self.worst("float32"), self.worst("float64")
         if self.verdict == AGREES:
             return (
@@ -106,40 +106,43 @@ class Comparison:
                 "in float64: it shrinks, so it is rounding."
             )
         if self.verdict == ROUNDING:
-            first = next((s.name for s in self.stages if not s.ok["float32"]), "the greedy text")
+            first = next(
+                (s.name for s in self.stages if not s.ok["float32"]), "the greedy continuation"
+            )
             return (
                 f"Rounding, not a bug: float32 is off by up to {single:.1e}, more than usual "
                 f"(first in {first}), but float64 only by {double:.1e}. The formulas are right; "
-                "float32 loses digits on the way."
+                "float32 loses digits."
             )
         if self.bug:
             return explain_bug(self.bug)
         if not self.greedy_ok("float64"):
             return (
-                f"A bug: it first appears in the greedy text, after {self.greedy['float64']} "
-                "tokens that are the same. One pass over a whole text agrees, so look at what only "
-                "decoding uses: the cache, and the positions of later tokens."
+                f"A bug: it first appears in the greedy continuation, after "
+                f"{self.greedy['float64']} matching tokens. One pass over the "
+                "whole text agrees, so look at what only decoding uses: the KV cache, "
+                "and the positions of later tokens."
             )
         return (
             "A bug in the tokenizer: on the same ids the model agrees, but text "
-            f"{self.wrong_text} of the reference (counted from 0) does not give the same ids."
+            f"{self.wrong_text} of the reference (counting from 0) gives other ids."
         )
 
     def __str__(self) -> str:
-        """The whole comparison, for reading."""
+        """The whole comparison as text."""
         about, total = self.reference.about, len(self.reference.greedy)
         by = f"transformers {about['versions']['transformers']}"
         length, rows = len(self.reference.ids), len(self.reference.rows)
         lines = [
             f"{self.name} ({self.title})",
-            f"against {by}, on {length} tokens of text, compared at {rows} of them",
+            f"against {by}, on {length} tokens of text, compared at {rows} positions",
             "",
             stage_table(self.stages),
             "",
         ]
         for dtype, same in self.greedy.items():
             ok = self.greedy_ok(dtype)
-            lines.append(f"{mark(ok):<6} greedy text in {dtype}: {same} of {total} tokens the same")
+            lines.append(f"{mark(ok):<6} greedy in {dtype}: {same} of {total} tokens match")
         if "texts" in about:
             ok = self.wrong_text is None
             lines.append(f"{mark(ok):<6} tokenizer: {self._tokenizer_result()}")
@@ -170,18 +173,18 @@ class Comparison:
 
 
 def explain_bug(first: Stage) -> str:
-    """Words for a bug, from the first stage that shows it."""
+    """Describe a bug by the first stage that shows it."""
     single, double = first.relative["float32"], first.relative["float64"]
     words = f"A bug: it first appears in {first.name}"
     if not (math.isfinite(single) and math.isfinite(double)):
-        return f"{words}, where there are NaN or infinite numbers."
+        return f"{words}, where there are NaN or Inf."
     words += f", by {single:.1e} in float32 and {double:.1e} in float64. "
     if first.ok["float64"]:
-        return words + "Float32 alone is wrong, by far more than rounding."
+        return words + "Only float32 is wrong, by far more than rounding."
     if double < SINGLE:
         return words + (
-            "That is too much for float64 but no more than the rounding of float32: perhaps a step "
-            "runs in float32 whatever it is given, or a constant has too few digits."
+            "That is too much for float64 but within the rounding of float32: perhaps a step "
+            "always runs in float32, or a constant has too few digits."
         )
     return words + "It does not shrink in float64, so it is not rounding."
 
@@ -201,5 +204,5 @@ def power(x: float) -> str:
 
 
 def finite(x: float) -> float | None:
-    """For JSON, which has no NaN and no infinity."""
+    """JSON has no NaN and no Inf."""
     return x if math.isfinite(x) else None

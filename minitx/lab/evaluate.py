@@ -1,8 +1,9 @@
-"""How good a model is on stories: recall by kind and by hops, and loss against the best possible.
+"""The quality of a model on stories: accuracy by kind of question and by hops, and loss compared
+with the entropy of the text.
 
-Teacher-forced: every story is read once, after ``<|endoftext|>``, and each token is compared with
-what the model would have said there. No text is generated. Stories of similar length share a batch,
-padded at the end, which a causal model does not notice.
+Teacher forcing: every story is read once, after ``<|endoftext|>``, and the model's prediction is
+compared with each token. No text is generated. Stories of similar length share a batch, padded at
+the end, which does not affect a causal model.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,13 +26,13 @@ ENTRIES = len(KINDS) + 1  # ordinary text, then each kind of answer
 class Tally:
     """Sums over target tokens, by kind: index 0 is ordinary text, k + 1 is KINDS[k].
 
-    Tallies of parts of the stories add up to the tally of all.
+    Tallies add up: of parts of the stories to that of all stories.
     """
 
     count: np.ndarray  # (ENTRIES,) tokens
     right: np.ndarray  # (ENTRIES,) tokens whose largest logit is the target
     loss: np.ndarray  # (ENTRIES,) float64 nats
-    floor: float = 0.0  # nats of the choices in ordinary text: its least possible loss
+    floor: float = 0.0  # entropy of ordinary text in nats: its lowest possible loss
 
     @classmethod
     def empty(cls) -> "Tally":
@@ -46,7 +47,7 @@ class Tally:
         )
 
     def add(self, logits, targets, kinds) -> None:
-        """Count tokens: logits (..., V); targets, kinds (...), where PADDING is left out."""
+        """Count tokens: logits (..., V); targets, kinds (...), PADDING is ignored."""
         real = kinds != PADDING
         logits, targets, kinds = logits[real], targets[real], kinds[real]
         self.count += np.bincount(kinds, minlength=ENTRIES)
@@ -57,20 +58,20 @@ class Tally:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``evaluate`` found. All losses are nats a token."""
+    """The result of ``evaluate``. All losses are in nats per token."""
 
     by_kind: dict[str, float]  # accuracy of the answer tokens
-    by_hops: dict[int, float]  # the same, kinds of equally many hops together (0: counts)
+    by_hops: dict[int, float]  # the same, by number of hops (0: counting questions)
     answers: dict[str, int]  # answer tokens of each kind
     answer_loss: float
     loss: float  # of ordinary tokens
-    floor: float  # the least possible: the stories' own entropy
+    floor: float  # the lowest possible loss: the entropy of the stories
     tokens: int  # ordinary tokens
-    guess: dict[str, float]  # accuracy of the best guess that binds nothing, by kind
+    guess: dict[str, float]  # accuracy of the best guess without binding, by kind
 
     @property
     def gap(self) -> float:
-        """How far the loss of ordinary tokens is above the least possible."""
+        """The loss of ordinary tokens above the entropy of the text."""
         return self.loss - self.floor
 
     def as_dict(self) -> dict:
@@ -86,15 +87,15 @@ class Report:
             [
                 table(rows),
                 f"by hops      {hops or '-'}",
-                f"answers      {self.answer_loss:.4f} nats a token",
-                f"other text   {self.loss:.4f} nats a token; least possible {self.floor:.4f}, "
+                f"answers      {self.answer_loss:.4f} nats per token",
+                f"other text   {self.loss:.4f} nats per token; entropy {self.floor:.4f}, "
                 f"gap {self.gap:+.4f} ({self.tokens} tokens)",
             ]
         )
 
 
 def report(tally: Tally, guess: dict[str, float] | None = None) -> Report:
-    """The tally as shares and means; kinds that never came are left out."""
+    """The tally as accuracies and mean losses; kinds that never occur are left out."""
     seen = [(i, kind) for i, kind in enumerate(KINDS, 1) if tally.count[i]]
     hops: dict[int, list[int]] = {}
     for i, kind in sorted(seen, key=lambda entry: HOPS[entry[1]]):
@@ -119,8 +120,8 @@ def share(tally: Tally, which: list[int]) -> float:
 def evaluate(model, tokenizer, read: Iterable[Story], batch_tokens: int = 4096) -> Report:
     """Accuracy and loss of a model (or the ``model`` of an LM) on stories.
 
-    A model is anything that gives logits (B, T, V) for ids (B, T). batch_tokens: about how many
-    tokens are run at once. Raises MinitxError for no stories, or one longer than the context.
+    model: any callable from ids (B, T) to logits (B, T, V). batch_tokens: the approximate size of a
+    batch in tokens. Raises MinitxError for no stories, or one longer than the context.
     """
     model, read = getattr(model, "model", model), list(read)
     total = Tally.empty()
@@ -131,8 +132,8 @@ def evaluate(model, tokenizer, read: Iterable[Story], batch_tokens: int = 4096) 
 
 
 def exit_profile(model, tokenizer, read: Iterable[Story], batch_tokens: int = 4096) -> list[Report]:
-    """One report for each depth 1 .. L: what final norm and head read in the hidden state after so
-    many blocks, all recorded in one pass. The last is the report of ``evaluate``."""
+    """One report per depth 1 .. L: the final norm and head applied to the hidden state after that
+    many blocks, all recorded in one pass. The last one is the report of ``evaluate``."""
     model, read = getattr(model, "model", model), list(read)
     recorded, hidden = record(model)
     totals = [Tally.empty() for _ in blocks_of(model)]
@@ -166,8 +167,8 @@ class Profile:
 
 
 def evaluate_model(lm, count: int = 500, grade="full", depths: bool = False, seed: int = 0):
-    """The ``Report`` (or with ``depths`` the ``Profile``) of an LM on ``count`` held-out stories of
-    a grade, always the same ones for one seed."""
+    """The ``Report`` (with ``depths``, the ``Profile``) of an LM on ``count`` held-out stories of a
+    grade; a seed always gives the same stories."""
     found = held_out(lm, count, grade, seed)
     if depths:
         return Profile(exit_profile(lm, lm.tokenizer, found))
@@ -175,16 +176,18 @@ def evaluate_model(lm, count: int = 500, grade="full", depths: bool = False, see
 
 
 def held_out(lm, count: int, grade="full", seed: int = 0) -> list[Story]:
-    """So many evaluation stories of a grade, for an LM, which needs a tokenizer to read them."""
+    """``count`` evaluation stories of a grade, for an LM with a tokenizer."""
     if lm.tokenizer is None:
-        raise MinitxError("This model has no tokenizer, so it cannot read stories.")
+        raise MinitxError(
+            "This model has no tokenizer, so it cannot read stories; load it with tokenizer=PATH."
+        )
     if type(count) is not int or count < 1:
-        raise MinitxError(f"The number of stories is {count!r}; a whole number >= 1 is needed.")
+        raise MinitxError(f"stories must be an integer >= 1, got {count!r}.")
     return list(islice(stories("evaluation", grade, seed), count))
 
 
 def best_guess(stories: Sequence[Story]) -> dict[str, float]:
-    """For each kind of answer, the accuracy of the best of the readers that bind nothing."""
+    """For each kind of answer, the best accuracy of a guess that binds no names to facts."""
     return {kind: max(found.values()) for kind, found in guess_baselines(stories).items()}
 
 
@@ -196,24 +199,24 @@ class Encoded:
     """One story: n targets."""
 
     ids: list[int]  # n + 1 ids: <|endoftext|>, the story, <|endoftext|>
-    kinds: list[int]  # the kind of each target, which is each id but the first
-    nats: float  # of all choices in the story
+    kinds: list[int]  # the kind of each target (every id but the first)
+    nats: float  # entropy of the story
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Stories side by side, the shorter ones padded at the end."""
+    """A batch of stories; shorter ones are padded at the end."""
 
-    ids: np.ndarray  # (B, T) what the model reads
-    targets: np.ndarray  # (B, T) what follows each
+    ids: np.ndarray  # (B, T) input
+    targets: np.ndarray  # (B, T) the next token of each
     kinds: np.ndarray  # (B, T) int8, the kind of each target
-    floor: float  # nats of all choices in these stories
+    floor: float  # entropy of these stories in nats
 
 
 def encode(tokenizer, stories: Iterable[Story], longest: int | None = None) -> list[Encoded]:
     """The stories as ids; only the first ``longest`` targets of each, if given.
 
-    A story that is cut counts the nats of its whole pieces, so its floor is then a little low.
+    A truncated story counts the entropy of its whole pieces only, so its floor is slightly low.
     """
     encoder = Encoder(tokenizer)
     found = []
@@ -225,21 +228,21 @@ def encode(tokenizer, stories: Iterable[Story], longest: int | None = None) -> l
 
 
 def chains(tokenizer, split: str, grade, tokens: int) -> Iterator[Encoded]:
-    """Endless chains of so many tokens: story after story, each behind ``<|endoftext|>``, the last
-    one cut (as in training, see data.py)."""
+    """An endless stream of chains of ``tokens`` tokens: stories one after another, each preceded by
+    ``<|endoftext|>``, the last one truncated (as in training/data.py)."""
     told = stories(split, grade, 0)
     while True:
         ids, kinds, nats = [], [], 0.0
         while len(kinds) < tokens:
             (story,) = encode(tokenizer, [next(told)], tokens - len(kinds))
-            ids += story.ids[bool(ids) :]  # the first token is the end of the story before
+            ids += story.ids[bool(ids) :]  # its first token ends the previous story
             kinds += story.kinds
             nats += story.nats
         yield Encoded(ids, kinds, nats)
 
 
 def _nats(encoder: Encoder, story: Story, longest: int) -> float:
-    """What the pieces that lie within the first ``longest`` targets cost the best reader."""
+    """The entropy of the pieces within the first ``longest`` targets."""
     nats, end = 0.0, 0
     for text, _, cost in story.pieces:
         end += len(encoder.piece(text))
@@ -252,7 +255,7 @@ def _nats(encoder: Encoder, story: Story, longest: int) -> float:
 def batches(stories: list[Encoded], context: int | None, tokens: int) -> Iterable[Padded]:
     """Batches of at most about ``tokens`` tokens, from the shortest stories to the longest."""
     if not stories:
-        raise MinitxError("There are no stories to evaluate on; give at least one.")
+        raise MinitxError("Expected at least one story to evaluate on, got none.")
     stories = sorted(stories, key=lambda story: len(story.kinds))
     longest = len(stories[-1].kinds)
     if context is not None and longest > context:
@@ -282,12 +285,12 @@ def pad(stories: list[Encoded]) -> Padded:
 
 
 def context_of(model) -> int | None:
-    """The longest sequence that the model can read, or None if it does not say."""
+    """The context length of the model, or None if it is unknown."""
     return getattr(getattr(model, "config", None), "context", None)
 
 
 def hops_name(hops: int) -> str:
-    """The heading of a column of accuracies; 0 stands for counts."""
+    """The heading of a column of accuracies; 0 hops are counting questions."""
     return f"{hops} hop{'s' * (hops > 1)}" if hops else "counts"
 
 
@@ -296,7 +299,7 @@ def percent(share: float) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows of words in columns, the first to the left and the others to the right."""
+    """Rows of words as aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join(

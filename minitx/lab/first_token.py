@@ -1,13 +1,13 @@
-"""``minitx first-token``: how long it takes from a prompt to the first new token.
+"""``minitx first-token``: time to first token for prompts that share a prefix.
 
-The prompts begin alike, as those do that start with the same instructions or the conversation so
-far, and each goes on in its own way. What a technique keeps between sequences is forgotten before
-the first prompt of every round, which so tells the time of one that is new; the others tell that
-of prompts whose beginning has come by before.
+The prompts share a prefix, like those that start with the same instructions or the conversation so
+far, and then differ. Caches that outlive a sequence are cleared before each round, so the first
+prompt of a round shows the time of a new prompt, and the others that of prompts whose prefix has
+been seen before.
 
-The dense model and the changed one take turns, prompt by prompt. A ratio is the median over these
-pairs, with the lowest and the highest beside it. Time is processor time; with one BLAS thread (set
-OPENBLAS_NUM_THREADS=1) on an idle machine that is the time on the clock.
+The dense and the changed model take turns, prompt by prompt. A ratio is the median over these
+pairs, with the minimum and maximum. Time is CPU time; with one BLAS thread
+(OPENBLAS_NUM_THREADS=1) on an idle machine that equals wall time.
 """
 
 import time
@@ -29,7 +29,7 @@ from minitx.training.stories import stories
 
 @dataclass(frozen=True)
 class Plan:
-    """shared: tokens that all prompts begin with; own: those that each goes on with."""
+    """shared: length of the common prefix in tokens; own: tokens of each prompt after it."""
 
     shared: int = 400
     own: int = 20
@@ -39,57 +39,57 @@ class Plan:
 
 @dataclass(frozen=True)
 class Times:
-    """From a prompt to its first new token, of one kind of prompts."""
+    """Time to first token, for one kind of prompt."""
 
     dense: float  # median, seconds
     changed: float
     ratio: tuple[float, float, float]  # dense over changed: median, lowest, highest
-    multiply_adds: float  # of the changed model, over those of the dense one
-    events: dict[str, int]  # what was counted for one such prompt
+    multiply_adds: float  # of the changed model, relative to the dense one
+    events: dict[str, int]  # counted for one such prompt
 
 
 @dataclass(frozen=True)
 class FirstToken:
     techniques: str
     plan: Plan
-    new: Times  # nothing of the prompt has come by before
-    known: Times  # its beginning has
-    cache_bytes: int  # of a token's keys and values
+    new: Times  # prompts seen for the first time
+    known: Times  # prompts whose prefix was seen before
+    cache_bytes: int  # KV cache per token
 
     def as_dict(self) -> dict:
         return asdict(self)
 
     def __str__(self) -> str:
         plan, rows = self.plan, [["", "dense", "changed", "faster", "", "multiply-adds"]]
-        for name, t in (("first prompt", self.new), ("those after it", self.known)):
+        for name, t in (("new prompt", self.new), ("shared prefix", self.known)):
             middle, low, high = t.ratio
             rows.append(
                 [name, *(f"{1e3 * s:.2f} ms" for s in (t.dense, t.changed)), f"{middle:.2f}x"]
                 + [f"({low:.2f}x to {high:.2f}x)", f"{t.multiply_adds:.3f}x"]
             )
         lines = [
-            f"{self.techniques or 'no technique'}: time to the first new token after "
+            f"{self.techniques or 'no technique'}: time to first token for prompts of "
             f"{plan.shared + plan.own} tokens, of which the first {plan.shared} are the same in "
             "all prompts.",
             "",
             table(rows),
             "",
-            f"{self.cache_bytes:,} bytes of cache a token.",
+            f"{self.cache_bytes:,} bytes of KV cache per token.",
         ]
-        for name, t in (("the first prompt", self.new), ("one after it", self.known)):
+        for name, t in (("a new prompt", self.new), ("a shared prefix", self.known)):
             if t.events:
                 found = ", ".join(f"{n:,} {event}" for event, n in t.events.items())
-                lines.append(f"Counted for {name}: {found}.")
+                lines.append(f"Events for {name}: {found}.")
         return "\n".join(lines)
 
 
 def first_token(dense, changed, techniques: str, plan: Plan = Plan(), bar=True) -> FirstToken:
-    """Compare two LMs that share a vocabulary. MinitxError if the prompts do not fit the context or
-    are not at least two."""
+    """Compare two LMs that share a vocabulary. MinitxError for fewer than two prompts, or if they
+    do not fit the context."""
     if plan.prompts < 2:
         raise MinitxError(
-            f"first-token has {plan.prompts} prompt; at least 2 are needed, a new one and one "
-            "whose beginning is known."
+            f"first-token: prompts must be >= 2 (a new one and one with a known prefix), got "
+            f"{plan.prompts}."
         )
     texts = prompts(dense, plan.shared, plan.own, plan.prompts)
     work, events = [], []
@@ -115,7 +115,7 @@ def first_token(dense, changed, techniques: str, plan: Plan = Plan(), bar=True) 
 
 
 def until_first(lm, prompt: list[int]) -> float:
-    """Seconds until the token loop gives its first token, whatever it is."""
+    """CPU seconds until the decoding loop yields its first token."""
     began = time.process_time()
     next(lm.tokens(prompt, 1), None)
     return elapsed(time.process_time, began)
@@ -129,13 +129,13 @@ def times(pairs: list[tuple], multiply_adds: float, events: Counter) -> Times:
 
 
 def prompts(lm, shared: int, own: int, count: int) -> list[list[int]]:
-    """So many prompts with the same first ``shared`` tokens and different ones after them: held-out
-    stories; for a model without a tokenizer random ids, always the same."""
+    """``count`` prompts with the same first ``shared`` tokens and different ones after them:
+    held-out stories or, without a tokenizer, random ids (always the same)."""
     config, length = lm.model.config, shared + own
     if min(shared, own) < 1 or length >= config.context:
         raise MinitxError(
-            "first-token needs prompts of at least 1 + 1 tokens that leave room for another in "
-            f"the model's context of {config.context}; got {shared} + {own}."
+            "first-token: shared and own must be >= 1 and leave room for a new token in the "
+            f"context of {config.context}, got {shared} and {own}."
         )
     texts = _texts(lm)
 
@@ -146,7 +146,7 @@ def prompts(lm, shared: int, own: int, count: int) -> list[list[int]]:
 
     first, found, taken = read([], shared), [], set()
     for _ in range(count):
-        # Stories begin alike too: each prompt goes on with a token that no other one goes on with.
+        # Stories have common beginnings too: start each prompt's own part with a different token.
         ids = next(texts)
         skip = next((i for i, token in enumerate(ids) if token not in taken), 0)
         taken.add(ids[skip])

@@ -1,8 +1,8 @@
-"""Reference outputs: what another framework (Hugging Face transformers) computes for a model.
+"""Reference outputs: what Hugging Face transformers computes for a model.
 
-One ``NAME.npz`` a model in ``tests/reference`` of a checkout, made by ``make.py`` there from the
-weights that are shipped (``stories``, ...), or from random ones that a seed gives again here
-(``random-...``). The README beside it lists what is in the files. ``check.py`` compares.
+One ``NAME.npz`` per model in ``tests/reference`` of a checkout, written by ``make.py`` there, from
+the shipped weights (``stories``, ...) or from random weights that a seed reproduces
+(``random-...``). The README beside it documents the arrays. ``check.py`` compares.
 """
 
 import hashlib
@@ -29,32 +29,32 @@ DTYPES = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Reference:
-    """What the other framework made of one text: T ids, of which R rows are kept."""
+    """The outputs of transformers for one text of T ids; R rows of them are stored."""
 
     name: str
-    about: dict  # versions, fingerprint of the weights, tokenizer texts; for random ones the Config
+    about: dict  # versions, hash of the weights, tokenizer texts; for random models the Config
     ids: np.ndarray  # (T,) the text
-    rows: np.ndarray  # (R,) positions of it of which the numbers below are kept
-    prompt: np.ndarray  # (P,) what the greedy continuation continues
-    greedy: np.ndarray  # (N,) and the tokens that follow, the end-of-text token being no end
-    hidden: dict[str, np.ndarray]  # by type (L + 2, R, D): embedding, after each block, after norm
-    logits: dict[str, np.ndarray]  # by type (R, V)
+    rows: np.ndarray  # (R,) positions for which the values below are stored
+    prompt: np.ndarray  # (P,) prompt of the greedy continuation
+    greedy: np.ndarray  # (N,) its tokens, continuing past end-of-text
+    hidden: dict[str, np.ndarray]  # by dtype (L + 2, R, D): embedding, each block, norm
+    logits: dict[str, np.ndarray]  # by dtype (R, V)
 
     def stages(self, dtype: str) -> dict[str, np.ndarray]:
-        """The numbers (R, D or V) after each stage of the forward pass, in its order."""
+        """The values (R, D or V) after each stage of the forward pass, in order."""
         hidden = self.hidden[dtype]
         return dict(zip(stage_names(len(hidden) - 2), [*hidden, self.logits[dtype]]))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes that a model must have to be compared with this, by their names in Config."""
+        """The sizes that a model must have to be comparable, by their names in Config."""
         stages, _, width = self.hidden["float64"].shape
         V = self.logits["float64"].shape[-1]
         return {"layers": stages - 2, "width": width, "vocab_size": V}
 
     @property
     def seed(self) -> int | None:
-        """The seed of a random model's weights; None for a model that is read from its files."""
+        """The seed of a random model's weights; None for a model read from files."""
         return self.about.get("seed")
 
     @property
@@ -77,10 +77,10 @@ def find_references(folder=None) -> dict[str, Path]:
     found = {path.stem: path for path in sorted(folder.glob("*.npz"))}
     if not found:
         where = (
-            "they are in tests/reference of the project's checkout and not part of an installed "
-            "package, so run this in a checkout"
+            "they are in tests/reference of a checkout, not in the installed package, so run this "
+            "in a checkout"
             if own
-            else "give the folder that holds the .npz files that tests/reference/make.py writes"
+            else "give the folder with the .npz files that tests/reference/make.py writes"
         )
         raise MinitxError(f"There are no reference outputs in {folder}: {where}.")
     return dict(sorted(found.items(), key=lambda entry: entry[0].startswith("random-")))
@@ -100,10 +100,10 @@ def write_reference(reference: Reference, folder=FOLDER) -> Path:
 
 
 def read_reference(path) -> Reference:
-    """The reference in a file; MinitxError if it is none."""
+    """Read a reference file; MinitxError if it is damaged."""
     path = Path(path)
     try:
-        # From memory: np.load leaves a file open that it finds to be damaged.
+        # Read from memory, because np.load leaves a damaged file open.
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             a = dict(file)
         return Reference(
@@ -116,12 +116,12 @@ def read_reference(path) -> Reference:
     except OSError as error:
         raise unreadable(path, error) from None
     except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise MinitxError(f"{path}: is no reference file ({error}); {remake(path.stem)}.") from None
+        raise MinitxError(f"{path}: not a reference file ({error}); {remake(path.stem)}.") from None
 
 
 def remake(name: str) -> str:
-    """What to do about a reference that does not fit, for a message."""
-    return f"make it anew with 'python tests/reference/make.py {name}'"
+    """How to regenerate a reference, for a message."""
+    return f"regenerate it with 'python tests/reference/make.py {name}'"
 
 
 # Weights -----------------------------------------------------------------------------------------
@@ -130,10 +130,10 @@ def remake(name: str) -> str:
 def seeded_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
     """Random float32 weights by path, the same on every machine.
 
-    Like those of ``random_model``, but so that mistakes show: gains are not all 1, biases not all
-    0, and matrices of the blocks larger, for attention that is far from even and blocks that
-    change the stream. Rounded to multiples of 1/4096, so that the last bit of a machine's
-    logarithm, which drawing normal numbers takes, does not matter.
+    Like those of ``random_model``, but chosen so that mistakes show: gains are not all 1, biases
+    not all 0, and the matrices of the blocks are larger, so that attention is far from uniform and
+    blocks change the residual stream. Rounded to multiples of 1/4096, so that the last bit of the
+    machine's logarithm (used for normal numbers) does not matter.
     """
     rng = np.random.default_rng([seed, 1])
     found = {}
@@ -147,19 +147,19 @@ def seeded_weights(config: Config, seed: int) -> dict[str, np.ndarray]:
 
 
 def seeded_model(config: Config, seed: int, dtype=np.float32) -> Transformer:
-    """The model with ``seeded_weights``: the same numbers, whichever the type."""
+    """The model with ``seeded_weights``: the same numbers in any dtype."""
     drawn = seeded_weights(config, seed)
     return build(config, lambda path, shape: drawn[path].astype(dtype))
 
 
 def seeded_about(config: Config, seed: int) -> dict:
-    """What a reference notes about a random model: enough to make it again and be sure of it."""
+    """What a reference records about a random model: enough to rebuild and verify it."""
     drawn = seeded_weights(config, seed)
     return {"config": asdict(config), "seed": seed, "weights": _hash(drawn.values())}
 
 
 def files_about(folder: Path) -> dict:
-    """What a reference notes about a model in a folder: which weights it was made from."""
+    """What a reference records about a model folder: the hash of its weights."""
     try:
         files = [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
     except OSError as error:

@@ -1,6 +1,7 @@
-"""The sizes of a transformer, from its ``config.json`` alone, of more kinds than minitx runs.
+"""The sizes of a transformer, from its ``config.json`` alone, for more architectures than minitx
+runs.
 
-What ``minitx cost`` stands on (cost.py): no weights are needed.
+The basis of ``minitx cost`` (cost.py): it needs no weights.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from minitx.errors import MinitxError
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a transformer, as far as costs depend on them."""
+    """The sizes of a transformer that costs depend on."""
 
     kind: str  # "model_type" of the file
     width: int  # D
@@ -25,28 +26,28 @@ class Shape:
     ffn_matrices: int  # 3 with a gate, else 2
     experts: int  # 1 unless the FFN is a mixture of several
     vocab_size: int  # V
-    positions: int  # rows of a table that is added to the embedding; 0 if there is none
+    positions: int  # learned positions; 0 if there are none
     parallel: bool  # attention and FFN read the same input
     tied: bool  # the head is the embedding table
     notes: tuple[str, ...] = ()  # what was assumed
-    context: int = 0  # the longest sequence (a decoder's own, with an encoder); 0: not given
-    encoder_layers: int = 0  # 0: there is no encoder; all other sizes are the decoder's
+    context: int = 0  # the longest sequence (of the decoder); 0: not given
+    encoder_layers: int = 0  # 0: no encoder; all other sizes are the decoder's
     source: int = 0  # the longest sequence of the encoder
 
     @property
     def qkv_width(self) -> int:
-        """Numbers of a token's queries, keys and values together."""
+        """Width of a token's queries, keys and values together."""
         return (self.heads + 2 * self.kv_heads) * self.head_width
 
     def heading(self, notes) -> list[str]:
-        """The lines that a report begins with: all sizes, then the notes, then an empty one."""
+        """The first lines of a report: all sizes, the notes, an empty line."""
         return [self.describe(), *(f"Note: {note}." for note in notes), ""]
 
     def describe(self) -> str:
-        """One sentence of all sizes."""
+        """All sizes in one sentence."""
         experts = f"{self.experts} experts of " if self.experts > 1 else ""
         positions = f", {self.positions:,} learned positions" if self.positions else ""
-        encoder = f" behind an encoder of {self.encoder_layers}" if self.encoder_layers else ""
+        encoder = f" after an encoder of {self.encoder_layers}" if self.encoder_layers else ""
         return (
             f"{self.kind}: {self.layers} {'parallel' if self.parallel else 'serial'} blocks"
             f"{encoder} of width {self.width:,}, {self.heads} heads of {self.head_width} "
@@ -57,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a ``model_type`` of transformers means without saying so in the file."""
+    """What a ``model_type`` of transformers implies without a field in the file."""
 
     gated: bool
     parallel: bool = False
@@ -75,7 +76,7 @@ KINDS = {
     "whisper": Kind(False, adds_positions=True, tied=True),
     "t5": Kind(False, tied=True),
 }
-# Fields of models whose weights are not those that the formulas count.
+# Fields of models whose weights the formulas do not cover.
 UNLIKE = (
     *("kv_lora_rank", "multi_query", "new_decoder_architecture"),
     *("moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts"),
@@ -83,31 +84,31 @@ UNLIKE = (
 
 
 def read_shape(path, parallel: bool = False, encoders: bool = False) -> Shape:
-    """The sizes in the file ``path`` (a ``config.json``, or a folder with one); ``parallel``: as if
-    its blocks were parallel, whatever it says; ``encoders``: of a model with an encoder too.
+    """The sizes in ``path`` (a ``config.json``, or a folder with one). parallel: assume parallel
+    blocks, whatever the file says. encoders: accept models with an encoder.
 
-    Raises MinitxError where the file is missing or malformed, lacks a size, or is of a model whose
-    weights are not those of a plain transformer.
+    Raises MinitxError if the file is missing or malformed, lacks a size, or describes a model that
+    is not a plain transformer.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     c = Fields(path, read_json(path))
     for name in UNLIKE:
         if c.fields.get(name):
-            c.refuse(name, "these formulas do not know")
+            c.refuse(name, "these formulas do not cover")
     encoder = c.flag("is_encoder_decoder", False)
     if encoder and not encoders:
-        c.refuse("is_encoder_decoder", "these formulas do not know")
+        c.refuse("is_encoder_decoder", "these formulas do not cover")
     name = c.text("model_type", "not given").removeprefix("skipless_")
     kind, notes = known_kind(c, name)
     if name == "gpt_neox":
         kind = Kind(False, parallel=c.flag("use_parallel_residual", True))
     if parallel and not kind.parallel:
-        notes += ("taken as parallel, as asked: this model is not",)
+        notes += ("assumed to be parallel, as requested: this model is not",)
     width = size(c, "hidden_size", "n_embd", "d_model")
     heads = size(c, "decoder_attention_heads", "num_attention_heads", "n_head", "num_heads")
     if c.count("word_embed_proj_dim", width) != width:
-        c.refuse("word_embed_proj_dim", "these formulas do not know")
+        c.refuse("word_embed_proj_dim", "these formulas do not cover")
     shape = Shape(
         kind=name,
         width=width,
@@ -136,35 +137,35 @@ POSITIONS = ("max_target_positions", "max_position_embeddings", "n_positions")
 
 
 def known_kind(c: Fields, name: str) -> tuple[Kind, tuple[str, ...]]:
-    """What the ``model_type`` means, or a guess that is said to be one."""
+    """What the ``model_type`` implies, or a guess that is labelled as one."""
     if name in KINDS:
         return KINDS[name], ()
     activation = c.text("hidden_act", c.text("activation_function", "not given"))
     gated = activation in ("silu", "swish", "swiglu")
     guess = (
-        f"the model_type {short(name)} is not known here: taken as serial, without positions added "
-        f"to the embedding, and {'with' if gated else 'without'} a gate in the FFN (its activation "
+        f"unknown model_type {short(name)}: assumed to be serial, without learned positions, "
+        f"and {'with' if gated else 'without'} a gate in the FFN (its activation "
         f"is {short(activation)})"
     )
     return Kind(gated), (guess,)
 
 
 def size(c: Fields, *names: str, default: int | None = None) -> int:
-    """A size that has several spellings, of which the first that is there counts."""
+    """A size under one of several names; the first that is present counts."""
     for name in names:
         if c.fields.get(name) is not None:
             return c.count(name)
     if default is not None:
         return default
     raise MinitxError(
-        f"{c.path}: has none of {', '.join(map(repr, names))}; needed is a positive whole number."
+        f"{c.path}: expected a positive integer in one of {', '.join(map(repr, names))}, got none."
     )
 
 
 def hidden_size(c: Fields, kind: Kind, width: int) -> int:
     names = ("decoder_ffn_dim", "intermediate_size", "n_inner", "ffn_dim", "d_ff")
     if not kind.gated and not any(c.fields.get(name) for name in names):
-        return 4 * width  # what transformers takes for all the older models without a gate
+        return 4 * width  # the default of transformers for older models without a gate
     return size(c, *names)
 
 

@@ -1,11 +1,10 @@
-"""``minitx sweep``: one technique at several settings, as a curve of cost against quality.
+"""``minitx sweep``: one technique at several settings, as a trade-off of cost against quality.
 
     minitx sweep ffn-skip threshold=0.9,0.95,0.99
 
-Each setting is compared with the dense model (compare.py). The table has a line for each; the chart
-below it has the share of the dense model's multiply-adds from left to right (of its memory, where
-no setting saves any) and the loss above the dense model's from bottom to top, so that better is
-further down and further left.
+Each setting is compared with the dense model (compare.py). The table has one row per setting. In
+the chart, x is the multiply-adds relative to the dense model (memory, if no setting saves any) and
+y is the loss above the dense model: lower left is better.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ WIDTH, HEIGHT = 60, 15  # characters of the chart
 
 @dataclass(frozen=True)
 class Point:
-    """One setting, and what it costs and saves."""
+    """One setting and its comparison."""
 
     options: dict
     comparison: Comparison
@@ -35,35 +34,35 @@ class Point:
 
     @property
     def cost(self) -> float:
-        """Multiply-adds a token, over the dense model's."""
+        """Multiply-adds per token, relative to the dense model."""
         return self.comparison.multiply_adds
 
     @property
-    def harm(self) -> float:
-        """Loss above the dense model's, nats a token of ordinary text."""
+    def added_loss(self) -> float:
+        """Loss above the dense model, in nats per token of ordinary text."""
         reading = self.comparison.reading
         return reading.changed.loss - reading.dense.loss
 
 
 def settings(technique: Technique, words: Sequence[str]) -> list[dict]:
-    """All combinations of values like ``threshold=0.9,0.95``; MinitxError for wrong ones."""
+    """All combinations of values like ``threshold=0.9,0.95``; MinitxError for bad ones."""
     names, values = [], []
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or not text:
-            raise MinitxError(f"{word!r} is no setting; write option=value or option=value,value.")
+            raise MinitxError(f"Expected option=value or option=value,value, got {word!r}.")
         found = [technique.read([f"{name}={one}"]) for one in text.split(",")]
         names.append(next(iter(found[0])))
         values.append([options[names[-1]] for options in found])
     if len(set(names)) < len(names):
-        raise MinitxError("An option is given twice; give it once, with all its values.")
+        raise MinitxError("An option is given twice; give it once, with all of its values.")
     return [dict(zip(names, chosen)) for chosen in product(*values)]
 
 
 def sweep(
     dense, technique: Technique, chosen: Sequence[dict], plan: Plan, grade="full", bar: bool = True
 ) -> list[Point]:
-    """One point for each of the settings, on an LM without any technique."""
+    """One point per setting, on an LM without other techniques."""
     points = []
     for options in chosen:
         changed = apply(dense, {technique.name: options})
@@ -73,7 +72,8 @@ def sweep(
 
 def as_dict(points: Sequence[Point]) -> list[dict]:
     return [
-        {"options": p.options, "loss_above_dense": p.harm} | p.comparison.as_dict() for p in points
+        {"options": p.options, "loss_above_dense": p.added_loss} | p.comparison.as_dict()
+        for p in points
     ]
 
 
@@ -85,7 +85,7 @@ def as_text(points: Sequence[Point]) -> str:
 
 
 def axis(points: Sequence[Point]) -> tuple[str, list[float]]:
-    """What the settings save, and how much of it each still takes."""
+    """The name of the x axis, and each setting's value on it."""
     if all(p.cost == 1 for p in points):
         return "memory", [p.comparison.memory for p in points]
     return "multiply-adds", [p.cost for p in points]
@@ -95,25 +95,25 @@ def as_table(points: Sequence[Point]) -> str:
     reading = points[0].comparison.reading
     hops = list(reading.dense.by_hops)
     names = map(hops_name, hops)
-    heading = ["setting", "multiply-adds", "memory", "cache", "loss above dense", "same choice"]
+    heading = ["setting", "multiply-adds", "memory", "cache", "loss above dense", "argmax agrees"]
     rows = [[*heading, *names, "speed"]]
     dense = [percent(reading.dense.by_hops[h]) for h in hops]
     rows.append(["dense", "1.000x", "1.000x", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])
     for p in points:
         r = p.comparison.reading
         accuracies = [percent(r.changed.by_hops[h]) for h in hops]
-        same, speed = percent(r.agreement), f"{p.comparison.telling.speed[0]:.2f}x"
+        same, speed = percent(r.agreement), f"{p.comparison.generation.speed[0]:.2f}x"
         sizes = [f"{x:.3f}x" for x in (p.cost, p.comparison.memory, p.comparison.cache)]
-        rows.append([p.label, *sizes, f"{p.harm:+.4f}", same, *accuracies, speed])
+        rows.append([p.label, *sizes, f"{p.added_loss:+.4f}", same, *accuracies, speed])
     return table(rows)
 
 
 def chart(points: Sequence[Point]) -> str:
-    """Points as letters, a for the first setting; D is the dense model. Of points that fall on one
-    place, the last is seen."""
+    """A text chart: letters for the settings, D for the dense model. If points overlap, the last
+    one shows."""
     what, costs = axis(points)
     marks = [("D", 1.0, 0.0)]
-    marks += [(letter(i), cost, p.harm) for i, (p, cost) in enumerate(zip(points, costs))]
+    marks += [(letter(i), cost, p.added_loss) for i, (p, cost) in enumerate(zip(points, costs))]
     x, y = scale([m[1] for m in marks], WIDTH), scale([m[2] for m in marks], HEIGHT)
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
     for mark, cost, harm in marks:
@@ -127,7 +127,7 @@ def chart(points: Sequence[Point]) -> str:
     lines.append(f"{'':9}+{'-' * WIDTH}")
     ends = f"{left:.3f}x", f"{right:.3f}x {what}"
     lines.append(f"{'':10}{ends[0]}{ends[1]:>{max(WIDTH - len(ends[0]), len(ends[1]) + 1)}}")
-    lines.append("loss above dense, upwards.  D dense, " + key(points))
+    lines.append("y: loss above dense.  D dense, " + key(points))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -140,7 +140,7 @@ def letter(number: int) -> str:
 
 
 def scale(values: Sequence[float], size: int):
-    """A function from a value to its place 0 .. size - 1."""
+    """A function from a value to its cell 0 .. size - 1."""
     low, high = min(values), max(values)
     wide = high - low or 1.0
     return lambda value: round((value - low) / wide * (size - 1))
@@ -151,13 +151,13 @@ def picture(points: Sequence[Point], name: str, path) -> None:
     pyplot = need_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 5))
     what, costs = axis(points)
-    axes.plot(costs, [p.harm for p in points], "o-")
+    axes.plot(costs, [p.added_loss for p in points], "o-")
     axes.plot([1], [0], "ks")
     axes.annotate("dense", (1, 0), textcoords="offset points", xytext=(5, 5))
     for p, cost in zip(points, costs):
-        axes.annotate(p.label, (cost, p.harm), textcoords="offset points", xytext=(5, 5))
-    axes.set_xlabel(f"{what}, over the dense model's")
-    axes.set_ylabel("loss above the dense model's (nats a token)")
+        axes.annotate(p.label, (cost, p.added_loss), textcoords="offset points", xytext=(5, 5))
+    axes.set_xlabel(f"{what}, relative to dense")
+    axes.set_ylabel("loss above dense (nats per token)")
     axes.set_title(name)
     figure.tight_layout()
     with replacing(Path(path)) as file:
@@ -166,7 +166,7 @@ def picture(points: Sequence[Point], name: str, path) -> None:
 
 
 def need_pyplot():
-    """matplotlib's pyplot, which the ``plot`` extra brings, for files and not for a screen."""
+    """matplotlib's pyplot (the ``plot`` extra), set up to write files."""
     try:
         import matplotlib
     except ImportError:

@@ -32,7 +32,7 @@ def test_generate(run):
     text = lm.generate("Once", 9)
     status, out, err = run("generate", "Once", "-m", "toy", "-n", 9)
     assert (status, out) == (0, f"Once{text}\n")
-    assert re.fullmatch(r"9 tokens in \d+\.\d\d s, \d+ a second\n", err)
+    assert re.fullmatch(r"9 tokens in \d+\.\d\d s, \d+ tokens/s\n", err)
     options = ["--temperature", 0.9, "--top-k", 50, "--top-p", 0.9, "--seed", 3, "-n", 20]
     _, out, _ = run("generate", "Once", "-m", "toy", *options)
     assert out == f"Once{lm.generate('Once', 20, 0.9, 50, 0.9, 3)}\n"
@@ -101,7 +101,11 @@ def test_the_prompt_from_stdin(run, monkeypatch, data, prompt):
 def test_a_stdin_that_is_no_text(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     status, out, err = run("generate", "-", "-m", "toy")
-    assert (status, out, err) == (2, "", "minitx: Byte 2 on stdin is not UTF-8; text is needed.\n")
+    assert (status, out, err) == (
+        2,
+        "",
+        "minitx: Byte 2 on stdin is not valid UTF-8; give UTF-8 text.\n",
+    )
     monkeypatch.setattr(sys, "stdin", None)
     assert "no stdin" in run("generate", "-", "-m", "toy")[2]
 
@@ -113,7 +117,7 @@ def test_show(run):
     lm = minitx.load("toy")
     total = 2 * 259 * 16 + 2 * (16 * (16 + 8 + 8 + 16) + 3 * 16 * 24 + 2 * 16) + 16
     size = 4 * (total + 2 * 48 * 8)  # the rotary tables too, once
-    figures = f"{total:,} weights; {size / 1e6:.2f} MB in memory\n"
+    figures = f"{total:,} weights, {size / 1e6:.2f} MB in memory\n"
     assert run("show", "-m", "toy") == (0, f"{lm.model}\n", figures)
     found = json.loads(run("show", "-m", "toy", "--json")[1])
     assert (found["name"], found["weights"], found["bytes"]) == ("toy", total, size)

@@ -150,7 +150,7 @@ def test_rewinding_before_freed_rows_is_refused_by_name():
         layer.store(*kv(10))
     state.layers[1].keep(np.arange(6, 10))
     state.layers[1].rewindable_to, state.layers[1].evicted_by = 8, "some_technique"
-    with pytest.raises(MinitxError, match="position 7: some_technique has freed what that"):
+    with pytest.raises(MinitxError, match="position 7: some_technique has freed cache rows"):
         state.rewind(7)
     assert state.position == 10 and state.layers[0].count == 10, "a refusal changes nothing"
     state.rewind(8)

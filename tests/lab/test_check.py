@@ -162,9 +162,12 @@ def test_what_only_decoding_gets_wrong():
 
     found = compare(LLAMA, make)
     assert found.verdict == BUG and found.bug is None
-    assert "in the greedy text, after" in found.explanation and "the cache" in found.explanation
+    assert (
+        "in the greedy continuation, after" in found.explanation
+        and "the KV cache" in found.explanation
+    )
     assert 0 < found.greedy["float64"] < 32  # the first comes from the prompt alone
-    assert f"[DIFF] greedy text in float64: {found.greedy['float64']} of 32" in str(found)
+    assert f"[DIFF] greedy in float64: {found.greedy['float64']} of 32" in str(found)
 
 
 # Rounding -----------------------------------------------------------------------------------------
@@ -195,18 +198,18 @@ def test_lost_digits_are_rounding():
 
 def test_float32_that_is_far_off_is_a_bug():
     found = with_part(LLAMA, FFN, lambda ffn: InType(ffn, "float32", lambda y: y * 1.1))
-    assert_bug(found, "block 1", "Float32 alone is wrong")
+    assert_bug(found, "block 1", "Only float32 is wrong")
 
 
 def test_single_precision_inside_float64_is_named():
     found = with_part(LLAMA, FFN, lambda ffn: InType(ffn, "float64", lambda y: y.astype("float32")))
-    assert_bug(found, "block 1", "perhaps a step runs in float32 whatever it is given")
+    assert_bug(found, "block 1", "perhaps a step always runs in float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_is_a_bug_and_json_stays_json(dtype, bad):
     found = with_part(LLAMA, FFN, lambda ffn: InType(ffn, dtype, lambda y: y * 0 + bad))
-    assert_bug(found, "block 1", "NaN or infinite")
+    assert_bug(found, "block 1", "NaN or Inf")
     json.dumps(found.as_dict(), allow_nan=False)
     assert found.as_dict()["stages"][2][dtype]["ok"] is False

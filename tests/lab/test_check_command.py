@@ -42,7 +42,7 @@ def test_text_of_a_sound_model(capsys):
         (line,) = [line for line in text.splitlines() if line.startswith(stage)]
         assert line.count("[OK]") == 2
     assert "[DIFF]" not in text
-    assert "[OK]   greedy text in float32: 32 of 32 tokens the same" in text
+    assert "[OK]   greedy in float32: 32 of 32 tokens match" in text
     assert "Agrees. The largest relative error is" in text
     assert max(map(len, text.splitlines())) <= 100
 
@@ -141,7 +141,7 @@ def test_other_weights_are_not_compared(folders, capsys):
     write_model(seeded_model(CONFIG, 6), folder, "F32")
     assert check_models([folder], folder=references) == 2
     text = capsys.readouterr().out
-    assert "not the weights that its reference was made from" in text
+    assert "its reference was made from other weights" in text
     assert "tests/reference/make.py mine" in text
 
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_checked(folders, tmp_path, capsys):
     other = Path(folder).rename(tmp_path / "unknown")
     assert check_models([str(other)], folder=references) == 2
     assert (
-        "There are no reference outputs for unknown; there are for mine." in capsys.readouterr().out
+        "There are no reference outputs for unknown; choose from mine." in capsys.readouterr().out
     )
     assert check_models(["nowhere", "random-llama-gqa"], as_json=True) == 2
     missing, sound = json.loads(capsys.readouterr().out)["models"]
@@ -204,7 +204,7 @@ def test_malformed_reference(tmp_path):
         *bad.values(),
     ):
         path.write_bytes(content)
-        with pytest.raises(MinitxError, match="is no reference file .*make.py x"):
+        with pytest.raises(MinitxError, match="not a reference file .*make.py x"):
             read_reference(path)
     with pytest.raises(MinitxError, match="cannot be read"):
         read_reference(tmp_path / "absent.npz")

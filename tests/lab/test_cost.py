@@ -150,7 +150,8 @@ def test_an_unknown_kind_is_guessed_and_the_guess_is_told(tmp_path):
     s = read_shape(write(tmp_path, fields))
     assert s.ffn_matrices == 3 and not s.parallel
     assert (
-        "'novel' is not known here: taken as serial" in s.notes[0] and "with a gate" in s.notes[0]
+        "unknown model_type 'novel': assumed to be serial" in s.notes[0]
+        and "with a gate" in s.notes[0]
     )
     s = read_shape(write(tmp_path, fields | {"hidden_act": "relu"}))
     assert s.ffn_matrices == 2 and "without a gate" in s.notes[0]
@@ -162,7 +163,7 @@ def test_an_unknown_kind_is_guessed_and_the_guess_is_told(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hidden_size": None}, "none of 'hidden_size', 'n_embd', 'd_model'"),
+        ({"hidden_size": None}, "one of 'hidden_size', 'n_embd', 'd_model', got none"),
         ({"hidden_size": 4096.0}, "'hidden_size' is 4096.0; needed is a positive whole number"),
         ({"hidden_size": 4100}, "4100 is not a multiple of 32 heads; give 'head_dim'"),
         ({"num_key_value_heads": 5}, "32 query heads cannot share 5"),
@@ -171,7 +172,7 @@ def test_an_unknown_kind_is_guessed_and_the_guess_is_told(tmp_path):
         ({"intermediate_size": None}, "'intermediate_size', 'n_inner'"),
         ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' is 'no'"),
         ({"model_type": ["mistral"]}, "'model_type' is"),
-        ({"kv_lora_rank": 512}, "'kv_lora_rank' is 512, which these formulas do not know"),
+        ({"kv_lora_rank": 512}, "'kv_lora_rank' is 512, which these formulas do not cover"),
         ({"n_shared_experts": 2}, "'n_shared_experts'"),
         ({"is_encoder_decoder": True}, "'is_encoder_decoder'"),
         ({"num_local_experts": -1}, "'num_local_experts' is -1"),
@@ -195,13 +196,13 @@ T5 |= {"d_kv": 128, "num_heads": 128, "d_ff": 65536, "num_layers": 24, "n_positi
 
 
 def test_models_with_an_encoder(tmp_path):
-    """Where the formulas know them, sizes are the decoder's."""
+    """Where formulas cover an encoder, sizes are the decoder's."""
     with pytest.raises(MinitxError, match="'is_encoder_decoder' is True, which these formulas do"):
         read_shape(write(tmp_path, WHISPER))
     s = read_shape(tmp_path, encoders=True)
     assert (s.layers, s.heads, s.head_width, s.hidden, s.ffn_matrices) == (4, 6, 64, 1536, 2)
     assert (s.encoder_layers, s.source, s.context, s.positions) == (3, 1500, 448, 448)
-    assert "4 serial blocks behind an encoder of 3 of width 384" in s.describe()
+    assert "4 serial blocks after an encoder of 3 of width 384" in s.describe()
     s = read_shape(write(tmp_path, T5), encoders=True)
     assert (s.layers, s.encoder_layers, s.heads, s.head_width) == (24, 24, 128, 128)
     assert (s.hidden, s.source, s.context, s.positions) == (65536, 512, 512, 0)
@@ -233,7 +234,7 @@ def test_the_command_with_wrong_input(run, workdir):
         (["first-layer", "--config", "nowhere.json"], "nowhere.json"),
         (["first-layer", "--config", "toy/model.safetensors"], "is not valid JSON"),
         (["first-layer", "--config", "toy", "--fold-norms"], "takes no techniques"),
-        (["first-layer", "depth=2", "--config", "toy"], "has no option 'depth'; it has none"),
+        (["first-layer", "depth=2", "--config", "toy"], "has no option 'depth'; it takes none"),
     ):
         status, out, err = run("cost", *words)
         assert (status, out) == (2, "") and message in err and err.count("\n") == 1

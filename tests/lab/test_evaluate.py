@@ -139,9 +139,9 @@ def test_refusals():
     model = random_model(replace(CONFIG, context=40), 0)
     with pytest.raises(MinitxError, match="context is 40"):
         evaluate(model, TOKENIZER, STORIES)
-    with pytest.raises(MinitxError, match="no stories"):
+    with pytest.raises(MinitxError, match="at least one story"):
         evaluate(model, TOKENIZER, [])
     with pytest.raises(MinitxError, match="tokenizer"):
         evaluate_model(LM(model), 3)
-    with pytest.raises(MinitxError, match="number of stories"):
+    with pytest.raises(MinitxError, match="stories must be an integer >= 1"):
         evaluate_model(LM(model, TOKENIZER), 0)

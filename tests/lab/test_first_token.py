@@ -48,7 +48,9 @@ def test_counts_are_those_of_a_new_prompt_and_of_a_known_beginning():
     assert found.cache_bytes == 2 * 2 * 8 * 4
     assert found.new.ratio[1] <= found.new.ratio[0] <= found.new.ratio[2]
     text = str(found)
-    assert "20 prompt tokens reused, 5 prompt tokens run" in text and "128 bytes of cache" in text
+    assert (
+        "20 prompt tokens reused, 5 prompt tokens run" in text and "128 bytes of KV cache" in text
+    )
     json.dumps(found.as_dict())
 
 
@@ -97,7 +99,7 @@ def test_a_comparison_begins_every_pass_with_an_empty_store(monkeypatch):
         return real(lm, prompt)
 
     monkeypatch.setattr(compare, "continuation", watched)
-    found = compare.tell(dense, lm, [prompt, prompt[:8] + [99]], 2, lambda: None)
+    found = compare.generate(dense, lm, [prompt, prompt[:8] + [99]], 2, lambda: None)
     assert found.events == {"prompt tokens reused": 8, "prompt tokens run": 10}
     assert held[0::2] == [0, 0, 0] and all(n > 0 for n in held[1::2])
     assert found.same == 2
@@ -106,8 +108,11 @@ def test_a_comparison_begins_every_pass_with_an_empty_store(monkeypatch):
 @pytest.mark.parametrize(
     "plan, words",
     [
-        (Plan(shared=40, own=8), "leave room for another in the model's context of 48; got 40 + 8"),
-        (Plan(shared=20, own=5, prompts=1), "has 1 prompt; at least 2"),
+        (Plan(shared=40, own=8), "leave room for a new token in the context of 48, got 40 and 8"),
+        (
+            Plan(shared=20, own=5, prompts=1),
+            "prompts must be >= 2 (a new one and one with a known prefix), got 1",
+        ),
     ],
     ids=str,
 )
@@ -126,7 +131,7 @@ def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
     monkeypatch.setattr(minitx, "load", load)
     few = ["--shared", "20", "--own", "5", "--prompts", "2", "--rounds", "1"]
     assert main(["first-token", "--prefix-cache", "block=4", *few]) == 0
-    assert capsys.readouterr().out.startswith("--prefix-cache block=4: time to the first new token")
+    assert capsys.readouterr().out.startswith("--prefix-cache block=4: time to first token")
     assert main(["first-token", "--prefix-cache", "block=4", *few, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["known"]["events"]["prompt tokens reused"] == 20

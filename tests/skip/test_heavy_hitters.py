@@ -212,7 +212,7 @@ def test_on_stories_attention_keeps_better_rows_than_chance():
     for choose in ("attention", "random"):
         options = {"heavy": 64, "recent": 64, "choose": choose}
         lm = apply(dense, {"heavy_hitters": options})
-        found = compare(dense, lm, "", Plan(stories=4, told=1, rounds=1, chains=1), bar=False)
+        found = compare(dense, lm, "", Plan(stories=4, prompts=1, rounds=1, chains=1), bar=False)
         prices[choose] = found.reading.changed.loss - found.reading.dense.loss
         assert found.cache == pytest.approx(129 / 512, abs=0.01)
     assert prices["attention"] < 0.6 * prices["random"], prices

@@ -1,6 +1,6 @@
-"""What techniques cost and save on a model of any size: one file of formulas each.
+"""Cost formulas, one file per technique: what it saves and costs on a model of any size.
 
-A file here has the name of a technique and a function ``cost(shape, *, option=default, ...)``,
-which gives an object with ``as_dict()`` and a text (``str``). ``ENCODERS = True`` in the file says
-that its formulas know models with an encoder. Being here makes it a word of ``minitx cost``.
+A file has the name of a technique and a function ``cost(shape, *, option=default, ...)`` that
+returns an object with ``as_dict()`` and ``str``. ``ENCODERS = True`` in the file says that its
+formulas cover models with an encoder. Being here makes it available to ``minitx cost``.
 """
