@@ -40,11 +40,13 @@ def shrink(
                2e-6 of the largest one), more the worse the blocks are conditioned.
     Idea:      W_v W_o = (W_v block) (block^-1 W_o) for any invertible block. If it consists of d
                columns of W_o, these become the identity: nothing to store or to multiply.
-               qk, for the r columns of a head that are not rotated (d with learned positions):
-                   block  = W_o,1[:, p]         p: d of its columns; rest: the others
+    Offline:   vo, for key/value head j with W_v,j (D, d) and W_o,1 .. W_o,G (d, D) of its query
+               heads, of which p are d columns of the first, rest its others:
+                   block  = W_o,1[:, p]
                    W_v,j* = W_v,j block,        W_o,g* = block^-1 W_o,g  for g = 1 .. G
-               qk, for the r columns of a head that RoPE does not rotate (d with learned positions):
-                   block  = W_k,j[p]            p: r of its rows; rest: the others
+               qk, for the r columns of a head that are not rotated (d with learned positions),
+               of which p are r rows of W_k,j, rest its others:
+                   block  = W_k,j[p]
                    W_k,j* = W_k,j block^-1,     W_q,g* = W_q,g block^T  for g = 1 .. G
                biases of v, k and q alike
     Online:    out[p] += u;  out[rest] += u W_o,1*[:, rest]      u: attention output of head g = 1

@@ -229,4 +229,4 @@ def test_list_and_explain(capsys):
     assert text.startswith("--fold-norms (weights, exact)\n") and "arXiv 2407.09577" in text
     assert main(["explain", "fold_norms", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["exact"] is True and found["options"] == {} and found["Neutral"]
+    assert found["exact"] is True and found["options"] == {} and found["Fidelity"]

@@ -124,12 +124,12 @@ def test_merge_embeddings_cost_of_gpt2(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(GPT2))
     c = cost("merge_embeddings", path)
-    assert c.apart == (50257 + 1024) * 768
+    assert c.separate == (50257 + 1024) * 768
     assert c.merged == 50257 * 1024 * 768 + 50257 * 768
     path.write_text(json.dumps(GPT2 | {"tie_word_embeddings": False}))
     assert cost("merge_embeddings", path).merged == 50257 * 1024 * 768
     assert main(["cost", "merge-embeddings", "--config", str(path)]) == 0
-    assert "1,003.6 times the memory" in capsys.readouterr().out
+    assert "1,003.6 times the memory saves 768 additions" in capsys.readouterr().out
     json.dumps(c.as_dict())
 
 
