@@ -40,14 +40,14 @@ def shrink(
                2e-6 of the largest one), more the worse the blocks are conditioned.
     Idea:      W_v W_o = (W_v block) (block^-1 W_o) for any invertible block. If it consists of d
                columns of W_o, these become the identity: nothing to store or to multiply.
-    Offline:   vo, for key/value head j with W_v,j (D, d) and W_o,1 .. W_o,G (d, D) of its query
-               heads, of which p are d columns of the first, rest its others:
+    Offline:   vo: key/value head j has W_v,j (D, d), its query heads W_o,1 .. W_o,G (d, D);
+               p are d columns of W_o,1, rest its others:
                    block  = W_o,1[:, p]
-                   W_v,j* = W_v,j block,        W_o,g* = block^-1 W_o,g  for g = 1 .. G
-               qk, for the r columns of a head that are not rotated (d with learned positions),
-               of which p are r rows of W_k,j, rest its others:
+                   W_v,j* = W_v,j block,        W_o,g* = block^-1 W_o,g   for g = 1 .. G
+               qk: the r columns of each head that are not rotated (d with learned positions);
+               p are r rows of W_k,j, rest its others:
                    block  = W_k,j[p]
-                   W_k,j* = W_k,j block^-1,     W_q,g* = W_q,g block^T  for g = 1 .. G
+                   W_k,j* = W_k,j block^-1,     W_q,g* = W_q,g block^T    for g = 1 .. G
                biases of v, k and q alike
     Online:    out[p] += u;  out[rest] += u W_o,1*[:, rest]      u: attention output of head g = 1
                k_j = x[p] + x[rest] W_k,j*[rest]
