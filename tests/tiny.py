@@ -77,6 +77,12 @@ def error(found, expected):
     return abs(found - expected).max() / abs(expected).max()
 
 
+def check_close(found, expected, tolerance, what):
+    """Assert that ``error`` is within the tolerance; a failure names ``what`` differs."""
+    off = error(found, expected)
+    assert off <= tolerance, f"{what}: off by {off:.1e} of the largest number expected"
+
+
 def in_chunks(lm, ids, sizes, state=None):
     """Logits of ids (..., T) read piece by piece, so many at a time."""
     state = lm.model.new_state() if state is None else state

@@ -6,7 +6,7 @@ from itertools import product
 import literal_absorb_products as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, error, in_chunks
+from tiny import FAMILIES, check_close, error, in_chunks
 
 from minitx.build import random_model
 from minitx.errors import MinitxError
@@ -89,7 +89,7 @@ def test_absorb_products_equals_the_literal_version(kind, pairs):
     expected = literal.attend(plain.norm(rows), w, plain.heads, plain.kv_heads)
     for attn, model in ((changed, lm.model), (plain, dense.model)):
         layer = model.new_state().layers[1].take(len(rows))
-        assert error(attn(rows, layer), expected) < 1e-12
+        check_close(attn(rows, layer), expected, 1e-12, "attention output")
 
 
 # The dense model ---------------------------------------------------------------------------------
@@ -105,7 +105,8 @@ def test_absorb_products_keeps_logits_of_prompts_chunks_and_single_tokens(
     expected = dense.logits(IDS)
     for sizes in ((32,), (20, 2, 9, 1), (1,) * 32):
         found = in_chunks(lm, IDS, sizes)
-        assert error(found, expected) < allowed and found.dtype == dtype
+        check_close(found, expected, allowed, "logits")
+        assert found.dtype == dtype
 
 
 @pytest.mark.parametrize("kind, pairs", [("learned", "both"), ("rotary", "ov")])
@@ -122,7 +123,7 @@ def test_absorb_products_row_of_a_batch_is_the_row_alone(kind, pairs):
     """In rows of equal length, and padded on the left."""
     lm = apply(make(kind), {"absorb_products": {"pairs": pairs}})
     both = lm.logits(np.stack([IDS, IDS[::-1]]))
-    assert error(both[1], lm.logits(IDS[::-1])) < 1e-12
+    check_close(both[1], lm.logits(IDS[::-1]), 1e-12, "second row of the batch")
     prompts = [[7, 2, 7, 0], [3], [10, 9]]
     assert lm.generate(prompts, 8) == [lm.generate(prompt, 8) for prompt in prompts]
 
@@ -134,7 +135,7 @@ def test_absorb_products_with_other_exact_techniques_is_exact(kind, pairs, other
     if other == "merge_embeddings" and KINDS[kind].rope_width:
         pytest.skip("rotary")
     lm = apply(dense, {"absorb_products": {"pairs": pairs}, other: True})
-    assert error(in_chunks(lm, IDS, (25, 1, 6)), dense.logits(IDS)) < 1e-12
+    check_close(in_chunks(lm, IDS, (25, 1, 6)), dense.logits(IDS), 1e-12, "logits")
 
 
 @cases
@@ -143,7 +144,7 @@ def test_absorb_products_backfills_tokens_that_skip_a_layer(kind, pairs):
     dense = make(kind)
     expected = apply(dense, exit_early).logits(IDS)
     lm = apply(dense, exit_early | {"absorb_products": {"pairs": pairs}})
-    assert error(lm.logits(IDS), expected) < 1e-12
+    check_close(lm.logits(IDS), expected, 1e-12, "logits")
     assert error(dense.logits(IDS), expected) > 1e-3
 
 
@@ -270,4 +271,4 @@ def test_absorb_products_after_fold_norms_is_exact(kind):
     dense = make(kind)
     pairs = "both" if kind == "learned" else "ov"
     both = apply(dense, {"absorb_products": {"pairs": pairs}, "fold_norms": True})
-    assert error(both.logits(IDS), dense.logits(IDS)) < 1e-12
+    check_close(both.logits(IDS), dense.logits(IDS), 1e-12, "logits")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import literal_first_layer as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, error, tiny_lm
+from tiny import FAMILIES, check_close, error, tiny_lm
 
 from minitx import model as core
 from minitx.build import random_model
@@ -135,19 +135,20 @@ def test_first_layer_learned_positions_equal_the_literal_version(kind):
 def test_first_layer_keeps_block_0_logits_and_decoding(kind, kv_heads, dtype, allowed):
     dense = make(kind, dtype, kv_heads=kv_heads)
     lm = apply(dense, {"first_layer": True})
-    assert error(after_block_0(lm), after_block_0(dense)) < allowed
+    check_close(after_block_0(lm), after_block_0(dense), allowed, "hidden state after block 0")
     expected = dense.logits(IDS)
-    assert error(lm.logits(IDS), expected) < allowed
+    check_close(lm.logits(IDS), expected, allowed, "logits of a prompt")
     state = lm.model.new_state()
     single = np.concatenate([lm.model(IDS[t : t + 1], state) for t in range(len(IDS))])
-    assert error(single, expected) < allowed and single.dtype == dtype
+    check_close(single, expected, allowed, "logits token by token")
+    assert single.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_layer_heads_that_do_not_fill_the_width(kind):
     dense = make(kind, kv_heads=2, head_width=10)
     lm = apply(dense, {"first_layer": True})
-    assert error(lm.logits(IDS), dense.logits(IDS)) < 1e-12
+    check_close(lm.logits(IDS), dense.logits(IDS), 1e-12, "logits")
     embed = lm.model.embed
     rows = embed.w if type(embed) is FirstLayerTable else embed.tokens
     assert rows.shape == (11, 24 + 4 * 10 + 2 * 2 * 10)
@@ -158,7 +159,7 @@ def test_first_layer_heads_that_do_not_fill_the_width(kind):
 def test_first_layer_table_of_folded_or_fused_weights_is_exact(kind, fold, fuse):
     dense = make(kind, kv_heads=2)
     lm = apply(dense, {"fold_norms": fold, "fuse_projections": fuse, "first_layer": True})
-    assert error(lm.logits(IDS), dense.logits(IDS)) < 1e-12
+    check_close(lm.logits(IDS), dense.logits(IDS), 1e-12, "logits")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,7 +167,7 @@ def test_first_layer_row_of_a_batch_is_the_row_alone(kind):
     """In rows of equal length, and padded on the left."""
     lm = apply(make(kind), {"first_layer": True})
     both = lm.logits(np.stack([IDS, IDS[::-1]]))
-    assert error(both[1], lm.logits(IDS[::-1])) < 1e-12
+    check_close(both[1], lm.logits(IDS[::-1]), 1e-12, "second row of the batch")
     prompts = [[7, 2, 7, 0], [3], [10, 9]]
     assert lm.generate(prompts, 8) == [lm.generate(prompt, 8) for prompt in prompts]
 
@@ -278,7 +279,7 @@ class Wrapped(Part):
 def test_first_layer_wrapped_ffn_stays_out_of_the_table(kind):
     dense = make(kind)
     lm = apply(swap(dense, core.FFN, Wrapped), {"first_layer": True})
-    assert error(lm.logits(IDS), dense.logits(IDS)) < 1e-12
+    check_close(lm.logits(IDS), dense.logits(IDS), 1e-12, "logits")
     assert sum(type(node) is Wrapped for _, node in walk(lm)) == 2
 
 
@@ -311,4 +312,4 @@ def test_first_layer_unknown_norm_is_refused_only_with_learned_positions():
     with pytest.raises(MinitxError, match="^first_layer cannot split .* Unscaled and QKV"):
         apply(lm, change)
     lm = swap(make("serial"), core.RMSNorm, lambda norm: Unscaled())
-    assert error(apply(lm, change).logits(IDS), lm.logits(IDS)) < 1e-12
+    check_close(apply(lm, change).logits(IDS), lm.logits(IDS), 1e-12, "logits")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import literal_fuse_projections as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, error, in_chunks, tiny_lm
+from tiny import FAMILIES, check_close, in_chunks, tiny_lm
 
 from minitx.errors import MinitxError
 from minitx.ledger import counting
@@ -73,6 +73,14 @@ def test_fused_swiglu_equals_the_literal_version():
         np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="silu(gate) * up")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_queries_only_and_keys_and_values_only(family):
+    qkv = attention_of(apply(tiny_lm(family, np.float64), FUSED)).qkv
+    x = np.random.default_rng(1).normal(size=(3, 16))
+    for name, found, expected in zip("qkv", (qkv.q(x), *qkv.kv(x)), qkv(x), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-13, err_msg=name)
+
+
 # The model ---------------------------------------------------------------------------------------
 
 
@@ -82,7 +90,7 @@ def test_fuse_projections_keeps_the_logits(family, dtype, tolerance):
     dense = tiny_lm(family, dtype)
     lm = apply(dense, FUSED)
     for sizes in ((30,), (20, 1, 9), (1,) * 30):
-        assert error(in_chunks(lm, IDS, sizes), dense.logits(IDS)) <= tolerance
+        check_close(in_chunks(lm, IDS, sizes), dense.logits(IDS), tolerance, "logits")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +115,7 @@ def test_fused_biases_are_zeros_where_a_projection_has_none():
     dense = tiny_lm("gpt2", np.float64)
     no_key_bias = swap(dense, QKV, lambda qkv: replace(qkv, k=replace(qkv.k, b=None)))
     lm = apply(no_key_bias, FUSED)
-    assert error(lm.logits(IDS), no_key_bias.logits(IDS)) <= 1e-12
+    check_close(lm.logits(IDS), no_key_bias.logits(IDS), 1e-12, "logits")
     assert not attention_of(lm).qkv.all.b[16:32].any(), "bias of the keys"
 
 

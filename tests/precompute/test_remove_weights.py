@@ -6,7 +6,7 @@ from itertools import product
 import literal_remove_weights as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, error, tiny_lm
+from tiny import FAMILIES, check_close, error, tiny_lm
 
 from minitx.build import build
 from minitx.config import Config
@@ -125,7 +125,7 @@ def test_remove_weights_worked_example_by_hand():
     }
     for name, (found, by_hand) in expected.items():
         np.testing.assert_allclose(found, by_hand, atol=1e-15, err_msg=name)
-    assert error(new.logits([0, 0, 0]), lm.logits([0, 0, 0])) < 1e-15
+    check_close(new.logits([0, 0, 0]), lm.logits([0, 0, 0]), 1e-15, "logits")
 
 
 # Literal version ---------------------------------------------------------------------------------
@@ -178,10 +178,10 @@ def test_remove_weights_keeps_the_logits(kind, matrix, dtype, tolerance):
     lm = made(kind, np.dtype(dtype))
     new = apply(lm, {"remove_weights": {"matrix": matrix}})
     assert new.logits(IDS).dtype == dtype
-    assert error(new.logits(IDS), lm.logits(IDS)) <= tolerance
+    check_close(new.logits(IDS), lm.logits(IDS), tolerance, "logits of a prompt")
     state = new.model.new_state()  # and token by token
     found = np.concatenate([new.model(IDS[t : t + 1], state) for t in range(30)])
-    assert error(found, lm.logits(IDS)) <= tolerance
+    check_close(found, lm.logits(IDS), tolerance, "logits token by token")
 
 
 # Biases ------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_remove_weights_with_residual_adds_would_be_wrong():
     """The negative control: merge anyway, with residual adds and without norms on both sides."""
     lm = made("plain-mha")
     dense = lm.logits(IDS)
-    assert error(merge(lm.model, "q")(IDS), dense) < 1e-12
+    check_close(merge(lm.model, "q")(IDS), dense, 1e-12, "logits")
 
     def with_adds(model):
         return swap(model, SkiplessBlock, lambda b: Block(b.attn, b.ffn))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import literal_slim_attention as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, error, in_chunks, tiny_lm
+from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm
 
 from minitx import fast, ops
 from minitx.build import random_model
@@ -89,11 +89,11 @@ def test_slim_attention_equals_the_literal_version(kind):
     w |= {f"b_{n}": np.zeros(m.w.shape[1]) if m.b is None else m.b for n, m in maps.items()}
     expected, keys = literal.attend(plain.norm(rows), w, plain.heads, dense.model.config.rope_width)
     layer = lm.model.new_state().layers[1].take(len(rows))
-    assert error(slim(rows, layer), expected) < 1e-12
+    check_close(slim(rows, layer), expected, 1e-12, "attention output")
     cached = layer.keys[0, :12]
     if kind == "learned":  # b_k is dropped there
         cached = cached + w["b_k"]
-    assert error(cached, keys) < 1e-13
+    check_close(cached, keys, 1e-13, "cached keys")
     assert layer.values.size == 0
 
 
@@ -107,7 +107,7 @@ def test_slim_attention_both_orders_of_products_agree(kind):
     k = split_heads(raw[0], H)
     keys_first = attn.attend.sum_keys_first(q, k, raw, fast.newest_mask(3))
     values_first = ops.attention(q, k, attn.attend.values(raw), attn.attend.scale)
-    assert error(keys_first, values_first) < 1e-12
+    check_close(keys_first, values_first, 1e-12, "both orders")
 
 
 def test_slim_attention_rotated_keys_or_a_forgotten_bias_change_the_logits():
@@ -135,7 +135,7 @@ def test_slim_attention_keeps_logits_of_prompts_chunks_and_single_tokens(kind, d
     lm = apply(dense, {"slim_attention": True})
     expected = dense.logits(IDS)
     for sizes in ((32,), (20, 2, 9, 1), (1,) * 32):
-        assert error(in_chunks(lm, IDS, sizes), expected) < allowed
+        check_close(in_chunks(lm, IDS, sizes), expected, allowed, "logits")
 
 
 @kinds
@@ -154,7 +154,7 @@ def test_slim_attention_row_of_a_batch_is_the_row_alone(kind):
     """In rows of equal length, and padded on the left."""
     lm = apply(make(kind), {"slim_attention": True})
     both = lm.logits(np.stack([IDS, IDS[::-1]]))
-    assert error(both[1], lm.logits(IDS[::-1])) < 1e-12
+    check_close(both[1], lm.logits(IDS[::-1]), 1e-12, "second row of the batch")
     prompts = [[7, 2, 7, 0] * 5, [3], [10, 9]]
     state = lm.model.new_state(np.array([0, 19, 18]))
     ids = np.zeros((3, 20), int)
@@ -163,8 +163,8 @@ def test_slim_attention_row_of_a_batch_is_the_row_alone(kind):
     logits = [lm.model(ids, state), lm.model(np.array([[4], [4], [4]]), state)]
     for row, prompt in enumerate(prompts):
         alone = lm.logits([*prompt, 4])
-        assert error(logits[0][row, -1], alone[-2]) < 1e-12
-        assert error(logits[1][row, -1], alone[-1]) < 1e-12
+        check_close(logits[0][row, -1], alone[-2], 1e-12, "row of a prompt")
+        check_close(logits[1][row, -1], alone[-1], 1e-12, "row of a step")
     assert lm.generate(prompts, 8) == [lm.generate(prompt, 8) for prompt in prompts]
 
 
@@ -181,8 +181,8 @@ def test_slim_attention_with_any_exact_techniques_is_exact(kind):
             except MinitxError as refusal:
                 assert {"first_layer", "merge_embeddings"} <= set(chosen), refusal
                 continue
-            assert error(lm.logits(IDS), expected) < 1e-12, chosen
-            assert error(in_chunks(lm, IDS, (25, 1, 6)), expected) < 1e-12, chosen
+            check_close(lm.logits(IDS), expected, 1e-12, f"with {chosen}")
+            check_close(in_chunks(lm, IDS, (25, 1, 6)), expected, 1e-12, f"with {chosen}")
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -192,7 +192,7 @@ def test_slim_attention_backfills_tokens_that_skip_a_layer(fuse):
     dense = make("parallel")
     expected = apply(dense, wanted).logits(IDS)
     lm = apply(dense, wanted | {"slim_attention": True})
-    assert error(lm.logits(IDS), expected) < 1e-12
+    check_close(lm.logits(IDS), expected, 1e-12, "logits")
     assert error(dense.logits(IDS), expected) > 1e-3
 
 
