@@ -43,7 +43,7 @@ def absorb_products(
     Saves:     nothing unless d > D/2, which means a single head. Per token 2 H D^2 + 2 S H D
                multiply-adds instead of 2 D (H + K) d + 2 S H d; 2 H D^2 weights instead of
                2 D (H + K) d; D cached numbers (one pair: D + K d) instead of 2 K d.
-    In NumPy:  no faster: decoding 0.8x to 1.1x, prompts 0.6x to 0.8x on the shipped models.
+    In NumPy:  slower: decoding 0.85x to 1.0x, prompts 0.7x to 0.9x on the shipped models.
     Not for:   W_q W_k^T with rotary positions, since RoPE stands between the two. Techniques that
                need the separate matrices (fuse_projections, slim_attention, shrink).
     Proof:     tests/precompute/test_absorb_products.py; literal version:

@@ -52,8 +52,8 @@ def shrink(
     Online:    out[p] += u;  out[rest] += u W_o,1*[:, rest]      u: attention output of head g = 1
                k_j = x[p] + x[rest] W_k,j*[rest]
     Saves:     K d^2 weights and multiply-adds per token and layer (vo), K r^2 (qk).
-    In NumPy:  slower: decoding 0.8x to 0.95x on the shipped models. Each head has its own columns,
-               so one product becomes one per head, with a gather after it.
+    In NumPy:  slower: decoding and prompts 0.85x to 0.95x on the shipped models. Each head has its
+               own columns, so one product becomes one per head, with a gather after it.
     Not for:   columns that are rotated, since a change of basis does not commute with RoPE. Blocks
                that cannot be inverted (pruned weights). Heads wider than D.
     Proof:     tests/precompute/test_shrink.py; literal version: tests/precompute/literal_shrink.py

@@ -264,7 +264,7 @@ def test_slim_attention_singular_w_k_is_refused(fault):
 
 
 @pytest.mark.parametrize("condition, about", [(1e0, 4e-8), (1e2, 4e-7), (1e4, 2e-5), (1e6, 1e-3)])
-def test_slim_attention_errors_of_values_grow_with_the_condition_number(condition, about):
+def test_slim_attention_value_errors_grow_with_the_condition_number(condition, about):
     """d = 128, keys and W_kv in float32: within a factor of 10 of the card's figures."""
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.normal(size=(128, 128)))[0] for _ in range(2))
