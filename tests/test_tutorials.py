@@ -141,7 +141,7 @@ SHOWS = {
         r"absorb_products +\d",
         r"remove_weights +\d",
         r"  - +q: Linear\(",
-        r"  \+ +out: InFFN$",
+        r"  \+ +out: MergedIntoFFN$",
         r"8 bits, 1 scale\(s\) +\[127 -49  14   3\] +0\.900  -0\.347 ",
         r"4 bits, 1 scale\(s\) +\[ 7 -3  1  0\] .*, off by 0\.021$",
         r"4 bits, 2 scale\(s\) +\[ 7 -3  7  1\] .*, off by 0\.010$",
