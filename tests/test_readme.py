@@ -46,7 +46,7 @@ def test_every_path_exists():
 
 
 def test_all_tutorials_are_named():
-    for script in (ROOT / "tutorials").glob("*.py"):
+    for script in (ROOT / "tutorials").glob("[0-9]*.py"):
         assert script.name in README, script.name
 
 

@@ -84,7 +84,7 @@ class ByteLevelBPE(Tokenizer):
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids that decode to exactly `data`.
 
-        Split and merged like text, where a byte that is no valid UTF-8 counts as a symbol. Nothing
+        Split and merged like text, where a byte that is not valid UTF-8 counts as a symbol. Nothing
         is put first, normalized or taken for an added token: "<|endoftext|>" is spelled out.
         """
         return self._encode_plain(data.decode("utf-8", errors="surrogateescape"))
@@ -156,7 +156,7 @@ def _check_bos_and_eos(
 ) -> None:
     for name, id in (("bos", bos), ("eos", eos)):
         if id is not None and id not in [token.id for token in added]:
-            raise MinitxError(f"{name} is {id}, which is no added token; give the id of one")
+            raise MinitxError(f"{name} is {id}, which is not an added token; give the id of one")
     if adds_bos and bos is None:
         raise MinitxError("adds_bos is set without a bos; give the id of the token to put first")
 
@@ -182,12 +182,12 @@ def _rank_merges(
     for rank, (left, right) in enumerate(merges):
         if not (0 <= left < len(tokens) and 0 <= right < len(tokens)):
             raise MinitxError(
-                f"merge {rank} joins the ids {left} and {right}; needed are ids below {len(tokens)}"
+                f"merge {rank} joins the ids {left} and {right}; expected ids below {len(tokens)}"
             )
         joined = tokens[left] + tokens[right]
         if joined not in ids:
             raise MinitxError(
-                f"merge {rank} makes {joined!r}, which is no token; add it to the vocabulary"
+                f"merge {rank} makes {joined!r}, which is not a token; add it to the vocabulary"
             )
         ranks[left, right] = (rank, ids[joined])
     return ranks

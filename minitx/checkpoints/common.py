@@ -56,7 +56,7 @@ def read_json(path) -> dict:
     except ValueError as error:
         raise MinitxError(f"{path}: is not valid JSON ({error}).") from None
     if not isinstance(content, dict):
-        raise MinitxError(f"{path}: holds a JSON {type(content).__name__}, needed is an object.")
+        raise MinitxError(f"{path}: holds a JSON {type(content).__name__}, expected an object.")
     return content
 
 

@@ -21,7 +21,7 @@ class Fields:
         self.fields = fields
 
     def count(self, name: str, default: Any = REQUIRED):
-        return self.get(name, default, is_count, "a positive whole number")
+        return self.get(name, default, is_count, "a positive integer")
 
     def number(self, name: str, default: Any = REQUIRED):
         value = self.get(name, default, is_positive, "a positive number")
@@ -37,15 +37,15 @@ class Fields:
         """The object in field ``name``, empty where it is absent."""
         return Fields(self.path, self.get(name, {}, lambda v: isinstance(v, dict), "an object"))
 
-    def get(self, name: str, default, fits, needed: str):
-        """A value for which ``fits(value)`` is true; ``needed`` says in words what that means."""
+    def get(self, name: str, default, fits, expected: str):
+        """A value for which ``fits(value)`` is true; ``expected`` describes it."""
         value = self.fields.get(name)
         if value is None:
             if default is REQUIRED:
-                raise MinitxError(f"{self.path}: has no {name!r}; needed is {needed}.")
+                raise MinitxError(f"{self.path}: has no {name!r}; expected {expected}.")
             return default
         if not fits(value):
-            raise MinitxError(f"{self.path}: {name!r} is {short(value)}; needed is {needed}.")
+            raise MinitxError(f"{self.path}: {name!r} is {short(value)}; expected {expected}.")
         return value
 
     def refuse(self, name: str, why: str):

@@ -79,7 +79,7 @@ def read_model_at(path: Path, dtype) -> Transformer:
 
         return read_llama2c(path, dtype)
     raise MinitxError(
-        f"{path} is no model: needed is a Hugging Face folder (one with config.json and "
+        f"{path} is not a model: expected a Hugging Face folder (one with config.json and "
         "model.safetensors), a llama2.c .bin file, or a folder that minitx precompute wrote."
     )
 
@@ -141,7 +141,7 @@ def _place(name_or_path, what: str) -> Path:
     try:
         return Path(name_or_path)
     except TypeError:
-        raise MinitxError(f"The {what} is {name_or_path!r}; a name or a path is needed.") from None
+        raise MinitxError(f"The {what} is {name_or_path!r}; expected a name or a path.") from None
 
 
 def _exists(path: Path) -> bool:

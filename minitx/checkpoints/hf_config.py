@@ -76,7 +76,7 @@ def _read_qwen2(c: Fields) -> Config:
 
 
 def _need_full_attention(c: Fields, window: int | None) -> None:
-    """A sliding window is no limit as long as the whole context fits in it."""
+    """A sliding window is not a limit as long as the whole context fits in it."""
     if window is not None and window < c.count("max_position_embeddings"):
         raise MinitxError(
             f"{c.path}: 'sliding_window' is {window} but the context 'max_position_embeddings' is "
@@ -219,10 +219,10 @@ def _rotary(c: Fields, base_name: str, share_name: str, usual_share: float) -> t
     )
     share = usual_share if share is None else share
     if share > 1:
-        raise MinitxError(f"{c.path}: {share_name!r} is {share}; a share of at most 1 is needed.")
+        raise MinitxError(f"{c.path}: {share_name!r} is {share}; expected at most 1.")
     base = 10000.0 if base is None else base
     if not 1 <= base <= 1e30:  # beyond that float32 angles are Inf, or all 0
-        raise MinitxError(f"{c.path}: {base_name!r} is {base}; a number from 1 to 1e30 is needed.")
+        raise MinitxError(f"{c.path}: {base_name!r} is {base}; expected a number from 1 to 1e30.")
     return base, share
 
 

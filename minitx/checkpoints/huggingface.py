@@ -73,7 +73,7 @@ def _find_tensors(folder: Path) -> Found:
                 "it is opened, so minitx never does: save the model again with transformers' "
                 "save_pretrained, which writes safetensors."
             )
-    raise MinitxError(f"{folder}: holds neither {ONE_FILE} nor {INDEX}; one of them is needed.")
+    raise MinitxError(f"{folder}: holds neither {ONE_FILE} nor {INDEX}; expected one of them.")
 
 
 def _find_in_shards(folder: Path) -> Found:

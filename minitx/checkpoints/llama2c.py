@@ -69,7 +69,7 @@ def read_llama2c(path, dtype=np.float32) -> Transformer:
     """
     path, dtype = Path(path), need_float(dtype)
     if not path.is_file():
-        raise MinitxError(f"{path}: there is no such file; needed is a llama2.c checkpoint.")
+        raise MinitxError(f"{path}: there is no such file; expected a llama2.c checkpoint.")
     try:
         with open(path, "rb") as file:
             header = parse_header(path, file.read(256))
@@ -89,7 +89,7 @@ def parse_header(path, first: bytes) -> Header:
     if first[:4] == MAGIC:
         version, start = int.from_bytes(first[4:8], "little", signed=True), 8
         if version not in (1, 2):
-            raise MinitxError(f"{path}: is marked as llama2.c version {version}; needed is 1 or 2.")
+            raise MinitxError(f"{path}: is marked as llama2.c version {version}; expected 1 or 2.")
     if len(first) < HEADER_BYTES[version]:
         raise MinitxError(
             f"{path}: is {len(first)} bytes long, less than the header of a llama2.c checkpoint."
@@ -192,7 +192,7 @@ def _read_weights(path, header: Header, file, dtype) -> dict[str, np.ndarray]:
     file.seek(HEADER_BYTES[header.version])
     for name, shape, times in _layout(header):
         size = _stored_bytes(header, name, math.prod(shape))
-        if name == ANGLES:  # computed anew, as run.c does
+        if name == ANGLES:  # recomputed, as run.c does
             file.seek(size, os.SEEK_CUR)
             continue
         for i in range(times):

@@ -4,9 +4,10 @@ The file, little-endian: int32 length of the longest token, then for each token 
 int32 length, bytes. How many tokens there are only the model knows. Ids 0 to 2 are unknown, start
 and end; ids 3 to 258 are the raw bytes, spelled "<0x00>" to "<0xFF>".
 
-Encoding puts a space before the text, looks every UTF-8 character up (one that is no token becomes
-its bytes) and then merges the adjacent pair whose joined text is the token of the best score, the
-leftmost of equals, until no pair makes a token. Decoding drops the space after the start token.
+Encoding puts a space before the text, looks every UTF-8 character up (one that is not a token
+becomes its bytes) and then merges the adjacent pair whose joined text is the token of the best
+score, the leftmost of equals, until no pair makes a token. Decoding drops the space after the start
+token.
 
 Different from run.c: text may hold NUL, which there ends it; and a character that came as raw bytes
 is decoded from them, where run.c prints no raw byte that is not printable ASCII. As in run.c, in a
@@ -62,7 +63,7 @@ class Llama2cTokenizer(Tokenizer):
         return self._encode(data, True)
 
     def token_bytes(self, id: int, previous: int | None = None) -> bytes:
-        """What run.c decodes `id` to after `previous`; the start token, put first, is no text."""
+        """What run.c decodes `id` to after `previous`; the start token, put first, is not text."""
         self._check_id(id)
         if id == _START and previous is None:
             return b""
@@ -94,8 +95,8 @@ class Llama2cTokenizer(Tokenizer):
             found = self.tokens[id] if id < self.vocab_size else None
             if found != needed:
                 raise MinitxError(
-                    f"token {id} of {self.vocab_size} is {short(found)}; needed is {needed!r}, for "
-                    "a character that is no token becomes its bytes: use llama2.c's tokenizer.bin"
+                    f"token {id} of {self.vocab_size} is {short(found)}; expected {needed!r}, for "
+                    "a character that is not a token becomes its bytes: use llama2.c's tokenizer.bin"
                 )
         if b" " not in self._ids:
             raise MinitxError("no token is a single space, which run.c puts before every text")
@@ -133,7 +134,7 @@ def _parse(data: bytes, vocab_size: int) -> tuple[list[bytes], list[float]]:
         score, length = struct.unpack_from("<fi", data, at)
         at += 8
         if math.isnan(score):
-            raise MinitxError(f"token {id} has the score NaN; a number is needed")
+            raise MinitxError(f"token {id} has the score NaN; expected a number")
         if not 0 < length <= min(longest, len(data) - at):
             raise MinitxError(
                 f"token {id} claims {length} bytes, but the file has {len(data) - at} left and its "

@@ -102,7 +102,7 @@ def restore(path, entries, arrays: dict[str, np.ndarray]) -> list[Part]:
     """The parts that were described, by number; ``path`` is the file that the entries are from, for
     messages. MinitxError if they are anything that ``describe`` does not give."""
     if not isinstance(entries, list) or not entries:
-        raise MinitxError(f"{path}: 'entries' is {short(entries)}; needed is a list of parts.")
+        raise MinitxError(f"{path}: 'entries' is {short(entries)}; expected a list of parts.")
     reader = _Reader(path, arrays)
     for number, entry in enumerate(entries):
         reader.made.append(reader.part(number, entry))
@@ -117,15 +117,15 @@ class _Reader:
     def part(self, number: int, entry) -> Part:
         where = f"{self.path}: entry {number}"
         if not isinstance(entry, dict) or set(entry) != {"part", "fields"}:
-            raise MinitxError(f"{where} is {short(entry)}; needed is a part and its fields.")
+            raise MinitxError(f"{where} is {short(entry)}; expected a part and its fields.")
         cls = _find(where, entry["part"])
         if not inspect.isclass(cls):
-            raise MinitxError(f"{where} names {short(entry['part'])}, which is no part.")
+            raise MinitxError(f"{where} names {short(entry['part'])}, which is not a part.")
         given = entry["fields"]
         known = {f.name: f.type for f in fields(cls)}
         if not isinstance(given, dict) or set(given) != set(known):
             raise MinitxError(
-                f"{where}, a {cls.__name__}, has the fields {short(given)}; needed are "
+                f"{where}, a {cls.__name__}, has the fields {short(given)}; expected "
                 f"{', '.join(known) or 'none'}."
             )
         values = {name: self.field(f"{where}, {name}", field) for name, field in given.items()}
@@ -139,10 +139,10 @@ class _Reader:
     def field(self, where: str, field):
         if not isinstance(field, dict):
             if isinstance(field, list):
-                raise MinitxError(f"{where} is a list; needed is an object that says of what.")
+                raise MinitxError(f"{where} is a list; expected an object that says of what.")
             return field
         if len(field) != 1:
-            raise MinitxError(f"{where} is {short(field)}; needed is an object with one key.")
+            raise MinitxError(f"{where} is {short(field)}; expected an object with one key.")
         ((kind, value),) = field.items()
         if kind == "array" and isinstance(value, str) and value in self.arrays:
             return self.arrays[value]

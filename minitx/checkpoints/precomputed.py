@@ -113,14 +113,14 @@ def _read(folder: Path) -> dict:
         )
     for name in ("from", "flags", "dtype", "arrays"):
         if not isinstance(found.get(name), str):
-            raise MinitxError(f"{path}: {name!r} is {short(found.get(name))}; needed is a text.")
+            raise MinitxError(f"{path}: {name!r} is {short(found.get(name))}; expected text.")
     return found
 
 
 def _numbered(path: Path, parts: list[Part], found: dict, name: str) -> Part:
     number = found.get(name)
     if type(number) is not int or not 0 <= number < len(parts):
-        raise MinitxError(f"{path}: {name!r} is {short(number)}; needed is the number of an entry.")
+        raise MinitxError(f"{path}: {name!r} is {short(number)}; expected the number of an entry.")
     return parts[number]
 
 
@@ -135,4 +135,4 @@ def _try(path: Path, model: Transformer) -> None:
     except Exception as error:  # whatever NumPy or a part makes of wrong shapes or types
         raise MinitxError(f"{path}: its parts do not fit each other ({error}).") from None
     if not whole or not np.isfinite(logits).all():
-        raise MinitxError(f"{path}: its parts give logits that are no numbers, or too few.")
+        raise MinitxError(f"{path}: its parts give logits that are NaN or Inf, or too few.")

@@ -66,7 +66,7 @@ def read_header(path) -> Header:
     path = Path(path)
     try:
         if not path.is_file():
-            raise MinitxError(f"{path}: there is no such file; needed is a .safetensors file.")
+            raise MinitxError(f"{path}: there is no such file; expected a .safetensors file.")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, file.read(8), size)
@@ -107,7 +107,7 @@ def read_tensor(path, name: str, info: TensorInfo) -> np.ndarray:
 
 
 def read_as_stored(path) -> dict[str, np.ndarray]:
-    """All tensors by name, in the types that the file has them in, whole numbers too."""
+    """All tensors by name, in the types that the file has them in, integers too."""
     found = {}
     for name, info in read_header(path).tensors.items():
         if info.dtype not in OWN_DTYPE:
@@ -191,11 +191,11 @@ def _check_entry(path, name: str, entry, data_begin: int, size: int) -> TensorIn
     if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
         raise MinitxError(
             f"{where} has the shape {short(shape)}; "
-            f"needed is a list of at most {MAX_DIMENSIONS} whole numbers >= 0."
+            f"expected a list of at most {MAX_DIMENSIONS} integers >= 0."
         )
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise MinitxError(
-            f"{where} has the data_offsets {short(offsets)}; needed is [begin, end], begin <= end."
+            f"{where} has the data_offsets {short(offsets)}; expected [begin, end], begin <= end."
         )
     begin, end = (data_begin + offset for offset in offsets)
     if end > size:
@@ -231,4 +231,4 @@ def _check_tiling(path, tensors: dict[str, TensorInfo], data_begin: int, size: i
             )
         position, previous = tensors[name].end, name
     if position != size:
-        raise MinitxError(f"{path}: {size - position} bytes follow the last tensor; needed are 0.")
+        raise MinitxError(f"{path}: {size - position} bytes follow the last tensor; expected 0.")

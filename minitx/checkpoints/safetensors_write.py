@@ -11,7 +11,7 @@ from minitx.errors import MinitxError
 
 def write_safetensors(path, tensors: dict[str, np.ndarray], dtype="F32", metadata=None) -> None:
     """Write ``tensors`` in sorted order, all as ``dtype`` ("F32", "F16", "BF16" or "F64"), or each
-    as it is, whole numbers too, if that is None.
+    as it is, integers too, if that is None.
 
     ``metadata`` (strings to strings) is ``{"format": "pt"}`` if None: transformers asks for it.
     Numbers are rounded to nearest, ties to even; float64 goes to BF16 by way of float32. NaN and

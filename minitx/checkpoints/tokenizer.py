@@ -1,8 +1,8 @@
 """What every tokenizer here has, and decoding of a stream of ids.
 
     encode(text, special=True) -> list[int]   with `special` the token that starts a text, if any
-    encode_bytes(data) -> list[int]           for any bytes, also those that are no valid UTF-8
-    decode(ids, skip_special=False) -> str    bytes that are no valid UTF-8 become U+FFFD
+    encode_bytes(data) -> list[int]           for any bytes, also those that are not valid UTF-8
+    decode(ids, skip_special=False) -> str    bytes that are not valid UTF-8 become U+FFFD
     decode_bytes(ids, skip_special=False)     the bytes behind that text
     token_bytes(id, previous=None) -> bytes   what a token adds after `previous` (None: it is first)
     vocab_size, len()                         number of ids
@@ -12,7 +12,8 @@
 ``decode(encode(text)) == text`` for any text: a token that `encode` puts first by itself is no
 text, and `decode` leaves it out where it comes first. Exceptions lie in what a tokenizer file asks
 for: a token that swallows white space (lstrip, rstrip), a space put before the text
-(add_prefix_space), NFC normalization. Text with a lone surrogate is no Unicode and is refused.
+(add_prefix_space), NFC normalization. Text with a lone surrogate is not valid Unicode and is
+refused.
 
 The tokenizers: GPT-2's `ByteLevelBPE` in ``byte_level_bpe.py`` (its files: ``tokenizer_json.py``)
 and `Llama2cTokenizer` in ``llama2c_tokenizer.py``.
@@ -88,7 +89,7 @@ class StreamDecoder:
         return self._utf8.decode(b"" if id in self._skipped else data)
 
     def finish(self) -> str:
-        """What is still held back, as U+FFFD, for its last byte never came; then starts anew."""
+        """What is still held back, as U+FFFD, for its last byte never came; then starts over."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         self._previous = None
@@ -96,7 +97,7 @@ class StreamDecoder:
 
 
 def check_text(text: str) -> None:
-    """Refuse what is no Unicode text: a lone surrogate has no UTF-8."""
+    """Refuse what is not valid Unicode text: a lone surrogate has no UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

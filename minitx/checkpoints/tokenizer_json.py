@@ -85,7 +85,7 @@ def _added_token(file: Path, fields) -> AddedToken:
     flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
     where = f"the added token {short(fields)}"
     if not isinstance(fields, dict):
-        raise MinitxError(f"{file}: {where} is no object; needed are its id and content.")
+        raise MinitxError(f"{file}: {where} is not an object; expected its id and content.")
     only(file, fields, " ".join(("id", "content", *flags)), where)
     entry = Fields(file, fields)
     content = entry.get("content", REQUIRED, _is_unicode, f"the text of {where}")
@@ -106,7 +106,7 @@ def _bos_and_eos(file: Path, added: list[AddedToken]) -> tuple[int | None, int |
         content = token.get("content") if isinstance(token, dict) else token
         if content is not None and not (isinstance(content, str) and content in ids):
             raise MinitxError(
-                f"{config_file}: {name!r} is {short(token)}, which is no added token of "
+                f"{config_file}: {name!r} is {short(token)}, which is not an added token of "
                 f"{file.name}; name one that is."
             )
         found.append(ids.get(content))
@@ -164,7 +164,7 @@ class _Model:
                 return spelled
             raise self._bad(
                 f"the token {short(name)} is empty or has characters that stand for no byte",
-                "a byte-level vocabulary is needed",
+                "expected a byte-level vocabulary",
             )
         content = name.encode("utf-8")  # an added token stands for its own text
         if is_spelled and spelled != content:

@@ -40,7 +40,7 @@ class TokenizerSteps:
 
     def _refused(self, name: str, needed: str) -> MinitxError:
         found = short(self.fields.get(name))
-        return MinitxError(f"{self.file}: the {name} is {found}; needed is {needed}.")
+        return MinitxError(f"{self.file}: the {name} is {found}; expected {needed}.")
 
     def _pre_tokenizer(self, step) -> tuple[bool, bool]:
         """(add_prefix_space, use_regex)."""

@@ -1,16 +1,16 @@
-"""Keys that are chosen without predicting anything: what a predictor is measured against.
+"""Baselines for techniques that select keys: the best keys, a recent window, and random keys.
 
-Three choosers (see choosing.py) that all keep r of the keys which a row sees, or all if they are
-fewer: the best there are (``oracle``), the first few and the newest (``window``), and any
-(``random``). None of them is a technique: the oracle computes every score to know the best, and the
-others look at nothing. What a technique keeps should be near the oracle's and far from random.
+Three selectors (shared/sparse_attention.py) that keep r of the keys that a query sees, or all if
+there are fewer. None of them saves anything: the ``oracle`` computes every score to know the best
+keys, and ``window`` and ``random`` predict nothing. What a technique keeps should hold nearly the
+attention mass of the oracle's keys, and far more than that of random ones.
 """
 
 import numpy as np
 
+from minitx import fast, ledger
 from minitx.model import Attend
 from minitx.shared.sparse_attention import SparseAttention, Visible, top_k
-from minitx.skip.sparse_memory.nearest import scores
 from minitx.state import Layer
 from minitx.technique import swap, wrap
 from minitx.tree import Part, part
@@ -19,7 +19,7 @@ SINKS = 4  # first keys that a window keeps too: much attention rests there (Xia
 
 
 def baseline(lm: Part, name: str, r: int) -> Part:
-    """The language model with every row's keys chosen by the baseline of that name."""
+    """The LM in which every query keeps the r keys that this baseline selects."""
     make = BASELINES[name]
 
     def change(attn: Part, index: int) -> Part:
@@ -30,7 +30,7 @@ def baseline(lm: Part, name: str, r: int) -> Part:
 
 @part
 class BestKeys(Part):
-    """Exact top-r: no choice of r keys keeps more of a row's attention."""
+    """Top-r of the exact scores: no other r keys hold more of a query's attention."""
 
     r: int
 
@@ -41,14 +41,15 @@ class BestKeys(Part):
         return ()
 
     def __call__(self, q, k, known, visible: Visible):
-        by_group = q.reshape(*k.shape[:-2], -1, *q.shape[-2:])  # (..., K, G, T, d)
-        p = visible.hide(scores(by_group, k, None))
-        return top_k(p, np.minimum(visible.count, self.r))
+        scores = fast.attention_scores(q, k, 1)  # (..., K, G*T, S)
+        ledger.count(q.size * k.shape[-2], cache_bytes=k.nbytes)
+        scores = scores.reshape(*scores.shape[:-2], -1, visible.T, visible.S)
+        return top_k(visible.hide(scores), np.minimum(visible.count, self.r))
 
 
 @part
 class NewestKeys(Part):
-    """A sliding window: the newest keys, and the first few (at most ``SINKS``) of all."""
+    """A sliding window: the newest keys, and the first few (at most ``SINKS``) of the sequence."""
 
     r: int
 
@@ -59,7 +60,7 @@ class NewestKeys(Part):
         return ()
 
     def __call__(self, q, k, known, visible: Visible):
-        i, j = own_places(visible)
+        i, j = own_positions(visible)
         sinks = min(SINKS, self.r - 1)
         kept = (j < sinks) | (j > i - (self.r - sinks))
         return visible.hide(for_each_head(kept, q, k), False)
@@ -67,7 +68,7 @@ class NewestKeys(Part):
 
 @part
 class RandomKeys(Part):
-    """Keys at random: anew for each query, head and block, and the same ones in every run."""
+    """Random keys: different ones for each query, head and block, the same ones in every run."""
 
     r: int
     seed: int
@@ -79,7 +80,7 @@ class RandomKeys(Part):
         return ()
 
     def __call__(self, q, k, known, visible: Visible):
-        i, j = own_places(visible)
+        i, j = own_positions(visible)
         head = np.arange(q.shape[-3]).reshape(k.shape[-3], -1, 1, 1)  # (K, G, 1, 1)
         p = for_each_head(random_numbers(self.seed, head, i, j), q, k)
         return top_k(visible.hide(p), np.minimum(visible.count, self.r))
@@ -92,30 +93,30 @@ BASELINES = {
 }
 
 
-def own_places(visible: Visible) -> tuple[np.ndarray, np.ndarray]:
-    """Where queries (..., T, 1) and keys (..., T, S) stand in their own sequence, whose first key
-    is 0 also where padding comes before it: then the place says the same in every batch."""
-    n = np.broadcast_to(visible.count, (*visible.count.shape[:-1], visible.T))[
-        ..., None
-    ]  # (..., T, 1)
+def own_positions(visible: Visible) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of queries (..., T, 1) and keys (..., T, S) in their own sequence, whose first key
+    is 0 even if padding precedes it: so they are the same in every batch."""
+    shape = (*visible.count.shape[:-1], visible.T)
+    n = np.broadcast_to(visible.count, shape)[..., None]  # keys that each query sees, (..., T, 1)
     column = np.arange(visible.S - visible.T, visible.S)[:, None]  # of each query, (T, 1)
     first = column + 1 - n  # column of the first key it sees, (..., T, 1)
     return n - 1, np.arange(visible.S) - first
 
 
 def for_each_head(rows, q, k):
-    """Rows that may be the same for all heads as an array of their own (..., K, G, T, S)."""
+    """Rows that may be the same for all heads, as an array of their own (..., K, G, T, S)."""
     *lead, H, T, _ = q.shape
     K, S = k.shape[-3], k.shape[-2]
     return np.array(np.broadcast_to(rows, (*lead, K, H // K, T, S)))
 
 
-def random_numbers(seed: int, *places) -> np.ndarray:
-    """Numbers from 0 to 1 that follow from the seed and the places (whole numbers that broadcast)
-    alone, so that a row draws the same in a chunk as by itself (mixing steps of SplitMix64)."""
+def random_numbers(seed: int, *indices) -> np.ndarray:
+    """Pseudo-random numbers from 0 to 1, each a hash (steps of SplitMix64) of the seed and its
+    indices, which are integer arrays that broadcast. So a query draws the same numbers in a chunk
+    as by itself."""
     z = np.array(seed).astype(np.uint64)
-    for place in places:
-        z = (z ^ np.asarray(place).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+    for index in indices:
+        z = (z ^ np.asarray(index).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)

@@ -1,7 +1,7 @@
-"""What the papers say of their own trade-off between keys kept and quality: their models, theirs.
+"""Published trade-offs between keys kept and quality, on the papers' own models and tasks.
 
-To be set beside ours in shape alone: the models are encoders or memory networks, the tasks are
-others, and so is what is counted as kept.
+Only their shape compares with ours: the models are encoders or memory networks, the tasks are
+different, and so is what counts as kept.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """One curve of a paper; where it has none that is public, the two rows of numbers are empty."""
+    """One curve of a paper; without numbers if none is public."""
 
     technique: str
     what: str  # model, task, settings

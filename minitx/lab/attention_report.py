@@ -1,4 +1,4 @@
-"""What ``minitx compare-attention`` prints and draws of its figures (compare_attention.py)."""
+"""The tables, text charts and PNG of ``minitx compare-attention`` (compare_attention.py)."""
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -20,20 +20,20 @@ def as_text(c: AttentionComparison) -> str:
     share, answers = fraction(smallest(c)), sum(c.dense.report.answers.values())
     return f"""\
 {c.model or "The model"} reads {plan.chains} chains of {plan.tokens} tokens of evaluation stories, \
-grade {plan.grade}, {answers} answers; settings are found on calibration stories.
+grade {plan.grade}, {answers} answers; methods are tuned on calibration stories.
 
 {qualities(c)}
 
-kept: share of the keys that queries see. mass: of the exact attention, on the keys that are kept;
-best: on as many of the best keys in each row. above least: loss of ordinary text, nats a token,
-above the stories' own entropy. multiply-adds, bytes: of attention for one token at {plan.tokens}
-keys, without the projections, over dense attention's. ~: over a tenth off the share wanted.
+kept: share of the keys that queries see. mass: share of the exact attention that lies on the kept
+keys; best: on as many of the best keys. above entropy: loss of ordinary text above the entropy of
+the stories, nats per token. multiply-adds, bytes: of attention for one token at {plan.tokens} keys,
+without the projections, relative to dense attention. ~: over a tenth off the wanted share.
 
 Attention mass kept, over the share of keys kept:
 {chart(masses(c), "keys kept")}
 
-Speed of one block's attention for one decoded token, over dense attention's, at growing contexts
-({heads}); kept: share of the keys of the queries that were timed.
+Speedup of one block's attention for one decoded token over dense attention, at growing contexts
+({heads}); kept: share of the keys of the timed queries.
 {speeds(c)}
 
 The same at a share of {share}, over the context, which doubles from mark to mark:
@@ -50,7 +50,7 @@ def qualities(c: AttentionComparison) -> str:
     hops = list(c.dense.report.by_hops)
     names = [hops_name(h) for h in hops]
     rows = [
-        ["method", "setting", "kept", "mass", "best", "above least", "answers", *names]
+        ["method", "setting", "kept", "mass", "best", "above entropy", "answers", *names]
         + ["multiply-adds", "bytes"]
     ]
     rows.append(["dense", "", *quality_cells(c.dense, c.dense, hops)])
@@ -85,7 +85,7 @@ def speeds(c: AttentionComparison) -> str:
     for p in c.points:
         ratios = [f"{speed.ratio:.2f}x" for speed in p.speeds]
         kept = [100 * speed.kept for speed in p.speeds]
-        kept = f"{min(kept):.0f} to {max(kept):.0f} %"  # of the keys of the queries that were timed
+        kept = f"{min(kept):.0f} to {max(kept):.0f} %"  # of the keys of the timed queries
         rows.append([p.method, fraction(p.share), *ratios, faster_from(p, contexts), kept])
     return table(rows)
 
@@ -100,7 +100,7 @@ def fraction(share: float) -> str:
 
 
 def trade_offs(c: AttentionComparison) -> str:
-    """For each technique, what its paper has and what was measured here."""
+    """For each technique, what its paper reports and what was measured here."""
     rows = [["technique", "whose", "keys kept", "change of the metric", "of what"]]
     for name in dict.fromkeys(row.technique for row in PUBLISHED):
         for row in (row for row in PUBLISHED if row.technique == name):
@@ -132,11 +132,11 @@ def smallest(c: AttentionComparison) -> float:
     return min(c.plan.shares)
 
 
-def by_method(c: AttentionComparison, place) -> Series:
-    """(share of keys kept, place(point)) of each point, by its method."""
+def by_method(c: AttentionComparison, measured) -> Series:
+    """(share of keys kept, measured(point)) of each point, by its method."""
     found: Series = {}
     for p in c.points:
-        found.setdefault(p.method, []).append((p.quality.kept, place(p)))
+        found.setdefault(p.method, []).append((p.quality.kept, measured(p)))
     return found
 
 
@@ -149,20 +149,20 @@ def accuracies(c: AttentionComparison) -> Series:
 
 
 def speed_series(c: AttentionComparison) -> Series:
-    """At the smallest share: (number of the context, times as fast as dense), by method."""
+    """At the smallest share: (number of the context, speedup over dense), by method."""
     at = points_at(c, smallest(c))
     return {p.method: [(i, s.ratio) for i, s in enumerate(p.speeds)] for p in at}
 
 
 def chart(series: Series, below: str) -> str:
-    """Points as letters, one for each method; of points that fall on one place the first method is
-    seen."""
+    """A scatter plot of letters, one for each method; where points coincide, the first method's is
+    shown."""
     points = [(letter(i), *xy) for i, name in enumerate(series) for xy in series[name]]
     xs, ys = [p[1] for p in points], [p[2] for p in points]
     x, y = scale(xs, WIDTH), scale(ys, HEIGHT)
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
-    for mark, here, up in reversed(points):
-        grid[HEIGHT - 1 - y(up)][x(here)] = mark
+    for mark, at_x, at_y in reversed(points):
+        grid[HEIGHT - 1 - y(at_y)][x(at_x)] = mark
     labels = [f"{max(ys):.3g}", *[""] * (HEIGHT - 2), f"{min(ys):.3g}"]
     lines = [f"{label:>6} |{''.join(row)}" for label, row in zip(labels, grid)]
     ends = f"{min(xs):.3g}", f"{max(xs):.3g} {below}"
@@ -177,17 +177,17 @@ def picture(c: AttentionComparison, path) -> None:
     pyplot = need_pyplot()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 5))
     draw(left, masses(c), "share of keys kept", "share of the attention mass kept")
-    draw(middle, accuracies(c), "share of keys kept", "answers right")
+    draw(middle, accuracies(c), "share of keys kept", "accuracy of answers")
     middle.axhline(c.dense.accuracy, color="black", linewidth=0.8, linestyle=":")
     for method, points in speed_series(c).items():
         right.plot(c.plan.contexts, [ratio for _, ratio in points], style(method), label=method)
     right.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    right.set(xscale="log", yscale="log", xlabel="keys that the query sees")
+    right.set(xscale="log", yscale="log", xlabel="context (keys that the query sees)")
     right.set_xticks(c.plan.contexts, [f"{S:,}" for S in c.plan.contexts])
     right.minorticks_off()
-    right.set_ylabel(f"speed, dense attention = 1, share {fraction(smallest(c))}")
+    right.set_ylabel(f"speedup over dense attention, share {fraction(smallest(c))}")
     left.legend()
-    figure.suptitle(f"{c.model}: keys chosen by each method")
+    figure.suptitle(f"{c.model}: keys selected by each method")
     figure.tight_layout()
     with replacing(Path(path)) as file:
         figure.savefig(file, format="png", dpi=150)

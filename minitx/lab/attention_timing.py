@@ -1,15 +1,15 @@
-"""How long attention takes for one decoded token at growing contexts, dense and by each method.
+"""Latency of attention for one decoded token at growing contexts, dense and by each method.
 
-One block's attention (the middle one's) is run by itself, on what it reads in the dense model when
-that reads stories. The stories' rows follow one another until the context is full, also beyond the
-context that the model was trained for: its rotary tables are continued for this. So the queries and
-keys are the model's own, in number and in kind, although no text is read that is so long.
+The attention of one block, the middle one, runs by itself on its inputs in the dense model as that
+reads stories. Stories follow one another until the context is full, also beyond the context that
+the model was trained for (its rotary tables are extended). So the queries and keys are the model's
+own, although it never reads a text that long.
 
-All methods decode the same token in turns, and again the next token, so that whatever else the
-machine does meets all of them. Each time is without that of an attention that mixes nothing (norm,
-projections, rotation), which is run in turns with them; the median over the rounds is given. A new
-key's own work (a hash, a place in an order) is in it, that for all keys before is not. BLAS takes
-as many threads as the environment gives it (OMP_NUM_THREADS=1 for one).
+All methods decode the same token in turn, then the next token, so that other load on the machine
+affects them all alike. From each time that of an attention part without attention (norm,
+projections and rotation only) is subtracted; the result is the median over the rounds. The work for
+one new key (its hash, its place in a sorted column) is included, that for all earlier keys is not.
+BLAS uses as many threads as the environment allows (OMP_NUM_THREADS=1 for one).
 """
 
 import time
@@ -27,7 +27,7 @@ from minitx.tree import Part, part, rebuild
 
 CONTEXTS = (256, 512, 1024, 2048, 4096)
 DENSE, BARE = "dense", "bare"
-TICK = time.get_clock_info("perf_counter").resolution  # seconds; a smaller difference is unknown
+TICK = time.get_clock_info("perf_counter").resolution  # seconds: the smallest known difference
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Speed:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as dense attention."""
+        """Speedup over dense attention."""
         return self.dense_seconds / self.seconds
 
     def as_dict(self) -> dict:
@@ -49,8 +49,8 @@ class Speed:
 
 
 def crossover(speeds: Sequence[Speed]) -> int | None:
-    """The smallest context from which on the method is faster than dense attention at all that
-    were timed; None if it is not at the largest."""
+    """The smallest timed context from which on the method is always faster than dense attention;
+    None if it is slower at the largest."""
     found = None
     for speed in reversed(speeds):
         if speed.ratio <= 1:
@@ -59,23 +59,23 @@ def crossover(speeds: Sequence[Speed]) -> int | None:
     return found
 
 
-def race(
-    dense, put, settings: dict, texts: Sequence, contexts: Sequence[int], rounds: int, tick
+def measure_speeds(
+    dense, apply, settings: dict, texts: Sequence, contexts: Sequence[int], rounds: int, tick
 ) -> dict:
     """{(name, share): [Speed at each context]} for settings {(name, share): (Method, value)};
-    ``put(method, value)`` makes the LM with a method."""
+    ``apply(method, value)`` returns the LM with a method."""
     number = dense.model.config.layers // 2
     x = attention_inputs(dense, number, texts, max(contexts))
     found: dict = {key: [] for key in settings}
     for S in contexts:
         runners = {
             DENSE: Runner(attention(dense, number, S), x, S),
-            BARE: Runner(attention(swap(dense, Attend, PassOn), number, S), x, S),
+            BARE: Runner(attention(swap(dense, Attend, NoAttention), number, S), x, S),
         }
         for (name, share), (method, value) in settings.items():
-            lm = put(method, method.at(value, share, S))
+            lm = apply(method, method.at(value, share, S))
             runners[name, share] = Runner(attention(lm, number, S), x, S)
-        seconds = in_turns({key: runner.step for key, runner in runners.items()}, rounds)
+        seconds = time_in_turn({key: runner.step for key, runner in runners.items()}, rounds)
         for key in settings:
             ours, full = (max(seconds[k] - seconds[BARE], TICK) for k in (key, DENSE))
             found[key].append(Speed(S, ours, full, runners[key].kept(min(rounds, 8))))
@@ -83,9 +83,9 @@ def race(
     return found
 
 
-def in_turns(steps: dict, rounds: int) -> dict:
-    """The median of the seconds that each step takes, which are run in turns; a step gets the
-    number of the round and gives a time. The first round is left out: memory is fetched there."""
+def time_in_turn(steps: dict, rounds: int) -> dict:
+    """The median time of each step, run in turn, round by round. A step takes the number of the
+    round and returns seconds. The first round is a warm-up and left out."""
     taken: dict = {key: [] for key in steps}
     for number in range(rounds + 1):
         for key, step in steps.items():
@@ -94,17 +94,17 @@ def in_turns(steps: dict, rounds: int) -> dict:
 
 
 class Runner:
-    """An attention part whose memory holds S - 1 tokens, to decode one more again and again."""
+    """An attention part whose cache holds S - 1 tokens, to decode one more again and again."""
 
     def __init__(self, attn: Part, x: np.ndarray, S: int):
         self.attn, self.x, self.S = attn, x, S
         self.layer = Layer(S)
         attn.backfill(x[: S - 1], self.layer.take(S - 1))
-        self.step(0)  # methods learn of the keys before
+        self.step(0)  # methods compute what they know of the earlier keys
 
     def step(self, number: int) -> float:
-        """Seconds for one token, which is forgotten again before the next. Never 0: where the
-        clock moves in ticks, the token is decoded again until it has moved."""
+        """Seconds for one token; the cache is rewound before the next. Never 0: if the clock has
+        not ticked, the token is decoded again until it has."""
         token, runs, spent = self.token(number), 0, 0.0
         while not spent:
             self.layer.rewind(self.S - 1)
@@ -116,25 +116,25 @@ class Runner:
         return spent / runs
 
     def token(self, number: int) -> np.ndarray:
-        """What each round decodes, the same for all: rows from the end of the stories."""
+        """The input (1, D) of each round, the same for all methods: from the end of the stories."""
         at = -1 - 7 * number % len(self.x)
-        return self.x[at][None]  # (1, D)
+        return self.x[at][None]
 
     def kept(self, queries: int) -> float:
-        """The share of keys that some of these queries keep, in all heads."""
+        """The share of keys that so many of these queries keep, over all heads."""
         with counting(self.attn) as counts:
             for number in range(queries):
                 self.step(number)
         seen = counts.events["keys seen"]
-        return counts.events["keys kept"] / seen if seen else 1.0  # not asked: all are kept
+        return counts.events["keys kept"] / seen if seen else 1.0  # no selection: all are kept
 
 
 # Parts -------------------------------------------------------------------------------------------
 
 
 @part
-class PassOn(Part):
-    """In the place of attending: nothing."""
+class NoAttention(Part):
+    """Returns the queries, instead of attending."""
 
     dense: Part
 
@@ -143,44 +143,44 @@ class PassOn(Part):
 
 
 @part
-class Listening(Part):
-    """Attention that notes down what it reads."""
+class RecordInputs(Part):
+    """Attention that records its inputs."""
 
     inner: Part
-    heard: list
+    inputs: list
 
     def __call__(self, x, layer: Layer):
-        self.heard.append(x)
+        self.inputs.append(x)
         return self.inner(x, layer)
 
 
 def attention_inputs(dense, number: int, texts: Sequence, rows: int) -> np.ndarray:
-    """What the attention of block ``number`` reads (rows, D), text after text, and from the first
-    again if they are too few."""
-    heard: list[np.ndarray] = []
+    """The inputs (rows, D) of the attention of block ``number``, text after text; repeated from
+    the beginning if the texts are too short."""
+    inputs: list[np.ndarray] = []
     attn = dense.model.stack.blocks[number].attn
 
-    def listen(node: Part) -> Part | None:
-        return Listening(attn, heard) if node is attn else None
+    def record(node: Part) -> Part | None:
+        return RecordInputs(attn, inputs) if node is attn else None
 
-    model = rebuild(dense.model, listen)
+    model = rebuild(dense.model, record)
     for ids in texts:
-        if sum(map(len, heard)) >= rows:
+        if sum(map(len, inputs)) >= rows:
             break
         model.hidden(ids)
-    x = np.concatenate(heard)
-    return np.resize(x, (rows, x.shape[-1]))  # repeats from the beginning
+    x = np.concatenate(inputs)
+    return np.resize(x, (rows, x.shape[-1]))
 
 
 def attention(lm: Part, number: int, S: int) -> Part:
-    """The attention part of block ``number``, with room for S positions."""
-    return rebuild(lm.model.stack.blocks[number].attn, lambda node: longer(node, S))
+    """The attention part of block ``number``, with rotary tables for S positions."""
+    return rebuild(lm.model.stack.blocks[number].attn, lambda node: extended_rope(node, S))
 
 
-def longer(node: Part, S: int) -> Part | None:
-    """A rotation with tables for S positions at least; None for any other part."""
+def extended_rope(node: Part, S: int) -> Part | None:
+    """A ``Rope`` with tables for S positions; None for one that has as many, and other parts."""
     if type(node) is not Rope or len(node.cos) >= S:
         return None
-    turn = np.arctan2(node.sin[1].astype(np.float64), node.cos[1])  # per position, below pi
-    angle = np.outer(np.arange(S), turn)  # (S, width)
+    step = np.arctan2(node.sin[1].astype(np.float64), node.cos[1])  # angle per position, below pi
+    angle = np.outer(np.arange(S), step)  # (S, width)
     return Rope(np.cos(angle).astype(node.cos.dtype), np.sin(angle).astype(node.sin.dtype))

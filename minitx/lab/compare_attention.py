@@ -1,17 +1,16 @@
-"""``minitx compare-attention``: methods that choose keys, side by side at the same share of keys.
+"""``minitx compare-attention``: methods that select keys, compared at the same share of kept keys.
 
-Each method (attention_methods.py) is set so that it keeps the wanted share of all pairs of a query
-and a key it sees, on chains of calibration stories; then chains of evaluation stories are read by
-the model with the method in every block, all but the last token in one go, and
+Each method (attention_methods.py) is tuned to keep the wanted share of all pairs of a query and a
+key that it sees, on chains of calibration stories. Then the model with the method in every block
+reads chains of evaluation stories, all but the last token in one pass, to measure
 
-- answers and losses are counted as by ``minitx evaluate``;
-- a witness in each block computes the exact softmax of the queries and keys that are there, and
-  adds up how much of it lies on the keys that are kept, and how much would lie on the best keys, as
-  many in each row: means over all rows, heads and blocks;
-- the last token, alone at the end of the context, is counted by the ledger: what its attention
-  costs without the projections (which are those of the dense model), the method's own work in it.
+- answers and losses, as ``minitx evaluate`` does;
+- attention mass (attention_mass.py): how much of the exact softmax lies on the kept keys, and how
+  much would lie on as many of the best keys; means over all queries, heads and blocks;
+- cost: what attention to the last token, at the end of the context, takes by the ledger. The
+  method's own work is included, the projections are not: they are the dense model's.
 
-Time at growing contexts is in attention_timing.py, what is printed in attention_report.py.
+Latency at growing contexts is in attention_timing.py, what is printed in attention_report.py.
 """
 
 from collections.abc import Sequence
@@ -23,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from minitx.errors import MinitxError
-from minitx.lab.attention_methods import Method, chosen_methods, settle
-from minitx.lab.attention_timing import CONTEXTS, Speed, crossover, race
-from minitx.lab.attention_witness import KeyTally, witnessed
+from minitx.lab.attention_mass import KeyTotals, with_measured_selectors
+from minitx.lab.attention_methods import Method, chosen_methods, tune
+from minitx.lab.attention_timing import CONTEXTS, Speed, crossover, measure_speeds
 from minitx.lab.evaluate import Encoded, Report, Tally, chains, report
 from minitx.ledger import Entry, Ledger, counting
 from minitx.model import Attend
@@ -39,7 +38,7 @@ class Plan:
     shares: tuple[float, ...] = (1 / 2, 1 / 4, 1 / 8)
     methods: tuple[str, ...] | None = None  # None: all
     chains: int = 8
-    calibration: int = 1  # chains for finding the settings
+    calibration: int = 1  # chains for tuning the methods
     tokens: int | None = None  # in each chain; None: as many as the context holds
     grade: str = "full"
     contexts: tuple[int, ...] = CONTEXTS
@@ -48,17 +47,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Quality:
-    """A model on chains: what it says, what it attends to, and what attention costs a token."""
+    """A model on chains: its answers, its attention mass, and what attention costs per token."""
 
     report: Report
-    kept: float  # share of the pairs of a query and a key it sees
-    mass: float  # of the exact attention, on the keys that are kept
-    best: float  # the same, had each row kept as many keys, but the best
-    cost: Entry  # of attention, projections left out, for one token at the end of the context
+    kept: float  # share of the pairs of a query and a key that it sees
+    mass: float  # share of the exact attention that lies on the kept keys
+    best: float  # share on as many of each query's best keys
+    cost: Entry  # of attention without projections, for one token at the end of the context
 
     @property
     def accuracy(self) -> float:
-        """Of all answers together."""
+        """Of all kinds of answers together."""
         total = sum(self.report.answers.values())
         right = sum(self.report.by_kind[kind] * n for kind, n in self.report.answers.items())
         return right / max(total, 1)
@@ -72,9 +71,9 @@ class Point:
     """One method at one share."""
 
     method: str
-    share: float  # that was wanted
+    share: float  # wanted
     setting: str  # of the knob: "M=0.5"
-    calibrated: float  # share on the calibration chains
+    calibrated: float  # share kept on the calibration chains
     quality: Quality
     speeds: tuple[Speed, ...]  # one for each context
 
@@ -124,8 +123,8 @@ class AttentionComparison:
 
 
 def compare_attention(dense, plan: Plan = Plan(), bar: bool = True) -> AttentionComparison:
-    """Compare the methods in an LM without techniques. Raises MinitxError for a plan that cannot be
-    followed, and for a model without a tokenizer."""
+    """Compare the methods in an LM without techniques. MinitxError for a plan that does not fit the
+    model, and for a model without a tokenizer."""
     plan = checked(dense, plan)
     methods = chosen_methods(plan.methods)
     evaluation = list(
@@ -138,20 +137,21 @@ def compare_attention(dense, plan: Plan = Plan(), bar: bool = True) -> Attention
     total = (steps + 1) * plan.chains + steps + len(plan.contexts)
     with tqdm(total=total, unit="step", disable=not bar) as progress:
         quality = measure(dense, dense, evaluation, progress.update)
-        put, settings, points = putting_in(dense), {}, []
+        apply, settings, points = cached_apply(dense), {}, []
         for method in methods:
             progress.set_description(method.name)
-            known: dict[float, float] = {}  # what was measured for one share may help another
+            known: dict[float, float] = {}  # what is measured for one share may help another
             for share in plan.shares:
-                value, reached = settle_on(put, method, share, calibration, known)
+                value, reached = calibrate(apply, method, share, calibration, known)
                 progress.update()
-                found = measure(dense, put(method, value), evaluation, progress.update)
+                found = measure(dense, apply(method, value), evaluation, progress.update)
                 settings[method.name, share] = method, value
                 setting = f"{method.knob.name}={value:g}"
                 points.append(Point(method.name, share, setting, reached, found, ()))
         progress.set_description("time")
         texts = [chain.ids[:-1] for chain in evaluation]
-        speeds = race(dense, put, settings, texts, plan.contexts, plan.rounds, progress.update)
+        timed = settings, texts, plan.contexts, plan.rounds
+        speeds = measure_speeds(dense, apply, *timed, progress.update)
     points = [replace(p, speeds=tuple(speeds[p.method, p.share])) for p in points]
     c = dense.model.config
     shape = {"heads": c.heads, "kv_heads": c.kv_heads, "head_width": c.head_width}
@@ -159,22 +159,22 @@ def compare_attention(dense, plan: Plan = Plan(), bar: bool = True) -> Attention
 
 
 def checked(dense, plan: Plan) -> Plan:
-    """The plan with its number of tokens filled in; MinitxError if it cannot be followed."""
+    """The plan with its number of tokens filled in; MinitxError if it does not fit the model."""
     if dense.tokenizer is None:
-        raise MinitxError("This model has no tokenizer, so it cannot read stories.")
+        raise MinitxError(
+            "compare-attention reads stories and this model has no tokenizer; load it with "
+            "tokenizer=PATH."
+        )
     context = dense.model.config.context
     tokens = context if plan.tokens is None else plan.tokens
     if not 2 <= tokens <= context:
-        raise MinitxError(
-            f"Chains of {tokens} tokens are asked for; from 2 to {context}, the model's context, "
-            "can be read."
-        )
+        raise MinitxError(f"tokens must be 2 to the model's context {context}; got {tokens}.")
     if not plan.shares:
-        raise MinitxError("No share of keys is given; give one or more, like 1/4.")
+        raise MinitxError("Expected one or more shares of keys, such as 1/4; got none.")
     for share in plan.shares:
         if not 0 < share < 1:
             raise MinitxError(
-                f"The share of keys is {share:g}; a number above 0 and below 1 is needed."
+                f"The share of keys must be a number above 0 and below 1; got {share:g}."
             )
     return replace(plan, tokens=tokens)
 
@@ -182,41 +182,41 @@ def checked(dense, plan: Plan) -> Plan:
 # Measuring ---------------------------------------------------------------------------------------
 
 
-def putting_in(dense):
-    """``put(method, value)`` gives the LM with the method at this value of its knob, each made once
-    (some learn from stories then)."""
+def cached_apply(dense):
+    """``apply(method, value)``: the LM with the method at this value of its knob. Each is made only
+    once, since some methods calibrate on stories."""
     made: dict = {}
 
-    def put(method: Method, value: float):
+    def apply(method: Method, value: float):
         key = method.name, value
         if key not in made:
-            made[key] = method.put(dense, value)
+            made[key] = method.apply(dense, value)
         return made[key]
 
-    return put
+    return apply
 
 
-def settle_on(
-    put, method: Method, share: float, calibration: Sequence[Encoded], known: dict
+def calibrate(
+    apply, method: Method, share: float, calibration: Sequence[Encoded], known: dict
 ) -> tuple[float, float]:
-    """The value of the method's knob for this share, and the share there."""
+    """The value of the method's knob for this share, and the share that it keeps."""
 
     def measure(value: float) -> float:
-        tally = KeyTally()
-        lm = witnessed(put(method, value), tally, weigh=False)
+        totals = KeyTotals()
+        lm = with_measured_selectors(apply(method, value), totals, mass=False)
         for chain in calibration:
             lm.model.hidden(chain.ids[:-1])
-        complete(tally, lm, calibration)
-        return tally.kept / tally.seen
+        add_dense(totals, lm, calibration)
+        return totals.kept / totals.seen
 
-    return settle(method.knob, share, len(calibration[0].kinds), measure, known)
+    return tune(method.knob, share, len(calibration[0].kinds), measure, known)
 
 
 def measure(dense, lm, read: Sequence[Encoded], tick) -> Quality:
     """One chain after another, since not every method takes batches."""
-    keys, answers, cost = KeyTally(), Tally.empty(), Entry()
+    keys, answers, cost = KeyTotals(), Tally.empty(), Entry()
     if lm is not dense:
-        lm = witnessed(lm, keys)
+        lm = with_measured_selectors(lm, keys)
     for chain in read:
         ids, targets, kinds = chain.ids[:-1], np.array(chain.ids[1:]), np.array(chain.kinds)
         state = lm.model.new_state()
@@ -227,14 +227,14 @@ def measure(dense, lm, read: Sequence[Encoded], tick) -> Quality:
         answers.floor += chain.nats
         answers.add(np.concatenate([logits, last]), targets, kinds)
         tick()
-    complete(keys, dense, read)
+    add_dense(keys, dense, read)
     shares = keys.kept / keys.seen, keys.mass / keys.rows, keys.best / keys.rows
     return Quality(report(answers), *shares, mean(cost, len(read)))
 
 
-def complete(tally: KeyTally, lm, read: Sequence[Encoded]) -> None:
+def add_dense(totals: KeyTotals, lm, read: Sequence[Encoded]) -> None:
     c = lm.model.config
-    tally.complete(len(read[0].kinds), len(read) * c.layers * c.heads)
+    totals.add_dense(len(read[0].kinds), len(read) * c.layers * c.heads)
 
 
 # Costs -------------------------------------------------------------------------------------------
@@ -243,8 +243,8 @@ ATTENTION = "blocks.attn"  # the ledger's name for attention with its projection
 
 
 def without_projections(dense, counts: Ledger) -> Entry:
-    """What attention has cost, for one token, but for the products with the model's own matrices,
-    which no method changes: all that a method does in attention is left."""
+    """The cost of attention for one token, less that of the projections, which no method changes.
+    Everything that a method does for attention is included."""
     spent, own = counts.by_group()[ATTENTION], projections(dense)
     return Entry(
         spent.multiply_adds - own.multiply_adds,
@@ -255,7 +255,7 @@ def without_projections(dense, counts: Ledger) -> Entry:
 
 @lru_cache(maxsize=1)
 def projections(dense) -> Entry:
-    """Of the dense model's attention, for one token, what is not the scores and values of it."""
+    """The cost of the dense model's attention for one token, less that of scores and values."""
     with counting(dense) as counts:
         dense.model.hidden([0])
     inner = [path for path, node in walk(dense) if type(node) is Attend]

@@ -1,12 +1,16 @@
-"""Vectors in few bits: small whole numbers, and a scale for each vector."""
+"""Symmetric quantization: each vector becomes integers around 0 and one scale."""
 
 import numpy as np
 
 
 def quantize_symmetric(x, bits: int):
-    """x (..., n) as whole numbers (..., n) of so many bits, symmetric around 0 and in the type of
-    x, and scales (...). Each vector has its own: one for all would change when a larger comes, and
-    old codes with it."""
+    """x (..., n) -> integers (..., n) from -L to L, in the dtype of x, and scales (...).
+
+        scale = max|x| / L,  L = 2^(bits-1) - 1;    x ~ integers * scale
+
+    Each vector has a scale of its own. One scale for all would change when a larger vector arrives,
+    and with it the integers of those before. A vector of zeros has the scale 1.
+    """
     largest = 2 ** (bits - 1) - 1
     scale = abs(x).max(-1) / largest
     scale[scale == 0] = 1

@@ -84,7 +84,7 @@ def read_checkpoint(
         shapes = arrays[name].shape, (model_size,)
         if array.shape not in shapes or array.dtype != arrays[name].dtype:
             raise MinitxError(
-                f"{path}: holds {array.shape} {array.dtype} numbers as {name}, needed are "
+                f"{path}: holds {array.shape} {array.dtype} numbers as {name}, expected "
                 f"{arrays[name].shape} {arrays[name].dtype}; delete it to begin anew."
             )
         arrays[name][: len(array)] = array

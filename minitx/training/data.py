@@ -90,7 +90,7 @@ class Rows:
     """The rows of one stage of training.
 
     grades: {name of a grade: share of the stories}, or pairs (grade, share). row_length T: targets
-    in a row. seed: whole number >= 0. chain: fill rows with further stories. answer_weight: weight
+    in a row. seed: integer >= 0. chain: fill rows with further stories. answer_weight: weight
     of an answer token, where an ordinary token has 1.
     """
 

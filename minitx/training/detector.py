@@ -1,12 +1,13 @@
-"""Training a detector together with its model: DOTA's joint loss (Qu et al., 2022).
+"""DOTA's joint training: detectors learn together with their model (Qu et al., 2022).
 
-    L = L_model + weight * mean (S - S~)^2,   S = q k^T / sqrt(d),   S~ = Q~ K~^T
+    loss = L_model + weight * mean (s - s~)^2,    s = q . k / sqrt(d),    s~ = q~ . k~
 
-The mean is over blocks, query heads, and pairs of a query and a key that it sees. S is what the
-softmax reads: rotated, and divided by sqrt(d), which the paper's Q K^T is not (its weight would be
-d times smaller than ours for the same loss; its value is not known). Both sides learn: the detector
-to foretell the scores, and the model to have scores that can be foretold. What detectors are, and
-their file: ``minitx.skip.dota.detector``.
+The mean is over blocks, query heads, and pairs of a query and a key that it sees. Both sides learn:
+the detectors to estimate the scores, and the model to have scores that can be estimated.
+
+s is what the softmax reads: rotated and divided by sqrt(d). The paper's S = Q K^T is not divided,
+so its weight would be d times smaller than ours for the same loss; its value is not known. What a
+detector is: ``minitx.skip.dota.detector``; its file: ``minitx.skip.dota.file``.
 """
 
 from dataclasses import replace
@@ -16,18 +17,18 @@ import numpy as np
 
 from minitx import fast
 from minitx.config import Config
-from minitx.model import Attention, Transformer
+from minitx.model import Transformer
 from minitx.ops import op
 from minitx.skip.dota.detector import (
-    FILE,
     Detector,
+    Recording,
     narrow_rope,
-    random_detectors,
+    projection,
+    record_attention,
     shapes,
-    write_detectors,
 )
+from minitx.skip.dota.file import FILE, write_detectors
 from minitx.state import Tokens
-from minitx.technique import need, wrap
 from minitx.training.data import mix
 from minitx.training.grad import gradients
 from minitx.training.optimizer import Layout
@@ -35,101 +36,20 @@ from minitx.training.recipe import Recipe
 from minitx.training.traced import Traced, rule
 from minitx.tree import Part, part, weights
 
+# The loss ----------------------------------------------------------------------------------------
+
 
 @part
 class Joint(Part):
-    """A model and its detectors, so that gradients are taken of both."""
+    """A model and its detectors in one tree, so that gradients are taken of both."""
 
     model: Transformer | None
-    detectors: tuple  # of ``Detector``, one a block
-
-
-@part
-class Noted(Part):
-    """A part of which all that goes in, and what comes out last, is also put into a list."""
-
-    inner: Part
-    into: list
-
-    def __call__(self, *given):
-        result = self.inner(*given)
-        self.into.append((*given, result))
-        return result
-
-
-class Watched:
-    """What a block's projections read, and its queries and keys, in the last pass."""
-
-    def __init__(self, attn: Attention):
-        self.attn = attn
-        self.norms: list = []
-        self.scores: list = []
-
-    def part(self) -> Part:
-        attn, attend = self.attn, Noted(self.attn.attend, self.scores)
-        return replace(attn, norm=Noted(attn.norm, self.norms), attend=attend)
-
-    def last(self):
-        """x (..., T, D), q (..., H, T, d), k (..., K, T, d), both rotated; and they are let go."""
-        (_, x), (q, k, *_) = self.norms.pop(), self.scores.pop()
-        self.norms.clear()
-        self.scores.clear()
-        return x, q, k
-
-
-def watch(model: Transformer) -> tuple[Transformer, list[Watched]]:
-    """A copy of the model that notes what detectors have to do with, and where, block by block."""
-    found: list[Watched] = []
-
-    def change(attn, index):
-        need(attn, Attention)
-        found.append(Watched(attn))
-        return found[-1].part()
-
-    return wrap(model, "attn", change), found
-
-
-TRAINED = ("w_q", "w_k")
-SEED = 4  # part of the seed, beside those of worker.py: what the random numbers are for
-
-
-def trained_shapes(config: Config, k: int) -> dict[str, tuple]:
-    """The path in ``Joint`` and the shape of all that is trained of the detectors."""
-    found = shapes(config, k)
-    return {f"detectors.{i}.{name}": found[name] for i in range(config.layers) for name in TRAINED}
-
-
-def first_detectors(recipe: Recipe, config: Config) -> tuple[Detector, ...]:
-    """The detectors that the recipe trains, as they are before; none if it trains none."""
-    if recipe.rank is None:
-        return ()
-    return random_detectors(config, recipe.rank, mix(recipe.seed, SEED))
-
-
-def first_weights(recipe: Recipe, config: Config) -> dict[str, np.ndarray]:
-    """What is trained of them, by its path in ``Joint``."""
-    return weights(Joint(None, first_detectors(recipe, config)))
-
-
-def detectors_of(recipe: Recipe, layout: Layout, flat: np.ndarray) -> tuple[Detector, ...]:
-    """The detectors that the recipe trains, as views of ``flat``; their P follow from its seed."""
-    return tuple(
-        replace(d, **{name: layout.view(flat, f"detectors.{i}.{name}") for name in TRAINED})
-        for i, d in enumerate(first_detectors(recipe, layout.config))
-    )
-
-
-def write_trained(recipe: Recipe, layout: Layout, flat: np.ndarray, folder: Path) -> None:
-    """Write the detectors' file, or if there are none take away that of another training."""
-    if detectors := detectors_of(recipe, layout, flat):
-        write_detectors(detectors, folder)
-    else:
-        (folder / FILE).unlink(missing_ok=True)
+    detectors: tuple  # of ``Detector``, one for each block
 
 
 def joint_gradients(model, detectors, loss, weight: float, rows) -> tuple[dict, float, float]:
     """The gradients of ``joint_loss`` by path, those of the model as it has them and those of the
-    detectors as in ``trained_shapes``; the loss without the errors, and the errors."""
+    detectors as in ``trained_shapes``; the model's loss; and the estimation error."""
     _, found, (value, error) = gradients(
         Joint(model, detectors), lambda joint: joint_loss(joint, loss, weight, rows)
     )
@@ -138,69 +58,127 @@ def joint_gradients(model, detectors, loss, weight: float, rows) -> tuple[dict, 
 
 
 def joint_loss(joint: Joint, loss, weight: float, rows):
-    """(loss + weight * W * error, (loss, W * error)) for ``loss(model)``, a sum over tokens that
-    weigh W in all, and the error of the module's docstring.
+    """(loss + weight * W * error, (loss, W * error)) for ``loss(model)``, a sum over tokens whose
+    weights add up to W, and the mean squared error of the module's docstring.
 
-    rows (B, T): what each token weighs in the loss; the queries of those that weigh nothing are
-    left out. The caller divides by W, or by the W of several parts of a batch: their errors then
-    weigh as their tokens do.
+    rows (B, T): each token's weight in the loss; queries of weight 0 are left out of the error. The
+    caller divides by W, or by the W of several parts of a batch: their errors then weigh as their
+    tokens do.
     """
-    model, watched = watch(joint.model)
+    model, recordings = record_attention(joint.model)
     value = loss(model)
-    error = mean_error(watched, joint.detectors, rows > 0) * float(rows.sum(dtype=np.float64))
+    error = mean_error(recordings, joint.detectors, rows > 0) * float(rows.sum(dtype=np.float64))
     return value + error * weight, (value, error)
 
 
-def mean_error(watched: list[Watched], detectors, rows):
-    """The mean of (S - S~)^2 in the last pass; rows (B, T) booleans say whose queries count."""
+def mean_error(recordings: list[Recording], detectors, rows):
+    """The mean of (s - s~)^2 in the last pass; rows (B, T) booleans say whose queries count."""
     total, pairs = 0, 0
-    for block, detector in zip(watched, detectors):
+    for block, detector in zip(recordings, detectors):
         x, q, k = block.last()
-        rope = narrow_rope(block.attn.rope, detector.k, q.shape[-1])
-        a, b = detector(x, rope, Tokens(slice(0, q.shape[-2])))
-        # S~ - S in one product: [Q~, -q/sqrt(d)] [K~, k]^T
-        left = np.concatenate([a, q * -block.attn.attend.scale], -1)
-        total = total + squares(left, np.concatenate([b, k], -1), rows)
+        rope = narrow_rope(block.attn.rope, detector.rank, q.shape[-1])
+        low_q, low_k = detector(x, rope, Tokens(slice(0, q.shape[-2])))
+        # s~ - s in one product: [q~, -q / sqrt(d)] . [k~, k]
+        left = np.concatenate([low_q, q * -block.attn.attend.scale], -1)
+        total = total + squared_products(left, np.concatenate([low_k, k], -1), rows)
         pairs += q.shape[1] * int(rows.sum(0) @ np.arange(1, rows.shape[1] + 1))
     return total * (1 / max(pairs, 1))
 
 
 @op
-def squares(a, b, rows):
-    """sum of (a_i . b_j)^2 over heads and j <= i: a (B, H, T, n), b (B, K, T, n); of queries i
-    where rows (B, T) is true."""
+def squared_products(a, b, rows):
+    """The sum of (a_i . b_j)^2 over heads and j <= i, for a (B, H, T, n) and b (B, K, T, n), of the
+    queries i where rows (B, T) is True."""
     return np.sum([(e * e).sum() for *_, e in products(a, b, rows)])
 
 
-@rule(squares)
-def _squares(a, b, rows):
-    """With E the products that count: da = 2 g E b, db = 2 g E^T a. E is made again on the way
-    back, so nothing of size T x T is kept."""
+@rule(squared_products)
+def _squared_products(a, b, rows):
+    """With e_ij = a_i . b_j: da_i = 2 g sum_j e_ij b_j and db_j = 2 g sum_i e_ij a_i. e is computed
+    again in the backward pass, so that nothing of size T x T is kept."""
 
     def pull(g):
         B, H, T, n = a.shape
         K = b.shape[1]
         da, db = np.empty_like(a.value), np.zeros_like(b.value)
-        for mine, seen, e in products(a.value, b.value, rows):
+        for queries, keys, e in products(a.value, b.value, rows):
             e *= 2 * g
             e = e.reshape(B, K, -1, e.shape[-1])  # (B, K, G*t, s)
-            part = a.value[..., mine, :]
-            da[..., mine, :] = (e @ b.value[..., seen, :]).reshape(part.shape)
-            db[..., seen, :] += e.swapaxes(-1, -2) @ part.reshape(B, K, -1, n)
+            block = a.value[..., queries, :]
+            da[..., queries, :] = (e @ b.value[..., keys, :]).reshape(block.shape)
+            db[..., keys, :] += e.swapaxes(-1, -2) @ block.reshape(B, K, -1, n)
         yield a, da
         yield b, db
 
-    return Traced(squares(a.value, b.value, rows), pull)
+    return Traced(squared_products(a.value, b.value, rows), pull)
 
 
 def products(a, b, rows):
-    """(queries, keys, E) in blocks: E (B, K, G, t, s) the products, 0 where they do not count."""
+    """(queries, keys, e) in causal blocks: slices, and the products e (B, K, G, t, s), 0 where they
+    do not count."""
     B, H, T, n = a.shape
     K = b.shape[1]
     for first, last, end in fast.causal_blocks(T, T):
-        mine, seen = slice(first, last), slice(0, end)
-        e = a[..., mine, :].reshape(B, K, -1, n) @ b[..., seen, :].swapaxes(-1, -2)
+        queries, keys = slice(first, last), slice(0, end)
+        e = a[..., queries, :].reshape(B, K, -1, n) @ b[..., keys, :].swapaxes(-1, -2)
         e = e.reshape(B, K, H // K, last - first, end)
         np.copyto(e[..., first:], 0, where=fast.block_mask(last - first))
-        e *= rows[:, None, None, mine, None]
-        yield mine, seen, e
+        e *= rows[:, None, None, queries, None]
+        yield queries, keys, e
+
+
+# The detectors of a training run -----------------------------------------------------------------
+
+TRAINED = ("w_q", "w_k")
+SEED = 4  # part of the seed, beside those of worker.py: what the random numbers are for
+
+
+def trained_shapes(config: Config, rank: int) -> dict[str, tuple]:
+    """The path in ``Joint`` and the shape of every detector array that is trained."""
+    found = shapes(config, rank)
+    return {f"detectors.{i}.{name}": found[name] for i in range(config.layers) for name in TRAINED}
+
+
+def initial_detectors(recipe: Recipe, config: Config) -> tuple[Detector, ...]:
+    """The detectors that the recipe trains, before training; none if it trains none."""
+    if recipe.rank is None:
+        return ()
+    return random_detectors(config, recipe.rank, mix(recipe.seed, SEED))
+
+
+def random_detectors(config: Config, rank: int, seed) -> tuple[Detector, ...]:
+    """One for each block. If x has variance 1, so have the estimates q~ . k~, as the scores of a
+    randomly initialized model have."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(config.layers):
+        p = projection(config.width, rank, rng)
+        scale = config.width**-0.5 * rank**-0.25
+        w_q, w_k = (
+            rng.standard_normal((rank, heads * rank)).astype(np.float32) * scale
+            for heads in (config.heads, config.kv_heads)
+        )
+        found.append(Detector(p, w_q, w_k))
+    return tuple(found)
+
+
+def initial_weights(recipe: Recipe, config: Config) -> dict[str, np.ndarray]:
+    """Their trained arrays, by path in ``Joint``."""
+    return weights(Joint(None, initial_detectors(recipe, config)))
+
+
+def detectors_of(recipe: Recipe, layout: Layout, flat: np.ndarray) -> tuple[Detector, ...]:
+    """The detectors that the recipe trains, as views of ``flat``; p follows from the recipe's
+    seed."""
+    return tuple(
+        replace(d, **{name: layout.view(flat, f"detectors.{i}.{name}") for name in TRAINED})
+        for i, d in enumerate(initial_detectors(recipe, layout.config))
+    )
+
+
+def write_trained(recipe: Recipe, layout: Layout, flat: np.ndarray, folder: Path) -> None:
+    """Write the detectors' file; if the recipe trains none, delete that of an earlier training."""
+    if detectors := detectors_of(recipe, layout, flat):
+        write_detectors(detectors, folder)
+    else:
+        (folder / FILE).unlink(missing_ok=True)

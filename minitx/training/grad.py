@@ -50,7 +50,7 @@ def _run_back(result) -> None:
         raise MinitxError("The loss does not depend on any traced array, so it has no gradient.")
     if result.shape != ():
         raise MinitxError(
-            f"The loss has shape {result.shape}; one number is needed: take its sum or mean."
+            f"The loss has shape {result.shape}; expected one number: take its sum or mean."
         )
     backward(result)
 

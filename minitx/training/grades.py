@@ -59,7 +59,7 @@ class Grade:
             value = getattr(self, entry.name)
             if entry.type in (int, "int") and (type(value) is not int or value < 0):
                 raise MinitxError(
-                    f"Grade field {entry.name!r} is {value!r}; it must be a whole number >= 0."
+                    f"Grade field {entry.name!r} is {value!r}; it must be an integer >= 0."
                 )
         for name in ("phrases", "value_first"):
             if type(getattr(self, name)) is not bool:

@@ -14,7 +14,7 @@ from typing import Any
 from minitx.checkpoints.common import read_json
 from minitx.config import Config
 from minitx.errors import MinitxError
-from minitx.skip.dota.detector import need_rank
+from minitx.skip.dota.detector import check_rank
 from minitx.training.data import LINKS
 from minitx.training.grades import KINDS, Grade, grade_from
 
@@ -31,7 +31,7 @@ class EarlyExit:
 
 @dataclass(frozen=True)
 class Detecting:
-    """DOTA's loss on scores that a detector of rank k foretells: see detector.joint_loss."""
+    """DOTA's loss on scores that a detector of rank k estimates: see detector.joint_loss."""
 
     k: int
     weight: float = 0.01
@@ -158,7 +158,7 @@ def recipe_from(given: dict) -> Recipe:
                 f"give at most {LINKS} numbers, up to that."
             )
         if stage.detector is not None:
-            need_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}")
+            check_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}: k")
             if stage.detector.k != recipe.rank:
                 raise MinitxError(
                     f"Stage {stage.name!r} has a detector with k={stage.detector.k} after one with "
@@ -220,8 +220,8 @@ def _shares(value, low: float, high: float) -> bool:
 
 TEXT: Rule = (lambda v: isinstance(v, str) and bool(v), "a text")
 FLAG: Rule = (lambda v: type(v) is bool, "true or false")
-WHOLE: Rule = (lambda v: type(v) is int and v >= 0, "a whole number >= 0")
-POSITIVE: Rule = (lambda v: type(v) is int and v >= 1, "a whole number >= 1")
+WHOLE: Rule = (lambda v: type(v) is int and v >= 0, "an integer >= 0")
+POSITIVE: Rule = (lambda v: type(v) is int and v >= 1, "an integer >= 1")
 ABOVE_0: Rule = (lambda v: _number(v) and 0 < v < 1e9, "a number above 0")
 FROM_0: Rule = (lambda v: _number(v) and 0 <= v < 1e9, "a number >= 0")
 SHARE: Rule = (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
@@ -261,13 +261,13 @@ STAGE_RULES = {
     "layer_dropout": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "hops": (
         lambda v: v is None or isinstance(v, list | tuple) and v and all(map(POSITIVE[0], v)),
-        "a list of whole numbers of blocks",
+        "a list of integers of blocks",
     ),
     "early_exit": (
         lambda v: v is None or isinstance(v, dict),
         "an object with scale and rotation",
     ),
-    "layers": (lambda v: v is None or type(v) is int and v >= 1, "a whole number >= 1"),
+    "layers": (lambda v: v is None or type(v) is int and v >= 1, "an integer >= 1"),
     "detector": (lambda v: v is None or isinstance(v, dict), "an object with k and weight"),
 }
 EXIT_RULES = {"scale": FROM_0, "rotation": POSITIVE}

@@ -56,12 +56,12 @@ def stories(split: str, grade: Grade | str | dict, seed: int) -> Iterator[Story]
     """Endless stories of a grade (a ``Grade``, its name, or a dict of its fields) from one split.
 
     Stories of other splits are drawn and thrown away: the two small splits take 20 times as long.
-    Raises ``MinitxError`` for an unknown split or grade, or a seed that is no whole number >= 0.
+    Raises ``MinitxError`` for an unknown split or grade, or a seed that is no integer >= 0.
     """
     if split not in SPLITS:
         raise MinitxError(f"Unknown split {split!r}; known: {', '.join(SPLITS)}.")
     if type(seed) is not int or seed < 0:
-        raise MinitxError(f"The seed of stories is {seed!r}; it must be a whole number >= 0.")
+        raise MinitxError(f"The seed of stories is {seed!r}; it must be an integer >= 0.")
     return _draw(split, grade_from(grade), random.Random(seed).random)
 
 

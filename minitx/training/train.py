@@ -23,7 +23,7 @@ from minitx.errors import MinitxError
 from minitx.lab.evaluate import Tally, report
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from minitx.training.data import story_tokenizer
-from minitx.training.detector import first_weights, write_trained
+from minitx.training.detector import initial_weights, write_trained
 from minitx.training.optimizer import Layout
 from minitx.training.recipe import DTYPES, Recipe, Stage, read_recipe
 from minitx.training.skipless_init import initial_model
@@ -93,7 +93,7 @@ class Run:
         for number in range(self.recipe.stages[0].layers or layers, layers):
             for writer in ("attn.out.w", "ffn.down.w"):
                 first[f"stack.blocks.{number}.{writer}"][:] = 0
-        first |= first_weights(self.recipe, self.layout.config)
+        first |= initial_weights(self.recipe, self.layout.config)
         self.layout.pack(first, self.arrays["weights"])
 
     def go(self, team: Team, stopping) -> bool:
@@ -192,7 +192,7 @@ class Run:
         self.saved = time.monotonic()
 
     def load(self) -> None:
-        self.layout.pack(first_weights(self.recipe, self.layout.config), self.arrays["weights"])
+        self.layout.pack(initial_weights(self.recipe, self.layout.config), self.arrays["weights"])
         size = self.layout.model_size
         self.progress = read_checkpoint(self.out / CHECKPOINT, self.recipe, self.arrays, size)
 
@@ -243,7 +243,7 @@ def _folder(recipe_path, out) -> Path:
 def _workers(asked: int | None, recipe: Recipe) -> int:
     """How many processes: as asked, or one a core; never more than there are shards."""
     if asked is not None and (type(asked) is not int or asked < 1):
-        raise MinitxError(f"The number of workers is {asked!r}; a whole number >= 1 is needed.")
+        raise MinitxError(f"The number of workers is {asked!r}; expected an integer >= 1.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(asked or cores or 1, recipe.shards)
 

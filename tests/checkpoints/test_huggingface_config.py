@@ -30,7 +30,7 @@ BAD_CONFIGS = {
     "width a text": (
         "llama",
         dict(hidden_size="16"),
-        "'hidden_size' is '16'; needed is a positive",
+        "'hidden_size' is '16'; expected a positive",
     ),
     "width a float": ("llama", dict(hidden_size=16.0), "'hidden_size' is 16.0"),
     "width true": ("llama", dict(hidden_size=True), "'hidden_size' is True"),

@@ -41,9 +41,10 @@ def test_generate(run):
     assert f"{context - len(lm.encode('Once'))} tokens" in run("generate", "Once", "-m", "toy")[2]
 
 
-def test_options_with_capital_letters(run):
-    lm = minitx.load("toy", a3={"M": 0.25, "T": 10.0})
-    status, out, _ = run("generate", "Once", "-m", "toy", "-n", 9, "--a3", "M=0.25", "T=10")
+def test_options_of_a_technique(run):
+    lm = minitx.load("toy", a3={"iterations": 0.25, "threshold": 10.0})
+    options = ["--a3", "iterations=0.25", "threshold=10"]
+    status, out, _ = run("generate", "Once", "-m", "toy", "-n", 9, *options)
     assert (status, out) == (0, f"Once{lm.generate('Once', 9)}\n")
     assert "no option 'Q'" in run("generate", "Once", "-m", "toy", "--a3", "Q=1")[2]
 

@@ -39,7 +39,7 @@ WRONG = [
     (["generate", "x", "-m", "nowhere"], "no model 'nowhere'"),
     (["generate", "x", "-m", "\udcff"], r"no model '\\udcff'"),
     (["generate", "x", "-m", TOO_LONG], "File name too long|no model"),
-    (["generate", "x", "-m", "notes.txt"], "notes.txt is no model"),
+    (["generate", "x", "-m", "notes.txt"], "notes.txt is not a model"),
     (["generate", "x", "-m", "."], "config.json"),
     (["generate", "x", "-m", "bare"], "no tokenizer"),
     (["generate", "x", "-m", "toy", "--tokenizer", "nowhere"], "no such tokenizer"),

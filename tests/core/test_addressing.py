@@ -44,7 +44,7 @@ def test_swap_leaves_a_second_model_alone():
         swap(lm, Linear, lambda node: Tagged(node, "swapped")),
         apply(lm, {"first_layer": True}),
         apply(lm, {"elsa": {"p": 0.0}}),
-        apply(lm, {"dota": {"kappa": 40}}),
+        apply(lm, {"dota": {"keep": 40}}),
     ):
         assert changed.decode is lm.decode
         assert changed.model is not lm.model

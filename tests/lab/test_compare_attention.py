@@ -1,5 +1,4 @@
-"""``minitx compare-attention``: the witness, the search for settings, counts and the timed part
-against figures by hand, on small models."""
+"""``minitx compare-attention``: attention mass, tuning, costs and timing."""
 
 import json
 import sys
@@ -19,9 +18,9 @@ from minitx.cli import main
 from minitx.errors import MinitxError
 from minitx.lab import attention_report, attention_timing
 from minitx.lab.attention_baselines import BASELINES, BestKeys, NewestKeys, RandomKeys
-from minitx.lab.attention_methods import METHODS, Knob, chosen_methods, settle
+from minitx.lab.attention_mass import KeyTotals, MeasuredSelector
+from minitx.lab.attention_methods import METHODS, Knob, chosen_methods, tune
 from minitx.lab.attention_published import PUBLISHED
-from minitx.lab.attention_witness import KeyTally, Witness
 from minitx.lab.compare_attention import Plan, chains, checked, compare_attention
 from minitx.lab.sweep import need_pyplot
 from minitx.lm import LM
@@ -47,29 +46,30 @@ def found():
     return compare_attention(story_lm(), PLAN, bar=False)
 
 
-def test_all_five_techniques_take_part():
+def test_methods_are_the_five_techniques_and_the_baselines():
     five = {"a3", "elsa", "dota", "predictive_attention", "sparse_memory"}
     assert {m.name for m in METHODS} == five | set(BASELINES)
     assert five <= set(names())
 
 
-# The witness -------------------------------------------------------------------------------------
+# Attention mass ----------------------------------------------------------------------------------
 
 
-def witness(choose, sizes=(40,), floor=0.0, seed=1, **options):
-    """The tally after all queries were fed in chunks of these sizes."""
-    tally = KeyTally()
+def totals_of(selector, sizes=(40,), floor=0.0, seed=1, **options):
+    """The totals after all queries were fed in chunks of these sizes."""
+    totals = KeyTotals()
     q, k, v = random_qkv(seed, S=40)
-    attend = SparseAttention(Witness(choose, 0.5, floor, tally, **options), 0.5, floor)
+    measured = MeasuredSelector(selector, 0.5, floor, totals, **options)
     q, k, v = (x[:, : sum(sizes)] for x in (q, k, v))
-    found = run(attend, q, k, v, sizes)
-    np.testing.assert_array_equal(found, run(SparseAttention(choose, 0.5, floor), q, k, v, sizes))
-    return tally
+    found = run(SparseAttention(measured, 0.5, floor), q, k, v, sizes)
+    plain = run(SparseAttention(selector, 0.5, floor), q, k, v, sizes)
+    np.testing.assert_array_equal(found, plain, "measuring changes the output")
+    return totals
 
 
 @part
 class AllKeys(Part):
-    """Keeps all, but does not say so before."""
+    """Keeps all keys, but keeps_all is False, so it is called."""
 
     def keeps_all(self, S):
         return False
@@ -82,61 +82,62 @@ class AllKeys(Part):
         return visible.hide(kept, False)
 
 
-@pytest.mark.parametrize("choose", [AllKeys(), BestKeys(40), BestKeys(17), NewestKeys(39)])
-def test_all_keys_hold_all_mass(choose):
-    """Also those of rows for which the part is not asked, since they are too short to choose."""
-    tally = witness(choose, (1,) * 17)
-    tally.complete(17, 4)
-    assert tally.kept == tally.seen == 4 * 17 * 18 // 2 and tally.rows == 4 * 17
-    assert tally.mass == pytest.approx(tally.rows) and tally.best == pytest.approx(tally.rows)
+@pytest.mark.parametrize("selector", [AllKeys(), BestKeys(40), BestKeys(17), NewestKeys(39)])
+def test_mass_of_all_keys_is_1_for_every_query(selector):
+    """Also for queries that see so few keys that the selector is not called."""
+    totals = totals_of(selector, (1,) * 17)
+    totals.add_dense(17, 4)
+    assert totals.kept == totals.seen == 4 * 17 * 18 // 2 and totals.rows == 4 * 17
+    assert totals.mass == pytest.approx(totals.rows) and totals.best == pytest.approx(totals.rows)
 
 
-def test_a_whole_prompt_of_all_keys():
-    tally = witness(AllKeys())
-    assert tally.kept == tally.seen == 4 * 40 * 41 // 2 and tally.rows == 4 * 40
-    assert tally.mass == pytest.approx(tally.rows) and tally.best == pytest.approx(tally.rows)
+def test_mass_of_all_keys_in_a_prompt_is_1_for_every_query():
+    totals = totals_of(AllKeys())
+    assert totals.kept == totals.seen == 4 * 40 * 41 // 2 and totals.rows == 4 * 40
+    assert totals.mass == pytest.approx(totals.rows) and totals.best == pytest.approx(totals.rows)
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.3])
-@pytest.mark.parametrize("choose", [BestKeys(5), NewestKeys(5), RandomKeys(5, 2)])
-def test_mass_by_hand(choose, floor):
+@pytest.mark.parametrize("selector", [BestKeys(5), NewestKeys(5), RandomKeys(5, 2)])
+def test_mass_equals_a_loop_over_queries(selector, floor):
     q, k, _ = random_qkv(1, S=40)
-    tally = witness(choose, floor=floor)
+    totals = totals_of(selector, floor=floor)
     mass = best = kept = 0
     for h in range(4):
         for i in range(40):
             row = slice(i, i + 1)
-            mine = choose(q[:, row], k[:, : i + 1], (), Visible(1, i + 1))[h // 2, h % 2, 0]
+            mine = selector(q[:, row], k[:, : i + 1], (), Visible(1, i + 1))[h // 2, h % 2, 0]
             p = np.exp(0.5 * (q[h, i] @ k[h // 2, : i + 1].T))
             p /= p.sum()
             mine = mine & (p >= floor * p[mine].max())
             mass += p[mine].sum()
             best += sum(sorted(p, reverse=True)[: mine.sum()])
             kept += mine.sum()
-    assert tally.kept == kept
-    assert tally.mass == pytest.approx(mass) and tally.best == pytest.approx(best)
+    assert totals.kept == kept
+    assert totals.mass == pytest.approx(mass) and totals.best == pytest.approx(best)
 
 
-def test_the_oracle_holds_as_much_as_the_best_and_others_less():
-    oracle, window, any_ = (witness(c) for c in (BestKeys(5), NewestKeys(5), RandomKeys(5, 2)))
+def test_mass_of_the_oracle_is_the_best_and_others_have_less():
+    baselines = BestKeys(5), NewestKeys(5), RandomKeys(5, 2)
+    oracle, window, random = (totals_of(selector) for selector in baselines)
     assert oracle.mass == pytest.approx(oracle.best)
-    assert oracle.kept == window.kept == any_.kept
+    assert oracle.kept == window.kept == random.kept
     assert oracle.best == pytest.approx(window.best)
-    assert max(window.mass, any_.mass) < 0.8 * oracle.mass
+    assert max(window.mass, random.mass) < 0.8 * oracle.mass
 
 
-def test_chunks_and_single_tokens_are_witnessed_alike():
-    whole = witness(RandomKeys(5, 2))
+def test_mass_is_the_same_in_a_prompt_chunks_and_single_tokens():
+    whole = totals_of(RandomKeys(5, 2))
     for sizes in ((1,) * 40, (30, 1, 9)):
-        parts = witness(RandomKeys(5, 2), sizes)
-        parts.complete(40, 4)
+        parts = totals_of(RandomKeys(5, 2), sizes)
+        parts.add_dense(40, 4)
         assert (parts.seen, parts.kept, parts.rows) == (whole.seen, whole.kept, whole.rows)
         assert parts.mass == pytest.approx(whole.mass)
-    counted = witness(RandomKeys(5, 2), weigh=False)
+    counted = totals_of(RandomKeys(5, 2), mass=False)
     assert (counted.seen, counted.kept, counted.mass) == (whole.seen, whole.kept, 0)
 
 
-# Settings ----------------------------------------------------------------------------------------
+# Tuning ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.125])
@@ -145,27 +146,27 @@ def test_chunks_and_single_tokens_are_witnessed_alike():
     [
         (Knob("M", 1 / 256, 8, start=1.2), lambda x: 0.6 * np.tanh(1.5 * x)),
         (Knob("p", 1 / 64, 64, start=0.25, falling=True), lambda x: 1 / (1 + 2 * x) ** 0.7),
-        (Knob("rho", 0.001, 1), lambda x: x),
+        (Knob("share", 0.001, 1), lambda x: x),
         (Knob("K", 1, 4096, keys=True), lambda x: min(1, x / 300)),
     ],
 )
-def test_the_share_is_reached(knob, kept, share):
+def test_tune_reaches_the_share(knob, kept, share):
     asked = []
 
     def measure(value):
         asked.append(value)
         return kept(value)
 
-    value, reached = settle(knob, share, 512, measure, {})
+    value, reached = tune(knob, share, 512, measure, {})
     assert abs(reached - share) <= 0.02 * share and reached == kept(value)
     assert len(asked) <= 7 and knob.low <= min(asked) and max(asked) <= knob.high
 
 
-def test_a_rule_is_right_at_once():
-    """Rows that keep r keys, or all if they see fewer."""
+def test_tune_of_a_number_of_keys_is_right_at_once():
+    """Each query keeps r keys, or all if it sees fewer: the share follows from r."""
     for T, share in ((512, 1 / 8), (300, 1 / 2), (100, 0.9)):
         n = np.arange(1, T + 1)
-        value, _ = settle(
+        value, _ = tune(
             Knob("r", 1, 4096, keys=True),
             share,
             T,
@@ -175,16 +176,16 @@ def test_a_rule_is_right_at_once():
         assert len(known) == 1 and type(value) is int
 
 
-def test_a_share_out_of_reach_gives_the_nearest():
-    value, reached = settle(Knob("M", 1 / 256, 8), 1 / 2, 512, lambda x: min(x, 0.3), known := {})
+def test_tune_gives_the_nearest_value_for_a_share_out_of_reach():
+    value, reached = tune(Knob("M", 1 / 256, 8), 1 / 2, 512, lambda x: min(x, 0.3), known := {})
     assert reached == 0.3 and value >= 0.3 and len(known) <= 10
-    value, reached = settle(
+    value, reached = tune(
         Knob("K", 1, 64, keys=True), 1 / 50, 512, lambda x: 0.015 if x < 5 else 0.03, {}
     )
     assert (value < 5) == (reached == 0.015) and reached in (0.015, 0.03)
 
 
-def test_what_was_measured_is_not_measured_again():
+def test_tune_measures_no_value_twice():
     knob, known = Knob("x", 0.001, 4), {}
     asked = []
 
@@ -193,19 +194,19 @@ def test_what_was_measured_is_not_measured_again():
         return 0.6 * x**0.4
 
     for share in (0.5, 0.25, 0.125, 0.25):
-        _, reached = settle(knob, share, 99, measure, known)
+        _, reached = tune(knob, share, 99, measure, known)
         assert abs(reached - share) <= 0.02 * share
     assert len(asked) == len(set(asked)) == len(known) <= 10
 
 
-def test_a_number_of_keys_grows_with_the_context():
+def test_knob_that_is_a_number_of_keys_grows_with_the_context():
     by_name = {method.name: method for method in METHODS}
     assert by_name["oracle"].at(33, 1 / 8, 4096) == 512
     assert by_name["sparse_memory"].at(33, 1 / 4, 2) == 1
     assert by_name["predictive_attention"].at(0.125, 1 / 8, 4096) == 0.125
 
 
-def test_methods_by_name():
+def test_methods_are_chosen_by_name_in_the_order_of_the_table():
     assert [m.name for m in chosen_methods(["random", "predictive-attention"])] == [
         "predictive_attention",
         "random",
@@ -217,7 +218,7 @@ def test_methods_by_name():
 # Chains ------------------------------------------------------------------------------------------
 
 
-def test_chains_are_stories_one_after_another():
+def test_chains_are_consecutive_stories():
     lm = story_lm()
     plan = checked(lm, Plan(tokens=250))
     told = chains(lm.tokenizer, "evaluation", plan.grade, plan.tokens)
@@ -235,10 +236,10 @@ def test_chains_are_stories_one_after_another():
     assert short.ids == first.ids[:21] and short.nats < first.nats
 
 
-# The whole ---------------------------------------------------------------------------------------
+# The comparison ----------------------------------------------------------------------------------
 
 
-def test_every_method_at_every_share(found):
+def test_comparison_has_every_method_at_every_share(found):
     assert [(p.method, p.share) for p in found.points] == [
         (name, share) for name in METHODS_HERE for share in PLAN.shares
     ]
@@ -254,7 +255,7 @@ def test_every_method_at_every_share(found):
     assert found.dense.kept == found.dense.mass == 1
 
 
-def test_the_oracle_is_the_best_and_random_is_not(found):
+def test_comparison_ranks_oracle_technique_random(found):
     mass = {(p.method, p.share): p.quality.mass for p in found.points}
     for share in PLAN.shares:
         oracle = next(p for p in found.points if (p.method, p.share) == ("oracle", share))
@@ -264,7 +265,7 @@ def test_the_oracle_is_the_best_and_random_is_not(found):
     assert mass["oracle", 1 / 2] > mass["oracle", 1 / 5]
 
 
-def test_costs_are_attention_alone_for_one_token_at_the_end(found):
+def test_comparison_costs_are_attention_alone_for_the_last_token(found):
     L, H, K, d, S = CONFIG.layers, CONFIG.heads, CONFIG.kv_heads, CONFIG.head_width, PLAN.tokens
     assert found.dense.cost.multiply_adds == L * H * 2 * S * d
     assert found.dense.cost.cache_bytes == L * K * 2 * S * d * 4
@@ -276,8 +277,7 @@ def test_costs_are_attention_alone_for_one_token_at_the_end(found):
         assert p.quality.cost.multiply_adds == L * H * (predicted + 2 * r * d)
 
 
-def test_a_dense_twin_answers_as_the_model_does():
-    """Where every key is kept, all figures are those of the dense model."""
+def test_comparison_with_every_key_kept_has_the_figures_of_dense():
     lm = story_lm()
     plan = replace(PLAN, shares=(0.9999,), methods=("oracle",), contexts=(16,))
     found = compare_attention(lm, plan, bar=False)
@@ -287,7 +287,7 @@ def test_a_dense_twin_answers_as_the_model_does():
     assert point.quality.report == found.dense.report
 
 
-def test_it_prints(found):
+def test_report_prints_every_method_and_share(found):
     text = str(found)
     lines = text.splitlines()
     answers = sum(found.dense.report.answers.values())
@@ -300,7 +300,7 @@ def test_it_prints(found):
     assert max(map(len, lines)) < 160 and not any(line != line.rstrip() for line in lines[:20])
 
 
-def test_json_says_all(found):
+def test_json_has_every_figure(found):
     said = json.loads(json.dumps(found.as_dict()))
     assert said["plan"]["tokens"] == 60 and said["shape"]["head_width"] == CONFIG.head_width
     assert said["dense"]["cost"]["multiply_adds"] > 0 and 0 <= said["dense"]["accuracy"] <= 1
@@ -313,14 +313,14 @@ def test_json_says_all(found):
     assert [row["technique"] for row in said["published"]] == [row.technique for row in PUBLISHED]
 
 
-def test_published_figures_are_pairs():
+def test_published_rows_pair_shares_with_changes():
     known = {method.name for method in METHODS}
     for row in PUBLISHED:
         assert row.technique in known and len(row.kept) == len(row.change)
         assert all(0 < kept < 1 for kept in row.kept) and all(abs(c) < 0.1 for c in row.change)
 
 
-def test_the_chart_has_points_where_they_belong():
+def test_chart_places_points_by_their_values():
     drawn = attention_report.chart({"one": [(0, 0), (1, 1)], "two": [(1, 1), (0.5, 0)]}, "x")
     lines = drawn.splitlines()
     assert lines[0].startswith("     1 |") and lines[0].rstrip().endswith("a")
@@ -328,14 +328,14 @@ def test_the_chart_has_points_where_they_belong():
     assert lines[-1] == "a one, b two" and lines[-2].endswith("1 x")
 
 
-# Time --------------------------------------------------------------------------------------------
+# Timing ------------------------------------------------------------------------------------------
 
 
 def speed(context, ratio):
     return attention_timing.Speed(context, 1.0, ratio, 0.5)
 
 
-def test_crossover():
+def test_crossover_is_where_the_method_is_faster_from_then_on():
     def at(*ratios):
         return attention_timing.crossover([speed(2**i, r) for i, r in enumerate(ratios)])
 
@@ -344,20 +344,20 @@ def test_crossover():
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_rotary_tables_are_continued(width):
+def test_extended_rope_continues_the_tables(width):
     short = Rope(*ops.rope_tables(width, 20, 100.0, np.float32))
-    long = attention_timing.longer(short, 300)
+    long = attention_timing.extended_rope(short, 300)
     cos, sin = ops.rope_tables(width, 300, 100.0, np.float32)
     np.testing.assert_allclose(long.cos, cos, atol=5e-5)
     np.testing.assert_allclose(long.sin, sin, atol=5e-5)
     assert long.cos.dtype == long.sin.dtype == np.float32
-    assert attention_timing.longer(short, 20) is None
-    assert attention_timing.longer(Attend(0.5), 300) is None
+    assert attention_timing.extended_rope(short, 20) is None
+    assert attention_timing.extended_rope(Attend(0.5), 300) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_what_is_timed_is_attention_to_all_tokens_before(family):
-    """One token after a filled cache, again and again, gives the last row of the whole."""
+def test_runner_attends_to_all_earlier_tokens(family):
+    """One token after a filled cache, again and again, equals the last row of one pass."""
     lm = tiny_lm(family)
     x = attention_timing.attention_inputs(lm, 1, [np.arange(20), np.arange(25)], 40)
     attn = attention_timing.attention(lm, 1, 40)
@@ -372,8 +372,8 @@ def test_what_is_timed_is_attention_to_all_tokens_before(family):
         )
 
 
-def test_runner_step_clock_in_ticks_takes_more_than_zero(monkeypatch):
-    """Two looks a run: looks 1 to 7 read 0 and look 8, at the end of the fourth run, 0.25 s."""
+def test_runner_step_with_a_coarse_clock_takes_more_than_zero(monkeypatch):
+    """Two readings per run: 1 to 7 read 0 s, and the 8th, at the end of the fourth run, 0.25 s."""
     lm = tiny_lm()
     x = np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)
     runner = attention_timing.Runner(attention_timing.attention(lm, 1, 20), x, 20)
@@ -382,17 +382,17 @@ def test_runner_step_clock_in_ticks_takes_more_than_zero(monkeypatch):
     rewound, rewind = [], runner.layer.rewind
     monkeypatch.setattr(runner.layer, "rewind", lambda to: rewound.append(to) or rewind(to))
     spent = runner.step(0)
-    assert clock.looks == 8, f"4 runs of two looks each were needed, not {clock.looks / 2:g}"
+    assert clock.looks == 8, f"expected 4 runs of two readings each, got {clock.looks / 2:g}"
     assert spent == 0.25 / 4, f"expected one tick over 4 runs, got {spent} s"
-    assert rewound == [19] * 4, f"the token is to be forgotten before each run, got {rewound}"
+    assert rewound == [19] * 4, f"expected a rewind to 19 before each run, got {rewound}"
 
 
-def test_race_times_within_a_tick_are_taken_for_a_tick(monkeypatch):
-    """Every step takes the same time, so nothing is left for attending: a ratio of 1, not 0 / 0."""
+def test_speed_within_a_clock_tick_counts_as_a_tick(monkeypatch):
+    """Every step takes the same time, so nothing is left for attention: a ratio of 1, not 0 / 0."""
     monkeypatch.setattr(attention_timing, "TICK", 0.5)
     monkeypatch.setattr(attention_timing.Runner, "step", lambda self, number: 2.0)
     texts = [np.arange(20)]
-    found = attention_timing.race(
+    found = attention_timing.measure_speeds(
         tiny_lm(), lambda *_: tiny_lm(), {("dense", 1): (METHODS[0], 5)}, texts, [16], 2, int
     )
     ((speed,),) = found.values()
@@ -400,7 +400,7 @@ def test_race_times_within_a_tick_are_taken_for_a_tick(monkeypatch):
     assert speed.ratio == 1, f"equal times, but the ratio is {speed.ratio}"
 
 
-def test_inputs_are_what_the_block_reads():
+def test_attention_inputs_are_what_the_block_reads():
     lm = tiny_lm()
     texts = [np.arange(20), np.arange(30, 45)]
     x = attention_timing.attention_inputs(lm, 0, texts, 60)
@@ -412,9 +412,9 @@ def test_inputs_are_what_the_block_reads():
     assert abs(later - x[:35]).max() > 0.01
 
 
-def test_a_method_that_mixes_nothing_is_the_rest_of_attention():
+def test_no_attention_leaves_norm_projections_and_rotation():
     lm = tiny_lm()
-    bare = swap(lm, Attend, attention_timing.PassOn)
+    bare = swap(lm, Attend, attention_timing.NoAttention)
     attn = attention_timing.attention(bare, 0, 20)
     x = np.ones((3, 16), np.float32)
     q = attn.rope(attn.qkv(attn.norm(x))[0].reshape(3, 2, 8).swapaxes(0, 1), Tokens(slice(0, 3)))
@@ -422,7 +422,7 @@ def test_a_method_that_mixes_nothing_is_the_rest_of_attention():
     np.testing.assert_allclose(attn(x, Layer(3).take(3)), expected, rtol=1e-6)
 
 
-def test_turns_are_medians_without_the_first():
+def test_time_in_turn_gives_medians_without_the_first_round():
     times = {"a": [9.0, 1.0, 5.0, 2.0], "b": [9.0, 3.0, 3.0, 4.0]}
     order = []
 
@@ -433,31 +433,31 @@ def test_turns_are_medians_without_the_first():
 
         return run
 
-    assert attention_timing.in_turns({key: step(key) for key in times}, 3) == {"a": 2, "b": 3}
+    assert attention_timing.time_in_turn({key: step(key) for key in times}, 3) == {"a": 2, "b": 3}
     assert order == [(n, key) for n in range(4) for key in "ab"]
 
 
-# What is refused, and pictures -------------------------------------------------------------------
+# Refusals, the command, and the picture ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(shares=(0.5, 1.0)), "The share of keys is 1; a number above 0 and below 1"),
-        (dict(shares=(0.0,)), "The share of keys is 0;"),
-        (dict(tokens=301), "Chains of 301 tokens are asked for; from 2 to 300"),
-        (dict(tokens=1), "from 2 to 300"),
+        (dict(shares=(0.5, 1.0)), "share of keys must be a number above 0 and below 1; got 1."),
+        (dict(shares=(0.0,)), "share of keys must be a number above 0 and below 1; got 0."),
+        (dict(tokens=301), "tokens must be 2 to the model's context 300; got 301."),
+        (dict(tokens=1), "2 to the model's context 300; got 1."),
         (dict(methods=("oracle", "none")), "There is no method 'none'"),
         (dict(grade="hard"), "rade"),
     ],
 )
-def test_a_plan_that_cannot_be_followed(change, message):
+def test_bad_plan_is_refused(change, message):
     with pytest.raises(MinitxError, match=message):
         compare_attention(story_lm(), replace(PLAN, **change), bar=False)
 
 
-def test_without_a_tokenizer_it_is_refused():
-    with pytest.raises(MinitxError, match="no tokenizer, so it cannot read stories"):
+def test_model_without_a_tokenizer_is_refused():
+    with pytest.raises(MinitxError, match="no tokenizer; load it with tokenizer=PATH."):
         compare_attention(LM(random_model(CONFIG, 3)), PLAN, bar=False)
 
 
@@ -469,7 +469,7 @@ def loads(monkeypatch):
 FEW = ["--chains", "1", "--tokens", "30", "--rounds", "1", "--methods", "window,random"]
 
 
-def test_the_command_prints_a_table_or_json(loads, capsys):
+def test_command_prints_a_table_or_json(loads, capsys):
     assert main(["compare-attention", *FEW, "--share", "1/3"]) == 0
     out = capsys.readouterr().out
     assert "1 chains of 30 tokens" in out and "\n1/3\n  window " in out
@@ -483,20 +483,22 @@ def test_the_command_prints_a_table_or_json(loads, capsys):
     [
         (["--share", "1/0"], "--share: invalid"),
         (["--share", "half"], "--share: invalid"),
-        (["--share", "2"], "The share of keys is 2;"),
+        (["--share", "2"], "share of keys must be a number above 0 and below 1; got 2."),
         (["--methods", "elza"], "There is no method 'elza'"),
-        (["--chains", "0"], "0 is not from 1"),
-        (["--tokens", "9000"], "Chains of 9000 tokens"),
+        (["--chains", "0"], "expected a number from 1 to 1000000000, got 0"),
+        (["--tokens", "9000"], "tokens must be 2 to the model's context 300; got 9000."),
         (["--fold-norms"], "takes no techniques"),
     ],
 )
-def test_the_command_refuses_in_one_sentence(loads, capsys, words, message):
+def test_command_refuses_in_one_sentence(loads, capsys, words, message):
     assert main(["compare-attention", *words]) == 2
     said = capsys.readouterr()
     assert message in said.err and len(said.err.splitlines()) == 1 and not said.out
 
 
-def test_a_picture_that_cannot_be_drawn_is_refused_at_once(loads, capsys, tmp_path, monkeypatch):
+def test_picture_without_matplotlib_is_refused_before_measuring(
+    loads, capsys, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
     monkeypatch.setattr("minitx.lab.compare_attention.measure", None)  # and nothing is measured
     path = tmp_path / "a.png"
@@ -505,7 +507,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_at_once(loads, capsys, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture(found, tmp_path):
+def test_picture_is_written(found, tmp_path):
     try:
         need_pyplot()
     except MinitxError:

@@ -164,7 +164,7 @@ def test_an_unknown_kind_is_guessed_and_the_guess_is_told(tmp_path):
     "change, message",
     [
         ({"hidden_size": None}, "one of 'hidden_size', 'n_embd', 'd_model', got none"),
-        ({"hidden_size": 4096.0}, "'hidden_size' is 4096.0; needed is a positive whole number"),
+        ({"hidden_size": 4096.0}, "'hidden_size' is 4096.0; expected a positive integer"),
         ({"hidden_size": 4100}, "4100 is not a multiple of 32 heads; give 'head_dim'"),
         ({"num_key_value_heads": 5}, "32 query heads cannot share 5"),
         ({"vocab_size": 0}, "'vocab_size' is 0"),

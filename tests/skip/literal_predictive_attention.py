@@ -1,23 +1,23 @@
-"""Predict-then-compute attention, literally: one query, one key, one number at a time.
+"""Predictive attention, literally: one query, one key, one number at a time.
 
-Written on Python lists in float64; nothing in it is shared with minitx. The details are the
-reconstruction's (see the technique's card), not the paper's.
+On Python lists in float64, in the words of the card (minitx/skip/predictive_attention.py); it
+shares no code with minitx. The details are the reconstruction's, not the paper's.
 """
 
 import math
 from fractions import Fraction
 
 
-def integer_code(x, b):
-    """(codes, scale) of one vector: whole numbers from -L to L."""
-    largest = 2 ** (b - 1) - 1
-    top = max(abs(number) for number in x)
-    scale = top / largest if top else 1.0
+def integer_code(x, bits):
+    """(codes, scale) of one vector: integers of so many bits, symmetric around 0."""
+    largest = 2 ** (bits - 1) - 1
+    peak = max(abs(number) for number in x)
+    scale = peak / largest if peak else 1.0
     return [max(-largest, min(largest, round(number / scale))) for number in x], scale
 
 
 def leading_one(x):
-    """(codes, 1): of each number its sign and the power of two that is at most its size."""
+    """(codes, 1): each number rounded toward 0 to a power of two."""
     codes = []
     for number in x:
         power = 1.0
@@ -29,32 +29,33 @@ def leading_one(x):
     return codes, 1.0
 
 
-def predictions(q, keys, scale, b):
-    """One predicted score for each key; b None stands for the leading-one codes."""
+def predictions(q, keys, scale, bits):
+    """One predicted score for each key; bits=None: leading-one codes."""
 
     def code(x):
-        return leading_one(x) if b is None else integer_code(x, b)
+        return leading_one(x) if bits is None else integer_code(x, bits)
 
-    qc, sq = code(q)
+    q_codes, q_scale = code(q)
     found = []
     for key in keys:
-        kc, sk = code(key)
-        found.append(scale * sq * sk * sum(x * y for x, y in zip(qc, kc)))
+        codes, k_scale = code(key)
+        product = sum(x * y for x, y in zip(q_codes, codes))
+        found.append(scale * q_scale * k_scale * product)
     return found
 
 
-def survivors(p, tau, rho, r_min):
-    """The numbers of the keys that are kept, in order."""
+def survivors(p, threshold, share, min_keys):
+    """The indices of the kept keys, ascending. Ties go to the lower index."""
     n = len(p)
-    near = [j for j in range(n) if not tau or p[j] >= max(p) - math.log(1 / tau)]
-    r = min(n, max(r_min, math.ceil(Fraction(str(rho)) * n)))
-    best = sorted(range(n), key=lambda j: (-p[j], j))[:r]
+    near = [j for j in range(n) if not threshold or p[j] >= max(p) - math.log(1 / threshold)]
+    most = min(n, max(min_keys, math.ceil(Fraction(str(share)) * n)))
+    best = sorted(range(n), key=lambda j: (-p[j], j))[:most]
     return [j for j in near if j in best]
 
 
-def one_query(q, keys, values, scale, b=4, tau=0.05, rho=1.0, r_min=4):
-    """(output, survivors) of one query of one head that sees all of these keys."""
-    kept = survivors(predictions(q, keys, scale, b), tau, rho, r_min)
+def one_query(q, keys, values, scale, bits=4, threshold=0.05, share=1.0, min_keys=4):
+    """(output, kept keys) of one query of one head that sees all of these keys."""
+    kept = survivors(predictions(q, keys, scale, bits), threshold, share, min_keys)
     scores = {j: scale * sum(x * y for x, y in zip(q, keys[j])) for j in kept}
     weights = {j: math.exp(scores[j] - max(scores.values())) for j in kept}
     total = sum(weights.values())
@@ -63,8 +64,8 @@ def one_query(q, keys, values, scale, b=4, tau=0.05, rho=1.0, r_min=4):
 
 
 def attention(q, k, v, scale, first=0, **settings):
-    """All heads of one sequence: q[H][T][d], k and v[K][S][d], the T newest keys last; keys before
-    ``first`` are padding. Gives (output[H][T][d], how many keys were kept by [H][T])."""
+    """All heads of one sequence: q[H][T][d] of the T newest tokens, k and v[K][S][d] of all. Keys
+    before ``first`` are padding. Returns (output[H][T][d], number of kept keys[H][T])."""
     out, counts = [], []
     for h in range(len(q)):
         keys, values = k[h // (len(q) // len(k))], v[h // (len(q) // len(k))]

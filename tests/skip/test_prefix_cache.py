@@ -145,7 +145,7 @@ COMPANIONS = {
     "quantize_cache-4": {"quantize_cache": {"bits": 4}},
     "slim_attention": {"slim_attention": True},
     "ffn_skip": {"ffn_skip": {"threshold": 0.5, "warm_up": 3, "cold_start": 0, "cold_end": 2}},
-    "elsa": {"elsa": {"t": 0.3}},
+    "elsa": {"elsa": {"threshold": 0.3}},
     "predictive_attention": {"predictive_attention": True},
     "a3": {"a3": True},
     "sparse_memory": {"sparse_memory": {"K": 3}},
@@ -461,7 +461,7 @@ def test_what_cannot_be_cut_into_blocks_is_refused(options, why):
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("dota", {"kappa": 4}),
+        ("dota", {"keep": 4}),
         ("sparse_memory", {"K": 3, "N": 8}),
         ("early_exit", {"fill": "deferred"}),
     ],

@@ -190,7 +190,7 @@ def test_a_story_ends_even_when_nothing_can_be_told():
         ({"sentences": {"move": -1}}, "must be a number >= 0"),
         ({"sentences": {"move": float("nan")}}, "must be a number >= 0"),
         ({"sentences": {"move": True}}, "must be a number >= 0"),
-        ({"max_people": 2.5}, "whole number"),
+        ({"max_people": 2.5}, "integer"),
         ({"max_people": 25}, "1 to 20 people"),
         ({"phrases": 1}, "true or false"),
         ({"shortly": True}, "a list of some of colour, colour2"),

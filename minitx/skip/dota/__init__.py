@@ -1,14 +1,14 @@
-"""DOTA: a small trained detector foretells the scores, and only the strongest keys are scored.
+"""DOTA: a small trained detector estimates all scores; only each query's top keys are scored.
 
-Here are the part that runs the detector beside attention, the one that chooses by it, and the count
-of key loads when several rows run together. The detector's arrays and its file are in
-``minitx.skip.dota.detector``, its training with the model in ``minitx.training.detector``. Not here:
-thresholds in the place of a fixed number of keys, and the accelerator's arithmetic in 16 bits.
+This file has the card and the part that runs: estimate, mask, top-k. ``detector.py`` has the
+detector itself, ``fit.py`` a least-squares fit of it, ``training/detector.py`` the paper's training
+together with the model, ``file.py`` the file of trained detectors, and ``loads.py`` a count of the
+accelerator's key loads.
 """
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -16,269 +16,250 @@ from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend, Attention, LayerNorm, RMSNorm
 from minitx.shared.sparse_attention import SparseAttention, Visible, top_k
-from minitx.skip.dota.detector import FILE, Detect, Detector, need_rank, read_detectors
+from minitx.skip.dota.detector import Detector, QuantizedDetector, check_rank
+from minitx.skip.dota.file import FILE, read_detectors
+from minitx.skip.dota.fit import STORIES, fit_detectors
+from minitx.skip.dota.loads import key_loads
 from minitx.state import Layer
-from minitx.technique import NoSuchPart, need, technique, wrap
+from minitx.technique import at_least, between, need, technique, wrap
 from minitx.tree import Part, float_type, part
 
 
 @technique(
     level="scores",
     exact=False,
-    neutral={"kappa": 10**9},
-    demo={"kappa": 4},
+    neutral={"keep": 10**9},
+    demo={"keep": 4},
     event=("keys kept", "keys seen"),
 )
 def dota(
     lm,
     *,
-    fit: Literal["auto", "trained", "post-hoc"] = "auto",
-    kappa: int = 16,
-    k: int | None = None,
-    bits: int | None = 4,
-    rows: int = 4,
+    fit: Annotated[
+        Literal["auto", "trained", "post-hoc"],
+        "source of the detectors: dota.safetensors (trained), a least-squares fit (post-hoc), "
+        "or trained if that file exists (auto)",
+    ] = "auto",
+    keep: Annotated[int, "keys that each query keeps", at_least(1)] = 16,
+    rank: Annotated[
+        int | None,
+        "rank of the detectors of fit=post-hoc; default: a quarter of the head width",
+        at_least(1),
+    ] = None,
+    bits: Annotated[int | None, "bits of the detector's integers; None: floats", between(2, 8)] = 4,
+    parallel_queries: Annotated[
+        int, "queries that run in parallel, in the count of key loads alone", between(1, 8)
+    ] = 4,
 ):
-    """A small detector foretells the scores; the kappa strongest keys of each row are scored.
+    """Select each query's top-k keys with a small trained detector.
 
-    Paper: Zheng Qu, Liu Liu, Fengbin Tu, Zhaodong Chen, Yufei Ding and Yuan Xie, 2022, "DOTA:
-        Detect and Omit Weak Attentions for Scalable Transformer Acceleration", ASPLOS 2022, pp.
-        14-26, doi 10.1145/3503222.3507738. Its body was not available: abstract, first page, and
-        notes of others. Confirmed there are the projection's form, that W~ multiply X P, that they
-        are trained with the model by a squared error, and low precision. Unconfirmed are the
-        chances in P, that W~ are k x k, the weight of that error, a number of keys fixed for every
-        row, and how the scheduler orders loads.
-    Kind: approximate. With fit=trained as in the paper, as far as that is known; fit=post-hoc is a
-        substitute chosen here, and worth less: the model has not learned to be foretold.
-    Skips or precomputes: the exact score, the exponential and the value row of all but kappa keys
-        of each row: of every row the same number, so that all are done at the same time.
-    Offline: for each block P in sqrt(3/k) {-1, 0, +1}^(D x k) with the chances 1/6, 2/3, 1/6, drawn
-        once and frozen. fit=trained: W~q for each query head and W~k for each key head (k x k),
-        learned together with the model by L + weight * mean (S - S~)^2 and read from
-        dota.safetensors beside its weights; a stage of a recipe that has "detector": {"k": ...,
-        "weight": ...} trains them. fit=post-hoc: least squares on calibration stories, the model
-        frozen. Rotary models are not in the paper: here W~q and W~k are then found in turns, a few
-        rounds. fit=auto: trained if that file is there. k: the rank, for the post-hoc fit; a
-        quarter of the head width unless given. The W~ are coded in few bits (below), one scale for
-        the matrix of each head.
-    Online: X is what the projections read (after the norm), Y = X P (T, k), Q~ = Y W~q,
-        K~ = Y W~k, rotated as q and k are, by the slowest of the model's angles. With bits=b the
-        rows of Y, Q~ and K~ are rint(x / s), s = max|x| / (2^(b-1) - 1) of that row alone (chosen
-        here: one scale for all would change when keys arrive); bits=None for floats. Row i keeps
-        the min(kappa, i+1) keys j <= i of the largest S~_ij = q~_i . k~_j s_j, of equals the
-        earlier; softmax and values run over these with exact scores. K~ and s stand in the cache.
-        rows=T: the loads of keys are counted, "row by row" and for T rows of a head that run
-        together, one key a row and step: what several idle rows want is loaded once, first what
-        most of them want. It changes no number; NumPy loads as it likes.
-    Saves: when one token is decoded, S k + 2 kappa d multiply-adds for each query head in the place
-        of 2 S d, plus D k + k^2 (H + K) for each block: less if k is well under 2 d and kappa well
-        under S. Of the cache S (k + 4) bytes for each key head (4 k + 4 with bits=None) and
-        8 kappa d for each query head, in the place of 8 S d for each key head; the cache grows by
-        the former. Hardware needs additions alone for X P and b bits for the rest; NumPy multiplies
-        in full, and is counted so. Of a prompt nothing is saved here: all scores are computed and
-        most are cut off, so S k comes on top.
-    Neutral: kappa of the context or more keeps every key; nothing is detected then.
-    Not for: first_layer, whose table takes the place of the norm that is read here. fit=trained
-        with fold_norms, which takes the gains out of that norm. Wall time in NumPy: the detector's
-        calls and the choosing take longer than what is left out saves, at every context that was
-        tried (one token, up to 8,000 keys); a prompt is slower too.
+    Paper:     Qu et al., "DOTA: Detect and Omit Weak Attentions for Scalable Transformer
+               Acceleration", ASPLOS 2022, doi 10.1145/3503222.3507738.
+    Fidelity:  a reconstruction from the abstract, the first page and other people's notes (what is
+               unconfirmed: Notes). fit=post-hoc and rotary models are ours.
+    Kind:      approximate; exact for a query that sees at most keep keys.
+    Idea:      To rank keys, scores of low rank in few bits will do. A tiny detector learns to
+               estimate them while the model learns to have scores that can be estimated.
+    Offline:   per block draw p (D, rank) of sqrt(3 / rank) * {-1, 0, +1}, probabilities 1/6, 2/3,
+               1/6. Learn w_q for each query head and w_k for each key head, rank x rank:
+               trained:   loss = L_model + weight * mean (score - estimate)^2, jointly
+               post-hoc:  least squares on calibration stories; the model stays as it is
+    Online:    y = x p;   q~ = y w_q;   k~ = y w_k      x (T, D): the norm's output
+               quantize y, q~ and k~ row by row; rotate q~ and k~ in a rotary model
+               estimate[i, j] = q~_i . k~_j             (paper: S~)
+               keep the min(keep, i+1) keys j <= i with the largest estimates;
+               exact scores, softmax and weighted sum over those only
+    Saves:     S rank + 2 keep d instead of 2 S d multiply-adds per query head and decoded token,
+               for D rank + rank^2 (H + K) more per block. Prompts: nothing.
+    In NumPy:  slower than dense at every context tried, up to 8,000 keys.
+    Not for:   first_layer, whose table replaces the norm that the detector reads; fold_norms with
+               fit=trained, since it takes the gain out of that norm.
+    Proof:     tests/skip/test_dota.py; literal version: tests/skip/literal_dota.py
+    Tutorial:  tutorials/07_four_ways_to_find_keys.py
     """
-    _check(kappa, bits, rows)
-    trained = _is_trained(lm, fit)
-    detectors = _trained(lm, k) if trained else fitted(lm, k)
+    trained = use_trained(lm, fit)
+    detectors = trained_detectors(lm, rank) if trained else fitted_detectors(lm, rank)
 
     def change(attn: Attention, index: int) -> Part:
         need(attn, Attention)
-        if type(attn.attend) is not Attend:
-            raise NoSuchPart(Attend)
+        need(attn.attend, Attend)
         if trained:
             need(attn.norm, RMSNorm, LayerNorm)
-        detect = Detect.of(detectors[index], attn, lm.model.config.head_width, bits)
-        chosen = SparseAttention(Strongest(kappa, rows), attn.attend.scale)
-        changed = replace(attn, attend=chosen)
+        detector = QuantizedDetector.of(detectors[index], attn, lm.model.config.head_width, bits)
+        selector = DetectedKeys(keep, parallel_queries)
+        attn = replace(attn, attend=SparseAttention(selector, attn.attend.scale))
         return DetectingAttention(
-            attn.norm, detect, changed, kappa, "trained" if trained else "post-hoc"
+            attn.norm, detector, attn, keep, "trained" if trained else "post-hoc"
         )
 
     return wrap(lm, "attn", change)
 
 
-def _check(kappa, bits, rows) -> None:
-    found = None
-    if kappa < 1:
-        found = f"kappa={kappa}; a whole number of at least 1 is needed"
-    elif bits is not None and not 2 <= bits <= 8:
-        found = f"bits={bits}; a whole number from 2 to 8 is needed, or None for floats"
-    elif not 1 <= rows <= 8:
-        found = f"rows={rows}; a whole number from 1 to 8 is needed"
-    if found:
-        raise MinitxError(f"dota has {found}.")
+# Online ------------------------------------------------------------------------------------------
 
 
-# Where the detectors come from -------------------------------------------------------------------
+@part
+class DetectedKeys(Part):
+    """The selector: keeps the keys of each query with the largest estimated scores."""
 
+    keep: int
+    parallel_queries: int  # in the count of key loads
 
-def _is_trained(lm, fit: str) -> bool:
-    here = lm.folder is not None and (lm.folder / FILE).exists()
-    if fit == "trained" and not here:
-        where = "it was not read from a folder" if lm.folder is None else f"{lm.folder} has none"
-        raise MinitxError(
-            f"dota has fit=trained but the model has no {FILE} ({where}); train it with a stage "
-            "that has a detector, or use fit=post-hoc."
+    def __call__(self, q, k, known, visible: Visible):
+        """q~ and k~ come from ``DetectingAttention``; q and k are not looked at."""
+        queries, positions, keys, scales = known
+        first = int(np.searchsorted(positions, visible.own[0]))  # of this block of queries
+        queries = queries[..., first : first + visible.T, :]
+        estimates = estimate(queries, keys[..., : visible.S, :], scales[..., : visible.S])
+        kept = top_k(visible.hide(estimates), np.minimum(self.keep, visible.count))
+        ledger.event("key loads, one query at a time", kept)
+        ledger.event(
+            f"key loads, {self.parallel_queries} queries in parallel",
+            lambda: key_loads(kept, self.parallel_queries),
         )
-    return here and fit != "post-hoc"
+        return kept
+
+    def keeps_all(self, S: int) -> bool:
+        return self.keep >= S
+
+    def remember(self, k, layer: Layer):
+        """q~ of the tokens in hand and their positions; k~ of all tokens so far and its scales."""
+        cache, S = detector_cache(layer), k.shape[-2]
+        return cache.queries, cache.positions, cache.keys[..., :S, :], cache.scales[..., :S]
 
 
-def _trained(lm, k: int | None) -> tuple[Detector, ...]:
-    found = read_detectors(lm.folder, lm.model.config, float_type(lm.model))
-    if k not in (None, found[0].k):
-        raise MinitxError(
-            f"dota has k={k} but the trained detector has k={found[0].k}; leave k out, or use "
-            "fit=post-hoc."
-        )
-    return found
-
-
-@lru_cache(maxsize=1)  # a sweep over kappa needs one fit
-def fitted(lm, k: int | None) -> tuple[Detector, ...]:
-    """Detectors of rank k by least squares, on calibration stories."""
-    from minitx.training.calibration import texts_for  # only for this fit
-    from minitx.training.detector_fit import TEXTS, fit
-
-    k = max(2, lm.model.config.head_width // 8 * 2) if k is None else k
-    need_rank(k, lm.model.config, "dota")
-    return fit(lm.model, texts_for("dota", lm, TEXTS, "train it with a detector"), k)
-
-
-# The detector at work ----------------------------------------------------------------------------
+def estimate(queries, keys, scales):
+    """q~ . k~ (..., K, G, T, S) for queries (..., H, T, rank), keys (..., K, S, rank) and the keys'
+    scales (..., K, S)."""
+    *lead, H, T, rank = queries.shape
+    K, S = keys.shape[-3], keys.shape[-2]
+    ledger.count(queries.size * S, cache_bytes=keys.nbytes + scales.nbytes)
+    # Integers are multiplied as floats, since BLAS has no integers; their sums are exact.
+    p = queries.reshape(*lead, K, -1, rank) @ keys.astype(queries.dtype).swapaxes(-1, -2)
+    p *= scales[..., None, :]  # integers of different keys are not comparable
+    return p.reshape(*lead, K, H // K, T, S)
 
 
 @part
 class DetectingAttention(Part):
-    """Attention, and beside it a detector that reads what the projections read: it leaves Q~ and K~
-    in the layer's memory, for ``Strongest``."""
+    """Attention with a detector beside it, which reads what the projections read and leaves q~ and
+    k~ for ``DetectedKeys``."""
 
     needs_all_rows = True
     has_history = True
     norm: Part  # the attention's own
-    detect: Part
+    detector: Part
     attn: Part
-    kappa: int
-    fit: str  # how the detector was made
+    keep: int
+    fit: str  # "trained" or "post-hoc"
 
     def __call__(self, x, layer: Layer):
-        if self.kappa < layer.capacity:
-            guess = guess_of(layer)
-            queries, keys = self.detect(self.norm(x), layer.tokens)
-            guess.ask(queries, layer)
-            guess.store(keys, layer)
+        if self.keep < layer.capacity:  # otherwise every key is kept, whatever comes
+            queries, keys = self.detector(self.norm(x), layer.tokens)
+            detector_cache(layer).set_queries(queries, layer)
+            detector_cache(layer).store_keys(keys, layer)
         return self.attn(x, layer)
 
     def backfill(self, x, layer: Layer):
-        """Store K~ too of tokens x (..., T, D) that skip this layer."""
-        if self.kappa < layer.capacity:
-            guess_of(layer).store(self.detect.kv(self.norm(x), layer.tokens), layer)
+        """Store k~ too for tokens x (..., T, D) that skip this layer."""
+        if self.keep < layer.capacity:
+            keys = self.detector.kv(self.norm(x), layer.tokens)
+            detector_cache(layer).store_keys(keys, layer)
         self.attn.backfill(x, layer)
 
     def attend_from(self, x, layer: Layer):
-        """Attention from tokens x whose keys and values, and K~, are stored already."""
-        if self.kappa < layer.capacity:
-            guess_of(layer).ask(self.detect.q(self.norm(x), layer.tokens), layer)
+        """Attention from tokens x whose keys and values, and k~, are stored already."""
+        if self.keep < layer.capacity:
+            queries = self.detector.q(self.norm(x), layer.tokens)
+            detector_cache(layer).set_queries(queries, layer)
         return self.attn.attend_from(x, layer)
 
 
-class Guess:
-    """What the detector of a block left behind: Q~ of the tokens in hand, K~ of all so far."""
+class DetectorCache:
+    """Beside a layer's KV cache: k~ of all tokens so far, and q~ of those in hand."""
 
     def __init__(self):
-        self.queries = self.keys = self.scales = self.positions = None
+        self.queries = self.positions = self.keys = self.scales = None
 
-    def ask(self, queries, layer: Layer) -> None:
-        """Leave Q~ (..., H, T, k) of the tokens in hand for ``Strongest``."""
+    def set_queries(self, queries, layer: Layer) -> None:
         self.queries, self.positions = queries, layer.tokens.array
 
-    def store(self, keys, layer: Layer) -> None:
-        """Write codes (..., K, T, k) and scales (..., K, T) of the tokens in hand."""
-        codes, scales = keys
+    def store_keys(self, keys, layer: Layer) -> None:
+        """keys: k~ (..., K, T, rank) and scales (..., K, T) of the tokens in hand."""
+        integers, scales = keys
         if not layer.remember:
-            self.keys, self.scales = codes, scales
+            self.keys, self.scales = integers, scales
             return
         if self.keys is None:
-            *heads, _, k = codes.shape
-            kind = np.int8 if np.array_equal(codes, codes.astype(np.int8)) else codes.dtype
-            self.keys = np.empty((*heads, layer.capacity, k), kind)
+            *heads, _, rank = integers.shape
+            fits = np.array_equal(integers, integers.astype(np.int8))  # not with bits=None
+            dtype = np.int8 if fits else integers.dtype
+            self.keys = np.empty((*heads, layer.capacity, rank), dtype)
             self.scales = np.empty((*heads, layer.capacity), scales.dtype)
-        where = layer.tokens.positions
-        self.keys[..., where, :] = codes
-        self.scales[..., where] = scales
+        positions = layer.tokens.positions
+        self.keys[..., positions, :] = integers
+        self.scales[..., positions] = scales
 
     def rewind(self, position: int) -> None:
-        """The layer's rows say which entries mean anything: later ones are overwritten."""
+        """Nothing to do: entries beyond the cached rows are not read, and overwritten later."""
 
 
-def guess_of(layer: Layer) -> Guess:
-    return layer.memory.recall(Guess, Guess)
+def detector_cache(layer: Layer) -> DetectorCache:
+    return layer.memory.recall(DetectorCache, DetectorCache)
 
 
-# Choosing ----------------------------------------------------------------------------------------
+# Offline -----------------------------------------------------------------------------------------
 
 
-@part
-class Strongest(Part):
-    """Chooses the kappa keys of each query with the largest S~."""
-
-    kappa: int
-    rows: int  # that run together, in the count of loads
-
-    def keeps_all(self, S: int) -> bool:
-        return self.kappa >= S
-
-    def remember(self, k, layer: Layer):
-        """Codes of Q~ of the tokens in hand and their positions, codes and scales of K~ of all."""
-        guess, S = guess_of(layer), k.shape[-2]
-        return guess.queries, guess.positions, guess.keys[..., :S, :], guess.scales[..., :S]
-
-    def __call__(self, q, k, known, visible: Visible):
-        """Masked before the largest are taken, so that no later key takes a place."""
-        queries, positions, keys, scales = known
-        first = int(np.searchsorted(positions, visible.own[0]))  # of the block that is asked about
-        queries = queries[..., first : first + visible.T, :]
-        p = guessed(queries, keys[..., : visible.S, :], scales[..., : visible.S])
-        kept = top_k(visible.hide(p), np.minimum(self.kappa, visible.count))
-        ledger.event("key loads, row by row", kept)
-        ledger.event(f"key loads, {self.rows} rows together", lambda: loads(kept, self.rows))
-        return kept
+def use_trained(lm, fit: str) -> bool:
+    exists = lm.folder is not None and (lm.folder / FILE).exists()
+    if fit == "trained" and not exists:
+        where = "was not read from a folder" if lm.folder is None else f"has none in {lm.folder}"
+        raise MinitxError(
+            f"dota: fit=trained reads {FILE} beside the weights, and this model {where}; train it "
+            "with a stage that has a detector, or use fit=post-hoc."
+        )
+    return exists and fit != "post-hoc"
 
 
-def guessed(queries, keys, scales):
-    """S~ (..., K, G, T, S) of queries (..., H, T, k), keys (..., K, S, k), scales (..., K, S)."""
-    *lead, H, T, k = queries.shape
-    K, S = keys.shape[-3], keys.shape[-2]
-    ledger.count(queries.size * S, cache_bytes=keys.nbytes + scales.nbytes)
-    # Codes are multiplied as floats, since BLAS has no integers; sums of them are exact.
-    p = queries.reshape(*lead, K, -1, k) @ keys.astype(queries.dtype).swapaxes(-1, -2)
-    p *= scales[..., None, :]  # codes of different keys are not comparable
-    return p.reshape(*lead, K, H // K, T, S)
+def trained_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
+    found = read_detectors(lm.folder, lm.model.config, float_type(lm.model))
+    if rank not in (None, found[0].rank):
+        raise MinitxError(
+            f"dota: rank is {rank}, but the trained detectors have the rank {found[0].rank}; leave "
+            "rank out, or use fit=post-hoc."
+        )
+    return found
 
 
-def loads(kept, rows: int) -> int:
-    """How many keys are loaded for kept (..., T, S), booleans, if so many neighbouring rows of a
-    head run together: in each step every row takes one key that it still wants, and of these that
-    comes first which most rows without one want, of equals the earlier."""
-    *_, T, S = kept.shape
-    kept = kept.reshape(-1, T, S)
-    if T == 1:
-        return kept.sum()
-    bit = np.uint8(1) << (np.arange(T, dtype=np.uint8) % rows)
-    # Which rows of its group want a key is one number: bits, and not an axis, to be quick.
-    wanted = np.add.reduceat(kept * bit[:, None], np.arange(0, T, rows), axis=1, dtype=np.uint8)
-    wanted = wanted.reshape(-1, S)  # (groups, S)
-    group, count = np.arange(len(wanted)), 0
-    while wanted.any():  # a step; at most kappa of them, for all groups and heads side by side
-        idle = np.bitwise_or.reduce(wanted, axis=1)
-        while idle.any():  # a load; at most ``rows`` of them
-            key = np.bitwise_count(wanted & idle[:, None]).argmax(1)
-            served = wanted[group, key] & idle
-            count += np.count_nonzero(served)
-            wanted[group, key] ^= served
-            idle ^= served
-    return count
+@lru_cache(maxsize=1)  # a sweep over keep needs one fit
+def fitted_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
+    from minitx.training.calibration import texts_for  # techniques stand below training
+
+    rank = max(2, lm.model.config.head_width // 8 * 2) if rank is None else rank
+    check_rank(rank, lm.model.config, "dota: rank")
+    texts = texts_for("dota", lm, STORIES, "train it with a detector")
+    return fit_detectors(lm.model, texts, rank)
+
+
+# Notes:
+#
+# - Confirmed by the abstract, the first page or others' notes: the form of p; that w_q and w_k
+#   multiply x p; that they are trained with the model by a squared error; low precision.
+#   Unconfirmed: the probabilities in p, that w_q and w_k are rank x rank, the weight of the error,
+#   that the number of keys is the same for every query (so that all finish together), and the order
+#   of loads. Left out: a threshold on the estimates instead of top-k, with which queries keep
+#   different numbers of keys, and the accelerator's 16-bit fixed point.
+# - A stage of a training recipe with "detector": {"k": rank, "weight": ...} trains detectors, and
+#   writes dota.safetensors beside the weights.
+# - Scales: max|row| / (2^(bits-1) - 1) for each row of y, q~ and k~. Ours: one scale for all keys
+#   would change when a larger key arrives, and with it earlier selections. Ties among estimates
+#   are common at 2 bits and go to the lower index.
+# - The cost is below dense attention's only if rank is well under 2 d and keep well under S. Cache
+#   reads per token: S (rank + 4) bytes for each key head (4 rank + 4 with bits=None) and 8 keep d
+#   for each query head, instead of 8 S d for each key head; the cache grows by the former. In
+#   hardware x p takes additions alone and the rest ``bits`` bits; NumPy multiplies floats, and is
+#   counted so. For a prompt all scores are computed and most are masked, and the estimates come on
+#   top.
+# - Time: the detector's NumPy calls and the selection take longer than attention over all keys;
+#   tried for one token and up to 8,000 keys. A prompt is slower, too.

@@ -1,224 +1,205 @@
-"""A small detector beside each block's attention, which foretells its scores from few columns.
+"""The detector of a block: from few columns of the input, a low-rank estimate of all its scores.
 
-After DOTA (Qu et al., 2022): X, what the projections of queries and keys read, is cut down to k
-columns by a fixed random projection, Y = X P, and of Y a small matrix for each head makes Q~ and
-K~, whose products stand for the scores. Here are the arrays, the file that holds those of a model
-(``dota.safetensors``, beside ``model.safetensors``), and the coding in few bits. How they are
-learned is in ``minitx.training.detector``, and together with nothing else changed in
-``minitx.training.detector_fit``; who keeps which keys by them, in ``minitx.skip.dota``.
+    y  = x p                           (T, rank)   p (D, rank): a random projection, never trained
+    q~ = y w_q  and  k~ = y w_k        (H, T, rank) and (K, T, rank), rotated if the model is rotary
+    q~_i . k~_j  estimates  q_i . k_j / sqrt(d)
+
+x (T, D) is what the projections of queries and keys read: the norm's output. A head's matrix in
+w_q or w_k is rank x rank.
+
+First the arrays as they are trained (``Detector``), then as they run, in few bits
+(``QuantizedDetector``), and at the end what both ways of training share: the recording of what a
+block's attention computes. A student who only wants to run DOTA can stop before that.
 """
 
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 
 from minitx import ops
-from minitx.checkpoints.common import fingerprint, need_finite
-from minitx.checkpoints.safetensors import read_header, read_tensors
-from minitx.checkpoints.safetensors_write import write_safetensors
 from minitx.config import Config
 from minitx.errors import MinitxError
-from minitx.model import Attention, NoRope, Rope, split_heads
+from minitx.model import Attention, NoRope, Rope, Transformer, split_heads
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.state import Tokens
-from minitx.technique import need
+from minitx.technique import need, wrap
 from minitx.tree import Part, part, table
-
-FILE = "dota.safetensors"
 
 
 @part
 class Detector(Part):
-    """Of one block. The columns of w_q and w_k go by heads, as those of the model's matrices."""
+    """Of one block, in floats. The columns of w_q and w_k are grouped by head, as the model's."""
 
-    p: np.ndarray = table()  # (D, k), drawn once and never trained
-    w_q: np.ndarray  # (k, H*k)
-    w_k: np.ndarray  # (k, K*k)
+    p: np.ndarray = table()  # (D, rank), drawn once and never trained
+    w_q: np.ndarray  # (rank, H*rank)
+    w_k: np.ndarray  # (rank, K*rank)
 
     @property
-    def k(self) -> int:
+    def rank(self) -> int:
         return self.p.shape[1]
 
     def __call__(self, x, rope: Part, tokens: Tokens):
-        """Q~ (..., H, T, k) and K~ (..., K, T, k), rotated, of what the projections read, x
-        (..., T, D)."""
-        y = ops.linear(x, self.p)  # (..., T, k)
-        q, k = (split_heads(ops.linear(y, w), w.shape[1] // self.k) for w in (self.w_q, self.w_k))
+        """q~ (..., H, T, rank) and k~ (..., K, T, rank) for x (..., T, D)."""
+        y = ops.linear(x, self.p)  # (..., T, rank)
+        q, k = (
+            split_heads(ops.linear(y, w), w.shape[1] // self.rank) for w in (self.w_q, self.w_k)
+        )
         return rope(q, tokens), rope(k, tokens)
 
 
-def projection(width: int, k: int, rng) -> np.ndarray:
-    """P (D, k) of sqrt(3/k) times -1, 0 or +1, with the chances 1/6, 2/3, 1/6 (Achlioptas, 2003): a
-    row x keeps its length in the mean over P, E |x P|^2 = |x|^2."""
-    signs = rng.choice(3, size=(width, k), p=(1 / 6, 2 / 3, 1 / 6)) - 1
-    return (signs * (3 / k) ** 0.5).astype(np.float32)
+def projection(width: int, rank: int, rng) -> np.ndarray:
+    """p (D, rank): sqrt(3 / rank) times -1, 0 or +1 with the probabilities 1/6, 2/3, 1/6
+    (Achlioptas, 2003). It keeps lengths on average: E |x p|^2 = |x|^2."""
+    signs = rng.choice(3, size=(width, rank), p=(1 / 6, 2 / 3, 1 / 6)) - 1
+    return (signs * (3 / rank) ** 0.5).astype(np.float32)
 
 
-def random_detectors(config: Config, k: int, seed) -> tuple[Detector, ...]:
-    """One for each block, to be trained: W~ so small that Q~ K~^T begins with variance 1 where X
-    has, as the scores of a random model do."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(config.layers):
-        p = projection(config.width, k, rng)
-        w_q, w_k = (
-            rng.standard_normal((k, heads * k)).astype(np.float32) * (config.width**-0.5 * k**-0.25)
-            for heads in (config.heads, config.kv_heads)
-        )
-        found.append(Detector(p, w_q, w_k))
-    return tuple(found)
+def shapes(config: Config, rank: int) -> dict[str, tuple]:
+    """The shapes of one block's arrays, by name."""
+    return {
+        "p": (config.width, rank),
+        "w_q": (rank, config.heads * rank),
+        "w_k": (rank, config.kv_heads * rank),
+    }
 
 
-def shapes(config: Config, k: int) -> dict[str, tuple]:
-    """The arrays of one block, by name."""
-    return {"p": (config.width, k), "w_q": (k, config.heads * k), "w_k": (k, config.kv_heads * k)}
+def narrow_rope(rope: Part, rank: int, head_width: int) -> Part:
+    """The rotation of a detector's ``rank`` columns, with angles taken from the model's RoPE.
 
-
-def narrow_rope(rope: Part, k: int, width: int) -> Part:
-    """The rotation of k columns by angles of the model's own, for heads of ``width`` columns.
-
-    As large a part of the columns turns as in the model, and of its pairs of columns the slowest:
-    content that is looked for far away turns little. (Of several choices this one foretold the
-    scores of ``stories`` best. The paper's models have no rotation.)
+    The same share of columns is rotated as in the model, by the model's slowest angles: a key that
+    matters far away must not turn much on the way. Ours: the paper's models have no rotation. Of
+    several choices this one predicted the scores of ``stories`` best.
     """
     need(rope, Rope, NoRope)
     if type(rope) is NoRope:
         return rope
-    turned = rope.cos.shape[1]
-    pairs = turned // 2  # column i turns with column i + pairs, the slower the larger i
-    slowest = np.arange(pairs - max(1, round(k * turned / width / 2)), pairs)
+    rotated = rope.cos.shape[1]
+    pairs = rotated // 2  # column i is paired with column i + pairs; the larger i, the slower
+    slowest = np.arange(pairs - max(1, round(rank * rotated / head_width / 2)), pairs)
     columns = np.concatenate([slowest, slowest + pairs])
     return Rope(rope.cos[:, columns], rope.sin[:, columns])
 
 
-def need_rank(k: int, config: Config, who: str) -> None:
-    """Refuse a k that the rotation cannot turn, or that makes guessing as dear as knowing."""
-    if k < 1 or k > config.head_width or k % 2 and config.rope_width:
-        even = "an even number" if config.rope_width else "a whole number"
+def check_rank(rank: int, config: Config, what: str) -> None:
+    """Refuse a rank that RoPE cannot rotate, or with which an estimate costs as much as a score."""
+    low, even = (2, "an even integer") if config.rope_width else (1, "an integer")
+    if not low <= rank <= config.head_width or rank % low:
         raise MinitxError(
-            f"{who} has k={k}; {even} from {2 if config.rope_width else 1} to the head width, "
-            f"{config.head_width}, is needed."
+            f"{what} must be {even}, {low} to the head width {config.head_width}; got {rank}."
         )
 
 
-# Few bits ----------------------------------------------------------------------------------------
-
-
-def coded(x, bits: int | None):
-    """As ``quantize_symmetric``; with bits=None x itself, and scales of 1."""
-    return (x, np.ones_like(x[..., 0])) if bits is None else quantize_symmetric(x, bits)
-
-
-def coded_by_head(w, heads: int, bits: int | None):
-    """w (k, heads*k) as whole numbers, and one scale for each head's k x k matrix, (heads, 1, 1)"""
-    by_head = w.reshape(len(w), heads, -1).swapaxes(0, 1)  # (heads, k, k)
-    codes, scale = coded(by_head.reshape(heads, -1), bits)
-    codes = codes.reshape(by_head.shape).swapaxes(0, 1)
-    return np.ascontiguousarray(codes.reshape(w.shape)), scale[:, None, None]
+# In few bits -------------------------------------------------------------------------------------
 
 
 @part
-class Detect(Part):
-    """Q~ and K~ in few bits. w_q (k, H*k) and w_k (k, K*k) are whole numbers too, if there are
-    bits, to be multiplied by s_q (H, 1, 1) and s_k (K, 1, 1)."""
+class QuantizedDetector(Part):
+    """A detector whose y, w, q~ and k~ are integers of ``bits`` bits; floats where bits is None.
 
-    p: np.ndarray = table()  # (D, k)
-    w_q: np.ndarray
-    w_k: np.ndarray
-    s_q: np.ndarray
-    s_k: np.ndarray
+    Every row of y, q~ and k~ has its own scale, and so does each head's matrix. A scale per tensor
+    would change as keys arrive, and with it what was selected before.
+    """
+
+    p: np.ndarray = table()  # (D, rank)
+    w_q: np.ndarray  # (rank, H*rank) integers, to be multiplied by s_q
+    w_k: np.ndarray  # (rank, K*rank) integers, to be multiplied by s_k
+    s_q: np.ndarray  # (H, 1, 1)
+    s_k: np.ndarray  # (K, 1, 1)
     rope: Part
     bits: int | None
 
     @staticmethod
-    def of(detector: Detector, attn: Attention, width: int, bits: int | None) -> "Detect":
-        """For an attention whose heads are ``width`` wide."""
-        w_q, s_q = coded_by_head(detector.w_q, attn.heads, bits)
-        w_k, s_k = coded_by_head(detector.w_k, attn.kv_heads, bits)
-        rope = narrow_rope(attn.rope, detector.k, width)
-        return Detect(detector.p, w_q, w_k, s_q, s_k, rope, bits)
+    def of(detector: Detector, attn: Attention, head_width: int, bits: int | None):
+        w_q, s_q = quantize_heads(detector.w_q, attn.heads, bits)
+        w_k, s_k = quantize_heads(detector.w_k, attn.kv_heads, bits)
+        rope = narrow_rope(attn.rope, detector.rank, head_width)
+        return QuantizedDetector(detector.p, w_q, w_k, s_q, s_k, rope, bits)
 
     def __call__(self, x, tokens: Tokens):
-        """Codes of Q~ (..., H, T, k), and codes (..., K, T, k) and scales (..., K, T) of K~, for
-        what the projections read, x (..., T, D). The scale of a query changes no choice."""
-        y = self.narrow(x)
-        queries, _ = self.rows(y, self.w_q, self.s_q, tokens)
-        return queries, self.rows(y, self.w_k, self.s_k, tokens)
+        """Of x (..., T, D): q~ (..., H, T, rank), and k~ (..., K, T, rank) with its scales
+        (..., K, T). Scales of queries are dropped: they do not change the order of a query's
+        keys."""
+        y = self.project(x)
+        queries, _ = self.heads(y, self.w_q, self.s_q, tokens)
+        return queries, self.heads(y, self.w_k, self.s_k, tokens)
 
     def q(self, x, tokens: Tokens):
-        """Codes of Q~ alone."""
-        return self.rows(self.narrow(x), self.w_q, self.s_q, tokens)[0]
+        """q~ alone."""
+        return self.heads(self.project(x), self.w_q, self.s_q, tokens)[0]
 
     def kv(self, x, tokens: Tokens):
-        """Codes and scales of K~ alone."""
-        return self.rows(self.narrow(x), self.w_k, self.s_k, tokens)
+        """k~ and its scales alone."""
+        return self.heads(self.project(x), self.w_k, self.s_k, tokens)
 
-    def narrow(self, x):
-        return coded(ops.linear(x, self.p), self.bits)  # (..., T, k), (..., T)
+    def project(self, x):
+        return quantize(ops.linear(x, self.p), self.bits)  # y (..., T, rank), scales (..., T)
 
-    def rows(self, y, w, s, tokens: Tokens):
-        """Scales come last: whole numbers are multiplied, which is exact in any order, so that a
-        code that lies halfway between two is rounded alike in a chunk and alone."""
-        codes, scale = y
-        z = self.rope(split_heads(ops.linear(codes, w), len(s)), tokens)
-        codes, own = coded(z, self.bits)
-        return codes, own * scale[..., None, :] * s[..., 0]
-
-
-# The file ----------------------------------------------------------------------------------------
+    def heads(self, y, w, s, tokens: Tokens):
+        """(..., heads, T, rank) and scales (..., heads, T). Scales are multiplied last: products of
+        integers are exact in any order, so a number halfway between two integers is rounded alike
+        in a prompt and for a single token."""
+        y, y_scale = y
+        z = self.rope(split_heads(ops.linear(y, w), len(s)), tokens)
+        z, z_scale = quantize(z, self.bits)
+        return z, z_scale * y_scale[..., None, :] * s[..., 0]
 
 
-def write_detectors(detectors, folder) -> None:
-    """Write ``dota.safetensors`` into the folder, in float32, for the weights that stand there."""
-    tensors = {
-        f"blocks.{number}.{f.name}": getattr(detector, f.name)
-        for number, detector in enumerate(detectors)
-        for f in fields(Detector)
-    }
-    metadata = {"format": "minitx detectors", "weights": weights_beside(folder)}
-    write_safetensors(Path(folder) / FILE, tensors, "F32", metadata)
+def quantize(x, bits: int | None):
+    """``quantize_symmetric``; with bits=None x itself and scales of 1."""
+    return (x, np.ones_like(x[..., 0])) if bits is None else quantize_symmetric(x, bits)
 
 
-def weights_beside(folder) -> str:
-    """The fingerprint of the weights in the folder: of one file, or of its shards."""
-    return fingerprint(*sorted(Path(folder).glob("model*.safetensors")))
+def quantize_heads(w, heads: int, bits: int | None):
+    """w (rank, heads*rank) as integers, and a scale for each head's matrix, (heads, 1, 1)."""
+    by_head = w.reshape(len(w), heads, -1).swapaxes(0, 1)  # (heads, rank, rank)
+    integers, scale = quantize(by_head.reshape(heads, -1), bits)
+    integers = integers.reshape(by_head.shape).swapaxes(0, 1)
+    return np.ascontiguousarray(integers.reshape(w.shape)), scale[:, None, None]
 
 
-def read_detectors(folder, config: Config, dtype=np.float32) -> tuple[Detector, ...]:
-    """The detectors in the folder, one for each block; MinitxError if the file is missing or
-    damaged, if its arrays do not fit a model of this configuration, or if they learned to foretell
-    other weights than those that stand there."""
-    path = Path(folder) / FILE
-    found = read_tensors(path)
-    names = [f.name for f in fields(Detector)]
-    wanted = [f"blocks.{number}.{name}" for number in range(config.layers) for name in names]
-    if missing := [name for name in wanted if name not in found]:
-        raise MinitxError(
-            f"{path}: has no tensor {missing[0]!a}; the detectors of {config.layers} blocks are "
-            "needed, as training with this model's own recipe writes them."
-        )
-    if unknown := sorted(set(found) - set(wanted)):
-        raise MinitxError(
-            f"{path}: holds {unknown[0]!a}, which a model of {config.layers} blocks has no use "
-            "for; is it another model's?"
-        )
-    k = found["blocks.0.p"].shape[-1] if found["blocks.0.p"].ndim else 0
-    need_rank(k, config, str(path))
-    for name in wanted:
-        shape = shapes(config, k)[name.rpartition(".")[2]]
-        if found[name].shape != shape:
-            raise MinitxError(
-                f"{path}: {name} has the shape {found[name].shape}, but this model needs {shape}; "
-                "is it another model's?"
-            )
-        need_finite(path, name, found[name])
-    if read_header(path).metadata.get("weights") != weights_beside(folder):
-        raise MinitxError(
-            f"{path}: was not trained with the weights beside it; take both from one training, or "
-            "use fit=post-hoc."
-        )
-    return tuple(
-        Detector(*(found[f"blocks.{number}.{name}"].astype(dtype) for name in names))
-        for number in range(config.layers)
-    )
+# What a detector is trained on -------------------------------------------------------------------
+
+
+def record_attention(model: Transformer) -> tuple[Transformer, list["Recording"]]:
+    """A copy of the model that records, block by block, what detectors are trained on."""
+    found: list[Recording] = []
+
+    def change(attn, index):
+        need(attn, Attention)
+        found.append(Recording(attn))
+        return found[-1].recorded()
+
+    return wrap(model, "attn", change), found
+
+
+class Recording:
+    """What a block's projections read, and its queries and keys, in the last pass."""
+
+    def __init__(self, attn: Attention):
+        self.attn = attn
+        self.norms: list = []
+        self.attends: list = []
+
+    def recorded(self) -> Part:
+        attn, attend = self.attn, Recorder(self.attn.attend, self.attends)
+        return replace(attn, norm=Recorder(attn.norm, self.norms), attend=attend)
+
+    def last(self):
+        """x (..., T, D), q (..., H, T, d) and k (..., K, T, d), both rotated; then forgets them."""
+        (_, x), (q, k, *_) = self.norms.pop(), self.attends.pop()
+        self.norms.clear()
+        self.attends.clear()
+        return x, q, k
+
+
+@part
+class Recorder(Part):
+    """Appends a part's inputs and output to a list, call by call."""
+
+    inner: Part
+    calls: list
+
+    def __call__(self, *inputs):
+        output = self.inner(*inputs)
+        self.calls.append((*inputs, output))
+        return output
