@@ -28,7 +28,6 @@ from minitx.tree import Part
 
 MODULES = (
     "minitx.model",
-    "minitx.skipless",
     "minitx.ops",
     "minitx.decode",
 )
