@@ -1,8 +1,8 @@
 """``minitx cost quantize-cache``: bytes of a quantized KV cache, for a model of any size.
 
 Plain sums, as precompute/quantize_cache.py stores it: for each token, layer and key/value head a
-key and a value of d numbers, and a float32 scale for each group of them. With an encoder, the keys and
-values of cross-attention are cached in the same way.
+key and a value of d numbers, and a float32 scale for each group of them. With an encoder, the keys
+and values of cross-attention are cached in the same way.
 """
 
 from dataclasses import asdict, dataclass
