@@ -11,12 +11,12 @@ from minitx.model import Linear
 from minitx.precompute.lut.bit_serial import BitSerialLinear
 from minitx.precompute.lut.centroid_table import CentroidLinear
 from minitx.precompute.lut.product_table import FoldedLinear, IntegerLinear, TableLinear
-from minitx.precompute.order_products.accumulators import NarrowLinear
+from minitx.precompute.order_products import OrderedLinear
+from minitx.precompute.order_products.accumulator import SaturatingLinear
 from minitx.precompute.quantize.products import IntegerSumLinear, StreamedLinear
 from minitx.precompute.separate_magnitudes import OutlierLinear
 from minitx.precompute.separate_signs import UnsignedLinear
 from minitx.precompute.shrink import ShrunkKeys, ShrunkOutput
-from minitx.shared.ordering import OrderedLinear
 from minitx.technique import apply, swap, techniques
 from minitx.tree import Part, walk
 
@@ -30,13 +30,13 @@ CASES = [
     {"lut": {"layout": "horizontal"}},
     {"separate_signs": {"bits": 8}},
     {"order_products": {"order": "largest_rows_first"}},
-    {"order_products": {"accumulator": 12}},
+    {"order_products": {"accumulator_bits": 12}},
     {"prune": {"sparsity": 0.5}, "pack_zeros": True},
     {"shrink": True, "low_rank": True},
 ]
 # What these compute for some columns they compute as for all, in the same order: the same bits.
 SAME_BITS = (
-    *(NarrowLinear, BitSerialLinear, CentroidLinear, FoldedLinear, IntegerLinear, TableLinear),
+    *(SaturatingLinear, BitSerialLinear, CentroidLinear, FoldedLinear, IntegerLinear, TableLinear),
     *(
         IntegerSumLinear,
         StreamedLinear,
@@ -49,7 +49,7 @@ SAME_BITS = (
 )
 # These compute all columns and select.
 SELECT = (
-    NarrowLinear,
+    SaturatingLinear,
     IntegerSumLinear,
     StreamedLinear,
     OutlierLinear,
