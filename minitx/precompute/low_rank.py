@@ -41,13 +41,13 @@ def low_rank(
                1936); weighting it by the inputs is plain algebra.
     Fidelity:  ours: damping and defaults.
     Kind:      approximate; exact but for rounding at full rank.
-    Idea:      Most of a matrix is often in a few directions. Drop the others, and store the rest as
-               two thin factors.
-    Offline:   plain:     W = U S V (SVD),  A = U_r sqrt(S_r) (in, r),  B = sqrt(S_r) V_r (r, out)
-               weighted:  C C^T = X^T X + damping mean(diag(X^T X)) I     X: calibration inputs
-                          C^T W = U S V,  A = C^-T U_r sqrt(S_r),  B = sqrt(S_r) V_r
-                          which minimizes ||C^T (W - A B)||, the error of the outputs
-    Online:    y = (x A) B + b;  W itself where two factors would be no smaller
+    Idea:      Often most of a matrix lies in a few directions. Keep those, as two thin factors.
+    Offline:   plain:     W = u s v (SVD, s the singular values, largest first)
+                          left = u_r sqrt(s_r) (in, r),  right = sqrt(s_r) v_r (r, out)
+               weighted:  c c^T = X^T X + damping mean(diag(X^T X)) I     X: calibration inputs
+                          c^T W = u s v,  left = c^-T u_r sqrt(s_r),  right = sqrt(s_r) v_r
+                          which minimizes ||c^T (W - left right)||, the error of the outputs
+    Online:    y = (x left) right + bias;  W itself if the two factors would be no smaller
     Saves:     in out - r (in + out) multiply-adds per token and as many weights, of each matrix.
     In NumPy:  faster where matrices are large; in a narrow model the second call takes most of what
                is saved.
@@ -80,16 +80,16 @@ def low_rank(
 
 
 def factors(linear: Linear, c, u, s, v) -> "LowRank":
-    """A = C^-T U sqrt(S) (in, r) and B = sqrt(S) V (r, out). Both get a root of S, so that neither
-    is much larger than the other, which matters if they are quantized."""
+    """left = c^-T u sqrt(s) (in, r) and right = sqrt(s) v (r, out). Each gets sqrt(s), so that
+    neither is much larger than the other, which matters if they are quantized."""
     dtype, root = linear.w.dtype, np.sqrt(s)
-    a = np.linalg.solve(c.T, u * root)
-    b = root[:, None] * v
-    return LowRank(Linear(a.astype(dtype)), Linear(b.astype(dtype), linear.b))
+    left = np.linalg.solve(c.T, u * root)
+    right = root[:, None] * v
+    return LowRank(Linear(left.astype(dtype)), Linear(right.astype(dtype), linear.b))
 
 
 def root_of(gram, damping: float):
-    """C (in, in), lower triangular, with C C^T = gram + damping * mean(diagonal) * I (Cholesky)."""
+    """c (in, in), lower triangular, with c c^T = gram + damping * mean(diagonal) * I (Cholesky)."""
     size = np.trace(gram) / len(gram) or 1.0  # if all inputs are 0, they weigh the same
     return np.linalg.cholesky(gram + damping * size * np.eye(len(gram)))
 
@@ -119,22 +119,22 @@ def pays(r: int, inputs: int, outputs: int) -> bool:
 
 @part
 class LowRank(Part):
-    """``(x @ A) @ B + b``"""
+    """``(x @ left) @ right + bias``"""
 
-    a: Part  # (in, r)
-    b: Part  # (r, out), with the bias
+    left: Part  # (in, r)
+    right: Part  # (r, out), with the bias
 
     def __call__(self, x):
-        return self.b(self.a(x))
+        return self.right(self.left(x))
 
     def outputs(self, x, columns):
         """Only these columns of the result: a slice or an array of indices."""
-        return self.b.outputs(self.a(x), columns)
+        return self.right.outputs(self.left(x), columns)
 
 
 # Notes:
 #
 # - The SVD runs in float64 and the factors are rounded once. Embedding and head stay as they are.
-# - With weighted, the energy is that of C^T W: what the outputs lose.
-# - Damping keeps C invertible where calibration inputs are always 0 or fewer than the matrix has.
+# - With weighted, the energy is that of c^T W: what the outputs lose.
+# - Damping keeps c invertible where calibration inputs are always 0 or fewer than the matrix has.
 # - Loss and speed on stories: minitx sweep low-rank share=0.9,0.75 --stories 60

@@ -37,8 +37,9 @@ def prune_structure(
     Fidelity:  ours: both scores. By activations a neuron's is Wanda's (arXiv 2306.11695), squared
                and summed over its whole row of W_down.
     Kind:      approximate.
-    Idea:      A neuron or head u adds h_u W_u to the residual stream, W_u its row of W_down or its
-               d rows of W_o. Without units that add little, what is left is a smaller plain model.
+    Idea:      A unit u (neuron or head) adds h_u W_u to the residual stream: h_u is its activation,
+               W_u its row of W_down or its d rows of W_o. Remove those that add little; what is
+               left is a smaller plain model.
     Offline:   activations: score_u = sum |h_u W_u|^2 over the calibration tokens, block by block,
                             with inputs from the blocks pruned before
                weights:     |W_gate[:, u]| |W_up[:, u]| |W_down[u]|  of a neuron,

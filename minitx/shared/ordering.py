@@ -4,7 +4,7 @@ import numpy as np
 
 
 def largest_first(w):
-    """For each output of w (in, out), its inputs by falling |w|; ties go to the lower index."""
+    """For each output of w (in, out), its inputs by decreasing |w|; ties go to the lower index."""
     return small(np.argsort(-abs(w), axis=0, kind="stable"))
 
 

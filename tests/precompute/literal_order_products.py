@@ -6,7 +6,7 @@ output; an order is a list of input indices.
 
 
 def positives_first(weights):
-    """Positive weights by falling size, then the others by falling size; ties: the lower index."""
+    """Positive weights, then the others, by decreasing size; ties go to the lower index."""
     inputs = range(len(weights))
     positive = [i for i in inputs if weights[i] > 0]
     others = [i for i in inputs if not weights[i] > 0]

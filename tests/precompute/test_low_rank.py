@@ -22,7 +22,7 @@ def factorized(lm, **options):
 
 
 def product(found: LowRank):
-    return found.a.w @ found.b.w
+    return found.left.w @ found.right.w
 
 
 def at_rank(w, r, c=None):
@@ -48,16 +48,16 @@ def test_factors_by_hand():
         W = 3  3     norm sqrt(18)
             1 -1     norm sqrt(2)
 
-    Rank 1 keeps row 0: A B = (3 3; 0 0), which is off by sqrt(2) of ||W|| = sqrt(20)."""
+    Rank 1 keeps row 0: left right = (3 3; 0 0), which is off by sqrt(2) of ||W|| = sqrt(20)."""
     w = np.array([[3.0, 3], [1, -1]])
     found = at_rank(w, 1)
-    assert found.a.w.shape == (2, 1) and found.b.w.shape == (1, 2)
+    assert found.left.w.shape == (2, 1) and found.right.w.shape == (1, 2)
     np.testing.assert_allclose(product(found), [[3, 3], [0, 0]], atol=1e-12)
     assert relative_error(w, product(found)) == pytest.approx((2 / 20) ** 0.5)
 
 
 def test_weighted_factors_by_hand():
-    """The same W with inputs (0, 10) twice and (1, 0) once. X^T X = diag(1, 200), so C W has rows
+    """The same W with inputs (0, 10) twice and (1, 0) once. X^T X = diag(1, 200), so c^T W has rows
     of norms sqrt(18) and sqrt(200) sqrt(2) = 20: now row 1 is kept, and outputs are hardly off."""
     w, x = np.array([[3.0, 3], [1, -1]]), np.array([[0.0, 10], [0, 10], [1, 0]])
     found = product(at_rank(w, 1, root_of(x.T @ x, 1e-12)))
@@ -135,7 +135,7 @@ def test_matrices_whose_factors_are_no_smaller_stay_dense(family):
     changed = factorized(lm, rank=8)  # 16x16 breaks even at 8, 16x24 at 9.6, 16x8 at 5.3
     for path, node in walk(changed.model):
         if type(node) is LowRank:
-            assert ".ffn." in path and node.a.w.shape[1] == 8
+            assert ".ffn." in path and node.left.w.shape[1] == 8
         elif type(node) is Linear and ".attn." in path:
             assert id(node) in whole
     assert not [n for _, n in walk(factorized(lm, rank=10)) if type(n) is LowRank]
@@ -154,7 +154,7 @@ def test_saved_work_and_bytes_are_those_of_the_formula(family, options):
     found = [node for _, node in walk(changed.model) if type(node) is LowRank]
     saved = 0
     for part in found:
-        (inputs, r), outputs = part.a.w.shape, part.b.w.shape[1]
+        (inputs, r), outputs = part.left.w.shape, part.right.w.shape[1]
         assert r * (inputs + outputs) < inputs * outputs
         saved += inputs * outputs - r * (inputs + outputs)
     assert saved

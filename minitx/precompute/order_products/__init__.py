@@ -46,11 +46,11 @@ def order_products(
                overflow); another order may avoid it. And with inputs >= 0 and positive weights
                first, a sum that falls below 0 stays there, so before a ReLU it could stop.
     Offline:   for each output o an order of the inputs, by its weights w[:, o]:
-               positives_first     w > 0, then the others; each by falling |w|
-               largest_first       by falling |w|
+               positives_first     w > 0, then the others; both by decreasing |w|
+               largest_first       by decreasing |w|
                alternating         negative if the weights so far sum to more than 0, else positive;
-                                   of each sign by falling |w|
-               largest_rows_first  one order for all outputs, by falling norm of the rows of w
+                                   of each sign by decreasing |w|
+               largest_rows_first  one order for all outputs, by decreasing norm of the rows of w
                original            as stored: the baseline
     Online:    y[o] = sum over k = 0, 1, 2, ... of x[i] w[i, o],  i = order[k, o]
                accumulator_bits=n: x and w in int8; each running sum is clipped to n bits, and the
