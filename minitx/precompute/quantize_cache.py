@@ -125,4 +125,6 @@ class QuantizedCache(Part):
 #   keys, its own included, and a prompt read at once, in chunks or token by token gives the same.
 # - The ledger counts reading the codes, on top of the float keys and values that attention reads.
 #   The floats of one layer at a time are in memory beside the cache.
-# - With 4 bits a group's size is even, two codes to a byte.
+# - With 4 bits the group size is even, two codes to a byte.
+# - Figures on stories (minitx sweep quantize-cache bits=8,4 --stories 60; one BLAS thread):
+#   8 bits: cache 0.28x, loss -0.0001 nats per token, speed 0.64x; 4 bits: 0.16x, +0.0010, 0.53x.

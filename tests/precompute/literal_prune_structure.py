@@ -7,7 +7,7 @@ import math
 
 
 def contributions(hidden, w, rows):
-    """For each unit, which has so many rows of w: the sum over tokens of |h_u W_u|^2."""
+    """For each unit, which has ``rows`` rows of w: the sum over tokens of |h_u W_u|^2."""
     scores = []
     for first in range(0, len(w), rows):
         total = 0.0

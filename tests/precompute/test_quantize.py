@@ -18,7 +18,7 @@ from minitx.precompute.quantize import (
     quantize_matrix,
     quantize_symmetric,
 )
-from minitx.precompute.quantize.awq import best_channel_scales, output_error
+from minitx.precompute.quantize.awq import best_channel_scales, channel_scales, output_error
 from minitx.precompute.quantize.products import DequantizedLinear, IntegerSumLinear, StreamedLinear
 from minitx.shared import int4
 from minitx.technique import apply, swap
@@ -73,11 +73,13 @@ def test_quantize_asymmetric_by_hand():
 def test_quantized_matrix_equals_the_literal_version(bits, group_size, symmetric):
     w = RNG.normal(size=(20, 3)) + 0.3
     c = RNG.uniform(0.5, 2, 20)
-    for channel_scales in (None, c):
-        found = quantize_matrix(w, bits, group_size, symmetric, channel_scales=channel_scales)
-        listed = None if channel_scales is None else c.tolist()
+    for scales in (None, c):
+        found = quantize_matrix(w, bits, group_size, symmetric, channel_scales=scales)
+        listed = None if scales is None else c.tolist()
         expected = literal.quantized(w.tolist(), bits, group_size or 20, symmetric, listed)
-        np.testing.assert_allclose(found.dequantized(), expected, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(
+            found.dequantized(), expected, rtol=1e-12, atol=1e-14, err_msg="dequantized weights"
+        )
 
 
 def test_asymmetric_range_without_zero_is_widened():
@@ -244,6 +246,14 @@ def awq_quantized(w, moments, bits, group_size):
         return quantize_matrix(w, bits, group_size, channel_scales=c)
 
     return quantized(w, best_channel_scales(w, moments, quantized))
+
+
+def test_awq_channel_scales_by_hand():
+    """Mean |x| of 1, 16 and 0 at ratio 1/2: c = 1, 4 and 1e-4, the least allowed; divided by
+    sqrt(4 * 1e-4) = 0.02 they are 50, 200 and 0.005, whose largest times smallest is 1."""
+    c = channel_scales(np.array([1.0, 16, 0]), 0.5)
+    np.testing.assert_allclose(c, [50, 200, 0.005])
+    assert channel_scales(np.array([1.0, 16, 0]), 0) is None, "ratio 0 is plain rounding"
 
 
 def test_awq_search_equals_the_literal_version():

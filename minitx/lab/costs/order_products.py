@@ -54,7 +54,7 @@ class OrderProductsCost:
 
     @property
     def weights(self) -> int:
-        """Bytes of the weights, at so many bits each."""
+        """Bytes of the weights, at ``bits`` bits each."""
         return -(-block_weights(self.shape) * self.bits // 8)
 
     def as_dict(self) -> dict:
@@ -91,7 +91,7 @@ class OrderProductsCost:
 
 
 def largest_sum(inputs: int, bits: int, input_bits: int) -> int:
-    """The largest magnitude of a sum of so many products of signed numbers, symmetric around 0."""
+    """The largest magnitude of a sum of ``inputs`` products of signed, symmetric integers."""
     return inputs * (2 ** (bits - 1) - 1) * (2 ** (input_bits - 1) - 1)
 
 

@@ -39,7 +39,7 @@ class PruneCost:
         return block_weights(self.shape) + self.shape.width * self.shape.vocab_size
 
     def with_bytes(self, each: float) -> float:
-        """Bytes of the model if a weight of a pruned matrix takes so many bytes on average."""
+        """Bytes of the model if a weight of a pruned matrix takes ``each`` bytes on average."""
         return self.pruned * each + (self.weights - self.pruned) * BYTES
 
     @property

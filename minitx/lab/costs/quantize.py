@@ -1,7 +1,7 @@
 """``minitx cost quantize``: bytes of a quantized model, for any model.
 
-Plain sums, from no paper: codes of so many bits, and a scale (and a zero point, if asymmetric) for
-each group, as precompute/quantize stores them. Norms, biases and learned positions stay float32.
+Plain sums, from no paper: integer codes, and a scale (and a zero point, if asymmetric) for each
+group, as precompute/quantize stores them. Norms, biases and learned positions stay float32.
 The KV cache is not counted: see quantize_cache.
 """
 

@@ -55,7 +55,7 @@ def accumulate(x, w, order, bits: int) -> Sums:
 
 
 def limits(bits: int) -> tuple[int, int]:
-    """The range of a signed integer of so many bits."""
+    """The range of a signed integer of ``bits`` bits."""
     return -(1 << bits - 1), (1 << bits - 1) - 1
 
 

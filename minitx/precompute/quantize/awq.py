@@ -46,6 +46,8 @@ def output_error(w, quantized, gram) -> float:
 
 # Notes:
 #
+# - The normalization cancels out of the codes (a factor of c is a factor of every scale); it keeps
+#   scales of a similar size, which matters with half_scales.
 # - Ours: every matrix of a block has its own c, judged by the matrix's own outputs, which the Gram
 #   matrix gives without running the texts again. AWQ's code shares c between the matrices that
 #   read the same input and judges the end of a block; and it folds 1 / c into the norm before.

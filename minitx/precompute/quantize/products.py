@@ -29,7 +29,7 @@ def quantized_linear(matrix: Part, b, run: str) -> Part:
 
 @part
 class StreamedLinear(Part):
-    """``x @ matrix + b``, dequantizing a tile of so many weights at a time (at least one group)."""
+    """``x @ matrix + b``, dequantizing ``tile`` weights at a time (at least one group)."""
 
     matrix: Part
     b: np.ndarray | None
