@@ -138,5 +138,5 @@ class LowRank(Part):
 # - With weighted, the energy is that of c^T W: what the outputs lose.
 # - Damping keeps c invertible where calibration inputs are always 0 or fewer than the matrix has.
 # - Figures on stories (minitx sweep low-rank share=0.9,0.75 --stories 60; one BLAS thread), whose
-#   spectra are flat: 0.90x of the multiply-adds cost +0.083 nats per token, 0.77x cost +0.339; speed
-#   0.8x to 1.05x.
+#   spectra are flat: 0.90x of the multiply-adds cost +0.083 nats per token, 0.77x cost +0.339;
+#   speed 0.8x to 1.05x.

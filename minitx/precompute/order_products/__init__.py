@@ -120,7 +120,7 @@ class OrderedLinear(Part):
 # - positives_first is by far the worst order there: the running sum climbs to the end of the range
 #   and back. The order that suits early stopping is the one that a narrow accumulator cannot bear.
 # - Generating text on stories (minitx sweep order-products order=positives_first,largest_rows_first
-#   --stories 60; one BLAS thread) runs at 0.14x of the dense speed with an order for each output, and
-#   at 0.71x with a shared one.
+#   --stories 60; one BLAS thread) runs at 0.14x of the dense speed with an order for each output,
+#   and at 0.71x with a shared one.
 # - Sorting products token by token, as in PQS, would avoid all transient overflows, and "transient
 #   overflows" counts what it could save. A wrapping accumulator needs no order at all.

@@ -291,5 +291,5 @@ def quantize_embeddings(lm, quantized: Callable, run: str):
 #       4     integers       0.23x    +0.0058   0.3x
 #
 #   Most of the extra time goes into converting codes to floats. cast is as fast as stream while the
-#   matrices fit in the CPU's cache. For a prompt of 200 tokens both take about the dense time, since
-#   a tile is dequantized once for all of them.
+#   matrices fit in the CPU's cache. For a prompt of 200 tokens both take about the dense time,
+#   since a tile is dequantized once for all of them.

@@ -82,7 +82,7 @@ def test_only_smaller_arrays_take_fewer_multiply_adds(tmp_path):
         2 * 4096 * (24 + 6) * 128 + 8 * 3 * 4096 * (14336 - 4300)
     )
     assert {work for _, _, work in c.rows()[:-1]} == {c.multiply_adds}
-    assert "all experts are counted as run" in str(c)
+    assert "all experts are counted" in str(c)
     assert cost(c.shape, sparsity=0.99).structured.kv_heads == 1
 
 
