@@ -14,9 +14,9 @@ from minitx.model import Linear
 from minitx.precompute.quantize import (
     dequantize,
     equal_groups,
-    quantize_asymmetric,
+    quantize_groups_asymmetric,
     quantize_matrix,
-    quantize_symmetric,
+    quantize_groups_symmetric,
 )
 from minitx.precompute.quantize.awq import best_channel_scales, channel_scales, output_error
 from minitx.precompute.quantize.products import DequantizedLinear, IntegerSumLinear, StreamedLinear
@@ -44,7 +44,7 @@ def test_quantize_symmetric_by_hand():
     64       -127     32      13       and times 1/127:
      0.50394   -1      0.25197  0.10236
     """
-    codes, scales, zero_points = quantize_symmetric(one_group([0.5, -1, 0.25, 0.1]), 8)
+    codes, scales, zero_points = quantize_groups_symmetric(one_group([0.5, -1, 0.25, 0.1]), 8)
     assert codes.ravel().tolist() == [64, -127, 32, 13]
     assert scales.item() == 1 / 127 and zero_points is None
     found = dequantize(codes, scales, zero_points).ravel()
@@ -61,7 +61,7 @@ def test_quantize_asymmetric_by_hand():
         code                 0     43  171    255      (256 is clipped; stored less 128, as int8)
 
     In floats 42.5 is 42.5 and a hair, which rounds to 43 and not to the even 42; so is 212.5."""
-    codes, scales, zero_points = quantize_asymmetric(one_group([-0.2, 0, 0.6, 1]), 8)
+    codes, scales, zero_points = quantize_groups_asymmetric(one_group([-0.2, 0, 0.6, 1]), 8)
     assert (codes.ravel() + 128).tolist() == [0, 43, 171, 255]
     assert round(scales.item(), 7) == 0.0047059
     assert zero_points.item() + 128 == 43 == literal.asymmetric([-0.2, 0, 0.6, 1], 8)[2]
@@ -85,7 +85,7 @@ def test_quantized_matrix_equals_the_literal_version(bits, group_size, symmetric
 def test_asymmetric_range_without_zero_is_widened():
     """10 .. 11 becomes 0 .. 11. Otherwise the zero point is clipped and all weights become 1."""
     w = one_group([10, 10.4, 11])
-    codes, scales, zero_points = quantize_asymmetric(w, 4)
+    codes, scales, zero_points = quantize_groups_asymmetric(w, 4)
     error = abs(dequantize(codes, scales, zero_points) - w).max()
     assert error <= scales.item() / 2, "each weight is off by at most half a scale"
 
