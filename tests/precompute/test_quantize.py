@@ -15,8 +15,8 @@ from minitx.precompute.quantize import (
     dequantize,
     equal_groups,
     quantize_groups_asymmetric,
-    quantize_matrix,
     quantize_groups_symmetric,
+    quantize_matrix,
 )
 from minitx.precompute.quantize.awq import best_channel_scales, channel_scales, output_error
 from minitx.precompute.quantize.products import DequantizedLinear, IntegerSumLinear, StreamedLinear
