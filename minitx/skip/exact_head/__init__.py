@@ -52,10 +52,10 @@ def exact_head(
     Fidelity:  a reconstruction from that paper's abstract, a re-implementation's README and a
                survey. Deciding by a bound, so that the result is exact, is ours.
     Kind:      exact: the token of the dense head; ties go to the lower index.
-    Idea:      Greedy decoding needs only the largest of the logits z[v] = W[v] . h (W[v]: row of the
-               head for token v, h: hidden state). Cauchy-Schwarz: a dot product is at most the
-               product of the lengths, a . b <= |a| |b|. That bounds each logit from above; a row
-               whose bound is below a logit that is already known cannot win, so skip it.
+    Idea:      Greedy decoding needs only the largest logit z[v] = W[v] . h, of the head's row W[v]
+               and the hidden state h. By Cauchy-Schwarz a dot product is at most the product of
+               the two lengths, a . b <= |a| |b|, which bounds each logit from above. A row whose
+               bound is below a logit that is already known cannot win, so skip it.
     Offline:   B = W R;  R (D, D): right singular vectors of W, strongest first, so that most of the
                          length of each row lies in its first columns
                tail[v] = |B[v, rank:]|
@@ -95,12 +95,12 @@ def exact_head(
 
 @part
 class ExactHead(Part):
-    """Greedy decoding asks the search; everything else, and what the search cannot decide, goes to
-    the dense head."""
+    """Greedy decoding asks the search. What the search cannot decide, and everything that needs all
+    logits, goes to the dense head."""
 
     head: Part
     search: Part  # called with x (D,): (argmax token or None, number of rows multiplied)
-    biased: bool  # then x has a 1 more, and each row its bias
+    biased: bool  # True: each row of the search ends with its bias, so x is extended by a 1
 
     def __call__(self, x):
         return self.head(x)  # (..., V)
