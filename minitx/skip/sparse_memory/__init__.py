@@ -72,7 +72,7 @@ def sparse_memory(
     Saves:     per decoded token and query head n d + 2 r d multiply-adds instead of 2 S d, with
                n = min(S, slots), r = min(S, keep). Not memory: the KV cache keeps every row, so
                that an eviction can be undone. Prompts save nothing.
-    In NumPy:  slower than dense up to S = 4,096; with slots=256 even at about 8,000 (Notes).
+    In NumPy:  slower than dense up to S = 4,096; with slots=256 it breaks even at about 8,000.
     Not for:   batches of different lengths, if keys can be evicted or with index=kd-tree: they run
                one by one. slots near keep: recency decides who goes, not importance.
     Proof:     tests/skip/test_sparse_memory.py; literal version:
@@ -103,11 +103,11 @@ def sparse_memory(
 
 
 class SlotMemory:
-    """M memories of N slots: one per key head, and per sequence of a batch.
+    """M memories of N slots each: one per key head, and per sequence of a batch.
 
     token, last: (M, N), the token in each slot, and the token that last accessed it; -1 for a free
     slot. rows: the keys (M, N, d) and what the index stores per key (M, N, any), by slot. source:
-    the same by token, of every token; the values stay in the KV cache.
+    the same by token, of every token. Values stay in the KV cache.
     """
 
     def __init__(self, source: tuple, index: Part, keep: int, slots: int, threshold: float):
@@ -150,12 +150,12 @@ class SlotMemory:
         kept, scores = top_k_of_candidates(
             self.index, self.keep, q, keys, codes, visible, self.built, order
         )
-        accessed = np.nonzero(self.accessed(scores, kept)[:, 0])
-        self.journal[t].accessed[:] = accessed, self.last[accessed]
-        self.last[accessed] = t
+        where = np.nonzero(self.is_accessed(scores, kept)[:, 0])  # (memories, slots)
+        self.journal[t].accessed[:] = where, self.last[where]
+        self.last[where] = t
         return kept
 
-    def accessed(self, scores, kept):
+    def is_accessed(self, scores, kept):
         """Which keys (M, T, n) get a weight above the threshold in some query head; scores and kept
         are (M, G, T, n)."""
         weights = np.exp(scores - scores.max(-1, keepdims=True))  # the maximum is always kept
@@ -169,8 +169,8 @@ class SlotMemory:
             change = self.journal.pop()
             self.count -= 1
             if change.accessed:
-                slots, last = change.accessed
-                self.last[slots] = last
+                where, last = change.accessed
+                self.last[where] = last
             if self.count < self.slots:  # the slot was free
                 for row in (*self.rows, self.token, self.last):
                     row[:, self.count] = 0 if row.ndim > 2 else -1
@@ -201,8 +201,7 @@ class SlotMemory:
         for t in range(at_once, visible.T):  # one by one: what t reads decides what t + 1 evicts
             while self.count <= visible.own[t]:
                 self.write(self.count)
-            slots = self.read(q[:, :, t : t + 1])
-            m, g, _, slot = np.nonzero(slots)
+            m, g, _, slot = np.nonzero(self.read(q[:, :, t : t + 1]))
             kept[m, g, t, self.token[m, slot]] = True
         return kept
 
@@ -226,13 +225,13 @@ class SlotMemory:
             self.write(t)
         t = np.arange(first, S)[:, None]
         written = t == np.arange(S)  # (T, S)
-        accessed = self.accessed(scores, kept)  # (M, T, S)
+        accessed = self.is_accessed(scores, kept)  # (M, T, S)
         last = np.concatenate([before, np.where(accessed | written, t, -1)], 1)
         np.maximum.accumulate(last, 1, out=last)  # (M, T + 1, S): before and after each token
         self.last[:, :S] = last[:, -1]
         for i in range(S - first):
-            slots = np.nonzero(accessed[:, i])
-            self.journal[first + i].accessed[:] = slots, last[:, i][slots]
+            where = np.nonzero(accessed[:, i])
+            self.journal[first + i].accessed[:] = where, last[:, i][where]
         return kept
 
 
