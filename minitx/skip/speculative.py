@@ -1,7 +1,7 @@
 """Speculative decoding: a draft model proposes tokens, the target model verifies them in one pass.
 
-From top to bottom: the card and the options; one round and the rule by which a token is accepted;
-the drafts (a second model, prompt lookup); the cost formula; notes.
+From top to bottom: the card and the options; the rule that accepts or replaces a draft token; the
+decoding loop; the drafts (a second model, prompt lookup); the cost formula; notes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -77,14 +77,33 @@ def speculative(
     return replace(lm, decode=Speculative(find_draft(lm, draft), gamma))
 
 
-# Online: one round -------------------------------------------------------------------------------
+# Online: the rule --------------------------------------------------------------------------------
 
 
-class Proposal(NamedTuple):
-    """A draft token and the distribution that it was drawn from."""
+def accept_or_resample(p: np.ndarray, q: np.ndarray, x: int, sampler: Sampler) -> int:
+    """A token with the target's distribution p (V,), made from a token x with the distribution
+    q (V,): x itself if it is accepted, a token from the residual distribution if it is rejected.
 
-    x: int
-    q: np.ndarray  # (V,)
+    Why this is exact: token v is proposed and accepted with probability
+        q(v) min(1, p(v) / q(v)) = min(p(v), q(v)).
+    Summed over v, that leaves 1 - sum(min(p, q)) = sum(max(0, p - q)) for a rejection, which then
+    gives v with probability max(0, p(v) - q(v)) / sum(max(0, p - q)). In all v is emitted with
+        min(p(v), q(v)) + max(0, p(v) - q(v)) = p(v).
+    """
+    accept = min(1.0, p[x] / q[x])  # q[x] > 0, since x was drawn from q
+    if sampler.draw(np.array([1 - accept, accept])) == 1:  # with probability ``accept``
+        return x
+    return sampler.draw(residual_distribution(p, q))
+
+
+def residual_distribution(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """max(0, p - q) (V,), normalized; p itself if rounding leaves nothing of it (p equals q)."""
+    residual = np.maximum(p - q, 0)
+    total = residual.sum()
+    return residual / total if total else p
+
+
+# Online: the loop --------------------------------------------------------------------------------
 
 
 @part
@@ -118,6 +137,13 @@ class Speculative(TokenLoop):
             yield from new
 
 
+class Proposal(NamedTuple):
+    """A draft token and the distribution that it was drawn from."""
+
+    x: int
+    q: np.ndarray  # (V,)
+
+
 def verify(logits: np.ndarray, proposals: Sequence[Proposal], sampler: Sampler) -> list[int]:
     """The 1 to gamma + 1 tokens of a round: the proposals up to the first rejection, then one
     token from the target. Row i of the logits (gamma + 1, V) scores the position of proposal i."""
@@ -128,32 +154,9 @@ def verify(logits: np.ndarray, proposals: Sequence[Proposal], sampler: Sampler) 
         else:
             p = sampler.probabilities(row)
             tokens.append(accept_or_resample(p, q, x, sampler))
-        if tokens[-1] != x:  # rejected
+        if tokens[-1] != x:  # rejected; the residual distribution never gives x again
             return tokens
     return [*tokens, sampler(logits[-1])]
-
-
-def accept_or_resample(p: np.ndarray, q: np.ndarray, x: int, sampler: Sampler) -> int:
-    """A token with the target's distribution p (V,), made from a token x with the distribution
-    q (V,): x itself if it is accepted, a token from the residual distribution if it is rejected.
-
-    Why this is exact: token v is proposed and accepted with probability
-        q(v) min(1, p(v) / q(v)) = min(p(v), q(v)).
-    Summed over v, that leaves 1 - sum(min(p, q)) = sum(max(0, p - q)) for a rejection, which then
-    gives v with probability max(0, p(v) - q(v)) / sum(max(0, p - q)). In all v is emitted with
-        min(p(v), q(v)) + max(0, p(v) - q(v)) = p(v).
-    """
-    accept = min(1.0, p[x] / q[x])  # q[x] > 0, since x was drawn from q
-    if sampler.draw(np.array([1 - accept, accept])):
-        return x
-    return sampler.draw(residual_distribution(p, q))
-
-
-def residual_distribution(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """max(0, p - q) (V,), normalized; p itself if rounding leaves nothing of it (p equals q)."""
-    residual = np.maximum(p - q, 0)
-    total = residual.sum()
-    return residual / total if total else p
 
 
 # Drafts ------------------------------------------------------------------------------------------
