@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from enumeration import distance, law, law_of_model
+from enumeration import exact_distribution, model_distribution, total_variation
 from tiny import END, FAMILIES, KINDS, decode, tiny_lm, tiny_model
 
 from minitx.errors import MinitxError
@@ -452,8 +452,12 @@ def test_decoding_loop_has_the_models_distribution_by_enumeration(name, options)
     model = tiny_model("llama", vocab_size=3, bos=None, eos=(), dtype=np.float64)
     lm = apply(LM(model), {name: ALL[name].demo})
     prompt = [1, 2, 0, 1, 1, 2, 0, 1]
-    found = law(lambda choose: tuple(decode(lm.decode, lm.model, prompt, choose, 3)), **options)
-    assert distance(found, law_of_model(model, prompt, 3, **options)) < 1e-9
+
+    def run(sampler):
+        return tuple(decode(lm.decode, lm.model, prompt, sampler, 3))
+
+    found = exact_distribution(run, **options)
+    assert total_variation(found, model_distribution(model, prompt, 3, **options)) < 1e-9
 
 
 @loops
