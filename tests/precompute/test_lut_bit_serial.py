@@ -28,10 +28,10 @@ def test_worked_example_by_hand():
     """
     x, u = np.array([[3.0, -1, 2, 5]]), np.array([[3], [0], [2], [1]])
     sums = [-9, -3, -11, -5, -5, 1, -7, -1, 1, 7, -1, 5, 5, 11, 3, 9]
-    np.testing.assert_array_equal(signed_sums(x, 4), [[sums]])
+    np.testing.assert_array_equal(signed_sums(x, 4), [[sums]], err_msg="table")
     assert (sums[9], sums[5]) == (7, 1)
     index = table_index(u, 2, 4)
-    np.testing.assert_array_equal(index[:, 0, 0], [9, 5])
+    np.testing.assert_array_equal(index[:, 0, 0], [9, 5], err_msg="index of each bit")
     assert integer_product(x, index, 4) == 18
     assert BitSerialLinear(index, np.ones(1), np.full(1, 2.0), 4)(x) == 0
     y, tables, places = literal.lut_bit_serial(x[0].tolist(), u.tolist(), [2], [1], 2, 4)

@@ -127,8 +127,8 @@ def test_every_array_stays_float32(name):
 @each
 def test_layers_counts_blocks_from_the_last(name):
     lm = with_tables(name, layers=1)
-    assert PARTS[name] not in kinds(lm.model.stack.blocks[0])
-    assert Linear not in kinds(lm.model.stack.blocks[1])
+    assert PARTS[name] not in kinds(lm.model.stack.blocks[0]), "the first block has tables"
+    assert Linear not in kinds(lm.model.stack.blocks[1]), "the last block has weights left"
     dense = tiny_lm(dtype=np.float64).model
     zero = with_tables(name, layers=0).model
     assert zero.stack.blocks == dense.stack.blocks and zero.head is dense.head
