@@ -230,8 +230,9 @@ def check_size(size: int, limit: float) -> None:
 
 # Notes:
 #
-# - On ``stories`` (minitx sweep lut-product length=2,1 --stories 20): loss above dense +0.0384, with
-#   83 % same choices; memory 0.23x and 0.33x (a code takes at least a byte), speed 0.18x and 0.11x.
+# - On ``stories`` (minitx sweep lut-product length=2,1 --stories 20): loss above dense +0.0384 and
+#   83 % same choices at both; memory 0.23x and 0.33x (a code takes a byte or more), speed 0.18x and
+#   0.11x.
 # - One scale per token, not per batch: a batch would give other results than its rows alone, and a
 #   single outlier token would spoil the others.
 # - What "vertical" and "horizontal" mean in memory is our reading. The sums are the same bits.
