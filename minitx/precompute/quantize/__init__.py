@@ -22,7 +22,12 @@ from minitx.technique import at_least, swap, technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=False, neutral={"bits": 32}, after=("low_rank", "lut"))
+@technique(
+    level="matrices",
+    exact=False,
+    neutral={"bits": 32},
+    after=("low_rank", "lut_product", "lut_centroid", "lut_bit_serial"),
+)
 def quantize(
     lm,
     *,
