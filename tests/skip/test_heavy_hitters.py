@@ -219,3 +219,19 @@ def test_on_stories_attention_keeps_better_rows_than_chance():
         assert found.cache == pytest.approx(129 / 512, abs=0.01)
     assert prices["attention"] < 0.6 * prices["random"], prices
     assert prices["attention"] < 0.3, prices
+
+
+@pytest.mark.parametrize("family", ("gpt2", "gpt_neox"))
+def test_one_cached_head_for_several_key_heads_keeps_one_set_of_rows(family):
+    """absorb_products caches its input as one head of values: all key heads then evict alike."""
+    lm = tiny_lm(family, dtype=np.float64)
+    wanted = {"absorb_products": True, "heavy_hitters": {"heavy": 3, "recent": 3}}
+    changed = apply(lm, wanted)
+    state = changed.model.new_state()
+    for step in (IDS[:12], *([i] for i in IDS[12:20])):
+        logits = changed.model(np.array(step), state)
+        assert np.isfinite(logits).all()
+    layer = state.layers[0]
+    assert layer.count == 7, f"expected 3 + 3 rows and the new one, got {layer.count}"
+    positions = layer.row_positions
+    assert (positions == positions[..., :1, :]).all(), "heads of one cached head differ in rows"
