@@ -18,8 +18,8 @@ from itertools import pairwise
 
 from minitx.checkpoints.added_tokens import AddedToken
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
-from minitx.checkpoints.pretoken import split
-from minitx.checkpoints.tokenizer import check_text
+from minitx.checkpoints.pre_tokenize import pre_tokenize
+from minitx.checkpoints.tokenizer import need_valid_unicode
 from minitx.errors import MinitxError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -70,9 +70,11 @@ def bpe_for_words(
     """
     words, special = list(dict.fromkeys(words)), list(special_tokens)
     for word in words:
-        check_text(word)
-        if split(word) != [word]:
-            raise MinitxError(f"{word!a} is {len(split(word))} words to GPT-2's pattern; give one")
+        need_valid_unicode(word)
+        if pre_tokenize(word) != [word]:
+            raise MinitxError(
+                f"{word!a} is {len(pre_tokenize(word))} words to GPT-2's pattern; give one"
+            )
     if ignore_merges:
         singles = [bytes([byte]) for byte in range(256)]
         longer = [data for word in words if len(data := word.encode("utf-8")) > 1]
@@ -86,8 +88,8 @@ def bpe_for_words(
 def _count_words(texts: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text in texts:
-        check_text(text)
-        counts.update(split(text))
+        need_valid_unicode(text)
+        counts.update(pre_tokenize(text))
     return counts
 
 

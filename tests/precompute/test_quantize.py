@@ -6,7 +6,7 @@ import pytest
 from tiny import FAMILIES, tiny_lm, tiny_model
 
 import minitx
-from minitx.checkpoints.llama2c import Header, _numbers
+from minitx.checkpoints.llama2c import Llama2cHeader, decode_values
 from minitx.errors import MinitxError
 from minitx.lab.compare import log_softmax
 from minitx.ledger import counting
@@ -129,7 +129,7 @@ def test_llama2c_groups_are_these_where_they_divide():
     w = RNG.normal(size=(3, 128)).astype(np.float32)
     kept = in_groups(w.T, 8, 64)
     codes = kept.codes.transpose(2, 0, 1).tobytes() + kept.scales.T.astype("<f4").tobytes()
-    found = _numbers(Header(2, None, 64), "head.w", codes, np.float32).reshape(3, 128)
+    found = decode_values(Llama2cHeader(2, None, 64), "head.w", codes, np.float32).reshape(3, 128)
     np.testing.assert_array_equal(found, kept.floats().T)
     expected = literal.kept(w.T.tolist(), 8, 64)
     np.testing.assert_allclose(found.T, expected, atol=1e-6)
