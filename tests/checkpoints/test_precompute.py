@@ -1,5 +1,5 @@
-"""``minitx precompute``: a written model reads back unchanged, and corrupt files are rejected without
-running code from them."""
+"""``minitx precompute``: a written model reads back unchanged; corrupt files are rejected and run
+no code."""
 
 import json
 import os
@@ -86,10 +86,10 @@ def test_loading_reads_no_calibration_text(tmp_path, monkeypatch):
     lm = apply(tiny_lm(), {"early_exit": {"measure": "probe"}})
     written(lm, tmp_path / "out")
 
-    def refuse(*_):
+    def fail(*_):
         raise AssertionError("calibration text was read")
 
-    monkeypatch.setattr("minitx.training.calibration.calibration_texts", refuse)
+    monkeypatch.setattr("minitx.training.calibration.calibration_texts", fail)
     model, _ = read_precomputed(tmp_path / "out")
     np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
 
