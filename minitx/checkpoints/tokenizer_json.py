@@ -5,9 +5,9 @@ Split by GPT-2's pattern), the ByteLevel decoder, no normalizer or NFC, a post-p
 nothing or prepends one token, and added tokens with all their flags. Any other setting that could
 change ids or text raises an error that names it.
 
-bos and eos are read from ``tokenizer_config.json`` next to the file; its other settings are
-ignored. Without it, bos is the token that the post-processor prepends, or else "<|endoftext|>", and
-eos is "<|endoftext|>", if they exist.
+bos and eos are named in ``tokenizer_config.json`` next to the file; its other settings are ignored.
+Without it both are "<|endoftext|>", if that token exists. A token that the post-processor prepends
+takes precedence as bos.
 
 The ids equal those of Hugging Face ``tokenizers``. Decoding differs for one kind of token: an added
 token such as "café" decodes to its own text here, whereas ``tokenizers`` decodes "é" as byte 0xE9.
