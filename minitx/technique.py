@@ -51,10 +51,13 @@ class Range:
     low: float | None = None
     high: float | None = None
     open_low: bool = False
+    open_high: bool = False  # ``high`` itself is not allowed
 
     def __contains__(self, value) -> bool:
         if self.low is not None and (value <= self.low if self.open_low else value < self.low):
             return False
+        if self.high is not None and self.open_high:
+            return value < self.high
         return self.high is None or value <= self.high
 
     def __str__(self) -> str:
@@ -63,6 +66,8 @@ class Range:
             return low
         if self.low is None:
             return f"at most {self.high:g}"
+        if self.open_high:
+            return f"{low} and below {self.high:g}"
         return (
             f"{low} and at most {self.high:g}"
             if self.open_low
@@ -70,8 +75,8 @@ class Range:
         )
 
 
-def at_least(low: float) -> Range:
-    return Range(low)
+def at_least(low: float, below: float | None = None) -> Range:
+    return Range(low, below, open_high=below is not None)
 
 
 def above(low: float, high: float | None = None) -> Range:

@@ -60,7 +60,7 @@ def test_generate_json(run):
     assert found == {"prompt": "Zoë", "text": text, "prompt_ids": ids, "ids": new}
 
 
-def test_generated_tokens_are_counted_not_the_text_encoded_again(run, monkeypatch):
+def test_generate_counts_tokens_not_reencoded_text(run, monkeypatch):
     said = [*b"once upon", 0xC3]  # "on" and "ce" would be one token each; half a character
     monkeypatch.setattr(minitx, "load", lambda *a: tiny_lm(decode=Says(([*said, END],), [])))
     _, out, err = run("generate", "x")
@@ -68,7 +68,7 @@ def test_generated_tokens_are_counted_not_the_text_encoded_again(run, monkeypatc
     assert run("generate", "x", "-n", 0)[2].startswith("0 tokens in")
 
 
-def test_it_comes_as_it_is_made(workdir, monkeypatch, capsys):
+def test_generate_streams(workdir, monkeypatch, capsys):
     seen = []
 
     class Watching(Says):
@@ -93,13 +93,13 @@ def test_it_comes_as_it_is_made(workdir, monkeypatch, capsys):
         (b"", ""),
     ],
 )
-def test_the_prompt_from_stdin(run, monkeypatch, data, prompt):
+def test_prompt_from_stdin(run, monkeypatch, data, prompt):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     out = run("generate", "-", "-m", "toy", "-n", 5, "--json")[1]
     assert json.loads(out)["prompt"] == prompt
 
 
-def test_a_stdin_that_is_no_text(run, monkeypatch):
+def test_stdin_that_is_not_utf8_is_refused(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     status, out, err = run("generate", "-", "-m", "toy")
     assert (status, out, err) == (
@@ -195,7 +195,7 @@ def test_train(run, trained, workdir):
     assert trained[3] == (".", "there", options)
 
 
-def test_train_does_not_write_over_a_model(run, workdir):
+def test_train_does_not_overwrite_a_model(run, workdir):
     write_recipe(workdir / "toy", recipe_of(FIRST))
     before = (workdir / "toy" / "model.safetensors").read_bytes()
     status, _, err = run("train", "toy/recipe.json", "--out", "toy")

@@ -13,7 +13,7 @@ from minitx.model import QKV
 from minitx.precompute.absorb_products import InputQKV
 from minitx.precompute.first_layer import InTable
 from minitx.precompute.fuse_projections import FusedQKV
-from minitx.precompute.remove_weights import StreamIsK, StreamIsQ, StreamIsV
+from minitx.precompute.remove_weights import InputIsK, InputIsQ, InputIsV
 from minitx.precompute.slim_attention import QueriesAndKeys
 from minitx.technique import apply, techniques
 from minitx.tree import Part
@@ -30,9 +30,9 @@ CASES = {  # family, techniques, the part they bring, and whether it is one matr
     "fused, folded tables": ("llama", FUSED | {"lut": {"kind": "folded"}}, FusedQKV),
     "slim, rotary": ("gpt_neox", SLIM, QueriesAndKeys),
     "slim, learned positions": ("gpt2", SLIM, QueriesAndKeys),
-    "removed q": ("skipless", {"remove_weights": {"matrix": "q"}}, StreamIsQ),
-    "removed k": ("skipless", {"remove_weights": {"matrix": "k"}}, StreamIsK),
-    "removed v": ("skipless", {"remove_weights": {"matrix": "v"}}, StreamIsV),
+    "removed q": ("skipless", {"remove_weights": {"matrix": "q"}}, InputIsQ),
+    "removed k": ("skipless", {"remove_weights": {"matrix": "k"}}, InputIsK),
+    "removed v": ("skipless", {"remove_weights": {"matrix": "v"}}, InputIsV),
     "absorbed qk": ("gpt2", {"absorb_products": {"pairs": "qk"}}, InputQKV),
     "absorbed ov": ("gpt2", {"absorb_products": {"pairs": "ov"}}, InputQKV),
     "absorbed both": ("gpt2", {"absorb_products": {"pairs": "both"}}, InputQKV),

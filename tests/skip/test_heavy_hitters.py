@@ -141,7 +141,9 @@ def test_rewind_before_the_last_step_is_refused_by_name():
     lm = apply(tiny_lm(), {"heavy_hitters": SMALL})
     state = lm.model.new_state()
     in_chunks(lm, IDS[:20], (12, 8), state)
-    with pytest.raises(MinitxError, match="heavy_hitters has freed what that needs; rewind to 12"):
+    with pytest.raises(
+        MinitxError, match="heavy_hitters has freed cache rows that this needs; rewind to 12"
+    ):
         state.rewind(11)
     state.rewind(0)
     np.testing.assert_allclose(lm.model(IDS[:9], state), lm.logits(IDS[:9]), rtol=1e-4, atol=1e-4)
@@ -188,7 +190,7 @@ def test_a_cache_in_few_bits_works_inside():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"heavy": -1}, "'heavy' of heavy_hitters is -1.*an integer, at least 0"),
+        ({"heavy": -1}, "heavy_hitters: heavy must be an integer, at least 0; got -1"),
         ({"choose": "last"}, "one of attention, random"),
     ],
 )

@@ -11,7 +11,7 @@ from minitx.checkpoints.huggingface import write_model
 from minitx.errors import MinitxError
 from minitx.lab.cost import cost
 from minitx.model import Linear
-from minitx.precompute.order_products.accumulators import bits_for
+from minitx.precompute.order_products.accumulator import bits_for
 from minitx.precompute.separate_signs import UnsignedLinear
 from minitx.technique import apply
 from minitx.tree import nbytes, walk, weights
@@ -22,26 +22,26 @@ MISTRAL |= {"vocab_size": 32000, "hidden_act": "silu", "tie_word_embeddings": Fa
 WEIGHTS = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)  # of the blocks
 
 
-def test_orders_of_a_large_model(cost_of):
+def test_orders_of_mistral_by_hand(cost_of):
     c = cost_of("order_products", MISTRAL)
     assert c.weights == WEIGHTS and c.orders == 2 * WEIGHTS  # 2 bytes beside 1
-    # 12 bits for row numbers up to 4,096, 14 for up to 14,336
+    # 12 bits for the index of one of 4,096 inputs, 14 for one of 14,336
     down = 32 * 4096 * 14336
     assert c.packed == ((WEIGHTS - down) * 12 + down * 14) // 8
     assert c.shared == 2 * 32 * (6 * 4096 + 14336)
-    bits = [row["accumulator"] for row in c.as_dict()["matrices"]]
+    bits = [row["accumulator_bits"] for row in c.as_dict()["matrices"]]
     # 4,096 * 127 * 127 = 66,064,384 < 2^26; 14,336 * 127 * 127 = 231,225,344 < 2^28; and a sign
     assert bits == [27, 27, 27, 27, 29]
     four = cost_of("order_products", MISTRAL, "bits=4")
     assert four.weights == WEIGHTS // 2
-    assert four.as_dict()["matrices"][0]["accumulator"] == 23  # 4,096 * 7 * 127 = 3,641,344
+    assert four.as_dict()["matrices"][0]["accumulator_bits"] == 23  # 4,096 * 7 * 127 = 3,641,344
 
 
-def test_the_bound_holds_and_is_reached(cost_of):
+def test_accumulator_width_holds_the_largest_sum(cost_of):
     for inputs in (8, 100, 128):
         c = cost_of("order_products", MISTRAL | {"hidden_size": inputs, "head_dim": 4})
         worst = inputs * 127 * 127
-        assert c.as_dict()["matrices"][0]["accumulator"] == bits_for(-worst, worst)
+        assert c.as_dict()["matrices"][0]["accumulator_bits"] == bits_for(-worst, worst)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,8 +109,12 @@ def test_texts(cost_of, name):
 @pytest.mark.parametrize(
     "name, words, message",
     [
-        ("order_products", ["bits=1"], "weights and inputs of 2 to 32 bits, not 1 and 8"),
-        ("order_products", ["input-bits=40"], "of 2 to 32 bits, not 8 and 40"),
+        (
+            "order_products",
+            ["bits=1"],
+            "cost order_products: bits must be an integer, 2 to 32; got 1",
+        ),
+        ("order_products", ["input-bits=40"], "input_bits must be an integer, 2 to 32; got 40"),
         ("separate_signs", ["bits=1"], "weights of 2 to 32 bits, not 1"),
         ("separate_magnitudes", ["bits=9"], "2 to 8 bits and a share of 0 to 1, not 9 and 0.01"),
         ("separate_magnitudes", ["share=2"], "not 4 and 2"),
