@@ -243,8 +243,8 @@ assert loss["oracle", "blocks 2 to 4"] < dense_scores.mean_loss + 0.02
 assert loss["random", "blocks 2 to 4"] > dense_scores.mean_loss + 1
 # Blocks 2 to 4 look things up: the right 8 keys are as good as all, random ones are useless. Block
 # 1 averages over the text, and needs many keys. In blocks 5 to 8 most tokens hardly mind which keys
-# they get: the second case of section 1, or nothing left to do. Only the answers that take three
-# steps still need the right ones there.
+# they get; only the answers that take several steps still need the right ones there. (The stories
+# have 13 answers of 3 hops, so one of them is worth 8 %.)
 
 # %% 5. ELSA: how many bits must differ before a key is dropped?
 # The oracle computes all scores. Something cheaper must tell which are large. A score is
@@ -449,8 +449,9 @@ for name, seconds in zip(list(models)[1:], best[1:]):
     print(f"{name}: {ratio:.2f} times as fast as dense ({verdict(ratio)})")
 say(
     "NumPy loses. Dense attention is two matrix products in an optimized library; ELSA makes many",
-    "small NumPy calls for each layer, and gathering rows from the cache is slower than reading them",
-    "in order. `minitx compare-attention` times longer texts: at 4,096 keys, ELSA about breaks even.",
+    "small NumPy calls for each layer, and gathering rows from the cache is slower than reading",
+    "them in order. `minitx compare-attention` times longer texts: it takes thousands of keys",
+    "before ELSA breaks even.",
 )
 
 # %% Try this
