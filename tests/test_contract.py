@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import random
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from minitx.lm import LM
 from minitx.technique import (
     HEADINGS,
     LEVELS,
-    OLDER_HEADINGS,
     _check_rows,
     apply,
     decides,
@@ -31,6 +31,7 @@ from minitx.technique import (
 )
 from minitx.tree import walk, weights
 
+ROOT = Path(__file__).parent.parent
 ALL = {t.name: t for t in techniques()}
 IDS = np.random.default_rng(0).integers(0, 258, 40)
 PROMPT, NEW = IDS[:12].tolist(), 24
@@ -260,16 +261,42 @@ def test_card_is_complete(name):
     t, card = ALL[name], ALL[name].card
     assert card.summary.endswith(".") and "\n" not in card.summary
     found = tuple(h for h in card.sections if h != "Tutorial")
-    assert found in (HEADINGS[:-1], OLDER_HEADINGS)
+    assert found == HEADINGS[:-1]
     assert all(card.sections.values())
+    fidelity = card.sections["Fidelity"]
+    kinds = ("paper's text", "authors' code", "reconstruction", "practice", "our own", "ours")
+    assert any(kind in fidelity for kind in kinds), (
+        f"Fidelity says nothing of the source: {fidelity}"
+    )
     assert t.exact == card.sections["Kind"].lower().startswith("exact")
     assert t.level in LEVELS
+
+
+@each
+def test_card_names_its_test_its_literal_version_and_its_tutorial(name):
+    t, card = ALL[name], ALL[name].card
+    folder = f"tests/{t.function.__module__.split('.')[1]}"
+    proof = card.sections["Proof"]
+    for path in (f"{folder}/test_{name}.py", f"{folder}/literal_{name}.py"):
+        assert path in proof.split() or f"{path};" in proof.split(), (
+            f"the card does not name {path}"
+        )
+        assert (ROOT / path).exists(), path
+    own = [path.name for path in (ROOT / folder).glob(f"test_{name}*.py")]
+    others = {f"test_{other}.py" for other in ALL}
+    assert set(own) - others == set(), f"{name} has more than one test file: {own}"
+    assert (ROOT / t.path).exists(), t.path
+    if "Tutorial" in card.sections:
+        path = ROOT / card.sections["Tutorial"]
+        assert path.exists() and name.replace("_", "") in path.read_text("utf-8").replace("_", "")
 
 
 @each
 def test_options_are_declared_and_defaults_are_valid(name):
     t = ALL[name]
     for option in t.options.values():
+        assert option.meaning, f"option {option.name} of {name} is not explained"
+        assert len(option.name) > 1 or name == "elsa", f"option {option.name} is not a word"
         assert option.check(option.default) == option.default
         if option.default is not None:
             assert option.check(option.read(str(option.default))) == option.default

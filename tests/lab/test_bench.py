@@ -22,7 +22,7 @@ from minitx.threads import THREAD_VARIABLES
 
 TINY = dict(family="llama", vocab_size=20, width=8, layers=2, heads=2, kv_heads=1, head_width=4)
 TINY |= dict(hidden=12, context=40, rope_width=4, tied=True)
-PLAN = bench.Plan(decode=6, prefill=10, rounds=3, least=0.0)
+PLAN = bench.Repeats(decode=6, prefill=10, rounds=3, least=0.0)
 
 
 class Twin:

@@ -149,7 +149,7 @@ COMPANIONS = {
     "predictive_attention": {"predictive_attention": True},
     "a3": {"a3": True},
     "sparse_memory": {"sparse_memory": {"keep": 3}},
-    "lut": {"lut": True},
+    "lut_product": {"lut_product": True},
 }
 
 
