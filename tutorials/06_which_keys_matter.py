@@ -140,8 +140,8 @@ held = best_first[:, :, 99:, :8].sum(-1).mean((1, 2))  # (L,)
 print(f"\nWeight on the 8 best of 100 to {len(long_text)} keys:")
 bar_chart([f"block {block + 1}" for block in range(c.layers)], held, "{:.0%}")
 assert held[1:4].min() > 1.3 * max(held[0], held[4:].max())
-# Blocks 2 to 4 do; the others average more. (In a large language model most heads have most weight
-# on few keys; ours is small.) That a head averages does not say that its average matters: see 4.
+# Blocks 2 to 4 do; the others average more. (Of large models, papers report that most of the weight
+# is on few keys. Ours is small.) But that a head averages does not say that its average matters.
 
 # %% 3. The best keys, the newest keys, random keys
 # Let every query keep r keys. No r keys hold more weight than the r largest scores; to know them
@@ -167,6 +167,9 @@ def random(scores, r):
 
 
 SELECTORS = {"oracle": oracle, "window": window, "random": random}
+
+# %% ... and what they hold
+# The same text as before: of a query's weight, how much is on r keys of each kind?
 weight_held = {name: [] for name in SELECTORS}
 for name, select in SELECTORS.items():
     for r in (8, 16, 32):
@@ -176,8 +179,8 @@ table = [[name, *(f"{held:.1%}" for held in row)] for name, row in weight_held.i
 print_table(["keys kept", "8", "16", "32"], table)
 print(f"(the mean over all queries with 100 to {len(long_text)} keys, in all heads of all blocks)")
 assert weight_held["oracle"] > weight_held["window"] > weight_held["random"]
-# The 16 best keys hold three times as much as 16 random ones, but only half of the weight.
-# The 16 best keys hold three times as much as 16 random ones, but only half of the weight.
+# The 16 best keys hold more than three times as much as 16 random ones, but only half of the
+# weight. Is half enough?
 
 # %% 4. What that does to the answers
 # Now the model has to live with it: every token attends only to the keys selected. The stories
@@ -211,6 +214,8 @@ def with_selection(select, r, blocks=range(c.layers)):
     return swap(lm, Attend, lambda attend: Selective(select, r, blocks))
 
 
+# %% ... with 32, 16 and 8 keys
+# The first line is the model as it is. Which of the others would you accept instead?
 stories = held_out_stories(20)
 dense_scores = evaluate_stories(lm, stories)
 loss = {}
@@ -221,9 +226,9 @@ for r in (32, 16, 8):
         loss[name, r] = found.mean_loss
         table.append(row_of(name, r, found))
 print_table(["", "keys", "loss", "1 hop", "2 hops", "3 hops"], table)
-# The 32 best keys do all that the dense model does, and the 16 best nearly, with half of the
-# weight. The window loses what is further back than it reaches, and random keys lose everything:
-# it matters which keys are kept.
+# With its 32 best keys the model does all that it does with all keys, and with the 16 best nearly:
+# half of the weight is enough. The window loses what is further back than it reaches, and the loss
+# with random keys is worse still. So it matters which keys are kept.
 assert loss["oracle", 32] < dense_scores.mean_loss + 0.02
 assert loss["oracle", 8] < loss["window", 32] and loss["oracle", 8] < loss["random", 32]
 
@@ -303,8 +308,7 @@ assert kept.tolist() == [True, True, False, False]
 # %% 7. How good is the estimate in the model?
 # The queries and keys of the long text, in the head of section 2 that looks up answers. Directions
 # at right angles to each other are better than independent ones: no two ask the same question.
-# `orthogonal` draws d of them; for more bits ELSA takes several such sets. Look at the last column:
-# of the 8 best keys, how many are among the 8 with the best estimate?
+# `orthogonal` draws d of them; for more bits ELSA takes several such sets.
 title("7. Estimates in the model, by the number of bits")
 q, k = queries_and_keys(long_text)
 q, k = q[sharp][99:], k[sharp]  # (T - 99, d) and (T, d): the queries that see 100 keys or more
@@ -326,6 +330,8 @@ def estimated_angles(q, k, bits):
     return np.pi * differing / bits
 
 
+# %% ... and the best keys by these estimates
+# Look at the last column: of the 8 best keys, how many are among the 8 with the best estimate?
 def largest(x, r):
     """True at the r largest of each row, of those that are visible. Ties: the newest."""
     x = np.where(visible, x + 1e-9 * np.arange(x.shape[-1]), -np.inf)
@@ -373,7 +379,7 @@ save_picture("06_angles", draw)
 # Every head has lengths and angles of its own, so ELSA learns a threshold t for each, from text. A
 # weight of 1/n is what n equal keys would have. Say that a key matters if its weight is above p/n.
 # For each query, take the key that just matters, and see how it compares with the longest key; t is
-# the mean over the queries. p is the only setting: a larger p keeps fewer keys.
+# the mean over the queries. What one sets is p: a larger p keeps fewer keys.
 title("8. A threshold for one head, learned")
 exact_weights = weights[sharp][99:]
 n = visible.sum(-1)[:, None]  # keys that each query sees
@@ -392,8 +398,8 @@ for p in (1, 2, 4, 8):
     table.append([p, f"{t:+.2f}", *counts, f"{held[-1]:.0%}"])
 print_table(["p", "t", "keys that matter", "keys kept", "weight on keys kept"], table)
 assert held == sorted(held, reverse=True) and held[0] > 0.6
-# More keys are kept than matter, and some that matter are lost: estimates are estimates.
-# Here t is learned and judged on one text; the technique learns it on stories kept for that.
+# More keys are kept than matter, and some that matter are lost: estimates are estimates. (Here t is
+# learned and judged on one text. The technique learns it on stories kept for that.)
 
 # %% 9. With the flag
 # `elsa` does this in all heads of all blocks: hashes and lengths stand beside the KV cache, t is
@@ -418,8 +424,8 @@ assert loss[2.0] < loss["window", 16] and loss[2.0] < loss["random", 16]
 # %% 10. The price, in counts
 # The last token of a text that fills the context, with all others in the KV cache. Dense attention
 # takes 2 S d multiply-adds per head: d for the score of each key, d for its value. ELSA takes 2 r d
-# for the r keys kept, and hashes the new query and key. The projections are the same for both, and
-# subtracted here.
+# for the r keys kept and S for the lengths, and hashes the new query and key. The projections are
+# the same for both, and subtracted here.
 title(f"10. The price of one token after {c.context - 1} others")
 long_ids = []
 for story in stories:
@@ -433,8 +439,11 @@ for name, model in models.items():
     counts = count_last(model, long_ids)
     entry = counts.by_group()["blocks.attn"]
     work[name] = entry.multiply_adds - projections
-    table.append([name, work[name], counts.events["bits compared"], entry.cache_bytes])
-print_table(["", "multiply-adds", "bits compared", "bytes of the cache read"], table)
+    seen = counts.events["keys seen"]
+    share = counts.events["keys kept"] / seen if seen else 1
+    numbers = work[name], counts.events["bits compared"], entry.cache_bytes
+    table.append([name, f"{share:.0%}", *numbers])
+print_table(["", "keys kept", "multiply-adds", "bits compared", "cache bytes read"], table)
 assert work["dense"] == c.layers * H * 2 * c.context * d
 assert work["p = 4"] < work["p = 1"] < work["dense"]
 # The bytes fall less than the multiply-adds: all hashes are read, and two query heads that share
@@ -461,5 +470,5 @@ say(
 #    is kept, before you run the cell. From which length on would it be?
 # 3. Section 4 says that block 1 needs many keys. Keep 16 of them in block 1 alone, then 32, 64:
 #    with_selection(oracle, 16, [0]). When is the loss that of the dense model again?
-# 4. Hash with twice the bits: elsa={"p": 2.0, "bits": 64} in section 9. Compare the loss, and the
-#    share of the keys. Then section 10: what do more bits cost?
+# 4. Hash with twice the bits: elsa={"p": p, "bits": 64} in section 9. The bias is smaller then, and
+#    fewer keys are kept. Which p keeps a fifth of them? Compare the loss there with that at p = 2.
