@@ -16,7 +16,7 @@ import numpy as np
 from minitx.model import Transformer
 from minitx.state import Layer
 from minitx.technique import wrap
-from minitx.training.data import mix, unit
+from minitx.training.data import as_uniform, hash_integers
 from minitx.tree import Part, part
 
 
@@ -71,7 +71,7 @@ def dropout_by_depth(layers: int) -> list[float]:
 def kept(layers: int, highest: float, seed: int, rows: range) -> np.ndarray:
     """M (L, B): 0 where a row passes by a layer, which has probability D(l) * highest, else 1."""
     chance = np.array(dropout_by_depth(layers))[:, None] * highest
-    drawn = [[unit(mix(seed, row, i)) for row in rows] for i in range(layers)]
+    drawn = [[as_uniform(hash_integers(seed, row, i)) for row in rows] for i in range(layers)]
     return (np.array(drawn) >= chance).astype(np.float32)
 
 

@@ -17,7 +17,7 @@ from minitx.errors import MinitxError
 from minitx.lab.check import NO_OTHER, check_models, run_stages
 from minitx.skipless import NoNorm, SkiplessBlock, SkiplessParallelBlock
 from minitx.state import Layer, Tokens
-from minitx.training.data import Encoder
+from minitx.training.data import StoryEncoder
 from minitx.training.loss import token_losses
 from minitx.training.recipe import recipe_from
 from minitx.training.stories import stories
@@ -219,7 +219,7 @@ def test_nothing_to_compare_it_with_is_no_failure(capsys):
 @pytest.fixture(scope="module")
 def texts():
     """Ids of stories to count words in, and of held-out ones, each behind <|endoftext|>."""
-    encoder = Encoder(minitx.load("stories-skipless").tokenizer)
+    encoder = StoryEncoder(minitx.load("stories-skipless").tokenizer)
 
     def read(split, count):
         drawn = islice(stories(split, "full", 0), count)

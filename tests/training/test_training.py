@@ -16,16 +16,16 @@ from minitx.checkpoints.huggingface import read_model
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import Tally
 from minitx.training import train as train_module
+from minitx.training.autograd import gradients
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
-from minitx.training.data import KIND_NUMBER, PADDING, Rows, story_tokenizer
-from minitx.training.grad import gradients
+from minitx.training.data import KIND_NUMBER, PADDING, StoryDataset, story_tokenizer
 from minitx.training.layerskip import record
 from minitx.training.loss import token_losses
-from minitx.training.optimizer import Layout, adamw, decays
+from minitx.training.optimizer import ParameterLayout, adamw, has_weight_decay
 from minitx.training.recipe import recipe_from
-from minitx.training.team import Team
 from minitx.training.train import train
-from minitx.training.worker import Memory, Worker, batch_loss
+from minitx.training.worker import SharedArrays, Worker, batch_loss
+from minitx.training.worker_pool import WorkerPool
 from minitx.tree import weights
 
 TOKENIZER = story_tokenizer()
@@ -58,19 +58,19 @@ class Alone:
     """A barrier for a single worker, which gives it all shards again for each step."""
 
     def __init__(self):
-        self.taken = multiprocessing.Value("i", 0)
+        self.next_shard = multiprocessing.Value("i", 0)
 
     def wait(self):
-        self.taken.value = 0
+        self.next_shard.value = 0
 
 
 def worker_of(recipe) -> Worker:
     """A worker that has all shards to itself, in this process."""
     recipe = recipe_from(recipe)
-    layout = Layout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
+    layout = ParameterLayout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
     alone = Alone()
-    worker = Worker(0, 1, recipe, Memory(layout.size, recipe.shards), alone, alone.taken)
-    layout.pack(weights(random_model(layout.config, recipe.seed)), worker.shared["weights"])
+    worker = Worker(0, 1, recipe, SharedArrays(layout.size, recipe.shards), alone, alone.next_shard)
+    layout.flatten(weights(random_model(layout.config, recipe.seed)), worker.shared["weights"])
     return worker
 
 
@@ -149,12 +149,12 @@ def test_a_failing_step_is_one_sentence_and_spares_the_checkpoint(tmp_path):
 
 def test_a_worker_that_dies_is_noticed():
     recipe = recipe_from(recipe_of(FIRST))
-    layout = Layout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
+    layout = ParameterLayout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
     with pytest.raises(MinitxError, match="Worker process 0 ended"):
-        with Team(1, recipe, Memory(layout.size, recipe.shards)) as team:
-            team.processes[0].kill()
-            team.ask("step", 0, 0, 0)
-    assert not any(process.is_alive() for process in team.processes)
+        with WorkerPool(1, recipe, SharedArrays(layout.size, recipe.shards)) as pool:
+            pool.processes[0].kill()
+            pool.call("step", 0, 0, 0)
+    assert not any(process.is_alive() for process in pool.processes)
 
 
 # One step ----------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_a_step_is_adamw_on_the_mean_gradient(done):
     assert loss == pytest.approx(value / total, rel=1e-6)
     assert tokens == (batch.kinds != PADDING).sum() < 8 * 40
     g = np.empty(worker.layout.size, np.float32)
-    worker.layout.pack(found, g)
+    worker.layout.flatten(found, g)
     g /= total
     norm = np.linalg.norm(g)
     assert norm > 0.5
@@ -183,7 +183,7 @@ def test_a_step_is_adamw_on_the_mean_gradient(done):
     moved = np.abs(g) > 1e-6  # where g is tiny, its rounding decides about the first step's sign
     for path, (where, _) in worker.layout.slots.items():
         w = before[where], g[where], m[where], v[where]
-        adamw(*w, done + 1, 0.01, stage.betas, 0.1 * decays(path))
+        adamw(*w, done + 1, 0.01, stage.betas, 0.1 * has_weight_decay(path))
     np.testing.assert_allclose(worker.shared["m"], m, rtol=1e-3, atol=1e-8)
     np.testing.assert_allclose(worker.shared["v"], v, rtol=1e-3, atol=1e-12)
     np.testing.assert_allclose(worker.shared["weights"][moved], before[moved], atol=1e-4)
@@ -212,7 +212,7 @@ def test_a_step_is_muon_inside_the_blocks_and_adamw_elsewhere():
 def test_what_weighs_nothing_changes_nothing(stage):
     recipe = recipe_from(recipe_of(stage | {"chain": False}))
     stage = recipe.stages[0]
-    rows = Rows(TOKENIZER, {"one_hop_tiny": 1}, 64, 1, chain=False)
+    rows = StoryDataset(TOKENIZER, {"one_hop_tiny": 1}, 64, 1, chain=False)
     batch = rows.batch(0, 0, 3)
     other = batch.ids.copy()
     other[:, 1:][batch.kinds == PADDING] = 77
@@ -232,7 +232,7 @@ def test_what_weighs_nothing_changes_nothing(stage):
 
 def test_exits_turn_with_the_steps():
     recipe = recipe_from(recipe_of(SECOND | {"layer_dropout": 0.0}))
-    batch = Rows(TOKENIZER, {"one_hop_tiny": 1}, 40, 1).batch(0, 0, 2)
+    batch = StoryDataset(TOKENIZER, {"one_hop_tiny": 1}, 40, 1).batch(0, 0, 2)
     model = random_model(recipe.config(len(TOKENIZER), TOKENIZER.eos), 2)
     recorded, hidden = record(model)
     recorded(batch.ids[:, :-1])
@@ -272,17 +272,17 @@ def test_it_learns():
     assert (after.count == before.count).all() and after.count[KIND_NUMBER["where1"]] >= 6
 
 
-# The loop, with a team that only plays --------------------------------------------------------
+# The loop, with a pool that only plays --------------------------------------------------------
 
 
 class Players:
-    """Answers like a team; the accuracy of where1 rises by a tenth at every check."""
+    """Answers like a pool; the accuracy of where1 rises by a tenth at every check."""
 
     def __init__(self):
         self.orders = []
         self.checks = 0
 
-    def ask(self, *order):
+    def call(self, *order):
         self.orders.append(order)
         if order[0] == "step":
             return [(2.0, 100)]
@@ -295,14 +295,14 @@ class Players:
 
 def run_of(folder, recipe) -> train_module.Run:
     recipe = recipe_from(recipe)
-    layout = Layout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
-    return train_module.Run(recipe, layout, Memory(layout.size, 4), folder, False)
+    layout = ParameterLayout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
+    return train_module.Run(recipe, layout, SharedArrays(layout.size, 4), folder, False)
 
 
 def test_a_stage_ends_when_its_accuracies_are_reached(tmp_path):
     until = FIRST | {"steps": 50, "until": {"where1": 0.3}}
     run, players = run_of(tmp_path, recipe_of(until, FIRST)), Players()
-    assert run.go(players, lambda: False)
+    assert run.train(players, lambda: False)
     stages = run.log()["stages"]
     assert [(s["stage"], s["step"], s["end"]) for s in stages] == [
         ("first", 9, "reached"), ("first", 6, "steps"),
@@ -315,7 +315,7 @@ def test_a_stage_ends_when_its_accuracies_are_reached(tmp_path):
 def test_a_stage_that_reaches_nothing_ends_and_says_so(tmp_path, capsys):
     run = run_of(tmp_path, recipe_of(FIRST | {"until": {"where1": 0.99}}))
     run.bar = True
-    assert run.go(Players(), lambda: False)
+    assert run.train(Players(), lambda: False)
     assert "'first' has not reached" in capsys.readouterr().out
     assert run.log()["stages"][0]["end"] == "steps"
 
@@ -324,13 +324,13 @@ def test_a_stage_that_reaches_nothing_ends_and_says_so(tmp_path, capsys):
 def test_stopping_anywhere_gives_the_same_orders(tmp_path, stop_at):
     recipe = recipe_of(FIRST | {"steps": 50, "until": {"where1": 0.3}}, FIRST)
     whole = Players()
-    run_of(tmp_path, recipe).go(whole, lambda: False)
+    run_of(tmp_path, recipe).train(whole, lambda: False)
     players, steps = Players(), []
     run = run_of(tmp_path, recipe)
-    assert not run.go(players, lambda: len(steps.append(0) or steps) == stop_at)
+    assert not run.train(players, lambda: len(steps.append(0) or steps) == stop_at)
     again = run_of(tmp_path, recipe)
     again.load()
-    assert again.go(players, lambda: False)
+    assert again.train(players, lambda: False)
     assert players.orders == whole.orders
 
 

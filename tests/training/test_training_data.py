@@ -1,4 +1,5 @@
-"""Rows of story tokens: what is in them, what they weigh, and that any can be made alone."""
+"""StoryDataset of story tokens: what is in them, what they weigh, and that any can be made
+alone."""
 
 import hashlib
 from itertools import islice
@@ -13,14 +14,14 @@ from minitx.training.data import (
     END,
     KIND_NUMBER,
     PADDING,
-    Encoder,
-    Rows,
-    drawn_stories,
+    StoryDataset,
+    StoryEncoder,
+    as_uniform,
     end_id,
-    mix,
-    pick,
+    hash_integers,
+    pick_by_share,
+    sample_stories,
     story_tokenizer,
-    unit,
 )
 from minitx.training.stories import GRADES, KINDS, stories
 
@@ -29,12 +30,12 @@ TOKENIZER = story_tokenizer()
 
 def rows(**changes):
     options = dict(grades={"one_hop": 1}, row_length=96, seed=5, answer_weight=8.0)
-    return Rows(TOKENIZER, **options | changes)
+    return StoryDataset(TOKENIZER, **options | changes)
 
 
 @pytest.mark.parametrize("grade", GRADES)
 def test_encoding_by_pieces_is_encoding_the_text(grade):
-    encoder = Encoder(TOKENIZER)
+    encoder = StoryEncoder(TOKENIZER)
     for story in islice(stories("train", grade, 3), 40):
         ids, kinds, _ = encoder.story(story)
         assert ids == [*TOKENIZER.encode(story.text, special=False), encoder.end]
@@ -100,29 +101,29 @@ def test_a_long_story_is_cut():
 
 
 def test_shares_of_grades():
-    drawn = drawn_stories({"set_phrases": 1, "one_hop_tiny": 3}, "train", 1, range(400))
+    drawn = sample_stories({"set_phrases": 1, "one_hop_tiny": 3}, "train", 1, range(400))
     tiny = sum(story.text.startswith("One day") and "?" in story.text for story in drawn)
     assert abs(tiny / 400 - 0.75) < 0.08
-    again = drawn_stories({"set_phrases": 1, "one_hop_tiny": 3}, "train", 1, range(7, 9))
+    again = sample_stories({"set_phrases": 1, "one_hop_tiny": 3}, "train", 1, range(7, 9))
     assert again == drawn[7:9]
 
 
 def test_pick_takes_the_entry_at_a_fraction():
     shares = [("a", 1.0), ("b", 2.0), ("c", 1.0)]
-    assert [pick(shares, w) for w in (0, 0.2, 0.25, 0.7, 0.75, 0.9999)] == list("aabbcc")
+    assert [pick_by_share(shares, w) for w in (0, 0.2, 0.25, 0.7, 0.75, 0.9999)] == list("aabbcc")
 
 
 def test_mix_changes_half_of_the_bits():
     changes = [
-        (mix(3, a, b) ^ mix(3, a, b ^ 1 << bit)).bit_count()
+        (hash_integers(3, a, b) ^ hash_integers(3, a, b ^ 1 << bit)).bit_count()
         for a in range(8)
         for b in range(8)
         for bit in range(16)
     ]
     assert 31.5 < np.mean(changes) < 32.5 and min(changes) > 8
-    grid = {mix(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
-    assert len(grid) == 8000 and mix(1, 2) != mix(2, 1)
-    drawn = np.array([unit(mix(9, i)) for i in range(4000)])
+    grid = {hash_integers(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
+    assert len(grid) == 8000 and hash_integers(1, 2) != hash_integers(2, 1)
+    drawn = np.array([as_uniform(hash_integers(9, i)) for i in range(4000)])
     assert 0 <= drawn.min() and drawn.max() < 1
     counts = np.histogram(drawn, 10, (0, 1))[0]
     assert abs(counts - 400).max() < 80  # 4 standard deviations

@@ -20,6 +20,7 @@ from minitx.model import split_heads
 from minitx.skip.dota.detector import Detector
 from minitx.skip.dota.file import read_detectors
 from minitx.state import Layer, Tokens
+from minitx.training.autograd import grad_of
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from minitx.training.detector import (
     Joint,
@@ -28,11 +29,10 @@ from minitx.training.detector import (
     random_detectors,
     squared_products,
 )
-from minitx.training.grad import grad_of
 from minitx.training.loss import cross_entropy
 from minitx.training.recipe import recipe_from
 from minitx.training.train import Run, train
-from minitx.training.worker import Memory, Worker, layout_of
+from minitx.training.worker import SharedArrays, Worker, layout_of
 
 SHORT = FIRST | {"steps": 3, "layers": 2}
 THIRD = FIRST | {"name": "third", "detector": {"k": 4, "weight": 0.02}, "muon": 0.02}
@@ -168,11 +168,11 @@ def test_squared_products_gradients_equal_the_closed_form():
 
 
 class InThisProcess:
-    """A team of one worker, without the time that it takes to start a process."""
+    """A pool of one worker, without the time that it takes to start a process."""
 
     def __init__(self, recipe, layout, memory):
         alone = Alone()
-        self.worker = Worker(0, 1, recipe, memory, alone, alone.taken)
+        self.worker = Worker(0, 1, recipe, memory, alone, alone.next_shard)
 
     def ask(self, name, *order):
         return [getattr(self.worker, name)(*order)]
@@ -183,11 +183,11 @@ def train_here(folder, *stages, stop_at=None) -> dict:
     folder.mkdir(exist_ok=True)
     recipe = recipe_from(recipe_of(*stages))
     layout = layout_of(recipe, TOKENIZER)
-    memory, steps = Memory(layout.size, recipe.shards), []
+    memory, steps = SharedArrays(layout.size, recipe.shards), []
     run = Run(recipe, layout, memory, folder, False)
-    run.load() if (folder / "checkpoint.npz").exists() else run.begin()
-    team = InThisProcess(recipe, layout, memory)
-    if run.go(team, lambda: len(steps.append(0) or steps) == stop_at):
+    run.load() if (folder / "checkpoint.npz").exists() else run.initialize()
+    pool = InThisProcess(recipe, layout, memory)
+    if run.train(pool, lambda: len(steps.append(0) or steps) == stop_at):
         run.write_folder(TOKENIZER, write(folder, recipe_of(*stages)))
     return run.log()
 

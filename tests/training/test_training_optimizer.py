@@ -9,14 +9,14 @@ from minitx.build import random_model
 from minitx.config import Config
 from minitx.training.optimizer import (
     EPSILON,
-    Layout,
+    ParameterLayout,
     adamw,
     clip_factor,
-    decays,
-    is_hidden,
+    has_weight_decay,
+    is_block_matrix,
     learning_rate,
     muon,
-    orthogonal,
+    orthogonalize,
 )
 from minitx.tree import weights
 
@@ -87,9 +87,9 @@ def test_clipping_limits_the_norm():
 
 
 def test_layout_packs_and_shows_every_weight():
-    model, layout = random_model(CONFIG, 3), Layout(CONFIG)
+    model, layout = random_model(CONFIG, 3), ParameterLayout(CONFIG)
     flat = np.full(layout.size, np.nan, np.float32)
-    layout.pack(weights(model), flat)
+    layout.flatten(weights(model), flat)
     assert np.isfinite(flat).all()
     seen = layout.model(flat)
     for path, w in weights(seen).items():
@@ -98,17 +98,17 @@ def test_layout_packs_and_shows_every_weight():
     assert seen.head.w is seen.embed.tokens.w
     flat[:] = 0
     assert not weights(seen)["norm.gain"].any()
-    layout.pack({}, flat := np.ones(layout.size, np.float32))
+    layout.flatten({}, flat := np.ones(layout.size, np.float32))
     assert not flat.any()
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_is_for_matrices_only(tied):
     config = Config("gpt2", 11, 8, 2, 2, 2, 4, 16, 9, tied=tied, qkv_bias=True, ffn_bias=True)
-    layout = Layout(config)
-    decayed = {path for path in layout.slots if decays(path)}
+    layout = ParameterLayout(config)
+    decayed = {path for path in layout.slots if has_weight_decay(path)}
     kept = set(layout.slots) - decayed
-    assert {path for path in layout.slots if is_hidden(path)} == decayed - {"head.w"}
+    assert {path for path in layout.slots if is_block_matrix(path)} == decayed - {"head.w"}
     block = "stack.blocks.0."
     assert {"embed.w", "embed.tokens.w", "norm.gain", "norm.bias"} <= kept
     assert {block + "attn.qkv.q.b", block + "ffn.expand.up.b", block + "attn.norm.gain"} <= kept
@@ -118,7 +118,7 @@ def test_decay_is_for_matrices_only(tied):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 500])
 def test_blocks_hold_every_weight_once_and_whole(count):
-    layout = Layout(CONFIG)
+    layout = ParameterLayout(CONFIG)
     blocks = layout.blocks(count)
     assert len(blocks) == count
     assert [path for block in blocks for path in block] == list(layout.slots)
@@ -142,8 +142,8 @@ def test_orthogonal_keeps_directions_and_evens_out_their_sizes(shape):
     for _ in range(5):
         sizes = 3.4445 * sizes - 4.7750 * sizes**3 + 2.0315 * sizes**5
     assert 0.6 < sizes.min() and sizes.max() < 1.3
-    np.testing.assert_allclose(orthogonal(g), (u * sizes) @ vt, atol=1e-5)
-    assert orthogonal(g.astype(np.float32)).dtype == np.float32
+    np.testing.assert_allclose(orthogonalize(g), (u * sizes) @ vt, atol=1e-5)
+    assert orthogonalize(g.astype(np.float32)).dtype == np.float32
 
 
 def test_muon_by_hand():
@@ -153,12 +153,12 @@ def test_muon_by_hand():
     m, first = np.zeros((4, 7)), w.copy()
     muon(w, g1.copy(), m, 0.1, 0.9, 0.5)
     length = 0.1 * 0.2 * math.sqrt(7)
-    np.testing.assert_allclose(w, first * 0.95 - length * orthogonal(g1 * 1.9))
+    np.testing.assert_allclose(w, first * 0.95 - length * orthogonalize(g1 * 1.9))
     before = w.copy()
     muon(w, g2.copy(), m, 0.1, 0.9, 0.5)
     total = 0.9 * g1 + g2
     np.testing.assert_allclose(m, total)
-    np.testing.assert_allclose(w, before * 0.95 - length * orthogonal(g2 + 0.9 * total))
+    np.testing.assert_allclose(w, before * 0.95 - length * orthogonalize(g2 + 0.9 * total))
 
 
 def test_muon_without_any_gradient_only_decays():

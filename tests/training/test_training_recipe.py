@@ -6,8 +6,8 @@ import json
 import pytest
 
 from minitx.errors import MinitxError
-from minitx.training.grades import GRADES
-from minitx.training.recipe import EarlyExit, read_recipe, recipe_from
+from minitx.training.recipe import EarlyExitLoss, read_recipe, recipe_from
+from minitx.training.stories.grades import GRADES
 
 GOOD = {
     "name": "toy",
@@ -32,7 +32,7 @@ def test_a_good_recipe():
     a, b = recipe.stages
     assert (recipe.seed, recipe.shards, recipe.dtype) == (3, 16, "float16")
     assert (a.until, a.chain, a.early_exit) == ({"where1": 0.9}, True, None)
-    assert (b.early_exit, b.betas) == (EarlyExit(0.2, 4), (0.9, 0.99))
+    assert (b.early_exit, b.betas) == (EarlyExitLoss(0.2, 4), (0.9, 0.99))
     (tiny, one), (mine, two) = recipe.shares(a)
     assert (tiny, one, two) == (GRADES["one_hop_tiny"], 1, 2)
     assert mine.max_people == 3 and mine.questions == GRADES["one_hop"].questions

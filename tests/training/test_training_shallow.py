@@ -10,7 +10,7 @@ from minitx.build import random_model
 from minitx.checkpoints.huggingface import read_model
 from minitx.lab.evaluate import Tally
 from minitx.training.layerskip import exit_weights, kept, shallow
-from minitx.training.optimizer import decays
+from minitx.training.optimizer import has_weight_decay
 from minitx.training.recipe import recipe_from
 from minitx.training.train import train
 from minitx.training.worker import DROPOUT, batch_loss
@@ -33,7 +33,7 @@ def block_of(path: str) -> int:
 def begun(folder, *stages, model=MODEL):
     """The model with which a training by these stages begins."""
     run = run_of(folder, recipe_of(*stages, model=model))
-    run.begin()
+    run.initialize()
     return run.layout.model(run.arrays["weights"])
 
 
@@ -74,7 +74,9 @@ def test_blocks_that_wait_only_decay(stage):
         if block_of(path) < 2:
             assert (w != before[path]).any(), path
         else:
-            np.testing.assert_allclose(w, before[path] * (shrunk if decays(path) else 1), 1e-6)
+            np.testing.assert_allclose(
+                w, before[path] * (shrunk if has_weight_decay(path) else 1), 1e-6
+            )
 
 
 def test_a_shallow_step_is_that_of_a_model_of_so_many_layers():
@@ -97,7 +99,7 @@ def test_dropout_and_exits_count_the_layers_of_the_stage():
     config = recipe_from(recipe_of(SECOND)).config(len(TOKENIZER), TOKENIZER.eos)
     deep = random_model(config, 3)
     worker = worker_of(recipe_of(SECOND | {"layers": 2}))
-    worker.enter(0)
+    worker.enter_stage(0)
     batch = worker.rows.batch(0, 0, 8)
     full = recipe_from(recipe_of(SECOND | {"layer_dropout": 0.9})).stages[0]
     assert list(exit_weights(2, 0.2, 2, 1)) == [1] and kept(2, 0.9, DROPOUT, range(8)).min() == 0

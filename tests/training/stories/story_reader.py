@@ -5,7 +5,7 @@ It shares the lists of words with the generator, and no code.
 
 import re
 
-from minitx.training.words import BOXES, NUMBERS, THINGS
+from minitx.training.stories.grammar import BOXES, NUMBERS, THINGS
 
 
 class Reader:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from minitx.training.grad import grad_of
-from minitx.training.traced import Traced
+from minitx.training.autograd import grad_of
+from minitx.training.autograd.array import Traced
 
 
 def draw(*shape, seed=0, low=None):

@@ -10,11 +10,11 @@ import pytest
 from minitx import fast, tree
 from minitx.build import build, shapes
 from minitx.config import Config
-from minitx.training.grad import gradients
+from minitx.training.autograd import gradients
+from minitx.training.autograd.array import Traced
 from minitx.training.loss import cross_entropy
-from minitx.training.traced import Traced
 
-REFERENCE = Path(__file__).parent.parent / "reference" / "grad" / "grad.npz"
+REFERENCE = Path(__file__).parents[2] / "reference" / "grad" / "grad.npz"
 
 SIZES = dict(vocab_size=11, width=6, layers=2, hidden=7, context=8)
 LLAMA = dict(SIZES | {"width": 8}, family="llama", heads=4, kv_heads=2, head_width=4, rope_width=4)
@@ -83,8 +83,8 @@ def test_float32_stays_float32_and_the_forward_is_the_same(monkeypatch, name):
     made = []
     init = Traced.__init__
 
-    def note(self, value, pull=None):
-        init(self, value, pull)
+    def note(self, value, backward=None):
+        init(self, value, backward)
         made.append(self)
 
     monkeypatch.setattr(Traced, "__init__", note)

@@ -9,9 +9,9 @@ from dataclasses import asdict
 import pytest
 
 from minitx.errors import MinitxError
-from minitx.training.grades import ROOM
 from minitx.training.stories import GRADES, HOPS, KINDS, grade_from, guess_baselines, stories
-from minitx.training.words import BOXES, COLOURS, NAMES, PLACES, SENTENCES, THINGS
+from minitx.training.stories.grades import ROOM
+from minitx.training.stories.grammar import BOXES, COLOURS, NAMES, PLACES, TEMPLATES, THINGS
 
 PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on such plain text
 
@@ -36,8 +36,8 @@ def test_lengths_stay_inside_the_grade(drawn):
     assert sum(tokens) / len(tokens) > 150
     tiny = [len(PRE_TOKEN.findall(story.text)) for story in drawn["one_hop_tiny"]]
     assert 25 <= min(tiny) and max(tiny) <= 60 and sum(tiny) / len(tiny) < 45
-    longest = max(len(re.findall(r"\w+|\|", w)) for _, group in SENTENCES.values() for w in group)
-    closing = max(len(w.split()) for w in SENTENCES["close"][1])
+    longest = max(len(re.findall(r"\w+|\|", w)) for _, group in TEMPLATES.values() for w in group)
+    closing = max(len(w.split()) for w in TEMPLATES["close"][1])
     assert longest + closing <= ROOM
 
 

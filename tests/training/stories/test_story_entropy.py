@@ -8,21 +8,21 @@ from collections import Counter
 
 import pytest
 
-from minitx.training import teller as teller_module
-from minitx.training import world as world_module
-from minitx.training import writer as writer_module
-from minitx.training.grades import ROOM, Grade
 from minitx.training.stories import GRADES, stories
-from minitx.training.teller import Teller
-from minitx.training.words import (
+from minitx.training.stories import generator as generator_module
+from minitx.training.stories import world as world_module
+from minitx.training.stories import writer as writer_module
+from minitx.training.stories.generator import StoryGenerator
+from minitx.training.stories.grades import ROOM, Grade
+from minitx.training.stories.grammar import (
     COLOURS,
+    COMPILED_TEMPLATES,
     FILLERS,
     NAMES,
     NUMBERS,
     PLACES,
-    SENTENCES,
     SLOT,
-    WORDINGS,
+    TEMPLATES,
 )
 
 SMALL_WORDS = {
@@ -67,15 +67,17 @@ SMALL_GRADES = {
 def small_world(monkeypatch):
     """Few words and at most two wordings a sentence, so that all stories can be listed."""
     for name, words in SMALL_WORDS.items():
-        for module in (world_module, teller_module):
+        for module in (world_module, generator_module):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, words)
-    for kind, wordings in list(WORDINGS.items()):
+    for kind, wordings in list(COMPILED_TEMPLATES.items()):
         kept = [
             tuple(part._replace(free=tuple((s, w[:2]) for s, w in part.free)) for part in wording)
             for wording in wordings[:2]
         ]
-        monkeypatch.setitem(WORDINGS, kind, tuple(kept[-1:] if kind in ("open", "close") else kept))
+        monkeypatch.setitem(
+            COMPILED_TEMPLATES, kind, tuple(kept[-1:] if kind in ("open", "close") else kept)
+        )
 
 
 class Lister:
@@ -84,13 +86,15 @@ class Lister:
     def __init__(self, monkeypatch):
         self.path, self.widths = [], []
         draws = writer_module.Writer
-        monkeypatch.setattr(draws, "pick", lambda w, options: self.take(w, options, None))
+        monkeypatch.setattr(draws, "sample", lambda w, options: self.take(w, options, None))
         monkeypatch.setattr(
             draws,
-            "pick_weighted",
+            "sample_weighted",
             lambda w, options: self.take(w, options, [option[-1] for option in options]),
         )
-        monkeypatch.setattr(draws, "chance", lambda w, p: self.take(w, (True, False), (p, 1 - p)))
+        monkeypatch.setattr(
+            draws, "bernoulli", lambda w, p: self.take(w, (True, False), (p, 1 - p))
+        )
 
     def take(self, writer, options, weights):
         depth = len(self.widths)
@@ -106,7 +110,7 @@ class Lister:
         self.path = []
         while True:
             self.widths = []
-            yield Teller(grade, None).tell()
+            yield StoryGenerator(grade, None).generate()
             while self.path and self.path[-1] == self.widths[len(self.path) - 1] - 1:
                 self.path.pop()
             if not self.path:
@@ -129,7 +133,7 @@ def test_stories_come_as_often_as_their_nats_say(small_world):
     uniform, draws = random.Random(5).random, 40_000
     seen, chance = Counter(), {}
     for _ in range(draws):
-        story = Teller(SMALL_GRADES["people"], uniform).tell()
+        story = StoryGenerator(SMALL_GRADES["people"], uniform).generate()
         seen[story.text] += 1
         chance[story.text] = math.exp(-story.nats)
     common = [text for text in chance if chance[text] * draws >= 10]
@@ -154,13 +158,13 @@ def test_answers_cost_nothing_and_the_rest_is_moderate(name):
 
 def test_wordings_show_all_their_facts_and_none_matches_another():
     patterns = []
-    for kind, (facts, wordings) in SENTENCES.items():
+    for kind, (facts, wordings) in TEMPLATES.items():
         for wording in wordings:
             assert set(facts.split()) <= set(SLOT.findall(wording)), wording
             pattern = re.escape(wording.replace("|", " {answer}"))
             pattern = re.sub(r"\\{(\w+)\\}", lambda m: slot_pattern(m[1]), pattern)
             patterns.append((kind, pattern))
-    for kind, (_, wordings) in SENTENCES.items():
+    for kind, (_, wordings) in TEMPLATES.items():
         for wording in wordings:
             for pick in (0, -1):
                 text = SLOT.sub(

@@ -6,9 +6,9 @@ from differences import check, draw
 from tiny import padded_mask
 
 from minitx import fast, ops
-from minitx.training.grad import grad_of
+from minitx.training.autograd import grad_of
+from minitx.training.autograd.array import RULES
 from minitx.training.loss import cross_entropy, token_losses
-from minitx.training.traced import RULES
 
 A, B = draw(3, 4), draw(3, 4, seed=1)
 
