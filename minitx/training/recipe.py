@@ -168,7 +168,7 @@ def recipe_from(given: dict) -> Recipe:
             if stage.detector.k != recipe.rank:
                 raise MinitxError(
                     f"Stage {stage.name!r}: expected a detector with k={recipe.rank}, as "
-                    f"in the stage before, got k={stage.detector.k}; training continues with the same detector."
+                    f"in the stage before, got k={stage.detector.k}; it is trained further."
                 )
     return recipe
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_training import FIRST, recipe_of
 from test_training import write as write_recipe
-from tiny import END, Says, tiny_folder, tiny_lm, tiny_model
+from tiny import END, ScriptedLoop, tiny_folder, tiny_lm, tiny_model
 
 import minitx
 from minitx.checkpoints.huggingface import write_model
@@ -61,7 +61,9 @@ def test_generate_json(run):
 
 def test_generated_tokens_are_counted_not_the_text_encoded_again(run, monkeypatch):
     said = [*b"once upon", 0xC3]  # "on" and "ce" would be one token each; half a character
-    monkeypatch.setattr(minitx, "load", lambda *a: tiny_lm(decode=Says(([*said, END],), [])))
+    monkeypatch.setattr(
+        minitx, "load", lambda *a: tiny_lm(decode=ScriptedLoop(([*said, END],), []))
+    )
     _, out, err = run("generate", "x")
     assert out == "xonce upon\ufffd\n" and err.startswith("10 tokens in")
     assert run("generate", "x", "-n", 0)[2].startswith("0 tokens in")
@@ -70,7 +72,7 @@ def test_generated_tokens_are_counted_not_the_text_encoded_again(run, monkeypatc
 def test_it_comes_as_it_is_made(workdir, monkeypatch, capsys):
     seen = []
 
-    class Watching(Says):
+    class Watching(ScriptedLoop):
         def __call__(self, *arguments):
             for token in super().__call__(*arguments):
                 yield token

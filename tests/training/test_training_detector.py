@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from test_grad_models import MODELS, example, model_of
+from test_model_gradients import MODELS, example, model_of
 from test_training import FIRST, SECOND, TOKENIZER, Alone, recipe_of, write
 
 import minitx
@@ -174,8 +174,8 @@ class InThisProcess:
         alone = Alone()
         self.worker = Worker(0, 1, recipe, memory, alone, alone.next_shard)
 
-    def ask(self, name, *order):
-        return [getattr(self.worker, name)(*order)]
+    def call(self, name, *arguments):
+        return [getattr(self.worker, name)(*arguments)]
 
 
 def train_here(folder, *stages, stop_at=None) -> dict:

@@ -1,4 +1,4 @@
-"""Hops: the links of the facts behind an answer, as ids, and the loss that teaches them."""
+"""Hops: the bridge entities of answers as ids, and the loss that supervises them."""
 
 from itertools import islice
 
@@ -18,7 +18,7 @@ from minitx.training.worker import batch_loss
 TOKENIZER = story_tokenizer()
 
 
-def test_the_links_stand_where_the_answer_does():
+def test_bridges_are_at_the_position_of_the_answer():
     encoder, seen = StoryEncoder(TOKENIZER), set()
     for story in islice(stories("train", "full", 1), 60):
         ids, kinds, bridges = encoder.story(story)
@@ -32,11 +32,11 @@ def test_the_links_stand_where_the_answer_does():
         ]
         assert found == [(a.value, list(a.bridges)) for a in story.answers]
         assert all(v == [NO_BRIDGE] * MAX_BRIDGES for v, kind in zip(bridges, kinds) if not kind)
-        seen |= {len(links) for _, links in found}
+        seen |= {len(bridges) for _, bridges in found}
     assert seen == {0, 1, 2}
 
 
-def test_rows_have_them_too():
+def test_bridges_are_in_training_batches():
     rows = StoryDataset(TOKENIZER, {"three_hops": 1}, 150, seed=2)
     batch = rows.batch(0, 0, 16)
     ids, kinds, bridges = rows.row(0, 2)
@@ -49,8 +49,9 @@ def test_rows_have_them_too():
 
 
 @pytest.mark.parametrize("early", [None, {"scale": 0.2, "rotation": 1}])
-def test_the_loss_of_hops(early):
-    """The loss without them, and that of the links at the logits after so many blocks."""
+def test_hops_loss_is_added(early):
+    """The loss without hops, plus that of the bridge entities at the logits after so many
+    blocks."""
     plain = FIRST | {"grades": {"three_hops": 1}, "row": 150, "answer_weight": 3}
     stages = [plain | {"early_exit": early}, plain | {"early_exit": early, "hops": [1, 2]}]
     recipe = recipe_from(recipe_of(*stages, model=MODEL | {"context": 160}))
@@ -64,8 +65,8 @@ def test_the_loss_of_hops(early):
         return gradients(model, lambda m: batch_loss(m, batch, stage, 0, range(9), 0))[0]
 
     ids, more = batch.ids[:, :-1], 0
-    for link, layers in enumerate((1, 2)):
-        logits, bridges = shallow(model, layers)(ids), batch.bridges[..., link]
+    for i, layers in enumerate((1, 2)):
+        logits, bridges = shallow(model, layers)(ids), batch.bridges[..., i]
         more += cross_entropy(
             logits[bridges != NO_BRIDGE],
             bridges[bridges != NO_BRIDGE],

@@ -1,4 +1,4 @@
-"""Stories: a second reader derives every answer again, from the text alone; words, splits."""
+"""Stories: an independent reader derives every answer from the text; vocabulary, splits, seeds."""
 
 import hashlib
 import itertools
@@ -36,7 +36,7 @@ from minitx.training.stories.grammar import (
 from minitx.training.stories.world import World
 
 PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on such plain text
-# sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
+# sha256 of 20 stories of seed 7. These change only if the grammar is changed on purpose.
 PINNED = {
     "set_phrases": "2bfbc96f7a9c58fa",
     "told_twice": "eebf139bbaadf9eb",
@@ -54,7 +54,7 @@ def take(n, grade, split="train", seed=1):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """600 stories of every grade, and of some that only recipes have."""
+    """600 stories of every grade, including some that only recipes use."""
     return {name: take(600, grade) for name, grade in {**GRADES, **OTHERS}.items()}
 
 
@@ -67,7 +67,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", [*GRADES, *OTHERS])
-def test_a_second_reader_finds_every_answer(drawn, name):
+def test_independent_reader_finds_every_answer(drawn, name):
     for story in drawn[name]:
         reader = Reader()
         answers = reader.read(story.text)
@@ -78,7 +78,7 @@ def test_a_second_reader_finds_every_answer(drawn, name):
         assert not any(a.bridges for a in story.answers if a not in asked)
 
 
-def test_the_second_reader_can_disagree():
+def test_independent_reader_detects_wrong_stories():
     with pytest.raises(AssertionError):
         Reader().read("One day Tom was in the park. Where is Tom? Tom is in the barn. The end.")
     with pytest.raises(AssertionError, match="asked again"):
@@ -89,9 +89,9 @@ def test_the_second_reader_can_disagree():
     ]  # fmt: skip
     for recap in (
         "Tom was in the park. Eva came to the park.",  # another place
-        "Tom was in the park. Eva waited in the barn.",  # not word for word
+        "Tom was in the park. Eva waited in the barn.",  # not verbatim
         "Tom was in the park. Tom was in the park.",  # Tom twice
-        "Tom was in the park.",  # and Eva?
+        "Tom was in the park.",  # Eva is missing
         "Tom was in the park. Sam was in the park. Eva came to the barn.",  # someone new
         "Tom was in the park. It was a sunny day. Eva came to the barn.",  # something else
     ):
@@ -107,19 +107,19 @@ def test_the_second_reader_can_disagree():
         Reader().read(f"{found} {again} The end.")
 
 
-# Worlds by hand.
+# Facts by hand ----------------------------------------------------------------------------------
 
 
 def facts_of(world):
     return {(attribute, entity): (kind, value) for kind, attribute, entity, value in world.facts()}
 
 
-def test_three_hops_and_overriding_by_hand():
+def test_world_facts_follow_moves_by_hand():
     world = World()
     world.people, world.things, world.boxes = ["Sam", "Eva"], ["bell"], ["box"]
     world.colour["bell"] = "red"
     world.at |= {"bell": "box", "box": "Sam", "Eva": "barn"}
-    assert ("where", "bell") not in facts_of(world)  # nobody knows where Sam is
+    assert ("where", "bell") not in facts_of(world)  # Sam's place is unknown
     world.at["Sam"] = "park"
     assert world.chain("bell") == ["bell", "box", "Sam", "park"]
     assert facts_of(world) == {
@@ -146,7 +146,7 @@ def test_three_hops_and_overriding_by_hand():
     assert facts_of(world)["count", "Sam"] == ("count", "four")
 
 
-def test_a_chain_that_an_answer_shortened_is_not_asked():
+def test_world_omits_a_chain_that_an_answer_shortened():
     world = World()
     world.people, world.things, world.boxes = ["Sam"], ["bell"], ["box"]
     world.colour["bell"] = "red"
@@ -156,7 +156,7 @@ def test_a_chain_that_an_answer_shortened_is_not_asked():
         assert ("where", "bell") not in facts_of(world)
         world.answered = {key: "something else"}
         assert ("where", "bell") in facts_of(world)
-    # Where something else in the same box is, is where this is.
+    # The place of another thing in the same box is the place of this one.
     world.things.append("kite")
     world.colour["kite"] = "blue"
     world.answered = {("where", "kite"): "park"}
@@ -165,7 +165,7 @@ def test_a_chain_that_an_answer_shortened_is_not_asked():
         assert (("where", "bell") in facts_of(world)) == asked
 
 
-def test_of_a_thing_that_nobody_has_only_the_colour_is_known():
+def test_world_knows_only_the_colour_of_an_unplaced_thing():
     world = World()
     world.people, world.things = ["Sam", "Eva"], ["bell"]
     world.colour["bell"] = "red"
@@ -179,8 +179,8 @@ def test_of_a_thing_that_nobody_has_only_the_colour_is_known():
     )
 
 
-def test_scripted_story():
-    """The generator's methods in order, with a stream that always takes the first option."""
+def test_generator_methods_write_the_scripted_story():
+    """The generator's methods in order, with random numbers that always select the first option."""
     generator = StoryGenerator(GRADES["full"], lambda: 0.0)
     generator.meet("Eva", template="open")
     generator.arrive("Tom")
@@ -198,13 +198,14 @@ def test_scripted_story():
     (answer,) = story.answers
     assert (answer.kind, answer.value, answer.latest) == ("where3", "barn", "barn")
     assert answer.mentioned == (("park", 1), ("barn", 1))
-    # Wordings 4, 4, 3, 3, 6, 1; places 20 and 19; boxes 8; things 32; colours 10.
+    # Templates 4, 4, 3, 3, 6, 1; places 20 and 19; boxes 8; things 32; colours 10.
     assert story.nats == pytest.approx(math.log(4 * 4 * 3 * 3 * 6 * 20 * 19 * 8 * 32 * 10))
     assert "where3" not in generator.open_questions()
 
 
-def test_what_a_sentence_just_said_is_not_asked():
-    """ "Tom picked up the box in the barn" tells where the box is, until Tom takes it elsewhere."""
+def test_generator_does_not_ask_what_a_sentence_just_stated():
+    """ "Tom picked up the box in the barn" states where the box is, until Tom takes it
+    elsewhere."""
     generator = StoryGenerator(GRADES["full"], lambda: 0.0)
     generator.meet("Eva", template="open")
     generator.arrive("Tom")
@@ -219,24 +220,24 @@ def test_what_a_sentence_just_said_is_not_asked():
     assert [fact[2:] for fact in generator.open_questions()["where3"]] == [("kite", "barn")]
 
 
-# The same everywhere.
+# Reproducibility ---------------------------------------------------------------------------------
 
 
 def digest(found):
     return hashlib.sha256("\n".join(story.text for story in found).encode()).hexdigest()[:16]
 
 
-def test_the_same_seed_gives_the_same_stories():
+def test_stories_of_a_seed_are_pinned():
     found = {name: digest(take(20, name, seed=7)) for name in GRADES}
     assert found == PINNED
     assert take(20, "full", seed=7) == take(20, "full", seed=7)
     assert digest(take(20, "full", seed=8)) != found["full"]
 
 
-# The shape.
+# Pieces and answers ------------------------------------------------------------------------------
 
 
-def test_pieces_are_the_text_cut_at_answer_words(drawn):
+def test_story_pieces_are_split_at_answer_words(drawn):
     for found in drawn.values():
         for story in found:
             assert story.text == "".join(text for text, _, _ in story.pieces)
@@ -249,7 +250,7 @@ def test_pieces_are_the_text_cut_at_answer_words(drawn):
                 assert answer.kind in KINDS
 
 
-def test_what_was_mentioned_is_what_the_text_names(drawn):
+def test_answer_mentioned_values_are_those_of_the_text(drawn):
     values = {
         "place": PLACES, "colour": COLOURS, "name": NAMES, "number": NUMBERS, "box": BOXES,
     }  # fmt: skip
@@ -270,10 +271,10 @@ def test_what_was_mentioned_is_what_the_text_names(drawn):
                     assert len(answer.mentioned) > 1
 
 
-# Words.
+# Vocabulary --------------------------------------------------------------------------------------
 
 
-def test_the_vocabulary_is_exactly_what_stories_use(drawn):
+def test_vocabulary_is_exactly_what_stories_use(drawn):
     words = vocabulary()
     assert words == sorted(set(words)) and 300 <= len(words) <= 500
     found = [story for grade in drawn.values() for story in grade] + take(3000, "full", seed=3)
@@ -283,7 +284,7 @@ def test_the_vocabulary_is_exactly_what_stories_use(drawn):
     assert all(word.isascii() for word in words)
 
 
-def test_no_word_means_two_things():
+def test_vocabulary_word_has_one_meaning():
     groups = (NAMES, PLACES, THINGS, BOXES, COLOURS, NUMBERS, FOODS, FILLERS["animal"])
     owners = defaultdict(list)
     for number, group in enumerate(groups):
@@ -299,11 +300,11 @@ def test_no_word_means_two_things():
     )
 
 
-# Splits and bad input.
+# Splits and invalid arguments --------------------------------------------------------------------
 
 
 def test_splits_share_no_story():
-    """Very short stories, of which there are few: if splits could share one, they would here."""
+    """With few distinct stories: if splits could share one, they would here."""
     short = {"from": "one_hop_tiny", "max_people": 2, "min_people": 2, "max_questions": 1}
     texts = {split: {s.text for s in take(1500, short, split)} for split in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
@@ -315,7 +316,7 @@ def test_splits_share_no_story():
     assert shares["calibration"] == pytest.approx(1_000, abs=130)
 
 
-def test_bad_splits_and_seeds():
+def test_invalid_split_or_seed_is_refused():
     with pytest.raises(MinitxError, match="Unknown split 'test'"):
         stories("test", "full", 1)
     for seed in (-1, 1.0, "1", True, None):
