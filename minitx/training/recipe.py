@@ -69,7 +69,7 @@ class Stage:
     # logits after hops[i] blocks, at the answer's position, should predict bridge entity i. Without
     # this, the model does not find out by itself to chain two look-ups.
     hops: tuple[int, ...] | None = None
-    layers: int | None = None  # train only the first blocks, so many; None: all
+    layers: int | None = None  # train only this many blocks, from the first; None: all
     detector: DetectorLoss | None = None  # train DOTA's detectors with the model
 
 

@@ -61,8 +61,7 @@ class WorkerPool:
         with environment(WORKER_ENVIRONMENT):
             for rank in range(workers):
                 mine, theirs = context.Pipe()
-                shared = shared, self.barrier, self.next_shard
-                arguments = rank, workers, recipe, *shared, theirs
+                arguments = rank, workers, recipe, shared, self.barrier, self.next_shard, theirs
                 process = context.Process(target=run_worker, args=arguments, daemon=True)
                 process.start()
                 theirs.close()

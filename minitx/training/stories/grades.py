@@ -39,14 +39,14 @@ class Grade:
     questions: dict = field(default_factory=dict)  # kind of question -> weight, on the same scale
     wordings: int = 9  # most templates used per kind of sentence; 1: no variation
     phrases: bool = True  # varied opening and closing sentences; false: the shortest ones
-    min_people: int = 2  # no question before the story has so many people
+    min_people: int = 2  # questions start once the story has this many people
     max_people: int = 4
     max_things: int = 8
     max_boxes: int = 3
-    min_words: int = 0  # no end before so many words
-    max_words: int = 250  # the story ends before so many words
-    min_questions: int = 0  # no end before so many, unless no sentence is possible
-    max_questions: int = 99  # the story ends after so many
+    min_words: int = 0  # the story ends no earlier, unless no sentence is possible
+    max_words: int = 250  # the story has at most this many words
+    min_questions: int = 0  # like min_words, in questions
+    max_questions: int = 99  # the story ends right after this many
     stop: float = 0.1  # probability of ending before each sentence, where it may end
     value_first: bool = False  # values before their keys, where there is such a template
     shortly: tuple = ()  # kinds of questions answered in the short form: see grammar.py

@@ -83,8 +83,8 @@ def test_independent_reader_detects_wrong_stories():
         Reader().read("One day Tom was in the park. Where is Tom? Tom is in the barn. The end.")
     with pytest.raises(AssertionError, match="asked again"):
         Reader().read("One day Tom was in the park." + " Where is Tom? Tom is in the park." * 2)
-    told = "One day Tom was in the park. Eva came to the barn."
-    assert Reader().read(f"{told} Eva came to the barn. Tom was in the park. The end.") == [
+    facts = "One day Tom was in the park. Eva came to the barn."
+    assert Reader().read(f"{facts} Eva came to the barn. Tom was in the park. The end.") == [
         ("mention", "barn"), ("mention", "park"),
     ]  # fmt: skip
     for recap in (
@@ -96,7 +96,7 @@ def test_independent_reader_detects_wrong_stories():
         "Tom was in the park. It was a sunny day. Eva came to the barn.",  # something else
     ):
         with pytest.raises(AssertionError):
-            Reader().read(f"{told} {recap} The end.")
+            Reader().read(f"{facts} {recap} The end.")
     found = "One day Tom was in the park. Tom got a kite. The kite was red. Tom had two eggs."
     again = "Tom had two eggs. Tom got a kite. The kite was red. Tom was in the park."
     assert [value for _, value in Reader().read(f"{found} {again} The end.")] == [

@@ -100,8 +100,8 @@ def test_recap_repeats_all_facts(order):
     hard = {"from": "told_twice", "value_first": True}
     for story in take(400, hard | {"sentences": often, "recap": order}):
         text = re.sub(r"\. (The \w+|It) was", r"; \1 was", story.text.removeprefix("One day "))
-        *told, closing = re.findall(r"[A-Z][^.]*\.", text)
-        first, again = told[: len(told) // 2], told[len(told) // 2 :]
+        *sentences, closing = re.findall(r"[A-Z][^.]*\.", text)
+        first, again = sentences[: len(sentences) // 2], sentences[len(sentences) // 2 :]
         assert closing == "The end." and 1 <= len(first) == len(set(first)) <= 12
         assert sorted(first) == sorted(again)
         assert {answer.kind for answer in story.answers} <= {"mention"}
