@@ -200,5 +200,5 @@ def test_train_does_not_write_over_a_model(run, workdir):
     write_recipe(workdir / "toy", recipe_of(FIRST))
     before = (workdir / "toy" / "model.safetensors").read_bytes()
     status, _, err = run("train", "toy/recipe.json", "--out", "toy")
-    assert status == 2 and "toy: holds a model" in err and "give another folder" in err
+    assert status == 2 and "toy: contains a model" in err and "give another folder" in err
     assert (workdir / "toy" / "model.safetensors").read_bytes() == before

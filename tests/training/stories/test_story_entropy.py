@@ -145,7 +145,9 @@ def test_story_frequency_equals_its_probability(small_world):
     cells.append((draws - sum(n for n, _ in cells), rest * draws))
     statistic = sum((n - expected) ** 2 / expected for n, expected in cells)
     freedom = len(cells) - 1
-    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
+    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom), (
+        "frequency differs from exp(-nats)"
+    )
 
 
 @pytest.mark.parametrize("name", GRADES)
