@@ -95,8 +95,8 @@ class LM(Part):
             ids = self._checked(prompt)
             if ids.ndim != 1:
                 raise MinitxError(
-                    f"Expected one text or one list of token ids, got an array of shape {ids.shape}; "
-                    "for several prompts use generate."
+                    f"Expected one text or one list of token ids, got an array of shape "
+                    f"{ids.shape}; for several prompts use generate."
                 )
             return ids.tolist()
         self._need_tokenizer()

@@ -9,10 +9,11 @@ import hashlib
 import itertools
 import random
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
-from enumeration import distance, law, law_of_model
+from enumeration import exact_distribution, model_distribution, total_variation
 from tiny import END, FAMILIES, KINDS, decode, tiny_lm, tiny_model
 
 from minitx.errors import MinitxError
@@ -21,7 +22,6 @@ from minitx.lm import LM
 from minitx.technique import (
     HEADINGS,
     LEVELS,
-    OLDER_HEADINGS,
     _check_rows,
     apply,
     decides,
@@ -31,6 +31,7 @@ from minitx.technique import (
 )
 from minitx.tree import walk, weights
 
+ROOT = Path(__file__).parent.parent
 ALL = {t.name: t for t in techniques()}
 IDS = np.random.default_rng(0).integers(0, 258, 40)
 PROMPT, NEW = IDS[:12].tolist(), 24
@@ -104,7 +105,7 @@ def test_each_setting_fits_a_family(name, setting):
 
 @each
 @family
-def test_demo_acts(name, family):
+def test_demo_setting_acts(name, family):
     t, dense, lm = ALL[name], tiny_lm(family, dtype=np.float64), changed(name, family)
     if t.event is not None:
         with counting(lm) as counts:  # twice, for what acts on a prompt that has come by before
@@ -119,7 +120,7 @@ def test_demo_acts(name, family):
 
 @each
 @family
-def test_neutral_is_the_dense_model(name, family):
+def test_neutral_setting_equals_dense(name, family):
     if ALL[name].neutral is None:
         pytest.skip("it has no neutral setting")
     dense, lm = tiny_lm(family), changed(name, family, "neutral", np.float32)
@@ -131,7 +132,7 @@ def test_neutral_is_the_dense_model(name, family):
 @pytest.mark.parametrize("name", [t.name for t in ALL.values() if t.exact])
 @family
 @pytest.mark.parametrize("dtype, within", [(np.float64, 1e-12), (np.float32, 1e-5)])
-def test_exact_is_the_dense_model_up_to_rounding(name, family, dtype, within):
+def test_exact_technique_equals_dense_up_to_rounding(name, family, dtype, within):
     dense, lm = tiny_lm(family, dtype=dtype), changed(name, family, "demo", dtype)
     close(lm.logits(IDS), dense.logits(IDS), within, "exact technique")
     assert greedy(lm, PROMPT) == greedy(dense, PROMPT), "the greedy text is another one"
@@ -141,7 +142,7 @@ def test_exact_is_the_dense_model_up_to_rounding(name, family, dtype, within):
     "name, setting", [(t.name, s) for t in ALL.values() for s in settings(t) if s != "neutral"]
 )
 @family
-def test_one_pass_is_chunks_is_token_by_token(name, setting, family):
+def test_prefill_chunks_and_single_tokens_agree(name, setting, family):
     """Or, where decisions depend on the step: the same steps give the same, and a step does not
     depend on later ones."""
     lm = changed(name, family, setting)
@@ -158,7 +159,7 @@ def test_one_pass_is_chunks_is_token_by_token(name, setting, family):
 
 @inner
 @family
-def test_rewind_and_replay(name, family):
+def test_rewind_and_replay_gives_same_logits(name, family):
     """Back to where the last step began, always; further back bit for bit, or refused by name."""
     lm = changed(name, family)
     once = run(lm, IDS, STEPS)
@@ -179,7 +180,7 @@ def test_rewind_and_replay(name, family):
 
 @inner
 @family
-def test_a_fork_goes_on_by_itself(name, family):
+def test_fork_is_independent(name, family):
     lm, once = changed(name, family), run(changed(name, family), IDS, STEPS)
     state = lm.model.new_state()
     run(lm, IDS[:20], STEPS[:9], state)
@@ -194,7 +195,7 @@ def test_a_fork_goes_on_by_itself(name, family):
 
 @inner
 @family
-def test_two_sequences_do_not_disturb_each_other(name, family):
+def test_two_interleaved_sequences_are_independent(name, family):
     lm, other = changed(name, family), (IDS * 7 + 3) % 258
 
     def interleaved(order):
@@ -210,7 +211,7 @@ def test_two_sequences_do_not_disturb_each_other(name, family):
 
 @each
 @family
-def test_a_row_of_a_ragged_batch_is_the_row_alone(name, family):
+def test_ragged_batch_row_equals_row_alone(name, family):
     lm = changed(name, family)
     prompts = [PROMPT, IDS[20:23].tolist(), IDS[30:37].tolist()]
     assert lm.generate(prompts, NEW) == [lm.generate(prompt, NEW) for prompt in prompts]
@@ -218,7 +219,7 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone(name, family):
 
 @each
 @family
-def test_the_dense_model_is_left_as_it_was(name, family):
+def test_dense_model_is_unchanged(name, family):
     lm = tiny_lm(family)
     drawn = repr(lm)
 
@@ -237,7 +238,7 @@ def test_the_dense_model_is_left_as_it_was(name, family):
 
 @each
 @family
-def test_everything_stays_float32(name, family):
+def test_dtype_stays_float32(name, family):
     lm = changed(name, family, "demo", np.float32)
     assert lm.logits(IDS).dtype == np.float32
     state = lm.model.new_state()
@@ -256,20 +257,46 @@ def test_everything_stays_float32(name, family):
 
 
 @each
-def test_the_card_is_complete(name):
+def test_card_is_complete(name):
     t, card = ALL[name], ALL[name].card
     assert card.summary.endswith(".") and "\n" not in card.summary
     found = tuple(h for h in card.sections if h != "Tutorial")
-    assert found in (HEADINGS[:-1], OLDER_HEADINGS)
+    assert found == HEADINGS[:-1]
     assert all(card.sections.values())
+    fidelity = card.sections["Fidelity"]
+    kinds = ("paper's text", "authors' code", "reconstruction", "practice", "our own", "ours")
+    assert any(kind in fidelity for kind in kinds), (
+        f"Fidelity says nothing of the source: {fidelity}"
+    )
     assert t.exact == card.sections["Kind"].lower().startswith("exact")
     assert t.level in LEVELS
 
 
 @each
-def test_options_have_types_and_defaults_that_pass(name):
+def test_card_names_its_test_its_literal_version_and_its_tutorial(name):
+    t, card = ALL[name], ALL[name].card
+    folder = f"tests/{t.function.__module__.split('.')[1]}"
+    proof = card.sections["Proof"]
+    for path in (f"{folder}/test_{name}.py", f"{folder}/literal_{name}.py"):
+        assert path in proof.split() or f"{path};" in proof.split(), (
+            f"the card does not name {path}"
+        )
+        assert (ROOT / path).exists(), path
+    own = [path.name for path in (ROOT / folder).glob(f"test_{name}*.py")]
+    others = {f"test_{other}.py" for other in ALL}
+    assert set(own) - others == set(), f"{name} has more than one test file: {own}"
+    assert (ROOT / t.path).exists(), t.path
+    if "Tutorial" in card.sections:
+        path = ROOT / card.sections["Tutorial"]
+        assert path.exists() and name.replace("_", "") in path.read_text("utf-8").replace("_", "")
+
+
+@each
+def test_options_are_declared_and_defaults_are_valid(name):
     t = ALL[name]
     for option in t.options.values():
+        assert option.meaning, f"option {option.name} of {name} is not explained"
+        assert len(option.name) > 1 or name == "elsa", f"option {option.name} is not a word"
         assert option.check(option.default) == option.default
         if option.default is not None:
             assert option.check(option.read(str(option.default))) == option.default
@@ -280,12 +307,12 @@ def test_options_have_types_and_defaults_that_pass(name):
 
 
 @each
-def test_what_comes_first_is_of_the_same_level(name):
+def test_after_names_techniques_of_the_same_level(name):
     for other in ALL[name].after:
         assert ALL[other].level == ALL[name].level
 
 
-def test_files_and_techniques_have_the_same_names():
+def test_file_and_technique_have_the_same_name():
     assert set(ALL) == set(names())
     assert {t.name: t.function.__module__ for t in ALL.values()} == names()
 
@@ -316,7 +343,7 @@ PAIRED += [("skipless", pair) for pair in PAIRS if "remove_weights" in pair]
 
 
 @pytest.mark.parametrize("family, pair", PAIRED, ids=[f"{f}-{a} and {b}" for f, (a, b) in PAIRED])
-def test_every_pair_is_neutral_together_or_refused(family, pair):
+def test_pair_at_neutral_equals_dense_or_is_refused(family, pair):
     lm = tiny_lm(family, dtype=np.float64)
     both = together(lm, {name: ALL[name].neutral or {} for name in pair})
     if both is None:
@@ -329,7 +356,7 @@ EXACT_PAIRS = list(itertools.combinations(EXACT, 2))
 
 
 @family
-def test_every_pair_of_exact_ones_is_the_dense_model(family):
+def test_pair_of_exact_techniques_equals_dense(family):
     lm = tiny_lm(family, dtype=np.float64)
     logits, text, tried = lm.logits(IDS), greedy(lm, PROMPT), 0
     for pair in EXACT_PAIRS:
@@ -343,7 +370,7 @@ def test_every_pair_of_exact_ones_is_the_dense_model(family):
 
 @family
 @pytest.mark.parametrize("reverse", [False, True])
-def test_all_exact_ones_that_fit_together_are_the_dense_model(family, reverse):
+def test_all_compatible_exact_techniques_together_equal_dense(family, reverse):
     lm, chosen = tiny_lm(family, dtype=np.float64), {}
     for name in reversed(EXACT) if reverse else EXACT:
         if together(lm, chosen | {name: ALL[name].demo}) is not None:
@@ -370,7 +397,7 @@ IDLE = {"exact_head": {"speculative"}, "ffn_skip": {"layer_skip"}}
 @pytest.mark.parametrize(
     "family, chosen", IN_ACTION, ids=[f"{f}-{'+'.join(c)}" for f, c in IN_ACTION]
 )
-def test_sampled_sets_work_in_action(family, chosen):
+def test_sampled_sets_at_demo_run_and_decode(family, chosen):
     """At the demo settings, approximate ones included, on a decode of 24 tokens."""
     lm = tiny_lm(family, dtype=np.float64)
     wanted = {name: ALL[name].demo for name in chosen}
@@ -394,7 +421,7 @@ def test_sampled_sets_work_in_action(family, chosen):
     assert found.generate(prompts, 8) == [found.generate(prompt, 8) for prompt in prompts]
 
 
-def test_the_sample_is_worth_something():
+def test_most_techniques_act_in_a_sampled_set():
     """Most techniques act in a set that is not refused."""
     used = set()
     for family, chosen in IN_ACTION:
@@ -411,7 +438,7 @@ SAME_LEVEL = [
 
 
 @pytest.mark.parametrize("a, b", SAME_LEVEL, ids=[f"{a} and {b}" for a, b in SAME_LEVEL])
-def test_the_order_within_a_level_is_declared_where_it_matters(a, b):
+def test_order_within_a_level_does_not_matter_or_is_declared(a, b):
     """Two of a level that do not declare which comes first give the same in both orders, or are
     refused in both."""
 
@@ -431,7 +458,7 @@ def test_the_order_within_a_level_is_declared_where_it_matters(a, b):
         close(other.logits(IDS), one.logits(IDS), 1e-12, f"{a} before {b}, and after it")
 
 
-def test_in_order_puts_inner_levels_first_and_then_what_is_declared():
+def test_in_order_sorts_by_level_then_by_after():
     found = [t.name for t in in_order(ALL.values())]
     levels = [LEVELS.index(ALL[name].level) for name in found]
     assert levels == sorted(levels)
@@ -445,20 +472,24 @@ def test_in_order_puts_inner_levels_first_and_then_what_is_declared():
 
 @loops
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 2}], ids=str)
-def test_a_token_loop_draws_from_the_models_distribution(name, options):
+def test_decoding_loop_has_the_models_distribution_by_enumeration(name, options):
     """Three tokens of a vocabulary of three, by enumeration of all draws."""
     if not options:
         options = {"temperature": 1.0}
     model = tiny_model("llama", vocab_size=3, bos=None, eos=(), dtype=np.float64)
     lm = apply(LM(model), {name: ALL[name].demo})
     prompt = [1, 2, 0, 1, 1, 2, 0, 1]
-    found = law(lambda choose: tuple(decode(lm.decode, lm.model, prompt, choose, 3)), **options)
-    assert distance(found, law_of_model(model, prompt, 3, **options)) < 1e-9
+
+    def run(sampler):
+        return tuple(decode(lm.decode, lm.model, prompt, sampler, 3))
+
+    found = exact_distribution(run, **options)
+    assert total_variation(found, model_distribution(model, prompt, 3, **options)) < 1e-9
 
 
 @loops
 @family
-def test_a_token_loop_stops_at_the_limit_and_at_the_end_of_the_context(name, family):
+def test_decoding_loop_stops_at_limit_and_end_of_context(name, family):
     dense, lm = tiny_lm(family, dtype=np.float64), changed(name, family)
     expected = greedy(dense, PROMPT, 36)
     for limit in range(6):
@@ -468,7 +499,7 @@ def test_a_token_loop_stops_at_the_limit_and_at_the_end_of_the_context(name, fam
 
 
 @loops
-def test_a_token_loop_stops_at_the_end_of_the_text(name):
+def test_decoding_loop_stops_at_end_of_text(name):
     def ends(n):
         """The dense model, but that its n-th greedy token ends a text."""
         config = tiny_lm().model.config
@@ -483,7 +514,7 @@ def test_a_token_loop_stops_at_the_end_of_the_text(name):
 
 @loops
 @family
-def test_a_token_loop_goes_on_from_a_warm_state(name, family):
+def test_decoding_loop_continues_from_a_warm_state(name, family):
     """The state may hold the first tokens of the prompt already."""
     from minitx.decode import Sampler
 

@@ -254,7 +254,7 @@ def test_tree_changes_shows_changed_parts_and_where_they_are(helpers, capsys):
     helpers.tree_changes(before, after)
     lines = capsys.readouterr().out.splitlines()
     assert "-         norm: RMSNorm(gain 128, eps=1e-05)" in lines
-    assert "+         norm: BareRMSNorm(eps=1e-05)" in lines
+    assert "+         norm: WeightlessRMSNorm(eps=1e-05)" in lines
     assert any("attn: Attention" in line for line in lines), "the part around a change"
     assert not any("rope" in line for line in lines), "unchanged parts are left out"
 

@@ -8,7 +8,6 @@ from functools import cache
 
 import numpy as np
 
-from minitx.build import random_model
 from minitx.checkpoints.added_tokens import AddedToken
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
 from minitx.checkpoints.huggingface import write_model
@@ -17,6 +16,7 @@ from minitx.config import Config
 from minitx.decode import TokenLoop, new_state
 from minitx.lm import LM
 from minitx.state import Layer
+from minitx.training.skipless_init import initial_model
 from minitx.tree import map_weights, part
 
 END = 258
@@ -47,7 +47,7 @@ KINDS = FAMILIES | {"skipless": SKIPLESS}
 @cache
 def tiny_model(family="llama", seed=1, dtype=np.float32, **changes):
     """Random weights, large enough that logits differ clearly and depend on the context."""
-    model = random_model(replace(KINDS[family], **changes), seed, dtype)
+    model = initial_model(replace(KINDS[family], **changes), seed, dtype)
     rng = np.random.default_rng(seed)
 
     def change(w):
@@ -77,6 +77,12 @@ def tiny_folder(folder, family="llama", tokenizer=True):
 def error(found, expected):
     """The maximum absolute error, relative to the largest expected value."""
     return abs(found - expected).max() / abs(expected).max()
+
+
+def check_close(found, expected, tolerance, what):
+    """Assert that ``error`` is within the tolerance; a failure names ``what`` differs."""
+    off = error(found, expected)
+    assert off <= tolerance, f"{what}: off by {off:.1e} of the largest number expected"
 
 
 def in_chunks(lm, ids, sizes, state=None):

@@ -28,10 +28,8 @@ from minitx.tree import Part
 
 MODULES = (
     "minitx.model",
-    "minitx.skipless",
     "minitx.ops",
     "minitx.decode",
-    "minitx.shared.confidence",
 )
 PACKAGES = ("minitx.shared.", "minitx.precompute.", "minitx.skip.")
 

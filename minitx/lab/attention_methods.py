@@ -79,12 +79,13 @@ def keys(name: str) -> Knob:
 
 METHODS = (
     Method("oracle", keys("r")),
-    # a3's first filter alone, since T, the second, is after the scores. At small M about M n stay.
-    Method("a3", Knob("M", 1 / 256, 8.0, start=1.2), {"T": 0.0}),
+    # a3's greedy search alone: its second filter comes after the scores. With few iterations about
+    # as many keys stay.
+    Method("a3", Knob("iterations", 1 / 256, 8.0, start=1.2), {"threshold": 0.0}),
     Method("elsa", Knob("p", 1 / 64, 64.0, start=0.25, falling=True)),
     Method("dota", keys("keep")),
     Method("predictive_attention", Knob("share", 0.001, 1.0), {"threshold": 0.0, "min_keys": 1}),
-    Method("sparse_memory", keys("K")),
+    Method("sparse_memory", keys("keep")),
     Method("window", keys("r")),
     Method("random", keys("r")),
 )

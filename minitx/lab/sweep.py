@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minitx.checkpoints.common import replacing
 from minitx.errors import MinitxError
-from minitx.lab.compare import Comparison, Plan, compare
+from minitx.lab.compare import Comparison, Workload, compare
 from minitx.lab.evaluate import hops_name, percent, table
 from minitx.technique import Technique, apply, as_words
 
@@ -60,7 +60,12 @@ def settings(technique: Technique, words: Sequence[str]) -> list[dict]:
 
 
 def sweep(
-    dense, technique: Technique, chosen: Sequence[dict], plan: Plan, grade="full", bar: bool = True
+    dense,
+    technique: Technique,
+    chosen: Sequence[dict],
+    plan: Workload,
+    grade="full",
+    bar: bool = True,
 ) -> list[Point]:
     """One point per setting, on an LM without other techniques."""
     points = []

@@ -1,6 +1,6 @@
-"""H2O: the cache keeps the rows that attention has used most, and the latest.
+"""H2O: keep the cache rows that have received the most attention, and the most recent ones.
 
-The card and the options, the two parts that run (online), what they remember, notes.
+This file: the card and options, the two parts that run (online), their state, notes.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ import numpy as np
 
 from minitx import fast, ledger, ops
 from minitx.model import Attend, Attention
-from minitx.shared.confidence import draws
+from minitx.shared.random_baseline import random_scores
 from minitx.state import Layer
 from minitx.technique import at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, table
@@ -28,7 +28,7 @@ def heavy_hitters(
     lm,
     *,
     heavy: Annotated[int, "rows kept for their attention, per key head", at_least(0)] = 64,
-    recent: Annotated[int, "latest rows that always stay", at_least(0)] = 64,
+    recent: Annotated[int, "most recent rows, which are always kept", at_least(0)] = 64,
     choose: Annotated[
         Literal["attention", "random"], "accumulated attention, or a random baseline"
     ] = "attention",
@@ -38,28 +38,29 @@ def heavy_hitters(
 
     Paper:     Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
                Language Models", NeurIPS 2023, arXiv 2306.14048.
-    Fidelity:  the authors' code. That a group of query heads adds up what it gives its shared key
-               head, and that rows go at the start of the next step, is ours.
+    Fidelity:  the authors' code. Ours: the query heads of a group add up their attention weights
+               on the key head that they share; rows are evicted at the start of the next step.
     Kind:      approximate; exact while a text is no longer than heavy + recent.
     Idea:      A few tokens receive most of the attention, step after step. Add up what each cached
                token receives, and evict those that receive least.
     Offline:   nothing.
     Online:    acc[r] += sum of the softmax weights that this step's queries give to row r
-               before the next step, in each key head: if there are more than heavy + recent rows,
-               keep the ``recent`` latest and, of the others, the ``heavy`` with the largest acc
-               (ties go to the lower index); free the rest.
+               before the next step, in each key head with more than heavy + recent rows: keep the
+               ``recent`` latest and, of the others, the ``heavy`` with the largest acc (ties go
+               to the lower index); free the rest.
     Saves:     cache rows: at most heavy + recent + the new tokens. A decoded token takes
                2 H d (heavy + recent) multiply-adds for attention instead of 2 H d S.
     In NumPy:  saves memory, not time: every step gathers the rows that stay, head by head, which
                takes longer than the attention that it saves (Notes).
-    Not for:   a prompt read in one step, which is dense, however long; techniques that need a cache
+    Not for:   a prompt run in one step, which is dense, however long; techniques that need a cache
                row for every token (elsa, a3, dota, ...).
-    Proof:     tests/skip/test_heavy_hitters.py, tests/skip/literal_heavy_hitters.py
+    Proof:     tests/skip/test_heavy_hitters.py; literal version:
+               tests/skip/literal_heavy_hitters.py
     """
     if heavy + recent >= lm.model.config.context:
         return lm
     L, context = len(blocks_of(lm)), lm.model.config.context
-    random = draws(L, context, seed) if choose == "random" else None
+    random = random_scores(L, context, seed) if choose == "random" else None
 
     def change(attn: Part, index: int) -> Part:
         need(attn, Attention)
@@ -76,7 +77,7 @@ def heavy_hitters(
 
 @part
 class HeavyCache(Part):
-    """Frees rows over the budget, then stores the new ones."""
+    """Evicts the rows above the budget, then stores the new ones."""
 
     decides = "step"
     frees_rows = True
@@ -88,7 +89,7 @@ class HeavyCache(Part):
 
     @property
     def one_sequence(self) -> bool:
-        """The baseline's scores go by position, which differs from row to row of a padded batch."""
+        """Random scores are by position, which differs between the sequences of a padded batch."""
         return self.random is not None
 
     def store(self, k, v, layer: Layer):
@@ -106,6 +107,8 @@ class HeavyCache(Part):
         scores = acc.total  # (..., K, S)
         if self.random is not None:
             scores = np.broadcast_to(self.random[layer.row_tokens().array], scores.shape)
+        if min(layer.keys.shape[-3], layer.values.shape[-3]) < scores.shape[-2]:
+            scores = scores.sum(-2, keepdims=True)  # one cached head serves all: one set of rows
         rows = heaviest_and_latest(scores, self.heavy, self.recent)  # (..., K, heavy + recent)
         ledger.event("cache rows evicted", scores.size - rows.size)
         layer.keep(rows)
@@ -113,8 +116,8 @@ class HeavyCache(Part):
 
 
 def heaviest_and_latest(acc, heavy: int, recent: int):
-    """The rows (..., heavy + recent) to keep, in rising order: the ``recent`` last of acc (..., S)
-    and the ``heavy`` largest of the others; ties go to the lower index."""
+    """The rows (..., heavy + recent) to keep, in ascending order: the ``recent`` last ones of acc
+    (..., S) and the ``heavy`` largest of the others; ties go to the lower index."""
     S = acc.shape[-1]
     older = acc[..., : S - recent]
     largest = np.argsort(-older, axis=-1, kind="stable")[..., :heavy]
@@ -144,19 +147,19 @@ class AccumulatingAttend(Part):
             out[..., a:b, :] = fast.weighted_values(p, rows, keys, values)
             p /= p.sum(-1, keepdims=True)
             by_token = p.reshape(*k.shape[:-2], -1, b - a, end).sum(-3)  # (..., K, t, end)
-            if layer.start is not None:  # padding gives nothing
+            if layer.start is not None:  # padding attends to nothing
                 by_token *= (layer.tokens.own >= 0)[:, None, a:b, None]
             received[..., :end] += by_token.sum(-2)
             if given is not None:
                 given[..., a:b, :end] = by_token
-        if layer.keys.shape[-3] < k.shape[-3]:  # one cached head stands for all
+        if layer.keys.shape[-3] < k.shape[-3]:  # all key heads share one cached head
             received = received.sum(-2, keepdims=True)
             given = None if given is None else given.sum(-3, keepdims=True)
         accumulated(layer).add(received, given, layer)
         return out  # (..., H, T, d)
 
 
-# What it remembers -------------------------------------------------------------------------------
+# State -------------------------------------------------------------------------------------------
 
 
 def accumulated(layer: Layer, dtype=np.float32) -> "Accumulated":
@@ -166,30 +169,31 @@ def accumulated(layer: Layer, dtype=np.float32) -> "Accumulated":
 class Accumulated:
     """The attention that each cache row has received, total (..., K, S).
 
-    A step can be undone in part (speculative decoding rejects tokens): then what its first tokens
-    gave is added to what there was before.
+    A step can be undone in part (speculative decoding rejects tokens): then the attention of
+    its first tokens is added to the total before the step.
     """
 
     def __init__(self, dtype):
         self.dtype = dtype
         self.total: np.ndarray | None = None
-        self.before: np.ndarray | None = None  # the total before this step, of the rows of then
+        self.before: np.ndarray | None = None  # the total before this step, for its rows
         self.given: np.ndarray | None = None  # (..., K, T, S) in this step
         self.first = 0  # position of its first token
 
     def begin(self, layer: Layer) -> None:
-        """A new step: what came before it cannot be undone any more."""
+        """A new step begins: earlier steps can no longer be undone."""
         self.first = int(layer.tokens.array[0])
         layer.rewindable_to, layer.evicted_by = self.first, "heavy_hitters"
         if layer.count:
             total = np.zeros((*layer.keys.shape[:-2], layer.count), self.dtype)
-            if self.total is not None:  # rows that nobody has attended to yet have received nothing
+            if self.total is not None:  # newer rows have received nothing yet
                 total[..., : self.total.shape[-1]] = self.total
             self.total = total
         self.before, self.given = self.total, None
 
     def keep(self, rows) -> None:
-        """Rows (..., K, n) are kept, the others are gone."""
+        """Only rows (..., K, n) are kept."""
+        rows = np.broadcast_to(rows, (*self.total.shape[:-1], rows.shape[-1]))
         self.total = self.before = np.take_along_axis(self.total, rows, -1)
 
     def add(self, received, given, layer: Layer) -> None:
@@ -201,7 +205,7 @@ class Accumulated:
         self.total = self.after(received)
 
     def after(self, received):
-        """The total once the rows have received this."""
+        """The total after the rows have received this."""
         total = received.copy()
         if self.before is not None:
             total[..., : self.before.shape[-1]] += self.before
@@ -220,9 +224,9 @@ class Accumulated:
 # Notes:
 #
 # - Rows are freed when the next step begins, not when this one ends, so the last step can be undone
-#   in part if it is short (speculative decoding). Verifying several drafted tokens is one step, in
-#   which nothing is evicted in between: once rows are evicted, the text may differ from that of
-#   plain decoding, as with any other division into steps.
+#   in part if it is short (speculative decoding). Verifying several drafted tokens is one step,
+#   without evictions in between: once rows are evicted, the text may differ from that of plain
+#   decoding, as with any other division into steps.
 # - Figures on stories, 8 chains of 512 tokens, the first 32 in one step and the others one by one
 #   (minitx sweep heavy-hitters heavy=64 recent=64 choose=attention,random --chains 8 --stories 20):
 #
@@ -237,4 +241,4 @@ class Accumulated:
 #   What received most attention so far predicts the next word best. It is not what a question needs
 #   that comes later: at an eighth of the cache, random rows answer more questions.
 # - Speed: decoding alone, with 440 to 500 tokens in the dense cache, 0.3x of dense at heavy=64
-#   recent=64 (one BLAS thread); the sweep's speed has the prompt in it, which is dense.
+#   recent=64 (one BLAS thread); the speed that sweep prints includes the prompt, which is dense.

@@ -1,7 +1,7 @@
-"""Leave out whole layers, or attention or FFN sub-layers, by a fixed list that is chosen once.
+"""Drop whole layers, or attention or FFN sub-layers, by a fixed list that is selected once.
 
 The list is the technique: what runs is the model without these units. Below the part that runs are
-the published criteria that choose the list; each looks at a model and some text, and gives a plan.
+the published criteria that select the list; each takes a model and some text, and returns a plan.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,27 +22,27 @@ from minitx.tree import Part, part, walk
     exact=False,
     neutral={"count": 0},
     demo={"unit": "both", "count": 2},
-    event="sub-layers left out",
+    event="sub-layers dropped",
 )
 def layer_skip(
     lm,
     *,
     unit: Annotated[
         Literal["layer", "attention", "ffn", "both"],
-        "what is left out; both: attention and FFN sub-layers, ranked in one list",
+        "what is dropped; both: attention and FFN sub-layers, ranked in one list",
     ] = "layer",
-    count: Annotated[int | None, "how many units; default 1", at_least(0)] = None,
+    count: Annotated[int | None, "how many units; default: 1", at_least(0)] = None,
     drop: Annotated[
         str | None, "the units by number from 0, as 3,5 or 3+5; with unit=both as attn3,ffn5"
     ] = None,
     choose: Annotated[
         Literal["influence", "angular", "similarity", "greedy", "random", "last"] | None,
-        "how they are chosen; default influence for layers, similarity for sub-layers",
+        "how they are selected; default: influence for layers, similarity for sub-layers",
     ] = None,
     stories: Annotated[int, "calibration stories", at_least(1)] = 16,
     seed: Annotated[int, "of choose=random", at_least(0)] = 0,
 ):
-    """Leave out a fixed list of layers, or of attention and FFN sub-layers.
+    """Drop a fixed list of layers, or of attention and FFN sub-layers.
 
     Paper:     influence: Men et al., "ShortGPT", 2024, arXiv 2403.03853.
                angular: Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers",
@@ -53,7 +53,7 @@ def layer_skip(
                abstracts and from other people's code; greedy: from summaries.
     Kind:      approximate.
     Idea:      A unit adds to the residual stream: y = x + f(norm(x)). Where that hardly matters,
-               y = x will do.
+               y = x is enough.
     Offline:   h[l] enters layer l; means are over the calibration tokens.
                influence:  mean 1 - cos(h[l], h[l+1]);  the layers with the lowest
                angular:    mean arccos(cos(h[l], h[l+n])) / pi at each text's last token;
@@ -66,7 +66,7 @@ def layer_skip(
                cached numbers; per FFN 3 D F (2 D F without a gate); and the weights of both.
     In NumPy:  faster in proportion, for prompts, decoding and batches alike.
     Not for:   skipless models; FFN 0 once it is in a first_layer table (parallel blocks);
-               early_exit with measure=saturation, which takes a layer left out for certainty.
+               early_exit with measure=saturation, where a dropped layer looks saturated.
     Proof:     tests/skip/test_layer_skip.py; literal version: tests/skip/literal_layer_skip.py
     """
     check_model(lm)
@@ -74,7 +74,7 @@ def layer_skip(
     if drop is not None:
         if count is not None:
             raise MinitxError("layer_skip: got both drop and count; give only one of them.")
-        return leave_out(lm, read_drop(drop, unit, units))
+        return drop_units(lm, read_drop(drop, unit, units))
     choose = choose or ("influence" if unit == "layer" else "similarity")
     count = 1 if count is None else count
     check_choice(choose, unit, count, len(units))
@@ -87,35 +87,35 @@ def layer_skip(
     else:
         check_streams(lm, choose)
         plan = CRITERIA[choose](lm, units, count, calibration(lm, stories))
-    return leave_out(lm, plan)
+    return drop_units(lm, plan)
 
 
 # Online ------------------------------------------------------------------------------------------
 
 
 @part
-class LeftOut(Part):
-    """Stands in for an attention or FFN sub-layer: adds nothing, stores nothing."""
+class Dropped(Part):
+    """Replaces an attention or FFN sub-layer: adds 0 and caches nothing."""
 
     def __call__(self, x, layer: Layer):
-        ledger.event("sub-layers left out", x.size // x.shape[-1])
+        ledger.event("sub-layers dropped", x.size // x.shape[-1])
         return np.zeros_like(x)  # (..., T, D)
 
     def backfill(self, x, layer: Layer):
-        """Attention: store no keys and values."""
+        """Attention: cache no keys and values."""
 
     def attend_from(self, x, layer: Layer):
-        """Attention for tokens whose keys and values would be stored already."""
+        """Attention for tokens whose keys and values would already be cached."""
         return self(x, layer)
 
     def from_qkv(self, q, k, v, layer: Layer):
         """Attention after the projections. A plain 0, since q (..., T, H*d) may be wider than x."""
-        ledger.event("sub-layers left out", q.size // q.shape[-1])
+        ledger.event("sub-layers dropped", q.size // q.shape[-1])
         return 0.0
 
 
 class Unit(NamedTuple):
-    """One thing that may be left out."""
+    """One layer or sub-layer that may be dropped."""
 
     kind: str  # "layer", "attn" or "ffn"
     index: int
@@ -132,17 +132,17 @@ KINDS = {"layer": ("layer",), "attention": ("attn",), "ffn": ("ffn",), "both": (
 
 
 def units_of(lm, unit: str) -> list[Unit]:
-    """All units of this sort, in the order in which they run."""
+    """All units of this kind, in the order in which they run."""
     return [Unit(kind, i) for i in range(len(blocks_of(lm))) for kind in KINDS[unit]]
 
 
-def leave_out(lm, plan: Sequence[Unit]):
-    """The model without these units: nothing is left of a sub-layer, nor of its norm."""
-    left = {(slot, unit.index) for unit in plan for slot in unit.slots}
-    check_slots(lm, left)
+def drop_units(lm, plan: Sequence[Unit]):
+    """The model without these units: a sub-layer is dropped with its norm."""
+    dropped = {(slot, unit.index) for unit in plan for slot in unit.slots}
+    check_slots(lm, dropped)
 
     def without(lm, slot: str):
-        return wrap(lm, slot, lambda p, index: LeftOut() if (slot, index) in left else p)
+        return wrap(lm, slot, lambda p, index: Dropped() if (slot, index) in dropped else p)
 
     return without(without(lm, "attn"), "ffn")
 
@@ -166,11 +166,11 @@ def by_similarity(lm, units: list[Unit], count: int, texts) -> list[Unit]:
 
 
 def by_loss(lm, units: list[Unit], count: int, texts) -> list[Unit]:
-    """Greedy: the loss is evaluated anew after each removal."""
+    """Greedy: the loss is evaluated again after each removal."""
     plan: list[Unit] = []
     for _ in range(count):
         rest = [unit for unit in units if unit not in plan]
-        losses = [loss(leave_out(lm, [*plan, unit]), texts) for unit in rest]
+        losses = [loss(drop_units(lm, [*plan, unit]), texts) for unit in rest]
         plan += lowest(rest, 1, losses)
     return plan
 
@@ -235,14 +235,14 @@ def similarity(lm, units: Sequence[Unit], texts) -> np.ndarray:
 
 def loss(lm, texts) -> float:
     """The mean negative log-likelihood of the texts' tokens, in nats."""
-    from minitx.training.loss import token_losses  # the core stands below training
+    from minitx.training.loss import token_losses  # training imports skip
 
     losses = [token_losses(lm.logits(ids[:-1]), np.array(ids[1:])) for ids in texts]
     return float(np.concatenate(losses).mean(dtype=np.float64))
 
 
 def hidden_states(lm, texts) -> Iterator[np.ndarray]:
-    """For each text h (L + 1, T, D): what enters each layer, and what leaves the last."""
+    """For each text h (L + 1, T, D): the input of each layer, and the output of the last."""
     found: list = []
     watched = wrap(lm, "block", lambda block, index: Watched(block, found))
     for ids in texts:
@@ -253,7 +253,7 @@ def hidden_states(lm, texts) -> Iterator[np.ndarray]:
 
 @part
 class Watched(Part):
-    """Runs a part and keeps what went in and what came out."""
+    """Runs a part and records its input and output."""
 
     inner: Part
     found: list
@@ -268,7 +268,7 @@ def cosine(a, b) -> np.ndarray:
     """Cosines of the angles between the rows of a and b (..., D), in float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.clip((a * b).sum(-1) / lengths, -1, 1)  # rounding may pass 1, and arccos may not
+    return np.clip((a * b).sum(-1) / lengths, -1, 1)  # rounding may exceed 1
 
 
 def calibration(lm, stories: int) -> list[list[int]]:
@@ -277,7 +277,7 @@ def calibration(lm, stories: int) -> list[list[int]]:
     return texts_for("layer_skip", lm, stories, "use choose=random, choose=last or drop=")
 
 
-# What is asked for -------------------------------------------------------------------------------
+# Checks ------------------------------------------------------------------------------------------
 
 NOUNS = {
     "layer": "layers",
@@ -285,7 +285,7 @@ NOUNS = {
     "ffn": "FFN sub-layers",
     "both": "sub-layers",
 }
-UNITS = {  # what each choice is for; the others are for all
+UNITS = {  # the units that a criterion ranks, where it does not rank all
     "influence": ("layer",),
     "angular": ("layer",),
     "similarity": ("attention", "ffn", "both"),
@@ -293,7 +293,7 @@ UNITS = {  # what each choice is for; the others are for all
 
 
 def read_drop(text: str, unit: str, units: list[Unit]) -> list[Unit]:
-    """The units that a text like ``3,5``, ``3+5`` or, for both, ``attn3,ffn5`` names."""
+    """The units named by a text such as ``3,5``, ``3+5`` or, for unit=both, ``attn3,ffn5``."""
     known = {str(u) if unit == "both" else str(u.index): u for u in units}
     plan: list[Unit] = []
     for name in text.replace("+", ",").split(","):
@@ -328,34 +328,34 @@ def check_choice(choose: str, unit: str, count: int, units: int) -> None:
 def check_model(lm) -> None:
     if lm.model.config.skipless:
         raise MinitxError(
-            "layer_skip needs residual adds, and this model is skipless: without a sub-layer "
-            "nothing of a token would be left; leave layer_skip out."
+            "layer_skip needs residual connections and this model is skipless: dropping a "
+            "sub-layer would drop the hidden state; leave layer_skip out."
         )
 
 
-def check_slots(lm, left: set[tuple[str, int]]) -> None:
+def check_slots(lm, dropped: set[tuple[str, int]]) -> None:
     blocks = blocks_of(lm)
-    for slot, index in sorted(left):
+    for slot, index in sorted(dropped):
         found = (getattr(node, slot, None) for _, node in walk(blocks[index]))
         if not any(isinstance(p, Part) for p in found):
             raise MinitxError(
-                f"layer_skip cannot leave out {slot}{index}: block {index}, a "
-                f"{type(blocks[index]).__name__}, has no part of that name any more; leave out "
-                "another, or load the model as it was before."
+                f"layer_skip cannot drop {slot}{index}: block {index}, a "
+                f"{type(blocks[index]).__name__}, no longer has a part of that name; drop "
+                "another, or load the model without the technique that replaced it."
             )
 
 
 def check_streams(lm, choose: str) -> None:
-    """Refuse to compare hidden states where no hidden state enters the first block."""
+    """Refuse to compare hidden states if the input of the first block is none (first_layer)."""
     if choose == "greedy":
         return
     need(lm.model.stack, Stack)
     x = lm.model.embed(np.array([0]), slice(0, 1))
     if x.shape[-1] != lm.model.config.width:
         raise MinitxError(
-            f"layer_skip: choose={choose} compares the hidden states around each layer, and a row "
-            "of a table enters the first; use greedy, random, last or drop=, or the model as it "
-            "was before."
+            f"layer_skip: choose={choose} compares the hidden states around each layer, but the "
+            "input of the first is a row of a table; use greedy, random, last or drop=, or leave "
+            "first_layer out."
         )
 
 
@@ -377,15 +377,16 @@ def check_streams(lm, choose: str) -> None:
 #     ffn          3    greedy                    0.754x     +0.0039   99.3    97.2   100.0   1.15x
 #     both         3    last                      0.844x     +0.0014   99.3    97.2    96.0   1.25x
 #
-# Layers 4, 5 and 6 can go, whoever chooses: ``stories`` was trained with LayerSkip's layer dropout,
-# and even ``last`` finds them. Without that no layer can: on ``stories-parallel`` the cheapest
-# single layer of four costs 0.49 nats per token of 16 calibration stories. The fourth layer shows
-# what a mean loss hides: +0.0073 nats, and two thirds of the answers that chain three facts lost.
+# Layers 4, 5 and 6 can be dropped, by any criterion: ``stories`` was trained with LayerSkip's layer
+# dropout, and even ``last`` finds them. Without it no layer can: on ``stories-parallel`` the
+# cheapest of four layers costs 0.49 nats per token of 16 calibration stories. The fourth layer
+# shows what a mean loss hides: +0.0073 nats, and two thirds of the answers that chain three facts
+# are lost.
 #
 # Cosines are blind to scale: a layer that makes the hidden state ten times as long has influence 0,
-# and matters. Only greedy looks at what the model then says, for count * units passes over the
-# texts. Texts are run one by one, so no padding enters a mean. Angular sees one token of each text
-# and wants the most of them.
+# and matters. Only greedy looks at the output of the model, at count * units passes over the texts.
+# Texts are run one by one, so no padding enters a mean. Angular uses one token of each text, and
+# needs the most texts.
 #
-# Unconfirmed in the papers and chosen here: influence weighs all calibration tokens alike, not
-# texts; ties go to the lower index; SLEB's first and last layers are candidates as any other.
+# Unconfirmed in the papers and chosen here: influence averages over all calibration tokens,
+# not over texts; ties go to the lower index; in SLEB, the first and last layer may be dropped too.

@@ -1,6 +1,6 @@
 """LazyLLM: deep layers run only the prompt tokens that the next token needs.
 
-The card and the options, the stack that runs (online), what it remembers, notes.
+This file: the card and options, the stack that runs (online), its state, notes.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from minitx import fast, ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend, Stack, Transformer
-from minitx.shared.confidence import draws
+from minitx.shared.random_baseline import random_scores
 from minitx.state import Layer, State, Tokens
 from minitx.technique import above, at_least, need, swap, technique, wrap
 from minitx.tree import Part, part, table
@@ -74,7 +74,7 @@ def lazy_tokens(
 
     if cuts and keep < 1 and choose == "attention":
         lm = wrap(lm, "attn", score)
-    random = draws(L, context, seed) if choose == "random" else None
+    random = random_scores(L, context, seed) if choose == "random" else None
 
     def change(model: Transformer) -> Transformer:
         return replace(model, stack=LazyStack(model.stack, keep, cuts, random))
@@ -114,11 +114,14 @@ class LazyStack(Part):
         return self.inner.blocks
 
     def __call__(self, x, state: State):
-        """x (T, D) -> (T, D). A token that is pruned gives the hidden state that it has reached."""
+        """x (T, D) -> (T, D). For a pruned token, the hidden state that it has reached."""
         if x.ndim > 2:
             return self.each_row(x, state)
         tokens = state.tokens
-        step, n = tokens.array[0], tokens.array[-1] + 1  # a step is named after its first position
+        step, n = (
+            tokens.array[0],
+            tokens.array[-1] + 1,
+        )  # a step is identified by its first position
         cand = np.arange(n)
         for a, b in zip((0, *self.cuts), (*self.cuts, len(self.blocks))):
             layers = state.layers[a:b]
@@ -154,7 +157,7 @@ class LazyStack(Part):
         return cand[np.sort(np.append(best, len(cand) - 1))]
 
     def each_row(self, x, state: State):
-        """A batch x (..., T, D) without memory: rows keep different tokens, so each runs alone."""
+        """A batch x (..., T, D) without a KV cache: its rows prune different tokens."""
         if state.layers[0].remember:
             raise MinitxError(
                 f"lazy_tokens keeps different tokens for each sequence and got a batch of shape "
@@ -174,14 +177,14 @@ class LazyStack(Part):
 
 
 def consecutive(positions) -> Tokens:
-    """Tokens at these rising positions (T,), as a slice where they have no gap."""
+    """Tokens at these ascending positions (T,), as a slice if they have no gap."""
     first, last = positions[0], positions[-1]
     return Tokens(slice(first, last + 1) if last - first + 1 == len(positions) else positions)
 
 
 def rows_of(cand, tokens: Tokens, layer: Layer):
     """The cache rows (c,) of the candidates, in the order of their positions, once those of the
-    tokens in hand are stored. None: all rows, which are in that order."""
+    current tokens are stored. None: all rows, which are in that order."""
     held = np.arange(layer.count) if layer.row_positions is None else layer.row_positions
     held = np.concatenate([held, tokens.array])  # the position of each row
     row = np.empty(cand[-1] + 1, int)
@@ -191,7 +194,7 @@ def rows_of(cand, tokens: Tokens, layer: Layer):
 
 
 def note_revived(todo, tokens: Tokens, x) -> None:
-    """Count those that did not come from the layer before but from an earlier step."""
+    """Count the tokens that come from the aux cache: pruned in an earlier step, and revived."""
 
     def revived() -> int:
         return len(np.setdiff1d(todo, tokens.array))
@@ -219,7 +222,7 @@ class ScoringAttend(Part):
         return p.mean((0, 1))
 
 
-# What it remembers -------------------------------------------------------------------------------
+# State -------------------------------------------------------------------------------------------
 
 NEVER = np.iinfo(np.int64).max
 
@@ -232,9 +235,9 @@ def aux_cache(x, layers: list[Layer]) -> "AuxCache":
 class AuxCache:
     """The paper's aux cache, in front of a group of layers, by position.
 
-    rows (capacity, D): the hidden state of each token that has come so far. stored (capacity,): the
-    step in which these layers stored its keys and values; NEVER while it waits here, or has not
-    come so far.
+    rows (capacity, D): the hidden state of each token that has reached this layer. stored
+    (capacity,): the step in which these layers stored its keys and values; NEVER while it waits
+    here, or has not reached this layer.
     """
 
     def __init__(self, capacity: int, x, layers: list[Layer]):
@@ -243,10 +246,10 @@ class AuxCache:
         self.stored = np.full(capacity, NEVER)
 
     def rewind(self, position: int) -> None:
-        """Undo the steps from ``position`` on: tokens that they revived wait again."""
+        """Undo the steps from ``position`` on: the tokens that they revived are pruned again."""
         undone = self.stored >= position
         for layer in self.layers:
-            if layer.row_positions is not None:  # else no token was ever late
+            if layer.row_positions is not None:  # else no token was ever revived
                 layer.keep(np.flatnonzero(~undone[layer.row_positions]))
         self.stored[undone] = NEVER
         self.stored[position:] = NEVER
@@ -262,7 +265,7 @@ class LastRow:
     weights: np.ndarray
 
     def rewind(self, position: int) -> None:
-        """Nothing: the next step writes it anew before it is read."""
+        """Nothing to do: the next step overwrites it before it is read."""
 
 
 # Notes:
@@ -278,12 +281,12 @@ class LastRow:
 #   values are not those of the dense model, nor those that another step would have made.
 # - choose=random has one fixed score per layer and token, so it hardly ever revives a token. After
 #   the same prompt it costs as much, later less.
-# - Cost of late tokens. Their attention is one product with all visible rows, of which those of
+# - Cost of revived tokens. Their attention is one product with all visible rows, of which those of
 #   later tokens are masked, so it may count more multiply-adds than the same token did in the dense
 #   prompt. Everything else never costs more than dense.
-# - Figures on stories, pinned in the tests: a prompt of 320 tokens takes 0.62 of the multiply-adds
-#   at keep=0.7; 40 new tokens later the last layer holds nearly all of them. The KL divergence of
-#   the token after a prompt is about half that of choose=random at keep=0.3.
+# - Figures on stories, as asserted in the tests: a prompt of 320 tokens takes 0.62 of the multiply-
+#   adds at keep=0.7; 40 new tokens later the last layer holds nearly all of them. The KL divergence
+#   of the token after a prompt is about half that of choose=random at keep=0.3.
 # - Speed, dense = 1, on one core of a busy machine: prompt of 320 tokens, then 48 new ones.
 #
 #       keep    first token    each new token    both

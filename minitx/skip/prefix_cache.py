@@ -1,7 +1,7 @@
-"""Prompts that begin alike share their prefill: keys and values outlive the sequence, by blocks.
+"""Prefix caching: prompts that share a prefix reuse its keys and values, block by block.
 
-The card and the options, the token loop that looks up and stores (online), the store with its
-limit and its order of eviction, notes.
+This file: the card and options, the token loop that looks blocks up and stores them (online), the
+store with its memory limit and LRU eviction, notes.
 """
 
 from collections import OrderedDict
@@ -34,20 +34,20 @@ from minitx.tree import Part, part, walk
 def prefix_cache(
     lm,
     *,
-    block: Annotated[int, "tokens in a block, kept and found as a whole", at_least(1)] = 16,
+    block: Annotated[int, "tokens in a block, which is stored as a whole", at_least(1)] = 16,
     megabytes: Annotated[
-        float, "of keys and values that are kept at most; 0 keeps none", at_least(0)
+        float, "memory limit for the stored keys and values; 0 stores none", at_least(0)
     ] = 64.0,
 ):
-    """Reuse the KV cache of prompts that begin alike.
+    """Reuse the KV cache of prompts that share a prefix.
 
     Paper:     Kwon et al., "Efficient Memory Management for Large Language Model Serving with
                PagedAttention", SOSP 2023, arXiv 2309.06180 (vLLM). Its prefix caching, which came
                later, is described in the documentation of vLLM.
     Fidelity:  a reconstruction from notes on vLLM's documentation and code. Ours: rows are copied,
-               not shared; a prompt found as a whole runs its last token, not its last block.
-    Kind:      exact: the same keys and values in exact arithmetic, so the same tokens but for ties
-               that rounding decides; sampling with a seed, too.
+               not shared; a prompt that is stored in full runs its last token, not its last block.
+    Kind:      exact up to rounding: the same keys and values, so the same tokens unless two logits
+               tie within rounding; with a seed, the same samples.
     Idea:      In a causal model a token's keys and values depend on it and on earlier tokens alone.
                Prompts with the same first m tokens have the same first m cache rows.
     Offline:   nothing.
@@ -56,14 +56,15 @@ def prefix_cache(
                m = block * number of leading blocks that are in the store, at most T - 1
                copy rows 0..m-1 of every layer into the cache; run tokens m..T-1 of the prompt
                store each new block once it is full, of the prompt and of the completion
-               over the limit: evict the least recently used, of a prefix the tail before the head
-    Saves:     all that m prompt tokens cost. Read instead: 2 L K d cached numbers a token; as many
-               are copied and stay in memory for each token that is stored.
+               above the limit: evict the least recently used block; of a prefix, the last one first
+    Saves:     the whole prefill of m prompt tokens. Instead, 2 L K d numbers are copied per token;
+               each stored token takes as many in memory.
     In NumPy:  400 of 420 prompt tokens reused: the first token comes 7 to 10 times sooner (minitx
-               first-token --prefix-cache). A prompt that is new takes 2 to 5 % longer.
+               first-token --prefix-cache). A new prompt takes 2 to 5 % longer.
     Not for:   parts that free cache rows, that remember more than keys and values (sparse_memory,
-               dota, early_exit with fill=deferred), or that decide by the step or the whole prompt.
-               Prompts of a batch are decoded in turns; a draft model reads every prompt anew.
+               dota, early_exit with kv_fill=deferred), or whose decisions depend on the step or on
+               the whole prompt. Prompts of a batch are decoded one by one; a draft model runs every
+               prompt in full.
     Proof:     tests/skip/test_prefix_cache.py; literal version: tests/skip/literal_prefix_cache.py
     """
     if not megabytes:
@@ -73,7 +74,7 @@ def prefix_cache(
 
 
 def check(model: Transformer) -> None:
-    """Refuse a model in which cache rows do not stand for the beginning of a prompt."""
+    """Refuse a model in which the state after a prefix is more than its keys and values."""
     for _, node in walk(model):
         why = None
         if node.has_history:
@@ -81,11 +82,11 @@ def check(model: Transformer) -> None:
         elif node.frees_rows:
             why = "keeps fewer cache rows than there are tokens"
         elif node.decides != "token":
-            why = "lets keys and values depend on what follows in the prompt"
+            why = "makes keys and values depend on later tokens of the prompt"
         if why:
             raise MinitxError(
-                f"prefix_cache cannot reuse the beginning of a prompt: {owner(node)} {why}; use "
-                "one of the two."
+                f"prefix_cache cannot reuse the KV cache of a prefix: {owner(node)} {why}; use one "
+                "of the two."
             )
 
 
@@ -94,7 +95,7 @@ def check(model: Transformer) -> None:
 
 @part
 class PrefixCache(TokenLoop):
-    """Begins with the rows that are known of a prompt; another loop goes on from there."""
+    """Copies the stored rows of the prompt's prefix into the cache, then runs the inner loop."""
 
     inner: Part
     store: Part
@@ -110,7 +111,7 @@ class PrefixCache(TokenLoop):
         extend(hashes, text, self.block, len(text) // self.block)
         self.reuse(state, hashes[1:], len(text))
         for token in self.inner(model, state, ids, choose, limit):
-            # The rows of the text so far are there by now, if the loop has run the model at all.
+            # By now the rows of the text so far are cached, if the loop has run the model at all.
             full = min(state.position, len(text)) // self.block
             if full > stored:
                 extend(hashes, text, self.block, full)
@@ -120,8 +121,8 @@ class PrefixCache(TokenLoop):
             yield token
 
     def reuse(self, state: State, hashes: Sequence[bytes], T: int) -> None:
-        """Store the rows of all leading blocks that are known in the state, which may hold some
-        tokens already. One of the T tokens of the prompt is left to run."""
+        """Copy the rows of all leading blocks that are stored into the state, which may hold some
+        tokens already. At least one of the T tokens of the prompt is left to run."""
         found = self.store.find(hashes)
         first, end = state.position, min(len(found) * self.block, T - 1)
         if end > first:
@@ -138,7 +139,7 @@ class PrefixCache(TokenLoop):
         ledger.event("prompt tokens run", T - max(end, first))
 
     def keep(self, state: State, hashes: Sequence[bytes]) -> None:
-        """Store copies of these leading blocks, as far as the store does not have them."""
+        """Store copies of these leading blocks, unless they are stored already."""
 
         def copied(i: int) -> Block:
             return Block.of(state.layers, i * self.block, (i + 1) * self.block)
@@ -148,7 +149,7 @@ class PrefixCache(TokenLoop):
 
 def extend(hashes: list[bytes], text: Sequence[int], block: int, n: int) -> None:
     """Append hash[i] = sha256(hash[i-1], tokens of block i) up to the n-th block. hashes[0] is the
-    seed, so that the hash of a block stands for all tokens up to its end, and for the model."""
+    seed, so that the hash of a block covers all tokens up to its end, and the model."""
     for i in range(len(hashes), n + 1):
         tokens = np.array(text[(i - 1) * block : i * block], "<i8")  # of fixed width: [1, 23] and
         hashes.append(sha256(hashes[-1] + tokens.tobytes()).digest())  # [12, 3] are not the same
@@ -156,14 +157,14 @@ def extend(hashes: list[bytes], text: Sequence[int], block: int, n: int) -> None
 
 class Block(NamedTuple):
     """The cache rows of some consecutive tokens: for each layer keys and values (..., K, n, d), or
-    None for a layer that keeps none."""
+    None for a layer that caches none."""
 
     layers: tuple
     nbytes: int
 
     @classmethod
     def of(cls, layers: Sequence[Layer], a: int, b: int) -> "Block":
-        """Copies of the rows of tokens a .. b - 1, which nobody can write into."""
+        """Read-only copies of the rows of tokens a .. b - 1."""
         rows = tuple(copies(layer, a, b) for layer in layers)
         return cls(rows, sum(array.nbytes for pair in rows if pair for array in pair))
 
@@ -183,17 +184,17 @@ def copies(layer: Layer, a: int, b: int) -> tuple[np.ndarray, np.ndarray] | None
 
 @part
 class PrefixStore(Part):
-    """Blocks by their hashes. It lives as long as the language model that it belongs to.
+    """Blocks by hash, in LRU order. It lives as long as the language model that it belongs to.
 
-    Least recently used blocks stand first. Of the blocks of one prompt the last is marked as used
-    first: so the tail of a prefix is evicted before its head, and no block is left behind that
-    cannot be reached because one before it has gone.
+    The least recently used block comes first. The blocks of one prompt are marked as used from the
+    last to the first: so the tail of a prefix is evicted before its head, and no block stays that
+    can no longer be found because an earlier one is gone.
     """
 
     megabytes: float
 
     def __post_init__(self):
-        # No fields: wherever a store is made, or read from a file, it begins empty.
+        # Not fields: a new store, or one read from a file, starts empty.
         object.__setattr__(self, "blocks", OrderedDict())  # hash -> Block
         object.__setattr__(self, "seeds", WeakKeyDictionary())  # model -> hash[0]
         object.__setattr__(self, "used", [0])  # bytes
@@ -212,22 +213,22 @@ class PrefixStore(Part):
         self.used[0] = 0
 
     def seed(self, model: Transformer) -> bytes:
-        """The hash before a prompt's first block. A model that was changed by hand after the
-        technique had been applied is looked at too."""
+        """hash[0], before a prompt's first block. The model is checked again: it may have been
+        changed by hand after the technique was applied."""
         if model not in self.seeds:
             check(model)
             self.seeds[model] = digest(model)
         return self.seeds[model]
 
     def find(self, hashes: Sequence[bytes]) -> list[Block]:
-        """The leading blocks that are known, up to the first that is not."""
+        """The leading blocks that are stored, up to the first that is not."""
         found = [self.blocks[key] for key in hashes[: self.known(hashes)]]
         self.mark_used(hashes[: len(found)])
         return found
 
     def put(self, hashes: Sequence[bytes], make: Callable[[int], Block]) -> None:
-        """Store ``make(i)`` for each of these leading blocks that is not known yet, as long as
-        there is room beside its own beginning. Others are evicted for it."""
+        """Store ``make(i)`` for each of these leading blocks that is not stored yet, as long as
+        the whole prefix fits the limit. Other blocks are evicted to make room."""
         known = self.known(hashes)
         self.mark_used(hashes[:known])
         own = sum(self.blocks[key].nbytes for key in hashes[:known])
@@ -251,7 +252,7 @@ class PrefixStore(Part):
             self.blocks.move_to_end(key)
 
     def evict(self, nbytes: int) -> None:
-        """Make room for so many bytes."""
+        """Evict blocks until so many bytes fit."""
         while self.held + nbytes > self.limit:
             _, block = self.blocks.popitem(last=False)
             self.used[0] -= block.nbytes
@@ -260,8 +261,8 @@ class PrefixStore(Part):
 
 # Notes:
 #
-# Time to the first token, one thread, float32, a prompt of 420 tokens of which 400 are known, block
-# 16, median of 30 pairs with the dense model in turns (lowest to highest), and of 15 for new ones:
+# Time to the first token, one thread, float32, a prompt of 420 tokens of which 400 are stored,
+# block 16, median of 30 pairs alternating with the dense model (range), and of 15 for new prompts:
 #   stories (128 x 8):   40.2 ms dense, 4.1 ms: 10.0x (8.6x to 11.4x);   new 0.97x;  4,096 B a token
 #   192 x 8, 1,024:      60.9 ms dense, 8.2 ms:  7.5x (5.8x to 8.7x);    new 0.98x; 12,288 B a token
 #   288 x 6, 32,000:     80.6 ms dense, 11.6 ms: 6.9x (6.0x to 7.8x);    new 0.95x; 13,824 B a token
@@ -270,15 +271,15 @@ class PrefixStore(Part):
 # 5 to 6 % of the multiply-adds are left, but 20 rows use BLAS less well than 420. At 192 x 8,
 # copying the rows takes 0.6 ms, storing a new prompt 1.0 ms, hashing its tokens 0.07 ms.
 #
-# Why hash[0] is more than the printed tree: a printed setting is rounded, and rotary tables are
-# shown by their shape alone. Hashing weights (1.3 GB/s) is done before a model's first prompt.
+# Why hash[0] is not a hash of the printed tree: printed settings are rounded, and of rotary tables
+# only the shape is printed. The weights are hashed (1.3 GB/s) before a model's first prompt.
 #
-# Bit for bit the rows are those that were computed in other company: a product of 20 rows may be
-# rounded otherwise than the same rows among 420. So logits differ from those without the cache by
-# rounding, and where two are that close, so may the token.
+# The stored rows come from products of another shape: 20 rows alone may be rounded differently than
+# the same rows among 420. So logits differ from those without the cache by rounding, and where
+# two logits are that close, so may the token.
 #
-# Rows are copied in and out. vLLM hands out its blocks by reference and counts who uses them; here
-# a state writes into its own arrays, so nobody needs to be asked before a block is evicted.
+# Rows are copied in and out. vLLM shares its blocks by reference and counts the references; here a
+# state has its own arrays, so a block can be evicted at any time.
 #
-# With speculative, the target's prompt is shared and the draft's is not: a draft model has its own
-# state and reads all of the prompt.
+# With speculative, only the target model reuses prefixes: a draft model has its own state and runs
+# the whole prompt.

@@ -1,6 +1,6 @@
-"""StreamingLLM: attention sinks and a recent window are all that is cached.
+"""StreamingLLM: cache only the attention sinks and a recent window.
 
-The card and the options, the two parts that run (online), notes.
+This file: the card and options, the two parts that run (online), notes.
 """
 
 from dataclasses import replace
@@ -27,34 +27,34 @@ from minitx.tree import Part, part
 def sink_window(
     lm,
     *,
-    sinks: Annotated[int, "first tokens that always stay", at_least(0)] = 4,
+    sinks: Annotated[int, "first tokens, which are never evicted", at_least(0)] = 4,
     window: Annotated[int, "recent tokens that a query sees, itself included", at_least(1)] = 124,
     positions: Annotated[
         Literal["cache", "original"] | None,
-        "where a query sees the sinks: right before its window, or where they were; default: cache "
-        "in a rotary model",
+        "where the sinks are seen: right before the window, or at their original positions; "
+        "default: cache in a rotary model",
     ] = None,
 ):
     """Cache only the first few tokens and a recent window of the KV cache.
 
     Paper:     Xiao et al., "Efficient Streaming Language Models with Attention Sinks", ICLR 2024,
                arXiv 2309.17453.
-    Fidelity:  the authors' code for what stays and for the positions. That queries read together
-               see what each would see alone is ours; so is evicting at the start of a step.
+    Fidelity:  the authors' code for the cached rows and their positions. Ours: queries of one step
+               see the same rows as one by one; rows are evicted at the start of a step.
     Kind:      approximate; exact while a text is no longer than sinks + window.
     Idea:      Softmax weights sum to 1, so a head that needs no token parks its attention on the
                first ones: evict those and a model breaks down. Keep them, and the latest tokens.
     Offline:   nothing.
     Online:    query p sees the rows  r < sinks  and  p - window < r <= p;
-               before the keys and values of new tokens are stored, rows that none of them sees
-               are freed. positions=cache: keys count as if the rows that are left stood side by
-               side, so a sink is p - shift - r away, shift = max(0, p - window + 1 - sinks).
+               before new keys and values are stored, rows that no new token sees are freed.
+               positions=cache: positions are those within the cache, so a sink is at distance
+               p - shift - r with shift = max(0, p - window + 1 - sinks).
     Saves:     cache rows: at most sinks + window + the new tokens. A decoded token takes
                2 H d (sinks + window) multiply-adds for attention instead of 2 H d S.
-    In NumPy:  saves memory, not time: freeing rows and scoring the sinks apart take longer than the
-               attention that they save, at all contexts of the shipped models (Notes).
-    Not for:   what has to be looked up outside the window: it is gone. positions=cache in a model
-               with learned positions, where they are part of every key. Techniques that need a
+    In NumPy:  saves memory, not time: freeing rows and scoring the sinks separately takes longer
+               than the attention that it saves, at all contexts of the shipped models (Notes).
+    Not for:   tasks that need tokens outside the window. positions=cache in a model with learned
+               positions, which are part of every key. Techniques that need a
                cache row for every token (elsa, a3, dota, ...).
     Proof:     tests/skip/test_sink_window.py; literal version: tests/skip/literal_sink_window.py
     """
@@ -86,7 +86,7 @@ def sink_window(
 
 @part
 class WindowCache(Part):
-    """Frees the rows that no token from now on will see, then stores the new ones."""
+    """Frees the rows that no later token will see, then stores the new ones."""
 
     frees_rows = True
     inner: Part
@@ -102,14 +102,14 @@ class WindowCache(Part):
         return self.inner.read(layer)
 
     def evict(self, layer: Layer) -> None:
-        first = int(layer.tokens.array[0])  # of the new tokens, which sees furthest back
+        first = int(layer.tokens.array[0])  # the first new token sees furthest back
         rows = layer.row_tokens()
         sink = (rows.own >= 0) & (rows.own < self.sinks)  # (S,), or (B, S) in a padded batch
         needed = sink.reshape(-1, layer.count).any(0) | (rows.array > first - self.window)
         if not needed.all():
             ledger.event("cache rows evicted", ~needed)
             layer.keep(np.flatnonzero(needed))
-            # To return to position p takes rows from p - window + 1 on. Those go up to here:
+            # A rewind to position p needs the rows from p - window + 1 on, so p can be no earlier.
             layer.rewindable_to, layer.evicted_by = first, "sink_window"
 
 
@@ -120,11 +120,11 @@ class WindowAttend(Part):
     scale: float  # 1 / sqrt(d)
     sinks: int
     window: int
-    rope: Part  # that keys and queries are rotated by; NoRope: sinks stay where they were
+    rope: Part  # NoRope: the sinks keep their original positions
 
     def __call__(self, q, k, v, layer: Layer):
         newest = int(layer.tokens.array[-1])
-        if newest < self.sinks + self.window:  # nothing has left the window yet
+        if newest < self.sinks + self.window:  # every row is visible
             return ops.attention(q, k, v, self.scale, layer.mask())
         mask = self.mask(layer)
         if type(self.rope) is NoRope or not self.sinks:
@@ -146,9 +146,9 @@ class WindowAttend(Part):
         return masked if masked.ndim == 2 else masked[:, None, None]
 
     def nearer(self, q, layer: Layer):
-        """The queries (..., H, T, d) rotated back by the tokens between sinks and window, which is
-        as if the sinks stood right before the window. A rotary product depends on the distance
-        alone, so the keys can stay as they are."""
+        """The queries (..., H, T, d) rotated back by the number of tokens between sinks and window,
+        as if the sinks came right before the window. With RoPE a score depends only on the
+        distance, so the keys need not be rotated again."""
         shift = np.maximum(0, layer.tokens.own - self.window + 1 - self.sinks)  # (T,) or (B, T)
         cos, sin = self.rope.cos[shift], self.rope.sin[shift]  # (T, width) or (B, T, width)
         if shift.ndim > 1:
@@ -168,8 +168,8 @@ class WindowAttend(Part):
 
 # Notes:
 #
-# - Rows are freed when the next step begins, not when this one ends. So the rows of the last step
-#   are all there, and it can be undone in part: speculative decoding runs on top.
+# - Rows are freed when the next step begins, not when this one ends. So all rows of the last
+#   step are still there, and it can be undone in part: speculative decoding runs on top.
 # - Figures on stories, 8 chains of 512 tokens, read and then 48 tokens continued
 #   (minitx sweep sink-window window=252,124,60 --chains 8 --stories 20, and with sinks=0):
 #
@@ -180,10 +180,11 @@ class WindowAttend(Part):
 #        60       4        0.13x    +0.207               85 /  61 /  54 %
 #        64       0        0.13x    +0.242               81 /  39 /  54 %
 #
-#   The models of the paper break down without sinks (perplexity 5158 instead of 5.40, as others
-#   quote its table 1). This one does not: its stories are short and begin anew within a chain.
+#   The models of the paper break down without sinks (perplexity 5158 instead of 5.40, quoted from
+#   others' accounts of its table 1). This one does not: its stories are short, and a chain holds
+#   several.
 #   positions=original differs little: +0.074 and +0.243 where cache has +0.092 and +0.207.
 # - Speed: decoding alone, with 440 to 500 tokens in the dense cache, 0.4x of dense, and 0.6x with
-#   positions=original (one BLAS thread; the sweep's speed has the prompt in it, which is dense).
-#   Per layer and token a few small NumPy calls free a row and score the sinks apart, and this
-#   model's whole attention over 500 keys takes less.
+#   positions=original (one BLAS thread; the speed that sweep prints includes the prompt,
+#   which is dense). Per layer and token, the few NumPy calls that free a row and score the sinks
+#   take longer than this model's whole attention over 500 keys.

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minitx.build import random_model
 from minitx.checkpoints.common import replacing
 from minitx.checkpoints.huggingface import ONE_FILE, write_model
 from minitx.checkpoints.tokenizer_json_write import write_tokenizer
@@ -27,6 +26,7 @@ from minitx.training.data import story_tokenizer
 from minitx.training.detector import initial_weights, write_trained
 from minitx.training.optimizer import ParameterLayout
 from minitx.training.recipe import DTYPES, Recipe, Stage, read_recipe
+from minitx.training.skipless_init import initial_model
 from minitx.training.worker import SharedArrays, layout_of
 from minitx.training.worker_pool import WorkerPool
 from minitx.tree import weights
@@ -90,7 +90,7 @@ class Run:
     def initialize(self) -> None:
         """Random initial weights. Blocks that the first stage does not train start as identities
         (they add 0 to the residual stream), so that adding them later does not change the loss."""
-        first = weights(random_model(self.layout.config, self.recipe.seed))
+        first = weights(initial_model(self.layout.config, self.recipe.seed))
         layers = self.layout.config.layers
         for number in range(self.recipe.stages[0].layers or layers, layers):
             for writer in ("attn.out.w", "ffn.down.w"):

@@ -28,10 +28,10 @@ from minitx.training.data import (
 from minitx.training.detector import detectors_of, joint_gradients, trained_shapes
 from minitx.training.layerskip import (
     drop_layers,
+    exit_logits,
     exit_loss,
     exit_weights,
-    kept,
-    read_after,
+    sample_layer_mask,
     shallow,
 )
 from minitx.training.loss import cross_entropy
@@ -235,15 +235,17 @@ def batch_loss(model, batch: Batch, stage: Stage, step: int, rows: range, seed: 
     model = shallow(model, stage.layers)
     layers = len(model.stack.blocks)
     if stage.layer_dropout:
-        model = drop_layers(model, kept(layers, stage.layer_dropout, seed, rows))
+        model = drop_layers(model, sample_layer_mask(layers, stage.layer_dropout, seed, rows))
     if stage.early_exit is None and stage.hops is None:
         return cross_entropy(model(ids), targets, batch.weights)
     exits = {layers - 1: 1.0}
     if stage.early_exit is not None:
         exits = exit_weights(layers, stage.early_exit.scale, stage.early_exit.rotation, step)
-    read = read_after(model, ids)
-    total = exit_loss(read, exits, lambda logits: cross_entropy(logits, targets, batch.weights))
+    logits_after = exit_logits(model, ids)
+    total = exit_loss(
+        logits_after, exits, lambda logits: cross_entropy(logits, targets, batch.weights)
+    )
     for after, bridges in zip(stage.hops or (), np.moveaxis(batch.bridges, -1, 0)):
         weights = (bridges != NO_BRIDGE) * np.float32(stage.answer_weight)
-        total = total + cross_entropy(read(after - 1), np.maximum(bridges, 0), weights)
+        total = total + cross_entropy(logits_after(after - 1), np.maximum(bridges, 0), weights)
     return total

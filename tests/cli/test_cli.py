@@ -41,9 +41,10 @@ def test_generate(run):
     assert f"{context - len(lm.encode('Once'))} tokens" in run("generate", "Once", "-m", "toy")[2]
 
 
-def test_options_with_capital_letters(run):
-    lm = minitx.load("toy", a3={"M": 0.25, "T": 10.0})
-    status, out, _ = run("generate", "Once", "-m", "toy", "-n", 9, "--a3", "M=0.25", "T=10")
+def test_options_of_a_technique(run):
+    lm = minitx.load("toy", a3={"iterations": 0.25, "threshold": 10.0})
+    options = ["--a3", "iterations=0.25", "threshold=10"]
+    status, out, _ = run("generate", "Once", "-m", "toy", "-n", 9, *options)
     assert (status, out) == (0, f"Once{lm.generate('Once', 9)}\n")
     assert "no option 'Q'" in run("generate", "Once", "-m", "toy", "--a3", "Q=1")[2]
 
@@ -59,7 +60,7 @@ def test_generate_json(run):
     assert found == {"prompt": "Zoë", "text": text, "prompt_ids": ids, "ids": new}
 
 
-def test_generated_tokens_are_counted_not_the_text_encoded_again(run, monkeypatch):
+def test_generate_counts_tokens_not_reencoded_text(run, monkeypatch):
     said = [*b"once upon", 0xC3]  # "on" and "ce" would be one token each; half a character
     monkeypatch.setattr(
         minitx, "load", lambda *a: tiny_lm(decode=ScriptedLoop(([*said, END],), []))
@@ -69,7 +70,7 @@ def test_generated_tokens_are_counted_not_the_text_encoded_again(run, monkeypatc
     assert run("generate", "x", "-n", 0)[2].startswith("0 tokens in")
 
 
-def test_it_comes_as_it_is_made(workdir, monkeypatch, capsys):
+def test_generate_streams(workdir, monkeypatch, capsys):
     seen = []
 
     class Watching(ScriptedLoop):
@@ -94,13 +95,13 @@ def test_it_comes_as_it_is_made(workdir, monkeypatch, capsys):
         (b"", ""),
     ],
 )
-def test_the_prompt_from_stdin(run, monkeypatch, data, prompt):
+def test_prompt_from_stdin(run, monkeypatch, data, prompt):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     out = run("generate", "-", "-m", "toy", "-n", 5, "--json")[1]
     assert json.loads(out)["prompt"] == prompt
 
 
-def test_a_stdin_that_is_no_text(run, monkeypatch):
+def test_stdin_that_is_not_utf8_is_refused(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     status, out, err = run("generate", "-", "-m", "toy")
     assert (status, out, err) == (
@@ -196,9 +197,9 @@ def test_train(run, trained, workdir):
     assert trained[3] == (".", "there", options)
 
 
-def test_train_does_not_write_over_a_model(run, workdir):
+def test_train_does_not_overwrite_a_model(run, workdir):
     write_recipe(workdir / "toy", recipe_of(FIRST))
     before = (workdir / "toy" / "model.safetensors").read_bytes()
     status, _, err = run("train", "toy/recipe.json", "--out", "toy")
-    assert status == 2 and "toy: contains a model" in err and "give another folder" in err
+    assert status == 2 and "toy: contains a model" in err and "use another output folder" in err
     assert (workdir / "toy" / "model.safetensors").read_bytes() == before

@@ -74,7 +74,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("words, message", WRONG, ids=lambda value: str(value)[:40])
-def test_wrong_input_is_one_sentence_and_status_2(run, workdir, words, message):
+def test_bad_input_is_one_sentence_and_status_2(run, workdir, words, message):
     (workdir / "notes.txt").write_text("Once")
     (workdir / "nonsense.json").write_text('{"colour": 1}')
     write_recipe(workdir / "good", recipe_of(FIRST))
@@ -84,12 +84,12 @@ def test_wrong_input_is_one_sentence_and_status_2(run, workdir, words, message):
     assert re.search(message, err), err
 
 
-def test_an_unknown_command_lists_those_that_there_are(run):
+def test_unknown_command_lists_the_commands(run):
     for words in ([], ["foo"]):
         assert all(name in run(*words)[2] for name in COMMANDS)
 
 
-def test_numbers_that_overflow_are_refused_without_warnings(run, workdir):
+def test_overflow_is_refused_without_warnings(run, workdir):
     huge = map_weights(tiny_model(), lambda w: w * np.float32(1e38) if w.shape == (16, 259) else w)
     write_model(huge, workdir / "toy", "F32")
     status, out, err = run("generate", "Once", "-m", "toy")
@@ -119,7 +119,7 @@ def test_help_and_version(capsys, words):
         (MemoryError(), "there is not enough memory for this."),
     ],
 )
-def test_what_the_system_refuses(run, monkeypatch, error, words):
+def test_errors_of_the_system_are_one_sentence(run, monkeypatch, error, words):
     def fail(*arguments):
         raise error
 
@@ -145,12 +145,12 @@ class TestProcess:
         )
         assert (done.returncode, done.stdout) == (0, f"minitx {minitx.__version__}\n")
 
-    def test_bytes_that_are_no_text(self, workdir):
+    def test_prompt_that_is_not_utf8(self, workdir):
         out, err = (process := start("generate", b"a\xff", "-m", "toy")).communicate()
         assert (process.returncode, out) == (2, b"") and b"not valid UTF-8" in err
 
     @pytest.mark.parametrize("words", [["stories", "-n", "3000"], ["stories", "-n", "1"]])
-    def test_a_reader_that_has_seen_enough(self, words):
+    def test_closed_pipe(self, words):
         process = start(*words)
         process.stdout.read(10 if words[-1] != "1" else 0)
         process.stdout.close()
@@ -158,14 +158,14 @@ class TestProcess:
         process.stderr.close()
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
-    def test_a_full_disk(self, workdir):
+    def test_full_disk(self, workdir):
         for words in (["stories"], ["generate", "x", "-m", "toy"]):
             with open("/dev/full", "wb") as full:
                 process = start(*words, stdout=full)
             err = process.communicate()[1].decode()
             assert (process.returncode, err) == (2, "minitx: output: No space left on device.\n")
 
-    def test_ctrl_c_while_it_writes(self, workdir):
+    def test_ctrl_c_while_streaming(self, workdir):
         slowly = (
             "import time, sys; from minitx.model import Transformer; from minitx.cli import main\n"
             "step = Transformer.next_argmax\n"
@@ -180,7 +180,7 @@ class TestProcess:
         assert process.returncode == 130 and out.endswith(b"\n")
         assert err == b"minitx: stopped.\n"
 
-    def test_closed_from_the_beginning(self, workdir):
+    def test_closed_stdout(self, workdir):
         """Neither may take what is closed for the other."""
         command = f"{sys.executable} -m minitx generate x -m {workdir / 'toy'} -n 3"
         for closed, open_ in ((">&-", "stderr"), ("2>&-", "stdout")):
@@ -189,7 +189,7 @@ class TestProcess:
             assert (b"3 tokens" in done.stderr) == (open_ == "stderr")
             assert (done.stdout != b"") == (open_ == "stdout") and b"tokens" not in done.stdout
 
-    def test_an_encoding_that_lacks_the_character(self, workdir, monkeypatch):
+    def test_terminal_encoding_without_the_character(self, workdir, monkeypatch):
         monkeypatch.setenv("PYTHONIOENCODING", "ascii")
         out, err = (process := start("generate", "Zoë", "-m", "toy", "-n", "3")).communicate()
         assert process.returncode == 0 and out.startswith(b"Zo?") and b"Traceback" not in err

@@ -36,7 +36,7 @@ def tag(name):
 # swap --------------------------------------------------------------------------------------------
 
 
-def test_swap_leaves_a_second_model_alone():
+def test_swap_does_not_touch_a_second_model():
     """A draft inside ``decode`` is another model: no inner technique touches it."""
     draft = tiny_model(seed=5)
     lm = replace(tiny_lm(), decode=Speculative(DraftModel(draft), 2))
@@ -51,7 +51,7 @@ def test_swap_leaves_a_second_model_alone():
     assert apply(lm, {"elsa": {"p": 0.0}}).generate(IDS[:5], 9) == tiny_lm().generate(IDS[:5], 9)
 
 
-def test_techniques_may_come_in_two_calls():
+def test_applying_in_two_calls_equals_one_call():
     """Speculation first and an inner technique afterwards, as with a precomputed model."""
     first = apply(tiny_lm(), {"speculative": {"draft": "self"}})
     both = apply(first, {"fold_norms": True, "elsa": {"p": 0.0}})
@@ -63,7 +63,7 @@ def test_techniques_may_come_in_two_calls():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slot", ["attn", "ffn", "block"])
-def test_wrap_reaches_every_block_by_its_index(kind, slot):
+def test_wrap_reaches_every_block_with_its_index(kind, slot):
     lm = tiny_lm(kind)
     wrapped = wrap(lm, slot, tag("w"))
     slots = [b if slot == "block" else getattr(b, slot) for b in blocks_of(wrapped)]
@@ -71,7 +71,7 @@ def test_wrap_reaches_every_block_by_its_index(kind, slot):
     np.testing.assert_array_equal(wrapped.logits(IDS), lm.logits(IDS))
 
 
-def test_a_later_wrap_goes_outside():
+def test_later_wrap_goes_outside():
     """Also around what an earlier wrap put there: an FFN is not looked for inside."""
     lm = wrap(wrap(tiny_lm(), "ffn", tag("inner")), "ffn", tag("outer"))
     ffn = blocks_of(lm)[1].ffn
@@ -84,7 +84,7 @@ def test_wrap_looks_inside_wrapped_blocks():
     assert block.tag == "b0" and block.inner.attn.tag == "a0"
 
 
-def test_wrap_works_on_blocks_of_a_table():
+def test_wrap_works_on_first_layer_table_blocks():
     """first_layer's block 0 has no FFN of its own in a parallel model: that slot is not there."""
     lm = wrap(apply(tiny_lm("gpt_neox"), {"first_layer": True}), "ffn", tag("w"))
     assert blocks_of(lm)[1].ffn.tag == "w1" and not hasattr(blocks_of(lm)[0], "ffn")
@@ -101,14 +101,14 @@ def test_wrap_without_a_stack_or_a_slot_is_refused():
 # Order -------------------------------------------------------------------------------------------
 
 
-def test_absorbing_comes_after_folding():
+def test_absorb_products_is_applied_after_fold_norms():
     lm = tiny_lm("gpt2", dtype=np.float64)
     expected = lm.logits(IDS)
     found = apply(lm, {"absorb_products": True, "fold_norms": True}).logits(IDS)
     assert abs(found - expected).max() / abs(expected).max() < 1e-13
 
 
-def test_a_cache_that_frees_rows_is_refused_beside_one_that_needs_them():
+def test_freeing_rows_is_refused_with_a_technique_that_needs_them():
     @part
     class Frees(Part):
         frees_rows = True
@@ -124,7 +124,7 @@ def test_a_cache_that_frees_rows_is_refused_beside_one_that_needs_them():
         apply(lm, {"elsa": {"p": 0.5}})
 
 
-def test_the_widest_decision_counts():
+def test_decides_is_the_widest_of_all_parts():
     @part
     class Steps(Tagged):
         decides = "step"
@@ -136,7 +136,7 @@ def test_the_widest_decision_counts():
 # Matrices by rows --------------------------------------------------------------------------------
 
 
-def test_a_part_says_how_its_matrix_is_read():
+def test_part_declares_its_matrix_layout():
     @part
     class RowReader(Part):
         layout = "row-major"
@@ -159,7 +159,7 @@ def test_a_part_says_how_its_matrix_is_read():
 
 
 @pytest.mark.parametrize("start", [None, np.array([0, 3])])
-def test_unequal_groups_equal_each_head_alone(start):
+def test_unequal_groups_equal_single_heads(start):
     """Five query heads on three key heads, in groups of 1, 3 and 1."""
     from minitx.state import Layer
 
@@ -173,7 +173,7 @@ def test_unequal_groups_equal_each_head_alone(start):
     np.testing.assert_allclose(found, expected, atol=1e-14)
 
 
-def test_unequal_groups_in_a_model_are_heads_left_out():
+def test_model_with_unequal_groups_equals_model_without_heads():
     """Query head 1 of 2 left out equals zeros in its rows of W_o, and is not computed."""
     lm = tiny_lm("llama", dtype=np.float64)
     d = lm.model.config.head_width
@@ -202,7 +202,7 @@ def test_unequal_groups_in_a_model_are_heads_left_out():
 # The ledger --------------------------------------------------------------------------------------
 
 
-def test_every_method_of_a_part_counts_for_it():
+def test_ledger_counts_every_method_of_a_part():
     """No list of names: a method that a technique invents is work of its part."""
 
     @part
@@ -221,7 +221,7 @@ def test_every_method_of_a_part_counts_for_it():
     assert counts.entries["model.stack.blocks.1.ffn"].multiply_adds == 20 * 16 * 16
 
 
-def test_nothing_is_evaluated_while_no_ledger_is_open():
+def test_ledger_evaluates_nothing_while_closed():
     from minitx import ledger
 
     def fail():
@@ -237,7 +237,7 @@ def test_nothing_is_evaluated_while_no_ledger_is_open():
     assert counts.events == {"x": 7}
 
 
-def test_the_tree_of_a_loop_is_walked_by_the_ledger():
+def test_ledger_counts_parts_of_the_decoding_loop():
     lm = replace(tiny_lm(), decode=Speculative(DraftModel(tiny_model(seed=5)), 2))
     with counting(lm) as counts:
         lm.generate(IDS[:5], 5)

@@ -11,7 +11,7 @@ import pytest
 from tiny import FAMILIES, Spy, decode, tiny_model
 
 from minitx import ops
-from minitx.decode import Autoregressive, Sampler, top_k_mask, nucleus
+from minitx.decode import Autoregressive, Sampler, nucleus, top_k_mask
 from minitx.errors import MinitxError
 
 HALVES = np.log(np.array([0.125, 0.5, 0.125, 0.25]))  # logits of these probabilities
@@ -45,11 +45,11 @@ def probabilities(logits=HALVES, **options):
         ({"temperature": 0.5, "top_p": 0.7}, [0, 1, 0, 0]),  # the temperature comes first
     ],
 )
-def test_worked_examples(options, expected):
+def test_sampler_worked_examples(options, expected):
     np.testing.assert_allclose(probabilities(**options), expected, rtol=1e-12)
 
 
-def test_a_nucleus_ends_exactly_where_it_reaches_p():
+def test_nucleus_ends_exactly_at_mass_p():
     p = np.array([0.25, 0.5, 0.25])
     assert nucleus(p, 0.5).tolist() == [False, True, False]
     assert nucleus(p, 0.5000001).tolist() == [True, True, False]
@@ -77,7 +77,7 @@ def slow_probabilities(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 30.0])
 @pytest.mark.parametrize("top_k", [None, 1, 5, 40])
 @pytest.mark.parametrize("top_p", [None, 0.013, 0.37, 0.91, 0.9997])
-def test_the_distribution_is_that_of_the_slow_twin(temperature, top_k, top_p):
+def test_probabilities_equal_the_literal_version(temperature, top_k, top_p):
     rng = np.random.default_rng(3)
     for size in (1, 7, 60):
         # Steps of a quarter: many ties, also at the edge of what is kept.
@@ -89,7 +89,7 @@ def test_the_distribution_is_that_of_the_slow_twin(temperature, top_k, top_p):
         np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
-def test_exactly_k_are_kept_and_those_are_the_largest():
+def test_top_k_keeps_exactly_the_k_largest():
     rng = np.random.default_rng(0)
     for size in (1, 2, 30):
         x = rng.integers(0, 4, size)
@@ -99,7 +99,7 @@ def test_exactly_k_are_kept_and_those_are_the_largest():
 
 
 @pytest.mark.parametrize("coldest", [5e-324, 1e-300, 1e-99, 1e-30])
-def test_next_to_no_temperature_is_greedy(coldest):
+def test_tiny_temperature_is_greedy(coldest):
     logits = np.array(
         [1e38, -3e38, 3e38, np.nextafter(np.float32(3e38), np.float32(0)), 0, 3e38], np.float32
     )
@@ -108,7 +108,7 @@ def test_next_to_no_temperature_is_greedy(coldest):
     assert probabilities(logits, temperature=coldest, top_k=1).tolist() == [0, 0, 1, 0, 0, 0]
 
 
-def test_a_very_high_temperature_makes_all_tokens_alike():
+def test_huge_temperature_is_uniform():
     logits = np.array([3e38, -3e38, 0, 7], np.float32)
     np.testing.assert_allclose(probabilities(logits, temperature=1e300), [0.25] * 4)
     # ... but does not change which are the likeliest.
@@ -116,7 +116,7 @@ def test_a_very_high_temperature_makes_all_tokens_alike():
     np.testing.assert_allclose(found, [0.5, 0, 0, 0.5])
 
 
-def test_tokens_that_are_ruled_out_are_never_drawn():
+def test_excluded_tokens_are_never_drawn():
     logits = np.array([-np.inf, 0, -np.inf, 0])
     assert probabilities(logits, temperature=1e9).tolist() == [0, 0.5, 0, 0.5]
     assert probabilities(logits, top_k=3).tolist() == [0, 0.5, 0, 0.5]
@@ -127,20 +127,20 @@ def test_tokens_that_are_ruled_out_are_never_drawn():
 # Drawing -----------------------------------------------------------------------------------------
 
 
-def test_greedy_takes_the_smallest_id_among_equals():
+def test_greedy_ties_go_to_the_lower_id():
     assert Sampler()(np.array([1, 5, 2, 5, 5], np.float32)) == 1
     assert isinstance(Sampler()(np.ones(3)), int) and isinstance(Sampler(1)(np.ones(3)), int)
 
 
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.249, 1), (0.25, 3), (1 - 2**-53, 3)])
-def test_drawing_by_hand(uniform, token):
+def test_draw_by_hand(uniform, token):
     sampler = Sampler(1.0)
     sampler.uniform = lambda: uniform
     assert sampler.draw(np.array([0, 0.25, 0, 0.75, 0])) == token
     assert sampler.draw(np.array([0, 1, 0, 3, 0])) == token  # the sum need not be 1
 
 
-def test_tokens_come_as_often_as_their_probabilities_say():
+def test_draw_frequencies_match_probabilities():
     logits = np.random.default_rng(4).standard_normal(12)
     sampler, draws = Sampler(0.8, top_k=9, top_p=0.95, seed=11), 8_000
     p = sampler.probabilities(logits)
@@ -152,7 +152,7 @@ def test_tokens_come_as_often_as_their_probabilities_say():
     assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
 
 
-def test_a_seed_draws_the_same_tokens_on_every_machine():
+def test_seed_gives_the_same_tokens_on_every_machine():
     """Python's own stream, by the inverse of the running sum 1, 3, 6, 10, ... of 210."""
 
     def draws(sampler):
@@ -189,7 +189,7 @@ def test_a_seed_draws_the_same_tokens_on_every_machine():
         ({"seed": "x"}, "seed must be .*, got 'x'"),
     ],
 )
-def test_bad_options(options, words):
+def test_bad_sampler_options_are_refused(options, words):
     with pytest.raises(MinitxError, match=words) as caught:
         Sampler(**options)
     assert " must be " in str(caught.value) and ", got " in str(caught.value)
@@ -220,7 +220,7 @@ def without_cache(model, prompt, choose, limit):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 50, "seed": 3}])
-def test_the_loop_is_its_definition(model, options):
+def test_autoregressive_loop_equals_decoding_without_cache(model, options):
     for prompt in ([5], [7, 250, 3, 3, 9]):
         found = list(decode(Autoregressive(), model, prompt, Sampler(**options), 30))
         assert found == without_cache(model, prompt, Sampler(**options), 30)
@@ -228,7 +228,7 @@ def test_the_loop_is_its_definition(model, options):
 
 
 @pytest.mark.parametrize("lengths", [(4, 4, 4), (1, 7, 3)])
-def test_a_batch_gives_what_each_row_gives_alone(model, lengths):
+def test_batch_rows_equal_single_prompts(model, lengths):
     rng = np.random.default_rng(8)
     prompts = [rng.integers(0, 259, n).tolist() for n in lengths]
     options = [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 0.5, "top_p": 0.9, "seed": 5}]
@@ -239,7 +239,7 @@ def test_a_batch_gives_what_each_row_gives_alone(model, lengths):
     assert [list(row) for row in zip(*steps)] == alone
 
 
-def test_nothing_is_run_that_nobody_asked_for():
+def test_loop_runs_no_token_before_it_is_requested():
     spy = Spy(tiny_model(), [])
     tokens = decode(Autoregressive(), spy, [1, 2, 3], Sampler(), 10)
     assert spy.runs == []

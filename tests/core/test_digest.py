@@ -28,7 +28,7 @@ def test_models_that_differ_have_different_digests():
         "an epsilon": tiny_model(norm_eps=1.1e-5),
         "one block less": tiny_model(layers=1),
         "a technique": apply(tiny_lm(), {"ffn_skip": True}).model,
-        "a technique's setting": apply(tiny_lm(), {"ffn_skip": {"k": 1, "warm_up": 3}}).model,
+        "a technique's setting": apply(tiny_lm(), {"ffn_skip": {"skip": 1, "warm_up": 3}}).model,
     }
     found = {digest(other): what for what, other in others.items()}
     assert len(found) == len(others), "two of them look the same"

@@ -25,7 +25,7 @@ def by_hand(config, T, S):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_multiply_adds_are_those_of_the_sizes(family):
+def test_multiply_adds_follow_from_the_sizes(family):
     lm = tiny_lm(family)
     with counting(lm) as counts:
         state = lm.model.new_state()
@@ -39,7 +39,7 @@ def test_multiply_adds_are_those_of_the_sizes(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_matrix_is_read_once_and_rows_of_the_tables(family):
+def test_weight_bytes_count_each_matrix_once_and_embedding_rows(family):
     lm = tiny_lm(family)
     with counting(lm) as counts:
         lm.model([3], lm.model.new_state())
@@ -54,7 +54,7 @@ def test_every_matrix_is_read_once_and_rows_of_the_tables(family):
     assert total.cache_bytes == c.layers * 2 * c.kv_heads * c.head_width * 4
 
 
-def test_paths_say_who_worked_and_sums_are_over_subtrees():
+def test_entries_by_path_sum_over_subtrees():
     lm = tiny_lm()
     with counting(lm) as counts:
         lm.logits(IDS)
@@ -67,7 +67,7 @@ def test_paths_say_who_worked_and_sums_are_over_subtrees():
     assert group_of("model.head") == "head" and group_of("") == ""
 
 
-def test_nothing_is_left_behind():
+def test_closed_ledger_leaves_classes_unchanged():
     """Classes are as before, also after an error; outside nothing is counted; ledgers nest."""
     lm = tiny_lm()
     call = type(lm.model).__call__
@@ -89,7 +89,7 @@ def test_nothing_is_left_behind():
     assert outer.total() == before
 
 
-def test_events_and_extra_costs_are_summed():
+def test_events_and_extra_counts_are_summed():
     counts = Ledger()
     counts.event("skipped")
     counts.event("skipped", np.int64(2))
@@ -100,7 +100,7 @@ def test_events_and_extra_costs_are_summed():
     assert counts.by_group() == {"blocks.ffn": Entry(5, 2, 1)}
 
 
-def test_generating_is_the_sum_of_its_steps():
+def test_generation_cost_equals_sum_of_steps():
     lm = tiny_lm()
     with counting(lm) as counts:
         new = lm.generate(IDS, 5)

@@ -36,7 +36,7 @@ def test_logits():
 # Kinds of prompts --------------------------------------------------------------------------------
 
 
-def test_text_for_text_and_ids_for_ids():
+def test_generate_returns_text_for_text_and_ids_for_ids():
     lm = tiny_lm()
     ids = lm.encode("Once")
     assert ids == [END, *TOKENIZER.encode("Once", special=False)]
@@ -48,7 +48,7 @@ def test_text_for_text_and_ids_for_ids():
     assert "".join(lm.stream("Once", 12)) == "".join(lm.stream(ids, 12)) == lm.generate("Once", 12)
 
 
-def test_a_batch_of_anything_gives_a_list():
+def test_generate_returns_a_list_for_a_batch():
     lm = tiny_lm()
     one, other = IDS[:2], IDS
     assert lm.generate([one, other], 9) == [lm.generate(one, 9), lm.generate(other, 9)]
@@ -61,7 +61,7 @@ def test_a_batch_of_anything_gives_a_list():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_rows_by_chance_are_those_of_each_row_alone(family, dtype):
+def test_sampled_batch_rows_equal_single_prompts(family, dtype):
     """Row i draws with the seed of the batch + i, however long the others are."""
     lm = tiny_lm(family, dtype)
     options = dict(max_new_tokens=20, temperature=0.9, top_k=100, top_p=0.98)
@@ -72,7 +72,7 @@ def test_rows_by_chance_are_those_of_each_row_alone(family, dtype):
     assert lm.generate(prompts, seed=11, **options) == found != lm.generate(prompts, **options)
 
 
-def test_seeds():
+def test_seed_decides_the_samples():
     lm = tiny_lm()
     texts = {seed: lm.generate("on", 30, 1.0, seed=seed) for seed in (0, 1, 2)}
     assert len(set(texts.values())) == 3
@@ -83,7 +83,7 @@ def test_seeds():
     assert lm.generate("on", 30) == lm.generate("on", 30, seed=5)  # nothing is drawn
 
 
-def test_an_empty_text_starts_from_the_token_that_begins_a_text():
+def test_empty_text_starts_from_the_beginning_of_text_token():
     lm = tiny_lm()
     assert lm.encode("") == [END] and lm.generate("", 5) == "".join(lm.stream([END], 5))
     plain = ByteLevelBPE(TOKENIZER.tokens, [])  # which puts nothing before a text
@@ -98,7 +98,7 @@ def test_an_empty_text_starts_from_the_token_that_begins_a_text():
 # The context -------------------------------------------------------------------------------------
 
 
-def test_what_fits():
+def test_default_new_tokens_fill_the_context():
     lm, calls = says([1] * 99)
     assert len(lm.generate(IDS)) == CONTEXT - 5 == len(lm.generate(IDS, CONTEXT - 5))
     assert lm.generate([1] * CONTEXT) == [] == lm.generate(IDS, 0)
@@ -147,7 +147,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("arguments, options, words", REFUSED)
-def test_refused_at_once_and_before_any_work(ask, arguments, options, words):
+def test_bad_input_is_refused_before_any_work(ask, arguments, options, words):
     lm = tiny_lm()
     spy = Spy(lm.model, [])
     with pytest.raises(MinitxError, match=words) as caught:
@@ -155,7 +155,7 @@ def test_refused_at_once_and_before_any_work(ask, arguments, options, words):
     assert spy.runs == [] and "\n" not in str(caught.value)
 
 
-def test_more_that_is_refused():
+def test_bad_prompts_are_refused():
     lm = tiny_lm()
     for one in (lm.stream, lm.tokens, lm.encode):
         with pytest.raises(
@@ -174,7 +174,7 @@ def test_more_that_is_refused():
         lm.generate(np.zeros((2, 2, 2), int))
 
 
-def test_ids_of_another_tokenizer():
+def test_ids_outside_the_vocabulary_are_refused():
     class Other:
         def encode(self, text):
             return [300]
@@ -186,7 +186,7 @@ def test_ids_of_another_tokenizer():
 # The end of the text -----------------------------------------------------------------------------
 
 
-def test_the_end_of_text_token_ends_and_is_not_given():
+def test_end_of_text_stops_generation_and_is_not_returned():
     text = TOKENIZER.encode("once", special=False)
     lm, calls = says([*text, END, 7, 8])
     assert lm.generate(IDS, 9) == list(lm.tokens(IDS, 9)) == text
@@ -195,7 +195,7 @@ def test_the_end_of_text_token_ends_and_is_not_given():
     assert says([END])[0].generate("x") == ""
 
 
-def test_each_row_has_its_own_end():
+def test_batch_rows_end_independently():
     lm, calls = says([1, 2, END, 4, 5, 6], [1, END, 3, END, 5, 6], [END] * 6)
     assert lm.generate([IDS, [3], "on"], 6) == [[1, 2], [1], ""]
     assert len(calls) == 1 + 3  # until the last row ended
@@ -205,13 +205,13 @@ def test_each_row_has_its_own_end():
 # Streaming ---------------------------------------------------------------------------------------
 
 
-def test_a_character_is_held_back_until_it_is_whole():
+def test_stream_holds_back_incomplete_characters():
     lm, _ = says([*"Zoë — 🙂!".encode()])  # one token a byte
     assert list(lm.stream("x")) == list("Zoë — 🙂!")
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
-def test_a_text_that_stops_inside_a_character(cut):
+def test_stream_that_ends_inside_a_character(cut):
     data = "aé—🙂b".encode()[:cut]
     lm, _ = says([*data, END])
     pieces = list(lm.stream("x"))
@@ -220,7 +220,7 @@ def test_a_text_that_stops_inside_a_character(cut):
     assert lm.generate(["x"]) == [lm.generate("x")]
 
 
-def test_bytes_that_are_no_text():
+def test_bytes_that_are_not_utf8():
     """Streams of random bytes: always valid text, and that of the whole."""
     rng = np.random.default_rng(2)
     for _ in range(200):
@@ -231,7 +231,7 @@ def test_bytes_that_are_no_text():
         "".join(pieces).encode("utf-8")
 
 
-def test_the_first_token_is_decoded_as_what_follows_the_prompt():
+def test_first_token_is_decoded_after_the_prompt():
     """llama2.c's tokenizer drops a space after the start token and nowhere else."""
     tokens = [b"<unk>", b"^", b"$", *RAW, b" ", b"a", b" b"]
     tokenizer = Llama2cTokenizer(tokens, [0.0] * len(tokens))
@@ -244,7 +244,7 @@ def test_the_first_token_is_decoded_as_what_follows_the_prompt():
 # Without a tokenizer, with damaged weights, and in print -----------------------------------------
 
 
-def test_without_a_tokenizer_ids_work():
+def test_model_without_tokenizer_works_on_ids():
     lm = tiny_lm(tokenizer=None)
     assert lm.generate(IDS, 5) == tiny_lm().generate(IDS, 5) == list(lm.tokens(IDS, 5))
     assert lm.generate([IDS, [3]], 5)[0] == lm.generate(IDS, 5)
@@ -256,14 +256,14 @@ def test_without_a_tokenizer_ids_work():
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
-def test_numbers_that_overflow_are_no_text():
+def test_overflow_is_refused_instead_of_text():
     model = map_weights(tiny_model(), lambda w: w * np.float32(1e38) if w.shape == (16, 259) else w)
     for options in ({}, {"temperature": 1.0}):
         with pytest.raises(MinitxError, match="The model's logit for token .* is (nan|inf)"):
             minitx.LM(model, TOKENIZER).generate("Once", 5, **options)
 
 
-def test_neurons_far_below_zero_are_no_reason_to_warn():
+def test_very_negative_neurons_do_not_warn():
     """exp overflows in silu, whose value is 0 there all the same (warnings are errors here)."""
     model = map_weights(tiny_model(), lambda w: w * 1000 if w.shape == (16, 24) else w)
     assert np.isfinite(minitx.LM(model, TOKENIZER).logits(IDS)).all()
@@ -272,7 +272,7 @@ def test_neurons_far_below_zero_are_no_reason_to_warn():
         model.stack(model.embed(np.array(IDS), state.take(len(IDS)).lookup), state)
 
 
-def test_it_is_drawn_from_the_root():
+def test_print_draws_the_tree_from_the_root():
     lm = tiny_lm(name="tiny")
     lines = repr(lm).splitlines()
     assert lines[:2] == ["LM(name=tiny)", "  model: Transformer"]
@@ -280,7 +280,7 @@ def test_it_is_drawn_from_the_root():
     assert all(line[2:] in repr(lm) for line in repr(lm.model).splitlines())
 
 
-def test_batches_of_every_mixture_of_lengths():
+def test_batches_of_any_mixture_of_lengths():
     lm = tiny_lm(dtype=np.float64)
     rows = {n: np.random.default_rng(n).integers(0, 258, n).tolist() for n in (1, 2, 40)}
     alone = {n: lm.generate(row, 8) for n, row in rows.items()}

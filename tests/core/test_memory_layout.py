@@ -31,7 +31,7 @@ def address(array):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("family", KINDS)
-def test_large_matrices_lie_by_columns_one_behind_the_other(family, dtype):
+def test_large_matrices_are_column_major_in_one_block(family, dtype):
     model = tiny_model(family, dtype=dtype)
     found = to_column_major(model)
     before, after = large_matrices(model), large_matrices(found)
@@ -47,7 +47,7 @@ def test_large_matrices_lie_by_columns_one_behind_the_other(family, dtype):
     assert nbytes(found) == nbytes(model) and str(found) == str(model)
 
 
-def test_nothing_else_is_touched():
+def test_other_arrays_are_unchanged():
     model = tiny_model()
     old, new = weights(model), weights(to_column_major(model))
     assert list(old) == list(new)
@@ -58,7 +58,7 @@ def test_nothing_else_is_touched():
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 40])
 @pytest.mark.parametrize("family", KINDS)
-def test_the_model_computes_the_same(family, rows):
+def test_layout_does_not_change_logits(family, rows):
     model = tiny_model(family, dtype=np.float64)
     ids = np.random.default_rng(rows).integers(0, 258, (2, rows))
     for batch in (ids, ids[0]):
@@ -66,7 +66,7 @@ def test_the_model_computes_the_same(family, rows):
         assert np.allclose(found, expected, rtol=1e-12, atol=1e-13 * abs(expected).max())
 
 
-def test_there_and_back():
+def test_column_major_and_back_to_row_major():
     model = tiny_model()
     found = to_column_major(model)
     assert to_column_major(found) is found and to_row_major(model) is model
@@ -75,7 +75,7 @@ def test_there_and_back():
         assert w.flags.c_contiguous and np.array_equal(w, weights(model)[path])
 
 
-def test_what_is_shared_stays_shared():
+def test_shared_matrices_stay_shared():
     model = tiny_model()
     first, second = model.stack.blocks
     second = replace(second, ffn=first.ffn, attn=replace(second.attn, out=replace(first.attn.out)))
@@ -85,7 +85,7 @@ def test_what_is_shared_stays_shared():
     assert first.attn.out.w is second.attn.out.w
 
 
-def test_a_model_without_large_matrices_stays_itself(monkeypatch):
+def test_model_without_large_matrices_is_returned_unchanged(monkeypatch):
     monkeypatch.setattr(fast, "LARGE", 10**6)
     model = tiny_model()
     assert to_column_major(model) is model and to_row_major(model) is model
@@ -100,14 +100,14 @@ def lies_by_columns(lm) -> bool:
     return all(w.flags.f_contiguous for w in found.values())
 
 
-def test_models_are_loaded_so(tmp_path):
+def test_loaded_models_are_column_major(tmp_path):
     folder = tiny_folder(tmp_path / "tiny")
     assert lies_by_columns(minitx.load(folder))
     assert lies_by_columns(minitx.load(folder, fold_norms=True))
     assert not lies_by_columns(tiny_lm())
 
 
-def test_techniques_are_given_rows_and_leave_columns(monkeypatch):
+def test_techniques_get_row_major_and_result_is_column_major(monkeypatch):
     seen = []
 
     def look(lm):
@@ -123,7 +123,7 @@ def test_techniques_are_given_rows_and_leave_columns(monkeypatch):
     assert lies_by_columns(apply(tiny_lm(), {}))
 
 
-def test_what_is_written_does_not_depend_on_it(tmp_path):
+def test_written_files_do_not_depend_on_layout(tmp_path):
     rows, columns = tmp_path / "rows", tmp_path / "columns"
     write_model(tiny_model(), rows, "F32")
     write_model(to_column_major(tiny_model()), columns, "F32")
@@ -131,11 +131,13 @@ def test_what_is_written_does_not_depend_on_it(tmp_path):
     assert written[0] == written[1]
 
 
-def test_the_benchmark_measures_what_is_loaded(monkeypatch):
+def test_bench_uses_the_layout_of_loaded_models(monkeypatch):
     placed = []
     monkeypatch.setattr(
         bench, "LM", lambda model: placed.append(lies_by_columns(model)) or LM(model)
     )
     config = tiny_model().config
-    bench.measure(config, bench.Plan(decode=2, prefill=3, rounds=1, least=0.0), None, lambda: None)
+    bench.measure(
+        config, bench.Repeats(decode=2, prefill=3, rounds=1, least=0.0), None, lambda: None
+    )
     assert placed == [True]

@@ -53,11 +53,11 @@ def test_prefill_chunks_and_single_tokens_agree(model, ids):
     assert close(np.concatenate(parts), full)
 
 
-def test_next_logits_are_the_last_row(model, ids):
+def test_next_logits_equal_last_row_of_logits(model, ids):
     assert close(model.next_logits(ids), model(ids)[-1])
 
 
-def test_ragged_batch_equals_each_row_alone(model, ids):
+def test_ragged_batch_row_equals_row_alone(model, ids):
     rows = [ids[:60], ids[20:50], ids[100:101]]
     start = np.array([60 - len(r) for r in rows])
     batch = np.stack([np.concatenate([np.full(s, 7), r]) for s, r in zip(start, rows)])
@@ -70,7 +70,7 @@ def test_ragged_batch_equals_each_row_alone(model, ids):
         assert close(step[i, 0], alone[-1])
 
 
-def test_rewind_and_replay(model, ids):
+def test_rewind_and_replay_gives_same_logits(model, ids):
     state = model.new_state()
     before = model(ids[:40], state)
     model(ids[90:110], state)  # a wrong turn
@@ -81,14 +81,14 @@ def test_rewind_and_replay(model, ids):
         state.rewind(41)
 
 
-def test_two_sequences_do_not_disturb_each_other(model, ids):
+def test_two_interleaved_sequences_are_independent(model, ids):
     one, two = model.new_state(), model.new_state()
     model(ids[:20], one)
     model(ids[50:90], two)
     assert close(model(ids[20:30], one), model(ids[:30])[20:])
 
 
-def test_future_tokens_change_nothing_before_them(model, ids):
+def test_later_tokens_do_not_change_earlier_logits(model, ids):
     changed = ids.copy()
     changed[80:] = (changed[80:] + 1) % 50
     assert np.array_equal(model(ids)[:64], model(changed)[:64])  # whole blocks of rows
@@ -104,7 +104,7 @@ def test_float32_stays_float32(model, ids):
     assert 0 < error < 1e-4
 
 
-def test_every_weight_matters(model, ids):
+def test_every_weight_changes_the_logits(model, ids):
     """No weight is loaded and then forgotten: changing any one array changes the logits."""
     full = model(ids)
     for path in weights(model):
@@ -116,7 +116,7 @@ def test_every_weight_matters(model, ids):
         assert not np.allclose(changed(ids), full, rtol=1e-9), path
 
 
-def test_the_context_is_a_limit(model):
+def test_sequence_longer_than_context_is_refused(model):
     state = model.new_state()
     model.next_logits(np.zeros(160, int), state)
     with pytest.raises(MinitxError, match="161 tokens"):
@@ -124,11 +124,11 @@ def test_the_context_is_a_limit(model):
     assert state.position == 160 and {layer.count for layer in state.layers} == {160}
 
 
-def test_shapes_are_those_of_the_built_model(model):
+def test_shapes_equal_those_of_the_built_model(model):
     assert shapes(model.config) == {path: w.shape for path, w in weights(model).items()}
 
 
-def test_tied_head_is_the_embedding():
+def test_tied_head_shares_the_embedding():
     model = random_model(Config(**LLAMA | dict(tied=True)))
     assert model.head.w is model.embed.w
     assert "head.w" not in weights(model)
@@ -156,7 +156,7 @@ def slow_attention(q, k, v, scale):
 
 @pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("T, S", [(1, 1), (1, 9), (5, 5), (5, 9), (70, 70), (130, 140)])
-def test_attention_is_its_definition(H, K, T, S):
+def test_attention_equals_its_definition(H, K, T, S):
     rng = np.random.default_rng(T + S)
     q, k, v = (rng.standard_normal(s) for s in [(H, T, 6), (K, S, 6), (K, S, 6)])
     assert np.allclose(ops.attention(q, k, v, 0.4), slow_attention(q, k, v, 0.4), atol=1e-12)
@@ -168,13 +168,13 @@ def test_attention_with_large_scores_does_not_overflow():
     assert np.isfinite(ops.attention(q, k, k, 1.0)).all()
 
 
-def test_a_row_of_padding_gives_numbers():
+def test_padding_row_gives_finite_numbers():
     q = np.ones((2, 1, 4, 2))
     out = ops.attention(q, q, q, 1.0, padded_mask(np.array([0, 3]), 4))
     assert np.isfinite(out).all()
 
 
-def test_erf_against_math():
+def test_erf_equals_math_erf():
     import math
 
     x = np.concatenate([np.linspace(-7, 7, 20001), [0.0, 1e-300, 30.0, -1e6]])
@@ -185,12 +185,12 @@ def test_erf_against_math():
     np.testing.assert_array_equal(found, [np.nan, 1, -1])  # what is no number stays visible
 
 
-def test_swiglu_is_silu_times_up():
+def test_swiglu_equals_silu_times_up():
     x, y = np.random.default_rng(0).standard_normal((2, 50))
     assert np.allclose(ops.swiglu(x, y), ops.silu(x) * y, rtol=1e-14)
 
 
-def test_layer_memory_is_rewound():
+def test_rewind_reaches_layer_memory():
     class Count:
         def __init__(self):
             self.seen = 5
@@ -240,16 +240,16 @@ def test_drawing_folds_equal_blocks():
         (dict(context=True), "context = True"),
     ],
 )
-def test_bad_configurations_are_refused(change, words):
+def test_bad_config_is_refused(change, words):
     with pytest.raises(MinitxError, match=words):
         Config(**LLAMA | change)
 
 
-def test_the_best_next_token_is_that_of_the_last_row(model, ids):
+def test_next_argmax_equals_argmax_of_last_row(model, ids):
     assert model.next_argmax(ids) == model(ids)[-1].argmax()
 
 
-def test_filling_remembers_what_running_remembers(model, ids):
+def test_backfill_stores_the_same_keys_and_values_as_running(model, ids):
     """A block's ``backfill`` leaves the keys and values that the block would, and no more."""
     block = model.stack.blocks[0]
     x = model.embed(ids, slice(0, len(ids)))

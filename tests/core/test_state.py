@@ -34,19 +34,19 @@ def held(layer):
 # Tokens ------------------------------------------------------------------------------------------
 
 
-def test_tokens_consecutive_are_a_slice():
+def test_consecutive_tokens_are_a_slice():
     tokens = Tokens(slice(3, 6))
     assert tokens.lookup == slice(3, 6) and tokens.end == 6 and len(tokens) == 3
     assert tokens.array.tolist() == tokens.own.tolist() == [3, 4, 5]
 
 
-def test_tokens_of_a_padded_batch_count_from_each_rows_start():
+def test_positions_in_padded_batch_start_at_each_sequence():
     tokens = Tokens(slice(1, 4), np.array([0, 2]))
     assert tokens.own.tolist() == [[1, 2, 3], [-1, 0, 1]]  # negative: padding
     assert tokens.lookup.tolist() == [[1, 2, 3], [0, 0, 1]]  # padding looks at 0
 
 
-def test_some_of_the_tokens_keep_their_positions():
+def test_subset_of_tokens_keeps_positions():
     tokens = Tokens(slice(5, 9)).only(np.array([0, 3]))
     assert tokens.array.tolist() == [5, 8] and len(tokens) == 2 and tokens.end == -1
     assert Tokens(slice(5, 9)).only(np.array([False, True, True, False])).array.tolist() == [6, 7]
@@ -55,14 +55,14 @@ def test_some_of_the_tokens_keep_their_positions():
 # Rows --------------------------------------------------------------------------------------------
 
 
-def test_rows_in_order_need_no_positions():
+def test_cache_rows_in_order_store_no_positions():
     layer = filled(5)
     layer.take(2).store(*kv(2))
     assert layer.count == 7 and layer.row_positions is None and layer.mask() is None
     assert layer.row_tokens().positions == slice(0, 7)
 
 
-def test_rows_out_of_order_know_their_positions():
+def test_cache_rows_out_of_order_know_positions():
     """Tokens 0, 1, 4 first, then 2 and 3, which come late (token skipping)."""
     layer = Layer(20)
     for positions in ([0, 1], [4], [2, 3]):
@@ -81,7 +81,7 @@ def test_rows_out_of_order_know_their_positions():
     assert held(layer) == [[0, 1, 2]] * 2 and layer.row_positions.tolist() == [0, 1, 2]
 
 
-def test_attention_over_rows_in_any_order_is_the_same():
+def test_attention_is_independent_of_row_order():
     """Shuffled cache rows, masked by their positions, give what ordered rows give."""
     q, (k, v) = RNG.standard_normal((4, 3, 4)), kv(8)
     ordered = Layer(8)
@@ -97,7 +97,7 @@ def test_attention_over_rows_in_any_order_is_the_same():
     np.testing.assert_allclose(found, expected, atol=1e-14)
 
 
-def test_only_visible_rows_are_seen():
+def test_only_visible_rows_are_attended():
     layer = filled(6)
     layer.visible = np.array([0, 2, 5])
     assert held(layer) == [[0, 2, 5]] * 2
@@ -106,7 +106,7 @@ def test_only_visible_rows_are_seen():
     assert layer.mask().tolist() == [[False, False, True], [False, False, False]]
 
 
-def test_kept_rows_stay_and_memory_is_given_back():
+def test_keep_frees_other_rows_and_their_memory():
     layer = filled(200, capacity=1000)
     assert layer.keys.shape[-2] == 1000
     layer.keep(np.array([0, 1, 198, 199]))
@@ -116,7 +116,7 @@ def test_kept_rows_stay_and_memory_is_given_back():
     assert layer.count == 44 and layer.row_positions.tolist()[:5] == [0, 1, 198, 199, 200]
 
 
-def test_rows_kept_by_head_differ_and_so_does_the_mask():
+def test_rows_kept_per_head_give_a_mask_per_head():
     layer = filled(5)
     layer.keep(np.array([[0, 3, 4], [1, 2, 4]]))
     assert held(layer) == [[0, 3, 4], [1, 2, 4]]
@@ -128,7 +128,7 @@ def test_rows_kept_by_head_differ_and_so_does_the_mask():
     assert held(layer) == [[0, 4], [2, 4]]
 
 
-def test_a_padded_batch_hides_padding_from_everyone():
+def test_padding_is_masked_in_a_padded_batch():
     layer = Layer(6, start=np.array([0, 2])).take(3)
     layer.store(*kv(3, lead=(2,)))
     mask = layer.mask()  # (B, 1, 1, T, S)
@@ -141,7 +141,7 @@ def test_a_padded_batch_hides_padding_from_everyone():
 # Going back, and forking -------------------------------------------------------------------------
 
 
-def test_rewinding_before_freed_rows_is_refused_by_name():
+def test_rewind_past_freed_rows_is_refused_by_name():
     state = State(2, 20)
     state.take(10)
     state.position = 10
@@ -161,7 +161,7 @@ def test_rewinding_before_freed_rows_is_refused_by_name():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_position_beyond_the_context_is_refused(family):
+def test_position_beyond_context_is_refused(family):
     """By the core: learned positions would give empty logits, silently."""
     model = tiny_model(family)
     state = model.new_state()
@@ -174,7 +174,7 @@ def test_a_position_beyond_the_context_is_refused(family):
         model([1] * 49)
 
 
-def test_the_state_knows_where_the_prompt_ends():
+def test_state_knows_prompt_length():
     seen = []
 
     class Loop(type(tiny_lm().decode)):
@@ -187,7 +187,7 @@ def test_the_state_knows_where_the_prompt_ends():
     assert seen == [(3, 0)]
 
 
-def test_a_fork_shares_nothing_that_changes():
+def test_fork_shares_no_mutable_data():
     lm = tiny_lm(dtype=np.float64)
     ids = RNG.integers(0, 258, 30)
     state = lm.model.new_state()
@@ -202,7 +202,7 @@ def test_a_fork_shares_nothing_that_changes():
     assert (early.position, state.position) == (16, 30)
 
 
-def test_cache_bytes_are_those_of_the_rows_in_use():
+def test_cache_bytes_count_rows_in_use():
     lm = tiny_lm()
     state = lm.model.new_state()
     assert state.cache_bytes == state.bytes_per_token == 0
@@ -216,7 +216,7 @@ def test_cache_bytes_are_those_of_the_rows_in_use():
 # Decoding ----------------------------------------------------------------------------------------
 
 
-def test_decoding_goes_on_from_a_warm_state():
+def test_decoding_continues_from_a_warm_state():
     """The state holds the first tokens of the prompt: they are not run again."""
     lm = tiny_lm(dtype=np.float64)
     prompt = RNG.integers(0, 258, 9).tolist()
@@ -229,12 +229,12 @@ def test_decoding_goes_on_from_a_warm_state():
         assert state.position == 9 + 6
 
 
-def test_a_sampler_knows_its_seed():
+def test_sampler_stores_its_seed():
     assert Sampler(seed=7).seed == 7 and Sampler().seed is None
 
 
 @pytest.mark.parametrize("T, S", [(130, 130), (70, 200), (3, 3)])
-def test_a_written_causal_mask_equals_the_built_in_one(T, S):
+def test_explicit_causal_mask_equals_built_in_mask(T, S):
     """Also in blocks of queries, of which the first do not see the last keys."""
     q, (k, v) = RNG.standard_normal((4, T, 4)), kv(S)
     mask = np.arange(S) > np.arange(S - T, S)[:, None]

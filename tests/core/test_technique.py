@@ -68,7 +68,7 @@ class Hidden(Part):
         return self.up(x)
 
 
-def test_levels_decide_the_order_whatever_the_order_of_the_flags(made_up):
+def test_levels_decide_the_order_not_the_flags(made_up):
     lm = tiny_lm()
     one = apply(lm, {"outer": True, "swallow": True, "inner": {"times": 3}})
     assert made_up == ["swallow", ("inner", 3, "a", None), ("outer", 1, "a", None)]
@@ -79,7 +79,7 @@ def test_levels_decide_the_order_whatever_the_order_of_the_flags(made_up):
     assert apply(lm, {"outer": False}) is lm
 
 
-def test_two_that_want_the_same_part_are_refused_by_name(made_up):
+def test_two_techniques_for_the_same_part_are_refused_by_name(made_up):
     with pytest.raises(MinitxError) as caught:
         apply(tiny_lm(), {"wants_swiglu": True, "swallow": True})
     assert str(caught.value) == (
@@ -104,14 +104,14 @@ def test_two_that_want_the_same_part_are_refused_by_name(made_up):
         ({"swallow": {"a": 1}}, "swallow has no option 'a'; it takes none."),
     ],
 )
-def test_wrong_options_are_one_sentence(made_up, options, message):
+def test_bad_options_are_refused_in_one_sentence(made_up, options, message):
     with pytest.raises(MinitxError, match=message) as caught:
         apply(tiny_lm(), options)
     assert "\n" not in str(caught.value)
     assert not made_up  # nothing is put in before everything is checked
 
 
-def test_numbers_of_numpy_are_numbers(made_up):
+def test_numpy_numbers_are_converted(made_up):
     apply(tiny_lm(), {"inner": {"times": np.int64(2), "share": np.float32(0.5)}})
     name, times, _, share = made_up[0]
     assert (times, share) == (2, 0.5) and type(times) is int and type(share) is float
@@ -119,7 +119,7 @@ def test_numbers_of_numpy_are_numbers(made_up):
         apply(tiny_lm(), {"inner": {"times": np.float64(2)}})
 
 
-def test_options_are_read_from_words(made_up):
+def test_options_are_parsed_from_words(made_up):
     read = find("inner").read
     assert read(["times=4", "mode=b", "share=0.5"]) == {"times": 4, "mode": "b", "share": 0.5}
     assert read(["share=None"]) == {"share": None}
@@ -139,7 +139,7 @@ def test_options_are_read_from_words(made_up):
             flag.read(wrong)
 
 
-def test_swap_counts_from_the_first_block_and_raises_without_any():
+def test_swap_visits_every_part_and_raises_without_any():
     lm = tiny_lm()
     numbered = wrap(lm, "ffn", lambda ffn, index: Wrapped(ffn, f"{index}"))
     assert [block.ffn.tag for block in numbered.model.stack.blocks] == ["0", "1"]
@@ -179,15 +179,16 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_load_puts_them_in(toy):
+def test_load_applies_techniques(toy):
     dense = minitx.load("toy")
     lm = minitx.load("toy", fold_norms=True, fuse_projections={})
-    assert "BareRMSNorm" in repr(lm) and "FusedQKV" in repr(lm) and "Bare" not in repr(dense)
+    assert "WeightlessRMSNorm" in repr(lm) and "FusedQKV" in repr(lm)
+    assert "Weightless" not in repr(dense)
     np.testing.assert_allclose(lm.logits([1, 2, 3]), dense.logits([1, 2, 3]), atol=1e-4)
     assert "Fused" not in repr(minitx.load("toy", fuse_projections=False))
 
 
-def test_flags_stand_anywhere(toy, capsys):
+def test_flags_may_be_anywhere(toy, capsys):
     for words in (
         ["generate", "--fold-norms", "Once", "-m", "toy", "-n", "5"],
         ["generate", "Once", "-m", "toy", "--fold-norms", "-n", "5", "--fuse-projections"],
@@ -211,7 +212,7 @@ def test_flags_stand_anywhere(toy, capsys):
         (["explain", "fold-norm"], "no technique 'fold-norm'; did you mean 'fold_norms'?"),
     ],
 )
-def test_wrong_flags_are_one_sentence(toy, capsys, words, message):
+def test_bad_flags_are_refused_in_one_sentence(toy, capsys, words, message):
     assert main(words) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
@@ -228,4 +229,4 @@ def test_list_and_explain(capsys):
     assert text.startswith("--fold-norms (weights, exact)\n") and "arXiv 2407.09577" in text
     assert main(["explain", "fold_norms", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["exact"] is True and found["options"] == {} and found["Neutral"]
+    assert found["exact"] is True and found["options"] == {} and found["Fidelity"]

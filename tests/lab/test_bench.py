@@ -22,7 +22,7 @@ from minitx.threads import THREAD_VARIABLES
 
 TINY = dict(family="llama", vocab_size=20, width=8, layers=2, heads=2, kv_heads=1, head_width=4)
 TINY |= dict(hidden=12, context=40, rope_width=4, tied=True)
-PLAN = bench.Plan(decode=6, prefill=10, rounds=3, least=0.0)
+PLAN = bench.Repeats(decode=6, prefill=10, rounds=3, least=0.0)
 
 
 class Twin:
@@ -66,7 +66,7 @@ def test_bytes_per_token_by_hand():
     )
 
 
-def test_the_shapes_are_the_ones_that_are_announced():
+def test_bench_shapes_match_the_documentation():
     sizes = [(c.width, c.layers, c.heads, c.kv_heads, c.hidden, c.vocab_size) for c in bench.SHAPES]
     assert sizes == [
         (64, 5, 8, 4, 172, 512),
@@ -87,20 +87,20 @@ def test_speeds_and_ratios_by_hand():
     assert bench.compared(100, seconds, "a", []) == {"minitx_tokens_per_second": 50}
 
 
-def test_the_fraction_of_the_limit_by_hand():
+def test_bandwidth_fraction_by_hand():
     found = bench.limit(read=600, size=100, decode=[2.0, 3.0, 6.0], product=[0.25, 0.25, 0.5])
     assert found["minitx_bytes_per_second"] == 200
     assert found["product_bytes_per_second"] == 400
     assert found["fraction"] == {"median": 0.5, "lowest": 0.5, "highest": 0.75}
 
 
-def test_the_share_of_the_products_by_hand():
+def test_share_of_products_by_hand():
     found = bench.share(tokens=10, decode=[2.0, 4.0, 5.0], products=[0.1, 0.3, 0.25])
     assert found == {"median": 0.5, "lowest": 0.5, "highest": 0.75}
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_products_alone_are_those_of_one_token(tied):
+def test_products_alone_are_those_of_one_token(tied):
     model = random_model(Config(**TINY | dict(tied=tied)))
     products = 2 * (64 + 32 + 32 + 64 + 96 + 96 + 96) + 160  # as above, without norms and embedding
     with ledger.counting(model) as counts:
@@ -108,7 +108,7 @@ def test_the_products_alone_are_those_of_one_token(tied):
     assert counts.total() == ledger.Entry(products, 4 * products)
 
 
-def test_the_matrix_has_the_bytes_that_were_asked_for():
+def test_bandwidth_matrix_has_the_requested_bytes():
     for size in (1_000_000, 15_000_000):
         x, w = bench.factors(size)
         assert abs(w.nbytes / size - 1) < 0.01 and (x @ w).shape == (1, 4096)
@@ -128,7 +128,7 @@ class Ticking:
         return self.looks // self.every * self.tick
 
 
-def test_timing_divides_by_the_runs():
+def test_timed_divides_by_the_number_of_runs():
     runs = []
     spent = bench.timed(lambda: runs.append(sum(range(20_000))), least=0.05)
     assert len(runs) > 1 and 0.05 <= spent * len(runs) < 0.5
@@ -187,7 +187,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(bench, "find_rival", lambda: (None, "no torch here"))
 
 
-def test_the_command_prints_json(tiny, capsys):
+def test_bench_command_prints_json(tiny, capsys):
     assert main(["bench", "--quick", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["plan"] == {"decode": 6, "prefill": 10, "rounds": 3, "least": 0.0}
@@ -200,14 +200,14 @@ def test_the_command_prints_json(tiny, capsys):
     assert all(len(times) == 3 for times in shape["seconds"].values())
 
 
-def test_the_command_prints_tables(tiny, capsys):
+def test_bench_command_prints_tables(tiny, capsys):
     assert main(["bench", "--quick"]) == 0
     text = capsys.readouterr().out
     assert "8 x 2, 20" in text and "6 greedy tokens" in text and "10 tokens in one call" in text
     assert "Not compared with transformers: no torch here." in text
 
 
-def test_against_a_twin():
+def test_bench_compares_with_another_framework():
     found = bench.measure_all((Config(**TINY),), PLAN, Twin, bar=False) | {"not_compared": None}
     assert found["versions"]["twin"] == "1"
     (shape,) = found["shapes"]
@@ -218,7 +218,7 @@ def test_against_a_twin():
     assert "at least 6 of 6 greedy tokens match" in text and "twin 1" in text
 
 
-def test_the_ratio_is_to_the_faster_way_round_by_round():
+def test_ratio_is_to_the_faster_way_per_round():
     seconds = {"ours": [1.0, 2.0, 4.0], "slow": [9.0, 9.0, 9.0], "fast": [3.0, 4.0, 4.0]}
     found = bench.compared(100, seconds, "ours", ["slow", "fast"])
     assert found["transformers_way"] == "fast"
@@ -226,7 +226,7 @@ def test_the_ratio_is_to_the_faster_way_round_by_round():
     assert found["ratio"]["median"] == 2  # of 3/1, 4/2, 4/4
 
 
-def test_different_logits_are_refused():
+def test_bench_refuses_different_logits():
     class Wrong(Twin):
         off = 0.01
 
@@ -236,7 +236,7 @@ def test_different_logits_are_refused():
         bench.agree(np.array([1.0, np.nan]), np.ones(2), Config(**TINY))
 
 
-def test_it_runs_itself_again_with_one_thread(monkeypatch):
+def test_bench_reruns_itself_with_one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     calls = []
 
@@ -253,7 +253,7 @@ def test_it_runs_itself_again_with_one_thread(monkeypatch):
     assert [env[name] for name in THREAD_VARIABLES] == ["1"] * 5
 
 
-def test_a_busy_machine_and_a_missing_package_are_told(tiny):
+def test_report_notes_busy_machine_and_missing_package(tiny):
     found = bench.measure_all(bench.SHAPES, PLAN, None, bar=False) | {"not_compared": "none"}
     quiet = {"load": 0.1, "processor_share": 1.0}
     for change, told in (({}, False), ({"load": None}, False), ({"load": 2.0}, True)):
@@ -263,14 +263,14 @@ def test_a_busy_machine_and_a_missing_package_are_told(tiny):
     assert "(load 0.1 at the start, 50% of a CPU for this one" in as_text(found)
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # what an import of it then finds
     monkeypatch.delitem(sys.modules, "minitx.lab.bench_transformers", raising=False)
     rival, reason = bench.find_rival()
     assert rival is None and "torch" in reason and "minitx[reference]" in reason
 
 
-def test_columns_line_up():
+def test_report_columns_are_aligned():
     assert columns([["a", "bb"], ["ccc", "d"]]) == ["a    bb", "ccc   d"]
 
 
@@ -303,7 +303,7 @@ def test_importing_minitx_adds_little_to_numpy():
 
 @pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (6,), (3, 6), (2, 1, 6)])
 @pytest.mark.parametrize("large", [0, 10**9])
-def test_scores_are_products_with_every_row(monkeypatch, shape, large):
+def test_scores_equal_products_with_every_row(monkeypatch, shape, large):
     monkeypatch.setattr(fast, "LARGE", large)
     x, table = draw(*shape), draw(9, 6, seed=1)
     found = ops.scores(x, table)
@@ -317,7 +317,7 @@ def test_scores_are_products_with_every_row(monkeypatch, shape, large):
 @pytest.mark.parametrize("large", [0, 10**9])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_is_a_product_however_it_is_taken(monkeypatch, shape, large, order, bias):
+def test_linear_equals_product_in_every_case(monkeypatch, shape, large, order, bias):
     for name, value in dict(LARGE=large, FEW=2, MANY=4).items():
         monkeypatch.setattr(fast, name, value)
     x, w = draw(*shape), np.asarray(draw(6, 9, seed=1), order=order)
@@ -333,7 +333,7 @@ def test_linear_is_a_product_however_it_is_taken(monkeypatch, shape, large, orde
     check(ops.linear, x, w, *([b] if bias else []))
 
 
-def test_masks_are_kept_for_short_blocks_only():
+def test_masks_are_cached_for_short_blocks_only():
     fast.block_mask.cache_clear()
     k = v = draw(1, 200, 4)
     for T in range(1, 200):

@@ -73,14 +73,14 @@ NOT_ROUNDING = "does not shrink in float64, so it is not rounding"
 @pytest.mark.parametrize("reference", [LLAMA, GPT2, NEOX], ids=lambda r: r.name)
 @pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.parametrize("path", ["attn.qkv.v.w", "attn.out.w", "ffn.expand.up.w", "ffn.down.w"])
-def test_one_nudged_weight_is_found_in_its_block(reference, block, path):
+def test_check_locates_one_changed_weight(reference, block, path):
     def nudge(w):
         w[f"stack.blocks.{block}.{path}"][0, 0] += 0.05
 
     assert_bug(with_weights(reference, nudge), f"block {block}", NOT_ROUNDING)
 
 
-def test_a_nudge_below_the_rounding_of_float32_shows_in_float64():
+def test_check_sees_a_tiny_change_in_float64():
     def nudge(w):
         w["stack.blocks.1.ffn.down.w"][0, 0] += 1e-7
 
@@ -89,7 +89,7 @@ def test_a_nudge_below_the_rounding_of_float32_shows_in_float64():
     assert_bug(found, "block 1", "a constant has too few digits")
 
 
-def test_embedding_and_head():
+def test_check_locates_embedding_and_head():
     def token(w):
         w["embed.w"][LLAMA.ids[0], 3] += 0.01
 
@@ -105,17 +105,17 @@ def test_embedding_and_head():
 
 
 @pytest.mark.parametrize("reference", [LLAMA, NEOX], ids=lambda r: r.name)
-def test_wrong_rotary_base(reference):
+def test_check_finds_wrong_rope_base(reference):
     assert_bug(with_config(reference, rope_base=500000.0), "block 0", NOT_ROUNDING)
     found = with_config(reference, rope_base=10001.0)  # very slightly wrong
     assert_bug(found, "block 0")
 
 
-def test_wrong_rotary_width():
+def test_check_finds_wrong_rope_width():
     assert_bug(with_config(NEOX, rope_width=6), "block 0", NOT_ROUNDING)
 
 
-def test_wrong_epsilon():
+def test_check_finds_wrong_epsilon():
     assert_bug(with_config(LLAMA, norm_eps=1e-6), "block 0", NOT_ROUNDING)
     assert_bug(with_config(GPT2, norm_eps=1e-4), "block 0", NOT_ROUNDING)
     # The second norm is that before the first block's FFN; the last is the model's own.
@@ -129,7 +129,7 @@ def test_wrong_epsilon():
 
 
 @pytest.mark.parametrize("name", ["q", "k"])
-def test_swapped_heads(name):
+def test_check_finds_swapped_heads(name):
     d = LLAMA.config.head_width
 
     def swap(w):
@@ -139,7 +139,7 @@ def test_swapped_heads(name):
     assert_bug(with_weights(LLAMA, swap), "block 1", NOT_ROUNDING)
 
 
-def test_serial_for_parallel_and_another_activation():
+def test_check_finds_serial_blocks_and_wrong_activation():
     assert_bug(with_config(NEOX, parallel=False), "block 0", NOT_ROUNDING)
     assert_bug(with_config(NEOX, activation="gelu_tanh"), "block 0", NOT_ROUNDING)
 
@@ -155,7 +155,7 @@ class RopeThatForgets(Part):
         return self.rope(x, type(layer)(T)) if T == 1 else self.rope(x, layer)
 
 
-def test_what_only_decoding_gets_wrong():
+def test_check_finds_a_bug_in_decoding_only():
     def make(dtype):
         model = seeded_model(LLAMA.config, LLAMA.seed, dtype)
         return rebuild(model, lambda n: RopeThatForgets(n) if isinstance(n, Rope) else None)
@@ -186,7 +186,7 @@ class InType(Part):
         return self.f(y).astype(y.dtype) if y.dtype == self.dtype else y
 
 
-def test_lost_digits_are_rounding():
+def test_lost_digits_are_called_rounding():
     found = with_part(LLAMA, FFN, lambda ffn: InType(ffn, "float32", lambda y: y.astype("float16")))
     assert found.verdict == ROUNDING and found.bug is None
     assert found.explanation.startswith("Rounding, not a bug: float32 is off by up to ")
@@ -196,19 +196,19 @@ def test_lost_digits_are_rounding():
     assert "[DIFF]" in str(found) and "[OK]" in found.line()
 
 
-def test_float32_that_is_far_off_is_a_bug():
+def test_large_float32_error_is_called_a_bug():
     found = with_part(LLAMA, FFN, lambda ffn: InType(ffn, "float32", lambda y: y * 1.1))
     assert_bug(found, "block 1", "Only float32 is wrong")
 
 
-def test_single_precision_inside_float64_is_named():
+def test_float32_step_inside_float64_is_named():
     found = with_part(LLAMA, FFN, lambda ffn: InType(ffn, "float64", lambda y: y.astype("float32")))
     assert_bug(found, "block 1", "perhaps a step always runs in float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_is_a_bug_and_json_stays_json(dtype, bad):
+def test_nan_is_a_bug_and_json_stays_valid(dtype, bad):
     found = with_part(LLAMA, FFN, lambda ffn: InType(ffn, dtype, lambda y: y * 0 + bad))
     assert_bug(found, "block 1", "NaN or Inf")
     json.dumps(found.as_dict(), allow_nan=False)

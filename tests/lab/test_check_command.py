@@ -35,7 +35,7 @@ SOUND = check_model("random-llama-gqa")
 # Printing -----------------------------------------------------------------------------------------
 
 
-def test_text_of_a_sound_model(capsys):
+def test_check_report_of_a_correct_model(capsys):
     assert main(["check", "random-llama-gqa"]) == 0
     text = capsys.readouterr().out
     for stage in ("embedding", "block 0", "block 1", "block 2", "norm", "logits"):
@@ -47,7 +47,7 @@ def test_text_of_a_sound_model(capsys):
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_json_of_a_sound_model(capsys):
+def test_check_json_of_a_correct_model(capsys):
     assert main(["check", "--json", "random-gpt2-relu", "random-llama-mqa"]) == 0
     found = json.loads(capsys.readouterr().out)["models"]
     assert [m["name"] for m in found] == ["random-gpt2-relu", "random-llama-mqa"]
@@ -59,7 +59,7 @@ def test_json_of_a_sound_model(capsys):
     assert found[0]["greedy"] == {"tokens": 32, "same": {"float32": 32, "float64": 32}}
 
 
-def test_a_bug_gives_status_1_and_is_shown_in_full(capsys, monkeypatch):
+def test_bug_exits_1_with_a_full_report(capsys, monkeypatch):
     def broken(config, seed, dtype):
         return seeded_model(replace(config, norm_eps=1e-4), seed, dtype)
 
@@ -71,7 +71,7 @@ def test_a_bug_gives_status_1_and_is_shown_in_full(capsys, monkeypatch):
     assert "A bug: it first appears in block 0" in text
 
 
-def test_without_names_all_are_checked(capsys, monkeypatch):
+def test_check_without_names_checks_all(capsys, monkeypatch):
     monkeypatch.setattr(check, "shipped", lambda: {})
     names = [name for name in find_references() if name.startswith("random-")]
     monkeypatch.setattr(check, "find_references", lambda folder: dict.fromkeys(names))
@@ -121,13 +121,13 @@ def stages_of(dtype, ids):
     return run_stages(seeded_model(CONFIG, 5, dtype), ids).values()
 
 
-def test_model_in_a_folder(folders, capsys):
+def test_check_model_in_a_folder(folders, capsys):
     folder, references = folders
     assert check_models([folder], folder=references) == 0
     assert "[OK]   tokenizer: the same ids for 2 texts" in capsys.readouterr().out
 
 
-def test_another_tokenizer_is_a_bug(folders, capsys):
+def test_different_tokenizer_is_a_bug(folders, capsys):
     folder, references = folders
     write_tokenizer(ByteLevelBPE([*BYTES, b"on", b"ce"], [(111, 110)]), folder)
     assert check_models([folder], folder=references) == 1
@@ -136,7 +136,7 @@ def test_another_tokenizer_is_a_bug(folders, capsys):
     assert "[DIFF] tokenizer: other ids for 'Once upon a time'" in text
 
 
-def test_other_weights_are_not_compared(folders, capsys):
+def test_other_weights_are_refused(folders, capsys):
     folder, references = folders
     write_model(seeded_model(CONFIG, 6), folder, "F32")
     assert check_models([folder], folder=references) == 2
@@ -145,7 +145,7 @@ def test_other_weights_are_not_compared(folders, capsys):
     assert "tests/reference/make.py mine" in text
 
 
-def test_what_cannot_be_checked(folders, tmp_path, capsys):
+def test_models_without_reference_are_reported(folders, tmp_path, capsys):
     folder, references = folders
     other = Path(folder).rename(tmp_path / "unknown")
     assert check_models([str(other)], folder=references) == 2
@@ -158,7 +158,7 @@ def test_what_cannot_be_checked(folders, tmp_path, capsys):
     assert sound["verdict"] == AGREES
 
 
-def test_no_checkout(tmp_path, monkeypatch, capsys):
+def test_check_outside_a_checkout_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("minitx.lab.reference.FOLDER", tmp_path)
     assert main(["check"]) == 2
     captured = capsys.readouterr()
@@ -166,7 +166,7 @@ def test_no_checkout(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in captured.out + captured.err
 
 
-def test_another_size_is_refused():
+def test_other_sizes_are_refused():
     def with_size(**size):
         return compare(LLAMA, lambda dtype: seeded_model(replace(LLAMA.config, **size), 0, dtype))
 
@@ -189,7 +189,7 @@ def test_reference_round_trip(tmp_path):
     assert again.config == LLAMA.config and asdict(again.config) == asdict(LLAMA.config)
 
 
-def test_malformed_reference(tmp_path):
+def test_damaged_reference_is_refused(tmp_path):
     whole = (FOLDER / "random-llama-gqa.npz").read_bytes()
     path = tmp_path / "x.npz"
     np.savez(tmp_path / "part.npz", about=np.array("{}"), ids=LLAMA.ids)

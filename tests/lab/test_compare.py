@@ -15,7 +15,7 @@ from minitx.cli import main
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.lab import sweep as sweeps
-from minitx.lab.compare import Plan, compare, continuation, log_softmax
+from minitx.lab.compare import Workload, compare, continuation, log_softmax
 from minitx.lm import LM
 from minitx.model import FFN, TiedHead
 from minitx.technique import swap, technique
@@ -27,7 +27,7 @@ END = end_id(TOKENIZER)
 CONFIG = Config(
     "llama", len(TOKENIZER), 16, 2, 2, 1, 8, 24, 300, rope_width=8, tied=True, eos=(END,), bos=END
 )
-PLAN = Plan(stories=4, prompts=2, rounds=1)
+PLAN = Workload(stories=4, prompts=2, rounds=1)
 
 
 def story_lm(**changes) -> LM:
@@ -62,7 +62,7 @@ class Shifted(Part):
         return int(self(x).argmax())
 
 
-def test_the_same_model_is_identical():
+def test_compare_same_model_is_identical():
     lm = story_lm()
     found = compare(lm, lm, "nothing", PLAN, bar=False)
     assert found.identical and found.multiply_adds == 1
@@ -74,7 +74,7 @@ def test_the_same_model_is_identical():
     assert found.reading.dense == found.reading.changed
 
 
-def test_both_models_are_weighed():
+def test_compare_reports_memory_of_both_models():
     lm = story_lm()
     half = replace(lm, model=map_weights(lm.model, lambda w: w.astype(np.float16)))
     found = compare(lm, half, "", PLAN, bar=False)
@@ -87,7 +87,7 @@ def test_both_models_are_weighed():
     assert f"{found.size.weights / 1e6:.2f} MB of arrays ({found.memory:.2f}x)" in str(found)
 
 
-def test_what_is_left_out_is_missing_in_the_counts():
+def test_compare_counts_drop_with_skipped_work():
     lm = story_lm()
     changed = swap(lm, FFN, Left)
     found = compare(lm, changed, "", PLAN, bar=False)
@@ -135,7 +135,7 @@ def test_log_softmax_is_a_distribution():
     np.testing.assert_allclose(found[1], [1, 2, 3] - np.log(np.exp([1, 2, 3]).sum()))
 
 
-def test_without_a_tokenizer_it_is_refused():
+def test_compare_without_tokenizer_is_refused():
     lm = LM(random_model(CONFIG, 3))
     with pytest.raises(MinitxError, match="no tokenizer, so it cannot read stories"):
         compare(lm, lm, "", PLAN, bar=False)
@@ -190,7 +190,7 @@ def leave_out(monkeypatch):
     return module.find("leave_out")
 
 
-def test_settings_are_all_combinations(leave_out):
+def test_sweep_settings_are_all_combinations(leave_out):
     assert sweeps.settings(leave_out, ["n=0,2"]) == [{"n": 0}, {"n": 2}]
     assert sweeps.settings(leave_out, []) == [{}]
     for words, message in (
@@ -204,7 +204,7 @@ def test_settings_are_all_combinations(leave_out):
             sweeps.settings(leave_out, words)
 
 
-def test_a_sweep_is_a_comparison_for_each_setting(leave_out):
+def test_sweep_compares_each_setting(leave_out):
     lm = story_lm()
     points = sweeps.sweep(lm, leave_out, [{"n": 0}, {"n": 1}, {"n": 2}], PLAN, bar=False)
     costs = [p.cost for p in points]
@@ -224,7 +224,7 @@ def test_a_sweep_is_a_comparison_for_each_setting(leave_out):
     json.dumps(found)
 
 
-def test_a_picture_needs_matplotlib(leave_out, tmp_path):
+def test_sweep_picture_needs_matplotlib(leave_out, tmp_path):
     points = sweeps.sweep(story_lm(), leave_out, [{"n": 0}], PLAN, bar=False)
     try:
         import matplotlib  # noqa: F401

@@ -80,7 +80,7 @@ def test_published_totals_reads_and_factors(costs):
         assert all(cell in (None, n) for cell, n in zip(FACTORS[name], rounded))
 
 
-def test_cells_that_are_left_open(costs):
+def test_cells_that_the_paper_leaves_open(costs):
     for row, (name, expected) in BY_HAND.items():
         assert getattr(costs[name], row) == expected
     mistral, mixtral = costs["mistral"], costs["mixtral"]
@@ -90,7 +90,7 @@ def test_cells_that_are_left_open(costs):
     assert mistral.reads_with(16) == 16 * mistral.reads_with(1)
 
 
-def test_break_even_and_the_bound(costs):
+def test_break_even_and_bound(costs):
     assert costs["mistral"].break_even == 4096  # the width: it is serial
     assert round(costs["pythia"].break_even, 1) == 15_018.7
     for c in costs.values():
@@ -125,7 +125,7 @@ def test_learned_positions_and_a_tied_head(tmp_path):
     )
 
 
-def test_heads_that_do_not_fill_the_width(tmp_path):
+def test_heads_narrower_than_the_width(tmp_path):
     fields = FILES["mistral"] | {"hidden_size": 5000, "head_dim": 100, "num_key_value_heads": 4}
     c = FirstLayerCost(read_shape(write(tmp_path, fields)))
     assert c.eliminated == 5000 * (32 + 2 * 4) * 100
@@ -133,7 +133,7 @@ def test_heads_that_do_not_fill_the_width(tmp_path):
     assert c.break_even == 5000
 
 
-def test_kinds_of_model(tmp_path):
+def test_known_model_types(tmp_path):
     base = SIZES | {"vocab_size": 1000, "intermediate_size": 9, "max_position_embeddings": 64}
     for kind, known in KINDS.items():
         s = read_shape(write(tmp_path, base | {"model_type": kind}))
@@ -145,7 +145,7 @@ def test_kinds_of_model(tmp_path):
     assert not read_shape(write(tmp_path, serial)).parallel
 
 
-def test_an_unknown_kind_is_guessed_and_the_guess_is_told(tmp_path):
+def test_unknown_model_type_is_guessed_with_a_note(tmp_path):
     fields = FILES["mistral"] | {"model_type": "novel"}
     s = read_shape(write(tmp_path, fields))
     assert s.ffn_matrices == 3 and not s.parallel
@@ -179,7 +179,7 @@ def test_an_unknown_kind_is_guessed_and_the_guess_is_told(tmp_path):
         ({"word_embed_proj_dim": 512}, "'word_embed_proj_dim' is 512"),
     ],
 )
-def test_faulty_files(tmp_path, change, message):
+def test_bad_config_is_refused_by_field(tmp_path, change, message):
     path = write(tmp_path, FILES["mistral"] | change)
     with pytest.raises(MinitxError) as caught:
         read_shape(path)
@@ -211,7 +211,7 @@ def test_models_with_an_encoder(tmp_path):
 # The command -------------------------------------------------------------------------------------
 
 
-def test_the_command(run, workdir, costs):
+def test_cost_command(run, workdir, costs):
     path = write(workdir, FILES["pythia"])
     status, out, err = run("cost", "first-layer", "--config", path)
     assert (status, out, err) == (0, f"{costs['pythia']}\n", "")
@@ -224,10 +224,10 @@ def test_the_command(run, workdir, costs):
     }  # fmt: skip
     write(workdir, FILES["mixtral"])
     out = run("cost", "first-layer", "--config", workdir, "--parallel")[1]  # a folder will do
-    assert out == f"{costs['mixtral']}\n" and " 548x" in out and "too favourable" in out
+    assert out == f"{costs['mixtral']}\n" and " 548x" in out and "too favorable" in out
 
 
-def test_the_command_with_wrong_input(run, workdir):
+def test_cost_command_with_bad_input(run, workdir):
     for words, message in (
         (["first-layer"], "--config"),
         (["last-layer", "--config", "toy"], "first-layer"),

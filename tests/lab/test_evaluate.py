@@ -45,7 +45,7 @@ def answers(word=None):
     return [a for s in STORIES for a in s.answers if word is None or a.value == word]
 
 
-def test_a_model_that_knows_everything():
+def test_perfect_model_has_loss_zero_and_full_accuracy():
     r = evaluate(Knowing(STORIES), TOKENIZER, STORIES)
     assert set(r.by_kind.values()) == set(r.by_hops.values()) == {1.0}
     assert sum(r.answers.values()) == len(answers())
@@ -56,7 +56,7 @@ def test_a_model_that_knows_everything():
     assert r.gap == r.loss - r.floor < -0.5  # it knows what nobody can: the stories by heart
 
 
-def test_a_model_that_errs_on_one_word():
+def test_model_wrong_on_one_word():
     word = max((a.value for a in answers()), key=lambda w: len(answers(w)))
     r = evaluate(Knowing(STORIES, [word]), TOKENIZER, STORIES)
     for kind, accuracy in r.by_kind.items():
@@ -69,7 +69,7 @@ def test_a_model_that_errs_on_one_word():
     assert min(r.by_kind.values()) < 1
 
 
-def test_a_model_that_always_says_one_word():
+def test_model_that_always_predicts_one_word():
     places = [a.value for a in answers() if a.kind == "where1"]
     place = max(places, key=places.count)
     said = TOKENIZER.encode(" " + place, special=False)[0]
@@ -85,19 +85,19 @@ def test_a_model_that_always_says_one_word():
     assert 0 < r.by_kind["where1"] < 0.5 and r.by_kind["count"] == 0
 
 
-def test_a_model_that_knows_nothing_pays_log_v():
+def test_uniform_model_has_loss_log_v():
     r = evaluate(lambda ids: np.zeros((*ids.shape, V), np.float32), TOKENIZER, STORIES)
     assert r.loss == pytest.approx(np.log(V), rel=1e-6)
     assert r.answer_loss == pytest.approx(np.log(V), rel=1e-6)
 
 
-def test_the_guess_is_the_best_baseline():
+def test_guess_is_the_best_baseline():
     r = evaluate(Knowing(STORIES), TOKENIZER, STORIES)
     for kind, found in guess_baselines(STORIES).items():
         assert r.guess[kind] == max(found.values()) and f"{100 * r.guess[kind]:.1f} %" in str(r)
 
 
-def test_batches_do_not_matter():
+def test_evaluate_is_independent_of_batches():
     model = random_model(CONFIG, 2, np.float64)
     one, many = (evaluate(model, TOKENIZER, STORIES, n) for n in (1, 5000))
     assert one.by_kind == many.by_kind and one.answers == many.answers
@@ -106,7 +106,7 @@ def test_batches_do_not_matter():
     assert one.floor == pytest.approx(many.floor, rel=1e-12)
 
 
-def test_the_profile_is_that_of_shallower_models():
+def test_exit_profile_equals_shallower_models():
     model = random_model(CONFIG, 3)
     profile = exit_profile(model, TOKENIZER, STORIES)
     assert len(profile) == 3
@@ -117,7 +117,7 @@ def test_the_profile_is_that_of_shallower_models():
     assert "3 of 3" in str(Profile(profile))
 
 
-def test_an_lm_is_read_on_held_out_stories():
+def test_evaluate_model_reads_held_out_stories():
     lm = LM(random_model(CONFIG, 3), TOKENIZER)
     r = evaluate_model(lm, 3, "one_hop_tiny")
     wanted = list(islice(stories("evaluation", "one_hop_tiny", 0), 3))
@@ -126,7 +126,7 @@ def test_an_lm_is_read_on_held_out_stories():
     assert r.as_dict()["gap"] == r.gap
 
 
-def test_cutting_stories():
+def test_truncated_stories_count_whole_pieces():
     whole = encode(TOKENIZER, STORIES)
     cut = encode(TOKENIZER, STORIES, 20)
     for a, b, story in zip(whole, cut, STORIES):
@@ -135,7 +135,7 @@ def test_cutting_stories():
         assert a.ids[0] == a.ids[-1] == end_id(TOKENIZER)
 
 
-def test_refusals():
+def test_bad_input_is_refused():
     model = random_model(replace(CONFIG, context=40), 0)
     with pytest.raises(MinitxError, match="context is 40"):
         evaluate(model, TOKENIZER, STORIES)

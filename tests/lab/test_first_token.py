@@ -12,10 +12,10 @@ from minitx.cli import main
 from minitx.errors import MinitxError
 from minitx.lab import first_token as lab
 from minitx.lab.compare import forget
-from minitx.lab.first_token import Plan, first_token, prompts
+from minitx.lab.first_token import PromptSet, first_token, prompts
 from minitx.technique import apply
 
-PLAN = Plan(shared=20, own=5, prompts=3, rounds=2)
+PLAN = PromptSet(shared=20, own=5, prompts=3, rounds=2)
 BARE = dict(tokenizer=None)
 
 
@@ -24,7 +24,7 @@ def cached(lm, **options):
 
 
 @pytest.mark.parametrize("changes", [{}, BARE], ids=["stories", "random ids"])
-def test_prompts_share_their_beginning_and_nothing_after_it(changes):
+def test_prompts_share_only_their_prefix(changes):
     lm = tiny_lm(**changes)
     texts = prompts(lm, 20, 15, 4)
     assert [len(text) for text in texts] == [35] * 4
@@ -33,7 +33,7 @@ def test_prompts_share_their_beginning_and_nothing_after_it(changes):
     assert prompts(lm, 20, 15, 4) == texts, "they are always the same"
 
 
-def test_counts_are_those_of_a_new_prompt_and_of_a_known_beginning():
+def test_counts_for_new_prompt_and_shared_prefix():
     """25 tokens, of which 20 are known the second time: 5 are run, in which each product of a layer
     is 5/25; scores and values are 2 d (T - m) T in place of 2 d T T, which is 5/25 as well; the
     head reads one token both times."""
@@ -54,7 +54,7 @@ def test_counts_are_those_of_a_new_prompt_and_of_a_known_beginning():
     json.dumps(found.as_dict())
 
 
-def test_times_belong_to_the_first_prompt_and_to_those_after_it(monkeypatch):
+def test_times_for_new_prompt_and_shared_prefix(monkeypatch):
     """A clock that counts the tokens run instead of seconds."""
     dense = tiny_lm(**BARE)
     changed, seen = cached(dense), []
@@ -77,7 +77,7 @@ def test_times_belong_to_the_first_prompt_and_to_those_after_it(monkeypatch):
     assert seen == rounds * 2, "dense and changed take turns"
 
 
-def test_forget_reaches_every_store():
+def test_forget_clears_every_cache():
     lm = cached(tiny_lm(), megabytes=1.0)
     lm.generate(list(range(20)), 3)
     assert lm.decode.store.blocks
@@ -85,7 +85,7 @@ def test_forget_reaches_every_store():
     assert not lm.decode.store.blocks
 
 
-def test_a_comparison_begins_every_pass_with_an_empty_store(monkeypatch):
+def test_comparison_starts_every_pass_with_empty_caches(monkeypatch):
     from minitx.lab import compare
 
     dense, held, prompt = tiny_lm(**BARE), [], np.arange(9).tolist()
@@ -108,9 +108,12 @@ def test_a_comparison_begins_every_pass_with_an_empty_store(monkeypatch):
 @pytest.mark.parametrize(
     "plan, words",
     [
-        (Plan(shared=40, own=8), "leave room for a new token in the context of 48, got 40 and 8"),
         (
-            Plan(shared=20, own=5, prompts=1),
+            PromptSet(shared=40, own=8),
+            "leave room for a new token in the context of 48, got 40 and 8",
+        ),
+        (
+            PromptSet(shared=20, own=5, prompts=1),
             "prompts must be >= 2 (a new one and one with a known prefix), got 1",
         ),
     ],
@@ -121,10 +124,10 @@ def test_prompts_that_do_not_fit_are_refused(plan, words):
     with pytest.raises(MinitxError) as caught:
         first_token(lm, lm, "", plan, bar=False)
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert first_token(lm, lm, "", Plan(40, 7, 2, 1), bar=False).new.multiply_adds == 1
+    assert first_token(lm, lm, "", PromptSet(40, 7, 2, 1), bar=False).new.multiply_adds == 1
 
 
-def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
+def test_first_token_prints_a_table_or_json(monkeypatch, capsys):
     def load(name, tokenizer=None, dtype=np.float32, **wanted):
         return module.apply(tiny_lm(), wanted)
 

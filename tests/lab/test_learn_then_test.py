@@ -1,4 +1,4 @@
-"""Learn then Test: p-values by hand, a simulation of the guarantee, and calibration of a model."""
+"""Learn then Test: p-values by hand, a simulation of the guarantee, calibration of a model."""
 
 import math
 
@@ -23,11 +23,13 @@ from minitx.technique import apply
     "risk, n, p",
     [(0.02, 500, 0.00125), (0.03, 500, 0.0540), (0, 58, 0.0510), (0, 59, 0.0485)],
 )
-def test_p_values_by_hand(risk, n, p):
+def test_hoeffding_bentkus_p_values_by_hand(risk, n, p):
+    """delta = 0.05. The last two without any loss: e * 0.95^58 = 0.139 and exp(58 ln 0.95) =
+    0.0510, so Hoeffding's bound is the smaller; 0.0510 rejects nothing at 0.05, 0.0485 does."""
     assert hoeffding_bentkus(risk, n, 0.05) == pytest.approx(p, rel=0.005)
 
 
-def test_p_values_grow_with_the_risk_and_are_one_above_delta():
+def test_hoeffding_bentkus_grows_with_the_risk_and_is_one_above_delta():
     found = [hoeffding_bentkus(k / 200, 200, 0.1) for k in range(201)]
     assert all(a <= b for a, b in zip(found, found[1:])) and 0 < found[0]
     assert set(found[20:]) == {1.0} and found[19] <= 1
@@ -35,7 +37,7 @@ def test_p_values_grow_with_the_risk_and_are_one_above_delta():
 
 
 @pytest.mark.parametrize("n, p", [(1, 0.3), (7, 0.05), (40, 0.5), (500, 0.01)])
-def test_the_binomial_tail_sums_its_terms(n, p):
+def test_binomial_tail_is_the_sum_of_its_terms(n, p):
     terms = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
     for k in range(n + 1):
         assert binomial_tail(k, n, p) == pytest.approx(min(sum(terms[: k + 1]), 1), abs=1e-12)
@@ -44,12 +46,12 @@ def test_the_binomial_tail_sums_its_terms(n, p):
 @pytest.mark.parametrize(
     "values", [(-0.1, 5, 0.1), (1.2, 5, 0.1), (0, 0, 0.1), (0, 5, 0), (0, 5, 1)]
 )
-def test_losses_and_bounds_that_make_no_sense_are_refused(values):
-    with pytest.raises(MinitxError, match="cannot be tested"):
+def test_hoeffding_bentkus_refuses_losses_and_bounds_out_of_range(values):
+    with pytest.raises(MinitxError, match="needs a mean loss in"):
         hoeffding_bentkus(*values)
 
 
-def test_the_first_failure_ends_the_sequence():
+def test_fixed_sequence_stops_at_the_first_failure():
     asked = []
 
     def p_values():
@@ -57,15 +59,17 @@ def test_the_first_failure_ends_the_sequence():
             asked.append(p)
             yield p
 
-    assert fixed_sequence(p_values(), 0.05) == 2 and asked == [0.01, 0.05, 0.06]
+    assert fixed_sequence(p_values(), 0.05) == 2
+    assert asked == [0.01, 0.05, 0.06], "later p-values should not be computed"
     assert fixed_sequence([0.2, 0.0], 0.05) == 0
     assert fixed_sequence([0.01] * 3, 0.05) == 3
     assert fixed_sequence([math.nan], 0.05) == 0
 
 
-def test_the_guarantee_holds_and_the_naive_rule_breaks_it():
-    """Settings whose true risks run from .005 to .12; a text's loss is 1 with that chance. A choice
-    whose true risk is above delta is a violation."""
+def test_guarantee_holds_and_is_broken_by_the_naive_rule():
+    """Settings with true risks from .005 to .12, the probability that a text's loss is 1. A choice
+    whose true risk is above delta is a violation. The naive rule takes the loosest setting whose
+    empirical risk is at most delta."""
     draws, n, delta, epsilon = 2000, 500, 0.05, 0.05
     risks = np.array([0.005, 0.01, 0.02, 0.03, 0.035, 0.04, 0.045, 0.049, 0.052, 0.06, 0.08, 0.12])
     u = np.random.default_rng(0).random((draws, n)).astype(np.float32)
@@ -77,14 +81,15 @@ def test_the_guarantee_holds_and_the_naive_rule_breaks_it():
         violated += safe > 0 and risks[safe - 1] > delta
         useful += safe > 2
         naive += risks[np.flatnonzero(row <= delta * n)[-1]] > delta
-    assert violated / draws <= epsilon + 3 * math.sqrt(epsilon * (1 - epsilon) / draws)
+    bound = epsilon + 3 * math.sqrt(epsilon * (1 - epsilon) / draws)
+    assert violated / draws <= bound, "the guarantee is violated"
     assert naive / draws > 0.25 and useful / draws > 0.9
 
 
-# Of a model --------------------------------------------------------------------------------------
+# Calibrating a model -----------------------------------------------------------------------------
 
 TEXTS = np.random.default_rng(1).integers(0, 258, (60, 12)).tolist()
-STATIC = dict(measure="random", first=3)  # threshold 0: all leave after three layers
+STATIC = dict(measure="random", first=3)  # threshold=0: all exit after three layers
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,7 @@ def lm():
     return LM(tiny_model(layers=4), TOKENIZER)
 
 
-def test_a_loose_bound_takes_the_whole_grid(lm):
+def test_calibrate_takes_the_last_value_of_the_grid_if_the_bound_is_loose(lm):
     found = calibrate(lm, TEXTS, 0.99, grid=(0.9, 0.5, 0.0), **STATIC)
     assert found.options == STATIC | {"threshold": 0.0}
     assert [value for value, _, _ in found.tested] == [0.9, 0.5, 0.0]
@@ -101,14 +106,14 @@ def test_a_loose_bound_takes_the_whole_grid(lm):
     assert found.tested[-1][1] == pytest.approx(np.mean(risks)) and 0 < np.mean(risks) < 0.99
 
 
-def test_a_bound_that_nothing_keeps_leaves_the_model_as_it_is(lm):
+def test_calibrate_falls_back_to_neutral_if_no_value_is_safe(lm):
     found = calibrate(lm, TEXTS, 0.0001, grid=(0.0,), **STATIC)
     assert found.options == STATIC | {"threshold": 1.1} and len(found.tested) == 1
     changed = apply(lm, {"early_exit": found.options})
     np.testing.assert_array_equal(changed.logits(TEXTS[0]), lm.logits(TEXTS[0]))
 
 
-def test_a_bound_between_stops_between(lm):
+def test_calibrate_stops_at_the_first_value_that_is_not_safe(lm):
     grid = (0.99, 0.9, 0.7, 0.5, 0.2, 0.0)
     risks = [row[1] for row in calibrate(lm, TEXTS, 0.99, grid=grid, **STATIC).tested]
     found = calibrate(lm, TEXTS, risks[2] + 0.2, grid=grid, **STATIC)
@@ -118,7 +123,7 @@ def test_a_bound_between_stops_between(lm):
     assert last[2] > 0.05 or len(found.tested) == len(grid)
 
 
-def test_other_techniques_can_be_calibrated(lm):
+def test_calibrate_works_for_other_techniques(lm):
     found = calibrate(lm, TEXTS, 0.9, grid=(0.99,), technique="ffn_skip", warm_up=2, cold_start=1)
     assert found.options["threshold"] in (0.99, 1.1)
 
@@ -126,21 +131,21 @@ def test_other_techniques_can_be_calibrated(lm):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (dict(delta=0.0), "delta"),
-        (dict(epsilon=1.0), "epsilon"),
-        (dict(texts=[]), "no texts"),
+        (dict(delta=0.0), "delta must be between 0 and 1; got 0"),
+        (dict(epsilon=1.0), "epsilon must be between 0 and 1; got 1"),
+        (dict(texts=[]), "at least one text"),
         (dict(technique="exact_head"), "fall back"),
         (dict(technique="early"), "no technique"),
         (dict(grid=(-1.0,)), "threshold"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused(lm, change, match):
+def test_calibrate_refuses_bad_arguments_in_one_sentence(lm, change, match):
     with pytest.raises(MinitxError, match=match) as refused:
         calibrate(lm, **dict(texts=TEXTS[:2], delta=0.1) | change)
     assert "\n" not in str(refused.value)
 
 
-def test_the_default_grid_begins_with_the_safest():
+def test_calibrate_default_grid_begins_with_the_safest_value():
     grid = calibrate.__kwdefaults__ or module.calibrate.__defaults__
     (values,) = [value for value in grid if isinstance(value, tuple)]
     assert list(values) == sorted(values, reverse=True) and values[0] < 1

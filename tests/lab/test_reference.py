@@ -21,7 +21,7 @@ RANDOM = {n: read_reference(path) for n, path in FILES.items() if n.startswith("
 COMPARED = [n for n, f in shipped().items() if not read_config(f / "config.json").skipless]
 
 
-def test_every_shipped_model_has_a_reference_and_every_reference_a_model():
+def test_shipped_models_and_references_match():
     assert set(FILES) == set(RANDOM) | set(COMPARED)
     assert set(shipped()) - set(COMPARED) == {"stories-skipless"}
 
@@ -41,7 +41,7 @@ def test_model_agrees_with_its_reference(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_reference_is_what_it_says(name):
+def test_reference_matches_its_description(name):
     r = read_reference(FILES[name])
     T, rows = len(r.ids), r.rows
     assert T > 64, "longer than the block of queries that attention handles at a time"
@@ -59,7 +59,7 @@ def test_reference_is_what_it_says(name):
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_prompt_of_a_shipped_model(name):
+def test_reference_prompt_is_text(name):
     r = read_reference(FILES[name])
     lm = minitx.load(name)
     (prompt, _), (story, _), (hard, _) = r.about["texts"]

@@ -1,8 +1,8 @@
-"""Early exit, literally: one token at a time, one layer at a time, in plain loops.
+"""CALM's early exit, one token and one layer at a time, in the paper's steps and with Python loops.
 
-Only the dense model's blocks, norm and head are taken from minitx. Keys and values are never filled
-in: a token that has left is run through a layer's attention and feed-forward network in the dense
-way, from the state that it left with, and what comes out is thrown away.
+Only the blocks, norm and head of the dense model are used. The keys and values of skipped layers
+are computed in the dense way: a token that has exited still runs every later layer, always from its
+exit state, so that each layer caches keys and values made from that state. The output is dropped.
 """
 
 import math
@@ -10,10 +10,10 @@ import math
 import numpy as np
 
 
-def gap(z) -> float:
-    """The softmax's largest less its second largest, over Python floats."""
-    top = float(max(z))
-    e = sorted(math.exp(float(v) - top) for v in z)
+def softmax_gap(logits) -> float:
+    """p1 - p2: the largest entry of the softmax minus the second largest."""
+    largest = max(float(z) for z in logits)
+    e = sorted(math.exp(float(z) - largest) for z in logits)
     return (e[-1] - e[-2]) / sum(e)
 
 
@@ -22,39 +22,41 @@ def cosine(a, b) -> float:
     return dot / math.sqrt(sum(float(p) ** 2 for p in a) * sum(float(q) ** 2 for q in b))
 
 
-def lam(threshold, tau, N, t) -> float:
-    if tau is None:
+def threshold_at(t, threshold, decay, horizon) -> float:
+    """Constant, or falling with the position t (CALM: decay is tau, horizon is N)."""
+    if decay is None:
         return threshold
-    return min(max(0.9 * threshold + 0.1 * math.exp(-tau * t / N), 0.0), 1.0)
+    return min(max(0.9 * threshold + 0.1 * math.exp(-decay * t / horizon), 0.0), 1.0)
 
 
-def run(model, ids, measure, threshold, tau, N, first, every, warm_up):
-    """The dense ``model`` with copied states: logits (T, V), and after how many layers each token
-    left (T,)."""
+def run(model, ids, measure, threshold, decay, horizon, first, every, warm_up):
+    """Logits (T, V) of the dense ``model`` with early exit, kv_fill=copy, and the number of layers
+    that each token ran (T,)."""
     L, state = len(model.stack.blocks), model.new_state()
     logits, depths = [], []
     for t, token in enumerate(ids):
-        h = [model.embed(np.array([token]), slice(t, t + 1))]
-        left = None
+        h = [model.embed(np.array([token]), slice(t, t + 1))]  # h[i] (1, D): after i layers
+        exited_after = None
         for i in range(L):
-            block, layer = model.stack.blocks[i], state.layers[i]
-            if left is None and t >= warm_up and i >= first and (i - first) % every == 0:
+            may_exit = t >= warm_up and i >= first and (i - first) % every == 0
+            if exited_after is None and may_exit:
                 if measure == "softmax":
-                    c = gap(model.head(model.norm(h[i]))[0])
+                    confidence = softmax_gap(model.head(model.norm(h[i]))[0])
                 else:
-                    c = cosine(h[i][0], h[i - 1][0]) if i > 1 else -math.inf
-                if c >= lam(threshold, tau, N, t):
-                    left = i
-            out = block(h[i] if left is None else h[left], layer.take(1))
-            h.append(out)
-        left = L if left is None else left
-        depths.append(left)
-        logits.append(model.head(model.norm(h[left]))[0])
+                    confidence = cosine(h[i][0], h[i - 1][0]) if i > 1 else -math.inf
+                if confidence >= threshold_at(t, threshold, decay, horizon):
+                    exited_after = i
+            x = h[i] if exited_after is None else h[exited_after]
+            h.append(model.stack.blocks[i](x, state.layers[i].take(1)))
+        depth = L if exited_after is None else exited_after
+        depths.append(depth)
+        logits.append(model.head(model.norm(h[depth]))[0])
     return np.array(logits), np.array(depths)
 
 
-def teacher_forced(model, ids, depths):
-    """Logits (T, V) read off the dense model after so many layers (T,), of one dense pass."""
+def dense_after(model, ids, depths):
+    """Logits (T, V) of the dense model after so many layers (T,) each, in one pass over the ids.
+    That is what kv_fill=deferred gives: the keys and values are those of the dense model."""
     state, T = model.new_state(), len(ids)
     h = [model.embed(np.array(ids), slice(0, T))]
     for block, layer in zip(model.stack.blocks, state.layers):

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 
-def run(model, ids, left_out=()):
+def run(model, ids, dropped=()):
     """The dense ``model`` without some sub-layers: logits (T, V), the hidden states before and
     after each layer (L + 1 arrays), and around each sub-layer that runs (name -> two arrays)."""
     T, state, around = len(ids), model.new_state(), {}
@@ -19,10 +19,10 @@ def run(model, ids, left_out=()):
     for index, block in enumerate(model.stack.blocks):
         layer = state.layers[index].take(T)
         entering = x
-        if f"attn{index}" not in left_out:
+        if f"attn{index}" not in dropped:
             x = x + block.attn(entering, layer)
             around[f"attn{index}"] = entering, x
-        if f"ffn{index}" not in left_out:
+        if f"ffn{index}" not in dropped:
             if type(block).__name__ != "ParallelBlock":
                 entering = x  # in a parallel block the FFN reads what the attention read
             added = block.ffn(entering, layer)
@@ -67,11 +67,11 @@ def similarity(model, texts, names):
     return [mean_cosine(found[name] for found in around) for name in names]
 
 
-def loss(model, texts, left_out=()):
+def loss(model, texts, dropped=()):
     """Mean negative log-likelihood, in nats per token."""
     total, tokens = 0.0, 0
     for ids in texts:
-        logits = run(model, ids, left_out)[0]
+        logits = run(model, ids, dropped)[0]
         for row, target in zip(logits, ids[1:]):
             total += math.log(sum(math.exp(z - max(row)) for z in row)) + max(row) - row[target]
             tokens += 1
@@ -79,7 +79,7 @@ def loss(model, texts, left_out=()):
 
 
 def greedy(model, texts, units, count):
-    """SLEB. units: tuples of sub-layers. Gives the indices of those left out, in order."""
+    """SLEB. units: tuples of sub-layers. Returns the indices of those dropped, in order."""
     plan = []
     for _ in range(count):
         best, best_loss = None, math.inf

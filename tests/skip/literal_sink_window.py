@@ -9,7 +9,7 @@ import math
 
 
 def rotate(x, position, base):
-    """x (d,) with the pairs (i, i + d/2) turned by position * base^(-2i/d)."""
+    """x (d,) with the pairs (i, i + d/2) rotated by position * base^(-2i/d)."""
     half, out = len(x) // 2, list(x)
     for i in range(half):
         angle = position * base ** (-2 * i / len(x))
@@ -29,10 +29,10 @@ def attend(queries, keys, values, sinks, window, base=None, positions="cache"):
         for place, (position, key, _) in enumerate(cache):
             at, own = (place, len(cache) - 1) if positions == "cache" else (position, t)
             if base is None:
-                turned, query = key, q
+                rotated, query = key, q
             else:
-                turned, query = rotate(key, at, base), rotate(q, own, base)
-            scores.append(sum(a * b for a, b in zip(query, turned)) / math.sqrt(len(q)))
+                rotated, query = rotate(key, at, base), rotate(q, own, base)
+            scores.append(sum(a * b for a, b in zip(query, rotated)) / math.sqrt(len(q)))
         weights = [math.exp(s - max(scores)) for s in scores]
         total = sum(weights)
         outputs.append(

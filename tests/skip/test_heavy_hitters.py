@@ -8,7 +8,7 @@ from tiny import FAMILIES, in_chunks, tiny_lm
 import minitx
 from minitx import fast
 from minitx.errors import MinitxError
-from minitx.lab.compare import Plan, compare
+from minitx.lab.compare import Workload, compare
 from minitx.ledger import counting
 from minitx.model import Cache
 from minitx.skip.heavy_hitters import (
@@ -141,7 +141,9 @@ def test_rewind_before_the_last_step_is_refused_by_name():
     lm = apply(tiny_lm(), {"heavy_hitters": SMALL})
     state = lm.model.new_state()
     in_chunks(lm, IDS[:20], (12, 8), state)
-    with pytest.raises(MinitxError, match="heavy_hitters has freed what that needs; rewind to 12"):
+    with pytest.raises(
+        MinitxError, match="heavy_hitters has freed cache rows that this needs; rewind to 12"
+    ):
         state.rewind(11)
     state.rewind(0)
     np.testing.assert_allclose(lm.model(IDS[:9], state), lm.logits(IDS[:9]), rtol=1e-4, atol=1e-4)
@@ -188,7 +190,7 @@ def test_a_cache_in_few_bits_works_inside():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"heavy": -1}, "'heavy' of heavy_hitters is -1.*an integer, at least 0"),
+        ({"heavy": -1}, "heavy_hitters: heavy must be an integer, at least 0; got -1"),
         ({"choose": "last"}, "one of attention, random"),
     ],
 )
@@ -212,8 +214,26 @@ def test_on_stories_attention_keeps_better_rows_than_chance():
     for choose in ("attention", "random"):
         options = {"heavy": 64, "recent": 64, "choose": choose}
         lm = apply(dense, {"heavy_hitters": options})
-        found = compare(dense, lm, "", Plan(stories=4, prompts=1, rounds=1, chains=1), bar=False)
+        found = compare(
+            dense, lm, "", Workload(stories=4, prompts=1, rounds=1, chains=1), bar=False
+        )
         prices[choose] = found.reading.changed.loss - found.reading.dense.loss
         assert found.cache == pytest.approx(129 / 512, abs=0.01)
     assert prices["attention"] < 0.6 * prices["random"], prices
     assert prices["attention"] < 0.3, prices
+
+
+@pytest.mark.parametrize("family", ("gpt2", "gpt_neox"))
+def test_one_cached_head_for_several_key_heads_keeps_one_set_of_rows(family):
+    """absorb_products caches its input as one head of values: all key heads then evict alike."""
+    lm = tiny_lm(family, dtype=np.float64)
+    wanted = {"absorb_products": True, "heavy_hitters": {"heavy": 3, "recent": 3}}
+    changed = apply(lm, wanted)
+    state = changed.model.new_state()
+    for step in (IDS[:12], *([i] for i in IDS[12:20])):
+        logits = changed.model(np.array(step), state)
+        assert np.isfinite(logits).all()
+    layer = state.layers[0]
+    assert layer.count == 7, f"expected 3 + 3 rows and the new one, got {layer.count}"
+    positions = layer.row_positions
+    assert (positions == positions[..., :1, :]).all(), "heads of one cached head differ in rows"

@@ -20,13 +20,13 @@ from minitx.model import Block, Stack
 from minitx.precompute.first_layer import first_layer
 from minitx.skip.layer_skip import (
     CRITERIA,
-    LeftOut,
+    Dropped,
     Unit,
     angular_distance,
     block_influence,
     cosine,
+    drop_units,
     layer_skip,
-    leave_out,
     loss,
     lowest,
     similarity,
@@ -55,16 +55,16 @@ def tiny_lm(family="llama", dtype=np.float64, layers=L, seed=1):
 
 
 def models(family="llama", dtype=np.float64, **options):
-    """(dense, with units left out), with six layers."""
+    """(dense, with units dropped), with six layers."""
     lm = tiny_lm(family, dtype)
     return lm, apply(lm, {"layer_skip": options})
 
 
-def left(lm) -> list[str]:
-    """The sub-layers that are left out, as words."""
+def dropped(lm) -> list[str]:
+    """The names of the sub-layers that are dropped."""
     blocks = enumerate(lm.model.stack.blocks)
     slots = [(f"{slot}{i}", getattr(b, slot, None)) for i, b in blocks for slot in ("attn", "ffn")]
-    return [name for name, node in slots if type(node) is LeftOut]
+    return [name for name, node in slots if type(node) is Dropped]
 
 
 def close(found, expected, what, tolerance=1e-10):
@@ -176,7 +176,7 @@ def test_cosine_of_parallel_vectors_is_at_most_1():
 @each_drop
 def test_logits_equal_the_literal_version(family, options):
     dense, lm = models(family, **options)
-    close(lm.logits(IDS), literal.run(dense.model, IDS, left(lm))[0], "logits differ")
+    close(lm.logits(IDS), literal.run(dense.model, IDS, dropped(lm))[0], "logits differ")
 
 
 @family
@@ -207,7 +207,7 @@ def test_greedy_plan_equals_the_literal_version(family, unit):
 
 
 def test_no_plan_is_better_than_the_best_of_all():
-    """30 random nets of six layers, three left out, on text that each net wrote itself."""
+    """30 random nets of six layers, three dropped, on text that each net generated itself."""
     losses: dict[str, list] = {"exhaustive": [], "greedy": [], "influence": [], "angular": []}
     for seed in range(30):
         lm = uneven_lm(seed)
@@ -215,10 +215,10 @@ def test_no_plan_is_better_than_the_best_of_all():
         texts = [p + n for p, n in zip(prompts, lm.generate(prompts, 16, temperature=1.0, seed=0))]
         units = units_of(lm, "layer")
         pairs = itertools.combinations(units, 3)
-        losses["exhaustive"].append(min(loss(leave_out(lm, pair), texts) for pair in pairs))
+        losses["exhaustive"].append(min(loss(drop_units(lm, pair), texts) for pair in pairs))
         for choose in ("greedy", "influence", "angular"):
             plan = CRITERIA[choose](lm, units, 3, texts)
-            losses[choose].append(loss(leave_out(lm, plan), texts))
+            losses[choose].append(loss(drop_units(lm, plan), texts))
     best = np.array(losses["exhaustive"])
     for choose in ("greedy", "influence", "angular"):
         assert (np.array(losses[choose]) >= best).all(), f"{choose} beats the exhaustive search"
@@ -239,7 +239,7 @@ def uneven_lm(seed):
     return wrap(lm, "ffn", lambda node, index: scaled(node, "down", index))
 
 
-# What a unit left out is -------------------------------------------------------------------------
+# What a dropped unit is --------------------------------------------------------------------------
 
 
 @family
@@ -247,9 +247,9 @@ def uneven_lm(seed):
 def test_leaving_out_equals_zeroed_output_matrices_bit_for_bit(family, options):
     """A sub-layer whose last matrix and bias are zero adds nothing."""
     dense, lm = models(family, np.float32, **options)
-    zeroed = with_zeros(dense, left(lm))
+    zeroed = with_zeros(dense, dropped(lm))
     np.testing.assert_array_equal(lm.logits(IDS), zeroed.logits(IDS))
-    assert (lm.logits(IDS) != dense.logits(IDS)).any(), "nothing was left out"
+    assert (lm.logits(IDS) != dense.logits(IDS)).any(), "nothing was dropped"
     assert lm.generate(IDS[:5], 30) == zeroed.generate(IDS[:5], 30)
 
 
@@ -283,8 +283,8 @@ def test_without_any_layer_a_token_is_all_that_is_read(family):
 
 def test_the_tree_shows_what_runs_and_weights_are_gone():
     dense, lm = models(unit="both", drop="attn1,ffn5")
-    assert left(lm) == ["attn1", "ffn5"]
-    assert repr(lm).count("LeftOut") == 2
+    assert dropped(lm) == ["attn1", "ffn5"]
+    assert repr(lm).count("Dropped") == 2
     gone = nbytes(dense.model.stack.blocks[1].attn) + nbytes(dense.model.stack.blocks[5].ffn)
     rope = nbytes(dense.model.stack.blocks[1].attn.rope)  # shared with the other layers
     assert nbytes(dense) - nbytes(lm) == gone - rope
@@ -338,13 +338,13 @@ def test_a_ragged_batch_row_equals_the_row_alone(family, options):
 
 @family
 @each_drop
-def test_attention_left_out_stores_no_cache_rows(family, options):
+def test_dropped_attention_stores_no_cache_rows(family, options):
     dense, lm = models(family, **options)
     states = [model.new_state() for model in (dense.model, lm.model)]
     for model, state in zip((dense.model, lm.model), states):
         model(IDS[:9], state)
         model(IDS[9:10], state)
-    without = [f"attn{i}" in left(lm) for i in range(L)]
+    without = [f"attn{i}" in dropped(lm) for i in range(L)]
     assert [layer.keys is None for layer in states[1].layers] == without
     assert [layer.count for layer in states[1].layers] == [0 if gone else 10 for gone in without]
     share = 1 - sum(without) / L
@@ -360,7 +360,7 @@ def test_counted_cost_equals_the_formula_on_the_card(family, options):
     dense, lm = models(family, np.float32, **options)
     c = dense.model.config
     width, d, H, K = c.width, c.head_width, c.heads, c.kv_heads
-    attention, ffn = (sum(name.startswith(s) for name in left(lm)) for s in ("attn", "ffn"))
+    attention, ffn = (sum(name.startswith(s) for name in dropped(lm)) for s in ("attn", "ffn"))
     states = [model.new_state() for model in (dense.model, lm.model)]
     for S in (1, 2, 3, 12):
         step = IDS[states[0].position : S]
@@ -376,7 +376,7 @@ def test_counted_cost_equals_the_formula_on_the_card(family, options):
         assert saved == attention * per_attention + ffn * per_ffn, f"at {S} cached tokens"
         cache = before.total().cache_bytes - after.total().cache_bytes
         assert cache == attention * 2 * S * K * d * 4
-    assert after.events == {"sub-layers left out": attention + ffn}
+    assert after.events == {"sub-layers dropped": attention + ffn}
 
 
 def counted(lm, ids, state):
@@ -389,7 +389,7 @@ def test_the_event_counts_every_token_of_a_batch():
     _, lm = models(drop="1,4")
     with counting(lm) as counts:
         lm.logits(np.stack([IDS, OTHER]))
-    assert counts.events == {"sub-layers left out": 4 * 80}
+    assert counts.events == {"sub-layers dropped": 4 * 80}
 
 
 # Choosing ----------------------------------------------------------------------------------------
@@ -399,22 +399,22 @@ def test_defaults_are_one_layer_by_influence_and_sublayers_by_similarity():
     dense, lm = models()
     texts = texts_for("layer_skip", dense, 16)
     expected = int(np.argmin(literal.influence(dense.model, [ids[:48] for ids in texts])))
-    assert left(lm) == [f"attn{expected}", f"ffn{expected}"]
+    assert dropped(lm) == [f"attn{expected}", f"ffn{expected}"]
     for unit in ("attention", "ffn", "both"):
-        assert left(models(unit=unit)[1]) == left(models(unit=unit, choose="similarity")[1])
+        assert dropped(models(unit=unit)[1]) == dropped(models(unit=unit, choose="similarity")[1])
 
 
 def test_deepest_units_go_first_but_the_very_last_is_kept():
-    assert left(models(choose="last", count=2)[1]) == ["attn3", "ffn3", "attn4", "ffn4"]
-    assert left(models(choose="last", unit="ffn", count=1)[1]) == ["ffn4"]
-    assert left(models(choose="last", unit="both", count=2)[1]) == ["ffn4", "attn5"]
-    assert len(left(models(choose="last", count=5)[1])) == 10
+    assert dropped(models(choose="last", count=2)[1]) == ["attn3", "ffn3", "attn4", "ffn4"]
+    assert dropped(models(choose="last", unit="ffn", count=1)[1]) == ["ffn4"]
+    assert dropped(models(choose="last", unit="both", count=2)[1]) == ["ffn4", "attn5"]
+    assert len(dropped(models(choose="last", count=5)[1])) == 10
 
 
 def test_random_plans_follow_the_seed_and_reach_every_unit():
-    plans = [left(models(choose="random", unit="both", count=2, seed=s)[1]) for s in range(60)]
+    plans = [dropped(models(choose="random", unit="both", count=2, seed=s)[1]) for s in range(60)]
     assert all(len(set(plan)) == 2 for plan in plans)
-    assert plans[7] == left(models(choose="random", unit="both", count=2, seed=7)[1])
+    assert plans[7] == dropped(models(choose="random", unit="both", count=2, seed=7)[1])
     seen = [sum(name in plan for plan in plans) for name in map(str, units_of(tiny_lm(), "both"))]
     assert min(seen) >= 2 and max(seen) <= 22  # 10 of 60 expected for each of 12
 
@@ -432,7 +432,9 @@ def test_plans_are_chosen_from_the_model_as_it_stands(choose, monkeypatch):
     unit = "ffn" if choose == "similarity" else "layer"
     _, lm = models(choose=choose, unit=unit, count=2, stories=3)
     assert calls == [(6, 2, 3)]
-    assert left(lm) == (["ffn0", "ffn1"] if unit == "ffn" else ["attn0", "ffn0", "attn1", "ffn1"])
+    assert dropped(lm) == (
+        ["ffn0", "ffn1"] if unit == "ffn" else ["attn0", "ffn0", "attn1", "ffn1"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -445,7 +447,7 @@ def test_plans_are_chosen_from_the_model_as_it_stands(choose, monkeypatch):
     ],
 )
 def test_an_explicit_list_is_read(options, names):
-    assert left(models(**options)[1]) == names
+    assert dropped(models(**options)[1]) == names
 
 
 @pytest.mark.parametrize(
@@ -466,7 +468,7 @@ def test_an_explicit_list_is_read(options, names):
             dict(count=6, choose="last"),
             "at most 5 of the 6 layers .* since choose=last keeps the very last",
         ),
-        (dict(count=-1), "'count' of layer_skip is -1; it must be an integer, at least 0 or None"),
+        (dict(count=-1), "layer_skip: count must be an integer, at least 0, or None; got -1"),
         (
             dict(choose="influence", unit="attention"),
             "choose=influence does not rank attention sub-layers .unit=attention.; "
@@ -477,9 +479,9 @@ def test_an_explicit_list_is_read(options, names):
             dict(choose="similarity"),
             "choose=similarity does not rank layers .*use influence, angular, greedy, random or ",
         ),
-        (dict(choose="best"), "'choose' of layer_skip is 'best'; .*greedy, random, last or None"),
-        (dict(stories=0), "'stories' of layer_skip is 0; it must be an integer, at least 1"),
-        (dict(seed=-1), "'seed' of layer_skip is -1"),
+        (dict(choose="best"), "choose must be one of .*greedy, random, last, or None; got 'best'"),
+        (dict(stories=0), "layer_skip: stories must be an integer, at least 1; got 0"),
+        (dict(seed=-1), "layer_skip: seed must be an integer, at least 0; got -1"),
     ],
 )
 def test_refusals_are_one_clear_sentence(options, message):
@@ -490,7 +492,7 @@ def test_refusals_are_one_clear_sentence(options, message):
 
 def test_models_it_does_not_fit_are_refused():
     skipless = LM(tiny_model("skipless"), TOKENIZER)
-    with pytest.raises(MinitxError, match="layer_skip needs residual adds, and this model is skip"):
+    with pytest.raises(MinitxError, match="layer_skip needs residual connections and this"):
         apply(skipless, {"layer_skip": {"count": 0}})
     bare = replace(tiny_lm(), tokenizer=None)
     with pytest.raises(MinitxError, match="layer_skip learns .*use choose=random, choose=last"):
@@ -505,24 +507,24 @@ def test_models_it_does_not_fit_are_refused():
 @family
 @each_drop
 def test_first_layer_after_layer_skip_changes_nothing(family, options):
-    """A table of the first block is made after units are left out, whatever the order of flags."""
+    """A table of the first block is made after units are dropped, whatever the order of flags."""
     _, lm = models(family, **options)
     flags = {"first_layer": True, "layer_skip": options}
-    if "attn0" in left(lm):
+    if "attn0" in dropped(lm):
         with pytest.raises(MinitxError) as caught:
             apply(tiny_lm(family), flags)
         assert str(caught.value) == (
-            "first_layer needs a part of type Attention where layer_skip has put a LeftOut; "
+            "first_layer needs a part of type Attention where layer_skip has put a Dropped; "
             "use one of the two."
         )
         return
     both = apply(tiny_lm(family), flags)
-    assert left(both) == left(lm)
+    assert dropped(both) == dropped(lm)
     close(both.logits(IDS), lm.logits(IDS), "logits differ", 1e-12)
 
 
 @pytest.mark.parametrize("family, names", [("llama", "attn0,ffn0"), ("gpt2", "attn0,ffn0,attn2")])
-def test_a_block_with_a_table_can_be_left_out(family, names):
+def test_a_block_with_a_table_can_be_dropped(family, names):
     """As when a model that was written with first_layer is read again: the row of the table is
     split, and its hidden state goes on."""
     dense, lm = models(family, unit="both", drop=names)
@@ -531,10 +533,10 @@ def test_a_block_with_a_table_can_be_left_out(family, names):
     close(in_chunks(later, IDS, (5, 1, 34)), lm.logits(IDS), "chunks differ")
     with counting(later) as counts:
         later.logits(IDS)
-    assert counts.events == {"sub-layers left out": 40 * len(left(lm))}
+    assert counts.events == {"sub-layers dropped": 40 * len(dropped(lm))}
 
 
-def test_heads_wider_than_the_model_are_left_out_of_a_table():
+def test_heads_wider_than_the_model_are_dropped_from_a_table():
     dense = LM(tiny_model("llama", dtype=np.float64, layers=3, head_width=12, rope_width=12))
     lm = layer_skip(first_layer(dense), unit="attention", drop="0")
     close(lm.logits(IDS), layer_skip(dense, unit="attention", drop="0").logits(IDS), "differ")
@@ -542,36 +544,36 @@ def test_heads_wider_than_the_model_are_left_out_of_a_table():
 
 def test_a_table_refuses_what_it_cannot_give():
     table = first_layer(tiny_lm("gpt_neox"))
-    with pytest.raises(MinitxError, match="cannot leave out ffn0: block 0, a FirstParallelBlock,"):
+    with pytest.raises(MinitxError, match="cannot drop ffn0: block 0, a FirstParallelBlock,"):
         layer_skip(table, drop="0")
     with pytest.raises(MinitxError, match="choose=influence compares the hidden states .* a table"):
         layer_skip(table)
     with pytest.raises(MinitxError, match="choose=similarity compares the hidden states"):
         layer_skip(table, unit="attention")
-    assert len(left(layer_skip(table, unit="attention", choose="greedy", stories=2))) == 1
+    assert len(dropped(layer_skip(table, unit="attention", choose="greedy", stories=2))) == 1
 
 
-def test_ffn_skip_does_not_count_ffns_that_are_left_out():
-    flags = {"ffn_skip": dict(threshold=-2.0, k=2, warm_up=0, cold_start=1, cold_end=6)}
+def test_ffn_skip_does_not_count_dropped_ffns():
+    flags = {"ffn_skip": dict(threshold=-2.0, skip=2, warm_up=0, cold_start=1, cold_end=6)}
     lm = apply(tiny_lm(), flags | {"layer_skip": dict(unit="ffn", drop="2,4")})
     with counting(lm) as counts:
         lm.logits(IDS)
     # of FFNs 1, 3 and 5, the first is measured and the next two are skipped
-    assert counts.events["FFNs that may be skipped"] == 3 * 40
+    assert counts.events["skippable FFNs"] == 3 * 40
     assert counts.events["FFNs skipped"] == 2 * 40
-    assert counts.events["sub-layers left out"] == 2 * 40
+    assert counts.events["sub-layers dropped"] == 2 * 40
 
 
 TOGETHER = {
     "exit, copied": {"early_exit": dict(threshold=0.2, warm_up=3)},
-    "exit, deferred": {"early_exit": dict(threshold=0.2, warm_up=3, fill="deferred")},
-    "ffn_skip": {"ffn_skip": dict(threshold=0.8, k=2, warm_up=4, cold_start=1, cold_end=L)},
+    "exit, deferred": {"early_exit": dict(threshold=0.2, warm_up=3, kv_fill="deferred")},
+    "ffn_skip": {"ffn_skip": dict(threshold=0.8, skip=2, warm_up=4, cold_start=1, cold_end=L)},
     "quantize": {"quantize": dict(bits=8)},
     "elsa": {"elsa": dict(p=1.0)},
     "int8 cache": {"quantize_cache": dict(bits=8)},
     "all": {
         "quantize": dict(bits=8),
-        "ffn_skip": dict(threshold=0.8, k=2, warm_up=4, cold_start=1, cold_end=L),
+        "ffn_skip": dict(threshold=0.8, skip=2, warm_up=4, cold_start=1, cold_end=L),
         "first_layer": {},
         "early_exit": dict(threshold=0.2, warm_up=3),
     },
@@ -591,30 +593,30 @@ def test_chunks_and_rewinding_with_other_techniques(others):
     lm.model(OTHER[:5], state)
     state.rewind(20)
     np.testing.assert_array_equal(lm.model(IDS[20:30], state), expected)
-    assert all(state.layers[i].count == 0 for i in (1, 5)), "a layer left out has cache rows"
+    assert all(state.layers[i].count == 0 for i in (1, 5)), "a dropped layer has cache rows"
 
 
-@pytest.mark.parametrize("fill", ["copy", "deferred"])
+@pytest.mark.parametrize("kv_fill", ["copy", "deferred"])
 @each_drop
-def test_early_exit_with_units_left_out_equals_zeroed_weights(options, fill):
-    """Those who exit skip the same layers, and a layer left out has no rows to fill."""
-    flags = {"early_exit": dict(threshold=0.2, warm_up=3, fill=fill)}
+def test_early_exit_with_dropped_units_equals_zeroed_weights(options, kv_fill):
+    """Tokens exit after the same layers, and a dropped layer has no rows to backfill."""
+    flags = {"early_exit": dict(threshold=0.2, warm_up=3, kv_fill=kv_fill)}
     lm = apply(tiny_lm(), flags | {"layer_skip": options})
-    zeroed = apply(with_zeros(tiny_lm(), left(apply(tiny_lm(), {"layer_skip": options}))), flags)
+    zeroed = apply(with_zeros(tiny_lm(), dropped(apply(tiny_lm(), {"layer_skip": options}))), flags)
     close(lm.logits(IDS), zeroed.logits(IDS), "logits differ")
     with counting(lm) as counts:
         lm.logits(IDS)
     assert counts.events["layers skipped"] > 0
 
 
-def test_speculation_with_units_left_out_gives_the_same_text():
+def test_speculation_with_dropped_units_gives_the_same_text():
     for options in DROPS:
         dense, lm = models(dtype=np.float32, **options)
         both = apply(dense, {"layer_skip": options, "speculative": {}})
         assert both.generate(IDS[:5], 30) == lm.generate(IDS[:5], 30)
 
 
-def test_a_written_model_keeps_what_is_left_out(tmp_path):
+def test_a_written_model_keeps_the_dropped_units(tmp_path):
     _, lm = models(dtype=np.float32, unit="both", drop="attn1,ffn5")
     write_precomputed(lm, tmp_path / "out", Origin("tiny", "--layer-skip"), None)
     model, _ = read_precomputed(tmp_path / "out")

@@ -457,13 +457,13 @@ def test_a_batch_with_a_cache_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(keep=0.0), "'keep' of lazy_tokens is 0.0; it must be a number, above 0"),
-        (dict(keep=1.2), "'keep' of lazy_tokens is 1.2"),
-        (dict(keep=float("nan")), "'keep' of lazy_tokens is nan"),
-        (dict(every=0.0), "'every' of lazy_tokens is 0.0; it must be a number, above 0"),
-        (dict(first=0), "'first' of lazy_tokens is 0; it must be an integer, at least 1"),
-        (dict(seed=-1), "'seed' of lazy_tokens is -1"),
-        (dict(choose="best"), "'choose' of lazy_tokens is 'best'; .* attention, random"),
+        (dict(keep=0.0), "lazy_tokens: keep must be a number, above 0 .*; got 0.0"),
+        (dict(keep=1.2), "lazy_tokens: keep must be .*; got 1.2"),
+        (dict(keep=float("nan")), "lazy_tokens: keep must be .*; got nan"),
+        (dict(every=0.0), "lazy_tokens: every must be a number, above 0 .*; got 0.0"),
+        (dict(first=0), "lazy_tokens: first must be an integer, at least 1; got 0"),
+        (dict(seed=-1), "lazy_tokens: seed must be an integer, at least 0; got -1"),
+        (dict(choose="best"), "lazy_tokens: choose must be one of attention, random; got 'best'"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

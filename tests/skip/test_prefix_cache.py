@@ -139,17 +139,17 @@ def logits(lm, prompt, n, state=None):
 
 COMPANIONS = {
     "none": {},
-    "early_exit": {"early_exit": {"threshold": 0.2, "fill": "copy"}},
+    "early_exit": {"early_exit": {"threshold": 0.2, "kv_fill": "copy"}},
     "first_layer": {"first_layer": True},
     "quantize_cache": {"quantize_cache": {"bits": 8}},
     "quantize_cache-4": {"quantize_cache": {"bits": 4}},
     "slim_attention": {"slim_attention": True},
     "ffn_skip": {"ffn_skip": {"threshold": 0.5, "warm_up": 3, "cold_start": 0, "cold_end": 2}},
-    "elsa": {"elsa": {"t": 0.3}},
+    "elsa": {"elsa": {"threshold": 0.3}},
     "predictive_attention": {"predictive_attention": True},
     "a3": {"a3": True},
-    "sparse_memory": {"sparse_memory": {"K": 3}},
-    "lut": {"lut": True},
+    "sparse_memory": {"sparse_memory": {"keep": 3}},
+    "lut_product": {"lut_product": True},
 }
 
 
@@ -444,8 +444,8 @@ class Unfit(Part):
     [
         ({"has_history": True}, "remembers more of a prompt"),
         ({"frees_rows": True}, "keeps fewer cache rows"),
-        ({"decides": "step"}, "depend on what follows"),
-        ({"decides": "sequence"}, "depend on what follows"),
+        ({"decides": "step"}, "depend on later tokens"),
+        ({"decides": "sequence"}, "depend on later tokens"),
     ],
     ids=str,
 )
@@ -462,8 +462,8 @@ def test_what_cannot_be_cut_into_blocks_is_refused(options, why):
     "name, options",
     [
         ("dota", {"keep": 4}),
-        ("sparse_memory", {"K": 3, "N": 8}),
-        ("early_exit", {"fill": "deferred"}),
+        ("sparse_memory", {"keep": 3, "slots": 8}),
+        ("early_exit", {"kv_fill": "deferred"}),
     ],
 )
 def test_techniques_with_a_history_are_refused_by_name(name, options):

@@ -7,7 +7,7 @@ from tiny import FAMILIES, in_chunks, tiny_lm
 
 import minitx
 from minitx.errors import MinitxError
-from minitx.lab.compare import Plan, compare
+from minitx.lab.compare import Workload, compare
 from minitx.ledger import counting
 from minitx.model import NoRope, Rope
 from minitx.ops import rope_tables
@@ -131,7 +131,7 @@ def test_rewind_inside_the_last_step_works_and_further_back_is_refused():
     state.rewind(23)
     found = lm.model(IDS[23:25], state)
     np.testing.assert_allclose(found, lm.logits(IDS[:25])[23:], atol=1e-12)
-    with pytest.raises(MinitxError, match="sink_window has freed what that needs; rewind to 23 or"):
+    with pytest.raises(MinitxError, match="sink_window has freed cache rows .*; rewind to 23 or"):
         state.rewind(22)
     state.rewind(0)
     np.testing.assert_allclose(lm.model(IDS[:9], state), lm.logits(IDS[:9]), atol=1e-12)
@@ -161,8 +161,8 @@ def test_other_caches_and_techniques_work_inside():
     "family, options, message",
     [
         ("gpt2", {"positions": "cache"}, "learned.*use positions=original"),
-        ("llama", {"sinks": -1}, "'sinks' of sink_window is -1.*an integer, at least 0"),
-        ("llama", {"window": 0}, "'window' of sink_window is 0.*an integer, at least 1"),
+        ("llama", {"sinks": -1}, "sink_window: sinks must be an integer, at least 0; got -1"),
+        ("llama", {"window": 0}, "sink_window: window must be an integer, at least 1; got 0"),
         ("llama", {"positions": "own"}, "one of cache, original"),
     ],
 )
@@ -185,7 +185,9 @@ def test_on_stories_the_window_has_a_price_by_hops():
     prices = {}
     for window in (252, 60):
         lm = apply(dense, {"sink_window": {"window": window}})
-        found = compare(dense, lm, "", Plan(stories=4, prompts=1, rounds=1, chains=3), bar=False)
+        found = compare(
+            dense, lm, "", Workload(stories=4, prompts=1, rounds=1, chains=3), bar=False
+        )
         prices[window] = found.reading.changed.loss - found.reading.dense.loss
         assert found.cache == pytest.approx((4 + window) / 512, abs=0.01)
     assert -0.01 < prices[252] < 0.02

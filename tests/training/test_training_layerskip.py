@@ -1,4 +1,4 @@
-"""LayerSkip's recipe: worked numbers, and what wrapped blocks compute."""
+"""LayerSkip's training recipe: worked numbers, and what the wrapped blocks compute."""
 
 from dataclasses import replace
 
@@ -13,12 +13,12 @@ from minitx.training.autograd import gradients
 from minitx.training.layerskip import (
     drop_layers,
     dropout_by_depth,
+    exit_logits,
     exit_loss,
     exit_scales,
     exit_weights,
-    kept,
-    read_after,
     record,
+    sample_layer_mask,
     shallow,
 )
 from minitx.training.loss import cross_entropy
@@ -35,14 +35,17 @@ def first_blocks(model, depth):
     )
 
 
-def test_dropout_by_depth():
+def test_dropout_by_depth_by_hand():
+    """exp(l ln 2 / 3) - 1 = 2^(l/3) - 1: 0, 1.2599 - 1, 1.5874 - 1, 2 - 1."""
     np.testing.assert_allclose(dropout_by_depth(4), [0, 0.2599, 0.5874, 1], atol=5e-5)
     assert dropout_by_depth(1) == [0]
 
 
-def test_exit_scales_and_weights():
+def test_exit_scales_and_weights_by_hand():
+    """L = 4, scale 0.2: e = 0.2 * (0, 1, 3), and 3 + 0.2 * 3 = 3.6 for the last; their sum is 4.4.
+    With layers 1 and 3 alone the sum is 3.8: 0.2 / 3.8 = 0.05263."""
     np.testing.assert_allclose(exit_scales(4, 0.2), [0, 0.2, 0.6, 3.6])
-    every = exit_weights(4, 0.2, 1, 5)  # rotation 1: all on, but l = 0 weighs nothing
+    every = exit_weights(4, 0.2, 1, 5)  # rotation 1: all are on, but l = 0 has weight 0
     np.testing.assert_allclose(list(every.values()), [0.04545, 0.13636, 0.81818], atol=5e-6)
     assert list(every) == [1, 2, 3]
     two = exit_weights(4, 0.2, 4, 9)  # 9 = 1 modulo 4
@@ -53,7 +56,7 @@ def test_exit_scales_and_weights():
 
 
 @pytest.mark.parametrize("rotation", [1, 3, 5])
-def test_each_layer_is_on_once_in_a_rotation(rotation):
+def test_exit_weights_turn_each_layer_on_once_per_rotation(rotation):
     on = [layer for t in range(rotation) for layer in exit_weights(8, 1.0, rotation, t)]
     assert sorted(set(on)) == list(range(1, 8))
     assert all(on.count(layer) == 1 for layer in range(1, 7))
@@ -61,22 +64,22 @@ def test_each_layer_is_on_once_in_a_rotation(rotation):
         assert sum(exit_weights(8, 1.0, rotation, t).values()) == pytest.approx(1)
 
 
-def test_kept_rows_follow_their_chance_and_number():
-    keep = kept(5, 0.4, 7, range(4000))
-    np.testing.assert_allclose(1 - keep.mean(1), 0.4 * np.array(dropout_by_depth(5)), atol=0.03)
-    assert keep[0].all() and keep.dtype == np.float32
-    np.testing.assert_array_equal(kept(5, 0.4, 7, range(10, 13)), keep[:, 10:13])
-    assert (kept(5, 0.4, 8, range(4000)) != keep).any()
+def test_layer_mask_follows_the_dropout_rates_and_depends_on_the_row():
+    mask = sample_layer_mask(5, 0.4, 7, range(4000))
+    np.testing.assert_allclose(1 - mask.mean(1), 0.4 * np.array(dropout_by_depth(5)), atol=0.03)
+    assert mask[0].all() and mask.dtype == np.float32
+    np.testing.assert_array_equal(sample_layer_mask(5, 0.4, 7, range(10, 13)), mask[:, 10:13])
+    assert (sample_layer_mask(5, 0.4, 8, range(4000)) != mask).any(), "the seed changes nothing"
 
 
-def test_dropping_nothing_is_the_model_itself():
+def test_dropping_no_layer_equals_the_model():
     np.testing.assert_array_equal(drop_layers(MODEL, np.ones((4, 3)))(IDS), MODEL(IDS))
 
 
-def test_a_dropped_layer_is_passed_by_for_its_rows_only():
-    keep = np.ones((4, 3))
-    keep[3, 1] = 0  # row 1 passes by the last layer
-    got = drop_layers(MODEL, keep)(IDS)
+def test_a_dropped_layer_is_skipped_by_its_rows_only():
+    mask = np.ones((4, 3))
+    mask[3, 1] = 0  # row 1 skips the last layer
+    got = drop_layers(MODEL, mask)(IDS)
     np.testing.assert_array_equal(got[[0, 2]], MODEL(IDS)[[0, 2]])
     np.testing.assert_array_equal(got[1], first_blocks(MODEL, 3)(IDS)[1])
 
@@ -85,17 +88,17 @@ def test_no_gradient_flows_through_a_dropped_layer():
     targets, ones = IDS[:, 1:], np.ones((3, 8))
 
     def loss(model):
-        return cross_entropy(drop_layers(model, keep)(IDS[:, :-1]), targets, ones)
+        return cross_entropy(drop_layers(model, mask)(IDS[:, :-1]), targets, ones)
 
-    keep = np.ones((4, 3))
-    keep[2] = 0
+    mask = np.ones((4, 3))
+    mask[2] = 0
     _, found, _ = gradients(MODEL, loss)
     assert set(found) == set(weights(MODEL))
     for path, g in found.items():
         assert g.any() != path.startswith("stack.blocks.2."), path
 
 
-def test_recorded_states_are_those_of_shallower_models():
+def test_recorded_hidden_states_equal_those_of_shallower_models():
     recorded, hidden = record(MODEL)
     logits = recorded(IDS)
     np.testing.assert_array_equal(logits, MODEL(IDS))
@@ -103,7 +106,7 @@ def test_recorded_states_are_those_of_shallower_models():
         np.testing.assert_array_equal(x, first_blocks(MODEL, depth).hidden(IDS))
 
 
-def test_a_shallow_model_is_its_first_blocks():
+def test_shallow_model_equals_its_first_blocks():
     for layers in (1, 3, 4):
         np.testing.assert_array_equal(shallow(MODEL, layers)(IDS), first_blocks(MODEL, layers)(IDS))
         assert shallow(MODEL, layers).stack.blocks == MODEL.stack.blocks[:layers]
@@ -111,18 +114,18 @@ def test_a_shallow_model_is_its_first_blocks():
     assert (shallow(MODEL, 3)(IDS) != MODEL(IDS)).any()
 
 
-def test_exit_loss_is_the_weighted_loss_of_shallower_models():
+def test_exit_loss_equals_the_weighted_loss_of_shallower_models():
     ids, targets, ones = IDS[:, :-1], IDS[:, 1:], np.ones((3, 8))
 
     def loss(logits):
         return cross_entropy(logits, targets, ones)
 
     on = exit_weights(4, 0.2, 2, 1)
-    found, _, _ = gradients(MODEL, lambda m: exit_loss(read_after(m, ids), on, loss))
-    wanted = 0.2 / 3.8 * loss(first_blocks(MODEL, 2)(ids)) + 3.6 / 3.8 * loss(MODEL(ids))
-    assert found == pytest.approx(wanted, rel=1e-12)
+    found, _, _ = gradients(MODEL, lambda m: exit_loss(exit_logits(m, ids), on, loss))
+    expected = 0.2 / 3.8 * loss(first_blocks(MODEL, 2)(ids)) + 3.6 / 3.8 * loss(MODEL(ids))
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_model_without_a_plain_stack_is_refused():
+def test_record_refuses_a_model_without_a_plain_stack():
     with pytest.raises(MinitxError, match="type Stack"):
         record(MODEL.stack.blocks[0])

@@ -10,7 +10,7 @@ from test_training import FIRST, MODEL, SECOND, TOKENIZER, recipe_of, run_of, wo
 from minitx.build import random_model
 from minitx.checkpoints.huggingface import read_model
 from minitx.lab.evaluate import Tally
-from minitx.training.layerskip import exit_weights, kept, shallow
+from minitx.training.layerskip import exit_weights, sample_layer_mask, shallow
 from minitx.training.optimizer import has_weight_decay
 from minitx.training.recipe import recipe_from
 from minitx.training.train import train
@@ -103,7 +103,8 @@ def test_dropout_and_exits_use_the_layers_of_the_stage():
     worker.enter_stage(0)
     batch = worker.rows.batch(0, 0, 8)
     full = recipe_from(recipe_of(SECOND | {"layer_dropout": 0.9})).stages[0]
-    assert list(exit_weights(2, 0.2, 2, 1)) == [1] and kept(2, 0.9, DROPOUT, range(8)).min() == 0
+    assert list(exit_weights(2, 0.2, 2, 1)) == [1]
+    assert sample_layer_mask(2, 0.9, DROPOUT, range(8)).min() == 0
     alone = batch_loss(shallow(deep, 2), batch, full, 1, range(8), DROPOUT)
     assert batch_loss(deep, batch, stage, 1, range(8), DROPOUT) == alone
     assert batch_loss(deep, batch, full, 1, range(8), DROPOUT) != alone

@@ -1,163 +1,244 @@
-"""A3: sorted key columns tell which keys are worth a dot product.
+"""A3: the ends of sorted key columns tell which keys are worth a dot product.
 
-Each query looks at both ends of every sorted column, where its largest and smallest products are,
-adds up the few most extreme of them key by key, and takes the keys whose sum is positive. Exact
-scores then follow, and a second choice among them. The sorting is in ../keys/sorted_columns.py, the
-optional fixed-point arithmetic and exponential tables in ../keys/fixed_point.py.
+Here: the card and the options, the paper's greedy search, the selector that runs it, notes. Beside
+it: sorted_columns.py keeps the columns sorted while the cache grows; fixed_point.py is the optional
+fixed-point arithmetic with exponential tables.
 """
 
-import math
-from typing import Literal
+from heapq import heapify, heapreplace
+from typing import Annotated, Literal
 
 import numpy as np
 
+from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend
 from minitx.shared.sparse_attention import SparseAttention, Visible
-from minitx.skip.a3.fixed_point import FixedPoint, Rounded
-from minitx.skip.a3.greedy_search import GreedySearch
-from minitx.skip.a3.sorted_columns import Columns, remembered
+from minitx.skip.a3.fixed_point import FixedPointAttend, Rounding
+from minitx.skip.a3.sorted_columns import Columns, cached_columns
 from minitx.state import Layer
-from minitx.technique import swap, technique
+from minitx.technique import above, at_least, between, swap, technique
 from minitx.tree import Part, part
 
-SETTINGS = {"conservative": (1 / 2, 5.0), "aggressive": (1 / 8, 10.0)}  # M and T
-PLAIN = SETTINGS["conservative"]
+SETTINGS = {"conservative": (1 / 2, 5.0), "aggressive": (1 / 8, 10.0)}  # iterations, threshold
+DEFAULT = SETTINGS["conservative"]
 
 
 @technique(
     level="scores",
     exact=False,
-    neutral={"M": None, "T": 0.0},
+    neutral={"iterations": None, "threshold": 0.0},
     event=("keys kept", "keys seen"),
 )
 def a3(
     lm,
     *,
-    setting: Literal["custom", "conservative", "aggressive"] = "custom",
-    M: float | None = PLAIN[0],
-    T: float = PLAIN[1],
-    rebuild: int = 0,
-    exp: Literal["exact", "tables"] = "exact",
-    i: int | None = None,
-    f: int = 4,
+    setting: Annotated[
+        Literal["conservative", "aggressive"] | None,
+        "the paper's iterations=0.5 threshold=5, or iterations=0.125 threshold=10",
+    ] = None,
+    iterations: Annotated[
+        float | None,
+        "of the greedy search, as a share of the keys that the query sees; None: no search",
+        above(0, 1024),
+    ] = DEFAULT[0],
+    threshold: Annotated[
+        float,
+        "drop keys with less than this percentage of the largest weight; 0: none",
+        between(0, 100),
+    ] = DEFAULT[1],
+    rebuild: Annotated[
+        int,
+        "sort only when this many keys have come, always keep the others; 0: insert each key",
+        at_least(0),
+    ] = 0,
+    exp: Annotated[
+        Literal["exact", "tables"], "the exponential: exact, or from two small tables"
+    ] = "exact",
+    integer_bits: Annotated[
+        int | None, "round q, k, v to fixed point; the paper: 4; None: floats", between(1, 8)
+    ] = None,
+    fraction_bits: Annotated[int, "of fixed point and of the tables", between(1, 8)] = 4,
 ):
-    """Sorted key columns tell, by a greedy search, which keys are worth a dot product.
+    """Select keys by a greedy search over sorted key columns, then score only those.
 
-    Paper: Ham et al., 2020, "A3: Accelerating Attention Mechanisms in Neural Networks with
-        Approximation", HPCA 2020, https://arxiv.org/abs/2002.10941, sections III and IV. The
-        moment at which the gate is read is unconfirmed (the paper's wording leaves it open), and
-        so are the widths of the exponential's tables. Of a cache that grows, and of queries that
-        do not find a candidate, the paper says nothing: what is done then was chosen here, and so
-        were keys in pieces, which only make the search faster.
-    Kind: approximate. The weights stay as they are.
-    Skips or precomputes: the exact score, the exponential and the value row of each key that the
-        search does not find; then the exponential and value row of each whose score is too low.
-        Sorted columns of the keys are kept up to date as keys come.
-    Offline: nothing.
-    Online: each column j of the keys (rotated, one copy for each key head) is kept in ascending
-        order, with the row of each number. So the products q_j k_ij that are extreme stand at its
-        ends. M n iterations (M is a share of the n keys that the query sees; at least 1, rounded)
-        each take the largest product left, and add it to greedy_i if positive; then, if the sum of
-        all that was taken, this one included, is not negative (the gate: the reading after the
-        largest was chosen here), the smallest, and add it if negative. Candidates have
-        greedy_i > 0; where there are none, the key with the largest greedy_i (of equals the
-        earliest) is kept. They are scored exactly, and those with s_max - s_i <= ln(100 / T) are
-        weighed: at least T percent of the heaviest. setting=conservative is M=0.5 T=5,
-        setting=aggressive M=0.125 T=10. A new key is inserted, which equals sorting anew;
-        rebuild=B sorts only when B keys have come, and those of the unfinished block are always
-        candidates. Keys that a query does not see are stepped over and not counted as iterations.
-        i and f: q / sqrt(d), k and v are rounded to i integer and f fraction bits (the paper: 4 and
-        4), exponentials and weights to 2 f fraction bits. exp=tables: exponentials from two tables
-        of 2^(2f) entries, for -x with 2 f fraction bits.
-    Saves: when one token is decoded, for each query head 2 n d multiply-adds become
-        2 (d ceil(n / b) + R b) + 2 c d, c candidates, with b = isqrt(n) and R = d + ceil(M n / b)
-        (but no more than d ceil(n / b)), equal products apart: about 2 M n + 4 d sqrt(n) in the
-        place of the paper's 2 M n, which "products by the paper" counts. Values of candidates that
-        T drops are not read: c d of the last term become those of "keys kept". The cache grows
-        by 8 d bytes a key and key head, twice the keys. A new key moves half of each column on
-        average ("sorted numbers moved"), for one query a head, so sorting weighs more here than
-        in the paper, where many queries share it. A prompt saves nothing: all scores are computed.
-    Neutral: M=None and T=0 (with i=None and exp=exact): candidate selection is passed by, and none
-        is dropped. A large M is not neutral: it finds the keys with positive scores.
-    Not for: wall time in NumPy. Finding candidates takes many small steps, and several times as
-        long as dense attention at every context that was tried (256 to 4,000 keys). Fixed point
-        and tables are slower still: they show what the arithmetic does. Heads whose scores are all
-        low, or all high: what counts is a sum above 0, wherever the others are.
+    Paper:     Ham et al., "A3: Accelerating Attention Mechanisms in Neural Networks with
+               Approximation", HPCA 2020, arXiv 2002.10941, sections III and IV.
+    Fidelity:  the paper's text. Causal attention and a growing cache are our extension. When the
+               gate is read, and the width of the exponential's tables, is unconfirmed.
+    Kind:      approximate; exact at iterations=None threshold=0.
+    Idea:      A score is a sum of d products q[j] * key[j]. The most extreme products of all keys
+               tell which keys may score high, and they are at the ends of the sorted columns.
+    Offline:   nothing.
+    Online:    Keep each column j of the keys (after RoPE) sorted, each number with its key's row.
+               greedy = 0 for each key; running = 0; M = max(1, round(iterations * keys seen))
+               repeat M times:
+                   pop the largest product left over all columns; only if it is positive,
+                       add it to greedy of its key and to running
+                   if running >= 0 (the gate):
+                       pop the smallest product left over all columns; only if it is negative,
+                           add it to greedy of its key and to running
+               Candidates: greedy > 0, or if there are none, the key with the largest greedy.
+               Of their exact scores keep  score >= largest - ln(100 / threshold); softmax of those.
+    Saves:     per decoded token and query head, with c candidates of which r are kept: at most
+               2 (d + M) + (c + r) d multiply-adds instead of 2 S d. The sorted columns take
+               8 d bytes per key and key head. A prompt saves none: all scores are computed.
+    In NumPy:  much slower than dense attention, since Python pops one product at a time (Notes).
+    Not for:   heads whose scores are all low or all high: the search compares sums with 0.
+    Proof:     tests/skip/test_a3.py; literal version: tests/skip/literal_a3.py
+    Tutorial:  tutorials/07_four_ways_to_find_keys.py
     """
-    M, T = _check(setting, M, T, rebuild, i, f)
-    rounded = None if i is None else Rounded(i, f)
+    if setting is not None:
+        if (iterations, threshold) not in (DEFAULT, SETTINGS[setting]):
+            raise MinitxError(
+                f"a3: setting={setting} brings its own iterations and threshold; leave them out, "
+                "or leave out setting."
+            )
+        iterations, threshold = SETTINGS[setting]
+    rounding = None if integer_bits is None else Rounding(integer_bits, fraction_bits)
 
-    def choose(dense: Attend) -> SparseAttention:
-        keys = SearchedKeys(GreedySearch(), M, rebuild, dense.scale, rounded)
-        if rounded is None and exp == "exact":
-            return SparseAttention(keys, dense.scale, T / 100)
-        other = FixedPoint(exp == "tables", f, rounded)
-        return SparseAttention(keys, dense.scale, T / 100, other)
+    def change(dense: Attend) -> SparseAttention:
+        selector = GreedySelector(iterations, rebuild, dense.scale, rounding)
+        if rounding is None and exp == "exact":
+            return SparseAttention(selector, dense.scale, threshold / 100)
+        arithmetic = FixedPointAttend(exp == "tables", fraction_bits, rounding)
+        return SparseAttention(selector, dense.scale, threshold / 100, arithmetic)
 
-    return swap(lm, Attend, choose)
+    return swap(lm, Attend, change)
 
 
-def _check(setting, M, T, rebuild, i, f) -> tuple[float | None, float]:
-    """M and T; MinitxError if something is out of range."""
-    found = None
-    if setting != "custom" and (M, T) not in (PLAIN, SETTINGS[setting]):
-        found = f"setting={setting}, which brings its own M and T; give the one or the others"
-    elif M is not None and not (0 < M < math.inf):
-        found = f"M={M:g}; a share above 0, or None (no candidate selection), is needed"
-    elif not 0 <= T <= 100:
-        found = f"T={T:g}; a percentage from 0 (off) to 100 is needed"
-    elif rebuild < 0:
-        found = f"rebuild={rebuild}; 0 (insert each key) or a number of keys is needed"
-    elif i is not None and not 1 <= i <= 8:
-        found = f"i={i}; a whole number from 1 to 8, or None (no fixed point), is needed"
-    elif not 1 <= f <= 8:
-        found = f"f={f}; a whole number from 1 to 8 is needed"
-    if found:
-        raise MinitxError(f"a3 has {found}.")
-    return (M, T) if setting == "custom" else SETTINGS[setting]
+# Online: greedy search ---------------------------------------------------------------------------
+
+
+def greedy_search(q: list[float], columns: Columns, iterations: int, S: int) -> list[float]:
+    """The greedy sum of each of S keys, for one query q (d) and the sorted columns (d, n) of the
+    keys that it sees."""
+    largest, smallest = pop_products(q, columns, 1), pop_products(q, columns, -1)
+    greedy, running, popped = [0.0] * S, 0.0, 0
+    for _ in range(iterations):
+        product, key = next(largest, NOTHING)
+        greedy[key] += product
+        running += product
+        popped += product != 0
+        if running >= 0:  # the gate: too many negative products would leave no candidates
+            product, key = next(smallest, NOTHING)
+            greedy[key] += product
+            running += product
+            popped += product != 0
+    products = popped + 2 * len(q)  # those still in the queues too
+    values, rows = columns.values.itemsize, columns.rows.itemsize
+    ledger.count(products, cache_bytes=products * values + popped * rows)
+    ledger.event("products popped", popped)
+    return greedy
+
+
+NOTHING = 0.0, 0  # is popped when no product of the wanted sign is left: adds 0 to key 0
+
+
+def pop_products(q: list[float], columns: Columns, sign: int):
+    """Yield (product, key) over all columns: with sign=1 the positive products, the largest first;
+    with sign=-1 the negative ones, the smallest first.
+
+    A priority queue holds the next product of each column. The first is at the end of the column
+    if sign * q[j] > 0, and at its start otherwise; the next ones follow inwards.
+    """
+    number, key = columns.values.item, columns.rows.item
+    d, n = columns.rows.shape
+    step = [-1 if sign * x > 0 else 1 for x in q]
+    start = [n - 1 if sign * x > 0 else 0 for x in q]
+    # heapq pops the smallest first, so products are stored negated for sign=1. Ties: lower column.
+    queue = [(-sign * q[j] * number(j, start[j]), j, start[j]) for j in range(d)]
+    heapify(queue)
+    while queue[0][0] < 0:
+        product, j, i = queue[0]
+        after = i + step[j]
+        following = -sign * q[j] * number(j, after) if 0 <= after < n else 0.0  # 0: used up
+        heapreplace(queue, (following, j, after))
+        yield -sign * product, key(j, i)
+
+
+# Online: the selector ----------------------------------------------------------------------------
 
 
 @part
-class SearchedKeys(Part):
-    """Chooses the keys that the greedy search finds, and those that are not sorted yet."""
+class GreedySelector(Part):
+    """Keeps the candidates of the greedy search, and the keys that are not sorted yet."""
 
-    search: Part
-    M: float | None  # pops on each side, as a share of the keys seen
-    rebuild: int  # keys that have to come before they are sorted, or 0
+    iterations: float | None  # as a share of the keys seen; None: no search, keep all
+    rebuild: int  # sort when this many keys have come; 0: insert each
     scale: float  # 1 / sqrt(d)
-    rounded: Part | None = None
+    rounding: Part | None = None
 
     def keeps_all(self, S: int) -> bool:
-        return self.M is None
+        return self.iterations is None
 
     def remember(self, k, layer: Layer) -> Columns | None:
-        if self.M is None:
+        """The sorted columns of all keys so far; None if none is sorted."""
+        if self.iterations is None:
             return None
         S = k.shape[-2]
-        if self.rebuild:  # up to the last full block; of a padded batch, of any row's
+        if self.rebuild:  # up to the last full block; of a padded batch, in any row
             start = 0 if layer.start is None else layer.start
             S -= np.min(np.maximum(S - start, 1) % self.rebuild)
         k = k[..., :S, :]
-        return remembered(self, self.rounded(k) if self.rounded else k, layer)
+        return cached_columns(self, self.rounding(k) if self.rounding else k, layer)
 
     def __call__(self, q, k, known, visible: Visible):
-        shape = *q.shape[:-3], k.shape[-3], -1, visible.T  # (..., K, G, T)
-        q = q.reshape(*shape, q.shape[-1])
-        shape = *q.shape[:-1], visible.S
+        q = q.reshape(*q.shape[:-3], k.shape[-3], -1, visible.T, q.shape[-1])  # (..., K, G, T, d)
         if known is None:
-            return visible.hide(np.ones(shape, bool), False)
-        own = visible.own + 1  # (T,): all keys up to the query's own
-        end = (
-            own - visible.count % self.rebuild if self.rebuild else own
-        )  # of the keys sorted for it
-        M = np.maximum(1, np.rint(self.M * visible.count)).astype(int)
-        rows = [np.broadcast_to(x, shape[:-1]) for x in (own - visible.count, end, M)]
-        q = self.rounded(q * self.scale) if self.rounded else q
-        greedy = self.search(q, known.until(visible.S), *rows, visible.S)  # (..., K, G, T, S)
+            return visible.hide(np.ones((*q.shape[:-1], visible.S), bool), False)
+        q = self.rounding(q * self.scale) if self.rounding else q  # a scale changes no candidate
+        end = visible.own + 1
+        first = end - visible.count  # the query sees the keys first .. end - 1
+        if self.rebuild:
+            end = end - visible.count % self.rebuild  # and the search only the full blocks
+        iterations = np.maximum(1, np.rint(self.iterations * visible.count)).astype(int)
+        shape = q.shape[:-1]  # (..., K, G, T)
+        first, end, iterations = (np.broadcast_to(x, shape) for x in (first, end, iterations))
+        greedy = self.search(q, known, first, end, iterations, visible.S)  # (..., K, G, T, S)
         kept = greedy > 0
         if self.rebuild:
-            kept |= visible.hide(np.arange(visible.S) >= rows[1][..., None], False)
-        none = np.nonzero(~kept.any(-1))  # the paper does not say what is done then
-        kept[(*none, visible.hide(greedy).argmax(-1)[none])] = True
+            kept |= visible.hide(np.arange(visible.S) >= end[..., None], False)
+        none = np.nonzero(~kept.any(-1))
+        kept[(*none, visible.hide(greedy).argmax(-1)[none])] = True  # ties go to the lower index
         return kept
+
+    def search(self, q, columns: Columns, first, end, iterations, S: int):
+        """Greedy sums (..., K, G, T, S), one query after another."""
+        greedy = np.zeros((*q.shape[:-1], S))
+        *heads, G, T, _ = q.shape
+        for head in np.ndindex(*heads):  # (..., K)
+            of_head = columns.of_head(head)
+            for t in range(T):
+                seen = of_head.between(first[head][0, t], end[head][0, t])
+                if not seen.rows.size:  # no block is full yet
+                    continue
+                for g in range(G):
+                    M = int(iterations[head][g, t])
+                    greedy[head][g, t] = greedy_search(q[head][g, t].tolist(), seen, M, S)
+        return greedy
+
+
+# Notes:
+#
+# - "The sum so far" that the gate reads includes this iteration's largest product. The paper's
+#   wording leaves open whether it does.
+# - The paper pops M products on each side, whatever their signs. Here a side stops at products that
+#   would not be added, which changes nothing but the count.
+# - Ties: of equal products in two columns the lower column's is popped first; in one column the
+#   outer one. Equal numbers of a column are sorted by key, so for q[j] > 0 the largest products
+#   come from the last of equal keys.
+# - Many iterations are not neutral: with iterations=d and no gate each product would be added, so
+#   greedy would be the score itself, and keys with negative scores would still be dropped.
+# - Each query searches only the keys that it sees, so a prompt selects what single tokens select.
+# - Inserting a new key moves half of each column on average ("sorted values moved"), for one query
+#   per head. In the paper many queries share the sorting. rebuild=B sorts every B keys instead.
+# - Time on stories, one BLAS thread (OMP_NUM_THREADS=1, model(ids, state) timed by itself):
+#
+#                              decode at 256 keys    at 500 keys    prompt of 256
+#       dense                        0.7 ms             0.8 ms           17 ms
+#       setting=conservative          10 ms              16 ms         1200 ms
+#       setting=aggressive             6 ms               7 ms          650 ms
+# - Cost of the second filter: values of candidates that it drops are not read, so r d and not c d.
+#   Fixed point and the tables show what the hardware's arithmetic does to the outputs; they are
+#   slower still.

@@ -1,8 +1,7 @@
-"""Attention in fixed point, and an exponential from two small tables, as A3's hardware has them.
+"""Attention in fixed point, with the exponential from two small tables, as in A3's hardware.
 
-For looking at what the arithmetic does to a model's answers: floats stand for the whole numbers of
-the hardware, so nothing is faster here. After Ham et al. 2020; what they leave open was chosen here
-and is said where it is done.
+This shows what the arithmetic does to a model's answers. The numbers are floats that are rounded to
+the hardware's bits, so nothing gets faster.
 """
 
 import math
@@ -15,88 +14,88 @@ from minitx.tree import Part, part
 
 
 @part
-class Rounded(Part):
-    """Numbers with a sign, i integer bits and f fraction bits; larger ones become the largest."""
+class Rounding(Part):
+    """Round to fixed point: a sign, integer bits and fraction bits. Larger numbers saturate."""
 
-    i: int
-    f: int
+    integer_bits: int
+    fraction_bits: int
 
     def __call__(self, x):
-        unit = 2.0**-self.f
-        largest = 2.0**self.i - unit
+        unit = 2.0**-self.fraction_bits
+        largest = 2.0**self.integer_bits - unit
         return (np.rint(x / unit) * unit).clip(-largest, largest)
 
 
 @part
-class FixedPoint(Part):
-    """Attention to the kept keys; for ``SparseAttention.arithmetic``.
+class FixedPointAttend(Part):
+    """Attention to the kept keys in fixed point; ``arithmetic`` of ``SparseAttention``.
 
-    With inputs of i and f bits products have 2 i and 2 f, and of sums of n of them the integer part
-    has log2 n bits more: no width can overflow, so what is left to do is to round the exponentials
-    and the weights to 2 f fraction bits (1 stays 1). Weights below half of that unit are lost: of
+    With f fraction bits in q, k and v, products have 2 f. Sums get as many integer bits as they
+    need, so they are exact and cannot overflow. What is left to round are the exponentials and the
+    softmax weights, to 2 f fraction bits (1 stays 1). Weights below half a unit become 0: of
     2^(2f + 1) equal keys nothing is left.
     """
 
-    tables: bool  # the exponential from two tables, or rounded from the exact one
-    f: int
-    rounded: Part | None  # of the inputs, or None: floats, only the exponential is from tables
+    tables: bool  # the exponential from two tables instead of the exact one
+    fraction_bits: int  # f
+    rounding: Part | None  # of q, k and v; None: floats, and only the exponential is from tables
 
     def __call__(self, q, k, v, scale, kept, floor):
-        """As ``choosing.masked``: q (..., H, T, d), k and v (..., K, S, d), kept booleans
-        (..., K, G, T, S) -> (..., H, T, d)."""
+        """As ``sparse_attention.attend_masked``: q (..., H, T, d), k and v (..., K, S, d), kept
+        booleans (..., K, G, T, S) -> (..., H, T, d)."""
         rows = q.reshape(*kept.shape[:-1], q.shape[-1]) * scale  # (..., K, G, T, d)
         k, v = k[..., None, :, :], v[..., None, :, :]  # (..., K, 1, S, d)
         if q.shape[-2] == 1:
-            k, v, kept = packed(k, v, kept)
+            k, v, kept = gather_kept(k, v, kept)
         ledger.count(2 * q.size * k.shape[-2], cache_bytes=k.nbytes + v.nbytes)
-        if self.rounded:  # in float64, in which sums of such whole numbers are exact
-            rows, k, v = (self.rounded(x.astype(np.float64)) for x in (rows, k, v))
+        if self.rounding:  # in float64, where sums of such numbers are exact
+            rows, k, v = (self.rounding(x.astype(np.float64)) for x in (rows, k, v))
         s = rows @ k.swapaxes(-1, -2)  # (..., K, G, T, S)
         s[~kept] = fast.MASKED
         s -= s.max(-1, keepdims=True)
         if floor:
             kept = s >= math.log(floor)
             ledger.event("keys kept", kept)
-        weights = exp_by_tables(s, self.f) if self.tables else np.exp(s)
-        weights = np.where(kept, self._short(weights), 0)
+        weights = exp_from_tables(s, self.fraction_bits) if self.tables else np.exp(s)
+        weights = np.where(kept, self._round(weights), 0)
         weights /= weights.sum(-1, keepdims=True)
-        return (self._short(weights) @ v).astype(q.dtype).reshape(q.shape)
+        return (self._round(weights) @ v).astype(q.dtype).reshape(q.shape)
 
-    def _short(self, x):
-        unit = 4.0**-self.f
-        return np.rint(x / unit) * unit if self.rounded else x
+    def _round(self, x):
+        unit = 4.0**-self.fraction_bits
+        return np.rint(x / unit) * unit if self.rounding else x
 
 
-def packed(k, v, kept):
-    """For one query a head: of k, v (..., K, 1, S, d) only keys that are kept (..., K, G, 1, S), as
-    (..., K, G, n, d), and which of these n are: heads that keep fewer are filled up with others."""
+def gather_kept(k, v, kept):
+    """For one query per head: of k, v (..., K, 1, S, d) only the kept keys (..., K, G, 1, S), as
+    (..., K, G, n, d), and which of these n are kept: heads with fewer are padded with others."""
     n = int(kept.sum(-1).max())
-    chosen = np.argsort(~kept, -1, kind="stable")[..., 0, :n]  # (..., K, G, n)
-    k, v = (np.take_along_axis(x, chosen[..., None], -2) for x in (k, v))
-    return k, v, np.take_along_axis(kept, chosen[..., None, :], -1)
+    order = np.argsort(~kept, -1, kind="stable")[..., 0, :n]  # (..., K, G, n)
+    k, v = (np.take_along_axis(x, order[..., None], -2) for x in (k, v))
+    return k, v, np.take_along_axis(kept, order[..., None, :], -1)
 
 
 # The exponential ---------------------------------------------------------------------------------
 
 
-def exp_by_tables(x, f: int):
-    """exp(x) for x <= 0, rounded to 2 f fraction bits: exp(hi + lo) = exp(hi) exp(lo), where hi is
-    the whole part and lo the fraction of -x.
+def exp_from_tables(x, fraction_bits: int):
+    """exp(x) for x <= 0, rounded to 2 f fraction bits: exp(-(high + low)) = exp(-high) exp(-low),
+    with high the integer part of -x and low its fraction.
 
-    Each of the two tables has 2^(2f) entries, 256 with f = 4, where one table of all 16 bits would
-    have 65,536. Beyond the end stands 0: exp(-2^(2f)) is less than half of the unit 2^(-2f). The
-    paper does not tell the width of an entry; here entries are as exact as x.
+    Each table has 2^(2f) entries: 256 for f = 4, where one table for all 16 bits would have 65,536.
+    From -x = 2^(2f) on the result is 0, since exp of that is below half a unit. The paper does not
+    give the width of an entry; ours are floats.
     """
-    size = 4**f
+    size = 4**fraction_bits
     code = np.rint(-x * size)
     inside = code < size * size
-    hi, lo = np.divmod(np.where(inside, code, 0).astype(np.int64), size)
-    upper, lower = exp_tables(size, x.dtype)
-    return np.where(inside, upper[hi] * lower[lo], 0)
+    high, low = np.divmod(np.where(inside, code, 0).astype(np.int64), size)
+    integer, fraction = exp_tables(size, x.dtype)
+    return np.where(inside, integer[high] * fraction[low], 0)
 
 
 @cache
 def exp_tables(size: int, dtype) -> tuple[np.ndarray, np.ndarray]:
-    """exp(-hi) for whole numbers hi and exp(-lo / size), both (size,)."""
-    hi = np.arange(size, dtype=np.float64)
-    return np.exp(-hi).astype(dtype), np.exp(-hi / size).astype(dtype)
+    """exp(-i) and exp(-i / size) for the integers i from 0 to size - 1, both (size,)."""
+    i = np.arange(size, dtype=np.float64)
+    return np.exp(-i).astype(dtype), np.exp(-i / size).astype(dtype)

@@ -1,10 +1,7 @@
-"""Every column of the keys in ascending order, kept up to date as keys come and go.
+"""The columns of the cached keys in ascending order, kept up to date while the cache grows.
 
-So the keys with the largest or the smallest number in a column are found without looking at the
-others: column j's largest product with a query is at one of its two ends. What is done with that is
-told elsewhere (skip/a3.py).
-
-Equal numbers stand in the order of their keys. Shapes: keys (..., K, S, d); columns (..., K, d, n).
+Column j of the keys k (S, d) is k[:, j]. Sorted, its largest and smallest numbers are at its ends.
+Equal numbers are in the order of their keys. Shapes: keys (..., K, S, d); columns (..., K, d, n).
 """
 
 from typing import NamedTuple
@@ -17,29 +14,35 @@ from minitx.tree import Part
 
 
 class Columns(NamedTuple):
-    """``values`` (..., K, d, n) ascending along the last axis, and the key that each comes from."""
+    """Sorted columns of n keys, and the cache row that each number comes from."""
 
-    values: np.ndarray
-    rows: np.ndarray  # int32
+    values: np.ndarray  # (..., K, d, n) ascending along the last axis
+    rows: np.ndarray  # (..., K, d, n) int32
 
-    def until(self, end: int) -> "Columns":
-        """Those of the keys before ``end`` alone."""
-        if end >= self.rows.shape[-1]:
+    def of_head(self, head: tuple) -> "Columns":
+        """The columns (d, n) of one key head."""
+        return Columns(self.values[head], self.rows[head])
+
+    def between(self, first: int, end: int) -> "Columns":
+        """The columns of the keys first .. end - 1 alone."""
+        n = self.rows.shape[-1]
+        if first <= 0 and end >= n:
             return self
-        # every column loses the same keys, so what is left is a rectangle again, and in order
-        kept, shape = self.rows < end, (*self.rows.shape[:-1], end)
+        # Each column loses the same keys, so what is left has n columns of equal length, in order.
+        kept = (self.rows >= first) & (self.rows < end)
+        shape = *self.rows.shape[:-1], max(0, min(end, n) - max(first, 0))
         return Columns(self.values[kept].reshape(shape), self.rows[kept].reshape(shape))
 
 
-def sort(k, first: int = 0) -> Columns:
-    """Columns of the keys k (..., K, n, d), which are the keys ``first`` and following."""
+def sort_columns(k, first: int = 0) -> Columns:
+    """Columns of the keys k (..., K, n, d), which are in the cache rows from ``first`` on."""
     columns = np.ascontiguousarray(k.swapaxes(-1, -2))  # (..., K, d, n)
     order = columns.argsort(-1, kind="stable")
     return Columns(np.take_along_axis(columns, order, -1), (order + first).astype(np.int32))
 
 
-def merge(old: Columns, new: Columns) -> Columns:
-    """One from two, where all keys of ``new`` come after those of ``old``."""
+def merge_columns(old: Columns, new: Columns) -> Columns:
+    """The columns of both; all keys of ``new`` come after those of ``old``."""
     values = np.concatenate([old.values, new.values], -1)
     order = values.argsort(-1, kind="stable")
     rows = np.concatenate([old.rows, new.rows], -1)
@@ -52,57 +55,58 @@ class SortedColumns:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.count = 0
-        self.room: Columns | None = None  # (..., K, d, capacity), of which count are in use
+        self.arrays: Columns | None = None  # (..., K, d, capacity), of which count are in use
 
-    def now(self) -> Columns | None:
+    def current(self) -> Columns | None:
         """The columns of all keys so far; None before the first."""
-        return self.room and Columns(*(array[..., : self.count] for array in self.room))
+        return self.arrays and Columns(*(array[..., : self.count] for array in self.arrays))
 
     def extend(self, k) -> Columns | None:
-        """Bring the columns up to the keys k (..., K, n, d), of which the first ``count`` are in
-        them already."""
+        """The columns of the keys k (..., K, n, d), of which the first ``count`` are sorted
+        already."""
         n = k.shape[-2]
-        if n - self.count == 1 and self.room:
+        if n - self.count == 1 and self.arrays:
             self._insert(k[..., -1, :])
         elif n > self.count:
-            new = sort(k[..., self.count :, :], self.count)
-            self._keep(merge(self.now(), new) if self.count else new)
-        return self.now()
+            new = sort_columns(k[..., self.count :, :], self.count)
+            self._store(merge_columns(self.current(), new) if self.count else new)
+        return self.current()
 
     def _insert(self, x) -> None:
-        """One key x (..., K, d): in each column what is larger makes room for it."""
+        """One key x (..., K, d): the larger numbers of each column move one place up."""
         n = self.count
-        values, rows = self.room
-        later = values[..., :n] > x[..., None]  # (..., K, d, n): false, then true
-        # All numbers are compared, where a search would look at a few: one step for all columns is
-        # faster than a search for each, up to about 2,000 keys.
-        for array in self.room:
-            np.copyto(array[..., 1 : n + 1], array[..., :n], where=later)
-        place = n - later.sum(-1, keepdims=True)
+        values, rows = self.arrays
+        # Comparing with all numbers, in one call for all columns, is faster than a binary search in
+        # each, up to about 2,000 keys.
+        larger = values[..., :n] > x[..., None]  # (..., K, d, n): false, then true
+        for array in self.arrays:
+            np.copyto(array[..., 1 : n + 1], array[..., :n], where=larger)
+        place = n - larger.sum(-1, keepdims=True)
         np.put_along_axis(values, place, x[..., None], -1)
         np.put_along_axis(rows, place, n, -1)
         self.count = n + 1
-        ledger.event("sorted numbers moved", lambda: later.sum() + x.size)
+        ledger.event("sorted values moved", lambda: larger.sum() + x.size)
 
-    def _keep(self, columns: Columns) -> None:
-        if self.room is None:
+    def _store(self, columns: Columns) -> None:
+        if self.arrays is None:
             shape = (*columns.rows.shape[:-1], self.capacity)
-            self.room = Columns(*(np.empty(shape, array.dtype) for array in columns))
+            self.arrays = Columns(*(np.empty(shape, array.dtype) for array in columns))
         self.count = columns.rows.shape[-1]
-        for array, found in zip(self.room, columns):
-            array[..., : self.count] = found
-        ledger.event("sorted numbers moved", columns.rows.size)
+        for array, new in zip(self.arrays, columns):
+            array[..., : self.count] = new
+        ledger.event("sorted values moved", columns.rows.size)
 
     def rewind(self, position: int) -> None:
+        """Remove the keys from this position on."""
         if position < self.count:
-            for array, left in zip(self.room, self.now().until(position)):
+            for array, left in zip(self.arrays, self.current().between(0, position)):
                 array[..., :position] = left
             self.count = position
 
 
-def remembered(owner: Part, k, layer: Layer) -> Columns | None:
-    """The columns of the keys k (..., K, n, d), the first n of the block's cache, and of what else
-    was sorted before."""
+def cached_columns(owner: Part, k, layer: Layer) -> Columns | None:
+    """The columns of the keys k (..., K, n, d), the first n of the block's cache; only keys that
+    are new since the last call are sorted. None if there are no keys."""
     if not layer.remember:
-        return sort(k) if k.shape[-2] else None
+        return sort_columns(k) if k.shape[-2] else None
     return layer.memory.recall(owner, lambda: SortedColumns(layer.capacity)).extend(k)

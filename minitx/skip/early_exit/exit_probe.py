@@ -1,0 +1,75 @@
+"""Train the exit probe (measure=probe): logistic regression on hidden states, one for all layers.
+
+CALM's early-exit classifier (Schuster et al., 2022, arXiv 2207.07061); the model itself is frozen.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from minitx.errors import MinitxError
+from minitx.skip.early_exit.confidence import sigmoid
+from minitx.training.layerskip import record
+
+TEXTS = 24  # stories: about 5,000 tokens, which keeps it near a second for the shipped models
+NEWTON_STEPS = 8  # each about doubles the number of correct digits
+RIDGE = 1.0  # L2 penalty on the weights of the standardized columns
+SHOWN_AFTER = 2.0  # seconds before a progress bar appears
+
+
+def train_exit_probe(lm, texts: Sequence) -> tuple[np.ndarray, float]:
+    """w (D,) and b of the probe: sigmoid(w . h + b) is the probability that final norm and head
+    predict the same token from the hidden state h, after some layer, as after the last layer.
+
+    texts: lists of ids, or strings; every token after every layer but the last is an example. Both
+    classes have the same total weight. Deterministic. MinitxError if a class has no example.
+    """
+    h, same = examples(lm, texts)
+    if same.all() or not same.any():
+        raise MinitxError(
+            "early_exit cannot train its probe: expected examples of both classes, but after "
+            f"{'every' if same.any() else 'no'} layer the model predicts the same token as after "
+            f"the last one, on all {len(same)} examples; use measure=softmax or saturation."
+        )
+    w, b = logistic_regression(h, same)
+    return w.astype(h.dtype), b
+
+
+def examples(lm, texts: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """The hidden states (n, D) after each layer but the last, and (n,) booleans: is the predicted
+    token the same as after the last layer?"""
+    model, recorded = record(lm.model)
+    states, same = [], []
+    for text in tqdm(texts, desc="exit probe", unit="text", delay=SHOWN_AFTER):
+        recorded.clear()
+        model.hidden(lm.encode(text))
+        predicted = [model.head(model.norm(h)).argmax(-1) for h in recorded]  # L times (T,)
+        states += recorded[:-1]
+        same += [tokens == predicted[-1] for tokens in predicted[:-1]]
+    if not states:
+        raise MinitxError("early_exit: expected at least one text to train the probe on; got none.")
+    return np.concatenate(states), np.concatenate(same)
+
+
+def logistic_regression(x, y, ridge: float = RIDGE) -> tuple[np.ndarray, float]:
+    """Class-balanced logistic regression of y (n,) booleans on x (n, D): w (D,) in float64, and b.
+
+    Newton's method (iteratively reweighted least squares) on standardized columns. It minimizes
+
+        sum_i weight[i] * log(1 + exp(-s[i] z[i])) + ridge |w|^2 / 2,  z = x w + b,  s = 1 or -1
+    """
+    x = x.astype(np.float64)
+    mean, spread = x.mean(0), x.std(0) + 1e-12
+    x = np.concatenate([(x - mean) / spread, np.ones((len(x), 1))], axis=1)  # (n, D + 1)
+    weight = np.where(y, 0.5 / y.mean(), 0.5 / (1 - y.mean()))  # each class sums to n / 2
+    penalty = np.full(x.shape[1], ridge)
+    penalty[-1] = 1e-9  # b has no penalty, only enough to keep the equations solvable
+    w = np.zeros(x.shape[1])
+    for _ in range(NEWTON_STEPS):
+        p = sigmoid(x @ w)
+        gradient = x.T @ (weight * (p - y)) + penalty * w
+        hessian = (x.T * (weight * p * (1 - p))) @ x + np.diag(penalty)
+        w -= np.linalg.solve(hessian, gradient)
+    scaled = w[:-1] / spread
+    return scaled, float(w[-1] - scaled @ mean)
