@@ -84,8 +84,8 @@ class StoryEncoder:
             ids += new
             kinds += [KIND_NUMBER[kind]] * len(new)
             words = answers[number].bridges if number in answers else ()
-            links = [self.piece(f" {word}")[0] for word in words[:MAX_BRIDGES]]
-            bridges += [links + [NO_BRIDGE] * (MAX_BRIDGES - len(links))] * len(new)
+            found = [self.piece(f" {word}")[0] for word in words[:MAX_BRIDGES]]
+            bridges += [found + [NO_BRIDGE] * (MAX_BRIDGES - len(found))] * len(new)
         return [*ids, self.end], [*kinds, ORDINARY], [*bridges, [NO_BRIDGE] * MAX_BRIDGES]
 
 
@@ -114,14 +114,14 @@ class StoryDataset:
         self.weight_of = np.array([1.0, *[answer_weight] * len(KINDS), 0.0], np.float32)
 
     def batch(self, step: int, first: int, last: int) -> Batch:
-        """StoryDataset first .. last - 1 of a step."""
+        """Rows first .. last - 1 of a step."""
         T = self.row_length
         ids = np.full((last - first, T + 1), self.encoder.end, np.int64)
         kinds = np.full((last - first, T), PADDING, np.int8)
         bridges = np.full((last - first, T, MAX_BRIDGES), NO_BRIDGE, np.int64)
         for row in range(first, last):
-            row_ids, row_kinds, row_via = self.row(step, row)
-            bridges[row - first, : len(row_via)] = row_via
+            row_ids, row_kinds, row_bridges = self.row(step, row)
+            bridges[row - first, : len(row_bridges)] = row_bridges
             ids[row - first, : len(row_ids)] = row_ids
             kinds[row - first, : len(row_kinds)] = row_kinds
         return Batch(ids, self.weight_of[kinds], kinds, bridges)
@@ -131,10 +131,10 @@ class StoryDataset:
         ids, kinds, bridges = [self.encoder.end], [], []
         story = 0
         while len(kinds) < self.row_length and (self.chain or story == 0):
-            new_ids, new_kinds, new_via = self.encoder.story(self.story(step, row, story))
+            new_ids, new_kinds, new_bridges = self.encoder.story(self.story(step, row, story))
             ids += new_ids
             kinds += new_kinds
-            bridges += new_via
+            bridges += new_bridges
             story += 1
         T = self.row_length
         return ids[: T + 1], kinds[:T], bridges[:T]
