@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from minitx.checkpoints.common import replacing
+from minitx.checkpoints.common import atomic_write
 from minitx.errors import MinitxError
 from minitx.lab.compare import Comparison, Workload, compare
 from minitx.lab.evaluate import hops_name, percent, table
@@ -165,7 +165,7 @@ def picture(points: Sequence[Point], name: str, path) -> None:
     axes.set_ylabel("loss above dense (nats per token)")
     axes.set_title(name)
     figure.tight_layout()
-    with replacing(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
 

@@ -17,8 +17,8 @@ from itertools import pairwise
 
 from minitx.checkpoints.added_tokens import AddedToken
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
-from minitx.checkpoints.pretoken import split
-from minitx.checkpoints.tokenizer import check_text
+from minitx.checkpoints.pre_tokenize import pre_tokenize
+from minitx.checkpoints.tokenizer import need_valid_unicode
 from minitx.errors import MinitxError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -69,10 +69,11 @@ def bpe_for_words(
     """
     words, special = list(dict.fromkeys(words)), list(special_tokens)
     for word in words:
-        check_text(word)
-        if split(word) != [word]:
+        need_valid_unicode(word)
+        pre_tokens = pre_tokenize(word)
+        if pre_tokens != [word]:
             raise MinitxError(
-                f"Expected one word by GPT-2's pattern, got {word!a}, which is {len(split(word))}; "
+                f"Expected one word by GPT-2's pattern, got {word!a}, which is {len(pre_tokens)}; "
                 "split it."
             )
     if ignore_merges:
@@ -88,8 +89,8 @@ def bpe_for_words(
 def _count_words(texts: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text in texts:
-        check_text(text)
-        counts.update(split(text))
+        need_valid_unicode(text)
+        counts.update(pre_tokenize(text))
     return counts
 
 

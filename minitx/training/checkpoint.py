@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx.checkpoints.common import replacing
+from minitx.checkpoints.common import atomic_write
 from minitx.errors import MinitxError
 from minitx.training.recipe import Recipe, Stage
 
@@ -50,7 +50,7 @@ def write_checkpoint(
     trained = any(stage.detector for stage in recipe.stages[: progress.stages_begun])
     size = None if trained else model_size
     text = json.dumps({"recipe": recipe.as_dict(), "progress": asdict(progress)})
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         kept = {name: arrays[name][:size] for name in ARRAYS}
         np.savez(file, text=np.frombuffer(text.encode(), np.uint8), **kept)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minitx.checkpoints.common import replacing
+from minitx.checkpoints.common import atomic_write
 from minitx.checkpoints.huggingface import ONE_FILE, write_model
 from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.errors import MinitxError
@@ -209,7 +209,7 @@ class Run:
         return {"name": self.recipe.name, "stages": stages, "log": p.log}
 
     def write_log(self) -> None:
-        with replacing(self.out / LOG) as file:
+        with atomic_write(self.out / LOG) as file:
             file.write((json.dumps(self.log(), indent=1) + "\n").encode())
 
     def write_folder(self, tokenizer, recipe_path) -> None:
@@ -222,7 +222,7 @@ class Run:
         source = source / "recipe.json" if source.is_dir() else source
         if not copy.exists() or not copy.samefile(source):
             content = source.read_bytes()
-            with replacing(copy) as file:
+            with atomic_write(copy) as file:
                 file.write(content)
         self.write_log()
 

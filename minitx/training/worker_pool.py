@@ -19,7 +19,7 @@ from minitx.training.recipe import Recipe
 from minitx.training.worker import SharedArrays, Worker
 
 WORKER_ENVIRONMENT = ONE_THREAD | {
-    # By default glibc returns freed shared to the system, and the next training step allocates the
+    # By default glibc returns freed memory to the system, and the next training step allocates the
     # same again: keeping it saves 5 to 10 % of the time (other systems ignore these variables).
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
