@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pytest
 
 import minitx
+from minitx.fast import ONE_THREAD
 from minitx.lab.evaluate import evaluate
-from minitx.threads import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tutorials"
