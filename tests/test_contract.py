@@ -264,7 +264,7 @@ def test_card_is_complete(name):
     assert found == HEADINGS[:-1]
     assert all(card.sections.values())
     fidelity = card.sections["Fidelity"]
-    kinds = ("paper's text", "authors' code", "reconstruction", "practice", "our own")
+    kinds = ("paper's text", "authors' code", "reconstruction", "practice", "our own", "ours")
     assert any(kind in fidelity for kind in kinds), (
         f"Fidelity says nothing of the source: {fidelity}"
     )

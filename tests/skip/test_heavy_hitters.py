@@ -8,7 +8,7 @@ from tiny import FAMILIES, in_chunks, tiny_lm
 import minitx
 from minitx import fast
 from minitx.errors import MinitxError
-from minitx.lab.compare import Plan, compare
+from minitx.lab.compare import Workload, compare
 from minitx.ledger import counting
 from minitx.model import Cache
 from minitx.skip.heavy_hitters import (
@@ -214,7 +214,9 @@ def test_on_stories_attention_keeps_better_rows_than_chance():
     for choose in ("attention", "random"):
         options = {"heavy": 64, "recent": 64, "choose": choose}
         lm = apply(dense, {"heavy_hitters": options})
-        found = compare(dense, lm, "", Plan(stories=4, prompts=1, rounds=1, chains=1), bar=False)
+        found = compare(
+            dense, lm, "", Workload(stories=4, prompts=1, rounds=1, chains=1), bar=False
+        )
         prices[choose] = found.reading.changed.loss - found.reading.dense.loss
         assert found.cache == pytest.approx(129 / 512, abs=0.01)
     assert prices["attention"] < 0.6 * prices["random"], prices

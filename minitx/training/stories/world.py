@@ -1,42 +1,44 @@
-"""The facts of a story so far: what can happen next, and what can be asked with which answer.
+"""The facts of a story so far: which events are possible next, and which questions have which
+answer.
 
-Everything here is a function of what the story has said; nothing is drawn by chance.
+Everything here is a deterministic function of the text so far.
 """
 
 from collections.abc import Iterator
 
-from minitx.training.words import BOXES, NAMES, NUMBERS, PLACES, THINGS
+from minitx.training.stories.grammar import BOXES, NAMES, NUMBERS, PLACES, THINGS
 
 IS_PLACE = frozenset(PLACES)
 IS_PERSON = frozenset(NAMES)
 
 
 class World:
-    """Who and what is where. ``at`` says where each person, thing and box directly is.
+    """Who and what is where.
 
-    That is a place, a person who has it, or (for a thing) a box; following it leads to the place.
+    ``at`` maps each person, thing and box to where it directly is: a place, the person who has it,
+    or (for a thing) a box. Following it repeatedly leads to the place.
     """
 
     def __init__(self):
         self.people, self.things, self.boxes = [], [], []
         self.at: dict[str, str] = {}
         self.colour: dict[str, str] = {}
-        self.food: dict[str, tuple[str, int]] = {}  # person -> (sort of food, how many, 0 to 9)
-        self.told: dict[tuple[str, str], str] = {}  # (attribute, entity) -> last answer
-        self.repeated: dict[tuple[str, str], str] = {}  # (attribute, entity) -> last mention
+        self.food: dict[str, tuple[str, int]] = {}  # person -> (kind of food, how many, 0 to 9)
+        self.answered: dict[tuple[str, str], str] = {}  # (attribute, entity) -> last answer
+        self.mentioned: dict[tuple[str, str], str] = {}  # (attribute, entity) -> last mention
 
-    # What is the case.
+    # Facts
 
     def chain(self, entity: str) -> list[str]:
-        """The entity and all that it is in, innermost first: ``["bell", "box", "Sam", "park"]``."""
+        """The entity and what contains it, innermost first: ``["bell", "box", "Sam", "park"]``."""
         links = [entity]
         while entity in self.at:
             entity = self.at[entity]
             links.append(entity)
         return links
 
-    def via(self, attribute: str, entity: str, value: str) -> tuple[str, ...]:
-        """What the chain of facts leads through on the way to an answer: ``("box", "Sam")``."""
+    def bridges(self, attribute: str, entity: str, value: str) -> tuple[str, ...]:
+        """The bridge entities between a question's entity and its answer: ``("box", "Sam")``."""
         if attribute == "colour of":
             return tuple(thing for thing in self.things if self.at.get(thing) == entity)
         if attribute not in ("where", "who"):
@@ -65,33 +67,33 @@ class World:
                 yield "who" if links[1] == holder else "who2", "who", item, holder
             if links[1] in self.boxes:
                 yield "inside", "inside", item, links[1]
-            if place and not self.is_shortened(links):
+            if place and not self.has_shortcut(links):
                 yield f"where{len(links) - 1}", "where", item, place
         for thing in self.things:
             yield "colour", "colour", thing, self.colour[thing]
 
-    def is_shortened(self, links: list[str]) -> bool:
-        """Whether an earlier answer spares a step of the chain thing - box - person - place.
+    def has_shortcut(self, links: list[str]) -> bool:
+        """Does an earlier answer shorten the chain thing -> box -> person -> place?
 
-        Such an answer told who has the thing, or where the box or something else in it is.
+        Such an answer stated who has the thing, or the place of the box or of another thing in it.
         """
         if len(links) < 4:
             return False
         thing, box, person, place = links
-        told, at = self.told, self.at
-        if told.get(("where", box)) == place or told.get(("who", thing)) == person:
+        answered, at = self.answered, self.at
+        if answered.get(("where", box)) == place or answered.get(("who", thing)) == person:
             return True
-        return any(at.get(t) == box and told.get(("where", t)) == place for t in self.things)
+        return any(at.get(t) == box and answered.get(("where", t)) == place for t in self.things)
 
-    def is_news(self, attribute: str, entity: str, value: str) -> bool:
-        """Whether no question has been answered with that already, unchanged."""
-        return self.told.get((attribute, entity)) != value
+    def is_unanswered(self, attribute: str, entity: str, value: str) -> bool:
+        """Has no question been answered with this value since it changed?"""
+        return self.answered.get((attribute, entity)) != value
 
     def in_reach(self, who: str, box: str) -> bool:
-        """Whether the person has the box, or it stands where the person is."""
+        """Does the person have the box, or are both in the same place?"""
         return self.at[box] == who or self.at[box] == self.at.get(who)
 
-    # What can happen: the options of each kind of sentence, all alike likely.
+    # Possible events: the options of each kind of sentence, sampled uniformly
 
     def new_people(self) -> list[str]:
         return [name for name in NAMES if name not in self.people]
@@ -102,8 +104,8 @@ class World:
     def new_boxes(self) -> list[str]:
         return [box for box in BOXES if box not in self.boxes]
 
-    def gifts(self) -> list[tuple[str, str, str]]:
-        """(who, thing, other): things in hand, and everyone else."""
+    def possible_gifts(self) -> list[tuple[str, str, str]]:
+        """(who, thing, other): things that people have, and everyone else."""
         return [
             (who, thing, other)
             for thing in self.things
@@ -112,8 +114,8 @@ class World:
             if other != who
         ]
 
-    def puts(self) -> list[tuple[str, str, str]]:
-        """(who, thing, box): things in hand, and the boxes that the person can reach."""
+    def possible_puts(self) -> list[tuple[str, str, str]]:
+        """(who, thing, box): things that people have, and the boxes that they can reach."""
         return [
             (who, thing, box)
             for thing in self.things
@@ -122,7 +124,7 @@ class World:
             if self.in_reach(who, box)
         ]
 
-    def takes(self) -> list[tuple[str, str, str]]:
+    def possible_takes(self) -> list[tuple[str, str, str]]:
         """(who, thing, box): things in boxes, and the people who can reach the box."""
         return [
             (who, thing, box)
@@ -132,29 +134,30 @@ class World:
             if self.in_reach(who, box)
         ]
 
-    def leavable(self) -> list[tuple[str, str]]:
-        """(who, item): things and boxes in the hands of someone whose place is known."""
+    def possible_leaves(self) -> list[tuple[str, str]]:
+        """(who, item): things and boxes of people whose place is known."""
         return [
             (who, item)
             for item in self.things + self.boxes
             if (who := self.at.get(item)) in IS_PERSON and who in self.at
         ]
 
-    def lying(self) -> list[tuple[str, str]]:
-        """(who, item): everyone, and the things and boxes that lie in some place."""
+    def possible_fetches(self) -> list[tuple[str, str]]:
+        """(who, item): everyone, and the things and boxes that are in some place."""
         items = [item for item in self.things + self.boxes if self.at.get(item) in IS_PLACE]
         return [(who, item) for item in items for who in self.people]
 
-    def without_food(self) -> list[str]:
+    def people_without_food(self) -> list[str]:
         return [who for who in self.people if who not in self.food]
 
-    def mentionable(self) -> list[tuple[str, str, str]]:
-        """(attribute, entity, value): news about places of people and colours of things."""
+    def possible_mentions(self) -> list[tuple[str, str, str]]:
+        """(attribute, entity, value): places of people and colours of things, not stated again
+        since they changed."""
         places = [("where", who, self.at[who]) for who in self.people if who in self.at]
         colours = [("colour", thing, self.colour[thing]) for thing in self.things]
         return [
             (attribute, entity, value)
             for attribute, entity, value in places + colours
-            if self.is_news(attribute, entity, value)
-            and self.repeated.get((attribute, entity)) != value
+            if self.is_unanswered(attribute, entity, value)
+            and self.mentioned.get((attribute, entity)) != value
         ]

@@ -1,12 +1,12 @@
-"""The words of the stories and the wordings of their sentences; no choice is made here.
+"""The vocabulary of the stories and their sentence templates; nothing is sampled here.
 
-A wording is a sentence with slots: ``" {who} went to the {place}."``. Slots named as the wording's
-*facts* are filled by the story (they change or ask about its world); every other slot is decoration
-and is filled from ``FREE``. A bar ``|`` stands for an answer word. Every fact of a kind of sentence
-appears in each of its wordings, and no two wordings can give the same text: from the text one can
-always tell which choices were made.
+A template is a sentence with slots: ``" {who} went to the {place}."``. Slots that are listed as the
+template's *facts* are filled by the story: they change the world or ask about it. All other slots
+are filler and take random words from ``FREE``. A bar ``|`` marks the answer word. Every template of
+a kind of sentence contains all facts of that kind, and no two templates can produce the same text:
+so the text determines every choice.
 
-Every word but a story's first has a leading space: that is how the GPT-2 pre-tokenizer cuts text.
+Every word but the first of a story has a leading space, as in GPT-2's pre-tokenizer.
 """
 
 import re
@@ -43,17 +43,17 @@ PLAYS = tuple("play read paint swim climb sleep dance draw".split())
 WEATHER = tuple("sunny rainy cold windy warm cloudy foggy snowy".split())
 PLANTS = tuple("tree bush rose hedge fern".split())
 
-# Slots that decoration may use, and what fills them. Places and colours are decoration in sentences
-# that state no fact ("Tom dreamed about the cave"): they mislead whoever picks the latest place.
+# Filler slots and their words. Places and colours are filler in sentences that state no fact ("Tom
+# dreamed about the cave"): distractors for a model that answers with the latest place.
 FREE = {
     "animal": ANIMALS, "beast": ANIMALS, "adverb": ADVERBS, "mood": MOODS, "trait": TRAITS,
     "size": SIZES, "meal": MEALS, "did": DEEDS, "noise": NOISES, "play": PLAYS,
     "weather": WEATHER, "plant": PLANTS, "place": PLACES, "colour": COLOURS,
 }  # fmt: skip
-# Words that follow from a person's name.
+# Words that depend on a person's name.
 GRAMMAR = {name: {"he": "she", "his": "her", "boy": "girl"} for name in GIRLS}
 GRAMMAR |= {name: {"he": "he", "his": "his", "boy": "boy"} for name in BOYS}
-# Slots whose value can be the answer to a question, and the type of that value.
+# Slots whose value can be an answer, and the type of that value.
 TYPES = {
     "who": "name", "other": "name", "box": "box", "object": "box",
     "place": "place", "colour": "colour", "number": "number",
@@ -72,12 +72,12 @@ FILLERS = FREE | {
     "boy": ("boy", "girl"),
 }
 
-# A sentence names the key of a fact before its value (first the bag, then who has it), and answers
-# keep the two apart by some words: so a model that is trained for minutes finds out how to look a
-# value up by its key. With the value first, or with the answer right behind its key, it did not.
-# Grades can ask for those, too ("value first", "shortly").
-# kind of sentence: (facts, wordings). For "mention" and "ask" the fact is the entity asked about.
-SENTENCES = {
+# The key of a fact comes before its value (first the bag, then who has it), and in answers a few
+# words separate the two. Then a model learns within minutes of training to look up a value by its
+# key. With the value first, or with the answer right after the key, it did not. Grades can ask for
+# those, too ("value first", "shortly"). kind of sentence: (facts, templates). For "mention" and
+# "ask" the fact is the entity asked about.
+TEMPLATES = {
     "open": (
         "who",
         (
@@ -293,21 +293,21 @@ SENTENCES = {
         (" How many {foods} does {who} have? The number of {foods} that {who} has is|.",),
     ),
 }
-SHORT_OPENING = "One day"  # an "arrive" sentence follows: its wordings all begin with the name
+SHORT_OPENING = "One day"  # an "arrive" sentence follows, whose templates all begin with the name
 SHORT_CLOSING = " The end."
 SLOT = re.compile(r"\{(\w+)\}")
 
 
 class Fragment(NamedTuple):
-    """Text before or after an answer word, with what its slots need."""
+    """The part of a template before or after the answer word."""
 
     template: str
-    free: tuple  # (slot, words) of every slot that decoration fills
-    typed: tuple  # (slot, type) of every value that a question may ask for, in reading order
+    free: tuple  # (slot, words) of every filler slot
+    typed: tuple  # (slot, type) of every value that can be an answer, in text order
 
 
-def compile_wording(facts: str, wording: str) -> tuple[Fragment, ...]:
-    """A wording as its fragments: one, or the two around the answer word."""
+def compile_template(facts: str, template: str) -> tuple[Fragment, ...]:
+    """Split a template into its fragments: one, or the two around the answer word."""
     taken = {*facts.split(), "he", "his", "boy"}
     return tuple(
         Fragment(
@@ -315,27 +315,27 @@ def compile_wording(facts: str, wording: str) -> tuple[Fragment, ...]:
             tuple((s, FREE[s]) for s in dict.fromkeys(SLOT.findall(text)) if s not in taken),
             tuple((s, TYPES[s]) for s in SLOT.findall(text) if s in TYPES),
         )
-        for text in wording.split("|")
+        for text in template.split("|")
     )
 
 
-WORDINGS = {
-    kind: tuple(compile_wording(facts, wording) for wording in wordings)
-    for kind, (facts, wordings) in SENTENCES.items()
+COMPILED_TEMPLATES = {
+    kind: tuple(compile_template(facts, template) for template in templates)
+    for kind, (facts, templates) in TEMPLATES.items()
 }
 
 
 def vocabulary() -> list[str]:
-    """Every pre-token that a story can hold, sorted: ``"Once"``, ``" park"``, ``"."``.
+    """Every pre-token that a story can contain, sorted: ``"Once"``, ``" park"``, ``"."``.
 
-    Words have their leading space except those that begin a story.
+    Words have a leading space, except those that begin a story.
     """
     found = {
         *re.findall(r" ?[A-Za-z]+", SHORT_OPENING),
         *(f" {w}" for w in (*PLACES, *NUMBERS, *COLOURS)),
     }
-    for _, wordings in SENTENCES.values():
-        for wording in wordings:
-            found |= {f" {word}" for slot in SLOT.findall(wording) for word in FILLERS[slot]}
-            found |= set(re.findall(r" ?[A-Za-z]+|[.,?]", re.sub(r" \{\w+\}", "", wording)))
+    for _, templates in TEMPLATES.values():
+        for template in templates:
+            found |= {f" {word}" for slot in SLOT.findall(template) for word in FILLERS[slot]}
+            found |= set(re.findall(r" ?[A-Za-z]+|[.,?]", re.sub(r" \{\w+\}", "", template)))
     return sorted(found)

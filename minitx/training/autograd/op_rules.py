@@ -1,8 +1,9 @@
-"""Gradient rules of the operations of ops.py: each calls the operation itself for its value, and
-has its own formula for the way back, where the chain of small steps would be slow.
+"""Gradient rules of the operations in minitx/ops.py.
 
-g is always the gradient with respect to the result. Long sums are written as a product with a
-vector, often of ones: BLAS is three times as fast at them as ``sum``.
+The forward pass calls the operation itself; the backward pass is one closed formula, which is
+faster than the chain rule through every NumPy call inside. g is always the gradient with respect to
+the result. Long sums are products with a vector, often of ones: BLAS sums three times as fast as
+``sum``.
 """
 
 import math
@@ -10,18 +11,18 @@ import math
 import numpy as np
 
 from minitx import fast, ops
-from minitx.training.rules import fit
-from minitx.training.traced import Traced, plain, rule
+from minitx.training.autograd.array import Traced, rule, value_of
+from minitx.training.autograd.numpy_rules import unbroadcast
 
 # Norms ---------------------------------------------------------------------------------------
 
 
 @rule(ops.rms_norm)
 def rms_norm(x, gain, eps):
-    """With r = 1 / sqrt(mean(x^2) + eps) and h = g * gain: dx = r h - x r^3 mean(h x)."""
-    a, w = x.value, plain(gain)
+    """With r = 1 / sqrt(mean(x^2) + eps) and h = g * gain:  dx = r h - x r^3 mean(h x)."""
+    a, w = x.value, value_of(gain)
 
-    def pull(g):
+    def backward(g):
         rows, g = _rows(a), _rows(g)
         D = a.shape[-1]
         r = 1 / np.sqrt(np.einsum("nd,nd->n", rows, rows) / D + eps)
@@ -34,16 +35,16 @@ def rms_norm(x, gain, eps):
         dx -= gx
         yield x, dx.reshape(a.shape)
 
-    return Traced(ops.rms_norm(a, w, eps), pull)
+    return Traced(ops.rms_norm(a, w, eps), backward)
 
 
 @rule(ops.layer_norm)
 def layer_norm(x, gain, bias, eps):
     """With n = (x - mean) r, r = 1 / sqrt(variance + eps), and h = g * gain:
     dx = r (h - mean(h) - n mean(h n))."""
-    a, w, b = x.value, plain(gain), plain(bias)
+    a, w, b = x.value, value_of(gain), value_of(bias)
 
-    def pull(g):
+    def backward(g):
         rows, g = _rows(a), _rows(g)
         D = a.shape[-1]
         n = rows - rows.mean(-1, keepdims=True)
@@ -61,7 +62,7 @@ def layer_norm(x, gain, bias, eps):
         dx *= r[:, None]
         yield x, dx.reshape(a.shape)
 
-    return Traced(ops.layer_norm(a, w, b, eps), pull)
+    return Traced(ops.layer_norm(a, w, b, eps), backward)
 
 
 def _rows(x):
@@ -78,12 +79,12 @@ def _column_sums(x):
 def _activation(op, derivative):
     @rule(op)
     def run(x):
-        def pull(g):
+        def backward(g):
             d = derivative(x.value)
             d *= g
             yield x, d
 
-        return Traced(op(x.value), pull)
+        return Traced(op(x.value), backward)
 
 
 def _silu_derivative(x):
@@ -112,23 +113,23 @@ _activation(ops.gelu_tanh, _gelu_tanh_derivative)
 @rule(ops.swiglu)
 def swiglu(gate, up):
     """With s = sigmoid(gate): d silu / d gate = s + gate s (1 - s)."""
-    a, b = gate.value, plain(up)
+    a, b = gate.value, value_of(up)
 
-    def pull(g):
+    def backward(g):
         s = np.exp(-a)
         s += 1
         np.reciprocal(s, out=s)
         silu = a * s
         if isinstance(up, Traced):
-            yield up, fit(g * silu, b.shape)
+            yield up, unbroadcast(g * silu, b.shape)
         slope = 1 - s
         slope *= silu
         slope += s
         slope *= b
         slope *= g
-        yield gate, fit(slope, a.shape)
+        yield gate, unbroadcast(slope, a.shape)
 
-    return Traced(ops.swiglu(a, b), pull)
+    return Traced(ops.swiglu(a, b), backward)
 
 
 # Positions and attention ---------------------------------------------------------------------
@@ -136,46 +137,48 @@ def swiglu(gate, up):
 
 @rule(ops.rotate)
 def rotate(x, cos, sin):
-    """The way back from a rotation is to turn back by the same angle."""
+    """The gradient of a rotation is the inverse rotation: by the same angle, in reverse."""
 
-    def pull(g):
+    def backward(g):
         yield x, ops.rotate(g, cos, -sin)
 
-    return Traced(ops.rotate(x.value, cos, sin), pull)
+    return Traced(ops.rotate(x.value, cos, sin), backward)
 
 
 @rule(ops.attention)
 def attention(q, k, v, scale, mask=None):
-    """FlashAttention's way back (Dao et al., 2022): nothing of size T x S is kept; the weights are
-    computed again, in the row blocks of ``ops.attention``."""
-    a, b, c = map(plain, (q, k, v))
+    """The backward pass of FlashAttention (Dao et al., 2022): no T x S array is stored. Attention
+    weights are recomputed, in the same blocks of queries as in ``ops.attention``."""
+    a, b, c = map(value_of, (q, k, v))
     out = ops.attention(a, b, c, scale, mask)
 
-    def pull(g):
+    def backward(g):
         T, S = a.shape[-2], b.shape[-2]
         dq, dk, dv = np.empty_like(a), np.zeros_like(b), np.zeros_like(c)
         for first, last, end in fast.query_blocks(T, S, mask):
             rows, keys = slice(first, last), slice(0, end)
-            near = fast.block_mask(last - first) if mask is None else mask[..., rows, keys]
+            masked = fast.block_mask(last - first) if mask is None else mask[..., rows, keys]
             block = a[..., rows, :], b[..., keys, :], c[..., keys, :]
-            parts = _attend_back(g[..., rows, :], out[..., rows, :], *block, scale, near, mask)
+            parts = _attention_backward(
+                g[..., rows, :], out[..., rows, :], *block, scale, masked, mask
+            )
             dq[..., rows, :] = parts[0]
             dk[..., keys, :] += parts[1]
             dv[..., keys, :] += parts[2]
         yield from ((q, dq), (k, dk), (v, dv))
 
-    return Traced(out, pull)
+    return Traced(out, backward)
 
 
-def _attend_back(g, out, q, k, v, scale, near, mask):
-    """Gradients for one block of rows: g, out, q (..., H, T, d); k, v (..., K, S, d).
+def _attention_backward(g, out, q, k, v, scale, masked, mask):
+    """Gradients for one block of queries: g, out, q (..., H, T, d); k, v (..., K, S, d).
 
-    With P the softmax: dv = P^T g, dP = g v^T, and through the softmax
-    dscores = P * (dP - sum(g * out)). P is never divided by its row sums: g is, which is smaller.
+    With P the attention weights:  dv = P^T g,  dP = g v^T,  dscores = P * (dP - sum(g * out)).
+    Instead of normalizing P by its row sums, g is divided by them, which is the smaller array.
     """
     *lead, H, T, d = q.shape
     K, S = k.shape[-3], k.shape[-2]
-    p = fast.attention_weights(q, k, scale, near)  # (..., K, G*T, S)
+    p = fast.attention_weights(q, k, scale, masked)  # (..., K, G*T, S)
     sums = p @ np.ones((p.shape[-1], 1), p.dtype)
     g = g.reshape(*lead, K, -1, d) / sums  # (..., K, G*T, d)
     inner = np.einsum("...d,...d->...", g, out.reshape(g.shape))
@@ -183,9 +186,9 @@ def _attend_back(g, out, q, k, v, scale, near, mask):
     scores = g @ v.swapaxes(-1, -2)  # (..., K, G*T, S)
     scores -= inner[..., None]
     scores *= p
-    if mask is not None:  # a row of padding sees nothing and weighs all keys alike
+    if mask is not None:  # for a padding query all keys are masked and have equal weights
         by_head = scores.reshape(*lead, K, H // K, T, S)
-        np.copyto(by_head, 0, where=near)
+        np.copyto(by_head, 0, where=masked)
     dq = scores @ k
     dq *= scale
     q = q.reshape(*lead, K, -1, d) * scale

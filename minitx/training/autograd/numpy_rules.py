@@ -1,7 +1,7 @@
-"""Gradient rules of NumPy's own functions, as far as models use them.
+"""Gradient rules of the NumPy functions that models use.
 
-Element by element: a table of derivatives. Then products, sums, and everything that only moves
-numbers about. The operations of ops.py have rules of their own, in fused.py.
+Elementwise functions: a table of derivatives. Then matrix products, reductions, and functions that
+only rearrange elements (reshape, indexing, ...). For the operations of ops.py see op_rules.py.
 """
 
 import math
@@ -9,12 +9,12 @@ import math
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.training.traced import RULES, Traced, plain, rule
+from minitx.training.autograd.array import RULES, Traced, rule, value_of
 
-# Element by element --------------------------------------------------------------------------
+# Elementwise functions -----------------------------------------------------------------------
 
-# function -> for each argument, its gradient from (g, result, arguments): g is the gradient with
-# respect to the result.
+# function -> for each argument, its gradient from (g, output, arguments), where g is the gradient
+# with respect to the output.
 ELEMENTWISE = {
     np.add: (lambda g, out, x, y: g, lambda g, out, x, y: g),
     np.subtract: (lambda g, out, x, y: g, lambda g, out, x, y: -g),
@@ -38,15 +38,15 @@ ELEMENTWISE = {
 
 def _elementwise(ufunc, derivatives):
     def run(*args):
-        values = [plain(a) for a in args]
+        values = [value_of(a) for a in args]
         out = ufunc(*values)
 
-        def pull(g):
+        def backward(g):
             for argument, derivative in zip(args, derivatives):
                 if isinstance(argument, Traced):
-                    yield argument, fit(derivative(g, out, *values), argument.shape)
+                    yield argument, unbroadcast(derivative(g, out, *values), argument.shape)
 
-        return Traced(out, pull)
+        return Traced(out, backward)
 
     return run
 
@@ -54,12 +54,12 @@ def _elementwise(ufunc, derivatives):
 RULES.update({ufunc: _elementwise(ufunc, d) for ufunc, d in ELEMENTWISE.items()})
 
 
-def fit(g, shape: tuple):
-    """Undo broadcasting: sum a gradient over the axes along which its array was repeated."""
+def unbroadcast(g, shape: tuple):
+    """Undo broadcasting: sum a gradient over the axes along which its array was broadcast."""
     if g.shape == shape:
         return g
     extra = g.ndim - len(shape)
-    if extra and g.shape[extra:] == shape:  # a bias: all leading axes at once
+    if extra and g.shape[extra:] == shape:  # a bias: all leading axes in one sum
         return g.reshape(-1, *shape).sum(0)
     g = g.sum(tuple(range(extra)))
     repeated = tuple(i for i, n in enumerate(shape) if n == 1 and g.shape[i] != 1)
@@ -67,11 +67,11 @@ def fit(g, shape: tuple):
 
 
 def _no_gradient(function):
-    return lambda *args, **options: function(*map(plain, args), **options)
+    return lambda *args, **options: function(*map(value_of, args), **options)
 
 
 for _f in (np.greater, np.greater_equal, np.less, np.less_equal, np.equal, np.not_equal):
-    RULES[_f] = _no_gradient(_f)  # comparisons give plain booleans
+    RULES[_f] = _no_gradient(_f)  # comparisons return plain booleans
 for _f in (np.sign, np.isfinite, np.isnan, np.argmax, np.argmin, np.argsort):
     RULES[_f] = _no_gradient(_f)
 for _f in (np.zeros_like, np.ones_like, np.empty_like, np.shape, np.ndim, np.size):
@@ -83,56 +83,63 @@ for _f in (np.zeros_like, np.ones_like, np.empty_like, np.shape, np.ndim, np.siz
 
 @rule(np.matmul)
 def matmul(x, y):
-    a, b = plain(x), plain(y)
+    a, b = value_of(x), value_of(y)
 
-    def pull(g):
+    def backward(g):
         rows, columns = np.atleast_2d(a), b if b.ndim > 1 else b[:, None]
         g = g if b.ndim > 1 else g[..., None]
         g = g if a.ndim > 1 else g[..., None, :]
         if isinstance(x, Traced):
-            yield x, fit(g @ columns.swapaxes(-1, -2), rows.shape).reshape(a.shape)
+            yield x, unbroadcast(g @ columns.swapaxes(-1, -2), rows.shape).reshape(a.shape)
         if isinstance(y, Traced):
-            if columns.ndim == 2 < rows.ndim:  # one large product, not one per row of the batch
+            if columns.ndim == 2 < rows.ndim:  # one large product instead of one per sequence
                 rows, g = rows.reshape(-1, rows.shape[-1]), g.reshape(-1, g.shape[-1])
-            yield y, fit(rows.swapaxes(-1, -2) @ g, columns.shape).reshape(b.shape)
+            yield y, unbroadcast(rows.swapaxes(-1, -2) @ g, columns.shape).reshape(b.shape)
 
-    return Traced(a @ b, pull)
+    return Traced(a @ b, backward)
 
 
 @rule(np.vecdot)
 def vecdot(x, y):
-    a, b = plain(x), plain(y)
+    a, b = value_of(x), value_of(y)
 
-    def pull(g):
+    def backward(g):
         g = g[..., None]
         if isinstance(x, Traced):
-            yield x, fit(g * b, a.shape)
+            yield x, unbroadcast(g * b, a.shape)
         if isinstance(y, Traced):
-            yield y, fit(g * a, b.shape)
+            yield y, unbroadcast(g * a, b.shape)
 
-    return Traced(np.vecdot(a, b), pull)
+    return Traced(np.vecdot(a, b), backward)
 
 
 @rule(np.einsum)
 def einsum(subscripts, *arrays):
-    """Any product of two arrays such as ``...d,...d->...``; each letter of one array must be in the
-    other or in the result, since a sum over one array alone would have to be spread out again."""
+    """Products of two arrays such as ``...d,...d->...``. Each index of one array must also be in
+    the other array or in the result: the gradient of a sum over one array alone needs a broadcast,
+    which einsum cannot express."""
     inputs, _, result = subscripts.replace(" ", "").partition("->")
     names = inputs.split(",")
     if not _is_simple(names, result, subscripts) or len(arrays) != 2:
         raise MinitxError(
-            f"numpy.einsum({subscripts!r}) has no gradient rule; write it with two arrays and "
-            "'->', each letter once in an array and again in the other array or the result."
+            f"numpy.einsum({subscripts!r}) has no gradient rule; use two arrays and '->', with "
+            "each index once per array and also in the other array or the result."
         )
-    a, b = map(plain, arrays)
+    a, b = map(value_of, arrays)
 
-    def pull(g):
+    def backward(g):
         if isinstance(arrays[0], Traced):
-            yield arrays[0], fit(np.einsum(f"{result},{names[1]}->{names[0]}", g, b), a.shape)
+            yield (
+                arrays[0],
+                unbroadcast(np.einsum(f"{result},{names[1]}->{names[0]}", g, b), a.shape),
+            )
         if isinstance(arrays[1], Traced):
-            yield arrays[1], fit(np.einsum(f"{result},{names[0]}->{names[1]}", g, a), b.shape)
+            yield (
+                arrays[1],
+                unbroadcast(np.einsum(f"{result},{names[0]}->{names[1]}", g, a), b.shape),
+            )
 
-    return Traced(np.einsum(subscripts, a, b), pull)
+    return Traced(np.einsum(subscripts, a, b), backward)
 
 
 def _is_simple(names: list[str], result: str, subscripts: str) -> bool:
@@ -146,15 +153,15 @@ def _is_simple(names: list[str], result: str, subscripts: str) -> bool:
     )
 
 
-# Sums ----------------------------------------------------------------------------------------
+# Reductions ----------------------------------------------------------------------------------
 
 
 @rule(np.sum)
 def sum_(x, axis=None, keepdims=False):
-    def pull(g):
-        yield x, np.broadcast_to(_spread(g, x.ndim, axis, keepdims), x.shape)
+    def backward(g):
+        yield x, np.broadcast_to(_restore_axes(g, x.ndim, axis, keepdims), x.shape)
 
-    return Traced(x.value.sum(axis, keepdims=keepdims), pull)
+    return Traced(x.value.sum(axis, keepdims=keepdims), backward)
 
 
 @rule(np.mean)
@@ -162,57 +169,57 @@ def mean(x, axis=None, keepdims=False):
     value = x.value.mean(axis, keepdims=keepdims)
     repeats = x.size // max(value.size, 1)
 
-    def pull(g):
-        yield x, np.broadcast_to(_spread(g / repeats, x.ndim, axis, keepdims), x.shape)
+    def backward(g):
+        yield x, np.broadcast_to(_restore_axes(g / repeats, x.ndim, axis, keepdims), x.shape)
 
-    return Traced(value, pull)
+    return Traced(value, backward)
 
 
 @rule(np.max)
 def max_(x, axis=None, keepdims=False):
-    """Entries that share the maximum share its gradient."""
+    """Tied maxima share the gradient equally."""
     value = x.value.max(axis, keepdims=keepdims)
 
-    def pull(g):
-        top = x.value == _spread(value, x.ndim, axis, keepdims)
+    def backward(g):
+        top = x.value == _restore_axes(value, x.ndim, axis, keepdims)
         share = g / top.sum(axis, keepdims=keepdims, dtype=x.dtype)
-        yield x, top * _spread(share, x.ndim, axis, keepdims)
+        yield x, top * _restore_axes(share, x.ndim, axis, keepdims)
 
-    return Traced(value, pull)
+    return Traced(value, backward)
 
 
-def _spread(g, ndim: int, axis, keepdims: bool):
-    """Put back, as axes of length 1, the axes that a sum took away."""
+def _restore_axes(g, ndim: int, axis, keepdims: bool):
+    """Restore the axes that a reduction removed, with length 1."""
     if keepdims or g.ndim == ndim:
         return g
     return np.expand_dims(g, tuple(range(ndim)) if axis is None else axis)
 
 
-# Moving numbers about ------------------------------------------------------------------------
+# Rearranging elements ------------------------------------------------------------------------
 
 
 @rule(np.reshape)
 def reshape(x, shape):
-    def pull(g):
+    def backward(g):
         yield x, g.reshape(x.shape)
 
-    return Traced(x.value.reshape(shape), pull)
+    return Traced(x.value.reshape(shape), backward)
 
 
 @rule(np.swapaxes)
 def swapaxes(x, a, b):
-    def pull(g):
+    def backward(g):
         yield x, g.swapaxes(a, b)
 
-    return Traced(x.value.swapaxes(a, b), pull)
+    return Traced(x.value.swapaxes(a, b), backward)
 
 
 @rule(np.transpose)
 def transpose(x, axes=None):
-    def pull(g):
+    def backward(g):
         yield x, g.transpose(None if axes is None else np.argsort(axes))
 
-    return Traced(x.value.transpose(axes), pull)
+    return Traced(x.value.transpose(axes), backward)
 
 
 @rule(np.expand_dims)
@@ -222,64 +229,64 @@ def expand_dims(x, axis):
 
 @rule(np.broadcast_to)
 def broadcast_to(x, shape):
-    def pull(g):
-        yield x, fit(g, x.shape)
+    def backward(g):
+        yield x, unbroadcast(g, x.shape)
 
-    return Traced(np.broadcast_to(x.value, shape), pull)
+    return Traced(np.broadcast_to(x.value, shape), backward)
 
 
 @rule(np.where)
 def where(condition, x, y):
-    chosen = plain(condition)
+    mask = value_of(condition)
 
-    def pull(g):
+    def backward(g):
         if isinstance(x, Traced):
-            yield x, fit(np.where(chosen, g, 0), x.shape)
+            yield x, unbroadcast(np.where(mask, g, 0), x.shape)
         if isinstance(y, Traced):
-            yield y, fit(np.where(chosen, 0, g), y.shape)
+            yield y, unbroadcast(np.where(mask, 0, g), y.shape)
 
-    return Traced(np.where(chosen, plain(x), plain(y)), pull)
+    return Traced(np.where(mask, value_of(x), value_of(y)), backward)
 
 
 @rule(np.concatenate)
 def concatenate(arrays, axis=0):
-    values = [plain(a) for a in arrays]
+    values = [value_of(a) for a in arrays]
 
-    def pull(g):
+    def backward(g):
         ends = np.cumsum([v.shape[axis] for v in values])
         yield from zip(arrays, np.split(g, ends[:-1], axis))
 
-    return Traced(np.concatenate(values, axis), pull)
+    return Traced(np.concatenate(values, axis), backward)
 
 
 @rule(np.stack)
 def stack(arrays, axis=0):
-    def pull(g):
+    def backward(g):
         yield from zip(arrays, np.moveaxis(g, axis, 0))
 
-    return Traced(np.stack([plain(a) for a in arrays], axis), pull)
+    return Traced(np.stack([value_of(a) for a in arrays], axis), backward)
 
 
 @rule("getitem")
 def getitem(x, index):
-    index = plain(index)
+    index = value_of(index)
 
-    def pull(g):
+    def backward(g):
         if isinstance(index, np.ndarray) and index.dtype.kind in "iu":
-            yield x, add_rows(g, index, x.shape)
+            yield x, scatter_add(g, index, x.shape)
             return
         out = np.zeros(x.shape, g.dtype)
-        if _is_plain(index):
+        if _selects_each_entry_once(index):
             out[index] = g
         else:
-            np.add.at(out, index, g)  # slow, but right where an entry is taken twice
+            np.add.at(out, index, g)  # slow, but correct if an element is selected twice
         yield x, out
 
-    return Traced(x.value[index], pull)
+    return Traced(x.value[index], backward)
 
 
-def _is_plain(index) -> bool:
-    """Does this index take each entry at most once? Slices, numbers and boolean masks do."""
+def _selects_each_entry_once(index) -> bool:
+    """True if this index selects each element at most once: slices, integers, boolean masks."""
     items = index if isinstance(index, tuple) else (index,)
     return all(
         i is None
@@ -290,11 +297,11 @@ def _is_plain(index) -> bool:
     )
 
 
-def add_rows(g, index, shape: tuple):
-    """Sum the gradients of gathered rows: out[index[i]] += g[i], out of the given shape.
+def scatter_add(g, index, shape: tuple):
+    """The gradient of gathering rows: out[index[i]] += g[i], for ``out`` of the given shape.
 
-    Rows are sorted by their index and each run of equal ones is summed: ``np.add.at`` takes many
-    times as long.
+    Rows are sorted by index and each run of equal indices is summed: many times faster than
+    ``np.add.at``.
     """
     index = index.reshape(-1) % shape[0]  # negative indices count from the end
     g = g.reshape(index.size, math.prod(shape[1:]))

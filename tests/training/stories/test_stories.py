@@ -1,4 +1,4 @@
-"""Stories: a second reader derives every answer again, from the text alone; words, splits."""
+"""Stories: an independent reader derives every answer from the text; vocabulary, splits, seeds."""
 
 import hashlib
 import itertools
@@ -10,7 +10,6 @@ import pytest
 from story_reader import Reader
 
 from minitx.errors import MinitxError
-from minitx.training.grades import SHORT
 from minitx.training.stories import (
     GRADES,
     HOPS,
@@ -20,8 +19,9 @@ from minitx.training.stories import (
     stories,
     vocabulary,
 )
-from minitx.training.teller import Teller
-from minitx.training.words import (
+from minitx.training.stories.generator import StoryGenerator
+from minitx.training.stories.grades import SHORT
+from minitx.training.stories.grammar import (
     BOXES,
     COLOURS,
     FILLERS,
@@ -29,14 +29,14 @@ from minitx.training.words import (
     NAMES,
     NUMBERS,
     PLACES,
-    SENTENCES,
+    TEMPLATES,
     THINGS,
     TYPES,
 )
-from minitx.training.world import World
+from minitx.training.stories.world import World
 
 PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on such plain text
-# sha256 of the texts of 20 stories of seed 7; they change only when the grammar is meant to change.
+# sha256 of 20 stories of seed 7. These change only if the grammar is changed on purpose.
 PINNED = {
     "set_phrases": "2bfbc96f7a9c58fa",
     "told_twice": "eebf139bbaadf9eb",
@@ -54,7 +54,7 @@ def take(n, grade, split="train", seed=1):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """600 stories of every grade, and of some that only recipes have."""
+    """600 stories of every grade, including some that only recipes use."""
     return {name: take(600, grade) for name, grade in {**GRADES, **OTHERS}.items()}
 
 
@@ -67,36 +67,36 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", [*GRADES, *OTHERS])
-def test_a_second_reader_finds_every_answer(drawn, name):
+def test_independent_reader_finds_every_answer(drawn, name):
     for story in drawn[name]:
         reader = Reader()
         answers = reader.read(story.text)
         assert [(a.kind, a.value) for a in story.answers] == answers, story.text
         asked = [a for a in story.answers if re.match("where|who|colour2", a.kind)]
-        assert [list(a.via) for a in asked] == reader.via
-        assert all(len(a.via) == HOPS[a.kind] - 1 for a in asked)
-        assert not any(a.via for a in story.answers if a not in asked)
+        assert [list(a.bridges) for a in asked] == reader.bridges
+        assert all(len(a.bridges) == HOPS[a.kind] - 1 for a in asked)
+        assert not any(a.bridges for a in story.answers if a not in asked)
 
 
-def test_the_second_reader_can_disagree():
+def test_independent_reader_detects_wrong_stories():
     with pytest.raises(AssertionError):
         Reader().read("One day Tom was in the park. Where is Tom? Tom is in the barn. The end.")
     with pytest.raises(AssertionError, match="asked again"):
         Reader().read("One day Tom was in the park." + " Where is Tom? Tom is in the park." * 2)
-    told = "One day Tom was in the park. Eva came to the barn."
-    assert Reader().read(f"{told} Eva came to the barn. Tom was in the park. The end.") == [
+    facts = "One day Tom was in the park. Eva came to the barn."
+    assert Reader().read(f"{facts} Eva came to the barn. Tom was in the park. The end.") == [
         ("mention", "barn"), ("mention", "park"),
     ]  # fmt: skip
     for recap in (
         "Tom was in the park. Eva came to the park.",  # another place
-        "Tom was in the park. Eva waited in the barn.",  # not word for word
+        "Tom was in the park. Eva waited in the barn.",  # not verbatim
         "Tom was in the park. Tom was in the park.",  # Tom twice
-        "Tom was in the park.",  # and Eva?
+        "Tom was in the park.",  # Eva is missing
         "Tom was in the park. Sam was in the park. Eva came to the barn.",  # someone new
         "Tom was in the park. It was a sunny day. Eva came to the barn.",  # something else
     ):
         with pytest.raises(AssertionError):
-            Reader().read(f"{told} {recap} The end.")
+            Reader().read(f"{facts} {recap} The end.")
     found = "One day Tom was in the park. Tom got a kite. The kite was red. Tom had two eggs."
     again = "Tom had two eggs. Tom got a kite. The kite was red. Tom was in the park."
     assert [value for _, value in Reader().read(f"{found} {again} The end.")] == [
@@ -107,19 +107,19 @@ def test_the_second_reader_can_disagree():
         Reader().read(f"{found} {again} The end.")
 
 
-# Worlds by hand.
+# Facts by hand ----------------------------------------------------------------------------------
 
 
 def facts_of(world):
     return {(attribute, entity): (kind, value) for kind, attribute, entity, value in world.facts()}
 
 
-def test_three_hops_and_overriding_by_hand():
+def test_world_facts_follow_moves_by_hand():
     world = World()
     world.people, world.things, world.boxes = ["Sam", "Eva"], ["bell"], ["box"]
     world.colour["bell"] = "red"
     world.at |= {"bell": "box", "box": "Sam", "Eva": "barn"}
-    assert ("where", "bell") not in facts_of(world)  # nobody knows where Sam is
+    assert ("where", "bell") not in facts_of(world)  # Sam's place is unknown
     world.at["Sam"] = "park"
     assert world.chain("bell") == ["bell", "box", "Sam", "park"]
     assert facts_of(world) == {
@@ -146,44 +146,50 @@ def test_three_hops_and_overriding_by_hand():
     assert facts_of(world)["count", "Sam"] == ("count", "four")
 
 
-def test_a_chain_that_an_answer_shortened_is_not_asked():
+def test_world_omits_a_chain_that_an_answer_shortened():
     world = World()
     world.people, world.things, world.boxes = ["Sam"], ["bell"], ["box"]
     world.colour["bell"] = "red"
     world.at |= {"bell": "box", "box": "Sam", "Sam": "park"}
     for key, value in ((("where", "box"), "park"), (("who", "bell"), "Sam")):
-        world.told = {key: value}
+        world.answered = {key: value}
         assert ("where", "bell") not in facts_of(world)
-        world.told = {key: "something else"}
+        world.answered = {key: "something else"}
         assert ("where", "bell") in facts_of(world)
-    # Where something else in the same box is, is where this is.
+    # The place of another thing in the same box is the place of this one.
     world.things.append("kite")
     world.colour["kite"] = "blue"
-    world.told = {("where", "kite"): "park"}
+    world.answered = {("where", "kite"): "park"}
     for at, asked in (("box", False), ("Sam", True)):
         world.at["kite"] = at
         assert (("where", "bell") in facts_of(world)) == asked
 
 
-def test_of_a_thing_that_nobody_has_only_the_colour_is_known():
+def test_world_knows_only_the_colour_of_an_unplaced_thing():
     world = World()
     world.people, world.things = ["Sam", "Eva"], ["bell"]
     world.colour["bell"] = "red"
     assert facts_of(world) == {("colour", "bell"): ("colour", "red")}
-    assert not world.gifts() + world.puts() + world.takes() + world.leavable() + world.lying()
+    assert (
+        not world.possible_gifts()
+        + world.possible_puts()
+        + world.possible_takes()
+        + world.possible_leaves()
+        + world.possible_fetches()
+    )
 
 
-def test_scripted_story():
-    """The teller's methods in order, with a stream that always takes the first option."""
-    teller = Teller(GRADES["full"], lambda: 0.0)
-    teller.meet("Eva", wording="open")
-    teller.arrive("Tom")
-    teller.carry("Tom")
-    teller.fill("box")
-    teller.move("Tom")
-    (fact,) = teller.open_questions()["where3"]
-    teller.question(fact)
-    story = teller.writer.story()
+def test_generator_methods_write_the_scripted_story():
+    """The generator's methods in order, with random numbers that always select the first option."""
+    generator = StoryGenerator(GRADES["full"], lambda: 0.0)
+    generator.meet("Eva", template="open")
+    generator.arrive("Tom")
+    generator.carry("Tom")
+    generator.fill("box")
+    generator.move("Tom")
+    (fact,) = generator.open_questions()["where3"]
+    generator.question(fact)
+    story = generator.writer.story()
     assert story.text == (
         "Once upon a time there was a girl named Eva. Tom was in the park."
         " There was a box with Tom. A kite lay in the box. The kite was red. Tom went to the barn."
@@ -192,45 +198,46 @@ def test_scripted_story():
     (answer,) = story.answers
     assert (answer.kind, answer.value, answer.latest) == ("where3", "barn", "barn")
     assert answer.mentioned == (("park", 1), ("barn", 1))
-    # Wordings 4, 4, 3, 3, 6, 1; places 20 and 19; boxes 8; things 32; colours 10.
+    # Templates 4, 4, 3, 3, 6, 1; places 20 and 19; boxes 8; things 32; colours 10.
     assert story.nats == pytest.approx(math.log(4 * 4 * 3 * 3 * 6 * 20 * 19 * 8 * 32 * 10))
-    assert "where3" not in teller.open_questions()
+    assert "where3" not in generator.open_questions()
 
 
-def test_what_a_sentence_just_said_is_not_asked():
-    """ "Tom picked up the box in the barn" tells where the box is, until Tom takes it elsewhere."""
-    teller = Teller(GRADES["full"], lambda: 0.0)
-    teller.meet("Eva", wording="open")
-    teller.arrive("Tom")
-    teller.spot("box")
-    teller.move("Tom")
-    teller.fetch(("Tom", "box"))
-    teller.fill("box")
-    assert teller.writer.answers[-1][:2] == ("mention", "park")
-    assert not {"where2", "where3"} & set(teller.open_questions())
-    teller.move("Tom")
-    assert [fact[2:] for fact in teller.open_questions()["where2"]] == [("box", "barn")]
-    assert [fact[2:] for fact in teller.open_questions()["where3"]] == [("kite", "barn")]
+def test_generator_does_not_ask_what_a_sentence_just_stated():
+    """ "Tom picked up the box in the barn" states where the box is, until Tom takes it
+    elsewhere."""
+    generator = StoryGenerator(GRADES["full"], lambda: 0.0)
+    generator.meet("Eva", template="open")
+    generator.arrive("Tom")
+    generator.spot("box")
+    generator.move("Tom")
+    generator.fetch(("Tom", "box"))
+    generator.fill("box")
+    assert generator.writer.answers[-1][:2] == ("mention", "park")
+    assert not {"where2", "where3"} & set(generator.open_questions())
+    generator.move("Tom")
+    assert [fact[2:] for fact in generator.open_questions()["where2"]] == [("box", "barn")]
+    assert [fact[2:] for fact in generator.open_questions()["where3"]] == [("kite", "barn")]
 
 
-# The same everywhere.
+# Reproducibility ---------------------------------------------------------------------------------
 
 
 def digest(found):
     return hashlib.sha256("\n".join(story.text for story in found).encode()).hexdigest()[:16]
 
 
-def test_the_same_seed_gives_the_same_stories():
+def test_stories_of_a_seed_are_pinned():
     found = {name: digest(take(20, name, seed=7)) for name in GRADES}
     assert found == PINNED
     assert take(20, "full", seed=7) == take(20, "full", seed=7)
     assert digest(take(20, "full", seed=8)) != found["full"]
 
 
-# The shape.
+# Pieces and answers ------------------------------------------------------------------------------
 
 
-def test_pieces_are_the_text_cut_at_answer_words(drawn):
+def test_story_pieces_are_split_at_answer_words(drawn):
     for found in drawn.values():
         for story in found:
             assert story.text == "".join(text for text, _, _ in story.pieces)
@@ -243,7 +250,7 @@ def test_pieces_are_the_text_cut_at_answer_words(drawn):
                 assert answer.kind in KINDS
 
 
-def test_what_was_mentioned_is_what_the_text_names(drawn):
+def test_answer_mentioned_values_are_those_of_the_text(drawn):
     values = {
         "place": PLACES, "colour": COLOURS, "name": NAMES, "number": NUMBERS, "box": BOXES,
     }  # fmt: skip
@@ -264,10 +271,10 @@ def test_what_was_mentioned_is_what_the_text_names(drawn):
                     assert len(answer.mentioned) > 1
 
 
-# Words.
+# Vocabulary --------------------------------------------------------------------------------------
 
 
-def test_the_vocabulary_is_exactly_what_stories_use(drawn):
+def test_vocabulary_is_exactly_what_stories_use(drawn):
     words = vocabulary()
     assert words == sorted(set(words)) and 300 <= len(words) <= 500
     found = [story for grade in drawn.values() for story in grade] + take(3000, "full", seed=3)
@@ -277,7 +284,7 @@ def test_the_vocabulary_is_exactly_what_stories_use(drawn):
     assert all(word.isascii() for word in words)
 
 
-def test_no_word_means_two_things():
+def test_vocabulary_word_has_one_meaning():
     groups = (NAMES, PLACES, THINGS, BOXES, COLOURS, NUMBERS, FOODS, FILLERS["animal"])
     owners = defaultdict(list)
     for number, group in enumerate(groups):
@@ -286,18 +293,18 @@ def test_no_word_means_two_things():
             owners[word].append(number)
             assert word == (word.capitalize() if group is NAMES else word.lower())
     assert [word for word, numbers in owners.items() if len(numbers) > 1] == []
-    spoken = {w for _, group in SENTENCES.values() for s in group for w in re.findall(r"\w+", s)}
+    spoken = {w for _, group in TEMPLATES.values() for s in group for w in re.findall(r"\w+", s)}
     assert not spoken - set(FILLERS) & set(owners)
     assert all(
         word[0] not in "aeiou" for s in ("colour", "size", "thing", "box") for word in FILLERS[s]
     )
 
 
-# Splits and bad input.
+# Splits and invalid arguments --------------------------------------------------------------------
 
 
 def test_splits_share_no_story():
-    """Very short stories, of which there are few: if splits could share one, they would here."""
+    """With few distinct stories: if splits could share one, they would here."""
     short = {"from": "one_hop_tiny", "max_people": 2, "min_people": 2, "max_questions": 1}
     texts = {split: {s.text for s in take(1500, short, split)} for split in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
@@ -309,7 +316,7 @@ def test_splits_share_no_story():
     assert shares["calibration"] == pytest.approx(1_000, abs=130)
 
 
-def test_bad_splits_and_seeds():
+def test_invalid_split_or_seed_is_refused():
     with pytest.raises(MinitxError, match="Unknown split 'test'"):
         stories("test", "full", 1)
     for seed in (-1, 1.0, "1", True, None):

@@ -1,4 +1,4 @@
-"""The entropy of stories is exact: small worlds are listed in full, and chances sum to one."""
+"""The entropy of stories is exact: all stories of small worlds have probabilities that sum to 1."""
 
 import itertools
 import math
@@ -8,21 +8,21 @@ from collections import Counter
 
 import pytest
 
-from minitx.training import teller as teller_module
-from minitx.training import world as world_module
-from minitx.training import writer as writer_module
-from minitx.training.grades import ROOM, Grade
 from minitx.training.stories import GRADES, stories
-from minitx.training.teller import Teller
-from minitx.training.words import (
+from minitx.training.stories import generator as generator_module
+from minitx.training.stories import world as world_module
+from minitx.training.stories import writer as writer_module
+from minitx.training.stories.generator import StoryGenerator
+from minitx.training.stories.grades import ROOM, Grade
+from minitx.training.stories.grammar import (
     COLOURS,
+    COMPILED_TEMPLATES,
     FILLERS,
     NAMES,
     NUMBERS,
     PLACES,
-    SENTENCES,
     SLOT,
-    WORDINGS,
+    TEMPLATES,
 )
 
 SMALL_WORDS = {
@@ -48,11 +48,11 @@ SMALL_GRADES = {
         questions={"colour": 1, "who": 1, "colour2": 1},
         min_people=1, max_people=2, max_things=2, max_words=30 + ROOM, stop=0.4,
     ),
-    "retold": Grade(
+    "recap": Grade(
         sentences={"arrive": 1, "meet": 1, "find": 1, "mention": 1}, questions={"where1": 2},
         phrases=False, max_people=2, max_things=1, max_words=32 + ROOM, stop=0.3, recap="mixed",
     ),
-    "retold in order": Grade(
+    "recap in order": Grade(
         sentences={"arrive": 1, "chat": 2}, questions={"where1": 1},
         phrases=False, max_people=2, max_words=20 + ROOM, stop=0.3, recap="same",
     ),
@@ -65,32 +65,37 @@ SMALL_GRADES = {
 
 @pytest.fixture
 def small_world(monkeypatch):
-    """Few words and at most two wordings a sentence, so that all stories can be listed."""
+    """Few words and at most two templates per kind of sentence, so all stories can be
+    enumerated."""
     for name, words in SMALL_WORDS.items():
-        for module in (world_module, teller_module):
+        for module in (world_module, generator_module):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, words)
-    for kind, wordings in list(WORDINGS.items()):
+    for kind, templates in list(COMPILED_TEMPLATES.items()):
         kept = [
-            tuple(part._replace(free=tuple((s, w[:2]) for s, w in part.free)) for part in wording)
-            for wording in wordings[:2]
+            tuple(part._replace(free=tuple((s, w[:2]) for s, w in part.free)) for part in template)
+            for template in templates[:2]
         ]
-        monkeypatch.setitem(WORDINGS, kind, tuple(kept[-1:] if kind in ("open", "close") else kept))
+        monkeypatch.setitem(
+            COMPILED_TEMPLATES, kind, tuple(kept[-1:] if kind in ("open", "close") else kept)
+        )
 
 
-class Lister:
-    """Stands in for the draws of ``Writer``: goes through all branches, depth first."""
+class Enumerator:
+    """Replaces the sampling of ``Writer``: enumerates all choices, depth first."""
 
     def __init__(self, monkeypatch):
         self.path, self.widths = [], []
         draws = writer_module.Writer
-        monkeypatch.setattr(draws, "pick", lambda w, options: self.take(w, options, None))
+        monkeypatch.setattr(draws, "sample", lambda w, options: self.take(w, options, None))
         monkeypatch.setattr(
             draws,
-            "pick_weighted",
+            "sample_weighted",
             lambda w, options: self.take(w, options, [option[-1] for option in options]),
         )
-        monkeypatch.setattr(draws, "chance", lambda w, p: self.take(w, (True, False), (p, 1 - p)))
+        monkeypatch.setattr(
+            draws, "bernoulli", lambda w, p: self.take(w, (True, False), (p, 1 - p))
+        )
 
     def take(self, writer, options, weights):
         depth = len(self.widths)
@@ -106,7 +111,7 @@ class Lister:
         self.path = []
         while True:
             self.widths = []
-            yield Teller(grade, None).tell()
+            yield StoryGenerator(grade, None).generate()
             while self.path and self.path[-1] == self.widths[len(self.path) - 1] - 1:
                 self.path.pop()
             if not self.path:
@@ -115,35 +120,38 @@ class Lister:
 
 
 @pytest.mark.parametrize("name", SMALL_GRADES)
-def test_every_story_has_one_history_and_all_chances_sum_to_one(small_world, monkeypatch, name):
-    chances = {}
-    for story in Lister(monkeypatch).every_story(SMALL_GRADES[name]):
-        assert story.text not in chances, f"two histories give: {story.text}"
-        chances[story.text] = math.exp(-story.nats)
-    assert 500 < len(chances) < 100_000
-    assert math.fsum(chances.values()) == pytest.approx(1, abs=1e-9)
+def test_story_probabilities_sum_to_one(small_world, monkeypatch, name):
+    probabilities = {}
+    for story in Enumerator(monkeypatch).every_story(SMALL_GRADES[name]):
+        assert story.text not in probabilities, f"two sequences of choices give: {story.text}"
+        probabilities[story.text] = math.exp(-story.nats)
+    assert 500 < len(probabilities) < 100_000
+    assert math.fsum(probabilities.values()) == pytest.approx(1, abs=1e-9)
 
 
-def test_stories_come_as_often_as_their_nats_say(small_world):
-    """Chi-square over the commonest stories and all the others together, with a fixed seed."""
+def test_story_frequency_equals_its_probability(small_world):
+    """Chi-squared test over the most frequent stories and all others together, with a fixed
+    seed."""
     uniform, draws = random.Random(5).random, 40_000
-    seen, chance = Counter(), {}
+    seen, probability = Counter(), {}
     for _ in range(draws):
-        story = Teller(SMALL_GRADES["people"], uniform).tell()
+        story = StoryGenerator(SMALL_GRADES["people"], uniform).generate()
         seen[story.text] += 1
-        chance[story.text] = math.exp(-story.nats)
-    common = [text for text in chance if chance[text] * draws >= 10]
+        probability[story.text] = math.exp(-story.nats)
+    common = [text for text in probability if probability[text] * draws >= 10]
     assert len(common) > 100
-    rest = 1 - sum(chance[text] for text in common)
-    cells = [(seen[text], chance[text] * draws) for text in common]
+    rest = 1 - sum(probability[text] for text in common)
+    cells = [(seen[text], probability[text] * draws) for text in common]
     cells.append((draws - sum(n for n, _ in cells), rest * draws))
     statistic = sum((n - expected) ** 2 / expected for n, expected in cells)
     freedom = len(cells) - 1
-    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
+    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom), (
+        "frequency differs from exp(-nats)"
+    )
 
 
 @pytest.mark.parametrize("name", GRADES)
-def test_answers_cost_nothing_and_the_rest_is_moderate(name):
+def test_answers_have_zero_surprisal(name):
     found = list(itertools.islice(stories("train", name, 1), 200))
     for story in found:
         assert all(nats == 0 for _, kind, nats in story.pieces if kind)
@@ -152,19 +160,19 @@ def test_answers_cost_nothing_and_the_rest_is_moderate(name):
     assert 0.55 < sum(story.nats for story in found) / tokens < 0.9
 
 
-def test_wordings_show_all_their_facts_and_none_matches_another():
+def test_templates_contain_their_facts_and_are_unambiguous():
     patterns = []
-    for kind, (facts, wordings) in SENTENCES.items():
-        for wording in wordings:
-            assert set(facts.split()) <= set(SLOT.findall(wording)), wording
-            pattern = re.escape(wording.replace("|", " {answer}"))
+    for kind, (facts, templates) in TEMPLATES.items():
+        for template in templates:
+            assert set(facts.split()) <= set(SLOT.findall(template)), template
+            pattern = re.escape(template.replace("|", " {answer}"))
             pattern = re.sub(r"\\{(\w+)\\}", lambda m: slot_pattern(m[1]), pattern)
             patterns.append((kind, pattern))
-    for kind, (_, wordings) in SENTENCES.items():
-        for wording in wordings:
+    for kind, (_, templates) in TEMPLATES.items():
+        for template in templates:
             for pick in (0, -1):
                 text = SLOT.sub(
-                    lambda m, pick=pick: FILLERS[m[1]][pick], wording.replace("|", " park")
+                    lambda m, pick=pick: FILLERS[m[1]][pick], template.replace("|", " park")
                 )
                 matches = [k for k, pattern in patterns if re.fullmatch(pattern, text)]
                 assert matches == [kind], text

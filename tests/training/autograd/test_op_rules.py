@@ -1,4 +1,5 @@
-"""Gradients of the operations of ops.py and of the loss, against central differences in float64."""
+"""Gradient rules of the operations of minitx/ops.py and of the loss, against central
+differences."""
 
 import numpy as np
 import pytest
@@ -6,43 +7,45 @@ from differences import check, draw
 from tiny import padded_mask
 
 from minitx import fast, ops
-from minitx.training.grad import grad_of
+from minitx.training.autograd import grad_of
+from minitx.training.autograd.array import RULES
 from minitx.training.loss import cross_entropy, token_losses
-from minitx.training.traced import RULES
 
 A, B = draw(3, 4), draw(3, 4, seed=1)
 
 # Operations of ops.py ------------------------------------------------------------------------
 
 
-def test_norms():
+def test_norm_gradients():
     x, gain, bias = draw(2, 3, 6), draw(6, low=0.5), draw(6, seed=3)
     check(lambda x, gain: ops.rms_norm(x, gain, 1e-5), x, gain)
     check(lambda x, gain, bias: ops.layer_norm(x, gain, bias, 1e-5), x, gain, bias)
     check(lambda x: ops.rms_norm(x, gain, 0.3), x[0, 0])
     check(lambda x: ops.layer_norm(x, gain, bias, 0.3), x[0])
-    check(lambda gain: ops.rms_norm(x, gain, 1e-5), gain)  # by the rules of its small steps
+    check(
+        lambda gain: ops.rms_norm(x, gain, 1e-5), gain
+    )  # plain x: by the rules of its NumPy functions
     check(lambda gain, bias: ops.layer_norm(x, gain, bias, 1e-5), gain, bias)
 
 
 @pytest.mark.parametrize("name", ops.ACTIVATIONS)
-def test_activations(name):
+def test_activation_gradients(name):
     check(ops.ACTIVATIONS[name], draw(4, 5) * 2)
 
 
-def test_swiglu():
+def test_swiglu_gradient():
     check(ops.swiglu, draw(2, 3, 4), draw(2, 3, 4, seed=1))
     check(lambda gate: ops.swiglu(gate, A), B)
 
 
-def test_linear():
+def test_linear_gradient():
     for lead in ((), (3,), (2, 3), (2, 1, 3)):
         check(lambda x, w, b: ops.linear(x, w, b), draw(*lead, 4), draw(4, 5), draw(5))
         check(ops.linear, draw(*lead, 4), draw(4, 5))
 
 
 @pytest.mark.parametrize("width", [2, 4, 6])
-def test_rotate(width):
+def test_rotate_gradient(width):
     cos, sin = ops.rope_tables(width, 9, 100.0, np.float64)
     check(lambda x: ops.rotate(x, cos[2:7], sin[2:7]), draw(2, 3, 5, 6))
     check(lambda x: ops.rotate(x, cos[2:7], sin[2:7]), draw(2, 5, 3, 6).swapaxes(1, 2))
@@ -52,14 +55,14 @@ def test_rotate(width):
 @pytest.mark.parametrize("lead", [(), (2,)])
 @pytest.mark.parametrize("H,K", [(2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize("T,S", [(5, 5), (3, 7), (1, 4), (1, 1)])
-def test_attention(monkeypatch, rows, lead, H, K, T, S):
+def test_attention_gradient(monkeypatch, rows, lead, H, K, T, S):
     monkeypatch.setattr(fast, "ROWS", rows)
     q, k, v = draw(*lead, H, T, 3), draw(*lead, K, S, 3, seed=1), draw(*lead, K, S, 3, seed=2)
     check(lambda q, k, v: ops.attention(q, k, v, 0.7), q, k, v)
 
 
 @pytest.mark.parametrize("rows", [64, 2])
-def test_attention_in_a_padded_batch(monkeypatch, rows):
+def test_attention_gradient_in_a_padded_batch(monkeypatch, rows):
     monkeypatch.setattr(fast, "ROWS", rows)
     start = np.array([0, 2, 4])
     q, k, v = draw(3, 4, 5, 3), draw(3, 2, 5, 3, seed=1), draw(3, 2, 5, 3, seed=2)
@@ -67,7 +70,7 @@ def test_attention_in_a_padded_batch(monkeypatch, rows):
     check(lambda q, k, v: ops.attention(q, k, v, 0.7, mask), q, k, v)
 
 
-def test_every_operation_has_a_rule():
+def test_every_operation_has_a_gradient_rule():
     marked = {f for f in vars(ops).values() if hasattr(f, "plain")}
     assert len(marked) == 9 and marked <= set(RULES)
 
@@ -75,7 +78,7 @@ def test_every_operation_has_a_rule():
 # Losses --------------------------------------------------------------------------------------
 
 
-def test_cross_entropy():
+def test_cross_entropy_value_and_gradient():
     x, targets = draw(2, 3, 5) * 3, np.array([[0, 4, 2], [2, 2, 1]])
     weights = np.array([[1, 0, 0.5], [2, 1, 1]])
     losses = token_losses(x, targets)
@@ -89,14 +92,14 @@ def test_cross_entropy():
     check(lambda x: cross_entropy(x, targets, np.ones((2, 3), np.float32)), x)
 
 
-def test_cross_entropy_of_huge_logits():
+def test_cross_entropy_of_huge_logits_does_not_overflow():
     x = np.array([[1e4, -1e4, 0.0], [-1e4, 0, 1e4]], np.float32)
     value, (g,) = grad_of(lambda x: cross_entropy(x, np.array([0, 0]), np.ones(2)), x)
     assert value == 2e4 and g.dtype == np.float32
     assert np.array_equal(g, [[0, 0, 0], [-1, 0, 1]])
 
 
-def test_shards_of_a_batch_add_up():
+def test_cross_entropy_of_shards_adds_up():
     x, targets, weights = draw(6, 5), np.arange(6) % 5, draw(6, low=0.0)
     whole = cross_entropy(x, targets, weights)
     parts = [cross_entropy(x[s], targets[s], weights[s]) for s in (slice(0, 2), slice(2, 6))]

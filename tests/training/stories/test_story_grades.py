@@ -1,4 +1,4 @@
-"""Grades: lengths, shares of hops, what guessing would score, and bad input."""
+"""Grades: lengths, shares of hops, the accuracy of guessing, recaps, and invalid grades."""
 
 import itertools
 import json
@@ -9,9 +9,9 @@ from dataclasses import asdict
 import pytest
 
 from minitx.errors import MinitxError
-from minitx.training.grades import ROOM
 from minitx.training.stories import GRADES, HOPS, KINDS, grade_from, guess_baselines, stories
-from minitx.training.words import BOXES, COLOURS, NAMES, PLACES, SENTENCES, THINGS
+from minitx.training.stories.grades import ROOM
+from minitx.training.stories.grammar import BOXES, COLOURS, NAMES, PLACES, TEMPLATES, THINGS
 
 PRE_TOKEN = re.compile(r" ?[A-Za-z]+| ?[^\sA-Za-z]+|\s+")  # GPT-2's pattern on such plain text
 
@@ -26,7 +26,7 @@ def drawn():
     return {name: take(600, name) for name in GRADES}
 
 
-def test_lengths_stay_inside_the_grade(drawn):
+def test_story_length_is_within_the_grade(drawn):
     for name, found in drawn.items():
         grade = GRADES[name]
         lengths = [len(re.findall(r"\w+", story.text)) for story in found]
@@ -36,12 +36,12 @@ def test_lengths_stay_inside_the_grade(drawn):
     assert sum(tokens) / len(tokens) > 150
     tiny = [len(PRE_TOKEN.findall(story.text)) for story in drawn["one_hop_tiny"]]
     assert 25 <= min(tiny) and max(tiny) <= 60 and sum(tiny) / len(tiny) < 45
-    longest = max(len(re.findall(r"\w+|\|", w)) for _, group in SENTENCES.values() for w in group)
-    closing = max(len(w.split()) for w in SENTENCES["close"][1])
+    longest = max(len(re.findall(r"\w+|\|", w)) for _, group in TEMPLATES.values() for w in group)
+    closing = max(len(w.split()) for w in TEMPLATES["close"][1])
     assert longest + closing <= ROOM
 
 
-def test_questions_come_in_useful_shares(drawn):
+def test_share_of_each_number_of_hops(drawn):
     def shares(name):
         kinds = Counter(a.kind for s in drawn[name] for a in s.answers if a.kind != "mention")
         hops = Counter()
@@ -60,7 +60,7 @@ def test_questions_come_in_useful_shares(drawn):
     assert 4 < sentences / answers[False] < 7.5 and 4 < sentences / answers[True] < 7.5
 
 
-def test_guessing_does_not_pay(drawn):
+def test_guess_baselines_are_low(drawn):
     for name, found in drawn.items():
         for kind, readers in guess_baselines(found).items():
             assert set(readers) == {"mentioned", "latest", "most_mentioned", "most_frequent"}
@@ -73,14 +73,14 @@ def test_guessing_does_not_pay(drawn):
 
 
 def test_guess_baselines_by_hand():
-    class Told:
+    class FakeStory:
         answers = (
             ("where1", "park", 0, (("park", 2), ("barn", 1)), "barn"),
             ("where1", "barn", 0, (("park", 1), ("barn", 1)), "barn"),
             ("count", "four", 0, (("one", 1), ("two", 1)), "two"),
         )
 
-    assert guess_baselines([Told]) == {
+    assert guess_baselines([FakeStory]) == {
         "where1": {
             "mentioned": 0.5, "latest": 0.5, "most_mentioned": 0.75, "most_frequent": 0.5,
         },
@@ -92,16 +92,16 @@ VALUES = {*PLACES, *COLOURS, "two", "three", "four", "five"}
 
 
 @pytest.mark.parametrize("order", ["same", "mixed"])
-def test_a_recap_tells_all_news_again(order):
-    """Word for word, in their order or in any; the values are answers unless another sentence
-    that begins alike is still to come."""
+def test_recap_repeats_all_facts(order):
+    """Verbatim, in the same or another order; a value is an answer unless another sentence with the
+    same beginning is still to come."""
     moved, unclear, kinds = 0, 0, set()
     often = {"arrive": 2, "see": 1, "find": 3, "own": 3}  # "Tom had two eggs", "Tom had a big kite"
     hard = {"from": "told_twice", "value_first": True}
     for story in take(400, hard | {"sentences": often, "recap": order}):
         text = re.sub(r"\. (The \w+|It) was", r"; \1 was", story.text.removeprefix("One day "))
-        *told, closing = re.findall(r"[A-Z][^.]*\.", text)
-        first, again = told[: len(told) // 2], told[len(told) // 2 :]
+        *sentences, closing = re.findall(r"[A-Z][^.]*\.", text)
+        first, again = sentences[: len(sentences) // 2], sentences[len(sentences) // 2 :]
         assert closing == "The end." and 1 <= len(first) == len(set(first)) <= 12
         assert sorted(first) == sorted(again)
         assert {answer.kind for answer in story.answers} <= {"mention"}
@@ -122,7 +122,7 @@ def test_a_recap_tells_all_news_again(order):
     assert moved == 0 if order == "same" else 100 < moved < 400
 
 
-def test_a_recap_fits_into_the_story():
+def test_recap_fits_into_max_words():
     tight = {
         "from": "told_twice", "max_people": 20, "max_words": 80, "stop": 0.01,
         "sentences": {"arrive": 4, "find": 1, "chat": 1},
@@ -131,7 +131,7 @@ def test_a_recap_fits_into_the_story():
     assert 70 < max(lengths) <= 80
 
 
-def test_a_grade_survives_json_in_any_order():
+def test_grade_survives_json():
     for name, grade in GRADES.items():
         again = grade_from(json.loads(json.dumps(asdict(grade), sort_keys=True)))
         assert again == grade
@@ -147,7 +147,7 @@ def test_a_grade_survives_json_in_any_order():
         ("where2", " is still there in the", " is in the"),
     ],
 )
-def test_what_is_asked_shortly_has_its_answer_closer_to_its_key(kind, long, short):
+def test_shortly_puts_the_answer_closer_to_its_key(kind, long, short):
     grade = {"from": "two_hops", "questions": {kind: 50}}
     for shortly, before in (([], long), ([kind], short)):
         asked = [
@@ -159,7 +159,7 @@ def test_what_is_asked_shortly_has_its_answer_closer_to_its_key(kind, long, shor
         assert len(asked) > 20 and all(text.endswith(before) for text in asked)
 
 
-def test_a_value_comes_before_its_key_only_where_the_grade_says_so():
+def test_value_first_puts_values_before_keys():
     grade = {"sentences": {"arrive": 1, "carry": 3, "fill": 3, "find": 3}, "phrases": False}
     for value_first in (False, True):
         for story in take(60, grade | {"value_first": value_first}):
@@ -172,7 +172,7 @@ def test_a_value_comes_before_its_key_only_where_the_grade_says_so():
                 assert all((i > at) == value_first or "There" in words for i in put)
 
 
-def test_a_story_ends_even_when_nothing_can_be_told():
+def test_story_ends_if_no_sentence_is_possible():
     (story,) = take(1, {"phrases": False, "sentences": {}, "min_words": 50, "max_words": 99})
     assert re.fullmatch(r"One day \w+ .*\. The end\.", story.text)
 
@@ -181,7 +181,7 @@ def test_a_story_ends_even_when_nothing_can_be_told():
     ("grade", "message"),
     [
         ("fulll", "Did you mean 'full'"),
-        (3, "not 3"),
+        (3, "must be a name or an object of fields, got 3"),
         ({"max_peple": 3}, "Unknown grade field 'max_peple'"),
         ({"from": "hard"}, "Unknown grade 'hard'"),
         ({"sentences": {"fly": 1}}, "unknown kind 'fly'"),
@@ -191,25 +191,28 @@ def test_a_story_ends_even_when_nothing_can_be_told():
         ({"sentences": {"move": float("nan")}}, "must be a number >= 0"),
         ({"sentences": {"move": True}}, "must be a number >= 0"),
         ({"max_people": 2.5}, "integer"),
-        ({"max_people": 25}, "1 to 20 people"),
+        ({"max_people": 25}, "max_people from 1 to 20"),
         ({"phrases": 1}, "true or false"),
-        ({"shortly": True}, "a list of some of colour, colour2"),
-        ({"shortly": ["count"]}, "a list of some of colour, colour2"),
+        ({"shortly": True}, "a list of kinds among colour, colour2"),
+        ({"shortly": ["count"]}, "a list of kinds among colour, colour2"),
         ({"value_first": 1}, "true or false"),
-        ({"shortly": [["colour"]]}, "a list of some of colour, colour2"),
+        ({"shortly": [["colour"]]}, "a list of kinds among colour, colour2"),
         ({"stop": 0}, "between 0 and 1"),
-        ({"wordings": 0}, "wordings 0"),
-        ({"min_people": 3, "max_people": 2}, "min_people 3"),
-        ({"min_words": 100, "max_words": 100}, "leave room"),
+        ({"wordings": 0}, "'wordings' must be at least 1, got 0"),
+        (
+            {"min_people": 3, "max_people": 2},
+            "'min_people' must be at most max_people, which is 2; got 3",
+        ),
+        ({"min_words": 100, "max_words": 100}, "room for the last sentence"),
         ({"recap": "twice"}, "'same', 'mixed' or empty"),
         ({"recap": True}, "'same', 'mixed' or empty"),
         ({"from": "told_twice", "sentences": {"arrive": 1, "move": 0.1}}, "recap .* kind 'move'"),
         ({"from": "told_twice", "sentences": {"arrive": 1, "fetch": 1}}, "recap .* kind 'fetch'"),
         ({"from": "told_twice", "sentences": {"own": 1, "change": 1}}, "recap .* kind 'change'"),
-        ({"recap": "same", "sentences": {"meet": 1}}, "nothing to tell again"),
+        ({"recap": "same", "sentences": {"meet": 1}}, "no facts to repeat"),
     ],
 )
-def test_bad_grades_are_one_clear_sentence(grade, message):
+def test_invalid_grade_is_refused_in_one_sentence(grade, message):
     with pytest.raises(MinitxError, match=message) as caught:
         grade_from(grade)
     assert "\n" not in str(caught.value)

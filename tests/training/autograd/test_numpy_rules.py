@@ -1,4 +1,5 @@
-"""Gradients of NumPy functions against central differences in float64, and what is refused."""
+"""Gradient rules of NumPy functions against central differences in float64, and the autograd
+engine."""
 
 import numpy as np
 import pytest
@@ -6,12 +7,11 @@ from differences import check, draw
 
 from minitx import ops
 from minitx.errors import MinitxError
-from minitx.training import rules
-from minitx.training.grad import grad_of
+from minitx.training.autograd import grad_of, numpy_rules
 
 A, B, P = draw(3, 4), draw(3, 4, seed=1), draw(3, 4, low=0.5)
 
-# NumPy's functions ---------------------------------------------------------------------------
+# NumPy functions -----------------------------------------------------------------------------
 
 ELEMENTWISE = {
     "add": (np.add, A, B),
@@ -32,12 +32,12 @@ ELEMENTWISE = {
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_elementwise(name):
+def test_elementwise_gradient(name):
     check(*ELEMENTWISE[name])
 
 
 def test_every_elementwise_rule_is_tested():
-    assert {case[0] for case in ELEMENTWISE.values()} == set(rules.ELEMENTWISE)
+    assert {case[0] for case in ELEMENTWISE.values()} == set(numpy_rules.ELEMENTWISE)
 
 
 SHAPES = [((3, 4), (4,)), ((4,), (3, 4)), ((3, 1), (3, 4)), ((2, 3, 4), (3, 1)), ((1, 4), (3, 1))]
@@ -52,11 +52,11 @@ SHAPES += [
 
 @pytest.mark.parametrize("a,b", SHAPES)
 @pytest.mark.parametrize("f", [np.add, np.subtract, np.multiply, np.divide, np.maximum, np.power])
-def test_broadcasting(f, a, b):
+def test_broadcast_gradient_is_summed(f, a, b):
     check(f, draw(*a, low=0.5), draw(*b, seed=1, low=0.6))
 
 
-def test_numbers_and_plain_arrays_beside_traced_ones():
+def test_scalars_and_plain_arrays_mix_with_traced_ones():
     check(lambda x: 2 * x - 3 + x / 2 + 1 / (2 + x * x) - (-x) + (5 - x), A)
     check(lambda x: B * x + B @ x.T @ B + B / (x * x + 1) + x**2 + x**3.0, A)
     check(lambda x: np.maximum(x, 0) + np.maximum(0.1, x), A)
@@ -73,7 +73,7 @@ MATMULS += [((4,), (2, 4, 3)), ((1, 3, 4), (2, 4, 1))]
 
 
 @pytest.mark.parametrize("a,b", MATMULS)
-def test_matmul(a, b):
+def test_matmul_gradient(a, b):
     check(lambda x, y: x @ y, draw(*a), draw(*b, seed=1))
 
 
@@ -82,7 +82,7 @@ VECDOTS += [((2, 1, 4), (3, 4)), ((1, 4), (2, 3, 4))]
 
 
 @pytest.mark.parametrize("a,b", VECDOTS)
-def test_vecdot(a, b):
+def test_vecdot_gradient(a, b):
     check(np.vecdot, draw(*a), draw(*b, seed=1))
 
 
@@ -92,7 +92,7 @@ EINSUMS += [("bhtd, bhsd -> bhts", (2, 1, 3, 4), (2, 1, 5, 4))]
 
 
 @pytest.mark.parametrize("subscripts,a,b", EINSUMS)
-def test_einsum(subscripts, a, b):
+def test_einsum_gradient(subscripts, a, b):
     check(lambda x, y: np.einsum(subscripts, x, y), draw(*a), draw(*b, seed=1))
     if a == b:
         check(lambda x: np.einsum(subscripts, x, x), draw(*a))
@@ -114,12 +114,12 @@ AXES = [None, 0, 1, -1, (0, 2), (1, -1), (0, 1, 2)]
 @pytest.mark.parametrize("keepdims", [False, True])
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("f", [np.sum, np.mean, np.max])
-def test_reductions(f, axis, keepdims):
+def test_reduction_gradient(f, axis, keepdims):
     check(lambda x: f(x, axis=axis, keepdims=keepdims) * 2, draw(2, 3, 4))
     check(lambda x: getattr(x, f.__name__)(axis, keepdims=keepdims) * 2, draw(2, 3, 4))
 
 
-def test_ties_share_the_gradient_of_a_maximum():
+def test_max_gradient_is_shared_by_ties():
     _, (g,) = grad_of(lambda x: np.max(x), np.array([1.0, 3.0, 3.0]))
     assert g.tolist() == [0, 0.5, 0.5]
 
@@ -153,23 +153,23 @@ MOVES = {
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_moving_numbers_about(name):
+def test_rearranging_gradient(name):
     check(MOVES[name], draw(2, 3, 4))
 
 
-def test_gather_adds_up_repeated_rows():
+def test_gather_gradient_accumulates_repeated_rows():
     index = np.random.default_rng(0).integers(-7, 7, (5, 30))
     g = draw(5, 30, 6)
     expected = np.zeros((7, 6))
     np.add.at(expected, index, g)
-    assert np.allclose(rules.add_rows(g, index, (7, 6)), expected, rtol=1e-13)
+    assert np.allclose(numpy_rules.scatter_add(g, index, (7, 6)), expected, rtol=1e-13)
 
 
-# The engine ----------------------------------------------------------------------------------
+# The backward pass ---------------------------------------------------------------------------
 
 
 def test_gradients_do_not_share_memory():
-    """The way back through z hands the very same array to x and to y; then x gets more."""
+    """The backward pass through z gives x and y the same array; then x accumulates more."""
 
     def f(x, y):
         first = (x * x).sum() + (x * y).sum()
@@ -185,17 +185,17 @@ def test_gradients_do_not_share_memory():
     assert b.tolist() == [1, 1, 1] and np.array_equal(x, before[0]) and np.array_equal(y, before[1])
 
 
-def test_an_array_used_many_times_gets_every_part():
+def test_gradient_of_a_reused_array_accumulates():
     _, (g,) = grad_of(lambda x: ((x + x) + (x + x) + x).sum() + x[0] + (x * x).sum(), np.ones(2))
     assert g.tolist() == [8, 7]
 
 
-def test_an_unused_weight_gets_zeros():
+def test_gradient_of_an_unused_weight_is_zero():
     value, (a, b) = grad_of(lambda x, y: (x * x).sum(), A, B)
     assert value == (A * A).sum() and not b.any() and b.shape == B.shape
 
 
-# What is refused -----------------------------------------------------------------------------
+# Refused operations ---------------------------------------------------------------------------
 
 
 def add_in_place(x):
@@ -215,8 +215,8 @@ REFUSED = {
     "in place": (add_in_place, "writes into"),
     "into a plain array": (lambda x: np.add(x, x, out=np.zeros((3, 4))), "writes into"),
     "setitem": (write, "Writing into"),
-    "setitem of a plain array": (write_into_plain, "plain one is needed"),
-    "asarray": (np.asarray, "plain one is needed"),
+    "setitem of a plain array": (write_into_plain, "Expected a plain array"),
+    "asarray": (np.asarray, "Expected a plain array"),
     "ufunc without a rule": (np.arctan, "numpy.arctan has no gradient rule"),
     "function without a rule": (np.cumsum, "numpy.cumsum has no gradient rule"),
     "reduce of a ufunc": (np.add.reduce, "numpy.add"),
@@ -230,7 +230,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_lose_a_gradient_is_refused(name):
+def test_operation_that_loses_a_gradient_is_refused(name):
     f, message = REFUSED[name]
     with pytest.raises(MinitxError, match=message):
         grad_of(f, A)

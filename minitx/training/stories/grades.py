@@ -1,7 +1,7 @@
-"""How hard a story is: a ``Grade`` holds what the story generator may do, and how often.
+"""Grades of difficulty: which sentences and questions a story may contain, and how often.
 
-Grades are plain data (numbers and dicts), so that a ``recipe.json`` can hold them. A kind of
-sentence or question that has weight 0, or is left out, never happens.
+A ``Grade`` is plain data (numbers and dicts), so it can be part of a ``recipe.json``. A kind of
+sentence or question that has weight 0, or is missing, never occurs.
 """
 
 import math
@@ -10,47 +10,47 @@ from difflib import get_close_matches
 
 from minitx.errors import MinitxError
 
-# What a sentence can do. "mention" holds an answer; "scene" and "chat" only distract.
+# Kinds of sentences. "mention" contains an answer; "scene" and "chat" are distractors.
 SENTENCE_KINDS = (
     "meet", "arrive", "move", "see", "find", "give", "spot", "carry", "fill", "put", "take",
     "leave", "fetch", "own", "change", "mention", "scene", "chat",
 )  # fmt: skip
-# How many facts an answer needs to chain. A count is a sum over facts and stands by itself (0).
-# "inside" (in which box?) is asked by drills alone: no grade below has it.
+# The number of hops: facts that must be chained for an answer. A count is a sum over facts and has
+# 0. No grade below asks "inside" (in which box?); recipes may.
 HOPS = {
     "mention": 1, "where1": 1, "colour": 1, "who": 1,
     "where2": 2, "colour2": 2, "who2": 2, "where3": 3, "count": 0, "inside": 1,
 }  # fmt: skip
 KINDS = tuple(HOPS)
-# Kinds of question that can be answered shortly.
+# Kinds of questions that have a short form of the answer.
 SHORT = ("colour", "colour2", "who", "who2", "where1", "where2", "where3")
 QUESTION_KINDS = tuple(kind for kind in KINDS if kind != "mention")
 
 
 @dataclass(frozen=True)
 class Grade:
-    """Weights and limits of one grade of difficulty. Lengths are in words (about 1.2 tokens each).
+    """Sampling weights and limits. Lengths are in words (about 1.2 tokens each).
 
-    Before each sentence, one kind of sentence or question is drawn by weight among those that the
-    facts allow: there is no box to put things in before there is a box.
+    The kind of each sentence is sampled by weight, among the sentences and questions that the facts
+    so far allow: a thing cannot be put into a box before there is a box.
     """
 
     sentences: dict = field(default_factory=dict)  # kind of sentence -> weight
     questions: dict = field(default_factory=dict)  # kind of question -> weight, on the same scale
-    wordings: int = 9  # that a kind of sentence has at most: 1 puts everything in the same words
-    phrases: bool = True  # open and close with set phrases, else with the shortest ones
-    min_people: int = 2  # no question before that many people are known
+    wordings: int = 9  # most templates used per kind of sentence; 1: no variation
+    phrases: bool = True  # varied opening and closing sentences; false: the shortest ones
+    min_people: int = 2  # questions start once the story has this many people
     max_people: int = 4
     max_things: int = 8
     max_boxes: int = 3
-    min_words: int = 0  # no end before that
-    max_words: int = 250  # the end comes before that
-    min_questions: int = 0  # no end before that, unless nothing is left to tell
-    max_questions: int = 99  # the end comes right after that
-    stop: float = 0.1  # chance of the end before each sentence, where it may come
-    value_first: bool = False  # tell values before their keys where there is such a wording
-    shortly: tuple = ()  # kinds of question that have short answers: see words.py
-    recap: str = ""  # before the end, tell all news again: in the "same" order, or "mixed"
+    min_words: int = 0  # the story ends no earlier, unless no sentence is possible
+    max_words: int = 250  # the story has at most this many words
+    min_questions: int = 0  # like min_words, in questions
+    max_questions: int = 99  # the story ends right after this many
+    stop: float = 0.1  # probability of ending before each sentence, where it may end
+    value_first: bool = False  # values before their keys, where there is such a template
+    shortly: tuple = ()  # kinds of questions answered in the short form: see grammar.py
+    recap: str = ""  # before the end, repeat all facts: in the "same" order, or "mixed"
 
     def __post_init__(self):
         for name, known in (("sentences", SENTENCE_KINDS), ("questions", QUESTION_KINDS)):
@@ -59,66 +59,67 @@ class Grade:
             value = getattr(self, entry.name)
             if entry.type in (int, "int") and (type(value) is not int or value < 0):
                 raise MinitxError(
-                    f"Grade field {entry.name!r} is {value!r}; it must be an integer >= 0."
+                    f"Grade field {entry.name!r} must be an integer >= 0, got {value!r}."
                 )
         for name in ("phrases", "value_first"):
             if type(getattr(self, name)) is not bool:
                 raise MinitxError(
-                    f"Grade field {name!r} is {getattr(self, name)!r}; it must be true or false."
+                    f"Grade field {name!r} must be true or false, got {getattr(self, name)!r}."
                 )
         if type(self.shortly) not in (list, tuple) or any(k not in SHORT for k in self.shortly):
             raise MinitxError(
-                f"Grade field 'shortly' is {self.shortly!r}; it must be a list of some of "
-                f"{', '.join(SHORT)}."
+                f"Grade field 'shortly' must be a list of kinds among {', '.join(SHORT)}, got "
+                f"{self.shortly!r}."
             )
-        object.__setattr__(self, "shortly", tuple(self.shortly))  # JSON has lists only
+        object.__setattr__(self, "shortly", tuple(self.shortly))  # JSON has no tuples
         if type(self.stop) not in (int, float) or not 0 < self.stop < 1:
             raise MinitxError(
-                f"Grade field 'stop' is {self.stop!r}; it must be a chance between 0 and 1."
+                f"Grade field 'stop' must be a probability between 0 and 1, got {self.stop!r}."
             )
         _check_recap(self)
         if self.wordings < 1:
-            raise MinitxError("Grade has wordings 0; a sentence needs at least 1.")
+            raise MinitxError("Grade field 'wordings' must be at least 1, got 0.")
         if not 1 <= self.max_people <= 20 or self.max_things > 30 or self.max_boxes > 8:
             raise MinitxError(
-                "A grade may have 1 to 20 people, at most 30 things and at most 8 boxes."
+                "A grade must have max_people from 1 to 20, max_things up to 30 and max_boxes up "
+                f"to 8; got {self.max_people}, {self.max_things} and {self.max_boxes}."
             )
         if self.min_people > self.max_people:
             raise MinitxError(
-                f"Grade has min_people {self.min_people}; it must be at most max_people, "
-                f"which is {self.max_people}."
+                f"Grade field 'min_people' must be at most max_people, which is {self.max_people}; "
+                f"got {self.min_people}."
             )
         if self.max_words < self.min_words + ROOM:
             raise MinitxError(
-                f"Grade has max_words {self.max_words}; it must be at least min_words + {ROOM}, "
-                f"which is {self.min_words + ROOM}, to leave room for the last sentence."
+                f"Grade field 'max_words' must be at least min_words + {ROOM} (room for the last "
+                f"sentence), which is {self.min_words + ROOM}; got {self.max_words}."
             )
 
 
-# The longest sentence (16 words) and the longest closing (7), or the longest of those that a recap
-# tells again (11) twice and the short closing (2).
+# The longest sentence (16 words) and the longest closing (7); or twice the longest sentence that a
+# recap repeats (11) and the short closing (2).
 ROOM = 25
-RETOLD = ("arrive", "see", "find", "own")  # kinds of sentences that a recap tells again
+RECAP_KINDS = ("arrive", "see", "find", "own")  # kinds of sentences that a recap repeats
 
 
 def _check_recap(grade: Grade) -> None:
-    """A recap has something to tell, and what it tells is still so."""
+    """Refuse a recap that has nothing to repeat, or that could repeat outdated facts."""
     if grade.recap not in ("", "same", "mixed"):
         raise MinitxError(
-            f"Grade field 'recap' is {grade.recap!r}; it must be 'same', 'mixed' or empty."
+            f"Grade field 'recap' must be 'same', 'mixed' or empty, got {grade.recap!r}."
         )
     if not grade.recap:
         return
-    told = {kind for kind, weight in grade.sentences.items() if weight > 0}
+    used = {kind for kind, weight in grade.sentences.items() if weight > 0}
     for kind in ("move", "fetch", "change"):
-        if kind in told:
+        if kind in used:
             raise MinitxError(
-                f"Grade has a recap and sentences of kind {kind!r}, after which what the recap "
-                "tells again is no longer so; leave out one of the two."
+                f"Grade has a recap and sentences of kind {kind!r}, which change the facts that "
+                "the recap repeats; use one of the two."
             )
-    if grade.phrases and not told.intersection(RETOLD):
+    if grade.phrases and not used.intersection(RECAP_KINDS):
         raise MinitxError(
-            f"Grade has a recap but nothing to tell again; give {', '.join(RETOLD)} a weight "
+            f"Grade has a recap but no facts to repeat; give {', '.join(RECAP_KINDS)} a weight "
             "above 0."
         )
 
@@ -126,24 +127,25 @@ def _check_recap(grade: Grade) -> None:
 def _check_weights(name: str, weights, known: tuple[str, ...]) -> None:
     if not isinstance(weights, dict):
         raise MinitxError(
-            f"Grade field {name!r} is {weights!r}; it must be an object of kind: weight."
+            f"Grade field {name!r} must be an object {{kind: weight}}, got {weights!r}."
         )
     for kind, weight in weights.items():
         if kind not in known:
             raise MinitxError(
-                f"Grade field {name!r} has the unknown kind {kind!r}; known: {', '.join(known)}."
+                f"Grade field {name!r} has the unknown kind {kind!r}; expected one of "
+                f"{', '.join(known)}."
             )
         if type(weight) not in (int, float) or not 0 <= weight < math.inf:
             raise MinitxError(
-                f"Grade weight {name}[{kind!r}] is {weight!r}; it must be a number >= 0."
+                f"Grade weight {name}[{kind!r}] must be a number >= 0, got {weight!r}."
             )
 
 
 def grade_from(source) -> Grade:
-    """The grade that ``source`` means: a ``Grade``, a name in ``GRADES``, or a dict of fields.
+    """The grade given as a ``Grade``, a name in ``GRADES``, or a dict of fields.
 
-    A dict may name the grade that it changes, ``{"from": "full", "max_people": 3}``; its fields
-    replace whole fields of that grade. Raises ``MinitxError`` for unknown names and fields.
+    A dict may be based on another grade, ``{"from": "full", "max_people": 3}``; each of its fields
+    replaces that field as a whole. Raises ``MinitxError`` for unknown names and fields.
     """
     if isinstance(source, Grade):
         return source
@@ -151,21 +153,23 @@ def grade_from(source) -> Grade:
         if source not in GRADES:
             near = get_close_matches(source, GRADES, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise MinitxError(f"Unknown grade {source!r}; known: {', '.join(GRADES)}.{hint}")
+            raise MinitxError(
+                f"Unknown grade {source!r}; expected one of {', '.join(GRADES)}.{hint}"
+            )
         return GRADES[source]
     if not isinstance(source, dict):
-        raise MinitxError(f"A grade is a name or an object of fields, not {source!r}.")
+        raise MinitxError(f"A grade must be a name or an object of fields, got {source!r}.")
     changes = dict(source)
     base = asdict(grade_from(changes.pop("from"))) if "from" in changes else {}
     known = [entry.name for entry in fields(Grade)]
     for name in changes:
         if name not in known:
-            raise MinitxError(f"Unknown grade field {name!r}; known: from, {', '.join(known)}.")
+            raise MinitxError(f"Unknown grade field {name!r}; expected from, {', '.join(known)}.")
     return Grade(**(base | changes))
 
 
-# In rising difficulty. The weights were searched for, so that hops come in useful shares and the
-# value named last is seldom the answer (a question is likeliest right after its last fact).
+# In order of difficulty. The weights were tuned so that each number of hops is frequent enough and
+# the last value named is seldom the answer (a question is most likely right after its last fact).
 GRADES = {
     "set_phrases": Grade(
         sentences={"meet": 1, "scene": 3, "chat": 3},

@@ -10,11 +10,11 @@ import pytest
 from minitx import fast, tree
 from minitx.build import build, shapes
 from minitx.config import Config
-from minitx.training.grad import gradients
+from minitx.training.autograd import gradients
+from minitx.training.autograd.array import Traced
 from minitx.training.loss import cross_entropy
-from minitx.training.traced import Traced
 
-REFERENCE = Path(__file__).parent.parent / "reference" / "grad" / "grad.npz"
+REFERENCE = Path(__file__).parents[2] / "reference" / "grad" / "grad.npz"
 
 SIZES = dict(vocab_size=11, width=6, layers=2, hidden=7, context=8)
 LLAMA = dict(SIZES | {"width": 8}, family="llama", heads=4, kv_heads=2, head_width=4, rope_width=4)
@@ -35,7 +35,7 @@ MODELS = {
 
 
 def model_of(config, seed=0, dtype=np.float64):
-    """Random weights with gains and biases that matter."""
+    """Random weights, with gains other than 1 and biases other than 0."""
     rng = np.random.default_rng(seed)
     return build(
         config,
@@ -54,8 +54,8 @@ def loss_on(ids, targets, weights):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_against_central_differences(monkeypatch, name):
-    """Along random directions, one per weight and one through all of them together."""
+def test_model_gradients_equal_central_differences(monkeypatch, name):
+    """Directional derivatives: one direction per weight, and one through all weights."""
     monkeypatch.setattr(fast, "ROWS", 4)
     config = MODELS[name]
     model, loss = model_of(config), loss_on(*example(config))
@@ -78,16 +78,16 @@ def test_models_against_central_differences(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_float32_stays_float32_and_the_forward_is_the_same(monkeypatch, name):
+def test_traced_forward_stays_float32_and_equals_the_plain_one(monkeypatch, name):
     monkeypatch.setattr(fast, "ROWS", 4)
     made = []
     init = Traced.__init__
 
-    def note(self, value, pull=None):
-        init(self, value, pull)
+    def record(self, value, backward=None):
+        init(self, value, backward)
         made.append(self)
 
-    monkeypatch.setattr(Traced, "__init__", note)
+    monkeypatch.setattr(Traced, "__init__", record)
     config = MODELS[name]
     model = model_of(config, dtype=np.float32)
     ids, targets, weights = example(config)
@@ -102,7 +102,7 @@ def test_float32_stays_float32_and_the_forward_is_the_same(monkeypatch, name):
     assert isinstance(logits, np.ndarray) and np.array_equal(logits, model(ids))
 
 
-def test_a_tied_table_gets_the_sum_of_both_uses():
+def test_gradient_of_tied_embeddings_is_the_sum_of_both_uses():
     config = Config(**LLAMA)
     tied = Config(**LLAMA, tied=True)
     model = model_of(tied)
@@ -113,7 +113,7 @@ def test_a_tied_table_gets_the_sum_of_both_uses():
     assert np.allclose(together["embed.w"], separate["embed.w"] + separate["head.w"].T, atol=1e-14)
 
 
-def test_gradients_are_new_arrays_in_c_order():
+def test_gradients_are_new_contiguous_arrays():
     model = model_of(Config(**LLAMA, tied=True))
     before = {p: w.copy() for p, w in tree.weights(model).items()}
     _, found, _ = gradients(model, loss_on(*example(model.config)))
@@ -123,12 +123,12 @@ def test_gradients_are_new_arrays_in_c_order():
     assert all(np.array_equal(w, before[p]) for p, w in tree.weights(model).items())
 
 
-# Another framework ---------------------------------------------------------------------------
+# Against torch -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_against_torch(name):
-    """See tests/reference/grad/make.py: torch's gradients for the same weights and tokens."""
+def test_model_gradients_equal_torch(name):
+    """The reference has torch's gradients for the same weights and tokens."""
     config = MODELS[name]
     value, found, _ = gradients(model_of(config), loss_on(*example(config)))
     with np.load(REFERENCE, allow_pickle=False) as stored:

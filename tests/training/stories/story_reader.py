@@ -1,24 +1,25 @@
-"""A slow second reader of stories: regexes on the text, its own facts, every answer derived again.
+"""An independent story reader: parses the text with regular expressions, tracks the facts itself,
+and derives every answer again.
 
-It shares the lists of words with the generator, and no code.
+It shares the word lists with the generator, but no code.
 """
 
 import re
 
-from minitx.training.words import BOXES, NUMBERS, THINGS
+from minitx.training.stories.grammar import BOXES, NUMBERS, THINGS
 
 
 class Reader:
-    """``read(text)`` gives ``[(kind, answer), ...]``, fails where a text contradicts itself."""
+    """``read(text)`` returns ``[(kind, answer), ...]`` and fails if a text contradicts itself."""
 
     def __init__(self):
         self.place, self.holder, self.colour, self.inside, self.food = {}, {}, {}, {}, {}
         self.answers, self.asked = [], {}
-        self.via = []  # of each question about a place, who has something, or somebody's thing
-        self.news, self.retold = [], []  # sentences that a recap tells again; those it has told
+        self.bridges = []  # bridge entities of each question where, who, colour of
+        self.facts, self.repeated = [], []  # sentences that a recap repeats; those repeated so far
 
     def read(self, text):
-        # Two sentences that tell one thing are read as one.
+        # Two sentences that state one fact are read as one.
         both = r"[A-Z][^.?]*\. (?:The [a-z]+|It) was [a-z]+\."
         one = r"[A-Z][^.?]*[.?]"
         sentences = re.findall(f"{both}|{one}", re.sub(r"^One day (?=[A-Z])", "", text))
@@ -33,7 +34,7 @@ class Reader:
             else:
                 self.sentence(sentence)
         assert question is None
-        assert not self.retold or sorted(self.retold) == sorted(self.news), "half a recap"
+        assert not self.repeated or sorted(self.repeated) == sorted(self.facts), "incomplete recap"
         return self.answers
 
     def put_at(self, item, *, holder=None, box=None, place=None):
@@ -43,34 +44,36 @@ class Reader:
                 facts[item] = value
 
     def sentence(self, sentence):
-        if sentence in self.news:
-            self.again(sentence)
+        if sentence in self.facts:
+            self.repeat(sentence)
             return
-        assert not self.retold or re.fullmatch(self.CLOSING, sentence), f"in the recap: {sentence}"
+        assert not self.repeated or re.fullmatch(self.CLOSING, sentence), (
+            f"not a fact to repeat: {sentence}"
+        )
         for pattern, act in self.RULES:
             if match := re.fullmatch(pattern, sentence):
                 act(self, *match.groups())
                 break
         else:
-            assert any(re.fullmatch(pattern, sentence) for pattern in self.IDLE), sentence
-        if any(re.fullmatch(pattern, sentence) for pattern, _ in self.NEWS):
-            self.news.append(sentence)
+            assert any(re.fullmatch(pattern, sentence) for pattern in self.NO_FACT), sentence
+        if any(re.fullmatch(pattern, sentence) for pattern, _ in self.FACTS):
+            self.facts.append(sentence)
 
-    def again(self, sentence):
-        """The very sentence that told some news, as part of a recap."""
-        assert sentence not in self.retold, sentence
-        for pattern, fact in self.NEWS:
+    def repeat(self, sentence):
+        """A sentence that stated a fact before, verbatim, as part of a recap."""
+        assert sentence not in self.repeated, sentence
+        for pattern, fact in self.FACTS:
             if match := re.fullmatch(pattern, sentence):
-                self.told_again(sentence, *fact(self, *match.groups()))
-        self.retold.append(sentence)
+                self.check_repeated(sentence, *fact(self, *match.groups()))
+        self.repeated.append(sentence)
 
-    def told_again(self, sentence, derived, said):
-        """An answer if it is the only one of those left that begins like this."""
+    def check_repeated(self, sentence, derived, said):
+        """It is an answer if no other sentence left has the same beginning."""
         assert derived == said
         before = re.split(rf" {said}\b", sentence)[0]
-        left = set(self.news) - set(self.retold) - {sentence}
+        left = set(self.facts) - set(self.repeated) - {sentence}
         if not any(re.match(rf"{before}\b", other) for other in left):
-            self.told("mention", derived, said)
+            self.check_answer("mention", derived, said)
 
     def arrived(self, who, place):
         assert who not in self.place
@@ -92,31 +95,31 @@ class Reader:
         assert self.holder[thing] == who
         self.put_at(thing, holder=other)
 
-    def is_near(self, who, box):
+    def check_reach(self, who, box):
         near = self.place.get(box) is not None and self.place.get(box) == self.place.get(who)
         assert self.holder.get(box) == who or near
 
     def put(self, who, thing, box):
         assert self.holder[thing] == who
-        self.is_near(who, box)
+        self.check_reach(who, box)
         self.put_at(thing, box=box)
 
     def taken(self, who, thing, box):
         assert self.inside[thing] == box
-        self.is_near(who, box)
+        self.check_reach(who, box)
         self.put_at(thing, holder=who)
 
     def left(self, who, item, place):
         assert self.holder[item] == who
-        self.told("mention", self.place[who], place)
+        self.check_answer("mention", self.place[who], place)
         self.put_at(item, place=place)
 
     def fetched(self, who, item, place):
-        self.told("mention", self.place[item], place)
+        self.check_answer("mention", self.place[item], place)
         self.put_at(item, holder=who)
         self.place[who] = place
 
-    def told(self, kind, derived, said):
+    def check_answer(self, kind, derived, said):
         assert derived == said
         self.answers.append((kind, said))
 
@@ -188,19 +191,19 @@ class Reader:
         (rf"{W} (?:ate|gave away) {x} of the {x}\.",
          lambda s, who, n, food: s.changed(who, -NUMBERS.index(n), food)),
         (rf"{W} was still in the {x}, and s?he \w+\.",
-         lambda s, who, place: s.told("mention", s.place[who], place)),
+         lambda s, who, place: s.check_answer("mention", s.place[who], place)),
         (rf"{W} looked around in the {x} and \w+\.",
-         lambda s, who, place: s.told("mention", s.place[who], place)),
+         lambda s, who, place: s.check_answer("mention", s.place[who], place)),
         (rf"All this time {W} stayed in the {x}\.",
-         lambda s, who, place: s.told("mention", s.place[who], place)),
-        (rf"The {x} was still {x}\.", lambda s, t, c: s.told("mention", s.colour[t], c)),
+         lambda s, who, place: s.check_answer("mention", s.place[who], place)),
+        (rf"The {x} was still {x}\.", lambda s, t, c: s.check_answer("mention", s.colour[t], c)),
         (rf"Everyone liked the {x} because it was {x}\.",
-         lambda s, t, c: s.told("mention", s.colour[t], c)),
+         lambda s, t, c: s.check_answer("mention", s.colour[t], c)),
         (rf"Even the \w+ could see that the {x} was {x}\.",
-         lambda s, t, c: s.told("mention", s.colour[t], c)),
+         lambda s, t, c: s.check_answer("mention", s.colour[t], c)),
     ]  # fmt: skip
-    # What a recap may tell again: gives (the fact, what the sentence says), or None for no fact.
-    NEWS = [
+    # Sentences that a recap may repeat -> (the fact, the value in the sentence).
+    FACTS = [
         (rf"{W} (?:was in|came to|waited in|sat with \w+ \w+ in) the {x}\.",
          lambda s, who, place: (s.place[who], place)),
         (rf"(?:{W} got|There was) a {x}\. The {x} was {x}\.",
@@ -229,7 +232,7 @@ class Reader:
         r"The end\.|That was the end of the day\.|And then it was time for bed\."
         r"|They all lived happily ever after\."
     )
-    IDLE = [
+    NO_FACT = [
         r"Once upon a time there was a (boy|girl) named \w+\.",
         r"Once there was a \w+ (boy|girl) named \w+\.",
         r"Long ago there lived a (boy|girl) named \w+\.",
@@ -246,15 +249,16 @@ class Reader:
     ]
 
     def locate(self, item):
-        """(hops, place, who has it, hops to them); ``between`` then has what it is in or with."""
-        hops, holder, to_holder, self.between = 1, None, None, []
+        """(hops, place, holder, hops to the holder); ``passed`` then has the entities on the
+        way."""
+        hops, holder, to_holder, self.passed = 1, None, None, []
         if item in self.inside:
             item, hops = self.inside[item], 2
-            self.between.append(item)
+            self.passed.append(item)
         if item in self.holder:
             holder, to_holder = self.holder[item], hops
             item, hops = holder, hops + 1
-            self.between.append(item)
+            self.passed.append(item)
         return hops, self.place.get(item), holder, to_holder
 
     def answer(self, question, sentence):
@@ -265,19 +269,19 @@ class Reader:
             hops, place, _, _ = self.locate(entity)
             short = f"{'The ' if the else ''}{entity} is in the"
             assert start == short or the and start == f"The {entity} is still there in the"
-            self.via.append(self.between)
+            self.bridges.append(self.passed)
             kind, derived = f"where{hops}", place
         elif match := re.fullmatch(r"Who has the (\w+)\?", question):
             assert start in (f"The {match[1]} is still there with", f"The {match[1]} is with")
             _, _, derived, hops = self.locate(match[1])
             kind = "who" if hops == 1 else "who2"
-            self.via.append(self.between[:-1])
+            self.bridges.append(self.passed[:-1])
         elif match := re.fullmatch(r"What colour is the thing that (\w+) has\?", question):
             long = f"The thing of {match[1]} has the colour"
             assert start in (long, f"The thing that {match[1]} has is")
             (thing,) = [t for t, who in self.holder.items() if who == match[1] and t in THINGS]
             kind, derived = "colour2", self.colour[thing]
-            self.via.append([thing])
+            self.bridges.append([thing])
         elif match := re.fullmatch(r"What is the (\w+) in\?", question):
             assert start == f"The {match[1]} was put down in the"
             kind, derived = "inside", self.inside[match[1]]
@@ -290,6 +294,6 @@ class Reader:
             food, number = self.food[match[2]]
             assert food == match[1] and 0 <= number <= 9
             kind, derived = "count", NUMBERS[number]
-        assert self.asked.get(question) != derived, f"asked again, unchanged: {question}"
+        assert self.asked.get(question) != derived, f"asked again, although unchanged: {question}"
         self.asked[question] = derived
-        self.told(kind, derived, value)
+        self.check_answer(kind, derived, value)
