@@ -3,6 +3,8 @@
 The three model families differ only in which parts are selected here.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from minitx import ops
@@ -18,19 +20,24 @@ from minitx.model import (
     Head,
     LayerNorm,
     Linear,
+    NoNorm,
     NoRope,
     ParallelBlock,
     PositionEmbedding,
     RMSNorm,
     Rope,
+    SkiplessBlock,
+    SkiplessParallelBlock,
     Stack,
     SwiGLU,
     TiedHead,
     TokenEmbedding,
     Transformer,
 )
-from minitx.skipless import Get, NoNorm, SkiplessBlock, SkiplessParallelBlock, near_identity
 from minitx.tree import Part
+
+Get = Callable[[str, tuple], np.ndarray]  # get(path in the tree, shape) -> that weight
+Init = Callable[[Config, np.random.Generator, type], Get]  # draws all weights of a model
 
 
 def build(config: Config, get: Get) -> Transformer:
@@ -61,17 +68,12 @@ def shapes(config: Config) -> dict[str, tuple]:
     return found
 
 
-def random_model(config: Config, seed: int = 0, dtype=np.float32) -> Transformer:
-    """A model with seeded random weights, scaled as for training from scratch.
+def normal_init(config: Config, rng: np.random.Generator, dtype) -> Get:
+    """Weights scaled as for training from scratch: matrices are normal with standard deviation
+    1/sqrt(in); those that write to the residual stream are scaled by 1/sqrt(2L) (GPT-2), so that it
+    does not grow with depth; gains 1, biases 0."""
 
-    Matrices are normal with standard deviation 1/sqrt(in); those that write to the residual stream
-    are scaled by 1/sqrt(2L) (GPT-2), so that it does not grow with depth; gains 1, biases 0. A
-    skipless model begins near the identity instead: see skipless.py."""
-    rng = np.random.default_rng(seed)
-    if config.skipless:
-        return build(config, near_identity(config, rng, dtype))
-
-    def draw(path: str, shape: tuple):
+    def get(path: str, shape: tuple) -> np.ndarray:
         if path.endswith("gain"):
             return np.ones(shape, dtype)
         if path.endswith((".b", "bias")):
@@ -81,7 +83,15 @@ def random_model(config: Config, seed: int = 0, dtype=np.float32) -> Transformer
             scale /= (2 * config.layers) ** 0.5
         return (rng.standard_normal(shape) * scale).astype(dtype)
 
-    return build(config, draw)
+    return get
+
+
+def random_model(
+    config: Config, seed: int = 0, dtype=np.float32, init: Init = normal_init
+) -> Transformer:
+    """A model with seeded random weights. Training starts skipless models from another ``init``:
+    see training/skipless_init.py."""
+    return build(config, init(config, np.random.default_rng(seed), dtype))
 
 
 def _embedding(c: Config, get: Get) -> tuple[Part, np.ndarray]:

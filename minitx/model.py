@@ -139,6 +139,45 @@ class ParallelBlock(Part):
 
 
 @part
+class SkiplessBlock(Part):
+    """Attention, then the feed-forward network, without residual adds: each replaces the hidden
+    state (He et al., 2023, arXiv 2302.10322, train such models)."""
+
+    attn: Part
+    ffn: Part
+
+    def __call__(self, x, layer: Layer):
+        return self.ffn(self.attn(x, layer), layer)
+
+    def backfill(self, x, layer: Layer):
+        """Only fill the KV cache for tokens x: see ``Attention.backfill``."""
+        self.attn.backfill(x, layer)
+
+    def attend_from(self, x, layer: Layer):
+        """Run the block for tokens x whose keys and values are already cached."""
+        return self.ffn(self.attn.attend_from(x, layer), layer)
+
+
+@part
+class SkiplessParallelBlock(Part):
+    """Attention and feed-forward network read the same x; their sum replaces it."""
+
+    attn: Part
+    ffn: Part
+
+    def __call__(self, x, layer: Layer):
+        return self.attn(x, layer) + self.ffn(x, layer)
+
+    def backfill(self, x, layer: Layer):
+        """Only fill the KV cache for tokens x: see ``Attention.backfill``."""
+        self.attn.backfill(x, layer)
+
+    def attend_from(self, x, layer: Layer):
+        """Run the block for tokens x whose keys and values are already cached."""
+        return self.attn.attend_from(x, layer) + self.ffn(x, layer)
+
+
+@part
 class Attention(Part):
     """Normalize; project to queries, keys and values; rotate; cache keys and values; attend;
     project.
@@ -376,3 +415,11 @@ class LayerNorm(Part):
 
     def __call__(self, x):
         return ops.layer_norm(x, self.gain, self.bias, self.eps)
+
+
+@part
+class NoNorm(Part):
+    """No normalization (skipless models)."""
+
+    def __call__(self, x):
+        return x

@@ -51,10 +51,13 @@ class Range:
     low: float | None = None
     high: float | None = None
     open_low: bool = False
+    open_high: bool = False  # ``high`` itself is not allowed
 
     def __contains__(self, value) -> bool:
         if self.low is not None and (value <= self.low if self.open_low else value < self.low):
             return False
+        if self.high is not None and self.open_high:
+            return value < self.high
         return self.high is None or value <= self.high
 
     def __str__(self) -> str:
@@ -63,6 +66,8 @@ class Range:
             return low
         if self.low is None:
             return f"at most {self.high:g}"
+        if self.open_high:
+            return f"{low} and below {self.high:g}"
         return (
             f"{low} and at most {self.high:g}"
             if self.open_low
@@ -70,8 +75,8 @@ class Range:
         )
 
 
-def at_least(low: float) -> Range:
-    return Range(low)
+def at_least(low: float, below: float | None = None) -> Range:
+    return Range(low, below, open_high=below is not None)
 
 
 def above(low: float, high: float | None = None) -> Range:
@@ -487,9 +492,6 @@ HEADINGS = (
     "Paper", "Fidelity", "Kind", "Idea", "Offline",
     "Online", "Saves", "In NumPy", "Not for", "Proof", "Tutorial",
 )  # fmt: skip
-OLDER_HEADINGS = (  # of cards that are not rewritten yet
-    "Paper", "Kind", "Skips or precomputes", "Offline", "Online", "Saves", "Neutral", "Not for",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -508,7 +510,7 @@ def read_card(text: str) -> Card:
     current = summary
     for line in lines:
         heading, colon, rest = line.partition(":")
-        if colon and heading in HEADINGS + OLDER_HEADINGS:
+        if colon and heading in HEADINGS:
             current = sections.setdefault(heading, [])
             line = rest.strip()
         current.append(line)

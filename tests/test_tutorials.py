@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pytest
 
 import minitx
+from minitx.fast import ONE_THREAD
 from minitx.lab.evaluate import evaluate
-from minitx.threads import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tutorials"
@@ -62,6 +62,26 @@ PRINTS = {
         r"  8 billion weights +16,060\.0 +1,073\.7 +34,359\.7$",
         r"  attention +2% +40%  6, 7: ",
     ],
+    "03": [
+        r"online:   x / rms = \[ 1\. -1\.\]   times folded W = \[-18\.  -4\.\]$",
+        r"\+     norm: WeightlessRMSNorm\(eps=1e-05\)$",
+        r"gone: 2,048 weights, two gains of 128 numbers in each of 8 blocks$",
+        r"0\.1 \* \(0\.2 \* 0\.3\) = 0\.006$",
+        r"  none +(yes|no) +\de-0[67] +\de-1[456]$",
+        r"  one gain wrong by 1/10,000 +(yes|no) +\de-0[67] +4e-07$",
+        r"side by side: \[-3\.  1\.  1\. -2\.\]$",
+        r"products for one token: 57 before, 33 after$",
+        r"  home  embedding \[7\. 1\.\]  ->  ready in the table: \[ 6\.8 10\.4\]$",
+        r"  stack\.blocks\.0  194,048  161,280  #{40}\.{8}$",
+        r"the table: 1,022 rows of 128 \+ 256 numbers, 1\.57 MB, made once by the work of 20 ",
+        r"  entering block 1: +\d+% #+$",
+        r"  a token and its position +327,040 +167$",
+        r"merge_embeddings: 3\.9 MB of weights become 171\.1 MB, ",
+        r"  all three +1,650,432 +32 +7\.86 +\d\.\d\d ",
+        r"  stories-parallel  4 blocks  18\.8% #+$",
+        r"two matrices:   query \[5\. 7\.\]  key \[12\.  2\.\]$",
+        r"  remove_weights +178,304 multiply-adds in 13 products$",
+    ],
     "04": [
         r"  1 +1  2 +1  2  -1 +2\.72  7\.39  0\.37 +0\.26  0\.71  0\.04 +kitchen +0\.45$",
         r"  layer 4 says park +probability of park +99\.\d% #+$",
@@ -93,6 +113,55 @@ PRINTS = {
         r"  warm_up = 25 +34% +0\.80 ",
         r"multiply-adds: an FFN \(3 D F\) 135,168, a cosine \(3 D\) 384$",
         r"  by cosine +[01]\.\d\d #+$",
+    ],
+    "06": [
+        r"all six keys: 15\.51\. The two best, 93\.6% of the weight: 15\.38$",
+        r"  block \d, head \d: \|[ .,:=+*#%@-]+\|$",
+        r"  block 1 +\d+% #+$",
+        r"  oracle +\d+\.\d% +\d+\.\d% +\d+\.\d%$",
+        r"  random +8 +\d\.\d{3} +\d+% +\d+% +\d+%$",
+        r"  blocks 5 to 8, random +8 +0\.",
+        r"11 of 32 bits differ: an angle of about 180 \* 11 / 32 = 62 degrees \(true: 60\)$",
+        r"  75 degrees, 2\.0 +1 +55 +1\.41 +1\.15 +kept$",
+        r"  128 +\d\.\d degrees +[4-8]\.\d of 8$",
+        r"bias for 32 bits: 1[01]\.\d degrees\. ",
+        r"  4 +\+0\.\d\d +\d+\.\d +\d+\.\d +\d+%$",
+        r"  p = 2\.0 +\d+% +\d\.\d{3} +\d+% +\d+% +\d+%$",
+        r"  dense +100% +1,048,576 +0 +2,097,152$",
+        r"p = 4: \d\.\d\d times as fast as dense ",
+    ],
+    "07": [
+        r"scores  \[ 5\. -3\.  4\. -4\.\]$",
+        r"  smallest: -2 in column 1, added to key 3: \[ 6\. -4\.  3\. -2\.\]$",
+        r"  key 1 +\[-3\.  0\.  2\.\] +0\.67 +-2\.22 +-3\.00$",
+        r"  exact +-0\.7 +-16\.0 +0\.7 +0\.9 +7\.6 +-8\.4$",
+        r"  token 4 +A +E D C +C +2$",
+        r"  oracle +\d+% +0\.\d{3} +\d+% +\d+%$",
+        r"  A3 +\d+% +\d\.\d{3} +\d+% +\d+%$",
+        r"  random +\d\.\d\d #+$",
+        r"  dense +100% +552,960 +1\.00$",
+        r"  DOTA +20% +[\d,]+ +0\.50$",
+        r"  A3 +0\.\d\d #+$",
+        r"faster than dense attention: ",
+    ],
+    "10": [
+        r"     \(-1, 1\)       0       1       2      -1       0       1      -2      -1       0$",
+        r"\(1, -1, 0, 1\) \. \(1, 1, -1, 1\) = 0 \+ 1 = 1, with 2 reads and no multiplication$",
+        r"45,056 multiply-adds became 22,528 reads from 65,536 entries$",
+        r"lut_product: 1\.50 MB of arrays, loss 0\.8\d\d, says 'park'$",
+        r"  4 bits   256 bytes       66 KB      17 MB        4 GB$",
+        r"\(3, 5\) \. \(2, 3\) = 2 \* 8 \+ 1 \* 5 = 21$",
+        r"lut_bit_serial: 2\.22 MB of arrays, loss 0\.8\d\d, says 'park'$",
+        r"sum of the rows: \[5\. 3\.\]   the exact product: \[5\.9 3\.3\]$",
+        r"lut_centroid, last 2 blocks: 11\.10 MB of arrays, loss 0\.8\d\d, ",
+        r"lut_centroid, all 8 blocks: 24\.73 MB of arrays, loss [2-9]\.",
+        r"  silu\( 1\.5\): bits 0011111000000000 = entry 15872, reads 1\.226362 ",
+        r"  lut_product +237,056 +737,280 +66 ",
+        r"  lut_bit_serial +228,096 +1,474,560 +6 ",
+        r"  lut_product          #{6}r{18}$",
+        r"  lut_product +0\.\d\d  slower$",
+        r"one read takes the time of \d+ multiply-adds$",
+        r"  GELU by table: \d\.\d\d ",
     ],
     "11": [
         r"  garden +1/10 +1/5 +1/2 +0$",
@@ -287,7 +356,7 @@ def test_tree_changes_shows_changed_parts_and_where_they_are(helpers, capsys):
     helpers.tree_changes(before, after)
     lines = capsys.readouterr().out.splitlines()
     assert "-         norm: RMSNorm(gain 128, eps=1e-05)" in lines
-    assert "+         norm: BareRMSNorm(eps=1e-05)" in lines
+    assert "+         norm: WeightlessRMSNorm(eps=1e-05)" in lines
     assert any("attn: Attention" in line for line in lines), "the part around a change"
     assert not any("rope" in line for line in lines), "unchanged parts are left out"
 

@@ -1,7 +1,10 @@
-"""Pairs of matrices with nothing between them become one: W_Q W_K^T and W_V W_O of each head."""
+"""One matrix per head instead of W_q and W_k, and one instead of W_v and W_o.
+
+The card and the option, the parts that run (online), the products (offline), notes.
+"""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -13,77 +16,158 @@ from minitx.tree import Part, part
 
 
 @technique(level="weights", exact=True, neutral=None, after=("fold_norms",))
-def absorb_products(lm, *, pairs: Literal["possible", "qk", "ov", "both"] = "possible"):
-    """Compare and mix the attention's input itself, by one matrix a head for each pair of two.
+def absorb_products(
+    lm,
+    *,
+    pairs: Annotated[
+        Literal["possible", "qk", "ov", "both"],
+        "the products to make; possible: both, or only ov in a model with rotary positions",
+    ] = "possible",
+):
+    """Multiply W_q W_k^T and W_v W_o of each head in advance.
 
-    Paper: Nelson Elhage et al., 2021, "A Mathematical Framework for Transformer Circuits", which
-        reads attention so (its QK and OV circuits). In use for latent attention: DeepSeek-AI, 2024,
-        "DeepSeek-V2", arXiv 2405.04434, which states in words that W_UK goes into W_Q, and W_UV
-        into W_O. The algebra was written out here.
-    Kind: exact in real arithmetic; float32 rounds differently.
-    Skips or precomputes: keys (qk) and values (ov), which are not made: the cache holds the
-        attention's normalised input n, one head of width D, for all query heads and, with both, as
-        keys and as values.
-    Offline: for each query head i, whose keys and values are those of head j = i // G:
-        QK_i = W_Q,i W_K,j^T (D, D), with the bias b_Q,i W_K,j^T. What b_K adds is the same for all
-        scores of a query, which a softmax does not notice: b_K is dropped. OV_i = W_V,j W_O,i
-        (D, D), with b_O + sum_i b_V,j W_O,i, as the weights of a softmax sum to 1. In float64 and
-        rounded once.
-    Online: q*_i = n QK_i + b;  p_i = softmax(q*_i n^T / sqrt(d));  out = sum_i (p_i n) OV_i + b.
-        pairs=qk and pairs=ov do one of the two; pairs=possible what the positions allow.
-    Saves: nothing, for several heads of d < D: this is a way to see what attention does. A pair
-        takes 2 D d weights of a query head apart (fewer where heads share keys) and D^2 as one:
-        less if d > D / 2, which means a single head, H = 1, when a score and a mix take
-        D multiply-adds in the place of d. For a token on S cached ones, both: 2 H D^2 + 2 S H D, in
-        the place of 2 D (H + K) d + 2 S H d. The cache holds D numbers a token (both; qk: D + K d;
-        ov: K d + D) in the place of 2 K d: half of it with a full set of heads (K d = D). It
-        pays where what is shared is small: latent attention, where a latent of few numbers stands
-        in the place of n (and then while decoding, not for a prompt); or a vocabulary smaller than
-        D, for which n QK n^T of block 0 may be a table (V, V), which is not built here.
-    Neutral: nothing to set.
-    Not for: W_Q W_K^T with rotary positions, which stand between the two. Wall time: for several
-        heads NumPy gains none by it and mostly loses some, if less than the multiply-adds would
-        have it. fold_norms, fuse_projections and shrink, which look for the three matrices that are
-        gone.
+    Paper:     Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021 (QK and OV
+               circuits). DeepSeek-AI, "DeepSeek-V2", 2024, arXiv 2405.04434 (weight absorption).
+    Fidelity:  a reconstruction from summaries; the algebra, with biases and shared heads, is ours.
+    Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
+               2e-6 of the largest one).
+    Idea:      n is a token's normalized input, inputs (S, D) those of all tokens. In the scores
+               n W_q W_k^T inputs^T  and in the output  p inputs W_v W_o  (p: attention weights)
+               two matrices meet directly, so their product can be made in advance.
+    Offline:   for query head i, whose key head is j = i // G  (W_q,i: the columns of head i):
+                   QK_i = W_q,i W_k,j^T    (D, D),  bias b_q,i W_k,j^T
+                   OV_i = W_v,j W_o,i      (D, D),  bias of all heads  b_o + sum_i b_v,j W_o,i
+    Online:    p_i = softmax(n QK_i inputs^T / sqrt(d));   out = sum_i (p_i inputs) OV_i
+               The inputs are cached, as one head that serves as keys and as values.
+               pairs=qk, pairs=ov: one of the two products; values, or keys, as usual.
+    Saves:     nothing unless d > D/2, which means a single head. Per token 2 H D^2 + 2 S H D
+               multiply-adds instead of 2 D (H + K) d + 2 S H d; 2 H D^2 weights instead of
+               2 D (H + K) d; D cached numbers (one pair: D + K d) instead of 2 K d.
+    In NumPy:  slower: decoding 0.85x to 1.0x, prompts 0.7x to 0.9x on the shipped models.
+    Not for:   W_q W_k^T with rotary positions, since RoPE stands between the two. Techniques that
+               need the separate matrices (fuse_projections, slim_attention, shrink).
+    Proof:     tests/precompute/test_absorb_products.py; literal version:
+               tests/precompute/literal_absorb_products.py
     """
 
     def change(attn: Attention) -> Attention:
         need(attn.qkv, QKV)
         for child in (attn.qkv.q, attn.qkv.k, attn.qkv.v, attn.out):
             need(child, Linear)
-        free = type(attn.rope) is NoRope
-        if not free and pairs in ("qk", "both"):
+        rotary = type(attn.rope) is not NoRope
+        if rotary and pairs in ("qk", "both"):
             raise MinitxError(
-                "absorb_products cannot make W_Q W_K^T one matrix in this model, whose rotary "
+                "absorb_products cannot make W_q W_k^T one matrix in this model, whose rotary "
                 "positions stand between the two; use pairs=ov."
             )
-        return absorbed(attn, free and pairs != "ov", pairs != "qk")
+        return absorb(attn, qk=pairs != "ov" and not rotary, ov=pairs != "qk")
 
     return swap(lm, Attention, change)
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class InputQKV(Part):
+    """Queries; and instead of keys or values the input that they are made from."""
+
+    q: Part
+    k: Part
+    v: Part
+
+    def __call__(self, n):
+        return self.q(n), self.k(n), self.v(n)
+
+    def kv(self, n):
+        """Keys and values only."""
+        return self.k(n), self.v(n)
+
+
+@part
+class Input(Part):
+    """The normalized input itself."""
+
+    def __call__(self, n):
+        return n
+
+
+@part
+class NoValues(Part):
+    """Values of width 0: the keys serve as values."""
+
+    def __call__(self, n):
+        return n[..., :0]
+
+
+@part
+class KeysAreValues(Part):
+    """One head of keys, which are read as values too (pairs=both)."""
+
+    inner: Part
+
+    def store(self, k, v, layer: Layer):
+        self.inner.store(k, v, layer)
+
+    def read(self, layer: Layer):
+        k, _ = self.inner.read(layer)  # (..., 1, S, D)
+        return k, k
+
+
+@part
+class OneKeyHead(Part):
+    """One head of keys for K heads of values, which are cached side by side as one (pairs=qk)."""
+
+    inner: Part
+    heads: int  # K, of values
+
+    def store(self, k, v, layer: Layer):
+        self.inner.store(k, v, layer)
+
+    def read(self, layer: Layer):
+        k, v = self.inner.read(layer)  # (..., 1, S, D), (..., 1, S, K*d)
+        v = split_heads(v[..., 0, :, :], self.heads)  # (..., K, S, d)
+        return np.broadcast_to(k, (*v.shape[:-1], k.shape[-1])), v
+
+
+@part
+class SplitThenRotate(Part):
+    """RoPE for keys that come side by side as one head: split into heads first (pairs=ov)."""
+
+    rope: Part
+    heads: int  # K, of keys
+
+    def __call__(self, x, tokens: Tokens):
+        if x.shape[-3] == 1:  # keys; queries are split already, into at least as many heads
+            x = split_heads(x[..., 0, :, :], self.heads)  # (..., K, T, d)
+        return self.rope(x, tokens)
 
 
 # Offline -----------------------------------------------------------------------------------------
 
 
-def absorbed(attn: Attention, qk: bool, ov: bool) -> Attention:
-    """The attention with W_Q W_K^T as one matrix a head, or W_V W_O, or both."""
+def absorb(attn: Attention, qk: bool, ov: bool) -> Attention:
+    """The attention with W_q W_k^T as one matrix per head, or W_v W_o, or both."""
     q, k, v = attn.qkv.q, attn.qkv.k, attn.qkv.v
     K, rope, cache, out = attn.kv_heads, attn.rope, attn.cache, attn.out
     if qk:
-        q, k = scores_of_input(q, k, attn), Input()
-    else:
-        rope = PerHead(rope, K) if K > 1 else rope
-    if ov:
-        v, out = Nothing() if qk else Input(), output_of_input(v, out, attn)
-        cache = KeysAreValues(cache) if qk else cache
-    else:
+        q, k = qk_products(q, k, attn), Input()
+    elif K > 1:
+        rope = SplitThenRotate(rope, K)
+    if not ov:
         cache = OneKeyHead(cache, K)
-    # One head of keys and one of values, as wide as they are; K heads come about behind it.
+    elif qk:
+        cache = KeysAreValues(cache)
+    if ov:
+        v, out = NoValues() if qk else Input(), ov_products(v, out, attn)
+    # Attention splits keys and values into one head each, of whatever width they have; where there
+    # are K heads, the parts above split them.
     return replace(attn, qkv=InputQKV(q, k, v), rope=rope, cache=cache, out=out, kv_heads=1)
 
 
-def scores_of_input(q: Linear, k: Linear, attn: Attention) -> Linear:
-    """n -> [n QK_1, ..., n QK_H] (D, H*D), with what b_Q adds."""
+def qk_products(q: Linear, k: Linear, attn: Attention) -> Linear:
+    """n -> [n QK_1, ..., n QK_H], a matrix (D, H*D), and its bias. b_k is dropped: it adds the
+    same to all scores of a query, which the softmax cancels."""
     w_q, b_q = by_head(q, attn.heads)  # (H, D, d), (H, 1, d)
     w_k, _ = by_head(k, attn.kv_heads)
     w_k = w_k.repeat(attn.heads // attn.kv_heads, axis=0).swapaxes(1, 2)  # (H, d, D)
@@ -92,8 +176,9 @@ def scores_of_input(q: Linear, k: Linear, attn: Attention) -> Linear:
     return Linear(w.astype(q.w.dtype), b)
 
 
-def output_of_input(v: Linear, out: Linear, attn: Attention) -> Linear:
-    """[m_1, ..., m_H] -> sum_i m_i OV_i (H*D, D), with what b_V adds."""
+def ov_products(v: Linear, out: Linear, attn: Attention) -> Linear:
+    """[m_1, ..., m_H] -> sum_i m_i OV_i, a matrix (H*D, D), and its bias. b_v goes through W_o
+    unchanged, because the attention weights sum to 1."""
     w_v, b_v = by_head(v, attn.kv_heads)  # (K, D, d), (K, 1, d)
     G = attn.heads // attn.kv_heads
     w_v, b_v = w_v.repeat(G, axis=0), b_v.repeat(G, axis=0)
@@ -111,79 +196,13 @@ def by_head(m: Linear, heads: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(split_heads(a.astype(np.float64), heads) for a in (m.w, b[None]))
 
 
-# Online ------------------------------------------------------------------------------------------
-
-
-@part
-class InputQKV(Part):
-    """Queries, and in the place of keys or values what they would have been made from."""
-
-    q: Part
-    k: Part
-    v: Part
-
-    def __call__(self, n):
-        return self.q(n), self.k(n), self.v(n)
-
-    def kv(self, n):
-        """Keys and values alone."""
-        return self.k(n), self.v(n)
-
-
-@part
-class Input(Part):
-    """The normalised input itself."""
-
-    def __call__(self, n):
-        return n
-
-
-@part
-class Nothing(Part):
-    """Values of width 0: what the keys are is enough."""
-
-    def __call__(self, n):
-        return n[..., :0]
-
-
-@part
-class KeysAreValues(Part):
-    """One head of keys, which are the values too."""
-
-    inner: Part
-
-    def store(self, k, v, layer: Layer):
-        self.inner.store(k, v, layer)
-
-    def read(self, layer: Layer):
-        k, _ = self.inner.read(layer)  # (..., 1, S, D)
-        return k, k
-
-
-@part
-class OneKeyHead(Part):
-    """One head of keys for several heads of values, which come side by side as one."""
-
-    inner: Part
-    heads: int  # K, of values
-
-    def store(self, k, v, layer: Layer):
-        self.inner.store(k, v, layer)
-
-    def read(self, layer: Layer):
-        k, v = self.inner.read(layer)  # (..., 1, S, D), (..., 1, S, K*d)
-        v = split_heads(v[..., 0, :, :], self.heads)  # (..., K, S, d)
-        return np.broadcast_to(k, (*v.shape[:-1], k.shape[-1])), v
-
-
-@part
-class PerHead(Part):
-    """Keys that come side by side as one head, split into heads and then rotated."""
-
-    rope: Part
-    heads: int  # K, of keys
-
-    def __call__(self, x, tokens: Tokens):
-        if x.shape[-3] == 1:  # keys; queries are split already, into at least as many heads
-            x = split_heads(x[..., 0, :, :], self.heads)  # (..., K, T, d)
-        return self.rope(x, tokens)
+# Notes:
+#
+# - With several heads this is a way to see what attention computes, not to compute it faster: a
+#   head has 2 D d weights in two matrices (fewer if heads share keys) and D^2 in one.
+# - It pays where a small latent stands in for n: in latent attention (DeepSeek-V2), and there while
+#   decoding, not for a prompt. ``minitx cost absorb-products latent=512`` counts that.
+# - With a vocabulary smaller than D, n QK_i n^T of block 0 could be a table (V, V). Not built here.
+# - fold_norms goes first, so what is multiplied is folded already. Arithmetic is float64, rounded
+#   once.
+# - Speed: minitx compare -m stories-relu --absorb-products, and with stories; one BLAS thread.

@@ -1,4 +1,8 @@
-"""A table for the first block: all that it does with a token before looking at other tokens."""
+"""A lookup table instead of the first block's projections.
+
+The card; block 0 from rows of a table (online); the table (offline); learned positions, which the
+paper rules out and which take two tables; notes.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,138 +29,35 @@ from minitx.tree import Part, children, map_weights, part
 
 @technique(level="block", exact=True, neutral=None, after=("layer_skip",))
 def first_layer(lm):
-    """Look up what block 0 computes from the token alone, instead of computing it.
+    """Precompute block 0's queries, keys and values for every token and look them up.
 
-    Paper: Nils Graef, 2024, "Transformer tricks: Precomputing the first layer", arXiv 2402.13388,
-        figures 1 and 2, tables of section 3. The split for learned positions is not in the paper,
-        which rules them out: it was derived here.
-    Kind: exact in real arithmetic; float32 rounds differently.
-    Skips or precomputes: in block 0 the norm and W_q, W_k, W_v; in a parallel block (GPT-NeoX) the
-        FFN and its norm too. Not the scores, the mix, W_o, nor the FFN of a serial block, whose
-        input has seen other tokens.
-    Offline: for each token t with x = E[t]: n = norm(x), q = n W_q + b_q, k = n W_k + b_k,
-        v = n W_v + b_v, not rotated; s = x (serial) or x + FFN(x) (parallel, the FFN with its own
-        norm). table[t] = [s, q, k, v]. By the parts as they are then, folded or fused; in float64
-        and rounded once.
-        Learned positions, x = E[t] + P[p]: a norm is linear up to one scalar a token, so
-        [q, k, v] = r(x) (Y(E[t]) + Y(P[p])) + c. r = 1 / sqrt(mean(x^2) + eps) (for a LayerNorm,
-        x minus its mean stands for x), Y(x) = (x g) W, c = bias W + b. One table [E, Y(E)] over
-        tokens, one [P, Y(P)] over positions. c and Y are found by calling norm and projections:
-        c = qkv(norm(0)), Y(x) = (qkv(norm(x)) - c) / r(x).
-    Online: s, q, k, v = table[t];  y = s + Attention's rest(q, k, v), with rotation by the true
-        positions;  serial: y + FFN(y). Learned positions: the rows of both tables are added, then
-        q, k, v scaled by r and moved by c: D + H d + 2 K d multiplications and no product.
-    Saves: with A = H d + 2 K d, D A multiply-adds a token, and in a parallel block its FFN's 2 D F
-        (3 D F with a gate). A pass over B tokens reads those weights less and B A numbers of the
-        table more: fewer in all while B < D (serial; parallel D + 2 D F / A). At most 1 / L of the
-        work. Memory: V A numbers more, those weights less, and V D more if the head is tied, since
-        it keeps E. Learned positions: 2 B A read and (V + context) A kept, in the places of B A
-        and V A.
-    Neutral: nothing to set.
-    Not for: block 0 with an attention that another technique has wrapped. An FFN that one has
-        wrapped (it may remember), or that reads learned positions (they do not add up behind its
-        activation), stays out of the table and runs as before. A table is of these weights: change
-        them and it is wrong.
+    Paper:     Graef, "Transformer tricks: Precomputing the first layer", 2024, arXiv 2402.13388,
+               figures 1 and 2, tables of section 3.
+    Fidelity:  the paper's text. It rules out learned positions; two tables for them are ours.
+    Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
+               1e-6 of the largest one).
+    Idea:      What block 0 computes before it attends depends on the token alone, not on its
+               position or on other tokens (RoPE comes later).
+    Offline:   for every token t:  x = embedding[t];  n = norm(x)
+                   q = n W_q,  k = n W_k,  v = n W_v    biases included, no rotation yet
+                   s = x                                serial block
+                   s = x + FFN(x)                       parallel block; the FFN with its own norm
+                   table[t] = [s, q, k, v]              (V, D + (H + 2 K) d)
+    Online:    s, q, k, v = table[t]
+               y = s + attention(rope(q), rope(k), v) W_o;   serial: y + FFN(y)
+    Saves:     D (H + 2 K) d multiply-adds per token, and in a parallel block the FFN's 2 D F
+               (3 D F with a gate): at most 1/L of the work. Those weights go; the table has
+               V (H + 2 K) d numbers more than the embedding, V D more still if the head is tied.
+               Reads less than it did up to D tokens in a pass (more in a parallel block).
+    In NumPy:  faster for parallel blocks: decoding and prompts 1.2x on stories-parallel, 1.0x on
+               stories and stories-relu.
+    Not for:   an attention that another technique has wrapped. A table is of these weights:
+               change them and it is wrong.
+    Proof:     tests/precompute/test_first_layer.py; literal version:
+               tests/precompute/literal_first_layer.py
+    Tutorial:  tutorials/03_before_the_first_token.py
     """
     return swap(lm, Transformer, with_table)
-
-
-def with_table(model: Transformer) -> Transformer:
-    need(model.embed, TokenEmbedding, PositionEmbedding)
-    need(model.stack, Stack)
-    block = model.stack.blocks[0]
-    need(block, Block, ParallelBlock)
-    need(block.attn, Attention)
-    fixed = type(model.embed) is TokenEmbedding  # the same at every position
-    with_ffn = fixed and type(block) is ParallelBlock and type(block.ffn) is FFN
-    norm, qkv = in_float64(block.attn.norm), in_float64(block.attn.qkv)
-    if fixed:
-        ffn = in_float64(block.ffn) if with_ffn else None
-        embed = FirstLayerTable(token_table(model.embed.w, norm, qkv, ffn))
-    else:
-        need(model.embed.tokens, TokenEmbedding)
-        embed = added_tables(model.embed.tokens.w, model.embed.w, norm, qkv)
-    attn = replace(block.attn, norm=InTable(), qkv=InTable())
-    split = Split.like(norm, qkv, model.config.width)
-    if type(block) is Block:
-        first = FirstBlock(split, attn, block.ffn)
-    elif with_ffn:
-        first = FirstParallelBlock(split, attn)
-    else:
-        first = FirstParallelBlockAndFFN(split, attn, block.ffn)
-    stack = replace(model.stack, blocks=(first, *model.stack.blocks[1:]))
-    return replace(model, embed=embed, stack=stack)
-
-
-# Offline -----------------------------------------------------------------------------------------
-
-ROWS = 1024  # of the embedding at a time, so that the FFN's hidden neurons fit in memory
-
-
-def in_float64(node: Part) -> Part:
-    return map_weights(node, lambda w: w.astype(np.float64) if w.dtype.kind == "f" else w)
-
-
-def token_table(embedding, norm: Part, qkv: Part, ffn: Part | None) -> np.ndarray:
-    """[s, q, k, v] for each row x of the embedding (V, D); s = x + ffn(x), or x without one."""
-
-    def rows(x):
-        s = x if ffn is None else x + ffn(x, None)  # an FFN needs no memory
-        return np.concatenate([s, *qkv(norm(x))], axis=-1)
-
-    with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
-        return in_pieces(rows, embedding)
-
-
-def in_pieces(make: Callable, embedding) -> np.ndarray:
-    """``make(rows)`` for all rows, computed in float64 and rounded to the embedding's type."""
-    pieces = [embedding[a : a + ROWS] for a in range(0, len(embedding), ROWS)]
-    return np.concatenate(
-        [make(piece.astype(np.float64)).astype(embedding.dtype) for piece in pieces]
-    )
-
-
-def added_tables(tokens, positions, norm: Part, qkv: Part) -> "AddedTables":
-    """The two tables of learned positions, from tokens (V, D) and positions (context, D)."""
-    width = tokens.shape[-1]
-    zero, one = np.zeros((1, width)), np.ones((1, width))
-
-    def project(x):
-        return np.concatenate(qkv(norm(x)), axis=-1)  # (..., H*d + 2*K*d)
-
-    # To a LayerNorm a constant is as good as nothing; to an RMSNorm it is not.
-    scale = layer_scale if np.array_equal(norm(one), norm(zero)) else rms_scale
-    eps = getattr(norm, "eps", 0.0)
-    c = project(zero)
-
-    def rows(x):
-        return np.concatenate([x, (project(x) - c) / scale(x, eps)], axis=-1)
-
-    # All of this stands on a norm and projections of the right kind: try it on a few rows.
-    e, p = (table[: min(len(tokens), len(positions), 8)] for table in (tokens, positions))
-    x = e.astype(np.float64) + p
-    right, found = project(x), (rows(e) + rows(p))[:, width:] * scale(x, eps) + c
-    if not abs(found - right).max() <= 1e-5 * abs(right).max():
-        for _, child in children(qkv):
-            need(child, Linear)  # which names the technique that has put something else there
-        raise MinitxError(
-            "first_layer cannot split tokens from learned positions unless block 0 has an RMSNorm "
-            f"or a LayerNorm and linear projections; it has {type(norm).__name__} and "
-            f"{type(qkv).__name__}."
-        )
-    tables = in_pieces(rows, tokens), in_pieces(rows, positions)
-    return AddedTables(*tables, c[0].astype(tokens.dtype), scale, eps)
-
-
-def rms_scale(x, eps):
-    """r (..., 1) by which an RMSNorm multiplies the rows x (..., D)."""
-    mean_square = np.einsum("...d,...d->...", x, x) / x.shape[-1]
-    return 1 / np.sqrt(mean_square + eps)[..., None]
-
-
-def layer_scale(x, eps):
-    """r (..., 1) by which a LayerNorm multiplies the rows x (..., D) less their means."""
-    return rms_scale(x - x.mean(-1, keepdims=True), eps)
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -164,7 +65,7 @@ def layer_scale(x, eps):
 
 @part
 class FirstLayerTable(Part):
-    """Token ids to finished rows [s, q, k, v]."""
+    """Token ids to rows [s, q, k, v]."""
 
     w: np.ndarray  # (V, D + H*d + 2*K*d)
 
@@ -173,47 +74,8 @@ class FirstLayerTable(Part):
 
 
 @part
-class AddedTables(Part):
-    """Token ids and positions to finished rows [x, q, k, v]: added, then scaled and moved."""
-
-    tokens: np.ndarray  # (V, D + H*d + 2*K*d)
-    positions: np.ndarray  # (context, D + H*d + 2*K*d)
-    c: np.ndarray  # (H*d + 2*K*d,)
-    scale: Callable
-    eps: float
-
-    def __call__(self, ids, where):
-        rows = ops.rows(self.tokens, ids) + ops.rows(self.positions, where)  # a new array
-        width = rows.shape[-1] - len(self.c)
-        qkv = rows[..., width:]  # a view, so what is done to it is done to the rows
-        qkv *= self.scale(rows[..., :width], self.eps)
-        qkv += self.c
-        return rows  # (..., T, D + H*d + 2*K*d)
-
-
-@part
-class Split(Part):
-    """A row of the table to its four pieces."""
-
-    width: int  # D
-    q_width: int  # H * d
-    k_width: int  # K * d
-
-    @staticmethod
-    def like(norm: Part, qkv: Part, width: int) -> "Split":
-        """For pieces as wide as what these parts give for a stream of that width."""
-        q, k, _ = qkv(norm(np.zeros((1, width))))
-        return Split(width, q.shape[-1], k.shape[-1])
-
-    def __call__(self, rows):
-        b = self.width + self.q_width
-        c = b + self.k_width
-        return rows[..., : self.width], rows[..., self.width : b], rows[..., b:c], rows[..., c:]
-
-
-@part
 class FirstBlock(Part):
-    """Block 0 from rows of the table: what is left of attention, then the FFN."""
+    """Serial block 0 from rows of the table: the rest of attention, then the FFN."""
 
     split: Part
     attn: Attention
@@ -227,7 +89,7 @@ class FirstBlock(Part):
 
 @part
 class FirstParallelBlock(Part):
-    """Parallel block 0 from rows of the table, which hold what the FFN adds to the stream."""
+    """Parallel block 0 from rows of the table, whose s includes the output of the FFN."""
 
     split: Part
     attn: Attention
@@ -239,7 +101,7 @@ class FirstParallelBlock(Part):
 
 @part
 class FirstParallelBlockAndFFN(Part):
-    """Parallel block 0 from rows of the table, with an FFN that could not go into it."""
+    """Parallel block 0 from rows of the table, with an FFN that cannot go into the table."""
 
     split: Part
     attn: Attention
@@ -251,13 +113,179 @@ class FirstParallelBlockAndFFN(Part):
 
 
 @part
+class Split(Part):
+    """A row of the table to its four pieces."""
+
+    width: int  # D
+    q_width: int  # H * d
+    k_width: int  # K * d
+
+    def __call__(self, rows):
+        b = self.width + self.q_width
+        c = b + self.k_width
+        return rows[..., : self.width], rows[..., self.width : b], rows[..., b:c], rows[..., c:]
+
+
+@part
 class InTable(Part):
-    """In the place of a part whose results are in the table. Nothing is left to call."""
+    """Instead of the norm and the projections, whose results are in the table."""
 
     def __call__(self, x):
         raise MinitxError(
-            "The norm and projections of block 0 are rows of first_layer's table and cannot be "
-            "called on their own; leave first_layer out."
+            "The norm and the projections of block 0 are rows of first_layer's table and cannot "
+            "be called on their own; leave first_layer out."
         )
 
     q = __call__
+
+
+# Offline -----------------------------------------------------------------------------------------
+
+ROWS = 1024  # of the embedding at a time, so that the FFN's hidden neurons fit in memory
+
+
+def with_table(model: Transformer) -> Transformer:
+    need(model.embed, TokenEmbedding, PositionEmbedding)
+    need(model.stack, Stack)
+    block = model.stack.blocks[0]
+    need(block, Block, ParallelBlock)
+    need(block.attn, Attention)
+    norm, qkv = in_float64(block.attn.norm), in_float64(block.attn.qkv)
+    ffn = None
+    if type(model.embed) is TokenEmbedding:
+        if type(block) is ParallelBlock and type(block.ffn) is FFN:
+            ffn = in_float64(block.ffn)
+        embed = FirstLayerTable(token_table(model.embed.w, norm, qkv, ffn))
+    else:
+        need(model.embed.tokens, TokenEmbedding)
+        embed = added_tables(model.embed.tokens.w, model.embed.w, norm, qkv)
+    first = first_block(block, split_like(norm, qkv, model.config.width), ffn is not None)
+    stack = replace(model.stack, blocks=(first, *model.stack.blocks[1:]))
+    return replace(model, embed=embed, stack=stack)
+
+
+def token_table(embedding, norm: Part, qkv: Part, ffn: Part | None) -> np.ndarray:
+    """[s, q, k, v] for each row x of the embedding (V, D); s = x + ffn(x), or x without an FFN.
+    Whatever parts are there compute it, folded or fused ones too."""
+
+    def rows(x):
+        s = x if ffn is None else x + ffn(x, None)  # an FFN needs no cache
+        return np.concatenate([s, *qkv(norm(x))], axis=-1)
+
+    with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
+        return in_pieces(rows, embedding)
+
+
+def first_block(block: Part, split: Split, ffn_in_table: bool) -> Part:
+    attn = replace(block.attn, norm=InTable(), qkv=InTable())
+    if type(block) is Block:
+        return FirstBlock(split, attn, block.ffn)
+    if ffn_in_table:
+        return FirstParallelBlock(split, attn)
+    return FirstParallelBlockAndFFN(split, attn, block.ffn)
+
+
+def split_like(norm: Part, qkv: Part, width: int) -> Split:
+    """For pieces as wide as the outputs of these parts for a hidden state of that width."""
+    q, k, _ = qkv(norm(np.zeros((1, width))))
+    return Split(width, q.shape[-1], k.shape[-1])
+
+
+def in_pieces(make: Callable, embedding) -> np.ndarray:
+    """``make(rows)`` for all rows, in float64, rounded once to the embedding's dtype."""
+    pieces = [embedding[a : a + ROWS] for a in range(0, len(embedding), ROWS)]
+    return np.concatenate(
+        [make(piece.astype(np.float64)).astype(embedding.dtype) for piece in pieces]
+    )
+
+
+def in_float64(node: Part) -> Part:
+    return map_weights(node, lambda w: w.astype(np.float64) if w.dtype.kind == "f" else w)
+
+
+# Learned positions -------------------------------------------------------------------------------
+# x = tokens[t] + positions[p]: no table over tokens alone can hold the projections. But a norm
+# is linear up to one scalar r(x) per token, with gain g and bias b:
+#
+#     [q, k, v] = r(x) * (y(tokens[t]) + y(positions[p])) + c
+#     r(x) = 1 / sqrt(mean(x^2) + eps),  y(x) = (x * g) W,  c = b W + bias of W
+#     (a LayerNorm: x - mean(x) instead of x)
+#
+# Two tables of rows [x, y(x)], one over tokens and one over positions, are added row by row. c and
+# y come from calling the parts: c = qkv(norm(0)),  y(x) = (qkv(norm(x)) - c) / r(x).
+
+
+@part
+class AddedTables(Part):
+    """Token ids and positions to rows [x, q, k, v]: the rows of two tables are added, then q, k, v
+    scaled by r and shifted by c."""
+
+    tokens: np.ndarray  # (V, D + H*d + 2*K*d)
+    positions: np.ndarray  # (context, D + H*d + 2*K*d)
+    c: np.ndarray  # (H*d + 2*K*d,)
+    scale: Callable
+    eps: float
+
+    def __call__(self, ids, where):
+        rows = ops.rows(self.tokens, ids) + ops.rows(self.positions, where)  # a new array
+        width = rows.shape[-1] - len(self.c)
+        qkv = rows[..., width:]  # a view
+        qkv *= self.scale(rows[..., :width], self.eps)
+        qkv += self.c
+        return rows  # (..., T, D + H*d + 2*K*d)
+
+
+def added_tables(tokens, positions, norm: Part, qkv: Part) -> AddedTables:
+    """The two tables, from token embeddings (V, D) and position embeddings (context, D)."""
+    width = tokens.shape[-1]
+    zero, one = np.zeros((1, width)), np.ones((1, width))
+
+    def project(x):
+        return np.concatenate(qkv(norm(x)), axis=-1)  # (..., H*d + 2*K*d)
+
+    # A LayerNorm gives the same for every constant row, an RMSNorm does not.
+    scale = layer_scale if np.array_equal(norm(one), norm(zero)) else rms_scale
+    eps = getattr(norm, "eps", 0.0)
+    c = project(zero)
+
+    def rows(x):
+        return np.concatenate([x, (project(x) - c) / scale(x, eps)], axis=-1)
+
+    # This holds only for such a norm and linear projections: test it on a few rows.
+    e, p = (table[: min(len(tokens), len(positions), 8)] for table in (tokens, positions))
+    x = e.astype(np.float64) + p
+    expected, found = project(x), (rows(e) + rows(p))[:, width:] * scale(x, eps) + c
+    if not abs(found - expected).max() <= 1e-5 * abs(expected).max():
+        for _, child in children(qkv):
+            need(child, Linear)  # which names the technique that has put something else there
+        raise MinitxError(
+            "first_layer cannot split tokens from learned positions unless block 0 has an RMSNorm "
+            f"or a LayerNorm and linear projections; it has {type(norm).__name__} and "
+            f"{type(qkv).__name__}."
+        )
+    tables = in_pieces(rows, tokens), in_pieces(rows, positions)
+    return AddedTables(*tables, c[0].astype(tokens.dtype), scale, eps)
+
+
+def rms_scale(x, eps):
+    """r (..., 1) by which an RMSNorm scales the rows x (..., D)."""
+    mean_square = np.einsum("...d,...d->...", x, x) / x.shape[-1]
+    return 1 / np.sqrt(mean_square + eps)[..., None]
+
+
+def layer_scale(x, eps):
+    """r (..., 1) by which a LayerNorm scales the rows x (..., D) minus their means."""
+    return rms_scale(x - x.mean(-1, keepdims=True), eps)
+
+
+# Notes:
+#
+# - W_o and the FFN of a serial block stay: their input has seen other tokens.
+# - With A = (H + 2 K) d, a pass over B tokens reads D A weights less and B A numbers of the table
+#   more: less in all while B < D (in a parallel block B < D + 2 D F / A).
+# - Learned positions: a token takes D + A multiplications and no product. 2 B A numbers are read
+#   and (V + context) A kept, instead of B A and V A. The FFN of a parallel block stays, because
+#   the two parts of x do not add up after its activation.
+# - An FFN that another technique has wrapped stays out of the table and runs as before: it may have
+#   a state of its own.
+# - Speed: minitx compare -m stories --first-layer, and with stories-parallel; one BLAS thread.

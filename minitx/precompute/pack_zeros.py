@@ -1,76 +1,91 @@
-"""Matrices with zeros, kept as the weights that are left and one bit for each place."""
+"""Sparse storage: a pruned matrix as its nonzero values and a bitmask.
+
+The card, the part that unpacks and multiplies (online), notes.
+"""
+
+from typing import Annotated
 
 import numpy as np
 
 from minitx import ledger, ops
-from minitx.errors import MinitxError
 from minitx.model import Linear
 from minitx.shared.linears import change_linears, linears
-from minitx.technique import technique
+from minitx.technique import at_least, technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=True, neutral={"least": 1.1}, after=("low_rank",))
-def pack_zeros(lm, *, least: float = 0.0):
-    """Keep a pruned matrix without its zeros, and unpack it whenever it multiplies.
+@technique(level="matrices", exact=True, neutral={"min_sparsity": 1.1}, after=("low_rank",))
+def pack_zeros(
+    lm,
+    *,
+    min_sparsity: Annotated[
+        float,
+        "pack only matrices with at least this share of zeros; above 1: none",
+        at_least(0),
+    ] = 0.0,
+):
+    """Store a pruned matrix as its nonzero values and a bitmask; unpack it for each product.
 
-    Paper: no single one; storing values beside a bit mask is standard practice. Hardware for 2:4
-        keeps two values and two positions of 2 bits for each run of 4, which takes as much: a bit a
-        weight, four times 2 bits being eight times one. The mask serves every other pattern too.
-    Kind: exact, bit for bit: it is the same matrix again when it multiplies.
-    Skips or precomputes: the zeros, in memory alone.
-    Offline: of W (in, out) the values that are not 0, in the order of W, and the bits W != 0. Only
-        matrices of which at least the share ``least`` is 0.
-    Online: W = 0; W[bits] = values; y = x W + b.
-    Saves: with a share p of zeros 4 p - 1/8 bytes a weight (float32), so a matrix with less than
-        1/32 of zeros grows: give least=0.1, say. No multiply-add; the ledger's bytes are those of
-        values and bits. In NumPy unpacking takes many times as long as the product with one token,
-        and is done again for each: telling a story is several times slower. For a prompt of some
-        hundred tokens it takes less than their product. For memory, not for speed; and there must
-        be room for one unpacked matrix.
-    Neutral: least above 1: no matrix has so many zeros.
-    Not for: matrices without zeros; see --prune.
+    Paper:     none alone: a standard sparse format.
+    Fidelity:  ours.
+    Kind:      exact, bit for bit: the unpacked matrix is the same.
+    Idea:      A zero takes 4 bytes in a dense array and 1 bit in a mask.
+    Offline:   of W (in, out), row by row: values = W[W != 0];  mask = W != 0, eight bits to a byte
+    Online:    W = 0;  W[mask] = values;  y = x W + b
+    Saves:     memory: with a share p of zeros 4 (1 - p) + 1/8 bytes a weight instead of 4, which is
+               less if p > 1/32. That much is read for a product. No multiply-adds.
+    In NumPy:  slower: unpacking takes many times as long as the product with one token, and is done
+               anew for each. For a prompt of some hundred tokens it takes less than the product.
+    Not for:   matrices without zeros: prune first.
+    Proof:     tests/precompute/test_pack_zeros.py;
+               literal version: tests/precompute/literal_pack_zeros.py
     """
-    if not least >= 0:
-        raise MinitxError(f"pack_zeros needs a share of zeros of at least 0, not {least:g}.")
 
     def packed(linear: Linear) -> Part:
-        zeros = 1 - np.count_nonzero(linear.w) / linear.w.size
-        return PackedZeros.of(linear) if zeros >= least else linear
+        sparsity = 1 - np.count_nonzero(linear.w) / linear.w.size
+        return BitmaskLinear.of(linear) if sparsity >= min_sparsity else linear
 
     return change_linears(lm, linears(lm.model, "all"), packed)
 
 
 @part
-class PackedZeros(Part):
-    """x @ w + b, with w (in, out) unpacked for each product."""
+class BitmaskLinear(Part):
+    """``x @ w + b``; w (in, out) is unpacked for each product."""
 
-    values: np.ndarray  # (weights that are not 0,)
-    bits: np.ndarray  # (in * out / 8,) uint8: which those are, in the order of w
+    values: np.ndarray  # (nonzero weights,) in row-major order
+    mask: np.ndarray  # uint8 (in * out / 8,): a bit for each weight, 1 if it is nonzero
     b: np.ndarray | None
     inputs: int
     width: int  # out
 
     @staticmethod
-    def of(linear: Linear) -> "PackedZeros":
+    def of(linear: Linear) -> "BitmaskLinear":
         w = linear.w
-        kept = w != 0
-        return PackedZeros(w[kept], np.packbits(kept), linear.b, *w.shape)
+        nonzero = w != 0
+        return BitmaskLinear(w[nonzero], np.packbits(nonzero), linear.b, *w.shape)
 
     @property
     def w(self) -> np.ndarray:
-        """The matrix (in, out), unpacked."""
+        """The dense matrix (in, out)."""
         w = np.zeros(self.inputs * self.width, self.values.dtype)
-        kept = np.unpackbits(self.bits, count=len(w)).view(bool)
-        w[np.flatnonzero(kept)] = self.values  # w[kept] = ... takes twice as long
+        nonzero = np.unpackbits(self.mask, count=len(w)).view(bool)
+        w[np.flatnonzero(nonzero)] = self.values  # w[nonzero] = ... takes twice as long
         return w.reshape(self.inputs, self.width)
 
     def __call__(self, x):
         return self.outputs(x, slice(None))
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs; what is unpacked is the whole matrix."""
+        """Only these columns of the result; the whole matrix is unpacked."""
         w = self.w[:, columns]
-        # the product counts w, which is no array of the model: these are
-        ledger.count(weight_bytes=self.values.nbytes + self.bits.nbytes - w.nbytes)
+        # ops.linear counts the bytes of w, but what was read are the values and the mask
+        ledger.count(weight_bytes=self.values.nbytes + self.mask.nbytes - w.nbytes)
         return ops.linear(x, w, None if self.b is None else self.b[columns])
+
+
+# Notes:
+#
+# - Hardware for 2:4 stores two values and two 2-bit indices for each four weights: 4 bits, as many
+#   as the mask's. The mask fits any other pattern too.
+# - There must be memory for one unpacked matrix beside the packed ones.
+# - Only matrices with more than 1/32 of zeros shrink: min_sparsity=0.04 leaves the others dense.

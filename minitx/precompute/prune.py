@@ -1,8 +1,11 @@
-"""Zeros in the places of the least important weights: magnitude, Wanda, N:M."""
+"""Weight pruning: the least important weights become zero (magnitude, Wanda, N:M).
+
+The card, the scores and the selection (all offline; online the model is as before), notes.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -11,84 +14,89 @@ from minitx.model import Linear
 from minitx.shared.block_by_block import block_by_block
 from minitx.shared.linears import change_linears, linears
 from minitx.shared.share import share_of
-from minitx.technique import technique
-
-RUNS = {"2:4": (2, 4), "4:8": (4, 8)}  # N kept of M consecutive inputs
+from minitx.technique import at_least, technique
 
 
 @technique(level="pruning", exact=False, neutral={"sparsity": 0.0})
 def prune(
     lm,
     *,
-    sparsity: float = 0.5,
-    method: Literal["wanda", "magnitude"] = "wanda",
-    scope: Literal["output", "matrix", "global", "2:4", "4:8"] = "output",
-    matrices: Literal["all", "ffn", "attention"] = "all",
-    stories: int = 16,
+    sparsity: Annotated[float, "share of the weights that become zero", at_least(0, below=1)] = 0.5,
+    method: Annotated[Literal["wanda", "magnitude"], "how a weight is scored"] = "wanda",
+    scope: Annotated[
+        Literal["output", "matrix", "global", "2:4", "4:8"],
+        "weights that are compared: of one output, of one matrix, of all matrices; N:M keeps N of "
+        "each M consecutive inputs of an output",
+    ] = "output",
+    matrices: Annotated[Literal["all", "ffn", "attention"], "which matrices are pruned"] = "all",
+    stories: Annotated[int, "calibration stories for wanda", at_least(1)] = 16,
 ):
-    """Set the least important weights of every matrix to zero.
+    """Zero the least important weights (magnitude, Wanda, or N:M).
 
-    Paper: Mingjie Sun, Zhuang Liu, Anna Bair and J. Zico Kolter, 2023, "A Simple and Effective
-        Pruning Approach for Large Language Models" (Wanda), arXiv 2306.11695, after the authors'
-        code. Magnitude pruning is older than any one paper.
-    Kind: approximate; which tokens change depends on how much is left out.
-    Skips or precomputes: the share ``sparsity`` of the weights W (in, out) of a block's matrices,
-        those with the smallest scores. Embedding, head, norms and biases stay.
-    Offline: the score of a weight is |W_ij| ("magnitude") or |W_ij| ||X_i|| ("wanda"), ||X_i|| the
-        length of column i of all inputs that the matrix reads in ``stories`` calibration stories
-        (the paper takes 128 texts; 16 are our choice). Wanda goes block by block: inputs are those
-        behind the blocks that are pruned already. Compared are the weights of one output ("output":
-        a column here, a row in the paper, where W is stored the other way round), of one matrix, of
-        all matrices together ("global"), or of every run of M consecutive inputs of one output, of
-        which N stay ("2:4", "4:8"). Of n weights int(n sparsity) go, of equal ones the first.
-    Online: y = x W + b as before, with zeros in W.
-    Saves: in NumPy nothing, neither time nor memory: a zero in a dense array is multiplied and kept
-        like any other number, and the ledger counts it. Zeros can be packed (--pack-zeros), which
-        saves memory and costs time; only hardware or kernels that know a pattern (2:4) turn them
-        into speed. What gets faster here is --prune-structure, which takes whole neurons and heads.
-    Neutral: sparsity=0.
-    Not for: Wanda compared across a whole matrix or model, which is another method.
+    Paper:     wanda: Sun et al., "A Simple and Effective Pruning Approach for Large Language
+               Models", 2023, arXiv 2306.11695. magnitude is older than any one paper.
+    Fidelity:  the authors' code. Ours: 16 calibration stories where the paper takes 128 texts.
+    Kind:      approximate.
+    Idea:      A weight matters as much as what it adds to the output: its size times the size of
+               its input. So a small weight on a large input may matter more than a large weight.
+    Offline:   W (in, out), ||X_i|| the norm of input i over all calibration tokens:
+                 magnitude: score_ij = |W_ij|
+                 wanda:     score_ij = |W_ij| ||X_i||
+               of the n weights that are compared, int(n sparsity) with the lowest scores become 0.
+               Block by block: X_i are inputs that come from the blocks pruned before.
+    Online:    y = x W + b as before, with zeros in W.
+    Saves:     in a dense array nothing: a zero is stored and multiplied like any other number.
+               pack_zeros stores it in a bit; 2:4 is a pattern that some GPUs skip.
+    In NumPy:  as fast as before. For speed see prune_structure, which removes neurons and heads.
+    Not for:   wanda with scope=matrix or global: its scores compare within one output only.
+    Proof:     tests/precompute/test_prune.py; literal version: tests/precompute/literal_prune.py
+    Tutorial:  tutorials/09_fewer_weights.py
     """
-    check(sparsity, method, scope)
+    check_scope(sparsity, method, scope)
     wanted = linears(lm.model, matrices)
     if not sparsity:
         return lm
     if scope == "global":
-        return prune_together(lm, wanted, sparsity)
+        return prune_globally(lm, wanted, sparsity)
     texts = []
     if method == "wanda":
         from minitx.training.calibration import texts_for
 
         texts = texts_for("prune", lm, stories)
-    choose = chooser(scope, sparsity)
+    select = selector(scope, sparsity)
 
-    def change(block, found):
+    def change(block, seen):
         def pruned(linear):
-            norms = found[id(linear)].norms if texts else np.ones(len(linear.w))
-            return without(linear, choose(abs(linear.w) * norms[:, None]))
+            norms = seen[id(linear)].norms if texts else np.ones(len(linear.w))
+            scores = abs(linear.w) * norms[:, None]
+            return with_zeros(linear, select(scores))
 
         return change_linears(block, wanted, pruned)
 
-    return block_by_block(lm, texts, ColumnNorms, change)
+    return block_by_block(lm, texts, InputNorms, change)
 
 
-def check(sparsity: float, method: str, scope: str) -> None:
-    if not 0 <= sparsity < 1:
-        raise MinitxError(f"prune needs a sparsity of at least 0 and below 1, not {sparsity:g}.")
-    if scope in RUNS and sparsity not in (0, 0.5):
+N_OF_M = {"2:4": (2, 4), "4:8": (4, 8)}
+
+
+def check_scope(sparsity: float, method: str, scope: str) -> None:
+    if scope in N_OF_M and sparsity not in (0, 0.5):
         raise MinitxError(
-            f"prune with scope={scope} leaves out half of the weights; give sparsity=0.5, not "
-            f"{sparsity:g}, or another scope."
+            f"prune: scope={scope} zeroes half of the weights, but sparsity is {sparsity:g}; use "
+            "sparsity=0.5 or another scope."
         )
     if method == "wanda" and scope in ("matrix", "global"):
         raise MinitxError(
-            f"prune compares Wanda's scores within one output, not with scope={scope}; use "
-            "scope=output, or method=magnitude."
+            f"prune: wanda compares scores within one output, not with scope={scope}; use "
+            "scope=output or method=magnitude."
         )
 
 
-class ColumnNorms:
-    """The lengths of the columns of all inputs that a matrix reads."""
+# Scores ------------------------------------------------------------------------------------------
+
+
+class InputNorms:
+    """||X_i||: the norm of each input of a matrix over all rows that it reads."""
 
     def __init__(self):
         self.squares = 0.0  # (in,)
@@ -103,49 +111,59 @@ class ColumnNorms:
         return np.sqrt(self.squares)
 
 
-# Which weights go --------------------------------------------------------------------------------
+# Selection ---------------------------------------------------------------------------------------
+# Masks are True where a weight becomes zero.
 
 
-def smallest(scores, count: int, axis: int):
-    """Booleans that mark the ``count`` smallest scores along the axis, of equal ones the first."""
+def lowest_mask(scores, count: int, axis: int):
+    """Marks the ``count`` lowest scores along the axis; ties go to the lower index."""
     order = np.argsort(scores, axis=axis, kind="stable")
-    marked = np.zeros(scores.shape, bool)
-    np.put_along_axis(marked, order.take(range(count), axis=axis), True, axis=axis)
-    return marked
+    mask = np.zeros(scores.shape, bool)
+    np.put_along_axis(mask, order.take(range(count), axis=axis), True, axis=axis)
+    return mask
 
 
-def chooser(scope: str, sparsity: float) -> Callable:
-    """A function from the scores (in, out) of one matrix to the weights that go."""
+def selector(scope: str, sparsity: float) -> Callable:
+    """A function from the scores (in, out) of one matrix to the mask of its weights to zero."""
     if scope == "matrix":
-        return lambda s: smallest(s.ravel(), share_of(s.size, sparsity), 0).reshape(s.shape)
+        return lambda s: lowest_mask(s.ravel(), share_of(s.size, sparsity), 0).reshape(s.shape)
     if scope == "output":
-        return lambda s: smallest(s, share_of(len(s), sparsity), 0)
-    return lambda s: smallest_of_runs(s, *RUNS[scope])
+        return lambda s: lowest_mask(s, share_of(len(s), sparsity), 0)
+    return lambda s: n_of_m_mask(s, *N_OF_M[scope])
 
 
-def smallest_of_runs(scores, n: int, m: int):
-    """All but the n largest of every m consecutive inputs: scores (in, out)."""
+def n_of_m_mask(scores, n: int, m: int):
+    """Marks all but the n highest scores of each m consecutive inputs: scores (in, out)."""
     inputs, outputs = scores.shape
     if inputs % m:
         raise MinitxError(
-            f"prune with {n}:{m} needs matrices whose number of inputs is a multiple of {m}; one "
-            f"has {inputs}. Use scope=output."
+            f"prune: scope={n}:{m} needs a multiple of {m} inputs, and a matrix has {inputs}; use "
+            "scope=output."
         )
-    runs = scores.reshape(inputs // m, m, outputs)
-    return smallest(runs, m - n, 1).reshape(scores.shape)
+    groups = scores.reshape(inputs // m, m, outputs)
+    return lowest_mask(groups, m - n, 1).reshape(scores.shape)
 
 
-def prune_together(lm, wanted: dict[int, Linear], sparsity: float):
-    """The smallest weights of all matrices together, wherever they are."""
+def prune_globally(lm, wanted: dict[int, Linear], sparsity: float):
+    """Zero the smallest weights of all matrices, compared with each other."""
     sizes = [abs(linear.w).ravel() for linear in wanted.values()]
-    marked = smallest(np.concatenate(sizes), share_of(sum(map(len, sizes)), sparsity), 0)
-    pieces = np.split(marked, np.cumsum([len(s) for s in sizes])[:-1])
+    mask = lowest_mask(np.concatenate(sizes), share_of(sum(map(len, sizes)), sparsity), 0)
+    pieces = np.split(mask, np.cumsum([len(s) for s in sizes])[:-1])
     masks = dict(zip(wanted, pieces))
-    return change_linears(lm, wanted, lambda part: without(part, masks[id(part)]))
+    return change_linears(lm, wanted, lambda linear: with_zeros(linear, masks[id(linear)]))
 
 
-def without(linear: Linear, marked) -> Linear:
-    """The same matrix with zeros where it is marked."""
+def with_zeros(linear: Linear, mask) -> Linear:
+    """The matrix with zeros where the mask is True."""
     w = linear.w.copy()
-    w[marked.reshape(w.shape)] = 0
+    w[mask.reshape(w.shape)] = 0
     return replace(linear, w=w)
+
+
+# Notes:
+#
+# - An output is a column of W here and a row in the paper, which stores W transposed.
+# - The embedding, the head, norms and biases are not pruned.
+# - Half of the weights zero on stories (minitx sweep prune scope=output,2:4 --stories 60): loss
+#   +0.069 nats per token with scope=output, +0.555 with 2:4; answers that chain 1 / 2 / 3 facts
+#   98 / 85 / 94 % and 78 / 64 / 50 % (dense: 99 / 93 / 100 %).

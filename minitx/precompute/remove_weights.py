@@ -1,7 +1,10 @@
-"""Without residual adds and norms, two of attention's four matrices go into their neighbours."""
+"""Skipless transformers without W_q and W_o.
+
+The card and the option, the parts that run (online), the merged matrices (offline), notes.
+"""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -13,196 +16,240 @@ from minitx.model import (
     Attention,
     Block,
     Linear,
+    NoNorm,
     ParallelBlock,
     PositionEmbedding,
+    SkiplessBlock,
+    SkiplessParallelBlock,
     Stack,
     SwiGLU,
     TokenEmbedding,
     Transformer,
 )
-from minitx.skipless import NoNorm, SkiplessBlock, SkiplessParallelBlock
 from minitx.technique import need, swap, technique
 from minitx.tree import Part, part
 
 
 @technique(level="weights", exact=True, neutral=None)
-def remove_weights(lm, *, matrix: Literal["q", "k", "v"] = "q"):
-    """Leave out the projection of the queries and the output projection of a skipless model.
+def remove_weights(
+    lm,
+    *,
+    matrix: Annotated[
+        Literal["q", "k", "v"],
+        "which of W_q, W_k, W_v is merged; k and v only if query heads do not share them",
+    ] = "q",
+):
+    """Merge W_q and W_o of a skipless model into the FFN matrices before and after them.
 
-    Paper: Nils Graef, 2024, "Transformer tricks: Removing weights for skipless transformers", arXiv
-        2404.12362: figure 1 (b) is matrix=q; k and v are its further variants for multi-head
-        attention. What happens to biases and to learned positions, and that parallel blocks lose
-        one matrix only, was derived here.
-    Kind: exact in real arithmetic; in float32 as far as the condition numbers of the removed
-        matrices allow.
-    Skips or precomputes: W_q, or W_k or W_v in its place where it is square (multi-head attention),
-        and the output projection P, in every block.
-    Offline: with A_i, a_i the matrix and bias to remove from block i: the stream that enters the
-        block becomes x A_i + a_i. So of the FFN before it O* = O A_i, b_O* = b_O A_i + a_i (before
-        the first: E* = E A_1 + a_1 of tokens, E A_1 of learned positions); each W of W_q, W_k, W_v
-        that is left becomes W* = A_i^-1 W, b_W* = b_W - a_i W*. The last O stays. P goes into the
-        FFN: M* = P M, b_M* = b_P M + b_M (M is gate and up in a gated FFN).
-        Parallel blocks: O and P both write the next stream and M reads it: O* = O A_i,
-        P* = P A_i, b_O* = b_O A_i + a_i, b_P* = b_P A_i; M* = A_i^-1 M, b_M* = b_M - a_i M*; and P
-        stays.
-        cond in the tree is the condition number of A_i, which says how many digits may get lost. In
-        float64 and rounded once.
-    Online: q = x (or k = x, or v = x), split into heads and rotated as ever;
-        x = act(attend(q, k, v) M* + b_M*) O* + b_O*.
-    Saves: 2 L D^2 weights, and as many multiply-adds a token; L D^2 in parallel blocks. A tied head
-        keeps the embedding as it was, which makes that two tables: V D weights more. Whole products
-        fall away and nothing takes their place, so NumPy saves that time too.
-    Neutral: nothing to set.
-    Not for: models with residual adds or norms, which is nearly all of them: what is added, or
-        scaled by its length, ties both ends of a block to one basis, so that nothing can be merged
-        through. (The paper's versions with residuals, figure 4, are models to train anew.) Parallel
-        blocks keep P: a second matrix would need a second basis for the same stream; the paper's
-        figure 3 drops both, which is another model. Matrices that cannot be inverted.
+    Paper:     Graef, "Transformer tricks: Removing weights for skipless transformers", 2024,
+               arXiv 2404.12362, figure 1 (b). Its P, M, O are W_o, W_up, W_down here.
+    Fidelity:  the paper's text. Biases, learned positions and parallel blocks are our extension.
+    Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
+               2e-6 of the largest one), the more the worse W_q is conditioned.
+    Idea:      Without residual adds and norms, matrices follow each other directly: W_down of
+               one block and W_q of the next, W_o and W_up. Each such pair is one matrix.
+    Offline:   W_down* = W_down W_q,  b_down* = b_down W_q + b_q    W_q, b_q of the next block
+               embedding* = embedding W_q + b_q                            W_q, b_q of block 0
+               W_k*    = W_q^-1 W_k,  b_k*    = b_k - b_q W_k*      W_v and b_v alike
+               W_up*   = W_o W_up,    b_up*   = b_o W_up + b_up     W_gate and b_gate alike
+               matrix=k, matrix=v: the same with W_k or W_v in the role of W_q.
+    Online:    q = x;  k = x W_k* + b_k*;  v = x W_v* + b_v*
+               x = act(attention(q, k, v) W_up* + b_up*) W_down* + b_down*
+    Saves:     2 L D^2 weights, and as many multiply-adds per token; half of that in parallel
+               blocks, which keep W_o. A tied head keeps its own table: V D weights more.
+    In NumPy:  faster, since whole products go: decoding and prompts 1.1x on stories-skipless.
+    Not for:   models with residual adds or norms, which is nearly all of them: both tie input and
+               output of a block to one basis. Matrices that are not square, or not invertible.
+    Proof:     tests/precompute/test_remove_weights.py; literal version:
+               tests/precompute/literal_remove_weights.py
     """
-    return swap(lm, Transformer, lambda model: without(model, matrix))
+    return swap(lm, Transformer, lambda model: merge(model, matrix))
 
 
-def without(model: Transformer, matrix: str) -> Transformer:
-    need(model.stack, Stack)
-    need(model.embed, TokenEmbedding, PositionEmbedding)
-    for block in model.stack.blocks:
-        need_skipless(block)
-        need(block.attn, Attention)
-        need(block.attn.qkv, QKV)
-        need(block.ffn, FFN)
-        for norm in (block.attn.norm, block.ffn.norm):
-            need(norm, NoNorm)
-        inner = block.ffn.expand
-        need(inner, Activated, SwiGLU)
-        linear = (
-            block.attn.out,
-            block.ffn.down,
-            *vars(block.attn.qkv).values(),
-            *readers(inner).values(),
-        )
-        for node in linear:
-            need(node, Linear)
-    bases = [
-        Basis.of(getattr(block.attn.qkv, matrix), matrix, number)
-        for number, block in enumerate(model.stack.blocks)
-    ]
-    blocks = []
-    for block, base, after in zip(model.stack.blocks, bases, [*bases[1:], None]):
-        if type(block) is SkiplessBlock:
-            blocks.append(serial(block, matrix, base, after))
-        else:
-            blocks.append(parallel(block, matrix, base, after))
-    stack = replace(model.stack, blocks=tuple(blocks))
-    return replace(model, embed=new_embedding(model.embed, bases[0]), stack=stack)
+# Online ------------------------------------------------------------------------------------------
 
 
-def need_skipless(block: Part) -> None:
-    if type(block) in (Block, ParallelBlock):
-        raise MinitxError(
-            "remove_weights is for skipless models, and this one has a part of type "
-            f"{type(block).__name__}: its residual adds and norms tie both ends of a block to one "
-            "basis, so no matrix can be merged through them; use it with stories-skipless, or "
-            "shrink with any model."
-        )
-    need(block, SkiplessBlock, SkiplessParallelBlock)
+@part
+class InputIsQ(Part):
+    """The queries are the input itself: W_q is merged into the matrices around it."""
+
+    k: Part
+    v: Part
+    condition: float  # condition number of the W_q that was removed
+
+    def __call__(self, x):
+        return x, self.k(x), self.v(x)
+
+    def q(self, x):
+        """Queries only."""
+        return x
+
+    def kv(self, x):
+        """Keys and values only."""
+        return self.k(x), self.v(x)
+
+
+@part
+class InputIsK(Part):
+    """The keys are the input itself: W_k is merged into the matrices around it."""
+
+    q: Part
+    v: Part
+    condition: float  # condition number of the W_k that was removed
+
+    def __call__(self, x):
+        return self.q(x), x, self.v(x)
+
+    def kv(self, x):
+        """Keys and values only."""
+        return x, self.v(x)
+
+
+@part
+class InputIsV(Part):
+    """The values are the input itself: W_v is merged into the matrices around it."""
+
+    q: Part
+    k: Part
+    condition: float  # condition number of the W_v that was removed
+
+    def __call__(self, x):
+        return self.q(x), self.k(x), x
+
+    def kv(self, x):
+        """Keys and values only."""
+        return self.k(x), x
+
+
+@part
+class MergedIntoFFN(Part):
+    """Instead of the output projection W_o, which is merged into W_up (and W_gate)."""
+
+    def __call__(self, x):
+        return x
 
 
 # Offline -----------------------------------------------------------------------------------------
+# Removing W_q changes the basis of the hidden state x that enters the block to x' = x W_q + b_q,
+# which is q. What writes x has to write x', and what reads x has to read x'.
 
-WORST = 1e6  # condition number beyond which float32 keeps no digit worth having
+
+def merge(model: Transformer, matrix: str) -> Transformer:
+    """The model without W_q (or W_k, W_v) and, in serial blocks, without W_o."""
+    check_parts(model)
+    blocks = model.stack.blocks
+    bases = [basis_of(b.attn.qkv, matrix, number) for number, b in enumerate(blocks)]
+    following = [*bases[1:], None]  # what the last block writes stays as it is
+    merged = tuple(
+        merge_block(block, matrix, base, next_base)
+        for block, base, next_base in zip(blocks, bases, following)
+    )
+    embed = new_embedding(model.embed, bases[0])
+    return replace(model, embed=embed, stack=replace(model.stack, blocks=merged))
+
+
+def merge_block(block: Part, matrix: str, base: "Basis", next_base: "Basis | None") -> Part:
+    attn, ffn = block.attn, block.ffn
+    qkv = remaining_projections(attn.qkv, matrix, base)
+    out, down = attn.out, ffn.down
+    if type(block) is SkiplessBlock:
+        out = MergedIntoFFN()
+        expand = change_inputs(ffn.expand, lambda w, b: after(attn.out, w, b))
+    else:  # parallel: W_up reads x, and W_o and W_down both write the next x
+        expand = change_inputs(ffn.expand, base.reading)
+        if next_base is not None:
+            out = change(out, lambda w, b: next_base.writing(w, b, offset=False))  # only once
+    if next_base is not None:
+        down = change(down, next_base.writing)
+    return replace(
+        block,
+        attn=replace(attn, qkv=qkv, out=out),
+        ffn=replace(ffn, expand=expand, down=down),
+    )
+
+
+def after(out: Linear, w, b):
+    """Weights and bias that compute (x W_o + b_o) w + b from x. A bias may be None."""
+    w_o, b_o = wide(out.w), wide(out.b)
+    return w_o @ w, b if b_o is None else b_o @ w + (0 if b is None else b)
 
 
 class Basis:
-    """A new basis of the stream: x' = x A + a, and how matrices change that write or read it."""
+    """The basis x' = x matrix + offset, and how weights that write or read x change with it. All
+    arrays are float64; a bias may be None."""
 
-    def __init__(self, A, a, cond: float):
-        self.A, self.a, self.cond = A, a, cond  # (D, D), (D,) or None
+    def __init__(self, matrix, offset, condition: float):
+        self.matrix, self.offset = matrix, offset  # (D, D), (D,) or None
+        self.condition = condition
 
-    @staticmethod
-    def of(removed: Linear, matrix: str, number: int) -> "Basis":
-        """The basis that makes ``removed``, of block ``number``, the identity."""
-        A, a = wide(removed.w), wide(removed.b)
-        if A.shape[0] != A.shape[1]:
-            advice = "" if matrix == "q" else "; matrix=q may fit, for queries are not shared"
-            raise MinitxError(
-                f"remove_weights needs a square W_{matrix} and this one is {A.shape[0]} x "
-                f"{A.shape[1]}, which has no inverse{advice}."
-            )
-        cond = float(np.linalg.cond(A))
-        if not cond <= WORST:
-            raise MinitxError(
-                f"remove_weights cannot invert W_{matrix} of block {number}: its condition number "
-                f"is {cond:.0e}, more than {WORST:.0e}; try another matrix (q, k or v)."
-            )
-        return Basis(A, a, cond)
+    def writing(self, w, b, offset: bool = True):
+        """Weights and bias that wrote x: now x' (or, without the offset, x matrix)."""
+        new = None if b is None else b @ self.matrix
+        if offset and self.offset is not None:
+            new = self.offset if new is None else new + self.offset
+        return w @ self.matrix, new
 
-    def written(self, w, b, moved: bool = True):
-        """w, b (float64; b may be None) that wrote x, writing x' (or x A alone)."""
-        new = None if b is None else b @ self.A
-        if moved and self.a is not None:
-            new = self.a if new is None else new + self.a
-        return w @ self.A, new
-
-    def read(self, w, b):
-        """w, b that read x, reading x'."""
-        new = np.linalg.solve(self.A, w)
-        if self.a is not None:
-            b = -self.a @ new + (0 if b is None else b)
+    def reading(self, w, b):
+        """Weights and bias that read x: now x'."""
+        new = np.linalg.solve(self.matrix, w)
+        if self.offset is not None:
+            b = -self.offset @ new + (0 if b is None else b)
         return new, b
 
 
-def serial(block: SkiplessBlock, matrix: str, base: Basis, after: Basis | None) -> Part:
-    attn, ffn = block.attn, block.ffn
-    P, p = wide(attn.out.w), wide(attn.out.b)
-
-    def fed(w, b):  # M reads what attention mixes, and not what P makes of it
-        return P @ w, b if p is None else p @ w + (0 if b is None else b)
-
-    inner = replace(ffn.expand, **changed(readers(ffn.expand), fed))
-    down = ffn.down if after is None else change(ffn.down, after.written)
-    attn = replace(attn, qkv=left(attn.qkv, matrix, base), out=InFFN())
-    return replace(block, attn=attn, ffn=replace(ffn, expand=inner, down=down))
+LARGEST_CONDITION = 1e6  # beyond it float32 keeps no digit worth having
 
 
-def parallel(block: SkiplessParallelBlock, matrix: str, base: Basis, after: Basis | None) -> Part:
-    attn, ffn = block.attn, block.ffn
-    inner = replace(ffn.expand, **changed(readers(ffn.expand), base.read))
-    out, down = attn.out, ffn.down
-    if after is not None:
-        out = change(out, lambda w, b: after.written(w, b, moved=False))  # the sum moves only once
-        down = change(down, after.written)
-    attn = replace(attn, qkv=left(attn.qkv, matrix, base), out=out)
-    return replace(block, attn=attn, ffn=replace(ffn, expand=inner, down=down))
+def basis_of(qkv: QKV, matrix: str, number: int) -> Basis:
+    """The basis in which W_q (or W_k, W_v) of block ``number`` is the identity."""
+    removed = getattr(qkv, matrix)
+    w = wide(removed.w)
+    if w.shape[0] != w.shape[1]:
+        advice = "" if matrix == "q" else "; try matrix=q, since queries are not shared"
+        raise MinitxError(
+            f"remove_weights needs a square W_{matrix}, which has an inverse; this one is "
+            f"{w.shape[0]} x {w.shape[1]}{advice}."
+        )
+    condition = float(np.linalg.cond(w))
+    if not condition <= LARGEST_CONDITION:
+        raise MinitxError(
+            f"remove_weights cannot invert W_{matrix} of block {number}: its condition number is "
+            f"{condition:.0e}, expected at most {LARGEST_CONDITION:.0e}; try another matrix (q, k "
+            "or v)."
+        )
+    return Basis(w, wide(removed.b), condition)
 
 
-def left(qkv: QKV, matrix: str, base: Basis) -> Part:
-    """The projections without one of them."""
+def remaining_projections(qkv: QKV, matrix: str, base: Basis) -> Part:
+    """Two of the three projections, reading the new basis."""
+    kind = {"q": InputIsQ, "k": InputIsK, "v": InputIsV}[matrix]
     others = {name: getattr(qkv, name) for name in "qkv" if name != matrix}
-    kind = {"q": StreamIsQ, "k": StreamIsK, "v": StreamIsV}[matrix]
-    return kind(**changed(others, base.read), cond=base.cond)
+    changed = {name: change(linear, base.reading) for name, linear in others.items()}
+    return kind(**changed, condition=base.condition)
 
 
 def new_embedding(embed: Part, base: Basis) -> Part:
-    """The embedding in the basis of the first block. A tied head holds the old one and keeps it."""
-    if type(embed) is PositionEmbedding:
+    """The embedding in the basis of block 0. A tied head keeps the old table."""
+    if type(embed) is PositionEmbedding:  # token + position: the offset goes into one of the two
         need(embed.tokens, TokenEmbedding)
-        w, _ = base.written(wide(embed.w), None, moved=False)
+        w, _ = base.writing(wide(embed.w), None, offset=False)
         return replace(embed, tokens=new_embedding(embed.tokens, base), w=w.astype(embed.w.dtype))
-    w, b = base.written(wide(embed.w), None)
+    w, b = base.writing(wide(embed.w), None)
     return replace(embed, w=(w if b is None else w + b).astype(embed.w.dtype))
 
 
-def readers(inner: Part) -> dict[str, Part]:
-    """The matrices of an FFN that read the stream: up, and gate if it has one."""
-    return {name: node for name, node in vars(inner).items() if isinstance(node, Part)}
+def input_matrices(expand: Part) -> dict[str, Part]:
+    """W_up, and W_gate if there is one."""
+    return {name: node for name, node in vars(expand).items() if isinstance(node, Part)}
 
 
-def changed(maps: dict[str, Linear], how) -> dict[str, Linear]:
-    return {name: change(linear, how) for name, linear in maps.items()}
+def change_inputs(expand: Part, how) -> Part:
+    maps = input_matrices(expand)
+    return replace(expand, **{name: change(linear, how) for name, linear in maps.items()})
 
 
 def change(linear: Linear, how) -> Linear:
-    """``how(w, b)`` in float64, rounded to the type of w."""
+    """``how(w, b)`` in float64, rounded to the dtype of w."""
     w, b = how(wide(linear.w), wide(linear.b))
     dtype = linear.w.dtype
     return Linear(w.astype(dtype), None if b is None else b.astype(dtype))
@@ -212,64 +259,44 @@ def wide(array):
     return None if array is None else array.astype(np.float64)
 
 
-# Online ------------------------------------------------------------------------------------------
+def check_parts(model: Transformer) -> None:
+    """Raise unless the model is skipless and its weights are plain matrices."""
+    need(model.stack, Stack)
+    need(model.embed, TokenEmbedding, PositionEmbedding)
+    for block in model.stack.blocks:
+        check_skipless(block)
+        need(block.attn, Attention)
+        need(block.attn.qkv, QKV)
+        need(block.ffn, FFN)
+        need(block.attn.norm, NoNorm)
+        need(block.ffn.norm, NoNorm)
+        need(block.ffn.expand, Activated, SwiGLU)
+        projections = vars(block.attn.qkv).values()
+        inputs = input_matrices(block.ffn.expand).values()
+        for node in (block.attn.out, block.ffn.down, *projections, *inputs):
+            need(node, Linear)
 
 
-@part
-class StreamIsQ(Part):
-    """The queries are the stream itself; W_q is in the matrices around it."""
-
-    k: Part
-    v: Part
-    cond: float  # condition number of the W_q that was removed
-
-    def __call__(self, x):
-        return x, self.k(x), self.v(x)
-
-    def q(self, x):
-        """Queries alone."""
-        return x
-
-    def kv(self, x):
-        """Keys and values alone."""
-        return self.k(x), self.v(x)
+def check_skipless(block: Part) -> None:
+    if type(block) in (Block, ParallelBlock):
+        raise MinitxError(
+            f"remove_weights is for skipless models, and this one has a {type(block).__name__}: "
+            "residual adds and norms tie input and output of a block to one basis, so no matrix "
+            "can be merged through them; use it with stories-skipless, or use shrink."
+        )
+    need(block, SkiplessBlock, SkiplessParallelBlock)
 
 
-@part
-class StreamIsK(Part):
-    """The keys are the stream itself; W_k is in the matrices around it."""
-
-    q: Part
-    v: Part
-    cond: float  # condition number of the W_k that was removed
-
-    def __call__(self, x):
-        return self.q(x), x, self.v(x)
-
-    def kv(self, x):
-        """Keys and values alone."""
-        return x, self.v(x)
-
-
-@part
-class StreamIsV(Part):
-    """The values are the stream itself; W_v is in the matrices around it."""
-
-    q: Part
-    k: Part
-    cond: float  # condition number of the W_v that was removed
-
-    def __call__(self, x):
-        return self.q(x), self.k(x), x
-
-    def kv(self, x):
-        """Keys and values alone."""
-        return self.k(x), x
-
-
-@part
-class InFFN(Part):
-    """In the place of the output projection, which is in the FFN's first matrices."""
-
-    def __call__(self, x):
-        return x
+# Notes:
+#
+# - Parallel blocks: W_up reads the same x as W_q, and W_o and W_down both write the next one:
+#
+#       W_up*   = W_q^-1 W_up,   b_up*   = b_up - b_q W_up*        W_k, W_v, W_gate alike
+#       W_o*    = W_o W_q,       b_o*    = b_o W_q                 W_q, b_q of the next block
+#       W_down* = W_down W_q,    b_down* = b_down W_q + b_q        W_q, b_q of the next block
+#
+#   W_o stays: removing it too would take a second basis for the same hidden state. The paper's
+#   figure 3 drops both, which is another function (a test shows it).
+# - The paper's versions with residual adds (figure 4) are models to train anew, not rewrites.
+# - Arithmetic is float64, rounded once. The condition number of each removed matrix is in the tree:
+#   it tells how many digits float32 may lose.

@@ -1,7 +1,10 @@
-"""Of two matrices in a row, a square block becomes the identity and is kept no more (MatShrink)."""
+"""MatShrink: of two matrices in a row, a square block becomes the identity and is not stored.
+
+The card and the options, the parts that run (online), the change of basis (offline), notes.
+"""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -15,177 +18,64 @@ from minitx.tree import Part, part, table
 
 @technique(level="weights", exact=True, neutral=None, after=("fold_norms",))
 def shrink(
-    lm, *, choice: Literal["pivoted", "first"] = "pivoted", vo: bool = True, qk: bool = True
+    lm,
+    *,
+    pairs: Annotated[
+        Literal["possible", "vo", "qk"],
+        "matrices to shrink: values and output, or queries and keys; possible: vo, and qk where "
+        "not all columns are rotated",
+    ] = "possible",
+    columns: Annotated[
+        Literal["pivoted", "first"],
+        "which become the identity: those of greedy pivoting, or the first (the naive variant)",
+    ] = "pivoted",
 ):
-    """Turn a d x d block of every value head's W_o into the identity, and leave it out.
+    """Turn a d x d block of each value head's W_o into the identity and leave it out.
 
-    Paper: MatShrink, by Nils Graef and others, a draft of May 2026 in the repository of
-        "Transformer tricks"; marked there as work in progress.
-    Kind: exact in real arithmetic; in float32 as far as the condition number of the block allows.
-    Skips or precomputes: per layer and key/value head j the block M of W_o, d x d (vo); and where
-        no rotation stands between queries and keys, a block of W_k, r x r, r being the columns of a
-        head that are not rotated (qk): all d with learned positions, none with full rotary ones.
-    Offline: vo: in group j, W_v,j (D, d) is followed by the slices O_g (d, D) of its G query heads.
-        M = d columns p of the first slice; W_v,j* = W_v,j M, b_v,j* = b_v,j M, O_g* = M^-1 O_g. The
-        first slice is then the identity in the columns p, and only the rest (d, D - d) is kept.
-        qk: per key head, M = r rows p of W_k,j (D, r); W_k,j* = W_k,j M^-1, b_k,j* = b_k,j M^-1,
-        and in every query head of the group W_q* = W_q M^T, b_q* = b_q M^T: q k^T stays as it was.
-        The paper has the identity in W_q; it is in W_k here, of which each group has one.
-        choice=pivoted takes columns by greedy pivoting: the longest, then the longest of what the
-        chosen ones do not span, and so on; choice=first the first d as the paper's naive variant
-        does. cond in the tree is the largest condition number of a layer's blocks M, which says how
-        many digits may get lost. In float64 and rounded once.
-    Online: u_j = softmax(..) v_j* (T, d);  out[p_j] += u_j;  out[other] += u_j O_j*[other];  the
-        group's further heads as before.  k_j = x[p_j] + x[other] W_k,j*[other] + b_k,j*.
-    Saves: K d^2 weights and multiply-adds a token and layer (vo), and K r^2 (qk): d / D of one
-        matrix D x (K d). An order of columns, K D small numbers, is kept for each. NumPy loses time
-        by it: each head has columns of its own, so that one product becomes one for every head with
-        a gathering of columns behind it.
-    Neutral: nothing to set.
-    Not for: q and k columns that are rotated (a change of basis would not commute with the
-        rotation: one complex number for each pair is all that does), a W_o or W_k that cannot be
-        inverted in the chosen block (pruned weights), heads wider than the stream. Zeros of a
-        pruned W_v and W_o are filled again by the change of basis. The paper also does it to the
-        pairs of latent attention (MLA), which minitx does not have.
+    Paper:     MatShrink, by Graef and others, a draft of May 2026 in the repository of "Transformer
+               tricks", marked there as work in progress.
+    Fidelity:  the paper's text; where it has the identity in W_q, it is in W_k here, of which each
+               group of query heads has one.
+    Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
+               2e-6 of the largest one), more the worse the blocks are conditioned.
+    Idea:      W_v W_o = (W_v block) (block^-1 W_o) for any invertible block. If it consists of d
+               columns of W_o, these become the identity: nothing to store or to multiply.
+    Offline:   vo: key/value head j has W_v,j (D, d), its query heads W_o,1 .. W_o,G (d, D);
+               p are d columns of W_o,1, rest its others:
+                   block  = W_o,1[:, p]
+                   W_v,j* = W_v,j block,        W_o,g* = block^-1 W_o,g   for g = 1 .. G
+               qk: the r columns of each head that are not rotated (d with learned positions);
+               p are r rows of W_k,j, rest its others:
+                   block  = W_k,j[p]
+                   W_k,j* = W_k,j block^-1,     W_q,g* = W_q,g block^T    for g = 1 .. G
+               biases of v, k and q alike
+    Online:    out[p] += u;  out[rest] += u W_o,1*[:, rest]      u: attention output of head g = 1
+               k_j = x[p] + x[rest] W_k,j*[rest]
+    Saves:     K d^2 weights and multiply-adds per token and layer (vo), K r^2 (qk).
+    In NumPy:  slower: decoding and prompts 0.85x to 0.95x on the shipped models. Each head has its
+               own columns, so one product becomes one per head, with a gather after it.
+    Not for:   columns that are rotated, since a change of basis does not commute with RoPE. Blocks
+               that cannot be inverted (pruned weights). Heads wider than D.
+    Proof:     tests/precompute/test_shrink.py; literal version: tests/precompute/literal_shrink.py
     """
-    if not (vo or qk):
-        raise MinitxError("shrink has nothing to do with vo=False and qk=False; leave one of them.")
-    done = []
+    changed = False
 
     def change(attn: Part, number: int) -> Part:
-        need(attn, Attention)
-        need(attn.qkv, QKV)
-        need(attn.rope, Rope, NoRope)
-        need(attn.cache, Cache)
-        need(attn.attend, Attend)
-        for linear in (attn.qkv.q, attn.qkv.k, attn.qkv.v, attn.out):
-            need(linear, Linear)
-        if qk and free_columns(attn):
-            attn = shrink_keys(attn, choice, number)
-            done.append(number)
-        if vo:
-            attn = shrink_output(attn, choice, number)
-            done.append(number)
+        nonlocal changed
+        check_parts(attn)
+        if pairs != "vo" and unrotated_columns(attn):
+            attn, changed = shrink_keys(attn, columns, number), True
+        if pairs != "qk":
+            attn, changed = shrink_output(attn, columns, number), True
         return attn
 
     lm = wrap(lm, "attn", change)
-    if not done:
+    if not changed:
         raise MinitxError(
-            "shrink with vo=False needs columns of queries and keys that are not rotated, and this "
-            "model rotates all of them; use vo=True."
+            "shrink: pairs=qk needs columns of queries and keys that are not rotated, and this "
+            "model rotates all of them; use pairs=vo."
         )
     return lm
-
-
-# Offline -----------------------------------------------------------------------------------------
-
-WORST = 1e6  # condition number beyond which float32 keeps no digit worth having
-
-
-def free_columns(attn: Attention) -> int:
-    """r, the last columns of each head that no rotation touches."""
-    d = attn.qkv.k.w.shape[1] // attn.kv_heads
-    return d if type(attn.rope) is NoRope else d - attn.rope.cos.shape[-1]
-
-
-def shrink_output(attn: Attention, choice: str, number: int) -> Attention:
-    w_v, w_o = attn.qkv.v.w.astype(np.float64), attn.out.w.astype(np.float64)
-    D, K, G = w_o.shape[1], attn.kv_heads, attn.heads // attn.kv_heads
-    d = w_v.shape[1] // K
-    if d > D:
-        raise MinitxError(
-            f"shrink needs heads no wider than the stream; they are {d} and {D} wide."
-        )
-    w_v = w_v.reshape(-1, K, d)  # (D, K, d)
-    b_v = None if attn.qkv.v.b is None else attn.qkv.v.b.astype(np.float64).reshape(K, d)
-    w_o = w_o.reshape(K, G, d, D)
-    orders = np.stack([order_of(w_o[j, 0], choice) for j in range(K)])  # (K, D)
-    blocks = np.stack([w_o[j, 0][:, orders[j, :d]] for j in range(K)])  # (K, d, d)
-    cond = worst(blocks, "W_o", number, choice)
-    w_v = np.einsum("ijd,jde->ije", w_v, blocks)
-    b_v = None if b_v is None else np.einsum("jd,jde->je", b_v, blocks)
-    w_o = np.linalg.solve(blocks[:, None], w_o)
-    rest = np.stack([w_o[j, 0][:, orders[j, d:]] for j in range(K)])  # (K, d, D - d)
-    # Where in head j's [u, u rest] (all heads one after another) each column of the result stands.
-    where = np.argsort(orders, axis=1) + D * np.arange(K)[:, None]  # (K, D)
-    dtype = attn.out.w.dtype
-    further = Linear(w_o[:, 1:].reshape(-1, D).astype(dtype)) if G > 1 else None
-    bias = attn.out.b
-    out = ShrunkOutput(rest.astype(dtype), small(where), further, bias, G, cond)
-    v = Linear(
-        w_v.reshape(-1, K * d).astype(dtype), None if b_v is None else b_v.ravel().astype(dtype)
-    )
-    return replace(attn, qkv=replace(attn.qkv, v=v), out=out)
-
-
-def shrink_keys(attn: Attention, choice: str, number: int) -> Attention:
-    r, K, H = free_columns(attn), attn.kv_heads, attn.heads
-    q, k = attn.qkv.q, attn.qkv.k
-    D, dtype = len(k.w), k.w.dtype
-    if r > D:
-        raise MinitxError(f"shrink needs heads no wider than the stream; {r} columns read {D}.")
-    w_k = k.w.astype(np.float64).reshape(D, K, -1)  # (D, K, d), the last r columns of d are free
-    d = w_k.shape[-1]
-    free = w_k[:, :, d - r :].transpose(1, 0, 2)  # (K, D, r)
-    orders = np.stack([order_of(free[j].T, choice) for j in range(K)])  # (K, D)
-    blocks = np.stack([free[j][orders[j, :r]] for j in range(K)])  # (K, r, r)
-    cond = worst(blocks, "W_k", number, choice)
-    rest = np.stack([free[j][orders[j, r:]] for j in range(K)])  # (K, D - r, r)
-    rest = divided(rest, blocks)
-    bias = None
-    if k.b is not None:
-        bias = k.b.astype(np.float64).reshape(K, 1, d)
-        bias = np.concatenate([bias[..., : d - r], divided(bias[..., d - r :], blocks)], axis=-1)
-        bias = bias.ravel().astype(dtype)
-    turned = Linear(k.w.reshape(D, K, d)[:, :, : d - r].reshape(D, -1)) if r < d else None
-    keys = ShrunkKeys(turned, rest.astype(dtype), small(orders), bias, cond)
-
-    def times(a):  # W_q or b_q (..., H d), its free columns times M^T of their group
-        a = a.astype(np.float64).reshape(*a.shape[:-1], K, H // K, d)
-        new = np.einsum("...jgr,jsr->...jgs", a[..., d - r :], blocks)
-        return np.concatenate([a[..., : d - r], new], axis=-1).reshape(*a.shape[:-3], H * d)
-
-    queries = Linear(*(None if a is None else times(a).astype(dtype) for a in (q.w, q.b)))
-    return replace(attn, qkv=replace(attn.qkv, q=queries, k=keys))
-
-
-def order_of(matrix, choice: str) -> np.ndarray:
-    """An order (n,) of the columns of the matrix (r, n), n >= r: first the r that make the block
-    that is to be inverted, then the others as they come.
-
-    Greedy: of the columns the longest, which is then projected out of all of them (Gram-Schmidt
-    with column pivoting, as in a QR decomposition that reveals the rank).
-    """
-    r, n = matrix.shape
-    chosen = list(range(r))
-    if choice == "pivoted":
-        chosen, left = [], matrix.copy()
-        for _ in range(r):
-            lengths = np.einsum("rn,rn->n", left, left)
-            lengths[chosen] = -1  # rounding may leave more of them than of columns like zero
-            best = int(lengths.argmax())
-            chosen.append(best)
-            direction = left[:, best] / max(np.linalg.norm(left[:, best]), 1e-300)
-            left = left - np.outer(direction, direction @ left)
-    return np.concatenate([chosen, np.setdiff1d(np.arange(n), chosen)]).astype(np.int64)
-
-
-def worst(blocks, name: str, number: int, choice: str) -> float:
-    """The largest condition number of blocks (K, r, r); MinitxError if it is too large."""
-    found = np.linalg.cond(blocks)
-    cond = float(np.where(np.isfinite(found), found, np.inf).max())
-    if not cond <= WORST:
-        better = ", or use choice=pivoted" if choice == "first" else ""
-        raise MinitxError(
-            f"shrink cannot invert a block of {name} of block {number}: its condition number is "
-            f"{cond:.0e}, more than {WORST:.0e}; leave shrink out for these weights{better}."
-        )
-    return cond
-
-
-def divided(a, blocks):
-    """``a M^-1`` for a (K, n, r) and M (K, r, r)."""
-    return np.linalg.solve(blocks.swapaxes(1, 2), a.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -193,55 +83,55 @@ def divided(a, blocks):
 
 @part
 class ShrunkOutput(Part):
-    """The output projection, of which the first head of each group adds its numbers as they are to
-    d columns of the result, and their product with ``rest`` to the others."""
+    """The output projection. The first query head u of each group is added to d output columns as
+    it is; its product with ``rest`` goes to the others."""
 
     rest: np.ndarray  # (K, d, D - d)
-    where: np.ndarray = table()  # (K, D) where each column stands in [u, u rest] of all heads
-    further: Part | None = None  # the other heads of the groups, (H - K) d -> D
+    gather: np.ndarray = table()  # (K, D): index of each output column in [u, u rest] of all heads
+    other_heads: Part | None = None  # the projection of the other query heads, (H - K) d -> D
     b: np.ndarray | None = None  # (D,)
     group: int = 1  # G
-    cond: float = 1.0  # the largest condition number of an inverted block
+    condition: float = 1.0  # the largest condition number of an inverted block
 
     def __call__(self, x):
         K, d, _ = self.rest.shape
         heads = x.reshape(*x.shape[:-1], K, self.group, d)
         u = heads[..., 0, :]  # (..., T, K, d)
         both = np.concatenate([u, per_head(u, self.rest)], axis=-1)  # (..., T, K, D)
-        y = both.reshape(*x.shape[:-1], -1).take(self.where, axis=-1).sum(-2)  # (..., T, D)
-        if self.further is not None:
+        y = both.reshape(*x.shape[:-1], -1).take(self.gather, axis=-1).sum(-2)  # (..., T, D)
+        if self.other_heads is not None:
             others = heads[..., 1:, :]
-            y += self.further(others.reshape(*x.shape[:-1], -1))
+            y += self.other_heads(others.reshape(*x.shape[:-1], -1))
         return y if self.b is None else y + self.b
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these output columns: a slice, or an array of indices."""
         return self(x)[..., columns]
 
 
 @part
 class ShrunkKeys(Part):
-    """The key projection, whose columns behind the rotated ones are r numbers of x as they are, and
-    the product of the others with ``rest``, for each head."""
+    """The key projection. Per head, the columns that are not rotated are r numbers of x as they
+    are, plus the product of the other numbers of x with ``rest``."""
 
-    turned: Part | None  # the columns that are rotated, D -> K (d - r)
+    rotated: Part | None  # the projection to the rotated columns, D -> K (d - r)
     rest: np.ndarray  # (K, D - r, r)
-    order: np.ndarray = table()  # (K, D) of the numbers of x
+    order: np.ndarray = table()  # (K, D): the numbers of x, those of the identity first
     b: np.ndarray | None = None  # (K d,)
-    cond: float = 1.0  # the largest condition number of an inverted block
+    condition: float = 1.0  # the largest condition number of an inverted block
 
     def __call__(self, x):
         K, _, r = self.rest.shape
         x_j = x.take(self.order, axis=-1)  # (..., T, K, D)
         k = x_j[..., :r] + per_head(x_j[..., r:], self.rest)  # (..., T, K, r)
-        if self.turned is not None:
-            turned = self.turned(x)
-            k = np.concatenate([turned.reshape(*x.shape[:-1], K, -1), k], axis=-1)
+        if self.rotated is not None:
+            rotated = self.rotated(x)
+            k = np.concatenate([rotated.reshape(*x.shape[:-1], K, -1), k], axis=-1)
         k = k.reshape(*x.shape[:-1], -1)  # (..., T, K d)
         return k if self.b is None else k + self.b
 
     def outputs(self, x, columns):
-        """Only these columns of the outputs: a slice, or an array of indices."""
+        """Only these output columns: a slice, or an array of indices."""
         return self(x)[..., columns]
 
 
@@ -249,3 +139,143 @@ def per_head(x, w):
     """x (..., T, K, n) times w (K, n, m), head by head -> (..., T, K, m)."""
     ledger.product(x, w)
     return (x.swapaxes(-3, -2) @ w).swapaxes(-3, -2)
+
+
+# Offline -----------------------------------------------------------------------------------------
+# In float64, rounded once.
+
+LARGEST_CONDITION = 1e6  # beyond it float32 keeps no digit worth having
+
+
+def shrink_output(attn: Attention, columns: str, number: int) -> Attention:
+    """The attention of block ``number`` with W_v and W_o in the new basis."""
+    w_v, w_o = attn.qkv.v.w.astype(np.float64), attn.out.w.astype(np.float64)
+    D, K, G = w_o.shape[1], attn.kv_heads, attn.heads // attn.kv_heads
+    d = w_v.shape[1] // K
+    if d > D:
+        raise MinitxError(
+            f"shrink needs heads no wider than the hidden state; they are {d} wide and it is {D}."
+        )
+    w_v = w_v.reshape(-1, K, d)  # (D, K, d)
+    b_v = None if attn.qkv.v.b is None else attn.qkv.v.b.astype(np.float64).reshape(K, d)
+    w_o = w_o.reshape(K, G, d, D)
+    orders = np.stack([column_order(w_o[j, 0], columns) for j in range(K)])  # (K, D)
+    blocks = np.stack([w_o[j, 0][:, orders[j, :d]] for j in range(K)])  # (K, d, d)
+    condition = largest_condition(blocks, "W_o", number, columns)
+    w_v = np.einsum("ijd,jde->ije", w_v, blocks)
+    b_v = None if b_v is None else np.einsum("jd,jde->je", b_v, blocks)
+    w_o = np.linalg.solve(blocks[:, None], w_o)
+    rest = np.stack([w_o[j, 0][:, orders[j, d:]] for j in range(K)])  # (K, d, D - d)
+    gather = np.argsort(orders, axis=1) + D * np.arange(K)[:, None]  # (K, D)
+    dtype = attn.out.w.dtype
+    other_heads = Linear(w_o[:, 1:].reshape(-1, D).astype(dtype)) if G > 1 else None
+    out = ShrunkOutput(rest.astype(dtype), small(gather), other_heads, attn.out.b, G, condition)
+    b = None if b_v is None else b_v.ravel().astype(dtype)
+    v = Linear(w_v.reshape(-1, K * d).astype(dtype), b)
+    return replace(attn, qkv=replace(attn.qkv, v=v), out=out)
+
+
+def shrink_keys(attn: Attention, columns: str, number: int) -> Attention:
+    """The attention of block ``number`` with W_q and W_k in the new basis."""
+    r, K, H = unrotated_columns(attn), attn.kv_heads, attn.heads
+    q, k = attn.qkv.q, attn.qkv.k
+    D, dtype = len(k.w), k.w.dtype
+    if r > D:
+        raise MinitxError(
+            f"shrink needs heads no wider than the hidden state; {r} of their columns are not "
+            f"rotated and it is {D} wide."
+        )
+    w_k = k.w.astype(np.float64).reshape(D, K, -1)  # (D, K, d); the last r of d are not rotated
+    d = w_k.shape[-1]
+    unrotated = w_k[:, :, d - r :].transpose(1, 0, 2)  # (K, D, r)
+    orders = np.stack([column_order(unrotated[j].T, columns) for j in range(K)])  # (K, D)
+    blocks = np.stack([unrotated[j][orders[j, :r]] for j in range(K)])  # (K, r, r)
+    condition = largest_condition(blocks, "W_k", number, columns)
+    rest = np.stack([unrotated[j][orders[j, r:]] for j in range(K)])  # (K, D - r, r)
+    rest = times_inverse(rest, blocks)
+    b = None
+    if k.b is not None:
+        b = k.b.astype(np.float64).reshape(K, 1, d)
+        b = np.concatenate([b[..., : d - r], times_inverse(b[..., d - r :], blocks)], axis=-1)
+        b = b.ravel().astype(dtype)
+    rotated = Linear(k.w.reshape(D, K, d)[:, :, : d - r].reshape(D, -1)) if r < d else None
+    keys = ShrunkKeys(rotated, rest.astype(dtype), small(orders), b, condition)
+
+    def times_transpose(a):
+        """W_q or b_q (..., H d), its columns that are not rotated times block^T of their group."""
+        a = a.astype(np.float64).reshape(*a.shape[:-1], K, H // K, d)
+        new = np.einsum("...jgr,jsr->...jgs", a[..., d - r :], blocks)
+        return np.concatenate([a[..., : d - r], new], axis=-1).reshape(*a.shape[:-3], H * d)
+
+    arrays = (None if a is None else times_transpose(a).astype(dtype) for a in (q.w, q.b))
+    return replace(attn, qkv=replace(attn.qkv, q=Linear(*arrays), k=keys))
+
+
+def column_order(matrix, columns: str) -> np.ndarray:
+    """An order (n,) of the columns of the matrix (r, n), n >= r: the r columns of the block that
+    is inverted, then the others as they come.
+
+    Greedy pivoting takes the longest column, projects it out of all columns, and so on r times
+    (Gram-Schmidt with column pivoting, as in a rank-revealing QR decomposition).
+    """
+    r, n = matrix.shape
+    chosen = list(range(r))
+    if columns == "pivoted":
+        chosen, residual = [], matrix.copy()
+        for _ in range(r):
+            lengths = np.einsum("rn,rn->n", residual, residual)
+            lengths[chosen] = -1  # rounding may leave them longer than columns that are zero
+            best = int(lengths.argmax())
+            chosen.append(best)
+            direction = residual[:, best] / max(np.linalg.norm(residual[:, best]), 1e-300)
+            residual = residual - np.outer(direction, direction @ residual)
+    return np.concatenate([chosen, np.setdiff1d(np.arange(n), chosen)]).astype(np.int64)
+
+
+def times_inverse(a, blocks):
+    """``a block^-1`` for a (K, n, r) and blocks (K, r, r)."""
+    return np.linalg.solve(blocks.swapaxes(1, 2), a.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def largest_condition(blocks, name: str, number: int, columns: str) -> float:
+    """The largest condition number of blocks (K, r, r); MinitxError if it is too large."""
+    found = np.linalg.cond(blocks)
+    condition = float(np.where(np.isfinite(found), found, np.inf).max())
+    if not condition <= LARGEST_CONDITION:
+        better = ", or use columns=pivoted" if columns == "first" else ""
+        raise MinitxError(
+            f"shrink cannot invert a block of {name} of block {number}: its condition number is "
+            f"{condition:.0e}, expected at most {LARGEST_CONDITION:.0e}; leave shrink out for "
+            f"these weights{better}."
+        )
+    return condition
+
+
+def unrotated_columns(attn: Attention) -> int:
+    """r: how many columns of each head, the last ones, are not rotated."""
+    d = attn.qkv.k.w.shape[1] // attn.kv_heads
+    return d if type(attn.rope) is NoRope else d - attn.rope.cos.shape[-1]
+
+
+def check_parts(attn: Part) -> None:
+    need(attn, Attention)
+    need(attn.qkv, QKV)
+    need(attn.rope, Rope, NoRope)
+    need(attn.cache, Cache)
+    need(attn.attend, Attend)
+    for linear in (attn.qkv.q, attn.qkv.k, attn.qkv.v, attn.out):
+        need(linear, Linear)
+
+
+# Notes:
+#
+# - The savings are d / D of one matrix (D, K d). An order of columns, K D small integers, is kept
+#   for each. Only the first query head of a group gets an identity; the others stay whole.
+# - Scores stay the same (q k^T = W_q block^T block^-T W_k^T), though queries and keys do not.
+# - The paper's prose and Algorithm 1 pivot the transpose of the matrix, which only reorders the
+#   naive block; its experiments pivot the matrix itself, as here (a test compares the three).
+# - With full RoPE only one complex number per pair of columns commutes with the rotation.
+# - The change of basis fills the zeros of a pruned W_v and W_o again.
+# - The paper also shrinks the pairs of latent attention (MLA), which minitx does not have.
+# - The condition numbers are in the tree: they tell how many digits float32 may lose.
+# - Speed: minitx compare -m stories --shrink, and with stories-relu; one BLAS thread.

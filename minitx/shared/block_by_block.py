@@ -1,7 +1,7 @@
-"""Changing a model one block after another, each by what it reads once those before are changed.
+"""Change a model one block at a time, each by the inputs that it gets from the changed blocks.
 
-What is left out of a block changes what the next ones read. So the calibration texts go through the
-changed blocks, and every block is judged by the inputs that it will really get.
+Pruning a block changes the inputs of all later blocks. So the calibration texts run through the
+blocks that are changed already, and each block is judged by the inputs that it will really get.
 """
 
 from collections.abc import Callable
@@ -16,30 +16,30 @@ from minitx.tree import Part
 
 
 def block_by_block(lm: Part, texts: list[list[int]], make: Callable, change: Callable) -> Part:
-    """``lm`` with ``change(block, found)`` in the place of every block of its model.
+    """A copy of ``lm`` with ``change(block, seen)`` instead of each block.
 
-    found: what each ``Linear`` of that block reads in the texts, behind the blocks that are changed
-    already: by its ``id``, what ``make()`` gave, whose ``add(rows)`` got the inputs (n, in) of each
-    text. Empty without texts.
+    seen: what each ``Linear`` of the block gets as inputs when the texts have run through the
+    changed earlier blocks. It maps the ``id`` of the Linear to an object from ``make()``, whose
+    ``add(rows)`` was called with the inputs (n, in) of each text. Empty if there are no texts.
     """
     from minitx.training.calibration import watched
 
     model = lm.model
     need(model, Transformer)
     need(model.stack, Stack)
-    streams = [model.embed(np.asarray(ids), slice(0, len(ids))) for ids in texts]
+    streams = [model.embed(np.asarray(ids), slice(0, len(ids))) for ids in texts]  # (T, D) each
     blocks = []
     for block in model.stack.blocks:
-        found: dict[int, object] = {}
+        seen: dict[int, object] = {}
         if streams:
-            witness, found = watched(block, Linear, make)
+            witness, seen = watched(block, Linear, make)
             run(witness, streams)
-        blocks.append(change(block, found))
+        blocks.append(change(block, seen))
         streams = run(blocks[-1], streams)
     return replace(lm, model=replace(model, stack=replace(model.stack, blocks=tuple(blocks))))
 
 
 def run(block: Part, streams: list) -> list:
-    """Each of the streams (T, D), from the first token on, after that block."""
+    """The residual streams (T, D) of whole texts after this block."""
     with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
         return [block(x, Layer.once(len(x))) for x in streams]

@@ -1,4 +1,4 @@
-"""Which matrices of a model are meant: those of the feed-forward networks, of attention, or all."""
+"""Select weight matrices of a model: those of the FFNs, of attention, or both."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,9 @@ from minitx.tree import Part, rebuild, walk
 
 
 def linears(root: Part, matrices: str) -> dict[int, Linear]:
-    """The ``Linear``s below ``root`` by their ids, in the order of the tree; ``matrices`` is
-    "ffn", "attention" or "all". Raises if there are none. Embedding and head are none of them."""
+    """The ``Linear`` parts below ``root`` by their ids, in the order of the tree. ``matrices``:
+    "ffn", "attention" or "all" (both; never the embedding or the head). Raises if there are none.
+    """
     above = {"ffn": (FFN,), "attention": (Attention,), "all": (FFN, Attention)}[matrices]
     found = {
         id(node): node
@@ -24,5 +25,5 @@ def linears(root: Part, matrices: str) -> dict[int, Linear]:
 
 
 def change_linears(root: Part, wanted: dict[int, Linear], make: Callable[[Linear], Part]) -> Part:
-    """A copy of the tree with ``make(linear)`` for those that are wanted."""
+    """A copy of the tree with ``make(linear)`` instead of each wanted ``Linear``."""
     return rebuild(root, lambda node: make(node) if id(node) in wanted else None)

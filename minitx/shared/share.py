@@ -1,6 +1,7 @@
-"""How many of so many."""
+"""A share of a count."""
 
 
 def share_of(count: float, share: float) -> int:
-    """int(count * share), but for what floating point does to it: 0.29 of 100 is 29, not 28."""
+    """``count * share`` rounded down, safe from floating-point error: 0.29 of 100 is 29, where
+    int(100 * 0.29) is 28."""
     return int(round(count * share, 6))

@@ -8,15 +8,16 @@ from tiny import tiny_lm
 from minitx import ledger
 from minitx.lm import LM
 from minitx.model import Linear
-from minitx.precompute.lut.bit_serial import BitSerialLinear
-from minitx.precompute.lut.centroid_table import CentroidLinear
-from minitx.precompute.lut.product_table import FoldedLinear, IntegerLinear, TableLinear
-from minitx.precompute.order_products.accumulators import NarrowLinear
-from minitx.precompute.quantize import Integers, Streamed
+from minitx.precompute.lut_bit_serial import BitSerialLinear
+from minitx.precompute.lut_centroid import CentroidLinear
+from minitx.precompute.lut_product import ProductTableLinear
+from minitx.precompute.lut_product.bit_search import IntegerLinear
+from minitx.precompute.order_products import OrderedLinear
+from minitx.precompute.order_products.accumulator import SaturatingLinear
+from minitx.precompute.quantize.products import IntegerSumLinear, StreamedLinear
 from minitx.precompute.separate_magnitudes import OutlierLinear
 from minitx.precompute.separate_signs import UnsignedLinear
 from minitx.precompute.shrink import ShrunkKeys, ShrunkOutput
-from minitx.shared.ordering import OrderedLinear
 from minitx.technique import apply, swap, techniques
 from minitx.tree import Part, walk
 
@@ -24,23 +25,38 @@ from minitx.tree import Part, walk
 CASES = [
     *({t.name: True} for t in techniques() if t.level in ("weights", "matrices")),
     *({"quantize": {"run": run}} for run in ("cast", "load", "integers")),
-    {"quantize": {"bits": 4, "symmetric": False, "group": 8}},
-    {"quantize": {"bits": 4, "symmetric": False, "group": 8, "run": "integers"}},
-    *({"lut": {"kind": kind}} for kind in ("folded", "centroid", "bit-serial")),
-    {"lut": {"layout": "horizontal"}},
+    {"quantize": {"bits": 4, "symmetric": False, "group_size": 8}},
+    {"quantize": {"bits": 4, "symmetric": False, "group_size": 8, "run": "integers"}},
+    {"lut_product": {"layout": "horizontal"}},
     {"separate_signs": {"bits": 8}},
     {"order_products": {"order": "largest_rows_first"}},
-    {"order_products": {"accumulator": 12}},
+    {"order_products": {"accumulator_bits": 12}},
     {"prune": {"sparsity": 0.5}, "pack_zeros": True},
     {"shrink": True, "low_rank": True},
 ]
 # What these compute for some columns they compute as for all, in the same order: the same bits.
 SAME_BITS = (
-    *(NarrowLinear, BitSerialLinear, CentroidLinear, FoldedLinear, IntegerLinear, TableLinear),
-    *(Integers, Streamed, OutlierLinear, UnsignedLinear, ShrunkKeys, ShrunkOutput, OrderedLinear),
+    *(SaturatingLinear, BitSerialLinear, CentroidLinear, IntegerLinear, ProductTableLinear),
+    *(
+        IntegerSumLinear,
+        StreamedLinear,
+        OutlierLinear,
+        UnsignedLinear,
+        ShrunkKeys,
+        ShrunkOutput,
+        OrderedLinear,
+    ),
 )
 # These compute all columns and select.
-SELECT = (NarrowLinear, Integers, Streamed, OutlierLinear, UnsignedLinear, ShrunkKeys, ShrunkOutput)
+SELECT = (
+    SaturatingLinear,
+    IntegerSumLinear,
+    StreamedLinear,
+    OutlierLinear,
+    UnsignedLinear,
+    ShrunkKeys,
+    ShrunkOutput,
+)
 IDS = np.random.default_rng(0).integers(0, 258, 7)
 COLUMNS = {
     "slice(1, 4)": slice(1, 4),
@@ -59,7 +75,7 @@ def with_techniques(case: dict) -> LM:
 
 
 def with_integer_products() -> LM:
-    """lut's search alone uses these parts."""
+    """lut_product's search alone uses these parts."""
     return swap(tiny_lm(), Linear, lambda m: IntegerLinear.of(m.w, m.b, 4, 4))
 
 

@@ -13,7 +13,7 @@ from minitx.model import QKV
 from minitx.precompute.absorb_products import InputQKV
 from minitx.precompute.first_layer import InTable
 from minitx.precompute.fuse_projections import FusedQKV
-from minitx.precompute.remove_weights import StreamIsK, StreamIsQ, StreamIsV
+from minitx.precompute.remove_weights import InputIsK, InputIsQ, InputIsV
 from minitx.precompute.slim_attention import QueriesAndKeys
 from minitx.technique import apply, techniques
 from minitx.tree import Part
@@ -27,12 +27,12 @@ CASES = {  # family, techniques, the part they bring, and whether it is one matr
     "fused, quantized": ("llama", FUSED | {"quantize": True}, FusedQKV),
     "fused, low rank": ("llama", FUSED | {"low_rank": True}, FusedQKV),
     "fused, ordered": ("llama", FUSED | {"order_products": True}, FusedQKV),
-    "fused, folded tables": ("llama", FUSED | {"lut": {"kind": "folded"}}, FusedQKV),
+    "fused, product table": ("llama", FUSED | {"lut_product": True}, FusedQKV),
     "slim, rotary": ("gpt_neox", SLIM, QueriesAndKeys),
     "slim, learned positions": ("gpt2", SLIM, QueriesAndKeys),
-    "removed q": ("skipless", {"remove_weights": {"matrix": "q"}}, StreamIsQ),
-    "removed k": ("skipless", {"remove_weights": {"matrix": "k"}}, StreamIsK),
-    "removed v": ("skipless", {"remove_weights": {"matrix": "v"}}, StreamIsV),
+    "removed q": ("skipless", {"remove_weights": {"matrix": "q"}}, InputIsQ),
+    "removed k": ("skipless", {"remove_weights": {"matrix": "k"}}, InputIsK),
+    "removed v": ("skipless", {"remove_weights": {"matrix": "v"}}, InputIsV),
     "absorbed qk": ("gpt2", {"absorb_products": {"pairs": "qk"}}, InputQKV),
     "absorbed ov": ("gpt2", {"absorb_products": {"pairs": "ov"}}, InputQKV),
     "absorbed both": ("gpt2", {"absorb_products": {"pairs": "both"}}, InputQKV),
@@ -84,7 +84,7 @@ def test_nothing_else_is_computed(case):
     q, kv, whole = (multiply_adds(qkv, call) for call in (qkv.q, qkv.kv, qkv))
     if case == "fused, quantized":
         assert q == kv == whole > 0
-    elif case in ("fused, low rank", "fused, folded tables"):
+    elif case in ("fused, low rank", "fused, product table"):
         assert 0 < q < whole and 0 < kv < whole and q + kv > whole
     else:
         assert q + kv == whole

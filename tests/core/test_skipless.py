@@ -1,4 +1,5 @@
-"""Skipless models: blocks that add nothing, their beginning, their files, and the shipped one."""
+"""Skipless models: blocks without residual adds, their initialization, files, training, and the
+shipped one."""
 
 import json
 from dataclasses import replace
@@ -9,17 +10,18 @@ import pytest
 from tiny import SKIPLESS, tiny_model
 
 import minitx
-from minitx.build import build, random_model, shapes
+from minitx.build import random_model, shapes
 from minitx.checkpoints.hf_config import read_config
 from minitx.checkpoints.huggingface import read_model, write_model
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.lab.check import NO_OTHER, check_models, run_stages
-from minitx.skipless import NoNorm, SkiplessBlock, SkiplessParallelBlock
+from minitx.model import NoNorm, SkiplessBlock, SkiplessParallelBlock
 from minitx.state import Layer, Tokens
-from minitx.training.data import Encoder
+from minitx.training.data import StoryEncoder
 from minitx.training.loss import token_losses
 from minitx.training.recipe import recipe_from
+from minitx.training.skipless_init import initial_model
 from minitx.training.stories import stories
 from minitx.training.train import train
 from minitx.tree import walk, weights
@@ -40,22 +42,24 @@ CONFIGS = {
 # The model ---------------------------------------------------------------------------------------
 
 
-def test_blocks_add_nothing_and_normalise_nothing():
+def test_skipless_blocks_equal_the_formula():
+    """ffn(attention(x)), or attention(x) + ffn(x) in a parallel block: no residual, no norm."""
     x = np.random.default_rng(1).standard_normal((5, 16))
     block = tiny_model("skipless", dtype=np.float64).stack.blocks[0]
     layer = Layer(48, remember=False).take(5)
     layer.count = 5
-    mixed = block.attn.out(
+    attended = block.attn.out(
         np.concatenate(
             [block.attn.attend(*heads(block, x, h), layer)[0] for h in range(2)], axis=-1
         )
     )
-    hidden = block.ffn.expand.activation(mixed @ block.ffn.expand.up.w + block.ffn.expand.up.b)
+    hidden = block.ffn.expand.activation(attended @ block.ffn.expand.up.w + block.ffn.expand.up.b)
     expected = hidden @ block.ffn.down.w + block.ffn.down.b
-    np.testing.assert_allclose(block(x, layer), expected, atol=1e-12)
+    np.testing.assert_allclose(block(x, layer), expected, atol=1e-12, err_msg="serial block")
     parallel = SkiplessParallelBlock(block.attn, block.ffn)
     found = parallel(x, Layer(48).take(5))
-    np.testing.assert_allclose(found, mixed + block.ffn(x, layer), atol=1e-12)
+    expected = attended + block.ffn(x, layer)
+    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="parallel block")
 
 
 def heads(block, x, h):
@@ -67,7 +71,7 @@ def heads(block, x, h):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_there_are_no_norms(kind):
+def test_skipless_models_have_no_norms(kind):
     model = random_model(CONFIGS[kind])
     names = {type(node).__name__ for _, node in walk(model)}
     assert {"NoNorm", "SkiplessBlock"} <= names
@@ -78,31 +82,31 @@ def test_there_are_no_norms(kind):
     assert type(model.norm) is NoNorm and type(model.stack.blocks[0]) is SkiplessBlock
 
 
-def test_filling_remembers_what_running_does():
+def test_skipless_backfill_caches_the_same_rows_as_a_full_run():
     for config in (SKIPLESS, replace(SKIPLESS, parallel=True)):
         block = random_model(config).stack.blocks[0]
         x = np.random.default_rng(1).standard_normal((5, 16)).astype(np.float32)
         layers = Layer(48).take(5), Layer(48).take(5)
         block(x, layers[0])
         block.backfill(x, layers[1])
-        np.testing.assert_array_equal(layers[0].keys[:, :5], layers[1].keys[:, :5])
-        np.testing.assert_array_equal(layers[0].values[:, :5], layers[1].values[:, :5])
+        np.testing.assert_array_equal(layers[0].keys[:, :5], layers[1].keys[:, :5], "keys")
+        np.testing.assert_array_equal(layers[0].values[:, :5], layers[1].values[:, :5], "values")
 
 
-# How it begins -----------------------------------------------------------------------------------
+# Initialization ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
-def test_a_model_begins_near_the_identity(kind):
-    """W_v W_o and the FFN are the identity, and a token attends to itself more than to any other:
-    after the first block its own embedding is still the nearest, for nearly all."""
-    model = random_model(CONFIGS[kind], 1, np.float64)
+def test_initial_model_is_near_the_identity(kind):
+    """W_v W_o and the FFN are the identity, and a token attends mostly to itself: for nearly all
+    tokens the hidden state after block 0 is nearest to the token's own embedding."""
+    model = initial_model(CONFIGS[kind], 1, np.float64)
     x = np.random.default_rng(2).standard_normal((6, 32))
     for block in model.stack.blocks:
         v, o = block.attn.qkv.v.w, block.attn.out.w
-        np.testing.assert_allclose(v @ o, np.eye(32), atol=1e-12)
-        np.testing.assert_allclose(block.ffn(x, None), x, atol=1e-12)
-        np.testing.assert_array_equal(block.attn.qkv.q.w, block.attn.qkv.k.w)
+        np.testing.assert_allclose(v @ o, np.eye(32), atol=1e-12, err_msg="W_v W_o")
+        np.testing.assert_allclose(block.ffn(x, None), x, atol=1e-12, err_msg="FFN")
+        np.testing.assert_array_equal(block.attn.qkv.q.w, block.attn.qkv.k.w, "W_k = W_q")
     ids = np.random.default_rng(3).permutation(40)
     stages = run_stages(model, ids)
     first, after = stages["embedding"], stages["block 0"]
@@ -111,40 +115,35 @@ def test_a_model_begins_near_the_identity(kind):
     assert (cosines.argmax(1) == np.arange(40)).mean() > 0.9
 
 
-def test_ordinary_numbers_would_lose_what_came_in():
-    """The control: the same model begun as one with residual adds is."""
+def test_normal_init_would_lose_the_input():
+    """The control: the same model with the weights that a model with residual adds starts from."""
     config = replace(CONFIGS["gpt_neox"], layers=6)
     ids = np.random.default_rng(3).permutation(40)
-    sizes = {}
-    for name, made in (("near", random_model(config)), ("usual", usual(config))):
-        stages = run_stages(made, ids)
-        last = stages["block 5"] - stages["block 5"].mean(0)  # what tells tokens apart
-        sizes[name] = last.std() / stages["embedding"].std()
-    assert sizes["near"] > 0.1 > 1e-3 > sizes["usual"]
-
-
-def usual(config):
-    drawn = random_model(replace(config, skipless=False))
-    return build(config, lambda path, shape: weights(drawn)[path])
+    spread = {}
+    for name, model in (("identity", initial_model(config)), ("normal", random_model(config))):
+        stages = run_stages(model, ids)
+        last = stages["block 5"] - stages["block 5"].mean(0)  # what distinguishes the tokens
+        spread[name] = last.std() / stages["embedding"].std()
+    assert spread["identity"] > 0.1 > 1e-3 > spread["normal"]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_beginning_is_seeded_and_of_the_wanted_type(kind):
-    one, same, other = (weights(random_model(CONFIGS[kind], s)) for s in (1, 1, 2))
+def test_initial_model_is_seeded_and_has_the_requested_dtype(kind):
+    one, same, other = (weights(initial_model(CONFIGS[kind], s)) for s in (1, 1, 2))
     for path, w in one.items():
         assert w.dtype == np.float32 and w.flags["C_CONTIGUOUS"] and np.isfinite(w).all()
         np.testing.assert_array_equal(w, same[path])
         assert w.ndim == 1 or (w != other[path]).any()
-    assert weights(random_model(CONFIGS[kind], 1, np.float64))[path].dtype == np.float64
+    assert weights(initial_model(CONFIGS[kind], 1, np.float64))[path].dtype == np.float64
 
 
 # Files -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_round_trip(tmp_path, kind):
+def test_skipless_files_round_trip(tmp_path, kind):
     config = CONFIGS[kind]
-    model = random_model(config, 4)
+    model = initial_model(config, 4)
     write_model(model, tmp_path, "F32")
     again = read_model(tmp_path)
     assert again.config == config and repr(again) == repr(model)
@@ -155,7 +154,7 @@ def test_round_trip(tmp_path, kind):
     assert fields["model_type"].startswith("skipless_")
 
 
-def test_a_file_with_norms_has_no_place_for_them(tmp_path):
+def test_skipless_file_with_norms_is_refused(tmp_path):
     dense = random_model(replace(CONFIGS["llama"], skipless=False))
     write_model(dense, tmp_path, "F32")
     path = tmp_path / "config.json"
@@ -186,7 +185,7 @@ RECIPE = {
 }  # fmt: skip
 
 
-def test_it_trains(tmp_path):
+def test_skipless_training_lowers_the_loss(tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(RECIPE))
     log = train(path, workers=1, bar=False)["log"]
@@ -195,9 +194,9 @@ def test_it_trains(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"layers": 1}, {"layer_dropout": 0.1}])
-def test_stages_that_leave_blocks_out_are_refused(change):
+def test_skipless_training_stages_that_leave_blocks_out_are_refused(change):
     stage = RECIPE["stages"][0] | change
-    with pytest.raises(MinitxError, match="Stage 'a' leaves blocks out .*train all blocks"):
+    with pytest.raises(MinitxError, match="Stage 'a' skips blocks .*train all blocks"):
         recipe_from(RECIPE | {"stages": [stage]})
     dense = RECIPE["model"] | {"skipless": False}
     assert recipe_from(RECIPE | {"stages": [stage], "model": dense})
@@ -206,7 +205,7 @@ def test_stages_that_leave_blocks_out_are_refused(change):
 # The shipped model -------------------------------------------------------------------------------
 
 
-def test_nothing_to_compare_it_with_is_no_failure(capsys):
+def test_check_of_a_skipless_model_without_reference_is_no_failure(capsys):
     assert check_models(["stories-skipless", "random-llama-mqa"]) == 0
     text = capsys.readouterr().out
     assert "[--]   stories-skipless: not checked. stories-skipless is skipless" in text
@@ -218,8 +217,8 @@ def test_nothing_to_compare_it_with_is_no_failure(capsys):
 
 @pytest.fixture(scope="module")
 def texts():
-    """Ids of stories to count words in, and of held-out ones, each behind <|endoftext|>."""
-    encoder = Encoder(minitx.load("stories-skipless").tokenizer)
+    """Ids of stories to count words in, and of held-out ones, each after <|endoftext|>."""
+    encoder = StoryEncoder(minitx.load("stories-skipless").tokenizer)
 
     def read(split, count):
         drawn = islice(stories(split, "full", 0), count)
@@ -228,22 +227,21 @@ def texts():
     return read("train", 200), read("evaluation", 10)  # these are drawn 20 times as slowly
 
 
-def test_it_knows_more_than_word_frequencies(texts):
-    """And more than which word follows which."""
+def test_shipped_skipless_model_beats_unigram_and_bigram_models(texts):
     counted, held_out = texts
     lm = minitx.load("stories-skipless")
     V = lm.model.config.vocab_size
     logits = np.concatenate([lm.logits(ids[:-1]) for ids in held_out])
     targets = np.concatenate([ids[1:] for ids in held_out])
     frequency = np.bincount(np.concatenate([ids[1:] for ids in counted]), minlength=V) + 1.0
-    single = -np.log(frequency / frequency.sum())[targets].mean()
+    unigram = -np.log(frequency / frequency.sum())[targets].mean()
     loss = token_losses(logits, targets).mean()
-    assert loss < single - 3 and loss < pairs(counted, held_out, V) - 0.4
+    assert loss < unigram - 3 and loss < bigram_loss(counted, held_out, V) - 0.4
     assert (logits.argmax(-1) == targets).mean() > (targets == frequency.argmax()).mean() + 0.4
 
 
-def pairs(counted, held_out, V) -> float:
-    """The loss of who knows how often each word follows each other."""
+def bigram_loss(counted, held_out, V) -> float:
+    """The mean negative log-likelihood under counts of which token follows which."""
     table = np.full((V, V), 0.01)
     for ids in counted:
         np.add.at(table, (ids[:-1], ids[1:]), 1)
@@ -252,15 +250,15 @@ def pairs(counted, held_out, V) -> float:
 
 
 @pytest.mark.parametrize("matrix", ["q", "k", "v"])
-def test_weights_can_be_removed_from_it(texts, matrix):
+def test_remove_weights_of_the_shipped_skipless_model_is_exact(texts, matrix):
     lm = minitx.load("stories-skipless", dtype=np.float64)
     new = minitx.load("stories-skipless", dtype=np.float64, remove_weights={"matrix": matrix})
     ids = texts[1][0]
     expected = lm.logits(ids)
     assert abs(new.logits(ids) - expected).max() <= 1e-12 * abs(expected).max()
-    assert all(block.attn.qkv.cond < 100 for block in new.model.stack.blocks)
+    assert all(block.attn.qkv.condition < 100 for block in new.model.stack.blocks)
     c, sizes = lm.model.config, [sum(w.size for w in weights(m.model).values()) for m in (lm, new)]
-    biases = 2 * c.layers * c.width  # of the two matrices, which go into others
+    biases = 2 * c.layers * c.width  # those of the two matrices, merged into others
     assert sizes[0] - sizes[1] == 2 * c.layers * c.width**2 + biases
     single = minitx.load("stories-skipless", remove_weights={"matrix": matrix})
     assert single.generate("Once", 30) == minitx.load("stories-skipless").generate("Once", 30)

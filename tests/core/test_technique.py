@@ -182,7 +182,8 @@ def toy(tmp_path, monkeypatch):
 def test_load_applies_techniques(toy):
     dense = minitx.load("toy")
     lm = minitx.load("toy", fold_norms=True, fuse_projections={})
-    assert "BareRMSNorm" in repr(lm) and "FusedQKV" in repr(lm) and "Bare" not in repr(dense)
+    assert "WeightlessRMSNorm" in repr(lm) and "FusedQKV" in repr(lm)
+    assert "Weightless" not in repr(dense)
     np.testing.assert_allclose(lm.logits([1, 2, 3]), dense.logits([1, 2, 3]), atol=1e-4)
     assert "Fused" not in repr(minitx.load("toy", fuse_projections=False))
 
@@ -228,4 +229,4 @@ def test_list_and_explain(capsys):
     assert text.startswith("--fold-norms (weights, exact)\n") and "arXiv 2407.09577" in text
     assert main(["explain", "fold_norms", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["exact"] is True and found["options"] == {} and found["Neutral"]
+    assert found["exact"] is True and found["options"] == {} and found["Fidelity"]

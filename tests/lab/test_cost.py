@@ -224,7 +224,7 @@ def test_cost_command(run, workdir, costs):
     }  # fmt: skip
     write(workdir, FILES["mixtral"])
     out = run("cost", "first-layer", "--config", workdir, "--parallel")[1]  # a folder will do
-    assert out == f"{costs['mixtral']}\n" and " 548x" in out and "too favourable" in out
+    assert out == f"{costs['mixtral']}\n" and " 548x" in out and "too favorable" in out
 
 
 def test_cost_command_with_bad_input(run, workdir):

@@ -1,5 +1,5 @@
-"""Attention by its QK and OV matrices, one pair of tokens at a time (Elhage et al., 2021).
-float64; positions are not rotated. Written from the formulas, biases spelled out."""
+"""Attention by the QK and OV matrices of each head, one pair of tokens at a time (Elhage et al.,
+2021), in float64 and without RoPE. All biases are spelled out, also those that cancel."""
 
 import math
 
@@ -7,23 +7,22 @@ import numpy as np
 
 
 def attend(rows, w, heads, kv_heads):
-    """What attention adds to the stream for normalised rows (T, D); w: W_Q W_K W_V W_O b_Q b_K b_V
-    b_O."""
-    d = w["W_Q"].shape[1] // heads
+    """The output of attention for normalized inputs (T, D); w: W_q W_k W_v W_o b_q b_k b_v b_o."""
+    d = w["W_q"].shape[1] // heads
     found = []
     for t, x in enumerate(rows):
-        out = w["b_O"].copy()
+        out = w["b_o"].copy()
         for i in range(heads):
             q, j = slice(i * d, (i + 1) * d), i // (heads // kv_heads)
             k = slice(j * d, (j + 1) * d)
-            qk = w["W_Q"][:, q] @ w["W_K"][:, k].T
-            ov = w["W_V"][:, k] @ w["W_O"][q]
+            qk = w["W_q"][:, q] @ w["W_k"][:, k].T
+            ov = w["W_v"][:, k] @ w["W_o"][q]
             score = [
                 (
                     x @ qk @ y
-                    + w["b_Q"][q] @ w["W_K"][:, k].T @ y
-                    + x @ w["W_Q"][:, q] @ w["b_K"][k]
-                    + w["b_Q"][q] @ w["b_K"][k]
+                    + w["b_q"][q] @ w["W_k"][:, k].T @ y
+                    + x @ w["W_q"][:, q] @ w["b_k"][k]
+                    + w["b_q"][q] @ w["b_k"][k]
                 )
                 / math.sqrt(d)
                 for y in rows[: t + 1]
@@ -31,6 +30,6 @@ def attend(rows, w, heads, kv_heads):
             weight = [math.exp(s - max(score)) for s in score]
             for p, y in zip(weight, rows):
                 out += p / sum(weight) * (y @ ov)
-            out += w["b_V"][k] @ w["W_O"][q]
+            out += w["b_v"][k] @ w["W_o"][q]
         found.append(out)
     return np.array(found)

@@ -1,13 +1,13 @@
-"""Precomputing the first layer, literally: the table row by row, and block 0 token by token.
+"""Precomputing the first layer, by loops: the table row by row, and block 0 token by token.
 
-Python lists and floats; nothing in it is shared with minitx. Matrices are lists of rows (in, out).
+Python lists and floats; nothing is shared with minitx. Matrices are lists of rows (in, out).
 """
 
 import math
 
 
-def times(x, w, b=None):
-    """The row x times the matrix w, plus b."""
+def project(x, w, b=None):
+    """x w + b"""
     y = [0.0] * len(w[0]) if b is None else list(b)
     for i in range(len(x)):
         for j in range(len(y)):
@@ -29,9 +29,9 @@ def normed(x, kind, gain, bias, eps):
 
 def activated(x, w):
     """The FFN's hidden neurons: silu with a gate, or the exact GELU without one."""
-    up = times(x, w["w_up"], w["b_up"])
+    up = project(x, w["w_up"], w["b_up"])
     if "w_gate" in w:
-        gate = times(x, w["w_gate"], w["b_gate"])
+        gate = project(x, w["w_gate"], w["b_gate"])
         return [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up)]
     return [u * (1 + math.erf(u / math.sqrt(2))) / 2 for u in up]
 
@@ -39,7 +39,7 @@ def activated(x, w):
 def ffn(x, w):
     """With its own norm."""
     n = normed(x, w["norm"], w["gain_2"], w["bias_2"], w["eps"])
-    return times(activated(n, w), w["w_down"], w["b_down"])
+    return project(activated(n, w), w["w_down"], w["b_down"])
 
 
 def make_table(w, parallel):
@@ -49,13 +49,13 @@ def make_table(w, parallel):
         n = normed(x, w["norm"], w["gain_1"], w["bias_1"], w["eps"])
         s = plus(x, ffn(x, w)) if parallel else list(x)
         for name in "qkv":
-            s = s + times(n, w["w_" + name], w["b_" + name])
+            s = s + project(n, w["w_" + name], w["b_" + name])
         table.append(s)
     return table
 
 
 def rope(row, position, rotated, base):
-    """One head's columns: (i, i + rotated / 2) turned by position * base^(-2 i / rotated)."""
+    """Rotate columns (i, i + rotated / 2) of one head by position * base^(-2 i / rotated)."""
     row, half = list(row), rotated // 2
     for i in range(half):
         angle = position * base ** (-2 * i / rotated)
@@ -66,7 +66,7 @@ def rope(row, position, rotated, base):
 
 
 def block_0(table, ids, w, heads, kv_heads, width, rotated, base, parallel):
-    """The stream after block 0, one row for each of the ids, step by step."""
+    """The hidden state after block 0, one row for each of the ids, step by step."""
     d = (len(table[0]) - width) // (heads + 2 * kv_heads)
     keys, values, out = [], [], []
     for position, token in enumerate(ids):
@@ -76,22 +76,22 @@ def block_0(table, ids, w, heads, kv_heads, width, rotated, base, parallel):
         q = [rope(p, position, rotated, base) for p in pieces[:heads]]
         keys.append([rope(p, position, rotated, base) for p in pieces[heads : heads + kv_heads]])
         values.append(pieces[heads + kv_heads :])
-        mixed = []
+        attended = []
         for h in range(heads):
             group = h // (heads // kv_heads)
             scores = [sum(a * b for a, b in zip(q[h], k[group])) / math.sqrt(d) for k in keys]
             p = [math.exp(score - max(scores)) for score in scores]
             for column in range(d):
                 part = sum(a * v[group][column] for a, v in zip(p, values))
-                mixed.append(part / sum(p))
-        y = plus(s, times(mixed, w["w_o"], w["b_o"]))
+                attended.append(part / sum(p))
+        y = plus(s, project(attended, w["w_o"], w["b_o"]))
         out.append(y if parallel else plus(y, ffn(y, w)))
     return out
 
 
 def split_qkv(t, position, w):
-    """[q, k, v] of token t at a learned position, by (TE[t] + TP[p]) r + c, where TE = E' g W is of
-    the token alone and TP of the position; E' less its mean for a LayerNorm."""
+    """[q, k, v] = (Y(E[t]) + Y(P[p])) r + c of token t at a learned position p; Y(x) = (x g) W, and
+    a LayerNorm subtracts the mean of x first."""
 
     def less_mean(x):
         return [a - sum(x) / len(x) for a in x] if w["norm"] == "layer" else x
@@ -102,7 +102,9 @@ def split_qkv(t, position, w):
     found = []
     for name in "qkv":
         matrix = w["w_" + name]
-        te, tp = (times([a * g for a, g in zip(less_mean(y), w["gain_1"])], matrix) for y in (e, p))
-        c = times(w["bias_1"], matrix, w["b_" + name])
-        found += [(a + b) * r + z for a, b, z in zip(te, tp, c)]
+        y_e, y_p = (
+            project([a * g for a, g in zip(less_mean(y), w["gain_1"])], matrix) for y in (e, p)
+        )
+        c = project(w["bias_1"], matrix, w["b_" + name])
+        found += [(a + b) * r + z for a, b, z in zip(y_e, y_p, c)]
     return found

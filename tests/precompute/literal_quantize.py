@@ -1,104 +1,109 @@
-"""Weights, inputs, keys and values in few bits, literally: one number at a time.
+"""Quantized weights and inputs, literally: one number at a time.
 
-Python lists, floats and whole numbers; nothing in it is shared with minitx. A matrix is a list of
-rows (in, out), as everywhere; ``columns`` of it are what a group runs along.
+Python lists, floats and integers; nothing here is shared with minitx. A matrix w is a list of rows
+(in, out), as everywhere in minitx; the groups of an output run down its column.
 """
 
 import math
 
 
-def nearest(a):
-    """The nearest whole number; halfway between two, the even one."""
+def round_to_nearest(a):
+    """The nearest integer; ties go to the even one."""
     low = math.floor(a)
     if a - low == 0.5:
         return low if low % 2 == 0 else low + 1
     return low if a - low < 0.5 else low + 1
 
 
+def clip(code, low, high):
+    return max(low, min(high, code))
+
+
 def symmetric(group, bits):
     """(codes, scale) of one group of numbers."""
-    most = 2 ** (bits - 1) - 1
-    scale = max(abs(a) for a in group) / most
+    q = 2 ** (bits - 1) - 1
+    scale = max(abs(a) for a in group) / q
     if scale == 0:
         scale = 1.0
-    return [max(-most, min(most, nearest(a / scale))) for a in group], scale
+    return [clip(round_to_nearest(a / scale), -q, q) for a in group], scale
 
 
 def asymmetric(group, bits):
-    """(codes from 0 on, scale, zero) of one group of numbers."""
+    """(codes from 0 to 2^bits - 1, scale, zero point) of one group of numbers."""
     low, high = min([0.0, *group]), max([0.0, *group])
     most = 2**bits - 1
     scale = (high - low) / most
     if scale == 0:
         scale = 1.0
-    zero = nearest(-low / scale)
-    return [max(0, min(most, nearest(a / scale) + zero)) for a in group], scale, zero
+    zero_point = round_to_nearest(-low / scale)
+    codes = [clip(round_to_nearest(a / scale) + zero_point, 0, most) for a in group]
+    return codes, scale, zero_point
 
 
-def groups_of(count, most, bits):
-    """(first, last) of each group: as many as are needed, all as large as the first but the last,
-    and of an even size where two codes share a byte."""
-    n = math.ceil(count / most)
-    size = math.ceil(count / n)
-    if bits == 4 and size % 2 == 1:
-        size += 1
-    return [(a, min(a + size, count)) for a in range(0, count, size)]
+def groups_of(inputs, group_size, bits):
+    """(first, end) of each group: as few as possible, all of one size but for a shorter last one;
+    that size is even where two codes share a byte."""
+    n = math.ceil(inputs / group_size)
+    g = math.ceil(inputs / n)
+    if bits == 4 and g % 2 == 1:
+        g += 1
+    return [(a, min(a + g, inputs)) for a in range(0, inputs, g)]
 
 
-def kept(w, bits, most, is_symmetric=True, c=None):
-    """The matrix that is left of w (in, out), group by group of each output."""
+def quantized(w, bits, group_size, is_symmetric=True, channel_scales=None):
+    """The matrix w (in, out) after quantizing and dequantizing it, group by group."""
+    c = channel_scales or [1.0] * len(w)
     out = [[0.0] * len(w[0]) for _ in w]
     for o in range(len(w[0])):
-        for a, b in groups_of(len(w), most, bits):
-            column = [w[i][o] * (c[i] if c else 1.0) for i in range(a, b)]
+        for a, b in groups_of(len(w), group_size, bits):
+            group = [w[i][o] * c[i] for i in range(a, b)]
             if is_symmetric:
-                codes, scale = symmetric(column, bits)
-                zero = 0
+                codes, scale = symmetric(group, bits)
+                zero_point = 0
             else:
-                codes, scale, zero = asymmetric(column, bits)
+                codes, scale, zero_point = asymmetric(group, bits)
             for i in range(a, b):
-                out[i][o] = (codes[i - a] - zero) * scale / (c[i] if c else 1.0)
+                out[i][o] = (codes[i - a] - zero_point) * scale / c[i]
     return out
 
 
-def times(x, w):
+def product(x, w):
     return [sum(x[i] * w[i][o] for i in range(len(x))) for o in range(len(w[0]))]
 
 
-def times_in_integers(x, w, bits, most):
-    """x (in,) times w, both rounded by groups, with whole-number sums (llama2.c's runq)."""
+def integer_product(x, w, bits, group_size):
+    """x (in,) times w, both quantized by groups, with integer sums (llama2.c's runq)."""
     y = [0.0] * len(w[0])
     for o in range(len(y)):
-        for a, b in groups_of(len(w), most, bits):
+        for a, b in groups_of(len(w), group_size, bits):
             codes, scale = symmetric([w[i][o] for i in range(a, b)], bits)
             x_codes, x_scale = symmetric(x[a:b], 8)
             total = 0
-            for p, q in zip(codes, x_codes):
-                assert isinstance(p, int) and isinstance(q, int)
-                total += p * q
+            for code, x_code in zip(codes, x_codes):
+                assert isinstance(code, int) and isinstance(x_code, int)
+                total += code * x_code
             y[o] += total * scale * x_scale
     return y
 
 
-def two_in_a_byte(numbers):
-    """[-8, -1, 0, 7] -> [248, 112]: two's complement, the first of a pair in the low half."""
-    halves = [n + 16 if n < 0 else n for n in numbers]
-    return [halves[i] + 16 * halves[i + 1] for i in range(0, len(halves), 2)]
+def pack_int4(codes):
+    """[-8, -1, 0, 7] -> [248, 112]: two's complement, the first of a pair in the low nibble."""
+    nibbles = [code + 16 if code < 0 else code for code in codes]
+    return [nibbles[i] + 16 * nibbles[i + 1] for i in range(0, len(nibbles), 2)]
 
 
-def best_ratio(w, rows, bits, most):
-    """(ratio, its squared output error, that of ratio 0) over the inputs ``rows``."""
-    n = len(rows)
-    means = [sum(abs(x[j]) for x in rows) / n for j in range(len(w))]
-    right = [times(x, w) for x in rows]
+def best_awq_ratio(w, inputs, bits, group_size):
+    """(ratio, its squared output error, that of ratio 0) over the calibration inputs."""
+    means = [sum(abs(x[j]) for x in inputs) / len(inputs) for j in range(len(w))]
+    expected = [product(x, w) for x in inputs]
     errors = {}
     for step in range(20):
         ratio = step / 20
-        c = [max(a**ratio, 1e-4) for a in means]
+        c = [max(mean**ratio, 1e-4) for mean in means]
         middle = math.sqrt(max(c) * min(c))
         c = [a / middle for a in c]
-        w_kept = kept(w, bits, most, c=c)
-        found = [times(x, w_kept) for x in rows]
-        errors[ratio] = sum((a - b) ** 2 for r, f in zip(right, found) for a, b in zip(r, f))
+        w_quantized = quantized(w, bits, group_size, channel_scales=c)
+        found = [product(x, w_quantized) for x in inputs]
+        errors[ratio] = sum((a - b) ** 2 for r, f in zip(expected, found) for a, b in zip(r, f))
     ratio = min(errors, key=errors.get)
     return ratio, errors[ratio], errors[0.0]

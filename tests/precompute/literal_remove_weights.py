@@ -1,8 +1,8 @@
-"""A skipless transformer, literally, whole and with two matrices a block removed, from the formulas
-of arXiv 2404.12362 (and for biases from this: the stream that is read is x A + a).
+"""A skipless transformer, whole and with two matrices removed from each block, from the formulas of
+arXiv 2404.12362 (biases, which the paper leaves out: x' = x A + a for the removed A with bias a).
 
-Python lists and floats; nothing in it is shared with minitx. Matrices are lists of rows (in, out);
-a block is a dict with w_q w_k w_v w_p w_m w_o (and w_gate), and biases b_... of the same names.
+Python lists and floats; nothing is shared with minitx. Matrices are lists of rows (in, out). A
+block is a dict with w_q w_k w_v w_o w_up w_down (and w_gate), and biases b_... of the same names.
 """
 
 import math
@@ -12,16 +12,16 @@ def product(a, b):
     return [[sum(row[i] * b[i][j] for i in range(len(b))) for j in range(len(b[0]))] for row in a]
 
 
-def added(row, other):
+def plus(row, other):
     return [x + y for x, y in zip(row, other)]
 
 
-def less(row, other):
+def minus(row, other):
     return [x - y for x, y in zip(row, other)]
 
 
 def inverse(a):
-    """By Gauss and Jordan, the largest number of a column first."""
+    """Gauss-Jordan elimination with partial pivoting."""
     n = len(a)
     rows = [list(map(float, row)) + [float(i == j) for j in range(n)] for i, row in enumerate(a)]
     for c in range(n):
@@ -35,37 +35,37 @@ def inverse(a):
 
 
 def remove(embedding, blocks, name):
-    """(embedding, blocks) without ``name`` ("q", "k" or "v") and w_p."""
+    """(embedding, blocks) without w_o and the projection ``name``: "q", "k" or "v"."""
     new = [dict(block) for block in blocks]
     first = blocks[0]
-    embedding = [added(row, first[f"b_{name}"]) for row in product(embedding, first[f"w_{name}"])]
+    embedding = [plus(row, first[f"b_{name}"]) for row in product(embedding, first[f"w_{name}"])]
     for i, block in enumerate(blocks):
         back = inverse(block[f"w_{name}"])
         for other in "qkv":
             if other != name:
                 w = product(back, block[f"w_{other}"])
                 moved = product([block[f"b_{name}"]], w)[0]
-                new[i][f"w_{other}"], new[i][f"b_{other}"] = w, less(block[f"b_{other}"], moved)
-        for reader in ("m", "gate"):
+                new[i][f"w_{other}"], new[i][f"b_{other}"] = w, minus(block[f"b_{other}"], moved)
+        for reader in ("up", "gate"):
             if f"w_{reader}" in block:
-                moved = product([block["b_p"]], block[f"w_{reader}"])[0]
-                new[i][f"w_{reader}"] = product(block["w_p"], block[f"w_{reader}"])
-                new[i][f"b_{reader}"] = added(moved, block[f"b_{reader}"])
+                moved = product([block["b_o"]], block[f"w_{reader}"])[0]
+                new[i][f"w_{reader}"] = product(block["w_o"], block[f"w_{reader}"])
+                new[i][f"b_{reader}"] = plus(moved, block[f"b_{reader}"])
         if i + 1 < len(blocks):
             after = blocks[i + 1]
-            new[i]["w_o"] = product(block["w_o"], after[f"w_{name}"])
-            moved = product([block["b_o"]], after[f"w_{name}"])[0]
-            new[i]["b_o"] = added(moved, after[f"b_{name}"])
-        for gone in (name, "p"):
+            new[i]["w_down"] = product(block["w_down"], after[f"w_{name}"])
+            moved = product([block["b_down"]], after[f"w_{name}"])[0]
+            new[i]["b_down"] = plus(moved, after[f"b_{name}"])
+        for gone in (name, "o"):
             del new[i][f"w_{gone}"], new[i][f"b_{gone}"]
     return embedding, new
 
 
 def linear(block, name, x):
-    """x W + b; x itself where the matrix is gone."""
+    """x W + b; x itself if the matrix is removed."""
     if f"w_{name}" not in block:
         return list(x)
-    return added(product([x], block[f"w_{name}"])[0], block[f"b_{name}"])
+    return plus(product([x], block[f"w_{name}"])[0], block[f"b_{name}"])
 
 
 def forward(embedding, blocks, head, ids, heads, kv_heads, rotated, base):
@@ -74,36 +74,36 @@ def forward(embedding, blocks, head, ids, heads, kv_heads, rotated, base):
     for block in blocks:
         qs, ks, vs = ([linear(block, name, x) for x in xs] for name in "qkv")
         d = len(qs[0]) // heads
-        mixed = []
+        attended = []
         for t in range(len(xs)):
             row = []
             for h in range(heads):
                 j = h // (heads // kv_heads)
-                q = turned(qs[t][h * d : (h + 1) * d], t, rotated, base)
+                q = rope(qs[t][h * d : (h + 1) * d], t, rotated, base)
                 scores = []
                 for s in range(t + 1):
-                    k = turned(ks[s][j * d : (j + 1) * d], s, rotated, base)
+                    k = rope(ks[s][j * d : (j + 1) * d], s, rotated, base)
                     scores.append(sum(a * b for a, b in zip(q, k)) / math.sqrt(d))
                 weights = [math.exp(score - max(scores)) for score in scores]
                 for c in range(j * d, (j + 1) * d):
                     row.append(sum(p * vs[s][c] for s, p in enumerate(weights)) / sum(weights))
-            mixed.append(row)
-        xs = [ffn(block, linear(block, "p", row)) for row in mixed]
+            attended.append(row)
+        xs = [ffn(block, linear(block, "o", row)) for row in attended]
     return product(xs, head)
 
 
 def ffn(block, x):
-    up = linear(block, "m", x)
+    up = linear(block, "up", x)
     if "w_gate" in block:
         gate = linear(block, "gate", x)
         hidden = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up)]
     else:
         hidden = [max(u, 0.0) for u in up]
-    return linear(block, "o", hidden)
+    return linear(block, "down", hidden)
 
 
-def turned(row, position, rotated, base):
-    """One head's columns: (i, i + rotated / 2) turned by position * base^(-2 i / rotated)."""
+def rope(row, position, rotated, base):
+    """Rotate columns (i, i + rotated / 2) of one head by position * base^(-2 i / rotated)."""
     row, half = list(row), rotated // 2
     for i in range(half):
         angle = position * base ** (-2 * i / rotated)

@@ -1,6 +1,6 @@
-"""MatShrink, literally: a pair of matrices, and a head's value and output projection applied.
+"""MatShrink by loops: a pair of matrices, and the two applied to a row.
 
-Python lists and floats; nothing in it is shared with minitx. Matrices are lists of rows (in, out).
+Python lists and floats; nothing is shared with minitx. Matrices are lists of rows (in, out).
 """
 
 import math
@@ -15,23 +15,23 @@ def columns(a, chosen):
 
 
 def pivots(b):
-    """The order of b's columns (r rows): r times the longest of what is left, then the others."""
-    left = [[row[j] for row in b] for j in range(len(b[0]))]  # a list for each column
+    """The order of b's columns: as often as b has rows the longest residual, then the others."""
+    residual = [[row[j] for row in b] for j in range(len(b[0]))]  # a list for each column
     chosen = []
     for _ in range(len(b)):
-        free = [j for j in range(len(left)) if j not in chosen]
-        best = max(free, key=lambda j: sum(x * x for x in left[j]))
+        free = [j for j in range(len(residual)) if j not in chosen]
+        best = max(free, key=lambda j: sum(x * x for x in residual[j]))
         chosen.append(best)
-        length = math.sqrt(sum(x * x for x in left[best]))
-        unit = [x / length for x in left[best]]
-        for column in left:
+        length = math.sqrt(sum(x * x for x in residual[best]))
+        unit = [x / length for x in residual[best]]
+        for column in residual:
             along = sum(x * u for x, u in zip(column, unit))
             column[:] = [x - along * u for x, u in zip(column, unit)]
-    return chosen + [j for j in range(len(left)) if j not in chosen]
+    return chosen + [j for j in range(len(residual)) if j not in chosen]
 
 
 def solve(m, b):
-    """m^-1 b by Gauss and Jordan, the largest number of a column first."""
+    """m^-1 b by Gauss-Jordan elimination with partial pivoting."""
     n = len(m)
     rows = [list(map(float, row)) + list(map(float, other)) for row, other in zip(m, b)]
     for c in range(n):
@@ -45,14 +45,14 @@ def solve(m, b):
 
 
 def pair(a, b):
-    """(A*, B2*, p) of A (d, r) and B (r, n)."""
+    """(A*, the rest of B*, p) for A (d, r) and B (r, n): A* = A block, B* = block^-1 B."""
     p, r = pivots(b), len(b)
     block = columns(b, p[:r])
     return product(a, block), solve(block, columns(b, p[r:])), p
 
 
 def apply(a_new, rest, p, x):
-    """x A B from what is left of them."""
+    """x A B, from A* and the rest of B*."""
     u = product([x], a_new)[0]
     y = product([u], rest)[0]
     out = [0.0] * len(p)

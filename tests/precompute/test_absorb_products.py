@@ -1,4 +1,4 @@
-"""W_Q W_K^T and W_V W_O as one matrix: against the plain forward, a literal twin, the ledger."""
+"""absorb_products: W_q W_k^T and W_v W_o as one matrix each compute the same attention."""
 
 from dataclasses import replace
 from itertools import product
@@ -6,14 +6,14 @@ from itertools import product
 import literal_absorb_products as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, error, in_chunks
+from tiny import FAMILIES, check_close, error, in_chunks
 
 from minitx.build import random_model
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope, RMSNorm
-from minitx.precompute.absorb_products import absorbed
+from minitx.precompute.absorb_products import absorb
 from minitx.technique import apply, swap
 from minitx.tree import map_weights
 
@@ -49,72 +49,6 @@ def make(kind, dtype=np.float64, **changes):
     return LM(map_weights(random, change))
 
 
-@cases
-@pytest.mark.parametrize("dtype, allowed", [(np.float64, 1e-12), (np.float32, 1e-5)])
-def test_a_prompt_chunks_and_single_tokens(kind, pairs, dtype, allowed):
-    dense = make(kind, dtype)
-    lm = apply(dense, {"absorb_products": {"pairs": pairs}})
-    expected = dense.logits(IDS)
-    for sizes in ((32,), (20, 2, 9, 1), (1,) * 32):
-        found = in_chunks(lm, IDS, sizes)
-        assert error(found, expected) < allowed and found.dtype == dtype
-
-
-@pytest.mark.parametrize("kind, pairs", [("learned", "both"), ("rotary", "ov")])
-def test_by_itself_it_absorbs_what_the_positions_allow(kind, pairs):
-    possible, asked = (
-        apply(make(kind), {"absorb_products": options}) for options in ({}, {"pairs": pairs})
-    )
-    assert repr(possible) == repr(asked)
-    np.testing.assert_array_equal(possible.logits(IDS), asked.logits(IDS))
-
-
-@cases
-def test_batches(kind, pairs):
-    """In step, and padded on the left: each row as alone."""
-    lm = apply(make(kind), {"absorb_products": {"pairs": pairs}})
-    both = lm.logits(np.stack([IDS, IDS[::-1]]))
-    assert error(both[1], lm.logits(IDS[::-1])) < 1e-12
-    prompts = [[7, 2, 7, 0], [3], [10, 9]]
-    assert lm.generate(prompts, 8) == [lm.generate(prompt, 8) for prompt in prompts]
-
-
-@cases
-@pytest.mark.parametrize("other", ["first_layer", "merge_embeddings", "exact_head"])
-def test_with_other_exact_folds(kind, pairs, other):
-    dense = make(kind)
-    if other == "merge_embeddings" and KINDS[kind].rope_width:
-        pytest.skip("rotary")
-    lm = apply(dense, {"absorb_products": {"pairs": pairs}, other: True})
-    assert error(in_chunks(lm, IDS, (25, 1, 6)), dense.logits(IDS)) < 1e-12
-
-
-@cases
-def test_tokens_that_pass_a_layer_by_leave_what_later_ones_need(kind, pairs):
-    exit_early = {"early_exit": {"threshold": 0.0, "first": 1, "warm_up": 8}}
-    dense = make(kind)
-    expected = apply(dense, exit_early).logits(IDS)
-    lm = apply(dense, exit_early | {"absorb_products": {"pairs": pairs}})
-    assert error(lm.logits(IDS), expected) < 1e-12
-    assert error(dense.logits(IDS), expected) > 1e-3
-
-
-@pytest.mark.parametrize("kind", ["learned", "learned-plain", "one head", "full"])
-@pytest.mark.parametrize("pairs", ["qk", "ov", "both"])
-def test_the_literal_twin(kind, pairs):
-    dense = make(kind)
-    lm = apply(dense, {"absorb_products": {"pairs": pairs}})
-    plain, absorbed = (model.model.stack.blocks[1].attn for model in (dense, lm))
-    rows = np.random.default_rng(1).normal(0, 1, (10, 16))
-    maps = dict(zip("QKVO", (plain.qkv.q, plain.qkv.k, plain.qkv.v, plain.out)))
-    w = {f"W_{name}": m.w for name, m in maps.items()}
-    w |= {f"b_{n}": np.zeros(m.w.shape[1]) if m.b is None else m.b for n, m in maps.items()}
-    expected = literal.attend(plain.norm(rows), w, plain.heads, plain.kv_heads)
-    for attn, model in ((absorbed, lm.model), (plain, dense.model)):
-        layer = model.new_state().layers[1].take(len(rows))
-        assert error(attn(rows, layer), expected) < 1e-12
-
-
 def by_hand():
     """An attention of width 2 with one head of width 1."""
     columns = np.array([[[1.0], [2.0]], [[3.0], [4.0]], [[5.0], [6.0]]])
@@ -125,13 +59,93 @@ def by_hand():
     return Attention(norm, QKV(q, k, v), NoRope(), Cache(), Attend(1.0), out, 1, 1)
 
 
-def test_the_matrices_by_hand():
-    """Width 2, one head of 1: QK = [1, 2]^T [3, 4] and so on, with the scale left in the scores."""
-    both = absorbed(by_hand(), True, True)
-    np.testing.assert_array_equal(both.qkv.q.w, [[3, 4], [6, 8]])
-    np.testing.assert_array_equal(both.qkv.q.b, [30, 40])  # b_Q W_K^T; b_K goes
-    np.testing.assert_array_equal(both.out.w, [[35, 40], [42, 48]])
-    np.testing.assert_array_equal(both.out.b, [210.5, 240.25])  # b_V W_O + b_O
+def test_absorb_products_worked_example_by_hand():
+    """Width 2, one head of width 1:
+
+    QK = W_q W_k^T = [1, 2]^T [3, 4] = [3, 4], [6, 8]         bias b_q W_k^T = 10 [3, 4] = [30, 40]
+    OV = W_v W_o   = [5, 6]^T [7, 8] = [35, 40], [42, 48]
+    bias b_o + b_v W_o = [0.5, 0.25] + 30 [7, 8] = [210.5, 240.25];   b_k drops out
+    """
+    both = absorb(by_hand(), qk=True, ov=True)
+    np.testing.assert_array_equal(both.qkv.q.w, [[3, 4], [6, 8]], "QK")
+    np.testing.assert_array_equal(both.qkv.q.b, [30, 40], "b_q W_k^T")
+    np.testing.assert_array_equal(both.out.w, [[35, 40], [42, 48]], "OV")
+    np.testing.assert_array_equal(both.out.b, [210.5, 240.25], "b_v W_o + b_o")
+
+
+# Literal version ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned-plain", "one head", "full"])
+@pytest.mark.parametrize("pairs", ["qk", "ov", "both"])
+def test_absorb_products_equals_the_literal_version(kind, pairs):
+    dense = make(kind)
+    lm = apply(dense, {"absorb_products": {"pairs": pairs}})
+    plain, changed = (model.model.stack.blocks[1].attn for model in (dense, lm))
+    rows = np.random.default_rng(1).normal(0, 1, (10, 16))
+    maps = dict(zip("qkvo", (plain.qkv.q, plain.qkv.k, plain.qkv.v, plain.out)))
+    w = {f"W_{name}": m.w for name, m in maps.items()}
+    w |= {f"b_{n}": np.zeros(m.w.shape[1]) if m.b is None else m.b for n, m in maps.items()}
+    expected = literal.attend(plain.norm(rows), w, plain.heads, plain.kv_heads)
+    for attn, model in ((changed, lm.model), (plain, dense.model)):
+        layer = model.new_state().layers[1].take(len(rows))
+        check_close(attn(rows, layer), expected, 1e-12, "attention output")
+
+
+# The dense model ---------------------------------------------------------------------------------
+
+
+@cases
+@pytest.mark.parametrize("dtype, allowed", [(np.float64, 1e-12), (np.float32, 1e-5)])
+def test_absorb_products_keeps_logits_of_prompts_chunks_and_single_tokens(
+    kind, pairs, dtype, allowed
+):
+    dense = make(kind, dtype)
+    lm = apply(dense, {"absorb_products": {"pairs": pairs}})
+    expected = dense.logits(IDS)
+    for sizes in ((32,), (20, 2, 9, 1), (1,) * 32):
+        found = in_chunks(lm, IDS, sizes)
+        check_close(found, expected, allowed, "logits")
+        assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("kind, pairs", [("learned", "both"), ("rotary", "ov")])
+def test_absorb_products_default_is_what_the_positions_allow(kind, pairs):
+    possible, asked = (
+        apply(make(kind), {"absorb_products": options}) for options in ({}, {"pairs": pairs})
+    )
+    assert repr(possible) == repr(asked)
+    np.testing.assert_array_equal(possible.logits(IDS), asked.logits(IDS))
+
+
+@cases
+def test_absorb_products_row_of_a_batch_is_the_row_alone(kind, pairs):
+    """In rows of equal length, and padded on the left."""
+    lm = apply(make(kind), {"absorb_products": {"pairs": pairs}})
+    both = lm.logits(np.stack([IDS, IDS[::-1]]))
+    check_close(both[1], lm.logits(IDS[::-1]), 1e-12, "second row of the batch")
+    prompts = [[7, 2, 7, 0], [3], [10, 9]]
+    assert lm.generate(prompts, 8) == [lm.generate(prompt, 8) for prompt in prompts]
+
+
+@cases
+@pytest.mark.parametrize("other", ["first_layer", "merge_embeddings", "exact_head"])
+def test_absorb_products_with_other_exact_techniques_is_exact(kind, pairs, other):
+    dense = make(kind)
+    if other == "merge_embeddings" and KINDS[kind].rope_width:
+        pytest.skip("rotary")
+    lm = apply(dense, {"absorb_products": {"pairs": pairs}, other: True})
+    check_close(in_chunks(lm, IDS, (25, 1, 6)), dense.logits(IDS), 1e-12, "logits")
+
+
+@cases
+def test_absorb_products_backfills_tokens_that_skip_a_layer(kind, pairs):
+    exit_early = {"early_exit": {"threshold": 0.0, "first": 1, "warm_up": 8}}
+    dense = make(kind)
+    expected = apply(dense, exit_early).logits(IDS)
+    lm = apply(dense, exit_early | {"absorb_products": {"pairs": pairs}})
+    check_close(lm.logits(IDS), expected, 1e-12, "logits")
+    assert error(dense.logits(IDS), expected) > 1e-3
 
 
 # Biases ------------------------------------------------------------------------------------------
@@ -155,8 +169,8 @@ CHOICES = [[n for n, b in zip(("q", "k", "v", "out"), c) if b] for c in product(
 
 
 @pytest.mark.parametrize("kind, pairs", [c for c in CASES if c[0] != "learned-plain"])
-def test_absorb_products_mixed_biases_is_exact(kind, pairs):
-    """All 2^4 choices of biases, and they are made only where something is to be added."""
+def test_absorb_products_with_any_mix_of_biases_is_exact(kind, pairs):
+    """All 2^4 choices of biases; new biases appear only where there is something to add."""
     lm = make(kind)
     for names in CHOICES:
         dense = some_biases(lm, names)
@@ -175,28 +189,28 @@ def test_absorb_products_mixed_biases_is_exact(kind, pairs):
 
 
 @pytest.mark.parametrize("names", CHOICES, ids=lambda names: "+".join(names) or "none")
-def test_absorb_products_mixed_biases_by_hand(names):
-    """As in the example by hand: b_Q W_K^T = 10 [3, 4]; b_V W_O = 30 [7, 8]; b_K goes."""
-    absorbed_ = absorbed(some_biases(by_hand(), names), True, True)
-    b = absorbed_.qkv.q.b
-    assert (None if b is None else b.tolist()) == ([30, 40] if "q" in names else None), "b_Q W_K^T"
+def test_absorb_products_with_any_mix_of_biases_by_hand(names):
+    """As in the worked example: b_q W_k^T = 10 [3, 4]; b_v W_o = 30 [7, 8]; b_k drops out."""
+    new = absorb(some_biases(by_hand(), names), qk=True, ov=True)
+    b = new.qkv.q.b
+    assert (None if b is None else b.tolist()) == ([30, 40] if "q" in names else None), "b_q W_k^T"
     expected = np.zeros(2)
     if "v" in names:
         expected = expected + [210, 240]
     if "out" in names:
         expected = expected + [0.5, 0.25]
-    b = absorbed_.out.b
+    b = new.out.b
     if not {"v", "out"} & set(names):
-        assert b is None, f"nothing is to be added, but the output has the bias {b}"
+        assert b is None, f"expected no bias of the output, got {b}"
     else:
-        np.testing.assert_array_equal(b, expected, err_msg="b_V W_O + b_O")
+        np.testing.assert_array_equal(b, expected, err_msg="b_v W_o + b_o")
 
 
-# What it costs -----------------------------------------------------------------------------------
+# Costs -------------------------------------------------------------------------------------------
 
 
 @cases
-def test_a_token_costs_what_the_card_says(kind, pairs):
+def test_absorb_products_costs_what_the_card_says(kind, pairs):
     dense = make(kind, np.float32)
     lm = apply(dense, {"absorb_products": {"pairs": pairs}})
     c = dense.model.config
@@ -212,8 +226,8 @@ def test_a_token_costs_what_the_card_says(kind, pairs):
     before, after = found
     assert before.multiply_adds == 2 * D * (H + K) * d + 2 * S * H * d
     scores = H * D * D + S * H * D if qk else D * (H + K) * d + S * H * d
-    mixing = H * D * D + S * H * D if ov else D * (H + K) * d + S * H * d
-    assert after.multiply_adds == scores + mixing
+    outputs = H * D * D + S * H * D if ov else D * (H + K) * d + S * H * d
+    assert after.multiply_adds == scores + outputs
     products = (H * D if qk else (H + K) * d) + (H * D if ov else (H + K) * d)
     assert after.weight_bytes == 4 * D * products
     kept = D if qk and ov else D + K * d if qk or ov else 2 * K * d
@@ -222,8 +236,8 @@ def test_a_token_costs_what_the_card_says(kind, pairs):
     assert before.cache_bytes == 4 * 2 * K * d * S
 
 
-def test_it_pays_for_one_wide_head():
-    """d = D: both products are as large as one of their two factors."""
+def test_absorb_products_pays_for_one_wide_head():
+    """d = D: each product is as large as one of its two factors."""
     dense = make("one head", np.float32)
     costs = []
     for lm in (dense, apply(dense, {"absorb_products": True})):
@@ -235,26 +249,26 @@ def test_it_pays_for_one_wide_head():
     assert costs[1].cache_bytes * 2 == costs[0].cache_bytes
 
 
-# What it is not for ------------------------------------------------------------------------------
+# Refusals ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["rotary", "parallel"])
 @pytest.mark.parametrize("pairs", ["qk", "both"])
-def test_rotary_positions_stand_between_queries_and_keys(kind, pairs):
+def test_absorb_products_of_q_and_k_with_rotary_positions_is_refused(kind, pairs):
     with pytest.raises(MinitxError, match="^absorb_products.*rotary.*use pairs=ov"):
         apply(make(kind), {"absorb_products": {"pairs": pairs}})
 
 
 @pytest.mark.parametrize("other", ["fuse_projections", "slim_attention"])
-def test_others_that_want_the_three_matrices(other):
+def test_absorb_products_beside_techniques_that_need_the_matrices_is_refused(other):
     with pytest.raises(MinitxError, match=f"{other}.*absorb_products.*use one of the two"):
         apply(make("full"), {"absorb_products": True, other: True})
 
 
 @pytest.mark.parametrize("kind", ["full", "learned"])
-def test_absorbing_after_folding_the_norms_is_exact(kind):
-    """fold_norms comes first in any order of the flags: what is absorbed is folded already."""
+def test_absorb_products_after_fold_norms_is_exact(kind):
+    """fold_norms goes first, whatever the order of the flags."""
     dense = make(kind)
     pairs = "both" if kind == "learned" else "ov"
     both = apply(dense, {"absorb_products": {"pairs": pairs}, "fold_norms": True})
-    assert error(both.logits(IDS), dense.logits(IDS)) < 1e-12
+    check_close(both.logits(IDS), dense.logits(IDS), 1e-12, "logits")

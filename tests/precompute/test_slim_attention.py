@@ -1,4 +1,4 @@
-"""Keys alone in the cache: against the plain forward, a literal twin, and the ledger."""
+"""slim_attention: values computed from cached keys are the values, at half of the cache."""
 
 import itertools
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import literal_slim_attention as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, error, in_chunks, tiny_lm
+from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm
 
 from minitx import fast, ops
 from minitx.build import random_model
@@ -34,7 +34,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def make(kind, dtype=np.float64, condition=30.0, **changes):
-    """A model whose biases are not zero, whose gains are not one, and whose W_K have a condition
+    """A model whose biases are not zero, whose gains are not one, and whose W_k have a condition
     number of that size."""
     rng = np.random.default_rng(5)
     random = random_model(replace(KINDS[kind], **changes), 3, dtype)
@@ -47,7 +47,7 @@ def make(kind, dtype=np.float64, condition=30.0, **changes):
 
 
 def with_condition(lm, condition, only=None):
-    """W_K = U diag(1 .. 1 / condition) V^T, in the layer ``only`` or in all."""
+    """W_k = U diag(1 .. 1 / condition) V^T, in the layer ``only`` or in all."""
 
     def change(attn, number):
         if only not in (None, number):
@@ -60,113 +60,57 @@ def with_condition(lm, condition, only=None):
     return wrap(lm, "attn", change)
 
 
-# Against the plain forward -----------------------------------------------------------------------
+def test_slim_attention_worked_example_by_hand():
+    """Width 2, one head. W_k = [[2, 0], [0, 4]], W_v = [[6, 2], [8, 4]]:
+
+    W_kv = W_k^-1 W_v = [6 / 2, 2 / 2], [8 / 4, 4 / 4] = [3, 1], [2, 1]
+    n = [1, 1]:  k = n W_k = [2, 4],  v = n W_v = [14, 6]
+    v = k W_kv = [2 * 3 + 4 * 2, 2 * 1 + 4 * 1] = [14, 6]
+    The condition number of W_k is 4 / 2 = 2.
+    """
+    w_k, w_v = np.array([[2.0, 0.0], [0.0, 4.0]]), np.array([[6.0, 2.0], [8.0, 4.0]])
+    w_kv, condition = solve(w_k, w_v)
+    np.testing.assert_allclose(w_kv, [[3, 1], [2, 1]], rtol=1e-15, err_msg="W_kv")
+    np.testing.assert_allclose(np.array([2, 4]) @ w_kv, [14, 6], rtol=1e-15, err_msg="value")
+    assert condition == pytest.approx(2)
 
 
-@kinds
-@pytest.mark.parametrize("dtype, allowed", [(np.float64, 1e-12), (np.float32, 1e-5)])
-def test_a_prompt_chunks_and_single_tokens(kind, dtype, allowed):
-    dense = make(kind, dtype)
-    lm = apply(dense, {"slim_attention": True})
-    expected = dense.logits(IDS)
-    for sizes in ((32,), (20, 2, 9, 1), (1,) * 32):
-        assert error(in_chunks(lm, IDS, sizes), expected) < allowed
-
-
-@kinds
-def test_the_cache_is_half_as_large(kind):
-    dense = make(kind)
-    sizes = []
-    for lm in (dense, apply(dense, {"slim_attention": True})):
-        state = lm.model.new_state()
-        lm.model(IDS, state)
-        sizes.append(state.bytes_per_token)
-    assert 2 * sizes[1] == sizes[0] > 0
-
-
-@kinds
-def test_batches(kind):
-    """In step, and padded on the left: each row as alone."""
-    lm = apply(make(kind), {"slim_attention": True})
-    both = lm.logits(np.stack([IDS, IDS[::-1]]))
-    assert error(both[1], lm.logits(IDS[::-1])) < 1e-12
-    prompts = [[7, 2, 7, 0] * 5, [3], [10, 9]]
-    state = lm.model.new_state(np.array([0, 19, 18]))
-    ids = np.zeros((3, 20), int)
-    for row, prompt in zip(ids, prompts):
-        row[20 - len(prompt) :] = prompt
-    logits = [lm.model(ids, state), lm.model(np.array([[4], [4], [4]]), state)]
-    for row, prompt in enumerate(prompts):
-        alone = lm.logits([*prompt, 4])
-        assert error(logits[0][row, -1], alone[-2]) < 1e-12
-        assert error(logits[1][row, -1], alone[-1]) < 1e-12
-    assert lm.generate(prompts, 8) == [lm.generate(prompt, 8) for prompt in prompts]
-
-
-@pytest.mark.parametrize("kind", ["learned", "rotary-biases", "parallel"])
-def test_every_combination_with_exact_folds(kind):
-    dense = make(kind)
-    expected = dense.logits(IDS)
-    others = ["fold_norms", "fuse_projections", "first_layer", "exact_head"]
-    others += ["merge_embeddings"] * (kind == "learned")
-    for count in range(len(others) + 1):
-        for chosen in itertools.combinations(others, count):
-            try:
-                lm = apply(dense, dict.fromkeys((*chosen, "slim_attention"), True))
-            except MinitxError as refusal:
-                assert {"first_layer", "merge_embeddings"} <= set(chosen), refusal
-                continue
-            assert error(lm.logits(IDS), expected) < 1e-12, chosen
-            assert error(in_chunks(lm, IDS, (25, 1, 6)), expected) < 1e-12, chosen
-
-
-@pytest.mark.parametrize("fuse", [False, True])
-def test_tokens_that_pass_a_layer_by_leave_their_keys(fuse):
-    exit_early = {"threshold": 0.0, "first": 1, "warm_up": 8}
-    wanted = {"early_exit": exit_early, "fuse_projections": fuse}
-    dense = make("parallel")
-    expected = apply(dense, wanted).logits(IDS)
-    lm = apply(dense, wanted | {"slim_attention": True})
-    assert error(lm.logits(IDS), expected) < 1e-12
-    assert error(dense.logits(IDS), expected) > 1e-3
-
-
-# Against the literal twin ------------------------------------------------------------------------
+# Literal version ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["learned", "rotary", "parallel", "wide"])
-def test_the_literal_twin(kind):
+def test_slim_attention_equals_the_literal_version(kind):
     dense = make(kind)
     lm = apply(dense, {"slim_attention": True})
     plain, slim = (model.model.stack.blocks[1].attn for model in (dense, lm))
     rows = np.random.default_rng(1).normal(0, 1, (12, 16))
-    maps = dict(zip("QKVO", (plain.qkv.q, plain.qkv.k, plain.qkv.v, plain.out)))
+    maps = dict(zip("qkvo", (plain.qkv.q, plain.qkv.k, plain.qkv.v, plain.out)))
     w = {f"W_{name}": m.w for name, m in maps.items()}
     w |= {f"b_{n}": np.zeros(m.w.shape[1]) if m.b is None else m.b for n, m in maps.items()}
     expected, keys = literal.attend(plain.norm(rows), w, plain.heads, dense.model.config.rope_width)
     layer = lm.model.new_state().layers[1].take(len(rows))
-    assert error(slim(rows, layer), expected) < 1e-12
+    check_close(slim(rows, layer), expected, 1e-12, "attention output")
     cached = layer.keys[0, :12]
-    if kind == "learned":  # b_K is dropped there
-        cached = cached + w["b_K"]
-    assert error(cached, keys) < 1e-13
+    if kind == "learned":  # b_k is dropped there
+        cached = cached + w["b_k"]
+    check_close(cached, keys, 1e-13, "cached keys")
     assert layer.values.size == 0
 
 
 @kinds
-def test_both_orders_give_the_same(kind):
+def test_slim_attention_both_orders_of_products_agree(kind):
     lm = apply(make(kind), {"slim_attention": True})
     attn = lm.model.stack.blocks[0].attn
     H, E, d = attn.attend.w_kv.shape
     rng = np.random.default_rng(2)
     q, raw = rng.normal(size=(H, 3, d)), rng.normal(size=(1, 20, E))
     k = split_heads(raw[0], H)
-    mixed = attn.attend.mixed_keys(q, k, raw, fast.newest_mask(3))
-    rebuilt = ops.attention(q, k, attn.attend.values(raw), attn.attend.scale)
-    assert error(mixed, rebuilt) < 1e-12
+    keys_first = attn.attend.sum_keys_first(q, k, raw, fast.newest_mask(3))
+    values_first = ops.attention(q, k, attn.attend.values(raw), attn.attend.scale)
+    check_close(keys_first, values_first, 1e-12, "both orders")
 
 
-def test_rotated_keys_or_a_forgotten_bias_would_show():
+def test_slim_attention_rotated_keys_or_a_forgotten_bias_change_the_logits():
     dense = make("parallel")
     lm = apply(dense, {"slim_attention": True})
     expected, rope = dense.logits(IDS), dense.model.stack.blocks[0].attn.rope
@@ -181,12 +125,83 @@ def test_rotated_keys_or_a_forgotten_bias_would_show():
         assert error(swap(lm, Attention, change).logits(IDS), expected) > 0.01
 
 
-# What it costs -----------------------------------------------------------------------------------
+# The dense model ---------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("dtype, allowed", [(np.float64, 1e-12), (np.float32, 1e-5)])
+def test_slim_attention_keeps_logits_of_prompts_chunks_and_single_tokens(kind, dtype, allowed):
+    dense = make(kind, dtype)
+    lm = apply(dense, {"slim_attention": True})
+    expected = dense.logits(IDS)
+    for sizes in ((32,), (20, 2, 9, 1), (1,) * 32):
+        check_close(in_chunks(lm, IDS, sizes), expected, allowed, "logits")
+
+
+@kinds
+def test_slim_attention_cache_is_half_as_large(kind):
+    dense = make(kind)
+    sizes = []
+    for lm in (dense, apply(dense, {"slim_attention": True})):
+        state = lm.model.new_state()
+        lm.model(IDS, state)
+        sizes.append(state.bytes_per_token)
+    assert 2 * sizes[1] == sizes[0] > 0
+
+
+@kinds
+def test_slim_attention_row_of_a_batch_is_the_row_alone(kind):
+    """In rows of equal length, and padded on the left."""
+    lm = apply(make(kind), {"slim_attention": True})
+    both = lm.logits(np.stack([IDS, IDS[::-1]]))
+    check_close(both[1], lm.logits(IDS[::-1]), 1e-12, "second row of the batch")
+    prompts = [[7, 2, 7, 0] * 5, [3], [10, 9]]
+    state = lm.model.new_state(np.array([0, 19, 18]))
+    ids = np.zeros((3, 20), int)
+    for row, prompt in zip(ids, prompts):
+        row[20 - len(prompt) :] = prompt
+    logits = [lm.model(ids, state), lm.model(np.array([[4], [4], [4]]), state)]
+    for row, prompt in enumerate(prompts):
+        alone = lm.logits([*prompt, 4])
+        check_close(logits[0][row, -1], alone[-2], 1e-12, "row of a prompt")
+        check_close(logits[1][row, -1], alone[-1], 1e-12, "row of a step")
+    assert lm.generate(prompts, 8) == [lm.generate(prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.parametrize("kind", ["learned", "rotary-biases", "parallel"])
+def test_slim_attention_with_any_exact_techniques_is_exact(kind):
+    dense = make(kind)
+    expected = dense.logits(IDS)
+    others = ["fold_norms", "fuse_projections", "first_layer", "exact_head"]
+    others += ["merge_embeddings"] * (kind == "learned")
+    for count in range(len(others) + 1):
+        for chosen in itertools.combinations(others, count):
+            try:
+                lm = apply(dense, dict.fromkeys((*chosen, "slim_attention"), True))
+            except MinitxError as refusal:
+                assert {"first_layer", "merge_embeddings"} <= set(chosen), refusal
+                continue
+            check_close(lm.logits(IDS), expected, 1e-12, f"with {chosen}")
+            check_close(in_chunks(lm, IDS, (25, 1, 6)), expected, 1e-12, f"with {chosen}")
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_slim_attention_backfills_tokens_that_skip_a_layer(fuse):
+    exit_early = {"threshold": 0.0, "first": 1, "warm_up": 8}
+    wanted = {"early_exit": exit_early, "fuse_projections": fuse}
+    dense = make("parallel")
+    expected = apply(dense, wanted).logits(IDS)
+    lm = apply(dense, wanted | {"slim_attention": True})
+    check_close(lm.logits(IDS), expected, 1e-12, "logits")
+    assert error(dense.logits(IDS), expected) > 1e-3
+
+
+# Costs -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["learned", "parallel", "one head", "wide"])
-def test_a_token_costs_what_the_card_says(kind):
-    """D = 16 wide, on S = 30 keys: (H + 1) S E for 2 S E, E^2 for D E; the cache is read once."""
+def test_slim_attention_token_costs_what_the_card_says(kind):
+    """With E = H d: (H + 1) S E instead of 2 S E, E^2 instead of D E; the cache is read once."""
     dense = make(kind, np.float32)
     lm = apply(dense, {"slim_attention": True})
     H, d = dense.model.config.heads, dense.model.config.head_width
@@ -205,7 +220,7 @@ def test_a_token_costs_what_the_card_says(kind):
     assert (before.cache_bytes, after.cache_bytes) == (2 * 4 * S * E, 4 * S * E)
 
 
-def test_a_prompt_costs_what_it_did():
+def test_slim_attention_prompt_costs_what_the_dense_one_does():
     dense = make("parallel")
     lm = apply(dense, {"slim_attention": True})
     found = []
@@ -219,16 +234,16 @@ def test_a_prompt_costs_what_it_did():
 # Conditioning ------------------------------------------------------------------------------------
 
 
-def test_the_condition_numbers_stand_in_the_tree():
+def test_slim_attention_condition_numbers_are_in_the_tree():
     lm = apply(with_condition(make("parallel"), 777.0, only=1), {"slim_attention": True})
     kept = [node.condition for _, node in walk(lm) if type(node) is AttendKeys]
     assert kept == [30.0, 777.0]
     assert "condition=30)" in repr(lm.model) and "condition=777)" in repr(lm.model)
 
 
-def test_a_badly_conditioned_layer_is_refused_by_its_number():
+def test_slim_attention_ill_conditioned_layer_is_refused_by_number():
     lm = with_condition(make("parallel"), 1e6, only=1)
-    with pytest.raises(MinitxError, match=r"layer 1: the condition number of its W_K is 1e\+06"):
+    with pytest.raises(MinitxError, match=r"layer 1: the condition number of its W_k is 1e\+06"):
         apply(lm, {"slim_attention": True})
     expected = lm.logits(IDS)
     allowed = apply(lm, {"slim_attention": {"max_condition": 2e6}})
@@ -238,7 +253,7 @@ def test_a_badly_conditioned_layer_is_refused_by_its_number():
 
 
 @pytest.mark.parametrize("fault", [np.zeros_like, lambda w: w[:, [0] * 16], lambda w: w * np.nan])
-def test_a_w_k_without_inverse_is_refused(fault):
+def test_slim_attention_singular_w_k_is_refused(fault):
     def change(attn):
         k = attn.qkv.k
         return replace(attn, qkv=replace(attn.qkv, k=replace(k, w=fault(k.w))))
@@ -249,8 +264,8 @@ def test_a_w_k_without_inverse_is_refused(fault):
 
 
 @pytest.mark.parametrize("condition, about", [(1e0, 4e-8), (1e2, 4e-7), (1e4, 2e-5), (1e6, 1e-3)])
-def test_errors_of_values_grow_as_the_dossier_measured(condition, about):
-    """d = 128, keys and W_KV in float32: within a factor of 10 of the dossier's table."""
+def test_slim_attention_value_errors_grow_with_the_condition_number(condition, about):
+    """d = 128, keys and W_kv in float32: within a factor of 10 of the card's figures."""
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.normal(size=(128, 128)))[0] for _ in range(2))
     w_k = (u * np.logspace(0, -np.log10(condition), 128)) @ v
@@ -262,7 +277,7 @@ def test_errors_of_values_grow_as_the_dossier_measured(condition, about):
     assert about / 10 < off < about * 10
 
 
-# What it is not for ------------------------------------------------------------------------------
+# Refusals ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -270,21 +285,21 @@ def test_errors_of_values_grow_as_the_dossier_measured(condition, about):
     [
         (lambda: tiny_lm("llama"), "has 1 for 2 query heads.*2 times smaller"),
         (lambda: make("rotary", condition=None, kv_heads=2), "has 2 for 4 query heads"),
-        (lambda: make("rotary", head_width=2, rope_width=2), "are 8 wide and its stream 16"),
+        (lambda: make("rotary", head_width=2, rope_width=2), "are 8 wide and its hidden state 16"),
     ],
 )
-def test_keys_that_hold_too_little_are_refused(lm, words):
+def test_slim_attention_keys_that_hold_too_little_are_refused(lm, words):
     with pytest.raises(MinitxError, match=f"^slim_attention.*{words}"):
         apply(lm(), {"slim_attention": True})
 
 
-def test_other_techniques_that_want_the_same_parts():
+def test_slim_attention_beside_techniques_of_the_same_parts_is_refused():
     for name in ("shrink", "a3"):
         with pytest.raises(MinitxError, match=f"slim_attention.*{name}.*use one of the two"):
             apply(make("parallel"), {name: True, "slim_attention": True})
 
 
-def test_it_is_drawn():
+def test_slim_attention_tree_shows_its_parts():
     lm = apply(make("parallel"), {"slim_attention": True})
     assert "QueriesAndKeys(q_width=16)" in repr(lm.model)
     assert "w_kv 4x16x4" in repr(lm.model)

@@ -1,9 +1,8 @@
 """``minitx cost first-layer``: the cost tables of Graef's paper, for a model of any size.
 
 Formulas: arXiv 2402.13388, section 3. They count numbers, not bytes, and leave out biases, norms
-and the routers of experts. What goes beyond the paper: heads that do not fill the width, tied
-heads, learned positions (see precompute/first_layer.py), and the number of tokens at which reading
-breaks even.
+and the routers of experts. Beyond the paper: heads that do not fill the width, tied heads, learned
+positions (see precompute/first_layer.py), and the number of tokens at which reads break even.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,27 +20,27 @@ class FirstLayerCost(ExampleTable):
 
     @property
     def eliminated(self) -> int:
-        """Weights of block 0 that are needed no more, which is also the multiply-adds that a token
-        takes less (with experts: if all of them ran)."""
-        ffn = self.shape.parallel and not self.shape.positions  # positions keep it out of the table
+        """Weights of block 0 that are no longer needed; as many multiply-adds are saved per token
+        (with experts: if all of them ran)."""
+        ffn = self.shape.parallel and not self.shape.positions  # which keep it out of the table
         return self.qp_weights // 2 + self.kv_weights + (self.ffn_weights if ffn else 0)
 
     @property
     def extra(self) -> int:
-        """A: numbers of queries, keys and values in a row, beside the D of the stream."""
+        """Numbers of queries, keys and values in a row, besides the D of s."""
         return self.shape.qkv_width
 
     @property
     def tables(self) -> int:
-        """Rows that a token reads: one, or a second one for its position."""
+        """Rows read per token: one, and with learned positions a second one."""
         return 2 if self.shape.positions else 1
 
     def reads_without(self, batch: int) -> int:
-        """Numbers that block 0 reads for ``batch`` tokens in one pass, computing."""
+        """Numbers that block 0 reads for ``batch`` tokens in one pass if it computes."""
         return self.eliminated + batch * self.tables * self.shape.width
 
     def reads_with(self, batch: int) -> int:
-        """The same, looking up."""
+        """The same if it looks up."""
         return batch * self.tables * (self.shape.width + self.extra)
 
     def factor(self, batch: int) -> float:
@@ -49,12 +48,12 @@ class FirstLayerCost(ExampleTable):
 
     @property
     def break_even(self) -> float:
-        """Tokens in one pass from which on the table reads more than the weights."""
+        """Tokens per pass above which the table reads more than the weights."""
         return self.eliminated / (self.tables * self.extra)
 
     @property
     def growth(self) -> int:
-        """Numbers that the tables hold more than the embedding did. A tied head keeps its own."""
+        """Numbers in the tables beyond those of the embedding. A tied head keeps the embedding."""
         s = self.shape
         return self.extra * (s.vocab_size + s.positions) + (s.width * s.vocab_size if s.tied else 0)
 
@@ -67,7 +66,7 @@ class FirstLayerCost(ExampleTable):
         return self.net / self.total_weights
 
     def notes(self) -> list[str]:
-        """What a reader of the figures should know."""
+        """Caveats for a reader of the figures."""
         s = self.shape
         found = list(s.notes)
         if s.parallel and s.positions:
@@ -75,7 +74,7 @@ class FirstLayerCost(ExampleTable):
         elif s.parallel and s.experts > 1:
             found.append(
                 "all experts are counted as read and run, as in the paper; a router chooses a few, "
-                "so the factors of small batches and the multiply-adds are too favourable"
+                "so the factors of small batches and the multiply-adds are too favorable"
             )
         if s.tied:
             found.append("the tied head keeps the embedding, which is counted as growth")
@@ -109,21 +108,21 @@ def as_text(c: FirstLayerCost) -> str:
     s = c.shape
     weights = [
         ["weights", "numbers"],
-        ["Q and P of a block", f"{c.qp_weights:,}"],
-        ["K and V of a block", f"{c.kv_weights:,}"],
+        ["W_q and W_o of a block", f"{c.qp_weights:,}"],
+        ["W_k and W_v of a block", f"{c.kv_weights:,}"],
         ["FFN of a block", f"{c.ffn_weights:,}"],
-        ["embeddings, in and out", f"{c.embedding_weights:,}"],
-        ["all", f"{c.total_weights:,}"],
-        ["needed no more in block 0", f"{c.eliminated:,}"],
+        ["embedding and head", f"{c.embedding_weights:,}"],
+        ["total", f"{c.total_weights:,}"],
+        ["no longer needed in block 0", f"{c.eliminated:,}"],
     ]
     memory = [
         ["memory", "numbers"],
         ["table, beyond the embedding", f"{c.growth:,}"],
-        ["weights dropped", f"{-c.eliminated:,}"],
+        ["weights removed", f"{-c.eliminated:,}"],
         ["net", f"{c.net:,}"],
-        ["net, of all weights", f"{c.relative:.0%}"],
+        ["net, share of all weights", f"{c.relative:.0%}"],
     ]
-    reads = [["tokens in a pass", "reads without", "reads with", "factor"]]
+    reads = [["tokens per pass", "reads without", "reads with", "factor"]]
     for batch in BATCHES:
         numbers = c.reads_without(batch), c.reads_with(batch)
         factor = f"{c.factor(batch):,.{0 if c.factor(batch) >= 2 else 2}f}x"
@@ -133,11 +132,11 @@ def as_text(c: FirstLayerCost) -> str:
         table(weights),
         "",
         table(reads),
-        f"From {c.break_even:,.0f} tokens in a pass on, the table reads more than the weights.",
+        f"Above {c.break_even:,.0f} tokens per pass the table reads more than the weights.",
         "",
         table(memory),
         "",
-        f"A token takes {c.eliminated:,} multiply-adds less, of {c.total_weights:,} weights. No "
-        f"more than 1/{s.layers} ({1 / s.layers:.0%}) of the whole work can be saved.",
+        f"Saves {c.eliminated:,} multiply-adds per token, of {c.total_weights:,} weights. At most "
+        f"1/{s.layers} ({1 / s.layers:.0%}) of the whole work can be saved.",
     ]
     return "\n".join(lines)

@@ -1,12 +1,12 @@
-"""``minitx cost low-rank``: two factors in the place of each matrix, for any model.
+"""``minitx cost low-rank``: two factors instead of each matrix, for any model.
 
-Plain sums, of no one paper: a matrix (in, out) at rank r has r (in + out) weights, and as many
-multiply-adds a token, so it pays below r = in out / (in + out).
+Plain sums, from no paper: a matrix (in, out) at rank r has r (in + out) weights, and as many
+multiply-adds per token, so the factors are smaller below r = in out / (in + out).
 """
 
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
-from minitx.errors import MinitxError
 from minitx.lab.block_matrices import (
     Matrix,
     block_matrices,
@@ -17,6 +17,7 @@ from minitx.lab.block_matrices import (
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
 from minitx.shared.share import share_of
+from minitx.technique import above, at_least
 
 
 def break_even(m: Matrix) -> float:
@@ -26,14 +27,14 @@ def break_even(m: Matrix) -> float:
 
 @dataclass(frozen=True)
 class LowRankCost:
-    """Weights of a model whose matrices have the given rank, or a share of their weights."""
+    """Weights of a model whose matrices are factorized, to a rank or a share of their weights."""
 
     shape: Shape
     rank: int | None
     share: float
 
     def rank_of(self, m: Matrix) -> int | None:
-        """What is kept of it, None where it stays as it is."""
+        """Its rank, None if it stays dense."""
         if self.rank is None and self.share == 1:
             return None
         full = min(m.inputs, m.outputs)
@@ -43,8 +44,8 @@ class LowRankCost:
             r = max(1, share_of(break_even(m), self.share))
         return r if r < break_even(m) else None
 
-    def left(self, m: Matrix) -> int:
-        """Weights of one such matrix, and multiply-adds of a token."""
+    def size(self, m: Matrix) -> int:
+        """Weights of one such matrix after factorizing, and multiply-adds per token."""
         r = self.rank_of(m)
         return m.weights if r is None else r * (m.inputs + m.outputs)
 
@@ -55,7 +56,7 @@ class LowRankCost:
 
     @property
     def after(self) -> int:
-        return sum(self.left(m) * m.count for m in block_matrices(self.shape))
+        return sum(self.size(m) * m.count for m in block_matrices(self.shape))
 
     @property
     def total(self) -> tuple[int, int]:
@@ -65,14 +66,14 @@ class LowRankCost:
 
     @property
     def multiply_adds(self) -> tuple[int, int]:
-        """Of a token with all matrices, the head too, before and after; without scores."""
+        """Per token, in all matrices and the head, before and after; without attention scores."""
         head = self.shape.width * self.shape.vocab_size
         return self.before + head, self.after + head
 
     def as_dict(self) -> dict:
         matrices = [
             m._asdict()
-            | {"break_even": break_even(m), "rank": self.rank_of(m), "left": self.left(m)}
+            | {"break_even": break_even(m), "rank": self.rank_of(m), "size": self.size(m)}
             for m in block_matrices(self.shape)
         ]
         found = {"technique": "low_rank", "shape": asdict(self.shape), "matrices": matrices}
@@ -81,12 +82,12 @@ class LowRankCost:
         return found | {"notes": notes(self.shape)}
 
     def __str__(self) -> str:
-        rows = [["matrix", "in", "out", "how many", "pays below", "rank", "weights", "left"]]
+        rows = [["matrix", "in", "out", "count", "smaller below", "rank", "weights", "of dense"]]
         for m in block_matrices(self.shape):
             r = self.rank_of(m)
             sizes = [f"{n:,}" for n in (m.inputs, m.outputs, m.count)]
-            rank = ["as it is" if r is None else f"{r:,}"]
-            weights = [f"{m.weights:,}", f"{self.left(m) / m.weights:.0%}"]
+            rank = ["dense" if r is None else f"{r:,}"]
+            weights = [f"{m.weights:,}", f"{self.size(m) / m.weights:.0%}"]
             rows.append([m.name, *sizes, f"{break_even(m):,.1f}", *rank, *weights])
         before, after = self.total
         work, less = self.multiply_adds
@@ -96,15 +97,17 @@ class LowRankCost:
             "",
             f"Weights with the embeddings: {after:,} of {before:,} ({after / before:.0%}), in "
             f"float32 {4 * after / 1e6:,.1f} of {4 * before / 1e6:,.1f} MB.",
-            f"Multiply-adds of a token with them: {less:,} of {work:,} ({less / work:.0%}).",
+            f"Multiply-adds per token: {less:,} of {work:,} ({less / work:.0%}).",
         ]
         return "\n".join(lines)
 
 
-def cost(shape: Shape, *, share: float = 0.75, rank: int | None = None) -> LowRankCost:
-    """rank: of every matrix; without it the largest that leaves that share of its weights."""
-    if not 0 < share <= 1:
-        raise MinitxError(f"cost low_rank needs a share above 0 and at most 1, not {share:g}.")
-    if rank is not None and rank < 1:
-        raise MinitxError(f"cost low_rank needs a rank of at least 1, not {rank}.")
+def cost(
+    shape: Shape,
+    *,
+    share: Annotated[
+        float, "weights of both factors, at most, as a share of the matrix's", above(0, 1)
+    ] = 0.75,
+    rank: Annotated[int | None, "rank of every matrix, instead of share", at_least(1)] = None,
+) -> LowRankCost:
     return LowRankCost(shape, rank, share)

@@ -1,23 +1,23 @@
-"""``minitx cost quantize``: bytes of a model in few bits, for any model.
+"""``minitx cost quantize``: bytes of a quantized model, for any model.
 
-Plain sums, of no one paper: codes of so many bits and a scale (and a zero, if not symmetric) for
-each group, as matrices/groups.py keeps them. Norms, biases and learned positions stay in float32.
-The cache is not counted: quantize_cache.
+Plain sums, from no paper: integer codes, and a scale (and a zero point, if asymmetric) for each
+group, as precompute/quantize stores them. Norms, biases and learned positions stay float32.
+The KV cache is not counted: see quantize_cache.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from minitx.errors import MinitxError
 from minitx.lab.block_matrices import block_matrices, block_weights
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
-from minitx.precompute.quantize.groups import group_size
+from minitx.precompute.quantize import equal_groups
+from minitx.technique import at_least
 
 
-def bytes_per_weight(bits: int, group: int, half_scales=False, symmetric=True) -> float:
-    """Of a matrix whose inputs the group divides."""
-    return bits / 8 + ((2 if half_scales else 4) + (0 if symmetric else 1)) / group
+def bytes_per_weight(bits: int, group_size: int, half_scales=False, symmetric=True) -> float:
+    """Of a matrix whose inputs the group size divides."""
+    return bits / 8 + ((2 if half_scales else 4) + (0 if symmetric else 1)) / group_size
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class QuantizeCost:
 
     shape: Shape
     bits: int
-    group: int | None
+    group_size: int | None
     symmetric: bool
-    which: str
+    embeddings: bool
     half_scales: bool
 
     def matrix_bytes(self, inputs: int, outputs: int) -> int:
-        """Of one matrix: its groups filled up to one size, their scales and zeros."""
+        """Of one matrix: codes of its groups, padded to one size, with scales and zero points."""
         if self.bits == 32:
             return 4 * inputs * outputs
-        n, G = group_size(inputs, self.group, self.bits)
-        each = (2 if self.half_scales else 4) + (0 if self.symmetric else 1)
-        return outputs * n * (G * self.bits // 8 + each)
+        n, g = equal_groups(inputs, self.group_size, self.bits)
+        extra = (2 if self.half_scales else 4) + (0 if self.symmetric else 1)
+        return outputs * n * (g * self.bits // 8 + extra)
 
     @property
     def tables(self) -> int:
@@ -50,8 +50,8 @@ class QuantizeCost:
 
     @property
     def small_weights(self) -> int:
-        """Norms, biases and learned positions: as llama has them where the FFN has a gate, as GPT-2
-        where it has none."""
+        """Norms, biases and learned positions: counted as in llama if the FFN has a gate, as in
+        GPT-2 otherwise."""
         s = self.shape
         norms = (2 * s.layers + 1) * s.width
         found = s.positions * s.width + norms
@@ -62,7 +62,7 @@ class QuantizeCost:
 
     @property
     def matrix_weights(self) -> int:
-        """In blocks, embedding and head alone: what tables of sizes usually go by."""
+        """Blocks, embedding and head alone, which is what published size tables usually count."""
         return block_weights(self.shape) + self.vocabulary_weights
 
     @property
@@ -71,12 +71,11 @@ class QuantizeCost:
 
     @property
     def nominal_bytes(self) -> float:
-        """Of all matrices if groups divided their inputs, as such tables have it."""
+        """Of all matrices if the group size divided their inputs, as in published size tables."""
         if self.bits == 32:
             return 4.0 * self.matrix_weights
-        each = bytes_per_weight(
-            self.bits, self.group or self.shape.width, self.half_scales, self.symmetric
-        )
+        group_size = self.group_size or self.shape.width
+        each = bytes_per_weight(self.bits, group_size, self.half_scales, self.symmetric)
         return each * self.matrix_weights
 
     @property
@@ -86,7 +85,7 @@ class QuantizeCost:
 
     @property
     def vocabulary_bytes(self) -> int:
-        if self.which == "blocks":
+        if not self.embeddings:
             return 4 * self.vocabulary_weights
         return self.tables * self.matrix_bytes(self.shape.width, self.shape.vocab_size)
 
@@ -97,18 +96,18 @@ class QuantizeCost:
 
     @property
     def loaded_bytes(self) -> int:
-        """In memory with run=load: codes, and the floats that are made of them. An embedding that
-        is no head is looked up row by row as before."""
+        """In memory with run=load: codes and dequantized weights. An embedding that is not the head
+        is still dequantized row by row."""
         if self.bits == 32:
             return self.file_bytes
-        head = self.shape.vocab_size * self.shape.width if self.which == "all" else 0
+        head = self.shape.vocab_size * self.shape.width if self.embeddings else 0
         return self.file_bytes + 4 * (block_weights(self.shape) + head)
 
     def notes(self) -> list[str]:
         kind = "llama" if self.shape.ffn_matrices == 3 else "GPT-2"
-        found = [*self.shape.notes, f"norms and biases are counted as {kind} has them"]
-        if self.shape.tied and self.which == "all":
-            found.append("the tied head is the embedding: both are in few bits, counted once")
+        found = [*self.shape.notes, f"norms and biases are counted as in {kind}"]
+        if self.shape.tied and self.embeddings:
+            found.append("the tied head is the embedding: quantized and counted once")
         return found
 
     def as_dict(self) -> dict:
@@ -132,30 +131,29 @@ class QuantizeCost:
 def cost(
     shape: Shape,
     *,
-    bits: Literal[8, 4, 32] = 8,
-    group: int | None = 64,
-    symmetric: bool = True,
-    which: Literal["blocks", "all"] = "all",
-    half_scales: bool = False,
+    bits: Annotated[Literal[8, 4, 32], "bits per weight"] = 8,
+    group_size: Annotated[
+        int | None, "inputs that share a scale, at most; None: all inputs of an output", at_least(2)
+    ] = 64,
+    symmetric: Annotated[bool, "no zero points"] = True,
+    embeddings: Annotated[bool, "embedding and head are quantized too"] = True,
+    half_scales: Annotated[bool, "float16 scales"] = False,
 ) -> QuantizeCost:
-    if group is not None and group < 2:
-        raise MinitxError(
-            f"cost quantize: group is {group}; it must be at least 2, or None for a whole row."
-        )
-    return QuantizeCost(shape, bits, group, symmetric, which, half_scales)
+    return QuantizeCost(shape, bits, group_size, symmetric, embeddings, half_scales)
 
 
 def as_text(c: QuantizeCost) -> str:
-    whole = 4 * c.weights
+    dense = 4 * c.weights
     rows = [["", "bytes", "of float32"]]
     for name, found in (
-        ("float32", whole),
-        ("float16", whole // 2),
+        ("float32", dense),
+        ("float16", dense // 2),
         ("nominal, matrices alone", round(c.nominal_bytes)),
-        ("file, and memory while streamed", c.file_bytes),
-        ("memory with floats made once", c.loaded_bytes),
+        ("file, and memory with run=stream", c.file_bytes),
+        ("memory with run=load", c.loaded_bytes),
     ):
-        rows.append([name, f"{found:,}", f"{found / whole:.3f}x"])
-    how = "as it is" if c.bits == 32 else f"{c.bits} bits, groups of at most {c.group or 'a row'}"
+        rows.append([name, f"{found:,}", f"{found / dense:.3f}x"])
+    size = f"at most {c.group_size}" if c.group_size else "a whole row"
+    how = "not quantized" if c.bits == 32 else f"{c.bits} bits, groups of {size}"
     lines = [c.shape.describe(), "", f"{c.weights:,} weights; {how}.", "", table(rows), ""]
     return "\n".join(lines + [f"Note: {note}." for note in c.notes()])

@@ -1,8 +1,8 @@
-"""``minitx cost remove-weights``: what a skipless model of any size would be without Q and P.
+"""``minitx cost remove-weights``: a skipless model of any size without W_q and W_o.
 
-Formulas: arXiv 2404.12362, example table. Counted are numbers, not bytes; biases and norms are left
-out. The models of the paper's table have residual adds and norms: what is counted is a skipless
-model of their sizes.
+Formulas: arXiv 2404.12362, example table (paper: Q and P). They count numbers, not bytes, without
+biases and norms. The models of the paper's table have residual adds and norms; the figures are
+those of skipless models of the same sizes.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,18 +16,18 @@ from minitx.lab.shape import Shape
 class RemoveWeightsCost(ExampleTable):
     @property
     def embedding_weights(self) -> int:
-        """Input and output, which are two tables afterwards even if they were one."""
+        """Embedding and head, which are two tables afterwards even if they were one."""
         s = self.shape
         return s.width * (2 * s.vocab_size + s.positions)
 
     @property
     def removed(self) -> int:
-        """As the paper counts: 2 L d^2, of parallel blocks too."""
+        """As the paper counts: 2 L D^2, also in parallel blocks."""
         return self.shape.layers * self.qp_weights
 
     @property
     def removed_exactly(self) -> int:
-        """What the same function can do without: half of it in parallel blocks."""
+        """What can go without changing the function: half of it in parallel blocks."""
         return self.removed // 2 if self.shape.parallel else self.removed
 
     @property
@@ -40,23 +40,23 @@ class RemoveWeightsCost(ExampleTable):
 
     @property
     def speedup(self) -> float:
-        """The most that one sequence can gain where reading weights takes all the time."""
+        """The bound for one sequence if reading weights takes all the time."""
         return self.total_weights / self.left
 
     def notes(self) -> list[str]:
         s = self.shape
-        found = [*s.notes, "counted is a skipless model of these sizes, without residual adds"]
+        found = [*s.notes, "the figures are those of a skipless model of these sizes"]
         if s.parallel:
             found.append(
-                "the paper counts Q and P of parallel blocks; only one matrix of each can go "
-                "without changing what is computed"
+                "the paper counts W_q and W_o of parallel blocks; only one of them can go without "
+                "changing the function"
             )
         if s.tied:
-            found.append("the tied head becomes a table of its own, which is counted before too")
+            found.append("the tied head becomes a table of its own; it is counted before, too")
         if s.heads * s.head_width != s.width:
-            found.append("W_Q is not square and has no inverse: removing it would not be exact")
+            found.append("W_q is not square and has no inverse: removing it would not be exact")
         if s.experts > 1:
-            found.append("P would have to go into every expert and into the router")
+            found.append("W_o would have to be merged into every expert and into the router")
         return found
 
     def as_dict(self) -> dict:
@@ -68,12 +68,12 @@ class RemoveWeightsCost(ExampleTable):
     def __str__(self) -> str:
         rows = [
             ["weights", "numbers"],
-            ["Q and P of a block", f"{self.qp_weights:,}"],
-            ["K and V of a block", f"{self.kv_weights:,}"],
+            ["W_q and W_o of a block", f"{self.qp_weights:,}"],
+            ["W_k and W_v of a block", f"{self.kv_weights:,}"],
             ["FFN of a block", f"{self.ffn_weights:,}"],
-            ["embeddings, in and out", f"{self.embedding_weights:,}"],
-            ["all", f"{self.total_weights:,}"],
-            ["without Q and P", f"{self.left:,}"],
+            ["embedding and head", f"{self.embedding_weights:,}"],
+            ["total", f"{self.total_weights:,}"],
+            ["without W_q and W_o", f"{self.left:,}"],
             ["saving", f"{self.saving:.0%}"],
             ["possible speedup, one sequence", f"{self.speedup:.2f}x"],
             ["removed without changing the function", f"{self.removed_exactly:,}"],

@@ -1,44 +1,46 @@
-"""``minitx cost shrink``: what MatShrink leaves out, for a model of any size.
+"""``minitx cost shrink``: what MatShrink saves, for a model of any size.
 
-Formulas: the draft "MatShrink" (see precompute/shrink.py) and its table 1. Counted are numbers, not
-bytes; the kept orders of columns, and biases, are left out. The paper's caption speaks of a share
-"of V plus O", but its printed percentages are shares of one matrix, d_k / d: both are given here,
-and that of all four matrices.
+Formulas: the draft "MatShrink" (see precompute/shrink.py) and its table 1. They count numbers, not
+bytes, without biases and the stored orders of columns. The paper's caption speaks of a share "of V
+plus O", but its printed percentages are shares of one matrix, d / D: both are given here, and that
+of all four matrices.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
+from minitx.technique import at_least
 
 
 @dataclass(frozen=True)
 class ShrinkCost:
-    """One model; ``unrotated``: columns r of a head's queries and keys (0: these stay)."""
+    """One model; ``unrotated``: columns of a head's queries and keys to shrink, r; 0: none."""
 
     shape: Shape
     unrotated: int = 0
 
     @property
     def attentions(self) -> int:
-        """How many there are: one a layer, and behind an encoder two a layer of the decoder."""
+        """How many: one per layer; with an encoder, two per layer of the decoder."""
         s = self.shape
         return s.encoder_layers + 2 * s.layers if s.encoder_layers else s.layers
 
     @property
     def matrix(self) -> int:
-        """Numbers of one matrix, W_O (or W_Q) of one attention: D x (H d)."""
+        """Numbers in W_o (or W_q) of one attention: D x (H d)."""
         return self.shape.width * self.shape.heads * self.shape.head_width
 
     @property
     def kv_matrix(self) -> int:
-        """Numbers of W_V (or W_K), which is smaller where query heads share them."""
+        """Numbers in W_v (or W_k), which is smaller if query heads share it."""
         return self.shape.width * self.shape.kv_heads * self.shape.head_width
 
     @property
     def saved_vo(self) -> int:
-        """Weights of one attention that are kept no more, and multiply-adds of a token: K d^2."""
+        """Weights saved in one attention, and multiply-adds per token: K d^2."""
         return self.shape.kv_heads * self.shape.head_width**2
 
     @property
@@ -52,7 +54,7 @@ class ShrinkCost:
 
     @property
     def of_one_matrix(self) -> float:
-        """The share that the paper prints: d_k / d where no heads are shared."""
+        """The share that the paper prints: d / D if no heads are shared."""
         return self.saved_vo / self.matrix
 
     @property
@@ -61,17 +63,17 @@ class ShrinkCost:
 
     @property
     def of_attention(self) -> float:
-        """Of W_Q, W_K, W_V and W_O, with what queries and keys save."""
+        """The share of W_q, W_k, W_v and W_o, including savings in queries and keys."""
         return (self.saved_vo + self.saved_qk) / (2 * (self.matrix + self.kv_matrix))
 
     def notes(self) -> list[str]:
         found = list(self.shape.notes)
         if self.shape.kv_heads < self.shape.heads:
-            found.append("one head in each group gains an identity; its other heads stay whole")
+            found.append("one query head in each group gains an identity; the others stay whole")
         if not self.unrotated:
             found.append(
-                "queries and keys are left alone; unrotated=R counts R columns of each head too, "
-                "which no rotation may touch"
+                "queries and keys are not shrunk; unrotated=NUMBER counts so many columns of each "
+                "head, which must not be rotated"
             )
         return found
 
@@ -84,29 +86,36 @@ class ShrinkCost:
     def __str__(self) -> str:
         rows = [
             ["one attention", "numbers"],
-            ["W_O (or W_Q)", f"{self.matrix:,}"],
-            ["W_V (or W_K)", f"{self.kv_matrix:,}"],
-            ["saved in V and O", f"{self.saved_vo:,}"],
-            ["saved in Q and K", f"{self.saved_qk:,}"],
-            ["V and O: of one matrix (as printed in the paper)", f"{self.of_one_matrix:.1%}"],
-            ["V and O: of both", f"{self.of_v_and_o:.1%}"],
-            ["all that is saved, of Q, K, V and O", f"{self.of_attention:.1%}"],
+            ["W_o (or W_q)", f"{self.matrix:,}"],
+            ["W_v (or W_k)", f"{self.kv_matrix:,}"],
+            ["saved in W_v, W_o", f"{self.saved_vo:,}"],
+            ["saved in W_q, W_k", f"{self.saved_qk:,}"],
+            ["W_v, W_o: share of one matrix (as the paper prints)", f"{self.of_one_matrix:.1%}"],
+            ["W_v, W_o: share of both", f"{self.of_v_and_o:.1%}"],
+            ["all savings: share of W_q, W_k, W_v, W_o", f"{self.of_attention:.1%}"],
         ]
         lines = [*self.shape.heading(self.notes()), table(rows), ""]
-        lines += [f"{self.attentions} attentions keep {self.saved:,} numbers less; each is also a"]
-        lines += ["multiply-add less for every token that passes."]
+        lines += [
+            f"{self.attentions} attentions save {self.saved:,} weights, and as many multiply-adds "
+            "per token."
+        ]
         return "\n".join(lines)
 
 
-def cost(shape: Shape, *, unrotated: int = 0) -> ShrinkCost:
-    """unrotated: columns of each head of queries and keys that no rotation touches."""
-    if not 0 <= unrotated <= shape.head_width:
+def cost(
+    shape: Shape,
+    *,
+    unrotated: Annotated[
+        int, "columns of each head of queries and keys that are not rotated", at_least(0)
+    ] = 0,
+) -> ShrinkCost:
+    if unrotated > shape.head_width:
         raise MinitxError(
-            f"cost shrink: unrotated is {unrotated}; needed is a number of a head's columns, 0 to "
-            f"{shape.head_width}."
+            f"cost shrink: unrotated is {unrotated}; expected 0 to {shape.head_width}, the columns "
+            "of a head."
         )
     if shape.head_width > shape.width:
-        raise MinitxError("cost shrink: heads wider than the stream hold no block to shrink.")
+        raise MinitxError("cost shrink: heads wider than the hidden state have no block to shrink.")
     return ShrinkCost(shape, unrotated)
 
 

@@ -1,15 +1,18 @@
-"""``minitx cost slim-attention``: the cost tables of the paper on slim attention, for any model.
+"""``minitx cost slim-attention``: the cost tables of the paper, for a model of any size.
 
-Formulas: arXiv 2503.05840, tables 1 (caches), 2 (one layer, one token) and 7 (Whisper). They count
-numbers, not bytes, and operations, two of which are a multiply-add. What a token reads is the cache
-once, and the decoder's weights shared by the batch: without biases, norms and the input's table.
+Formulas: arXiv 2503.05840, tables 1 (caches), 2 (one layer, one token) and 7 (Whisper); the paper's
+d, e, n are D, H d and the cached tokens S. They count numbers, not bytes, and operations, two per
+multiply-add. A token reads the cache once, and its share of the decoder's weights in a batch;
+biases, norms and the embedding are left out.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
+from minitx.technique import at_least
 
 ENCODERS = True
 BATCHES = (1, 64)  # those of table 7
@@ -17,7 +20,7 @@ BATCHES = (1, 64)  # those of table 7
 
 @dataclass(frozen=True)
 class Way:
-    """One way to keep what attention needs, in numbers for the whole decoder."""
+    """One way to cache, in numbers for the whole decoder."""
 
     name: str
     cache: int
@@ -44,54 +47,54 @@ class Step:
 
 @dataclass(frozen=True)
 class SlimAttentionCost:
-    """Caches, weights and what a token reads, with n tokens in the cache."""
+    """Caches, weights and reads per token, with S cached tokens."""
 
     shape: Shape
-    n: int
+    S: int
 
     @property
     def key_width(self) -> int:
-        """e = H d."""
+        """H d (paper: e)."""
         return self.shape.heads * self.shape.head_width
 
     @property
     def aspect(self) -> float:
-        """e / d of the paper: how much wider keys are than the stream."""
+        """How much wider all keys are than the hidden state (paper: e / d)."""
         return self.key_width / self.shape.width
 
     @property
-    def stream_compression(self) -> float:
-        """How much smaller a cache of the stream (normalised, D wide) is than one of keys and
-        values. It serves heads of any kind, but keys have to be made of it in each step."""
+    def input_cache_compression(self) -> float:
+        """How much smaller a cache of normalized inputs (D wide) is than one of keys and values. It
+        fits any kind of heads, but keys have to be made from it in every step."""
         return 2 * self.aspect
 
     def steps(self) -> list[Step]:
-        D, e, n, h = self.shape.width, self.key_width, self.n, self.shape.heads
-        slim = 3 * D * e + e * e  # W_KV (e, e) in the place of W_V (D, e)
+        D, e, S, H = self.shape.width, self.key_width, self.S, self.shape.heads
+        slim = 3 * D * e + e * e  # W_kv (e, e) instead of W_v (D, e)
         return [
-            Step("vanilla", 8 * D * e, 4 * D * e, 4 * n * e, 2 * n * e),
-            Step("slim, V rebuilt", 6 * D * e + 2 * n * e * e, slim, 4 * n * e, n * e),
-            Step("slim, optimised", 2 * slim, slim, 2 * n * e * (h + 1), n * e),
+            Step("vanilla", 8 * D * e, 4 * D * e, 4 * S * e, 2 * S * e),
+            Step("slim, values first", 6 * D * e + 2 * S * e * e, slim, 4 * S * e, S * e),
+            Step("slim, keys first", 2 * slim, slim, 2 * S * e * (H + 1), S * e),
         ]
 
     def ways(self) -> list[Way]:
         s, e = self.shape, self.key_width
         D, L = s.width, s.layers
         weights = D * s.vocab_size + L * (4 * D * e + s.ffn_matrices * D * s.hidden * s.experts)
-        own = L * (e * e - D * e)  # W_KV for W_V
+        own = L * (e * e - D * e)  # W_kv instead of W_v
         if not s.encoder_layers:
-            cache = e * L * self.n
+            cache = e * L * self.S
             return [Way("vanilla", 2 * cache, weights), Way("slim", cache, weights + own)]
-        weights += L * 2 * D * e  # W_Q and W_O of cross-attention: its keys are made once
-        cache, cross = e * L * self.n, e * L * s.source
+        weights += L * 2 * D * e  # W_q and W_o of cross-attention; its keys are made once
+        cache, cross = e * L * self.S, e * L * s.source
         return [
             Way("vanilla", 2 * (cache + cross), weights),
-            Way("option 1: keys alone", cache + cross, weights + own + L * e * e),
+            Way("option 1: keys only", cache + cross, weights + own + L * e * e),
             Way("option 2: no cross cache", cache, weights + own + L * 2 * D * e),
         ]
 
     def speedup(self, way: Way, batch: int) -> float:
-        """By reading less, where reading is all that takes time."""
+        """From fewer reads, if reads are all that takes time."""
         return self.ways()[0].reads(batch) / way.reads(batch)
 
     def notes(self) -> list[str]:
@@ -102,9 +105,9 @@ class SlimAttentionCost:
         if s.encoder_layers:
             found.append(
                 "in option 2, which rotary positions rule out, all layers read the encoder's "
-                f"output itself ({s.width * s.source:,} numbers, which the paper does not count)"
+                f"output ({s.width * s.source:,} numbers, which the paper does not count)"
             )
-        found.append("whether W_K can be inverted well enough only the weights can tell")
+        found.append("whether W_k is conditioned well enough only the weights can tell")
         return found
 
     def as_dict(self) -> dict:
@@ -115,29 +118,32 @@ class SlimAttentionCost:
             for way in self.ways()
         ]
         steps = [asdict(step) | {"ops_per_read": step.ops_per_read} for step in self.steps()]
-        found = {"technique": "slim_attention", "shape": asdict(self.shape), "tokens": self.n}
-        found |= {"aspect": self.aspect, "stream_compression": self.stream_compression}
+        found = {"technique": "slim_attention", "shape": asdict(self.shape), "tokens": self.S}
+        found |= {"aspect": self.aspect, "input_cache_compression": self.input_cache_compression}
         return found | {"ways": ways, "steps": steps, "notes": self.notes()}
 
     def __str__(self) -> str:
         return as_text(self)
 
 
-def cost(shape: Shape, *, tokens: int = 0) -> SlimAttentionCost:
-    """With that many tokens in the cache; 0: as many as the context has."""
-    n = tokens or shape.context
-    if n < 1:
+def cost(
+    shape: Shape,
+    *,
+    tokens: Annotated[int, "cached tokens; 0: as many as the context has", at_least(0)] = 0,
+) -> SlimAttentionCost:
+    S = tokens or shape.context
+    if S < 1:
         raise MinitxError(
-            f"cost slim_attention: {n} tokens in the cache; give at least 1, as tokens=NUMBER."
+            "cost slim_attention: config.json gives no context; give the number of cached tokens "
+            "as tokens=NUMBER."
         )
     if shape.kv_heads != shape.heads or shape.heads * shape.head_width < shape.width:
         raise MinitxError(
-            "cost slim_attention: values can be made from keys that are as many as the queries and "
-            f"at least as wide as the stream; this model has {shape.kv_heads} heads of keys for "
-            f"{shape.heads} query heads, {shape.kv_heads * shape.head_width:,} wide, and a stream "
-            f"of {shape.width:,}."
+            "cost slim_attention: expected one key head per query head, and keys at least as wide "
+            f"as the hidden state; got {shape.kv_heads} key heads for {shape.heads} query heads, "
+            f"{shape.kv_heads * shape.head_width:,} wide, and a hidden state {shape.width:,} wide."
         )
-    return SlimAttentionCost(shape, n)
+    return SlimAttentionCost(shape, S)
 
 
 def as_text(c: SlimAttentionCost) -> str:
@@ -157,13 +163,14 @@ def as_text(c: SlimAttentionCost) -> str:
     return "\n".join(
         [
             *c.shape.heading(c.notes()),
-            f"With {c.n:,} tokens in the cache, in numbers (M: millions):",
+            f"With {c.S:,} cached tokens, in numbers (M: millions):",
             table(whole),
             "",
             table(layer),
             "",
-            f"Keys are {c.aspect:g} times as wide as the stream: a cache of the stream itself "
-            f"would be {c.stream_compression:.2f} times smaller than one of keys and values.",
+            f"Keys are {c.aspect:g} times as wide as the hidden state: a cache of normalized "
+            f"inputs would be {c.input_cache_compression:.2f} times smaller than one of keys "
+            "and values.",
         ]
     )
 

@@ -1,5 +1,5 @@
-"""``minitx cost fold-norms`` and ``fuse-projections``: what of FlashNorm follows from sizes alone,
-and counts against real models."""
+"""``minitx cost fold-norms`` and ``fuse-projections``: FlashNorm's figures that follow from sizes
+alone, and counts of real models."""
 
 import json
 from dataclasses import replace
@@ -26,21 +26,23 @@ SMOL |= {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size"
 SMOL |= {"vocab_size": 49152, "tie_word_embeddings": True}
 
 
-def test_the_timing_example(cost_of):
-    """n = 512, m = 128: 24 cycles one after another, 8 of them waiting and 16 of the product."""
+def test_fold_norms_cost_timing_example(cost_of):
+    """D = 512, vector width 128: 24 cycles in sequence, 8 of them waiting and 16 of the product."""
     c = cost_of("fold_norms", LLAMA | {"hidden_size": 512, "num_attention_heads": 8})
     assert (c.wait, c.product, c.as_dict()["sequential"]) == (8, 16, 24)
-    c = cost_of("fold_norms", LLAMA | {"hidden_size": 512, "num_attention_heads": 8}, "m=64")
+    c = cost_of(
+        "fold_norms", LLAMA | {"hidden_size": 512, "num_attention_heads": 8}, "vector_width=64"
+    )
     assert (c.wait, c.product) == (16, 64)
 
 
-def test_sizes_of_the_latency_table(cost_of):
+def test_fold_norms_cost_sizes_of_the_latency_table(cost_of):
     c = cost_of("fold_norms", SMOL)
-    assert (c.shape.width, c.projections) == (576, 960)  # n, k of norm and projection
+    assert (c.shape.width, c.projections) == (576, 960)  # the paper's n, k of norm and projection
 
 
-def test_weights_and_multiplications(cost_of):
-    """n weights and n multiplications for each gain, n weights for each bias."""
+def test_fold_norms_cost_weights_and_multiplications(cost_of):
+    """D weights and D multiplications for each gain, D weights for each bias."""
     c = cost_of("fold_norms", LLAMA)
     assert (c.norms, c.weights, c.multiplications, c.additions) == (65, 266240, 266240, 0)
     assert c.new_biases == 0
@@ -53,8 +55,8 @@ def test_weights_and_multiplications(cost_of):
     assert c.relative == pytest.approx(60 * 576 / 134_515_008, rel=1e-9)  # of SmolLM2-135M
 
 
-def test_dividing_later(cost_of):
-    """2 d h - d with 1 / rms in the rotary tables; f - n and 2 f - n in a gated FFN."""
+def test_fold_norms_cost_of_a_deferred_division(cost_of):
+    """2 H d - d with 1 / rms in the rotary tables; F - D and 2 F - D in a gated FFN."""
     c = cost_of("fold_norms", LLAMA)
     assert c.rope == 2 * 128 * 32 - 128
     assert (c.glu, c.bilinear) == (11008 - 4096, 2 * 11008 - 4096)
@@ -75,7 +77,7 @@ def test_dividing_later(cost_of):
         ("phi", 33, 2),
     ],
 )
-def test_kinds_of_norms(cost_of, kind, norms, vectors):
+def test_fold_norms_cost_of_kinds_of_norms(cost_of, kind, norms, vectors):
     fields = LLAMA | {"model_type": kind, "max_position_embeddings": 8}
     c = cost_of("fold_norms", fields)
     assert (c.norms, c.vectors) == (norms, vectors)
@@ -86,7 +88,7 @@ def test_kinds_of_norms(cost_of, kind, norms, vectors):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_folding_a_model_does_what_is_predicted(tmp_path, family):
+def test_fold_norms_cost_is_what_folding_a_model_saves(tmp_path, family):
     dense = tiny_lm(family)
     write_model(dense.model, tmp_path, "F32")
     c = cost("fold_norms", tmp_path)
@@ -94,7 +96,7 @@ def test_folding_a_model_does_what_is_predicted(tmp_path, family):
     norms = [sum(type(n) in (RMSNorm, LayerNorm) for _, n in walk(m)) for m in (dense, lm)]
     assert norms[0] - norms[1] == c.norms
     sizes = [sum(w.size for w in weights(m).values()) for m in (dense, lm)]
-    biases = 0 if lm.model.config.tied else lm.model.config.vocab_size  # a head gets one
+    biases = 0 if lm.model.config.tied else lm.model.config.vocab_size  # a head gains one
     gained = biases if c.vectors == 2 else 0
     assert sizes[0] - sizes[1] == c.weights - gained
 
@@ -102,7 +104,7 @@ def test_folding_a_model_does_what_is_predicted(tmp_path, family):
 # fuse_projections --------------------------------------------------------------------------------
 
 
-def test_fused_products(cost_of):
+def test_fuse_projections_cost_products_and_reads(cost_of):
     c = cost_of("fuse_projections", LLAMA | {"num_key_value_heads": 8}, "tokens=10", "keys=20")
     assert c.qkv == (4096, 6144) and c.gate_up == (4096, 22016)
     assert c.products == (7, 4) and c.inputs_read == (5 * 4096, 2 * 4096)
@@ -115,12 +117,12 @@ def test_fused_products(cost_of):
 
 
 @pytest.mark.parametrize("d, bitwise", [(16, True), (32, False), (36, False), (256, True)])
-def test_a_scale_that_is_a_power_of_two(cost_of, d, bitwise):
+def test_fuse_projections_cost_scale_that_is_a_power_of_two(cost_of, d, bitwise):
     assert cost_of("fuse_projections", LLAMA | {"head_dim": d}).bitwise == bitwise
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fusing_a_model_does_what_is_predicted(tmp_path, family, monkeypatch):
+def test_fuse_projections_cost_is_what_fusing_a_model_saves(tmp_path, family, monkeypatch):
     dense = tiny_lm(family)
     write_model(dense.model, tmp_path, "F32")
     c = cost("fuse_projections", tmp_path)
@@ -137,7 +139,7 @@ def test_fusing_a_model_does_what_is_predicted(tmp_path, family, monkeypatch):
 # Text, and refusals ------------------------------------------------------------------------------
 
 
-def test_texts(cost_of):
+def test_fold_norms_and_fuse_projections_cost_texts(cost_of):
     text = str(cost_of("fold_norms", LLAMA))
     assert "266,240" in text and "6,912" in text and "\n\n" in text
     text = str(cost_of("fuse_projections", LLAMA))
@@ -152,12 +154,12 @@ def test_texts(cost_of):
 @pytest.mark.parametrize(
     "name, word, message",
     [
-        ("fold_norms", "m=0", "a vector unit of at least 1 number, not 0"),
+        ("fold_norms", "vector_width=0", "vector_width must be an integer, at least 1; got 0"),
         ("fold_norms", "norm=batch", "must be one of known, rms, layer"),
-        ("fuse_projections", "tokens=0", "at least 1 token and 1 key, not 0 and 1024"),
+        ("fuse_projections", "tokens=0", "tokens must be an integer, at least 1; got 0"),
         ("fuse_projections", "n=1", "no option 'n'"),
     ],
 )
-def test_refusals(cost_of, name, word, message):
+def test_fold_norms_and_fuse_projections_cost_refusals(cost_of, name, word, message):
     with pytest.raises(MinitxError, match=message):
         cost_of(name, LLAMA, word)

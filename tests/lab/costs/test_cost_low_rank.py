@@ -1,4 +1,4 @@
-"""What two thin factors save: the break-even rank by hand, and as found in real trees."""
+"""``minitx cost low-rank``: the break-even rank by hand, and the savings of real models."""
 
 import json
 
@@ -9,6 +9,7 @@ from tiny import FAMILIES, tiny_lm
 from minitx.checkpoints.hf_config_write import config_fields
 from minitx.errors import MinitxError
 from minitx.lab.block_matrices import Matrix
+from minitx.lab.cost import cost as checked_cost
 from minitx.lab.costs.low_rank import break_even, cost
 from minitx.lab.shape import read_shape
 from minitx.ledger import counting
@@ -36,21 +37,21 @@ def test_break_even_by_hand():
     assert round(72 / break_even(wide), 2) == 0.34
 
 
-def test_a_rank(mistral):
-    c = cost(mistral, rank=1000)  # W_k, W_v (4096, 1024) break even at 819
-    left = {m["name"]: m["left"] for m in c.as_dict()["matrices"]}
-    assert left["W_q"] == left["W_o"] == 1000 * 8192
-    assert left["W_k, W_v"] == 4096 * 1024
-    assert left["W_gate, W_up"] == left["W_down"] == 1000 * (4096 + 14336)
+def test_rank_1000_of_mistral_by_hand(mistral):
+    c = cost(mistral, rank=1000)  # W_k, W_v (4096, 1024) break even at 819, so they stay
+    size = {m["name"]: m["size"] for m in c.as_dict()["matrices"]}
+    assert size["W_q"] == size["W_o"] == 1000 * 8192
+    assert size["W_k, W_v"] == 4096 * 1024
+    assert size["W_gate, W_up"] == size["W_down"] == 1000 * (4096 + 14336)
     after = 32 * (2 * 8_192_000 + 2 * 4_194_304 + 3 * 18_432_000)
     assert c.after == after and c.before == 32 * (41_943_040 + 176_160_768)
     assert c.total == (c.before + 262_144_000, after + 262_144_000)
     assert c.multiply_adds == (c.before + 131_072_000, after + 131_072_000)
-    assert "as it is" in str(c) and "3,185.8" in str(c)
+    assert "dense" in str(c) and "3,185.8" in str(c)
     assert cost(mistral, rank=5000).after == cost(mistral, share=1.0).after == c.before
 
 
-def test_a_share_is_a_share_of_the_weights(mistral):
+def test_share_is_a_share_of_the_weights(mistral):
     for share in (0.25, 0.5, 0.9):
         c = cost(mistral, share=share)
         assert share - 0.001 < c.after / c.before <= share
@@ -58,14 +59,14 @@ def test_a_share_is_a_share_of_the_weights(mistral):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{"rank": 5}, {"share": 0.5}, {"share": 0.05}, {"rank": 9}])
-def test_as_found_in_real_trees(tmp_path, family, options):
+def test_predicted_savings_equal_those_of_a_model(tmp_path, family, options):
     lm = tiny_lm(family)
     (tmp_path / "config.json").write_text(json.dumps(config_fields(lm.model.config)))
     c = cost(read_shape(tmp_path), **options)
-    thin = apply(lm, {"low_rank": {"weighted": False} | options})
-    assert nbytes(lm) - nbytes(thin) == 4 * (c.before - c.after)
+    factorized = apply(lm, {"low_rank": {"weighted": False} | options})
+    assert nbytes(lm) - nbytes(factorized) == 4 * (c.before - c.after)
     work = []
-    for model in (lm, thin):
+    for model in (lm, factorized):
         with counting(model) as counts:
             model.logits(np.arange(7))
         work.append(counts.total().multiply_adds)
@@ -73,7 +74,7 @@ def test_as_found_in_real_trees(tmp_path, family, options):
     assert work[0] - work[1] == 7 * (before - after)
 
 
-def test_the_command(run, workdir, mistral):
+def test_command_prints_the_cost_and_refuses_bad_options(run, workdir, mistral):
     (workdir / "config.json").write_text(json.dumps(MISTRAL))
     status, out, err = run("cost", "low-rank", "rank=1000", "--config", workdir)
     assert (status, out, err) == (0, f"{cost(mistral, rank=1000)}\n", "")
@@ -82,5 +83,6 @@ def test_the_command(run, workdir, mistral):
     for words in (["rank=0"], ["share=0"], ["share=1.5"], ["energy=0.9"]):
         status, out, err = run("cost", "low-rank", *words, "--config", workdir)
         assert (status, out) == (2, "") and err.count("\n") == 1
-    with pytest.raises(MinitxError, match="cost low_rank needs a rank of at least 1, not 0"):
-        cost(mistral, rank=0)
+    message = "cost low_rank: rank must be an integer, at least 1, or None; got 0"
+    with pytest.raises(MinitxError, match=message):
+        checked_cost("low_rank", workdir / "config.json", ["rank=0"])

@@ -1,4 +1,4 @@
-"""What zeros save: the memory column, cells by hand, and models that were really pruned."""
+"""``minitx cost prune``: published sizes, formulas by hand, and the savings of real models."""
 
 import json
 
@@ -8,6 +8,7 @@ from tiny import FAMILIES, tiny_lm
 
 from minitx.checkpoints.hf_config_write import config_fields
 from minitx.errors import MinitxError
+from minitx.lab.cost import cost as checked_cost
 from minitx.lab.costs.prune import cost
 from minitx.lab.shape import read_shape
 from minitx.ledger import counting
@@ -16,7 +17,7 @@ from minitx.technique import apply
 from minitx.tree import nbytes
 
 # The sizes of the llama2.c models, tied heads: width, hidden, layers, heads, key/value heads,
-# vocabulary; then weights in millions, float32 MB, and MB at 2:4 with positions of 2 bits.
+# vocabulary; then weights in millions, float32 MB, and MB at 2:4 with 2-bit indices.
 LLAMA2C = {
     "260K": ((64, 172, 5, 8, 4, 512), (0.259, 1.04, 0.55)),
     "15M": ((288, 768, 6, 6, 6, 32000), (15.2, 60.8, 32.3)),
@@ -50,9 +51,9 @@ def rounded(number, like):
 
 
 @pytest.mark.parametrize("name", LLAMA2C)
-def test_the_memory_column(tmp_path, name):
-    """Everything pruned, the embedding too, as the table has it."""
-    c = cost(llama2c(tmp_path, name), where="all")
+def test_sizes_of_llama2c_models_equal_the_table(tmp_path, name):
+    """All matrices pruned, the embedding too."""
+    c = cost(llama2c(tmp_path, name), embeddings=True)
     millions, dense, two_four = LLAMA2C[name][1]
     assert rounded(c.weights / 1e6, millions)
     assert rounded(c.dense_bytes / 1e6, dense)
@@ -61,7 +62,7 @@ def test_the_memory_column(tmp_path, name):
     assert c.csr_bytes == c.dense_bytes  # at half: an index as large as a value
 
 
-def test_gpt2_small(tmp_path):
+def test_gpt2_small_by_hand(tmp_path):
     """124.4 M weights, 497.8 MB: with the norms and biases, which are left out here."""
     c = cost(shape_of(tmp_path, GPT2))
     biases = 12 * (3 * 768 + 768 + 3072 + 768)
@@ -75,18 +76,18 @@ def test_gpt2_small(tmp_path):
 
 def test_only_smaller_arrays_take_fewer_multiply_adds(tmp_path):
     c = cost(shape_of(tmp_path, MIXTRAL), sparsity=0.3)
-    assert (c.cut.hidden, c.cut.heads, c.cut.kv_heads) == (14336 - 4300, 24, 6)
+    assert (c.structured.hidden, c.structured.heads, c.structured.kv_heads) == (14336 - 4300, 24, 6)
     head = 4096 * 32000
-    assert c.cut_multiply_adds == head + 32 * (
+    assert c.structured_multiply_adds == head + 32 * (
         2 * 4096 * (24 + 6) * 128 + 8 * 3 * 4096 * (14336 - 4300)
     )
     assert {work for _, _, work in c.rows()[:-1]} == {c.multiply_adds}
-    assert "all experts are counted as run" in str(c)
-    assert cost(c.shape, sparsity=0.99).cut.kv_heads == 1
+    assert "all experts are counted" in str(c)
+    assert cost(c.shape, sparsity=0.99).structured.kv_heads == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_as_found_in_models_that_are_pruned(tmp_path, family):
+def test_predicted_savings_equal_those_of_pruned_models(tmp_path, family):
     """Bytes and multiply-adds of all matrices against those of real trees."""
     lm = tiny_lm(family)
     c = cost(shape_of(tmp_path, config_fields(lm.model.config)))
@@ -104,13 +105,13 @@ def test_as_found_in_models_that_are_pruned(tmp_path, family):
     for model in (lm, pruned, packed):
         assert work(model) == len(ids) * c.multiply_adds
     options = {"neurons": 0.5, "heads": 0.5, "score": "weights"}
-    cut = apply(lm, {"prune_structure": options})
-    assert work(cut) == len(ids) * c.cut_multiply_adds
-    sizes = [sum(m.w.nbytes for m in linears(each.model, "all").values()) for each in (lm, cut)]
-    assert sizes[0] - sizes[1] == c.dense_bytes - c.cut_bytes
+    smaller = apply(lm, {"prune_structure": options})
+    assert work(smaller) == len(ids) * c.structured_multiply_adds
+    sizes = [sum(m.w.nbytes for m in linears(each.model, "all").values()) for each in (lm, smaller)]
+    assert sizes[0] - sizes[1] == c.dense_bytes - c.structured_bytes
 
 
-def test_the_command(run, workdir):
+def test_command_prints_the_cost_and_refuses_bad_options(run, workdir):
     (workdir / "config.json").write_text(json.dumps(MIXTRAL))
     status, out, err = run("cost", "prune", "sparsity=0.75", "--config", workdir)
     expected = cost(read_shape(workdir), sparsity=0.75)
@@ -118,12 +119,14 @@ def test_the_command(run, workdir):
     assert "75% of the 46,439,333,888 weights" in out
     found = json.loads(run("cost", "prune", "sparsity=0.75", "--config", workdir, "--json")[1])
     assert found == json.loads(json.dumps(expected.as_dict()))
-    assert "embeddings" in run("cost", "prune", "where=all", "--config", workdir)[1]
-    for words in (["sparsity=1"], ["sparsity=-1"], ["where=head"], ["rank=3"]):
+    assert "embeddings" in run("cost", "prune", "embeddings=true", "--config", workdir)[1]
+    for words in (["sparsity=1"], ["sparsity=-1"], ["embeddings=head"], ["rank=3"]):
         status, out, err = run("cost", "prune", *words, "--config", workdir)
         assert (status, out) == (2, "") and err.count("\n") == 1
 
 
-def test_refusals(tmp_path):
-    with pytest.raises(MinitxError, match="cost prune needs a sparsity of at least 0 and below 1"):
-        cost(llama2c(tmp_path, "15M"), sparsity=1.0)
+def test_sparsity_1_is_refused(tmp_path):
+    shape_of(tmp_path, GPT2)
+    message = "cost prune: sparsity must be a number, at least 0 and below 1; got 1.0"
+    with pytest.raises(MinitxError, match=message):
+        checked_cost("prune", tmp_path / "config.json", ["sparsity=1.0"])

@@ -50,24 +50,24 @@ def as_printed(row, value):
 
 @pytest.mark.parametrize("column, name", list(enumerate(FILES)))
 @pytest.mark.parametrize("row", PUBLISHED)
-def test_published_cells(tmp_path, row, column, name):
+def test_remove_weights_cost_published_cells(tmp_path, row, column, name):
     found = getattr(costs(tmp_path, name), row)
     for cell in (PUBLISHED[row][column], BY_HAND.get(row, PUBLISHED[row])[column]):
         assert cell is None or cell == (as_printed(row, found) if isinstance(cell, str) else found)
 
 
-def test_what_is_removed(tmp_path):
+def test_remove_weights_cost_of_serial_and_parallel_blocks(tmp_path):
     pythia, mistral = (costs(tmp_path, name) for name in FILES)
     assert pythia.removed == mistral.removed == 2 * 32 * 4096**2
     assert mistral.removed_exactly == mistral.removed
     assert pythia.removed_exactly == pythia.removed // 2  # its blocks are parallel
-    assert any("only one matrix of each can go" in note for note in pythia.notes())
+    assert any("only one of them can go" in note for note in pythia.notes())
     other = RemoveWeightsCost(replace(mistral.shape, head_width=100, experts=4, tied=True))
     words = " ".join(other.notes())
     assert all(w in words for w in ("not square", "every expert", "a table of its own"))
 
 
-def test_text_and_json(tmp_path):
+def test_remove_weights_cost_text_and_json(tmp_path):
     c = costs(tmp_path, "mistral")
     for cell in ("7,241,465,856", "6,167,724,032", "15%", "1.17x"):
         assert cell in str(c), cell

@@ -1,4 +1,4 @@
-"""``minitx cost shrink``: every cell of MatShrink's table 1, and what its caption says wrongly."""
+"""``minitx cost shrink``: every cell of MatShrink's table 1, whose caption is wrong."""
 
 import json
 
@@ -20,7 +20,7 @@ FILES = {
     "t5-3b": T5 | {"num_heads": 32, "d_ff": 16384},
     "t5-11b": T5 | {"num_heads": 128, "d_ff": 65536},
 }
-# One matrix, saved, percentage as printed; None: withheld, and computed by hand below.
+# One matrix, saved, percentage as printed; None: not known to us, computed by hand below.
 PUBLISHED = {
     "whisper-tiny": ("147K", None, "17%"),
     "codegemma-7b": ("12.6M", "1.0M", "8%"),
@@ -46,7 +46,7 @@ def rounded(number: int) -> str:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_published_cells(tmp_path, name):
+def test_shrink_cost_published_cells(tmp_path, name):
     c = costs(tmp_path, name)
     matrix, saved, percentage = PUBLISHED[name]
     assert (c.matrix, c.saved_vo) == BY_HAND[name]
@@ -58,38 +58,38 @@ def test_published_cells(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_printed_share_is_not_that_of_v_and_o(tmp_path, name):
-    """Nor of all attention, as the abstract has it: two and four times too much."""
+def test_shrink_cost_printed_share_is_not_that_of_w_v_and_w_o(tmp_path, name):
+    """Nor of all attention weights, as the abstract says: it is two and four times too large."""
     c = costs(tmp_path, name)
     s = c.shape
     assert c.of_one_matrix == s.head_width / s.width
     assert c.of_v_and_o == c.of_one_matrix / 2 and c.of_attention == c.of_one_matrix / 4
 
 
-def test_attentions_with_an_encoder(tmp_path):
+def test_shrink_cost_with_an_encoder(tmp_path):
     assert costs(tmp_path, "whisper-tiny").attentions == 4 + 2 * 4
     assert costs(tmp_path, "codegemma-7b").attentions == 28
     assert costs(tmp_path, "t5-11b").saved == 72 * 128 * 128**2
 
 
-def test_columns_that_are_not_rotated(tmp_path):
+def test_shrink_cost_of_columns_that_are_not_rotated(tmp_path):
     c = costs(tmp_path, "whisper-tiny", "unrotated=64")  # learned positions: all of them
     assert c.saved_qk == c.saved_vo and c.of_attention == c.of_one_matrix / 2
     assert costs(tmp_path, "whisper-tiny", "unrotated=16").saved_qk == 6 * 16 * 16
-    for wrong in ("unrotated=65", "unrotated=-1"):
-        with pytest.raises(MinitxError, match="0 to 64"):
+    for wrong, message in (("unrotated=65", "0 to 64"), ("unrotated=-1", "at least 0; got -1")):
+        with pytest.raises(MinitxError, match=message):
             costs(tmp_path, "whisper-tiny", wrong)
 
 
-def test_shared_heads():
+def test_shrink_cost_of_shared_heads():
     s = Shape("x", 64, 2, 8, 2, 16, 100, 3, 1, 500, 0, False, False)
     c = ShrinkCost(s)
     assert c.saved_vo == 2 * 256 and c.matrix == 64 * 128 and c.kv_matrix == 64 * 32
     assert c.of_v_and_o == 512 / (64 * 160) and "stay whole" in c.notes()[0]
 
 
-def test_text_and_json(tmp_path):
+def test_shrink_cost_text_and_json(tmp_path):
     c = costs(tmp_path, "codegemma-7b")
-    for cell in ("12,582,912", "1,048,576", "8.3%", "4.2%", "28 attentions keep 29,360,128"):
+    for cell in ("12,582,912", "1,048,576", "8.3%", "4.2%", "28 attentions save 29,360,128"):
         assert cell in str(c), cell
     assert json.loads(json.dumps(c.as_dict()))["saved"] == 28 * 16 * 256**2

@@ -11,7 +11,7 @@ from minitx.lab.cost import cost
 
 
 def decoder(width, layers, heads, context, head_dim=None, **more):
-    """What of a config.json the formulas depend on; an FFN and vocabulary where none is asked."""
+    """The fields of a config.json that the formulas depend on, with some FFN and vocabulary."""
     fields = dict(model_type="llama", hidden_size=width, num_hidden_layers=layers)
     fields |= dict(num_attention_heads=heads, max_position_embeddings=context, hidden_act="silu")
     fields |= dict(intermediate_size=8192, vocab_size=32064, tie_word_embeddings=False)
@@ -29,10 +29,10 @@ PHI_3 = decoder(3072, 32, 32, 131072, model_type="phi3")
 CODEGEMMA = decoder(3072, 28, 16, 8192, head_dim=256, model_type="gemma")
 T5_11B = dict(model_type="t5", is_encoder_decoder=True, d_model=1024, d_kv=128, num_heads=128)
 T5_11B |= dict(num_layers=24, num_decoder_layers=24, d_ff=65536, vocab_size=32128, n_positions=512)
-# Table 1: numbers in the cache of keys and values, in billions.
+# Table 1: numbers in the KV cache, in billions.
 CACHES = {
     "CodeLlama-7B": (decoder(4096, 32, 32, 16384), "4.3"),
-    "CodeGemma-7B": (CODEGEMMA, "1.9"),  # keys are wider than the stream: 4,096 and 3,072
+    "CodeGemma-7B": (CODEGEMMA, "1.9"),  # keys are wider than the hidden state: 4,096 and 3,072
     "Aya-23-35B": (decoder(8192, 40, 64, 8192, model_type="cohere"), "5.4"),
     "SmolLM2-1.7B": (decoder(2048, 24, 32, 8192), "0.8"),
     "Evo-1-131k": (decoder(4096, 32, 32, 131072), "34.4"),
@@ -53,7 +53,7 @@ WHISPER = {
         *("102.1 54.6 18.1", "1.9 5.6"),
     ),
 }
-# Rows that are left open in our notes on the paper, by hand: 2 (1500 + 448) 768 x 12 and so on.
+# Rows whose published cells we do not have, by hand: 2 (1500 + 448) 768 x 12 and so on.
 BY_HAND = {
     (12, 768, 3072): (
         (35_905_536, 17_952_768, 4_128_768),
@@ -77,21 +77,21 @@ def costs(tmp_path):
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_table_1(costs, name):
+def test_slim_attention_cost_table_1(costs, name):
     fields, billions = CACHES[name]
     vanilla, slim = costs(fields).ways()
     assert f"{vanilla.cache / 1e9:.1f}" == billions
     assert slim.cache * 2 == vanilla.cache
 
 
-def test_wide_keys(costs):
-    """With a cache of the stream: 2.67 times smaller for CodeGemma, 32 times for T5-11B."""
-    assert f"{costs(CODEGEMMA).stream_compression:.2f}" == "2.67"
+def test_slim_attention_cost_of_wide_keys_in_a_cache_of_inputs(costs):
+    """2.67 times smaller for CodeGemma, 32 times for T5-11B."""
+    assert f"{costs(CODEGEMMA).input_cache_compression:.2f}" == "2.67"
     t5 = costs(T5_11B)
-    assert (t5.aspect, t5.stream_compression) == (16, 32)
+    assert (t5.aspect, t5.input_cache_compression) == (16, 32)
 
 
-def test_what_phi_3_reads_for_a_token(costs):
+def test_slim_attention_cost_phi_3_reads_per_token(costs):
     """The paper has 28.8 and 16.3 GB at a byte each, which is 3.8 of weights and a cache of 25 cut
     in half; its own table 1 has a cache of 25.8. The ratio is the same: 1.8."""
     c = costs(PHI_3)
@@ -105,7 +105,7 @@ def test_what_phi_3_reads_for_a_token(costs):
 
 
 @pytest.mark.parametrize("n", [1, 1000])
-def test_table_2(costs, n):
+def test_slim_attention_cost_table_2(costs, n):
     d, h = 2048, 32
     found = costs(decoder(d, 24, h, 8192), f"tokens={n}").steps()
     expected = [
@@ -119,7 +119,7 @@ def test_table_2(costs, n):
 
 
 @pytest.mark.parametrize("sizes", WHISPER)
-def test_table_7(costs, sizes):
+def test_slim_attention_cost_table_7(costs, sizes):
     c = costs(whisper(*sizes))
     ways = c.ways()
     caches, weights, reads, speedups, reads_64, speedups_64 = WHISPER[sizes]
@@ -134,7 +134,7 @@ def test_table_7(costs, sizes):
 
 
 @pytest.mark.parametrize("sizes", BY_HAND)
-def test_rows_of_table_7_that_are_left_open(costs, sizes):
+def test_slim_attention_cost_rows_of_table_7_by_hand(costs, sizes):
     ways = costs(whisper(*sizes)).ways()
     caches, weights = BY_HAND[sizes]
     assert tuple(w.cache for w in ways) == caches
@@ -142,8 +142,8 @@ def test_rows_of_table_7_that_are_left_open(costs, sizes):
     assert ways[2].reads(64) == caches[2] + weights[2] / 64
 
 
-def test_wide_keys_cost_more_weights(costs):
-    """W_KV is (e, e): for T5-11B far more than the W_V (d, e) that it replaces."""
+def test_slim_attention_cost_wide_keys_take_more_weights(costs):
+    """W_kv is (e, e): for T5-11B far more than the W_v (d, e) that it replaces."""
     vanilla, keys, stream = costs(T5_11B).ways()
     d, e, L = 1024, 16384, 24
     assert vanilla.weights == d * 32128 + L * (6 * d * e + 2 * d * 65536)
@@ -151,12 +151,12 @@ def test_wide_keys_cost_more_weights(costs):
     assert stream.cache == e * L * 512
 
 
-def test_the_command(costs, tmp_path, capsys):
+def test_slim_attention_cost_command(costs, tmp_path, capsys):
     costs(CODEGEMMA)
     path = str(tmp_path / "config.json")
     assert main(["cost", "slim-attention", "tokens=100", "--config", path]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"slim, optimised .* 34\b", text) and "2.67 times smaller" in text
+    assert re.search(r"slim, keys first .* 34\b", text) and "2.67 times smaller" in text
     found = costs(CODEGEMMA).as_dict()
     assert json.loads(json.dumps(found))["ways"][1]["cache"] == 4096 * 28 * 8192
 
@@ -164,12 +164,16 @@ def test_the_command(costs, tmp_path, capsys):
 @pytest.mark.parametrize(
     "fields, words, message",
     [
-        (decoder(4096, 32, 32, 8192, num_key_value_heads=8), (), "8 heads of keys for 32 query"),
-        (decoder(4096, 32, 32, 8192, head_dim=64), (), "2,048 wide, and a stream of 4,096"),
-        ({k: v for k, v in PHI_3.items() if "max" not in k}, (), "0 tokens in the cache"),
-        (PHI_3, ("tokens=-1",), "-1 tokens in the cache"),
+        (decoder(4096, 32, 32, 8192, num_key_value_heads=8), (), "8 key heads for 32 query"),
+        (decoder(4096, 32, 32, 8192, head_dim=64), (), "2,048 wide, and a hidden state 4,096 wide"),
+        (
+            {k: v for k, v in PHI_3.items() if "max" not in k},
+            (),
+            "gives no context; give the number of cached tokens",
+        ),
+        (PHI_3, ("tokens=-1",), "tokens must be an integer, at least 0; got -1"),
     ],
 )
-def test_refusals(costs, fields, words, message):
+def test_slim_attention_cost_refusals(costs, fields, words, message):
     with pytest.raises(MinitxError, match=message):
         costs(fields, *words)
