@@ -227,8 +227,8 @@ assert wrong / sure < 0.001
 # A token is not only there to predict the next word. Later tokens attend to it, in every layer: to
 # its key and its value, two vectors that it left in the KV cache of that layer (tutorial 2). They
 # are computed from the hidden state that enters the layer. But a token that has exited never enters
-# the later layers. What shall stand in their caches? The usual way is to backfill: there, keys and
-# values are computed from the hidden state at the exit, as if it had entered.
+# the later layers. What should their caches hold for it? The usual way is to backfill: compute its
+# keys and values for these layers from the hidden state at the exit, as if that had entered.
 #
 # In the toy, let the value simply be the hidden state that enters, and let the token exit after
 # layer 1, with h = (1, 2). A later token reads the value in layer 3. Which word does it find?
@@ -242,11 +242,13 @@ print_table(["value in layer 3", "", "logits", "the reader finds"], table)
 # after that on, the values are out of date.
 
 # %% ... and in the model
-# "park" in "Tom went to the park" is sure that a full stop follows, and exits after layer 2. But
-# later it is asked who went there, and perhaps layer 3 would have put that in. If this is the
-# cause, the answers must come back if the same tokens exit after the same layers, but the cache
-# gets the real keys and values. `kv_fill="deferred"` does that: a skipped layer is not run at the
-# exit, but later, as soon as another token enters it and reads the cache.
+# In "Tom went to the park", the token "park" is sure that a full stop follows, and exits after
+# layer
+# 2. But the later question needs to find out who went there, and perhaps it is layer 3 that adds
+# this to the hidden state of "park". We can test that. Let the same tokens exit by the same rule,
+# but give the cache the real keys and values: then the answers must come back. The option
+# kv_fill="deferred" does it. A skipped layer is not run at the exit, but later, as soon as another
+# token enters that layer and reads its cache.
 title("... and in the model: is it the KV cache?")
 backfilled = exiting(measure="softmax", threshold=0.95, first=2, kv_fill="copy")  # as before
 deferred = exiting(measure="softmax", threshold=0.95, first=2, kv_fill="deferred")
@@ -262,8 +264,9 @@ three_row = row_of("gap, first exit after 3", from_three, counts)
 print_table(HEADINGS, [dense_row, gap_row, deferred_row, three_row])
 assert min(by_deferred.accuracy["1 hop"], from_three.accuracy["1 hop"]) > 0.95
 # It is the cache: with real keys and values, all answers are back. The last row is a second test.
-# By section 3, layer 4 finds the one-hop answers. It reads keys and values made from h after layer
-# 3, so they must be right if no token exits before that, and so they are.
+# By section 3, layer 4 finds the one-hop answers. Its keys and values are made from h after layer
+# 3. If no token exits before that, they are all real, so these answers should be right. And they
+# are.
 #
 # So a token may be easy for itself and needed by others. Random exits spoil the cache as well, but
 # after layer 2 they take one token in ten. The gap takes half of them, and always the same: the
@@ -327,9 +330,9 @@ seconds = time_side_by_side(reader(lm), *map(reader, MODELS.values()), repeats=5
 for name, time in zip(names, seconds):
     print(f"  {name:12} {seconds[0] / time:.2f} {bar(seconds[0] / time, 2)}")
 # The gap gains nothing: its checks take the time that its exits save, and with a larger vocabulary
-# they would take more. The two cheap signs are faster than dense, but less than the multiply-adds
-# promise (1 / 0.68 = 1.5 and 1 / 0.74 = 1.4). A check and a backfill are small products, and for
-# those NumPy needs about as long to be called as to compute.
+# they would take more. The two cheap signs are faster than dense, in most runs by less than the
+# multiply-adds promise (1 / 0.68 = 1.47 and 1 / 0.74 = 1.35). A check and a backfill are small
+# products, and for those NumPy needs about as long to be called as to compute.
 
 # %% 9. Is the threshold safe, or were we lucky?
 # We chose thresholds by looking at some stories, and may have been lucky with them. How likely is
@@ -372,7 +375,7 @@ print_table(["mean loss of 80 stories", *(f"{r:.0%}" for r in means)], [row])
 fresh = np.array([lm.encode(story.text)[:64] for story in calibration_stories(104)[24:]])
 dense_words = lm.logits(fresh).argmax(-1)  # (80, 64) all stories at once
 table, safe = [], None
-for threshold in (0.95, 0.9, 0.8, 0.7, 0.6):
+for threshold in (0.9, 0.8, 0.7, 0.6):
     changed = exiting(measure="probe", threshold=threshold, first=4)
     losses = (changed.logits(fresh).argmax(-1) != dense_words).mean(1)  # (80,)
     r = losses.mean()

@@ -39,7 +39,7 @@ L = c.layers
 # token alone. The token's hidden state after attention is a, a vector of D numbers. What the FFN
 # computes from it is added, so that the layer ends with y = a + FFN(a). The next part begins with a
 # norm, which divides y by its length, so what counts is mainly the direction. Did y turn away from
-# a? That is told by the cosine of the angle between them,
+# a? The cosine of the angle between them tells:
 #
 #     cosine = a . y / (|a| |y|)      a . y is the dot product, |a| the length
 #
