@@ -175,40 +175,40 @@ def evaluate(args) -> None:
 
 
 def compare(args) -> None:
-    from minitx.lab.compare import Plan
+    from minitx.lab.compare import Workload
     from minitx.lab.compare import compare as measure
     from minitx.technique import apply
 
     dense = minitx.load(args.model, args.tokenizer)
     changed = apply(dense, args.techniques)
-    found = measure(
-        dense, changed, flags_text(args), Plan(stories=args.stories, chains=args.chains), args.grade
-    )
+    work = Workload(stories=args.stories, chains=args.chains)
+    found = measure(dense, changed, flags_text(args), work, args.grade)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
 def first_token(args) -> None:
-    from minitx.lab.first_token import Plan
+    from minitx.lab.first_token import PromptSet
     from minitx.lab.first_token import first_token as measure
     from minitx.technique import apply
 
     dense = minitx.load(args.model, args.tokenizer)
     changed = apply(dense, args.techniques)
-    plan = Plan(**{name: getattr(args, name) for name in ("shared", "own", "prompts", "rounds")})
+    plan = PromptSet(
+        **{name: getattr(args, name) for name in ("shared", "own", "prompts", "rounds")}
+    )
     found = measure(dense, changed, flags_text(args), plan)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
 def sweep(args) -> None:
     from minitx.lab import sweep as lab
-    from minitx.lab.compare import Plan
+    from minitx.lab.compare import Workload
     from minitx.technique import find
 
     technique = find(args.name)
     chosen = lab.settings(technique, args.settings)
-    points = lab.sweep(
-        load(args), technique, chosen, Plan(stories=args.stories, chains=args.chains), args.grade
-    )
+    work = Workload(stories=args.stories, chains=args.chains)
+    points = lab.sweep(load(args), technique, chosen, work, args.grade)
     if args.png:
         lab.picture(points, f"{technique.name} on {args.model}", args.png)
     print(json.dumps(lab.as_dict(points), indent=1) if args.json else lab.as_text(points))
@@ -216,14 +216,14 @@ def sweep(args) -> None:
 
 def compare_attention(args) -> None:
     from minitx.lab import attention_report
-    from minitx.lab.compare_attention import Plan
+    from minitx.lab.compare_attention import Grid
     from minitx.lab.compare_attention import compare_attention as measure
     from minitx.lab.sweep import need_pyplot
 
     if args.png:
         need_pyplot()  # before minutes of work for a picture that cannot be drawn
     options = ("chains", "tokens", "grade", "rounds", "methods")
-    plan = Plan(shares=args.share, **{name: getattr(args, name) for name in options})
+    plan = Grid(shares=args.share, **{name: getattr(args, name) for name in options})
     found = measure(minitx.load(args.model, args.tokenizer), plan)
     if args.png:
         attention_report.picture(found, args.png)

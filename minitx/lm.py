@@ -95,8 +95,8 @@ class LM(Part):
             ids = self._checked(prompt)
             if ids.ndim != 1:
                 raise MinitxError(
-                    f"Expected one text or one list of token ids, got an array of shape {ids.shape}; "
-                    "for several prompts use generate."
+                    f"Expected one text or one list of token ids, got an array of shape "
+                    f"{ids.shape}; for several prompts use generate."
                 )
             return ids.tolist()
         self._need_tokenizer()
@@ -236,9 +236,9 @@ def load(
     dict of options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``.
     Raises MinitxError if there is no such model or technique, or if a file is damaged.
     """
-    from minitx.checkpoints.find import name_of, read
+    from minitx.checkpoints.find import name_of, read_language_model
 
-    found = read(name_or_path, tokenizer, dtype)
+    found = read_language_model(name_or_path, tokenizer, dtype)
     path = found.path
     folder = path if path.is_dir() else None
     lm = LM(found.model, found.tokenizer, found.decode, name_of(path), folder)

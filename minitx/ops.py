@@ -18,7 +18,7 @@ from minitx.errors import MinitxError
 
 
 def op(f):
-    """Mark an operation that has a gradient rule of its own (training/fused.py).
+    """Mark an operation that has a gradient rule of its own (training/autograd/op_rules.py).
 
     Called with a plain array, it just runs. Called with a traced array (training), it hands over to
     the array's ``__op__`` method, so training runs the same forward pass as inference.

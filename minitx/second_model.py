@@ -1,6 +1,6 @@
-"""A second model beside the one that runs: a draft, or the small model of a cascade or a router.
+"""A second model next to the one that runs: the draft of speculative decoding, say.
 
-Two models can take turns on one text only if a token id means the same to both.
+Two models can work on one text only if a token id means the same to both.
 """
 
 from dataclasses import replace
@@ -13,10 +13,10 @@ from minitx.technique import need
 
 
 def load_second(lm: LM, name_or_path: str | Path, who: str, role: str, instead: str = "") -> LM:
-    """A model that shares the vocabulary of ``lm``, by name or path.
+    """Load a model that shares the vocabulary of ``lm``, by name or path.
 
-    MinitxError, in one sentence, if there is none or it has another vocabulary. who: the technique
-    that asks; role: what the model is to it ("draft"); instead: what else could be given.
+    MinitxError, in one sentence, if there is none or its vocabulary differs. who: the technique;
+    role: what the model is to it ("draft"); instead: what the user could give instead.
     """
     try:
         other = load(name_or_path)
@@ -31,14 +31,14 @@ def load_second(lm: LM, name_or_path: str | Path, who: str, role: str, instead: 
 
 
 def why_another_vocabulary(lm: LM, other: LM) -> str:
-    """How the vocabulary of ``other`` differs from that of ``lm``; nothing if it does not. Where a
-    model has no tokenizer and works on ids alone, only the sizes can be compared."""
+    """How the vocabulary of ``other`` differs from that of ``lm``; "" if it does not. If one of the
+    models has no tokenizer, only the sizes are compared."""
     ours, theirs = lm.model.config.vocab_size, other.model.config.vocab_size
     if ours != theirs:
         return f"it has {theirs} tokens and this model {ours}"
     if lm.tokenizer is None or other.tokenizer is None or lm.tokenizer is other.tokenizer:
         return ""
-    here, there = (  # as in the middle of a text: at its beginning a tokenizer may drop a token
+    here, there = (  # previous=i: as in the middle of a text, since the first token may differ
         [t.token_bytes(i, previous=i) for i in range(len(t))]
         for t in (lm.tokenizer, other.tokenizer)
     )
@@ -46,8 +46,8 @@ def why_another_vocabulary(lm: LM, other: LM) -> str:
 
 
 def first_blocks(model: Transformer, n: int, who: str) -> Transformer:
-    """The first n blocks of a model as a model of their own, with its final norm and its head; all
-    weights are shared. MinitxError if it has not so many, NoSuchPart if its stack cannot be cut."""
+    """The first n blocks of a model, its final norm and its head, as a model that shares all
+    weights. MinitxError if it has fewer blocks, NoSuchPart if its stack is not a plain one."""
     need(model.stack, Stack)
     blocks = model.stack.blocks
     if not 1 <= n <= len(blocks):

@@ -492,9 +492,6 @@ HEADINGS = (
     "Paper", "Fidelity", "Kind", "Idea", "Offline",
     "Online", "Saves", "In NumPy", "Not for", "Proof", "Tutorial",
 )  # fmt: skip
-OLDER_HEADINGS = (  # of cards that are not rewritten yet
-    "Paper", "Kind", "Skips or precomputes", "Offline", "Online", "Saves", "Neutral", "Not for",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -513,7 +510,7 @@ def read_card(text: str) -> Card:
     current = summary
     for line in lines:
         heading, colon, rest = line.partition(":")
-        if colon and heading in HEADINGS + OLDER_HEADINGS:
+        if colon and heading in HEADINGS:
             current = sections.setdefault(heading, [])
             line = rest.strip()
         current.append(line)

@@ -1,10 +1,10 @@
-"""What several test files use: a directory for commands and a way to run one; tokenizers. And
-the whole suite runs in two processes."""
+"""Shared fixtures: a working directory and a way to run commands in it; tokenizers. The whole suite
+runs in two processes (two_processes.py)."""
 
 import json
 import os
 
-# Before NumPy is imported: two processes with two BLAS threads each would wait for each other.
+# Must be set before NumPy is imported. Two processes with two BLAS threads each would compete.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
 import pytest
@@ -25,7 +25,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    """A working directory with the model "toy" in it; nothing is shipped."""
+    """A working directory with the models "toy" and "bare" (no tokenizer); no shipped models."""
     monkeypatch.setattr(find, "SHIPPED", [tmp_path / "nowhere"])
     monkeypatch.chdir(tmp_path)
     tiny_folder(tmp_path / "toy")
@@ -35,7 +35,7 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(workdir, capfd):
-    """run(*words) -> (status, stdout, stderr)."""
+    """run(*words) -> (exit status, stdout, stderr)."""
 
     def call(*words):
         status = main([str(word) for word in words])
@@ -58,13 +58,13 @@ def cost_of(tmp_path):
 
 @pytest.fixture(scope="module")
 def plain():
-    """The tokenizer of the reference as it stands."""
+    """The unchanged tokenizer of the reference."""
     return read_tokenizer(FOLDER)
 
 
 @pytest.fixture(params=REFERENCE["variants"])
 def variant(request, tmp_path):
-    """(tokenizer, texts, their ids) of one variant of the reference's file."""
-    made = REFERENCE["variants"][request.param]
-    tokenizer = read_tokenizer(write_fields(tmp_path, with_variant(made["replaced"])))
-    return tokenizer, REFERENCE["texts"][:: made["step"]], made["ids"]
+    """(tokenizer, texts, expected ids) of one variant of the reference's tokenizer."""
+    data = REFERENCE["variants"][request.param]
+    tokenizer = read_tokenizer(write_fields(tmp_path, with_variant(data["replaced"])))
+    return tokenizer, REFERENCE["texts"][:: data["step"]], data["ids"]

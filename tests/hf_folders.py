@@ -1,6 +1,6 @@
-"""What the tests of Hugging Face folders share: the reference folders, and ways to damage a copy.
+"""Shared by the Hugging Face tests: the reference folders, and helpers that corrupt a copy.
 
-The folders in ``reference/files`` were written by transformers (see make.py there).
+transformers wrote the folders in ``reference/files`` (see make.py there).
 """
 
 import json
@@ -22,19 +22,19 @@ def relative_error(found, expected) -> float:
 
 
 def edit(folder: Path, **changes) -> None:
-    """Change fields of config.json; ``...`` removes one."""
+    """Change fields of config.json; ``...`` removes a field."""
     fields = json.loads((folder / "config.json").read_text()) | changes
     fields = {name: value for name, value in fields.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(fields))
 
 
 def edit_tensors(folder: Path, change) -> None:
-    """Rewrite model.safetensors after ``change(dict of tensors)``."""
+    """Apply ``change(dict of tensors)`` to model.safetensors."""
     tensors = read_tensors(folder / "model.safetensors")
     change(tensors)
     write_safetensors(folder / "model.safetensors", tensors)
 
 
 def copied(name: str, tmp_path: Path) -> Path:
-    """A copy of that reference folder, which a test may damage."""
+    """A copy of the reference folder ``name``, which a test may corrupt."""
     return Path(shutil.copytree(REFERENCE / name, tmp_path / name))

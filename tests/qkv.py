@@ -1,4 +1,4 @@
-"""Random queries, keys and values, and a way to run attention over a growing KV cache in chunks."""
+"""Random queries, keys and values; attention over a growing KV cache, fed in chunks."""
 
 import numpy as np
 from tiny import stored
@@ -16,7 +16,7 @@ def random_qkv(seed=0, lead=(), H=4, K=2, S=30, d=8, dtype=np.float64):
 
 
 def run(attend, q, k, v, sizes, layer=None):
-    """Attention of all queries, fed in chunks of these sizes through a growing cache."""
+    """Attention of all queries, in chunks of these sizes, over a growing KV cache."""
     layer = Layer(q.shape[-2], remember=True) if layer is None else layer
     found = []
     for size in sizes:

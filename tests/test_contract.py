@@ -9,10 +9,11 @@ import hashlib
 import itertools
 import random
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
-from enumeration import distance, law, law_of_model
+from enumeration import exact_distribution, model_distribution, total_variation
 from tiny import END, FAMILIES, KINDS, decode, tiny_lm, tiny_model
 
 from minitx.errors import MinitxError
@@ -21,7 +22,6 @@ from minitx.lm import LM
 from minitx.technique import (
     HEADINGS,
     LEVELS,
-    OLDER_HEADINGS,
     _check_rows,
     apply,
     decides,
@@ -31,6 +31,7 @@ from minitx.technique import (
 )
 from minitx.tree import walk, weights
 
+ROOT = Path(__file__).parent.parent
 ALL = {t.name: t for t in techniques()}
 IDS = np.random.default_rng(0).integers(0, 258, 40)
 PROMPT, NEW = IDS[:12].tolist(), 24
@@ -260,16 +261,42 @@ def test_card_is_complete(name):
     t, card = ALL[name], ALL[name].card
     assert card.summary.endswith(".") and "\n" not in card.summary
     found = tuple(h for h in card.sections if h != "Tutorial")
-    assert found in (HEADINGS[:-1], OLDER_HEADINGS)
+    assert found == HEADINGS[:-1]
     assert all(card.sections.values())
+    fidelity = card.sections["Fidelity"]
+    kinds = ("paper's text", "authors' code", "reconstruction", "practice", "our own", "ours")
+    assert any(kind in fidelity for kind in kinds), (
+        f"Fidelity says nothing of the source: {fidelity}"
+    )
     assert t.exact == card.sections["Kind"].lower().startswith("exact")
     assert t.level in LEVELS
+
+
+@each
+def test_card_names_its_test_its_literal_version_and_its_tutorial(name):
+    t, card = ALL[name], ALL[name].card
+    folder = f"tests/{t.function.__module__.split('.')[1]}"
+    proof = card.sections["Proof"]
+    for path in (f"{folder}/test_{name}.py", f"{folder}/literal_{name}.py"):
+        assert path in proof.split() or f"{path};" in proof.split(), (
+            f"the card does not name {path}"
+        )
+        assert (ROOT / path).exists(), path
+    own = [path.name for path in (ROOT / folder).glob(f"test_{name}*.py")]
+    others = {f"test_{other}.py" for other in ALL}
+    assert set(own) - others == set(), f"{name} has more than one test file: {own}"
+    assert (ROOT / t.path).exists(), t.path
+    if "Tutorial" in card.sections:
+        path = ROOT / card.sections["Tutorial"]
+        assert path.exists() and name.replace("_", "") in path.read_text("utf-8").replace("_", "")
 
 
 @each
 def test_options_are_declared_and_defaults_are_valid(name):
     t = ALL[name]
     for option in t.options.values():
+        assert option.meaning, f"option {option.name} of {name} is not explained"
+        assert len(option.name) > 1 or name == "elsa", f"option {option.name} is not a word"
         assert option.check(option.default) == option.default
         if option.default is not None:
             assert option.check(option.read(str(option.default))) == option.default
@@ -452,8 +479,12 @@ def test_decoding_loop_has_the_models_distribution_by_enumeration(name, options)
     model = tiny_model("llama", vocab_size=3, bos=None, eos=(), dtype=np.float64)
     lm = apply(LM(model), {name: ALL[name].demo})
     prompt = [1, 2, 0, 1, 1, 2, 0, 1]
-    found = law(lambda choose: tuple(decode(lm.decode, lm.model, prompt, choose, 3)), **options)
-    assert distance(found, law_of_model(model, prompt, 3, **options)) < 1e-9
+
+    def run(sampler):
+        return tuple(decode(lm.decode, lm.model, prompt, sampler, 3))
+
+    found = exact_distribution(run, **options)
+    assert total_variation(found, model_distribution(model, prompt, 3, **options)) < 1e-9
 
 
 @loops

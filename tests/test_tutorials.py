@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pytest
 
 import minitx
+from minitx.fast import ONE_THREAD
 from minitx.lab.evaluate import evaluate
-from minitx.threads import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tutorials"
@@ -62,9 +62,39 @@ PRINTS = {
         r"  8 billion weights +16,060\.0 +1,073\.7 +34,359\.7$",
         r"  attention +2% +40%  6, 7: ",
     ],
+    "06": [
+        r"all six keys: 15\.51\. The two best, 93\.6% of the weight: 15\.38$",
+        r"  block \d, head \d: \|[ .,:=+*#%@-]+\|$",
+        r"  block 1 +\d+% #+$",
+        r"  oracle +\d+\.\d% +\d+\.\d% +\d+\.\d%$",
+        r"  random +8 +\d\.\d{3} +\d+% +\d+% +\d+%$",
+        r"  blocks 5 to 8, random +8 +0\.",
+        r"11 of 32 bits differ: an angle of about 180 \* 11 / 32 = 62 degrees \(true: 60\)$",
+        r"  75 degrees, 2\.0 +1 +55 +1\.41 +1\.15 +kept$",
+        r"  128 +\d\.\d degrees +[4-8]\.\d of 8$",
+        r"bias for 32 bits: 1[01]\.\d degrees\. ",
+        r"  4 +\+0\.\d\d +\d+\.\d +\d+\.\d +\d+%$",
+        r"  p = 2\.0 +\d+% +\d\.\d{3} +\d+% +\d+% +\d+%$",
+        r"  dense +100% +1,048,576 +0 +2,097,152$",
+        r"p = 4: \d\.\d\d times as fast as dense ",
+    ],
+    "07": [
+        r"scores  \[ 5\. -3\.  4\. -4\.\]$",
+        r"  smallest: -2 in column 1, added to key 3: \[ 6\. -4\.  3\. -2\.\]$",
+        r"  key 1 +\[-3\.  0\.  2\.\] +0\.67 +-2\.22 +-3\.00$",
+        r"  exact +-0\.7 +-16\.0 +0\.7 +0\.9 +7\.6 +-8\.4$",
+        r"  token 4 +A +E D C +C +2$",
+        r"  oracle +\d+% +0\.\d{3} +\d+% +\d+%$",
+        r"  A3 +\d+% +\d\.\d{3} +\d+% +\d+%$",
+        r"  random +\d\.\d\d #+$",
+        r"  dense +100% +552,960 +1\.00$",
+        r"  DOTA +20% +[\d,]+ +0\.50$",
+        r"  A3 +0\.\d\d #+$",
+        r"faster than dense attention: ",
+    ],
     "08": [
         r"codes +\[ 7 -3  1  0\]$",
-        r"  3 bits  \|           \|          \|           \|",
+        r"  3 bits  \|             \|             \|             \|",
         r"    mean error of the first four 0\.0775, of the others 0\.0625$",
         r"    mean error of the first four 0\.0225, of the others 0\.0625$",
         r"asymmetric: scale 0\.10, zero point 1, codes \[ 0  4  9 15\]$",

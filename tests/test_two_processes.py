@@ -1,4 +1,4 @@
-"""The suite in two processes: every test once, and a failure in either is a failure."""
+"""The suite in two processes: each test runs once, and a failure in either process is reported."""
 
 import os
 import subprocess
@@ -15,8 +15,8 @@ def pytest_configure(config):
     if plugin := two_processes.share(config):
         config.pluginmanager.register(plugin)
 """
-# The first test of each process waits until the other process is at a test too, so that each runs
-# at least the file at its own end, however late the second one starts on a loaded machine.
+# The first test of each process waits until the other process is at a test too. So each process
+# runs at least the file at its own end, however late the second one starts on a loaded machine.
 TEST = """
 import os, time
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_one(number):
     deadline = time.monotonic() + 120
     while len(list(Path().glob("process-*"))) < PROCESSES:
         if time.monotonic() > deadline:
-            pytest.exit("the other process has not come to a test in 120 s")
+            pytest.exit("the other process has not reached a test in 120 s")
         time.sleep(0.01)
     with open("ran", "a") as log:
         log.write(f"{__name__} {number} {os.getpid()}\\n")
@@ -38,7 +38,8 @@ CAN_BE_TWO = (os.cpu_count() or 1) >= 2
 
 
 def run(folder, fails="", words=()):
-    """(status, output, what ran: (file, number, process)) of a suite of four files."""
+    """(exit status, output, the tests that ran: (file, number, process)) of a suite of four
+    files."""
     (folder / "conftest.py").write_text(CONFTEST)
     test = TEST.replace("PROCESSES", "2" if CAN_BE_TWO and not words else "1")
     for name in "abcd":
@@ -51,13 +52,13 @@ def run(folder, fails="", words=()):
         capture_output=True,
         text=True,
     )
-    assert (folder / "ran").exists(), f"no test ran to its end:\n{done.stdout}"
+    assert (folder / "ran").exists(), f"no test finished:\n{done.stdout}"
     ran = [line.split() for line in (folder / "ran").read_text().splitlines()]
     return done.returncode, done.stdout, ran
 
 
 def processes_of(ran, file):
-    """The processes that ran a test of this file: one, if all is well."""
+    """The processes that ran tests of this file; expected: one."""
     return {process for name, _, process in ran if name == file}
 
 
@@ -78,8 +79,8 @@ def test_each_test_runs_once_in_one_of_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["a", "d"])
-def test_a_failure_in_either_is_told(tmp_path, fails):
-    """The first file is run by the first process and the last file by the second."""
+def test_failure_in_either_process_is_reported(tmp_path, fails):
+    """The first process runs the first file, the second process the last."""
     status, output, ran = run(tmp_path, fails)
     assert status == 1, f"test_{fails}.py fails, but the status of the suite is {status}"
     assert f"FAILED test_{fails}.py::test_one[2]" in output
@@ -87,7 +88,7 @@ def test_a_failure_in_either_is_told(tmp_path, fails):
         assert processes_of(ran, "test_a") != processes_of(ran, "test_d"), "one process ran both"
 
 
-def test_what_is_asked_for_runs_in_one_process(tmp_path):
+def test_suite_with_arguments_runs_in_one_process(tmp_path):
     status, output, ran = run(tmp_path, words=["-k", "one and 1"])
     assert status == 0 and [file for file, *_ in ran] == ["test_a", "test_b", "test_c", "test_d"]
     assert len({process for *_, process in ran}) == 1 and "by a second process" not in output

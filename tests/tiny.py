@@ -1,6 +1,6 @@
-"""What several tests share: models that are made in no time, and a token loop of fixed tokens.
+"""Shared by many tests: tiny random models, and a token loop that yields given tokens.
 
-The tokenizer has the 256 bytes, the pairs "on" and "ce", and ``<|endoftext|>``, which goes first.
+The tokenizer has 256 bytes, the merges "on" and "ce", and ``<|endoftext|>``, which is prepended.
 """
 
 from dataclasses import dataclass, replace
@@ -39,23 +39,25 @@ FAMILIES = {
         **SIZES | ENDS | BIASES | dict(kv_heads=2, activation="gelu", rope_width=4, parallel=True),
     ),
 }
-# No family of its own, but a kind of model that few techniques fit: for the contract tests.
+# Not a family, but a kind of model that few techniques support: for the contract tests.
 SKIPLESS = replace(FAMILIES["gpt_neox"], parallel=False, skipless=True)
 KINDS = FAMILIES | {"skipless": SKIPLESS}
 
 
 @cache
 def tiny_model(family="llama", seed=1, dtype=np.float32, **changes):
-    """Random weights, large enough that logits differ clearly and depend on what went before."""
+    """Random weights, large enough that logits differ clearly and depend on the context."""
     model = initial_model(replace(KINDS[family], **changes), seed, dtype)
     rng = np.random.default_rng(seed)
 
     def change(w):
-        if w.ndim > 1 and model.config.skipless:  # no norm holds back what is larger than it was
+        if w.ndim > 1 and model.config.skipless:  # no norm limits growing activations
             return w + rng.normal(0, 0.4 * len(w) ** -0.5, w.shape).astype(dtype)
         if w.ndim > 1:
             return w * 3
-        return w + rng.normal(0, 0.2, w.shape).astype(dtype)  # gains that are not 1, biases not 0
+        return w + rng.normal(0, 0.2, w.shape).astype(
+            dtype
+        )  # gains other than 1, biases other than 0
 
     return map_weights(model, change)
 
@@ -65,7 +67,7 @@ def tiny_lm(family="llama", dtype=np.float32, **changes) -> LM:
 
 
 def tiny_folder(folder, family="llama", tokenizer=True):
-    """A model's folder in the Hugging Face layout."""
+    """Write a tiny model as a Hugging Face folder."""
     write_model(tiny_model(family), folder, "F32")
     if tokenizer:
         write_tokenizer(TOKENIZER, folder)
@@ -73,7 +75,7 @@ def tiny_folder(folder, family="llama", tokenizer=True):
 
 
 def error(found, expected):
-    """The largest difference, as a share of the largest number expected."""
+    """The maximum absolute error, relative to the largest expected value."""
     return abs(found - expected).max() / abs(expected).max()
 
 
@@ -84,30 +86,30 @@ def check_close(found, expected, tolerance, what):
 
 
 def in_chunks(lm, ids, sizes, state=None):
-    """Logits of ids (..., T) read piece by piece, so many at a time."""
+    """Logits (..., T, V) of ids (..., T), run through the model in chunks of these sizes."""
     state = lm.model.new_state() if state is None else state
     cuts = np.cumsum([0, *sizes])
     return np.concatenate([lm.model(ids[..., a:b], state) for a, b in zip(cuts, cuts[1:])], -2)
 
 
 def padded_mask(start, T):
-    """The mask of T tokens in a batch padded on the left up to ``start`` (B,)."""
+    """The mask of T tokens in a left-padded batch; start (B,): index of the first real token."""
     layer = Layer(T, start, remember=False).take(T)
     layer.count = T
     return layer.mask()
 
 
 def stored(layer, k, v):
-    """Keys and values so far, once those of new tokens k, v (..., K, T, d) have been stored."""
+    """All cached keys and values, after storing those of new tokens k, v (..., K, T, d)."""
     layer.take(k.shape[-2]).store(k, v)
     return layer.rows()
 
 
 @part
-class Says(TokenLoop):
-    """In the place of the token loop: gives these tokens, and notes how it is used."""
+class ScriptedLoop(TokenLoop):
+    """A token loop that yields given tokens instead of the model's, and records its calls."""
 
-    tokens: tuple  # one list of ids for each row
+    tokens: tuple  # a list of ids per sequence
     calls: list
 
     def __call__(self, model, state, prompt, choose, limit):
@@ -124,13 +126,13 @@ class Says(TokenLoop):
 
 
 def decode(loop, model, prompt, choose, limit):
-    """The tokens that a token loop yields after the prompt, from an empty state."""
+    """The tokens that a token loop generates after the prompt, from an empty state."""
     return loop(model, new_state(model, prompt), prompt, choose, limit)
 
 
 @dataclass
 class Spy:
-    """In the place of a model: counts what is run through it."""
+    """Wraps a model and records the shapes of the ids that it is run on."""
 
     model: object
     runs: list

@@ -1,4 +1,4 @@
-"""The tokenizer files and ids that Hugging Face made, for the tests of tokenizers."""
+"""Reference tokenizer files and ids from Hugging Face ``tokenizers``, for the tokenizer tests."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ BYTES = [bytes([byte]) for byte in range(256)]
 
 
 def with_variant(variant):
-    """The reference's file with the keys of `variant` (as in make.py)."""
+    """The reference ``tokenizer.json`` with the keys of `variant` replaced (as in make.py)."""
     return FIELDS | variant | {"model": FIELDS["model"] | variant.get("model", {})}
 
 

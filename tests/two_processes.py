@@ -1,8 +1,9 @@
-"""The whole suite in two processes: one takes the test files from the front, the other from the
-back, until they meet. Whoever comes to a file first claims it, by making a directory of its name.
+"""Run the whole suite in two processes: one takes test files from the front, the other from the
+back, until they meet. A process claims a file by creating a directory of its name, so no file runs
+twice.
 
-Only ``python -m pytest`` without a word more is run so, and only where there are two processors;
-with anything else pytest is as always.
+Only plain ``python -m pytest``, without arguments, is run so, and only with at least two cores;
+with any arguments pytest runs as usual.
 """
 
 import os
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-CLAIMS = "MINITX_TEST_CLAIMS"  # tells the second process where files are claimed
+CLAIMS = "MINITX_TEST_CLAIMS"  # environment variable: the folder of claims, for the second process
 
 
 def share(config):
-    """The plugin for this process, or None where there is nothing to share."""
+    """The pytest plugin for this process, or None if the suite is not shared."""
     if CLAIMS in os.environ:
         return Second(Path(os.environ[CLAIMS]))
     if config.invocation_params.args or (os.cpu_count() or 1) < 2:
@@ -26,7 +27,7 @@ def share(config):
 
 
 class Claims:
-    """Runs the tests of those files that it was the first to claim."""
+    """Runs only the tests of files that this process claims first."""
 
     def __init__(self, claims: Path):
         self.claims = claims
@@ -34,7 +35,7 @@ class Claims:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):
-        return None if self.claim(item.path) else True  # True: done, and nothing to report
+        return None if self.claim(item.path) else True  # True: handled, report nothing
 
     def claim(self, path: Path) -> bool:
         if path not in self.mine:
@@ -47,7 +48,7 @@ class Claims:
 
 
 class Second(Claims):
-    """Begins with the last file."""
+    """The second process: starts with the last file."""
 
     def pytest_collection_modifyitems(self, items):
         order = {path: -i for i, path in enumerate(dict.fromkeys(item.path for item in items))}
@@ -55,8 +56,8 @@ class Second(Claims):
 
 
 class First(Claims):
-    """Begins with the first file; starts the other process, waits for it, and tells what it said.
-    The suite has failed if either has."""
+    """The first process: starts with the first file. It spawns the second process, waits for it and
+    prints its output. The suite fails if either process fails."""
 
     def __init__(self, directory: Path):
         self.folder = tempfile.TemporaryDirectory()
@@ -64,12 +65,12 @@ class First(Claims):
         self.directory = directory
 
     def pytest_sessionstart(self):
-        self.said = open(self.claims / "said", "w+", encoding="utf-8")
+        self.output = open(self.claims / "output", "w+", encoding="utf-8")
         self.other = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"],
             cwd=self.directory,
             env=os.environ | {CLAIMS: str(self.claims)},
-            stdout=self.said,
+            stdout=self.output,
             stderr=subprocess.STDOUT,
         )
 
@@ -82,9 +83,9 @@ class First(Claims):
 
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.section("the other files, by a second process")
-        self.said.seek(0)
-        terminalreporter.write(self.said.read())
+        self.output.seek(0)
+        terminalreporter.write(self.output.read())
 
     def pytest_unconfigure(self):
-        self.said.close()
+        self.output.close()
         self.folder.cleanup()

@@ -72,14 +72,14 @@ def quantize_group(w, bits):
 title("The values that 4, 3 and 2 bits have between -0.7 and 0.7")
 for bits in (4, 3, 2):
     codes, scale = quantize_group(w, bits)
-    line = [" "] * 71
+    line = [" "] * 85
     q = 2 ** (bits - 1) - 1
     for code in range(-q, q + 1):
-        line[round(35 + 35 * code / q)] = "|"
+        line[round(42 + 42 * code / q)] = "|"
     print(f"  {bits} bits  {''.join(line)}")
-    line = [" "] * 71
+    line = [" "] * 85
     for weight in w:
-        line[round(35 + 50 * weight)] = "o"
+        line[round(42 + 60 * weight)] = "o"
     print(f"          {''.join(line).rstrip()}")
     error = abs(codes * scale - w).mean()
     print(f"          become {(codes * scale).round(2)}, mean error {error:.3f}")

@@ -18,7 +18,7 @@ import numpy as np
 
 import minitx
 from minitx.ledger import Ledger, counting
-from minitx.training.data import Encoder
+from minitx.training.data import StoryEncoder
 from minitx.training.loss import token_losses
 from minitx.training.stories import HOPS, KINDS, stories
 
@@ -225,7 +225,7 @@ class Scores:
 
 def evaluate_stories(lm, read):
     """The ``Scores`` of a language model on stories, each read in one forward pass."""
-    encoder, losses, right = Encoder(lm.tokenizer), {}, {}
+    encoder, losses, right = StoryEncoder(lm.tokenizer), {}, {}
     for story in read:
         ids, kinds, _ = encoder.story(story)
         logits, targets = lm.logits([encoder.end, *ids[:-1]]), np.array(ids)

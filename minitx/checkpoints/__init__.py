@@ -1,1 +1,1 @@
-"""Foreign formats: the only place that knows other projects' names and layouts."""
+"""Read and write checkpoint, tokenizer and config files; no other package knows these formats."""

@@ -1,5 +1,4 @@
-"""What several formats here need: strict JSON, files that appear complete or not at all, and checks
-on what was read."""
+"""Shared by the formats: strict JSON, atomic file writes, and checks on what was read."""
 
 import hashlib
 import json
@@ -12,17 +11,17 @@ import numpy as np
 from minitx.config import Config
 from minitx.errors import MinitxError
 
-# Numbers in one rotary table (cos or sin): the largest that a file's word alone makes us compute.
-MAX_ROTARY_TABLE = 2**24  # a context of 131072 tokens at head width 128
+# Most values in one rotary table (cos or sin) that a config file alone can make us compute.
+MAX_ROPE_TABLE = 2**24  # a context of 131072 tokens at head width 128
 
 
 def parse_json(text: bytes):
-    """Strict JSON from UTF-8 bytes: no key twice, no NaN, no endless number.
+    """Strict JSON from UTF-8 bytes: no duplicate keys, no NaN, no integers over 20 digits.
 
-    Raises ValueError, and only that, on any fault.
+    Raises only ValueError.
     """
 
-    def unique(pairs):
+    def reject_duplicates(pairs):
         found = {}
         for key, value in pairs:
             if key in found:
@@ -30,25 +29,25 @@ def parse_json(text: bytes):
             found[key] = value
         return found
 
-    def refuse(constant):
+    def reject_constant(constant):
         raise ValueError(f"{constant} is not JSON")
 
-    def bounded(digits):  # 20 digits hold any 64-bit number; a million would take minutes
-        return int(digits) if len(digits) <= 20 else refuse(digits[:20] + "...")
+    def bounded_int(digits):  # 20 digits hold any 64-bit integer; a million would take minutes
+        return int(digits) if len(digits) <= 20 else reject_constant(digits[:20] + "...")
 
     try:
         return json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_constant=refuse,
-            parse_int=bounded,
+            object_pairs_hook=reject_duplicates,
+            parse_constant=reject_constant,
+            parse_int=bounded_int,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def read_json(path) -> dict:
-    """The JSON object in the file ``path``; MinitxError if it is missing or is anything else."""
+    """The JSON object in the file ``path``; MinitxError if it is missing or not an object."""
     try:
         content = parse_json(Path(path).read_bytes())
     except OSError as error:
@@ -56,17 +55,17 @@ def read_json(path) -> dict:
     except ValueError as error:
         raise MinitxError(f"{path}: is not valid JSON ({error}).") from None
     if not isinstance(content, dict):
-        raise MinitxError(f"{path}: holds a JSON {type(content).__name__}, expected an object.")
+        raise MinitxError(f"{path}: expected a JSON object, got a {type(content).__name__}.")
     return content
 
 
 def unreadable(path, error: OSError) -> MinitxError:
-    """The error for a file that the system does not let us read."""
+    """The error for a file that the operating system cannot read."""
     return MinitxError(f"{path}: cannot be read ({error.strerror or error}).")
 
 
 def fingerprint(*paths) -> str:
-    """The SHA-256 of these files, one after another: it tells them from others."""
+    """The SHA-256 of the concatenated contents of these files."""
     found = hashlib.sha256()
     for path in paths:
         try:
@@ -77,15 +76,17 @@ def fingerprint(*paths) -> str:
 
 
 @contextmanager
-def replacing(path):
-    """A binary file that takes the name ``path`` when the block ends well; otherwise no trace."""
+def atomic_write(path):
+    """Yields a temporary binary file; renames it to ``path`` on success, else deletes it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: rename is atomic
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}.tmp"
+    )  # in the same folder, rename is atomic
     try:
         with open(temporary, "wb") as file:
             yield file
         os.replace(temporary, path)
-    except BaseException as error:  # also when interrupted from the keyboard
+    except BaseException as error:  # including KeyboardInterrupt
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
@@ -94,14 +95,14 @@ def replacing(path):
         raise
 
 
-def short(value) -> str:
-    """A value from a file as one line of bounded length, for a message."""
+def abbreviate(value) -> str:
+    """A value as one ASCII line of at most 60 characters, for an error message."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def need_finite(path, name: str, array: np.ndarray) -> np.ndarray:
-    """``array`` itself, if every number in it is finite."""
+    """Returns ``array`` if all its values are finite; raises MinitxError otherwise."""
     if not np.isfinite(array).all():
         raise MinitxError(
             f"{path}: tensor {name!a} holds NaN or Inf (as {array.dtype}); weights must be finite."
@@ -109,17 +110,17 @@ def need_finite(path, name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def need_float(dtype) -> np.dtype:
-    """The NumPy type that a model is asked for in; float32 and float64 are the ones it runs in."""
+def need_float_dtype(dtype) -> np.dtype:
+    """The dtype as a NumPy dtype; raises MinitxError unless it is float32 or float64."""
     if np.dtype(dtype) not in (np.float32, np.float64):
-        raise MinitxError(f"A model runs in float32 or float64, not in {np.dtype(dtype)}.")
+        raise MinitxError(f"dtype must be float32 or float64, got {np.dtype(dtype)}.")
     return np.dtype(dtype)
 
 
-def need_modest_tables(path, config: Config) -> None:
-    """Refuse a context for which the rotary tables, which no file holds, would fill the memory."""
-    if config.context * config.rope_width > MAX_ROTARY_TABLE:
+def need_small_rope_tables(path, config: Config) -> None:
+    """Reject a context for which the rotary tables, computed at load time, exhaust memory."""
+    if config.context * config.rope_width > MAX_ROPE_TABLE:
         raise MinitxError(
             f"{path}: a context of {config.context} tokens with {config.rope_width} rotary columns "
-            f"needs tables of more than {MAX_ROTARY_TABLE} numbers; write a smaller context there."
+            f"needs rotary tables of more than {MAX_ROPE_TABLE} values; set a smaller context."
         )

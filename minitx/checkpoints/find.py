@@ -1,4 +1,4 @@
-"""Finding a model: by the name of a shipped one, or in a folder or file of any supported format."""
+"""Find and load a model: a shipped one by name, or any supported folder or file by path."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ from minitx.model import Transformer
 from minitx.tree import Part
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# An installed wheel carries the weights inside the package; a checkout has them beside it.
+# An installed wheel has the weights inside the package, a checkout next to it.
 SHIPPED = [PACKAGE / "weights", PACKAGE.parent / "weights"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.bin")
 
 
 def shipped() -> dict[str, Path]:
-    """The folders of the models that come with minitx, by name."""
+    """The folders of the shipped models, by name."""
     return {
         config.parent.name: config.parent
         for folder in reversed(SHIPPED)
@@ -28,31 +28,31 @@ def shipped() -> dict[str, Path]:
 
 
 def locate(name_or_path) -> Path:
-    """The folder or file that is meant. A plain name is a shipped model first; ``./name``, or a
-    ``Path``, is a path only. Raises MinitxError if there is no such thing."""
-    path = _place(name_or_path, "model")
+    """The folder or file of a model. A plain name is looked up among the shipped models first;
+    ``./name`` or a ``Path`` is always a path. Raises MinitxError if it does not exist."""
+    path = _resolve(name_or_path, "model")
     if not _exists(path):
         raise MinitxError(
-            f"There is no model {str(name_or_path)!r}: it is neither a folder or file here, nor "
-            f"one of the shipped models ({', '.join(sorted(shipped())) or 'none found'})."
+            f"There is no model {str(name_or_path)!r}: expected a folder, a file, or one of the "
+            f"shipped models ({', '.join(sorted(shipped())) or 'none found'})."
         )
     return path
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found of a language model."""
+class LoadedModel:
+    """A model, its decoding loop and its tokenizer, as read from files."""
 
     model: Transformer
-    decode: Part
+    decode: Part  # the decoding loop
     tokenizer: object  # or None
     path: Path  # of the model
 
 
-def read(name_or_path, tokenizer=None, dtype=np.float32) -> Found:
-    """A language model, for arguments as ``minitx.load`` has them.
+def read_language_model(name_or_path, tokenizer=None, dtype=np.float32) -> LoadedModel:
+    """The model and tokenizer for the arguments of ``minitx.load``.
 
-    The tokenizer is looked for where it was asked for, else beside the model.
+    Without ``tokenizer`` the tokenizer is looked up next to the model.
     """
     path = locate(name_or_path)
     where = tokenizer_path(path, tokenizer)
@@ -61,11 +61,11 @@ def read(name_or_path, tokenizer=None, dtype=np.float32) -> Found:
     else:
         model, decode = read_model_at(path, dtype), Autoregressive()
     found = None if where is None else read_tokenizer_for(where, model)
-    return Found(model, decode, found, path)
+    return LoadedModel(model, decode, found, path)
 
 
 def name_of(path: Path) -> str:
-    """As a model is called where it lies: "." and "stories15M.bin" are no names."""
+    """The model's name: the resolved folder's name, or the file name without suffix."""
     return path.resolve().name if path.is_dir() else path.stem
 
 
@@ -85,13 +85,13 @@ def read_model_at(path: Path, dtype) -> Transformer:
 
 
 def tokenizer_path(path: Path, tokenizer=None) -> Path | None:
-    """The file of the tokenizer of the model at ``path``: the one that is asked for, else the one
-    beside the model, if there is one."""
-    return beside(path) if tokenizer is None else _tokenizer_at(tokenizer)
+    """The tokenizer file for the model at ``path``: ``tokenizer`` if given, else the one next to
+    the model, or None."""
+    return tokenizer_beside(path) if tokenizer is None else _tokenizer_at(tokenizer)
 
 
-def beside(path: Path) -> Path | None:
-    """The tokenizer that stands beside the model, if there is one."""
+def tokenizer_beside(path: Path) -> Path | None:
+    """The tokenizer file next to the model, or None."""
     if not path.is_dir():
         found = path.with_name("tokenizer.bin")
         return found if _exists(found) else None
@@ -102,7 +102,7 @@ def beside(path: Path) -> Path | None:
 
 
 def read_tokenizer_for(path: Path, model: Transformer):
-    """The tokenizer in a folder or file, refused if it gives ids that the model does not have."""
+    """The tokenizer in a folder or file; rejected if its vocabulary is larger than the model's."""
     size = model.config.vocab_size
     if path.suffix == ".bin":
         from minitx.checkpoints.llama2c_tokenizer import read_llama2c_tokenizer
@@ -113,35 +113,37 @@ def read_tokenizer_for(path: Path, model: Transformer):
     tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size > size:
         raise MinitxError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} entries but the model knows only "
-            f"{size}; give the tokenizer that belongs to this model."
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model's vocabulary "
+            f"has {size}; give the tokenizer that belongs to this model."
         )
     return tokenizer
 
 
 def _tokenizer_at(name_or_path) -> Path:
-    """The file of a tokenizer that was asked for: the file itself, or the one in that folder, which
-    may be a shipped model's."""
-    path = _place(name_or_path, "tokenizer")
+    """The tokenizer file for a path or name: the file itself, or the one in that folder or in the
+    folder of that shipped model."""
+    path = _resolve(name_or_path, "tokenizer")
     if not _exists(path):
-        raise MinitxError(f"{path}: there is no such tokenizer; give its file or folder.")
+        raise MinitxError(f"{path}: there is no such tokenizer; expected a file or folder.")
     if not path.is_dir():
         return path
     for name in TOKENIZERS:
         if _exists(path / name):
             return path / name
-    raise MinitxError(f"{path}: holds no tokenizer (tokenizer.json, or llama2.c's tokenizer.bin).")
+    raise MinitxError(
+        f"{path}: expected a tokenizer.json, or a llama2.c tokenizer.bin, in this folder."
+    )
 
 
-def _place(name_or_path, what: str) -> Path:
-    """The folder of the shipped model of that name, else the path."""
+def _resolve(name_or_path, what: str) -> Path:
+    """The folder of the shipped model with that name, else the path."""
     known = shipped()
     if isinstance(name_or_path, str) and name_or_path in known:
         return known[name_or_path]
     try:
         return Path(name_or_path)
     except TypeError:
-        raise MinitxError(f"The {what} is {name_or_path!r}; expected a name or a path.") from None
+        raise MinitxError(f"The {what} must be a name or a path, got {name_or_path!r}.") from None
 
 
 def _exists(path: Path) -> bool:
@@ -149,6 +151,6 @@ def _exists(path: Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
         return False
-    except OSError as error:  # no permission to look there, or a name that is too long
+    except OSError as error:  # no permission, or the name is too long
         raise unreadable(path, error) from None
     return True

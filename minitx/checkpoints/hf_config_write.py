@@ -1,6 +1,6 @@
-"""Writing ``config.json``: our configuration as the architecture of transformers that equals it.
+"""Write a minitx ``Config`` as the ``config.json`` of the matching transformers architecture.
 
-The rotary settings are written in both spellings, that of transformers 5 and the older one.
+The rotary settings are written in both spellings: the one of transformers 5 and the older one.
 """
 
 from minitx.checkpoints.hf_config import SKIPLESS
@@ -11,16 +11,16 @@ ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gel
 
 
 def config_fields(config: Config) -> dict:
-    """What to write into ``config.json`` so that transformers builds the same model (a skipless
-    one it does not have, and does not know by that name).
+    """The fields of ``config.json`` with which transformers builds the same model. (A skipless
+    model gets an architecture name of its own, which transformers does not know.)
 
-    Raises MinitxError for a combination that none of the architectures read here has.
+    Raises MinitxError for a combination that no supported architecture has.
     """
     c = config
     fields = {"llama": _llama_fields, "gpt2": _gpt2_fields, "gpt_neox": _gpt_neox_fields}[c.family](
         c
     )
-    if c.skipless:  # names of minitx's own, so that no other framework takes it for what it is not
+    if c.skipless:  # names that other frameworks reject instead of loading a different model
         fields["architectures"] = [SKIPLESS + name for name in fields["architectures"]]
         fields["model_type"] = f"skipless_{fields['model_type']}"
     return fields | {
@@ -36,7 +36,9 @@ def _llama_fields(c: Config) -> dict:
     own = {}
     if biases == (True, False, False):
         name, kind = "Qwen2ForCausalLM", "qwen2"
-    elif not any(biases) and c.width % c.heads:  # transformers' Llama insists; Mistral does not
+    elif (
+        not any(biases) and c.width % c.heads
+    ):  # transformers' Llama requires that; Mistral does not
         name, kind, own = "MistralForCausalLM", "mistral", {"sliding_window": None}
     elif c.qkv_bias == c.out_bias and c.width % c.heads == 0:
         name, kind = "LlamaForCausalLM", "llama"
@@ -80,9 +82,9 @@ def _gpt_neox_fields(c: Config) -> dict:
     if c.rope_width == 0 or c.qkv_bias != c.out_bias or not c.ffn_bias:
         raise _no_architecture(c, "learned positions, no FFN bias, or only one attention bias")
     _need_plain_heads(c)
-    share = c.rope_width / c.head_width
-    if int(c.head_width * share) != c.rope_width:  # the reader rounds down, so stay clear of that
-        share = (c.rope_width + 0.5) / c.head_width
+    fraction = c.rope_width / c.head_width
+    if int(c.head_width * fraction) != c.rope_width:  # readers truncate: add half a column
+        fraction = (c.rope_width + 0.5) / c.head_width
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -92,11 +94,11 @@ def _gpt_neox_fields(c: Config) -> dict:
         "attention_bias": c.qkv_bias,
         "use_parallel_residual": c.parallel,
         "rotary_emb_base": c.rope_base,
-        "rotary_pct": share,
+        "rotary_pct": fraction,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": c.rope_base,
-            "partial_rotary_factor": share,
+            "partial_rotary_factor": fraction,
         },
     }
 
@@ -113,7 +115,7 @@ def _common_fields(c: Config) -> dict:
 
 def _need_plain_heads(c: Config) -> None:
     if c.kv_heads != c.heads or c.heads * c.head_width != c.width:
-        raise _no_architecture(c, "shared key/value heads, or heads that do not fill the width")
+        raise _no_architecture(c, "grouped-query attention, or heads * head width != width")
 
 
 def _no_architecture(c: Config, what: str) -> MinitxError:

@@ -1,8 +1,9 @@
-"""Which tensor of a Hugging Face checkpoint holds which of our weights, and in what layout.
+"""Map the tensors of a Hugging Face checkpoint to the weights of minitx, and back.
 
-Theirs are stored (out, in) and some are fused; ours are (in, out) and apart. One ``Entry`` says for
-one foreign tensor which of our weights are in it; its ``Layout`` knows how to take them out and how
-to put them back. Our names are the paths of ``build.shapes``: ``stack.blocks.0.ffn.down.w``.
+Hugging Face stores matrices as (out, in) and fuses some of them; minitx has separate (in, out)
+matrices. A ``TensorMap`` lists the minitx weights in one stored tensor; its ``StoredLayout`` splits
+the tensor into them and joins them again. minitx names are the paths of ``build.shapes``:
+``stack.blocks.0.ffn.down.w``.
 """
 
 import re
@@ -16,83 +17,83 @@ from minitx.config import Config
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one foreign tensor holds some of our weights (one, or a row of equal heads: q, k, v)."""
+class StoredLayout:
+    """How one stored tensor holds one weight, or several fused ones (q, k, v)."""
 
-    shape: Callable[[list], tuple]  # shapes of our weights -> shape of the foreign tensor
-    split: Callable[[np.ndarray, int], list]  # foreign tensor, number of weights -> our weights
-    join: Callable[[list], np.ndarray]  # our weights -> foreign tensor
+    shape: Callable[[list], tuple]  # shapes of the weights -> shape of the stored tensor
+    split: Callable[[np.ndarray, int], list]  # stored tensor, number of weights -> weights
+    join: Callable[[list], np.ndarray]  # weights -> stored tensor
 
 
-SAME = Layout(lambda s: s[0], lambda a, n: [a], lambda ours: ours[0])
+UNCHANGED = StoredLayout(lambda s: s[0], lambda a, n: [a], lambda weights: weights[0])
 
-# A bias has one axis, and turning that round changes nothing: so this serves for biases too.
-TRANSPOSED = Layout(lambda s: s[0][::-1], lambda a, n: [a.T], lambda ours: ours[0].T)
+# Transposing a bias, which has one axis, changes nothing, so this layout works for biases too.
+TRANSPOSED = StoredLayout(lambda s: s[0][::-1], lambda a, n: [a.T], lambda weights: weights[0].T)
 
-# GPT-2 stores (in, out), as we do, with q, k and v side by side in the columns.
-COLUMNS = Layout(
+# GPT-2 stores (in, out), as minitx does, with the columns of q, k and v concatenated.
+FUSED_COLUMNS = StoredLayout(
     lambda s: (*s[0][:-1], sum(each[-1] for each in s)),
     lambda a, n: np.split(a, n, axis=-1),
-    lambda ours: np.concatenate(ours, axis=-1),
+    lambda weights: np.concatenate(weights, axis=-1),
 )
 
 
-def by_head(heads: int) -> Layout:
+def fused_by_head(heads: int) -> StoredLayout:
     """GPT-NeoX: output rows ordered by head, then by q, k, v: (H * 3 * d, in), or (H * 3 * d,)."""
 
     def split(a, n):
         a = a.reshape(heads, n, -1, *a.shape[1:])  # (H, 3, d, in)
         return [a[:, i].reshape(-1, *a.shape[3:]).T for i in range(n)]  # each (in, H*d)
 
-    def join(ours):
-        rows = [w.T.reshape(heads, -1, *w.T.shape[1:]) for w in ours]  # each (H, d, in)
+    def join(weights):
+        rows = [w.T.reshape(heads, -1, *w.T.shape[1:]) for w in weights]  # each (H, d, in)
         return np.stack(rows, axis=1).reshape(-1, *rows[0].shape[2:])  # (H*3*d, in)
 
-    return Layout(lambda s: (sum(each[-1] for each in s), *s[0][:-1]), split, join)
+    return StoredLayout(lambda s: (sum(each[-1] for each in s), *s[0][:-1]), split, join)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One foreign tensor: its name, our weights in it (path -> shape), and how they lie there."""
+class TensorMap:
+    """One stored tensor: its name, the shapes of the minitx weights in it by path, its layout."""
 
     name: str
-    ours: dict[str, tuple]
-    layout: Layout
+    weights: dict[str, tuple]
+    layout: StoredLayout
 
     @property
     def shape(self) -> tuple:
-        return self.layout.shape(list(self.ours.values()))
+        return self.layout.shape(list(self.weights.values()))
 
-    def take(self, foreign: np.ndarray) -> dict[str, np.ndarray]:
-        """Our weights, each contiguous, from the foreign tensor."""
-        parts = self.layout.split(foreign, len(self.ours))
-        return {path: np.ascontiguousarray(w) for path, w in zip(self.ours, parts, strict=True)}
+    def split(self, stored: np.ndarray) -> dict[str, np.ndarray]:
+        """Stored tensor -> minitx weights by path, each contiguous."""
+        parts = self.layout.split(stored, len(self.weights))
+        return {path: np.ascontiguousarray(w) for path, w in zip(self.weights, parts, strict=True)}
 
-    def put(self, weights: dict[str, np.ndarray]) -> np.ndarray:
-        """The foreign tensor, from our weights by path."""
-        return self.layout.join([weights[path] for path in self.ours])
+    def join(self, weights: dict[str, np.ndarray]) -> np.ndarray:
+        """minitx weights by path -> stored tensor."""
+        return self.layout.join([weights[path] for path in self.weights])
 
 
 @dataclass(frozen=True)
-class Naming:
-    """The names of one family: foreign name -> the ends of our paths that are in that tensor."""
+class NameMap:
+    """The names of one family: stored name -> suffixes of the minitx paths in that tensor."""
 
-    prefix: str  # before all names but the head's; some files leave it out
-    layer: str  # before the names of block i
+    prefix: str  # of all names except the head's; missing in some files
+    layer: str  # prefix of the names in block i
     head: str
-    outside: dict[str, str]
-    inside: dict[str, str]
-    buffers: str  # tensors (a pattern) that hold no weights: masks, rotary angles
+    top_level: dict[str, str]  # names outside the blocks
+    per_layer: dict[str, str]  # names inside a block
+    buffers: str  # regex of tensors that hold no weights: masks, rotary frequencies
 
 
 QKV = "attn.qkv.q attn.qkv.k attn.qkv.v"
-NAMINGS = {
-    "llama": Naming(
+NAME_MAPS = {
+    "llama": NameMap(
         prefix="model.",
         layer="layers.{}.",
         head="lm_head.weight",
-        outside={"embed_tokens": "embed", "norm": "norm"},
-        inside={
+        top_level={"embed_tokens": "embed", "norm": "norm"},
+        per_layer={
             "input_layernorm": "attn.norm",
             "self_attn.q_proj": "attn.qkv.q",
             "self_attn.k_proj": "attn.qkv.k",
@@ -105,12 +106,12 @@ NAMINGS = {
         },
         buffers=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     ),
-    "gpt2": Naming(
+    "gpt2": NameMap(
         prefix="transformer.",
         layer="h.{}.",
         head="lm_head.weight",
-        outside={"wte": "embed.tokens", "wpe": "embed", "ln_f": "norm"},
-        inside={
+        top_level={"wte": "embed.tokens", "wpe": "embed", "ln_f": "norm"},
+        per_layer={
             "ln_1": "attn.norm",
             "attn.c_attn": QKV,
             "attn.c_proj": "attn.out",
@@ -120,12 +121,12 @@ NAMINGS = {
         },
         buffers=r"h\.\d+\.attn\.(bias|masked_bias)",
     ),
-    "gpt_neox": Naming(
+    "gpt_neox": NameMap(
         prefix="gpt_neox.",
         layer="layers.{}.",
         head="embed_out.weight",
-        outside={"embed_in": "embed", "final_layer_norm": "norm"},
-        inside={
+        top_level={"embed_in": "embed", "final_layer_norm": "norm"},
+        per_layer={
             "input_layernorm": "attn.norm",
             "attention.query_key_value": QKV,
             "attention.dense": "attn.out",
@@ -138,46 +139,50 @@ NAMINGS = {
 }
 
 
-def entries(config: Config, prefix: str | None = None) -> list[Entry]:
-    """Every foreign tensor that a checkpoint of ``config`` must hold, and nothing else.
+def tensor_maps(config: Config, prefix: str | None = None) -> list[TensorMap]:
+    """Exactly the tensors that a checkpoint of ``config`` must hold.
 
-    ``prefix`` replaces the usual one ("model.", "transformer.", "gpt_neox.").
+    ``prefix`` replaces the default one ("model.", "transformer.", "gpt_neox.").
     """
-    naming = NAMINGS[config.family]
-    prefix = naming.prefix if prefix is None else prefix
-    # Only names and shapes are wanted: without a context there are no rotary tables to compute.
+    name_map = NAME_MAPS[config.family]
+    prefix = name_map.prefix if prefix is None else prefix
+    # Only names and shapes are needed: with a context of 1 the rotary tables stay small.
     known = shapes(replace(config, context=1) if config.rope_width else config)
-    found = _entries(config, prefix, naming.outside, "", known)
+    found = _named_tensors(config, prefix, name_map.top_level, "", known)
     for i in range(config.layers):
-        layer = prefix + naming.layer.format(i)
-        found += _entries(config, layer, naming.inside, f"stack.blocks.{i}.", known)
+        layer = prefix + name_map.layer.format(i)
+        found += _named_tensors(config, layer, name_map.per_layer, f"stack.blocks.{i}.", known)
     if not config.tied:
-        found.append(Entry(naming.head, {"head.w": known["head.w"]}, TRANSPOSED))
+        found.append(TensorMap(name_map.head, {"head.w": known["head.w"]}, TRANSPOSED))
     return found
 
 
 def is_buffer(config: Config, name: str) -> bool:
-    """Is this a tensor that old checkpoints carry and that holds no weights?"""
-    naming = NAMINGS[config.family]
-    return re.fullmatch(f"({re.escape(naming.prefix)})?({naming.buffers})", name) is not None
+    """Is this tensor a buffer, as in old checkpoints, rather than a weight?"""
+    name_map = NAME_MAPS[config.family]
+    return re.fullmatch(f"({re.escape(name_map.prefix)})?({name_map.buffers})", name) is not None
 
 
-def _entries(config: Config, prefix: str, names: dict, path: str, known: dict) -> list[Entry]:
-    """The tensors under one prefix, weights and biases; ``known`` has our paths and shapes."""
+def _named_tensors(
+    config: Config, prefix: str, names: dict, path: str, known: dict
+) -> list[TensorMap]:
+    """The weights and biases under one prefix; ``known`` maps minitx paths to shapes."""
     found = []
-    for name, ends in names.items():
-        for foreign, fields in (("weight", ("w", "gain")), ("bias", ("b", "bias"))):
-            candidates = [f"{path}{end}.{field}" for end in ends.split() for field in fields]
-            ours = {p: known[p] for p in candidates if p in known}
-            if ours:
-                layout = _layout(config, ends, next(iter(ours)))
-                found.append(Entry(f"{prefix}{name}.{foreign}", ours, layout))
+    for name, suffixes in names.items():
+        for kind, fields in (("weight", ("w", "gain")), ("bias", ("b", "bias"))):
+            candidates = [
+                f"{path}{suffix}.{field}" for suffix in suffixes.split() for field in fields
+            ]
+            weights = {p: known[p] for p in candidates if p in known}
+            if weights:
+                layout = _layout(config, suffixes, next(iter(weights)))
+                found.append(TensorMap(f"{prefix}{name}.{kind}", weights, layout))
     return found
 
 
-def _layout(config: Config, ends: str, path: str) -> Layout:
+def _layout(config: Config, suffixes: str, path: str) -> StoredLayout:
     if path.startswith("embed") or path.endswith(("gain", "bias")):
-        return SAME
-    if ends == QKV:
-        return COLUMNS if config.family == "gpt2" else by_head(config.heads)
-    return SAME if config.family == "gpt2" else TRANSPOSED
+        return UNCHANGED
+    if suffixes == QKV:
+        return FUSED_COLUMNS if config.family == "gpt2" else fused_by_head(config.heads)
+    return UNCHANGED if config.family == "gpt2" else TRANSPOSED

@@ -1,11 +1,11 @@
-"""A Hugging Face model folder: ``config.json`` and ``model.safetensors``, read and written.
+"""Read and write a Hugging Face model folder: ``config.json`` and ``model.safetensors``.
 
     read_model(folder)          -> Transformer
-    write_model(model, folder)     so that transformers loads the folder as it is
+    write_model(model, folder)     in the format that transformers loads
 
-Read are one file, or several with ``model.safetensors.index.json``. Names and shapes of all tensors
-are compared with what the configuration calls for before the first weight is read. Tokenizers are
-not read here, and pickles (``pytorch_model.bin``) are never opened.
+Reads a single file, or shards listed in ``model.safetensors.index.json``. All tensor names and
+shapes are checked against the configuration before the first weight is read. Tokenizers have their
+own modules. Pickles (``pytorch_model.bin``) are never opened.
 """
 
 import json
@@ -14,19 +14,25 @@ from pathlib import Path
 import numpy as np
 
 from minitx.build import build, shapes
-from minitx.checkpoints.common import need_finite, need_float, read_json, replacing, short
+from minitx.checkpoints.common import (
+    abbreviate,
+    atomic_write,
+    need_finite,
+    need_float_dtype,
+    read_json,
+)
 from minitx.checkpoints.hf_config import read_config
 from minitx.checkpoints.hf_config_write import config_fields
-from minitx.checkpoints.hf_weights import NAMINGS, Entry, entries, is_buffer
+from minitx.checkpoints.hf_weights import NAME_MAPS, TensorMap, is_buffer, tensor_maps
 from minitx.checkpoints.safetensors import TensorInfo, read_header, read_tensor
 from minitx.checkpoints.safetensors_write import write_safetensors
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Transformer
-from minitx.tree import weights
+from minitx.tree import weights as tree_weights
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-Found = dict[str, tuple[Path, TensorInfo]]  # tensor name -> its file and place
+TensorLocations = dict[str, tuple[Path, TensorInfo]]  # tensor name -> file, header entry
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -35,116 +41,122 @@ Found = dict[str, tuple[Path, TensorInfo]]  # tensor name -> its file and place
 def read_model(folder, dtype=np.float32) -> Transformer:
     """The model in ``folder``, its weights as ``dtype`` (float32 or float64).
 
-    Raises MinitxError for every fault of configuration, index or tensors: what is missing, extra,
-    misshapen, not finite, contradictory, or not supported.
+    Raises MinitxError if configuration, index or tensors are missing, unexpected, of the wrong
+    shape, not finite, contradictory, or not supported.
     """
-    folder, dtype = Path(folder), need_float(dtype)
+    folder, dtype = Path(folder), need_float_dtype(dtype)
     if not folder.is_dir():
-        raise MinitxError(f"{folder}: there is no such folder; give one that holds a config.json.")
+        raise MinitxError(f"{folder}: there is no such folder; expected one with a config.json.")
     config = read_config(folder / CONFIG)
-    found = _find_tensors(folder)
-    wanted = _match(folder, config, found)
-    ours: dict[str, np.ndarray] = {}
-    for entry in wanted:
-        ours.update(entry.take(_load(entry.name, found, dtype)))
-    model = build(config, lambda path, shape: ours[path])
-    _check_tied_copy(folder, config, found, model, dtype)
+    locations = _locate_tensors(folder)
+    weights: dict[str, np.ndarray] = {}
+    for tensor_map in _match(folder, config, locations):
+        weights.update(tensor_map.split(_load(tensor_map.name, locations, dtype)))
+    model = build(config, lambda path, shape: weights[path])
+    _check_tied_head(folder, config, locations, model, dtype)
     return model
 
 
-def _load(name: str, found: Found, dtype) -> np.ndarray:
-    file, info = found[name]
-    with np.errstate(over="ignore"):  # a float64 too large for float32 is reported as Inf
+def _load(name: str, locations: TensorLocations, dtype) -> np.ndarray:
+    file, info = locations[name]
+    with np.errstate(over="ignore"):  # float64 values that overflow float32 are reported as Inf
         array = read_tensor(file, name, info).astype(dtype, copy=False)
     return need_finite(file, name, array)
 
 
-def _find_tensors(folder: Path) -> Found:
-    """Every tensor of the folder, from its one file or else from the shards of its index."""
+def _locate_tensors(folder: Path) -> TensorLocations:
+    """All tensors of the folder, in its single file or else in the shards of its index."""
     if (folder / ONE_FILE).exists():
         path = folder / ONE_FILE
         return {name: (path, info) for name, info in read_header(path).tensors.items()}
     if (folder / INDEX).exists():
-        return _find_in_shards(folder)
+        return _locate_in_shards(folder)
     for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
         for pickle in sorted(folder.glob(pattern)):
             raise MinitxError(
-                f"{folder}: holds {pickle.name} but no {ONE_FILE}; a pickle can run any code when "
-                "it is opened, so minitx never does: save the model again with transformers' "
+                f"{folder}: expected {ONE_FILE}, got {pickle.name}; opening a pickle can run any "
+                "code, so minitx never does: save the model again with transformers' "
                 "save_pretrained, which writes safetensors."
             )
-    raise MinitxError(f"{folder}: holds neither {ONE_FILE} nor {INDEX}; expected one of them.")
+    raise MinitxError(f"{folder}: expected {ONE_FILE} or {INDEX}, got neither.")
 
 
-def _find_in_shards(folder: Path) -> Found:
-    """The tensors that the index places, each found in the shard where it says."""
+def _locate_in_shards(folder: Path) -> TensorLocations:
+    """The tensors listed in the index, each checked to be in the shard that the index names."""
     index = folder / INDEX
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise MinitxError(f"{index}: has no 'weight_map' from tensor names to file names.")
-    shards = sorted(set(places.values()))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise MinitxError(f"{index}: expected a 'weight_map' from tensor names to file names.")
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # Only a plain name: "../x" or "/x" would let a download read files outside its folder.
+        # Only a plain file name: "../x" or "/x" would read files outside the folder.
         if "/" in shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
             raise MinitxError(
-                f"{index}: {short(shard)} is not the name of a .safetensors file in the folder."
+                f"{index}: expected the name of a .safetensors file in this folder, "
+                f"got {abbreviate(shard)}."
             )
-    found: Found = {}
+    locations: TensorLocations = {}
     for shard in shards:
         for name, info in read_header(folder / shard).tensors.items():
-            if places.get(name) != shard:
+            if weight_map.get(name) != shard:
                 raise MinitxError(
-                    f"{folder / shard}: holds tensor {name!a}, which {INDEX} places in "
-                    f"{short(places.get(name))}; the shards do not belong together."
+                    f"{folder / shard}: has tensor {name!a}, but {INDEX} maps it to "
+                    f"{abbreviate(weight_map.get(name))}; the shards do not belong together."
                 )
-            found[name] = (folder / shard, info)
-    for name, shard in places.items():
-        if name not in found:
+            locations[name] = (folder / shard, info)
+    for name, shard in weight_map.items():
+        if name not in locations:
             raise MinitxError(
-                f"{folder / shard}: has no tensor {name!a}, which {INDEX} places there."
+                f"{folder / shard}: has no tensor {name!a}, but {INDEX} maps it to this file."
             )
-    return found
+    return locations
 
 
-def _match(folder: Path, config: Config, found: Found) -> list[Entry]:
-    """The tensors to read, after every one was found with the right shape and none is left over."""
-    # Before a list is made for every layer: has the checkpoint as many tensors as layers at all?
-    if config.layers > len(found):
+def _match(folder: Path, config: Config, locations: TensorLocations) -> list[TensorMap]:
+    """The tensors to read, once all are there, in the expected shapes, and no other tensor is."""
+    # A huge layer count must fail before a list of all its tensors is built.
+    if config.layers > len(locations):
         raise MinitxError(
-            f"{folder}: {CONFIG} says {config.layers} layers but there are {len(found)} tensors."
+            f"{folder}: {CONFIG} has {config.layers} layers but the folder only "
+            f"{len(locations)} tensors."
         )
-    naming = NAMINGS[config.family]
-    bare = not any(name.startswith(naming.prefix) for name in found)  # GPT-2's own files
-    wanted = entries(config, "" if bare else None)
-    for entry in wanted:
-        if entry.name not in found:
-            raise MinitxError(f"{folder}: tensor {entry.name!a} is missing; {CONFIG} calls for it.")
-        file, info = found[entry.name]
-        if info.shape != entry.shape:
+    name_map = NAME_MAPS[config.family]
+    no_prefix = not any(name.startswith(name_map.prefix) for name in locations)  # OpenAI's GPT-2
+    expected = tensor_maps(config, "" if no_prefix else None)
+    for tensor_map in expected:
+        name = tensor_map.name
+        if name not in locations:
+            raise MinitxError(f"{folder}: tensor {name!a} is missing but required by {CONFIG}.")
+        file, info = locations[name]
+        if info.shape != tensor_map.shape:
             raise MinitxError(
-                f"{file}: tensor {entry.name!a} has shape {info.shape}; "
-                f"by {CONFIG} it must have {entry.shape}."
+                f"{file}: tensor {name!a} must have shape {tensor_map.shape} by {CONFIG}, "
+                f"got {info.shape}."
             )
-    names = {entry.name for entry in wanted}
-    for name, (file, _) in found.items():
-        copy_of_embedding = config.tied and name == naming.head
+    names = {tensor_map.name for tensor_map in expected}
+    for name, (file, _) in locations.items():
+        copy_of_embedding = config.tied and name == name_map.head
         if not (name in names or copy_of_embedding or is_buffer(config, name)):
             raise MinitxError(
                 f"{file}: tensor {name!a} has no place in a model of this {CONFIG}; "
-                "leaving it out would change what the model computes."
+                "ignoring it would change the model's output."
             )
-    return wanted
+    return expected
 
 
-def _check_tied_copy(folder: Path, config: Config, found: Found, model: Transformer, dtype) -> None:
-    """A head stored beside the embedding it is tied to must be the same numbers."""
-    head = NAMINGS[config.family].head
-    if config.tied and head in found:
-        table = model.head.w
-        if found[head][1].shape != table.shape or (_load(head, found, dtype) != table).any():
+def _check_tied_head(
+    folder: Path, config: Config, locations: TensorLocations, model: Transformer, dtype
+) -> None:
+    """If a tied head is stored too, it must equal the embedding."""
+    head = NAME_MAPS[config.family].head
+    if config.tied and head in locations:
+        table, (_, info) = model.head.w, locations[head]
+        if info.shape != table.shape or (_load(head, locations, dtype) != table).any():
             raise MinitxError(
-                f"{folder}: {CONFIG} ties {head!a} to the embedding but their numbers differ; "
-                "set tie_word_embeddings to false there if they are two."
+                f"{folder}: {CONFIG} ties {head!a} to the embedding but their values differ; "
+                "set tie_word_embeddings to false if they are separate weights."
             )
 
 
@@ -154,35 +166,36 @@ def _check_tied_copy(folder: Path, config: Config, found: Found, model: Transfor
 def write_model(model: Transformer, folder, dtype: str = "F16") -> None:
     """Write ``config.json`` and ``model.safetensors`` (dtype "F16", "BF16", "F32" or "F64").
 
-    The folder is made if need be; each file replaces an older one when it is complete. Only a plain
-    model can be written: raises MinitxError if techniques have changed its parts, if no
-    architecture of transformers computes the same, or if a weight is not finite or too large.
+    Creates the folder if necessary and replaces each file atomically. Raises MinitxError if a
+    technique has changed the model's parts, if no architecture of transformers computes the same,
+    or if a weight is not finite or overflows ``dtype``.
     """
     folder = Path(folder)
     fields = config_fields(model.config)
-    ours = _plain_weights(model)
+    weights = _plain_weights(model)
     tensors = {}
-    for entry in entries(model.config):
-        tensors[entry.name] = need_finite(folder, entry.name, entry.put(ours))
-    # The type to compute in, not to store in: with float16 here transformers would compute in it.
+    for tensor_map in tensor_maps(model.config):
+        name = tensor_map.name
+        tensors[name] = need_finite(folder, name, tensor_map.join(weights))
+    # The compute dtype, not the storage dtype: with float16 here transformers would compute in it.
     fields["dtype"] = "float64" if dtype == "F64" else "float32"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MinitxError(f"{folder}: cannot be made ({error.strerror or error}).") from None
+        raise MinitxError(f"{folder}: cannot be created ({error.strerror or error}).") from None
     write_safetensors(folder / ONE_FILE, tensors, dtype)
-    with replacing(folder / CONFIG) as file:
+    with atomic_write(folder / CONFIG) as file:
         file.write((json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _plain_weights(model: Transformer) -> dict[str, np.ndarray]:
     """The weights by path, if the model is exactly what ``build`` makes of its configuration."""
-    ours = weights(model)
-    if {path: w.shape for path, w in ours.items()} == shapes(model.config):
-        # Equal weights may still stand in other parts: what is printed is what runs.
-        if repr(build(model.config, lambda path, shape: ours[path])) == repr(model):
-            return ours
+    found = tree_weights(model)
+    if {path: w.shape for path, w in found.items()} == shapes(model.config):
+        # Equal shapes do not mean equal parts; repr shows the types of all parts.
+        if repr(build(model.config, lambda path, shape: found[path])) == repr(model):
+            return found
     raise MinitxError(
-        "The model is not the plain one of its configuration (a technique changed its parts), and "
-        "no Hugging Face architecture holds that; write the model as it was before."
+        "Expected an unmodified model, got one whose parts a technique has changed, which no "
+        "Hugging Face architecture can hold; write the model without techniques."
     )

@@ -1,17 +1,17 @@
-"""llama2.c's ``tokenizer.bin``, encoding and decoding as its ``run.c`` does.
+"""The tokenizer of llama2.c (``tokenizer.bin``): encodes and decodes like its ``run.c``.
 
 The file, little-endian: int32 length of the longest token, then for each token float32 score,
-int32 length, bytes. How many tokens there are only the model knows. Ids 0 to 2 are unknown, start
-and end; ids 3 to 258 are the raw bytes, spelled "<0x00>" to "<0xFF>".
+int32 length, bytes. The number of tokens is not stored; it comes from the model. Ids 0 to 2 are
+unk, bos and eos; ids 3 to 258 are the raw bytes, spelled "<0x00>" to "<0xFF>".
 
-Encoding puts a space before the text, looks every UTF-8 character up (one that is not a token
-becomes its bytes) and then merges the adjacent pair whose joined text is the token of the best
-score, the leftmost of equals, until no pair makes a token. Decoding drops the space after the start
-token.
+Encoding prepends a space to the text and looks up every UTF-8 character (byte fallback: one that is
+not a token becomes its bytes). Then it repeatedly merges the adjacent pair whose concatenation is
+the token with the highest score, until no pair can be merged; ties go to the leftmost pair.
+Decoding drops the space after bos.
 
-Different from run.c: text may hold NUL, which there ends it; and a character that came as raw bytes
-is decoded from them, where run.c prints no raw byte that is not printable ASCII. As in run.c, in a
-vocabulary that has pieces of "<0x41>" as tokens, such text can merge into the raw byte.
+Differences from run.c: NUL may occur in a text (there it ends the text), and all raw bytes are
+decoded (run.c prints only printable ASCII ones). As in run.c, if the vocabulary has pieces of
+"<0x41>" as tokens, that text can merge into the raw byte.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import re
 import struct
 from pathlib import Path
 
-from minitx.checkpoints.common import short, unreadable
-from minitx.checkpoints.merging import merge_best_first
-from minitx.checkpoints.tokenizer import Tokenizer, check_text
+from minitx.checkpoints.bpe_merge import merge_best_first
+from minitx.checkpoints.common import abbreviate, unreadable
+from minitx.checkpoints.tokenizer import Tokenizer, need_valid_unicode
 from minitx.errors import MinitxError
 
-_START, _END = 1, 2
+_BOS, _EOS = 1, 2
 _FIRST_BYTE = 3  # id of the raw byte 0
-_LEAST_SCORE = -1e10  # run.c merges only what scores better
+_MIN_SCORE = -1e10  # run.c merges only pairs with a higher score
 
-# run.c's reading of UTF-8: a character is a byte and up to three continuation bytes after it; stray
-# continuation bytes are taken four at a time.
+# How run.c splits UTF-8: a character is a byte and up to three continuation bytes; stray
+# continuation bytes form groups of up to four.
 _CHARACTER = re.compile(rb"[^\x80-\xbf][\x80-\xbf]{0,3}|[\x80-\xbf]{1,4}", re.DOTALL)
 _RAW_BYTE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 
@@ -39,42 +39,42 @@ _RAW_BYTE = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 class Llama2cTokenizer(Tokenizer):
     """The tokenizer of a ``tokenizer.bin`` (the interface: ``tokenizer.py``).
 
-    tokens: the text of each token, by id, raw bytes spelled out; scores: one for each.
-    `eos` is the start token: it stands between texts, and run.c stops where it is generated.
+    tokens: the text of each token by id, raw bytes as "<0x00>"; scores: one per token.
+    `eos` is the bos token: it separates texts, and run.c stops when it is generated.
     """
 
     def __init__(self, tokens: list[bytes], scores: list[float]):
         self.tokens, self.scores = list(tokens), list(scores)
         self.vocab_size = len(self.tokens)
-        self.bos = self.eos = _START
-        self.special_ids = frozenset({_START, _END})
+        self.bos = self.eos = _BOS
+        self.special_ids = frozenset({_BOS, _EOS})
         self._ids: dict[bytes, int] = {}
         for id, token in enumerate(self.tokens):
             self._ids.setdefault(token, id)
-        self._check()
+        self._check_vocabulary()
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of `text`; with `special` the start token first, as run.c has it."""
-        check_text(text)
+        """The ids of `text`; `special` prepends bos, as in run.c."""
+        need_valid_unicode(text)
         return self._encode(text.encode("utf-8"), special)
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """As `encode`, for bytes that need not be UTF-8."""
+        """Like `encode`, for bytes that may be invalid UTF-8."""
         return self._encode(data, True)
 
     def token_bytes(self, id: int, previous: int | None = None) -> bytes:
-        """What run.c decodes `id` to after `previous`; the start token, put first, is not text."""
+        """The bytes that run.c prints for `id` after `previous`; nothing for a leading bos."""
         self._check_id(id)
-        if id == _START and previous is None:
+        if id == _BOS and previous is None:
             return b""
         token = self.tokens[id]
-        if previous == _START and token.startswith(b" "):
+        if previous == _BOS and token.startswith(b" "):
             token = token[1:]
         raw = _RAW_BYTE.fullmatch(token)
         return bytes([int(raw[1], 16)]) if raw else token
 
     def _encode(self, data: bytes, special: bool) -> list[int]:
-        ids = [_START] if special else []
+        ids = [_BOS] if special else []
         if data:
             ids.append(self._ids[b" "])
         for character in _CHARACTER.findall(data):
@@ -84,28 +84,30 @@ class Llama2cTokenizer(Tokenizer):
 
     def _merge(self, left: int, right: int) -> tuple[float, int] | None:
         id = self._ids.get(self.tokens[left] + self.tokens[right])
-        if id is None or self.scores[id] <= _LEAST_SCORE:
+        if id is None or self.scores[id] <= _MIN_SCORE:
             return None
         return -self.scores[id], id
 
-    def _check(self) -> None:
-        """What encoding relies on: the raw bytes where run.c looks for them, and a space."""
+    def _check_vocabulary(self) -> None:
+        """Encoding needs the raw bytes at ids 3 to 258 and a token for the space."""
         for byte in range(256):
-            id, needed = _FIRST_BYTE + byte, b"<0x%02X>" % byte
+            id, expected = _FIRST_BYTE + byte, b"<0x%02X>" % byte
             found = self.tokens[id] if id < self.vocab_size else None
-            if found != needed:
+            if found != expected:
                 raise MinitxError(
-                    f"token {id} of {self.vocab_size} is {short(found)}; expected {needed!r}, for "
-                    "a character that is not a token becomes its bytes: use llama2.c's tokenizer.bin"
+                    f"token {id} of {self.vocab_size} must be the raw byte {expected!r}, "
+                    f"got {abbreviate(found)}; use llama2.c's tokenizer.bin"
                 )
         if b" " not in self._ids:
-            raise MinitxError("no token is a single space, which run.c puts before every text")
+            raise MinitxError(
+                "expected a token for a single space, which run.c prepends to every text"
+            )
 
 
 def read_llama2c_tokenizer(path, vocab_size: int) -> Llama2cTokenizer:
-    """The tokenizer in the file `path`, which has `vocab_size` tokens, as many as its model.
+    """The tokenizer in the file `path`; `vocab_size` is that of its model.
 
-    Raises MinitxError for a file that is truncated, has bytes left over or lengths that cannot be.
+    Raises MinitxError if the file is truncated, has trailing bytes or impossible lengths.
     """
     path = Path(path)
     try:
@@ -120,7 +122,7 @@ def read_llama2c_tokenizer(path, vocab_size: int) -> Llama2cTokenizer:
 
 def _parse(data: bytes, vocab_size: int) -> tuple[list[bytes], list[float]]:
     if len(data) < 4:
-        raise MinitxError(f"the file has {len(data)} bytes, not even the 4 of its header")
+        raise MinitxError(f"expected a header of 4 bytes, got a file of {len(data)}")
     (longest,) = struct.unpack_from("<i", data)
     tokens: list[bytes] = []
     scores: list[float] = []
@@ -128,24 +130,24 @@ def _parse(data: bytes, vocab_size: int) -> tuple[list[bytes], list[float]]:
     for id in range(vocab_size):
         if len(data) - at < 8:
             raise MinitxError(
-                f"the file ends after {id} tokens, but the model has {vocab_size}; it is truncated "
+                f"expected the {vocab_size} tokens of the model, got {id}; the file is truncated "
                 "or belongs to another model"
             )
         score, length = struct.unpack_from("<fi", data, at)
         at += 8
         if math.isnan(score):
-            raise MinitxError(f"token {id} has the score NaN; expected a number")
+            raise MinitxError(f"the score of token {id} must be a number, got NaN")
         if not 0 < length <= min(longest, len(data) - at):
             raise MinitxError(
-                f"token {id} claims {length} bytes, but the file has {len(data) - at} left and its "
-                f"header says that the longest token has {longest}"
+                f"token {id} has length {length}, but the file has {len(data) - at} bytes left and "
+                f"the longest token in its header has {longest}"
             )
         tokens.append(data[at : at + length])
         scores.append(score)
         at += length
     if at < len(data):
         raise MinitxError(
-            f"{len(data) - at} bytes are left after {vocab_size} tokens, as many as the model has; "
+            f"{len(data) - at} bytes follow the {vocab_size} tokens of the model; "
             "the tokenizer belongs to another model"
         )
     return tokens, scores

@@ -1,16 +1,16 @@
-"""A tree of parts as data, so that it can stand in a file: entries in JSON, arrays by name.
+"""Serialize a tree of parts into JSON entries and named arrays, and deserialize it.
 
-    entries, arrays, numbers = describe(model=root, ...)
-    parts = restore(path, entries, arrays)  # parts[numbers["model"]] is the root
+    entries, arrays, indices = serialize(model=root, ...)
+    parts = deserialize(path, entries, arrays)  # parts[indices["model"]] is the root
 
 Each part is an entry ``{"part": "minitx.model:Linear", "fields": {...}}``, children before their
-parents; a part that stands in two places, or below two roots, has one entry. A field is
-plain (null, true, a number, a text) or an object with one key: ``{"array": its name}``,
-``{"entry": number of a part}``, ``{"tuple": [fields]}``, ``{"config": {...}}``, or
+parents. A part that is shared, within a tree or between roots, has one entry. A field is a plain
+value (null, boolean, number, string) or an object with one key: ``{"array": name}``,
+``{"entry": index of a part}``, ``{"tuple": [fields]}``, ``{"config": {...}}``, or
 ``{"function": "minitx.ops:silu"}``.
 
-A file can name nothing but parts and functions of the modules below, and its fields have to be
-those of the part: reading one runs no code that stands in it.
+A file can name only parts and functions of the modules below, with exactly the fields that the part
+declares, so reading a file never runs code from it.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from typing import get_args
 
 import numpy as np
 
-from minitx.checkpoints.common import short
+from minitx.checkpoints.common import abbreviate
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.tree import Part
@@ -36,35 +36,38 @@ PACKAGES = ("minitx.shared.", "minitx.precompute.", "minitx.skip.")
 # ---------------------------------------------------------------------------------------- writing
 
 
-def describe(**roots: Part) -> tuple[list[dict], dict[str, np.ndarray], dict[str, int]]:
-    """The entries of these trees, their arrays, and each root's entry. An array is named after the
-    first place where it stands. MinitxError if a field holds anything that a file cannot."""
-    writer = _Writer()
-    numbers = {name: writer.entry(root, name) for name, root in roots.items()}
-    return writer.entries, {name: array for name, array in writer.named.values()}, numbers
+def serialize(**roots: Part) -> tuple[list[dict], dict[str, np.ndarray], dict[str, int]]:
+    """The entries of these trees, their arrays by name, and the entry index of each root.
+
+    An array is named after the path of its first occurrence. Raises MinitxError if a field holds a
+    value that cannot be serialized.
+    """
+    serializer = _Serializer()
+    indices = {name: serializer.entry(root, name) for name, root in roots.items()}
+    return serializer.entries, dict(serializer.arrays.values()), indices
 
 
-class _Writer:
+class _Serializer:
     def __init__(self):
         self.entries: list[dict] = []
-        self.numbers: dict[int, int] = {}  # id of a part -> its entry
-        self.named: dict[int, tuple[str, np.ndarray]] = {}  # id of an array -> its name, and it
+        self.indices: dict[int, int] = {}  # id of a part -> index of its entry
+        self.arrays: dict[int, tuple[str, np.ndarray]] = {}  # id of an array -> (name, array)
 
     def entry(self, node: Part, path: str) -> int:
-        """The number of the part's entry, made the first time."""
-        if id(node) not in self.numbers:
-            found = {
+        """The index of the part's entry, which is added on first use."""
+        if id(node) not in self.indices:
+            values = {
                 f.name: self.field(getattr(node, f.name), f"{path}.{f.name}") for f in fields(node)
             }
-            self.entries.append({"part": _name(node, type(node)), "fields": found})
-            self.numbers[id(node)] = len(self.entries) - 1
-        return self.numbers[id(node)]
+            self.entries.append({"part": _qualified_name(type(node)), "fields": values})
+            self.indices[id(node)] = len(self.entries) - 1
+        return self.indices[id(node)]
 
     def field(self, value, path: str):
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, np.ndarray):
-            return {"array": self.named.setdefault(id(value), (path, value))[0]}
+            return {"array": self.arrays.setdefault(id(value), (path, value))[0]}
         if isinstance(value, Part):
             return {"entry": self.entry(value, path)}
         if type(value) is tuple:
@@ -72,24 +75,24 @@ class _Writer:
         if isinstance(value, Config):
             return {"config": asdict(value)}
         if inspect.isfunction(value):
-            return {"function": _name(value, value)}
+            return {"function": _qualified_name(value)}
         raise MinitxError(
             f"The part at {path!r} holds a {type(value).__name__}, which cannot be written to a "
-            "file; leave out the technique that put it there."
+            "file; leave out the technique that added it."
         )
 
 
-def _name(value, known) -> str:
-    """``module:name`` of a function, or of a part's class, that can be found again by it."""
-    name = f"{known.__module__}:{known.__qualname__}"
+def _qualified_name(target) -> str:
+    """``module:name`` of a function or of a part's class, checked to be importable."""
+    name = f"{target.__module__}:{target.__qualname__}"
     try:
-        found = _find("", name)
+        found = _import("", name)
     except MinitxError:
         found = None
-    if found is not known:
+    if found is not target:
         raise MinitxError(
-            f"{name} cannot be written to a file: only what stands at the top of minitx's own "
-            "modules can be found again."
+            f"{name} cannot be written to a file: expected a part or function defined at the top "
+            "level of one of minitx's modules."
         )
     return name
 
@@ -97,75 +100,81 @@ def _name(value, known) -> str:
 # ---------------------------------------------------------------------------------------- reading
 
 
-def restore(path, entries, arrays: dict[str, np.ndarray]) -> list[Part]:
-    """The parts that were described, by number; ``path`` is the file that the entries are from, for
-    messages. MinitxError if they are anything that ``describe`` does not give."""
+def deserialize(path, entries, arrays: dict[str, np.ndarray]) -> list[Part]:
+    """The parts by entry index; ``path`` is the file of the entries, for error messages.
+
+    Raises MinitxError if the entries are not valid output of ``serialize``.
+    """
     if not isinstance(entries, list) or not entries:
-        raise MinitxError(f"{path}: 'entries' is {short(entries)}; expected a list of parts.")
-    reader = _Reader(path, arrays)
-    for number, entry in enumerate(entries):
-        reader.made.append(reader.part(number, entry))
-    return reader.made
+        raise MinitxError(f"{path}: 'entries' is {abbreviate(entries)}; expected a list of parts.")
+    deserializer = _Deserializer(path, arrays)
+    for index, entry in enumerate(entries):
+        deserializer.parts.append(deserializer.part(index, entry))
+    return deserializer.parts
 
 
-class _Reader:
+class _Deserializer:
     def __init__(self, path, arrays: dict[str, np.ndarray]):
         self.path, self.arrays = path, arrays
-        self.made: list[Part] = []
+        self.parts: list[Part] = []
 
-    def part(self, number: int, entry) -> Part:
-        where = f"{self.path}: entry {number}"
+    def part(self, index: int, entry) -> Part:
+        where = f"{self.path}: entry {index}"
         if not isinstance(entry, dict) or set(entry) != {"part", "fields"}:
-            raise MinitxError(f"{where} is {short(entry)}; expected a part and its fields.")
-        cls = _find(where, entry["part"])
+            raise MinitxError(f"{where}: expected a part and its fields, got {abbreviate(entry)}.")
+        cls = _import(where, entry["part"])
         if not inspect.isclass(cls):
-            raise MinitxError(f"{where} names {short(entry['part'])}, which is not a part.")
+            raise MinitxError(f"{where}: expected a part, got {abbreviate(entry['part'])}.")
         given = entry["fields"]
-        known = {f.name: f.type for f in fields(cls)}
-        if not isinstance(given, dict) or set(given) != set(known):
+        types = {f.name: f.type for f in fields(cls)}
+        if not isinstance(given, dict) or set(given) != set(types):
             raise MinitxError(
-                f"{where}, a {cls.__name__}, has the fields {short(given)}; expected "
-                f"{', '.join(known) or 'none'}."
+                f"{where}: a {cls.__name__} must have the fields {', '.join(types) or 'none'}, "
+                f"got {abbreviate(given)}."
             )
         values = {name: self.field(f"{where}, {name}", field) for name, field in given.items()}
         for name, value in values.items():
-            if not _fits(value, known[name]):
+            if not _has_type(value, types[name]):
                 raise MinitxError(
-                    f"{where}: {name!r} of a {cls.__name__} cannot be {short(given[name])}."
+                    f"{where}: {name!r} of a {cls.__name__} must be {_type_name(types[name])}, "
+                    f"got {abbreviate(given[name])}."
                 )
         return cls(**values)
 
     def field(self, where: str, field):
         if not isinstance(field, dict):
             if isinstance(field, list):
-                raise MinitxError(f"{where} is a list; expected an object that says of what.")
+                raise MinitxError(f"{where}: expected a plain value or an object, got a list.")
             return field
         if len(field) != 1:
-            raise MinitxError(f"{where} is {short(field)}; expected an object with one key.")
+            raise MinitxError(f"{where}: expected an object with one key, got {abbreviate(field)}.")
         ((kind, value),) = field.items()
         if kind == "array" and isinstance(value, str) and value in self.arrays:
             return self.arrays[value]
-        if kind == "entry" and type(value) is int and 0 <= value < len(self.made):
-            return self.made[value]
+        if kind == "entry" and type(value) is int and 0 <= value < len(self.parts):
+            return self.parts[value]
         if kind == "tuple" and isinstance(value, list):
             return tuple(self.field(where, item) for item in value)
-        if kind == "function" and inspect.isfunction(found := _find(where, value)):
+        if kind == "function" and inspect.isfunction(found := _import(where, value)):
             return found
         if kind == "config" and isinstance(value, dict):
             return self.config(where, value)
-        raise MinitxError(f"{where} is {short(field)}, which stands for nothing that is there.")
+        raise MinitxError(
+            f"{where}: expected an existing array, entry, tuple, function or config, "
+            f"got {abbreviate(field)}."
+        )
 
     def config(self, where: str, given: dict) -> Config:
         if set(given) != {f.name for f in fields(Config)} or not isinstance(given["eos"], list):
-            raise MinitxError(f"{where} has not the fields of a configuration: {short(given)}.")
+            raise MinitxError(f"{where}: expected the fields of a Config, got {abbreviate(given)}.")
         try:
             return Config(**given | {"eos": tuple(given["eos"])})
         except MinitxError as error:
             raise MinitxError(f"{where}: {error}") from None
 
 
-def _find(where: str, name):
-    """The part's class or the function that ``module:name`` means."""
+def _import(where: str, name):
+    """The part class or function with the qualified name ``module:name``."""
     module, colon, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
     found = None
     if colon and (module in MODULES or module.startswith(PACKAGES)):
@@ -176,20 +185,24 @@ def _find(where: str, name):
     is_part = inspect.isclass(found) and issubclass(found, Part)
     if not (is_part or inspect.isfunction(found)) or found.__module__ != module:
         raise MinitxError(
-            f"{where} names {short(name)}, which this minitx does not have; was it written by "
-            "another version?"
+            f"{where}: this version of minitx has no part or function {abbreviate(name)}; was the "
+            "file written by another version?"
         )
     return found
 
 
-def _fits(value, kind) -> bool:
-    """Is the value of the type that the field was declared with, as far as that says anything?"""
-    if isinstance(kind, UnionType):
-        return any(_fits(value, one) for one in get_args(kind))
-    if kind in (bool, int, str, tuple):
-        return type(value) is kind
-    if kind is float:
+def _type_name(declared) -> str:
+    return declared.__name__ if inspect.isclass(declared) else str(declared)
+
+
+def _has_type(value, declared) -> bool:
+    """Does the value have the declared type of its field? True for annotations not checked here."""
+    if isinstance(declared, UnionType):
+        return any(_has_type(value, option) for option in get_args(declared))
+    if declared in (bool, int, str, tuple):
+        return type(value) is declared
+    if declared is float:
         return type(value) in (int, float)
-    if inspect.isclass(kind):
-        return isinstance(value, kind)
+    if inspect.isclass(declared):
+        return isinstance(value, declared)
     return True

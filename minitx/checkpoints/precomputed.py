@@ -1,10 +1,10 @@
-"""A model with the parts that techniques have put in, written once offline and read again.
+"""Save a model after offline work by techniques, and load it without repeating that work.
 
-    out/precomputed.json          what made it, and the tree of parts (parts.py)
-    out/precomputed.safetensors   its arrays, in the types that they have in memory
-    out/tokenizer.json (or .bin)  a copy of the tokenizer's file
+    out/precomputed.json          its origin, and the tree of parts (parts.py)
+    out/precomputed.safetensors   its arrays, in their in-memory dtypes
+    out/tokenizer.json (or .bin)  a copy of the tokenizer file
 
-Nothing of what led to it is needed to read it: no checkpoint, no calibration text.
+The folder is self-contained: loading needs neither the original checkpoint nor calibration text.
 """
 
 import json
@@ -15,21 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx.checkpoints.common import fingerprint, need_float, read_json, short
-from minitx.checkpoints.parts import describe, restore
+from minitx.checkpoints.common import abbreviate, fingerprint, need_float_dtype, read_json
+from minitx.checkpoints.parts import deserialize, serialize
 from minitx.checkpoints.safetensors import read_as_stored
 from minitx.checkpoints.safetensors_write import write_safetensors
 from minitx.errors import MinitxError
 from minitx.model import Transformer
 from minitx.tree import Part, float_type, walk
 
-FILE, ARRAYS = "precomputed.json", "precomputed.safetensors"
-FORMAT = 1
+JSON_FILE, ARRAYS_FILE = "precomputed.json", "precomputed.safetensors"
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What made the files: the model that was loaded, and the flags."""
+    """How the folder was made: the model that was loaded, and the flags."""
 
     model: str
     flags: str
@@ -39,25 +39,28 @@ class Origin:
 
 
 def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> None:
-    """Write the model and its token loop into the new ``folder``, which appears when it is whole.
+    """Write the model and its decoding loop into the new ``folder``, which appears atomically.
 
-    tokenizer: the file that the tokenizer was read from, if there was one; it is copied. Raises
-    MinitxError if the folder exists, or if a part holds what no file can.
+    tokenizer: the tokenizer file to copy, or None. Raises MinitxError if the folder exists, or if a
+    part cannot be serialized.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
-        raise MinitxError(f"{folder} exists already; give the name of a new folder.")
-    entries, arrays, numbers = describe(model=lm.model, decode=lm.decode)
-    # Beside the place where it is to appear: only there can it be renamed at one stroke.
+        raise MinitxError(f"{folder} already exists; give the name of a new folder.")
+    entries, arrays, indices = serialize(model=lm.model, decode=lm.decode)
+    # In the same parent folder, where a rename is atomic.
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        write_safetensors(temporary / ARRAYS, arrays, None, {"format": "minitx precomputed"})
-        found = {"format": FORMAT, "from": origin.model, "flags": origin.flags}
-        found |= {"dtype": str(float_type(lm.model)), "arrays": fingerprint(temporary / ARRAYS)}
-        text = json.dumps(found | numbers | {"entries": entries}, indent=1)
-        (temporary / FILE).write_text(text + "\n", encoding="utf-8")
+        write_safetensors(temporary / ARRAYS_FILE, arrays, None, {"format": "minitx precomputed"})
+        content = {"format": FORMAT_VERSION, "from": origin.model, "flags": origin.flags}
+        content |= {
+            "dtype": str(float_type(lm.model)),
+            "arrays": fingerprint(temporary / ARRAYS_FILE),
+        }
+        text = json.dumps(content | indices | {"entries": entries}, indent=1)
+        (temporary / JSON_FILE).write_text(text + "\n", encoding="utf-8")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / f"tokenizer{tokenizer.suffix}")
         os.rename(temporary, folder)
@@ -68,71 +71,78 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
 
 
 def is_precomputed(folder: Path) -> bool:
-    return (folder / FILE).exists()
+    return (folder / JSON_FILE).exists()
 
 
 def read_origin(folder) -> Origin:
-    """What made the files in the folder."""
-    found = _read(Path(folder))
-    return Origin(found["from"], found["flags"])
+    """How the folder was made."""
+    content = _read_content(Path(folder))
+    return Origin(content["from"], content["flags"])
 
 
 def read_precomputed(folder, dtype=np.float32) -> tuple[Transformer, Part]:
-    """The model and the token loop in the folder, tried on one token.
+    """The model and the decoding loop in the folder, smoke-tested on one token.
 
-    Raises MinitxError if the files are damaged or do not belong together, or if the numbers are not
-    of the type asked for: they were rounded to theirs when they were made.
+    Raises MinitxError if the files are corrupt or do not belong together, or if ``dtype`` is not
+    the one in which the model was precomputed: its values are already rounded to that.
     """
-    folder, dtype = Path(folder), need_float(dtype)
-    found = _read(folder)
-    if found["dtype"] != str(dtype):
+    folder, dtype = Path(folder), need_float_dtype(dtype)
+    content = _read_content(folder)
+    if content["dtype"] != str(dtype):
         raise MinitxError(
-            f"{folder} was precomputed in {short(found['dtype'])}; load it in that type, not in "
-            f"{dtype}."
+            f"{folder} was precomputed in {abbreviate(content['dtype'])}; load it in that dtype, "
+            f"not in {dtype}."
         )
-    if found["arrays"] != fingerprint(folder / ARRAYS):
+    if content["arrays"] != fingerprint(folder / ARRAYS_FILE):
         raise MinitxError(
-            f"{folder / ARRAYS}: is not the file that {FILE} was written with; run minitx "
+            f"{folder / ARRAYS_FILE}: does not match the fingerprint in {JSON_FILE}; run minitx "
             "precompute again."
         )
-    path = folder / FILE
-    parts = restore(path, found.get("entries"), read_as_stored(folder / ARRAYS))
-    model, decode = (_numbered(path, parts, found, name) for name in ("model", "decode"))
+    path = folder / JSON_FILE
+    parts = deserialize(path, content.get("entries"), read_as_stored(folder / ARRAYS_FILE))
+    model, decode = (_root(path, parts, content, name) for name in ("model", "decode"))
     if type(model) is not Transformer:
-        raise MinitxError(f"{path}: 'model' is a {type(model).__name__}, not a Transformer.")
-    _try(path, model)
+        raise MinitxError(f"{path}: 'model' must be a Transformer, got a {type(model).__name__}.")
+    _smoke_test(path, model)
     return model, decode
 
 
-def _read(folder: Path) -> dict:
-    path = folder / FILE
-    found = read_json(path)
-    if found.get("format") != FORMAT:
+def _read_content(folder: Path) -> dict:
+    path = folder / JSON_FILE
+    content = read_json(path)
+    if content.get("format") != FORMAT_VERSION:
         raise MinitxError(
-            f"{path}: its 'format' is {short(found.get('format'))}; this minitx reads {FORMAT}."
+            f"{path}: 'format' must be {FORMAT_VERSION} for this version of minitx, "
+            f"got {abbreviate(content.get('format'))}."
         )
     for name in ("from", "flags", "dtype", "arrays"):
-        if not isinstance(found.get(name), str):
-            raise MinitxError(f"{path}: {name!r} is {short(found.get(name))}; expected text.")
-    return found
+        if not isinstance(content.get(name), str):
+            raise MinitxError(
+                f"{path}: {name!r} must be a string, got {abbreviate(content.get(name))}."
+            )
+    return content
 
 
-def _numbered(path: Path, parts: list[Part], found: dict, name: str) -> Part:
-    number = found.get(name)
-    if type(number) is not int or not 0 <= number < len(parts):
-        raise MinitxError(f"{path}: {name!r} is {short(number)}; expected the number of an entry.")
-    return parts[number]
+def _root(path: Path, parts: list[Part], content: dict, name: str) -> Part:
+    index = content.get(name)
+    if type(index) is not int or not 0 <= index < len(parts):
+        raise MinitxError(
+            f"{path}: {name!r} must be the index of an entry, got {abbreviate(index)}."
+        )
+    return parts[index]
 
 
-def _try(path: Path, model: Transformer) -> None:
-    """Run one token: entries that are well-formed one by one may still not fit each other."""
+def _smoke_test(path: Path, model: Transformer) -> None:
+    """Run one token: parts that are each valid may still not fit together."""
     counts = {len(node.blocks) for _, node in walk(model) if hasattr(node, "blocks")}
     if counts != {model.config.layers}:
-        raise MinitxError(f"{path}: says {model.config.layers} layers and has {sorted(counts)}.")
+        raise MinitxError(f"{path}: expected {model.config.layers} layers, got {sorted(counts)}.")
     try:
         logits = model(np.array([0]), model.new_state())
-        whole = logits.shape == (1, model.config.vocab_size)
-    except Exception as error:  # whatever NumPy or a part makes of wrong shapes or types
-        raise MinitxError(f"{path}: its parts do not fit each other ({error}).") from None
-    if not whole or not np.isfinite(logits).all():
-        raise MinitxError(f"{path}: its parts give logits that are NaN or Inf, or too few.")
+        complete = logits.shape == (1, model.config.vocab_size)
+    except Exception as error:  # anything NumPy or a part may raise for wrong shapes or types
+        raise MinitxError(f"{path}: its parts do not fit together ({error}).") from None
+    if not complete or not np.isfinite(logits).all():
+        raise MinitxError(
+            f"{path}: expected {model.config.vocab_size} finite logits from its parts."
+        )

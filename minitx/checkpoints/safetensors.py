@@ -1,13 +1,13 @@
-"""Reading ``.safetensors``: a length, a JSON table of contents, then the raw numbers.
+"""Read ``.safetensors`` files: a length, a JSON header, then the raw values.
 
     8 bytes    n, the length of the header (little-endian, unsigned)
     n bytes    JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
-    the rest   the numbers, row by row, little-endian; offsets count from here
+    the rest   the values, row-major, little-endian; offsets are relative to this point
 
-The whole header is checked against the real size of the file before anything is allocated, so a
-header that lies costs one error message and no memory. Nothing is ever unpickled. This file knows
-nothing about models: which tensors there must be is decided in ``huggingface.py``. To write such a
-file: ``safetensors_write.py``.
+The whole header is checked against the actual file size before anything is allocated, so a corrupt
+header costs one error message and no memory. Nothing is ever unpickled. This module knows nothing
+about models; ``huggingface.py`` decides which tensors are required. ``safetensors_write.py`` writes
+such files.
 
 Format: https://github.com/huggingface/safetensors (README, "Format").
 """
@@ -19,19 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx.checkpoints.common import parse_json, short, unreadable
+from minitx.checkpoints.common import abbreviate, parse_json, unreadable
 from minitx.errors import MinitxError
 
-# Bytes per number of every dtype whose size is known, so that offsets can be checked even for
-# tensors that are never read (old GPT-2 files carry boolean masks).
+# Bytes per value of every dtype, so that offsets can be checked even for tensors that are never
+# read (old GPT-2 files have boolean masks).
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
-# How the readable ones lie in the file; NumPy has no bfloat16, so its bits are read as integers.
-FILE_DTYPE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-# What NumPy knows itself, and so can be kept as it is.
-OWN_DTYPE = {
+# How float values are stored; NumPy has no bfloat16, so its bits are read as integers.
+FLOAT_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# Dtypes that NumPy has too, so that values can be read without conversion.
+NUMPY_DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?", "I8": "i1", "U8": "u1"},
     **{"I16": "<i2", "I32": "<i4", "I64": "<i8", "U16": "<u2", "U32": "<u4", "U64": "<u8"},
 }
@@ -41,7 +41,7 @@ MAX_DIMENSIONS = 32  # NumPy 1's limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One line of the table of contents; ``begin`` and ``end`` count from the start of the file."""
+    """The header entry of one tensor; ``begin`` and ``end`` count from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,18 +50,18 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Header:
-    """The checked table of contents of one file."""
+class SafetensorsHeader:
+    """The validated header of one file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
 
-def read_header(path) -> Header:
-    """The table of contents, every entry checked against the size of the file.
+def read_header(path) -> SafetensorsHeader:
+    """The header, every entry checked against the file size.
 
     Raises MinitxError if the file is missing, truncated, has trailing bytes, or if its header is
-    not the JSON described above or its tensors overlap, leave holes or do not fill the file.
+    not valid JSON as above, or if its tensors overlap, leave gaps or do not fill the file.
     """
     path = Path(path)
     try:
@@ -79,15 +79,15 @@ def read_header(path) -> Header:
     tensors = {
         name: _check_entry(path, name, entry, data_begin, size) for name, entry in entries.items()
     }
-    _check_tiling(path, tensors, data_begin, size)
-    return Header(tensors, metadata)
+    _check_contiguous(path, tensors, data_begin, size)
+    return SafetensorsHeader(tensors, metadata)
 
 
 def read_tensors(path, names=None) -> dict[str, np.ndarray]:
-    """The tensors called ``names`` (all if None), by name, each with the shape the file gives it.
+    """The tensors with these ``names`` (all if None), by name.
 
-    F32, F16 and BF16 arrive as float32 (no rounding takes place), F64 stays float64. Any other
-    dtype is an error when it is asked for; not asked for, it may be there.
+    F32, F16 and BF16 are returned as float32, which is exact, and F64 as float64. Requesting a
+    tensor of any other dtype is an error; other tensors of the file may have one.
     """
     header = read_header(path)
     names = header.tensors if names is None else names
@@ -98,42 +98,45 @@ def read_tensors(path, names=None) -> dict[str, np.ndarray]:
 
 
 def read_tensor(path, name: str, info: TensorInfo) -> np.ndarray:
-    """One tensor that ``read_header`` found; see ``read_tensors`` for its dtype."""
-    if info.dtype not in FILE_DTYPE:
+    """One tensor by its header entry; dtypes as in ``read_tensors``."""
+    if info.dtype not in FLOAT_DTYPES:
         raise MinitxError(
-            f"{path}: tensor {name!a} is {info.dtype}; weights must be {', '.join(FILE_DTYPE)}."
+            f"{path}: tensor {name!a}: the dtype of weights must be one of "
+            f"{', '.join(FLOAT_DTYPES)}, got {info.dtype}."
         )
-    return widen(_numbers(path, name, info, FILE_DTYPE), info.dtype).reshape(info.shape)
+    return widen(_read_flat(path, name, info, FLOAT_DTYPES), info.dtype).reshape(info.shape)
 
 
 def read_as_stored(path) -> dict[str, np.ndarray]:
-    """All tensors by name, in the types that the file has them in, integers too."""
+    """All tensors by name, in their stored dtypes, including integers."""
     found = {}
     for name, info in read_header(path).tensors.items():
-        if info.dtype not in OWN_DTYPE:
-            raise MinitxError(f"{path}: tensor {name!a} is {info.dtype}, which NumPy has not.")
-        array = _numbers(path, name, info, OWN_DTYPE).reshape(info.shape)
+        if info.dtype not in NUMPY_DTYPES:
+            raise MinitxError(
+                f"{path}: tensor {name!a} is {info.dtype}, which NumPy does not support."
+            )
+        array = _read_flat(path, name, info, NUMPY_DTYPES).reshape(info.shape)
         found[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
     return found
 
 
-def _numbers(path, name: str, info: TensorInfo, dtypes: dict[str, str]) -> np.ndarray:
-    """The tensor's numbers, flat, as they lie in the file."""
+def _read_flat(path, name: str, info: TensorInfo, dtypes: dict[str, str]) -> np.ndarray:
+    """The values of one tensor as stored, flat."""
     count = math.prod(info.shape)
     try:
         flat = np.fromfile(path, dtypes[info.dtype], count, offset=info.begin)
     except OSError as error:
         raise unreadable(path, error) from None
-    if flat.size != count:  # the file shrank after its header was checked
+    if flat.size != count:  # the file has shrunk since its header was checked
         raise MinitxError(f"{path}: tensor {name!a} ends early; the file is truncated.")
     return flat
 
 
 def widen(flat: np.ndarray, dtype: str) -> np.ndarray:
-    """File numbers as native float32 or float64; widening is exact."""
+    """Stored values as native float32 or float64; the conversion is exact."""
     if dtype == "BF16":  # bfloat16 is the upper half of a float32
         return (flat.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(invalid="ignore"):  # a signalling NaN is no reason to warn here
+    with np.errstate(invalid="ignore"):  # no warning for a signaling NaN
         return flat.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
 
 
@@ -141,85 +144,89 @@ def widen(flat: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _header_length(path, first: bytes, size: int) -> int:
-    """The header's length, known to fit in the file."""
+    """The length of the header, checked against the file size."""
     if len(first) < 8:
-        raise MinitxError(
-            f"{path}: is {size} bytes long; a safetensors file has at least 8 (truncated?)."
-        )
+        raise MinitxError(f"{path}: expected at least 8 bytes, got {size}; is the file truncated?")
     length = int.from_bytes(first, "little")
     if length > size - 8:
         raise MinitxError(
-            f"{path}: announces a header of {length} bytes, but only {size - 8} follow; "
-            "the file is truncated or is not safetensors."
+            f"{path}: expected a header of {length} bytes, got {size - 8}; "
+            "the file is truncated or not safetensors."
         )
     if length > MAX_HEADER_BYTES:
         raise MinitxError(
-            f"{path}: announces a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed."
+            f"{path}: the header must have at most {MAX_HEADER_BYTES} bytes, got {length}."
         )
     return length
 
 
 def _parse_header(path, text: bytes) -> dict:
-    """The header's JSON as a dict."""
+    """The header as a dict."""
     try:
         entries = parse_json(text)
     except ValueError as error:
-        raise MinitxError(f"{path}: its header is not valid JSON ({error}).") from None
+        raise MinitxError(f"{path}: the header is not valid JSON ({error}).") from None
     if not isinstance(entries, dict):
-        raise MinitxError(f"{path}: its header is a JSON {type(entries).__name__}, not an object.")
+        raise MinitxError(
+            f"{path}: the header must be a JSON object, got a {type(entries).__name__}."
+        )
     return entries
 
 
 def check_metadata(path, metadata) -> dict[str, str]:
-    """``__metadata__`` maps strings to strings."""
+    """``__metadata__`` must map strings to strings."""
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise MinitxError(f"{path}: __metadata__ in its header must map strings to strings.")
+        raise MinitxError(f"{path}: __metadata__ in the header must map strings to strings.")
     return metadata
 
 
 def _check_entry(path, name: str, entry, data_begin: int, size: int) -> TensorInfo:
-    """One header entry: right fields, right types, offsets that fit its shape and the file."""
+    """Validate one header entry: fields, types, offsets against its shape and the file size."""
     where = f"{path}: tensor {name!a}"
     if not isinstance(entry, dict):
-        raise MinitxError(f"{where} is not described by a JSON object.")
+        raise MinitxError(f"{where}: expected a JSON object, got {abbreviate(entry)}.")
     for field in ("dtype", "shape", "data_offsets"):
         if field not in entry:
             raise MinitxError(f"{where} has no {field!r} in the header.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise MinitxError(f"{where} has the unknown dtype {short(dtype)}.")
-    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
         raise MinitxError(
-            f"{where} has the shape {short(shape)}; "
-            f"expected a list of at most {MAX_DIMENSIONS} integers >= 0."
+            f"{where}: the dtype must be one of {', '.join(ITEM_BYTES)}, got {abbreviate(dtype)}."
         )
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _are_non_negative_ints(shape) or len(shape) > MAX_DIMENSIONS:
         raise MinitxError(
-            f"{where} has the data_offsets {short(offsets)}; expected [begin, end], begin <= end."
+            f"{where}: the shape must be a list of at most {MAX_DIMENSIONS} integers >= 0, "
+            f"got {abbreviate(shape)}."
+        )
+    if not _are_non_negative_ints(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise MinitxError(
+            f"{where}: data_offsets must be [begin, end] with begin <= end, "
+            f"got {abbreviate(offsets)}."
         )
     begin, end = (data_begin + offset for offset in offsets)
     if end > size:
         raise MinitxError(
-            f"{where} ends at byte {end}, the file at {size} (truncated, or a lying header)."
+            f"{where} ends at byte {end}, but the file has {size} bytes; the file is truncated or "
+            "its header is corrupt."
         )
-    # Python integers do not overflow, so a product of huge dimensions cannot wrap round to fit.
+    # Python integers do not overflow, so a product of huge dimensions cannot wrap around.
     if math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
         raise MinitxError(
-            f"{where} of shape {short(shape)} and dtype {dtype} does not fill "
-            f"the {end - begin} bytes that its data_offsets give it."
+            f"{where}: shape {abbreviate(shape)} and dtype {dtype} do not match the {end - begin} "
+            "bytes of its data_offsets."
         )
-    if math.prod(max(n, 1) for n in shape) >= 2**59:  # an empty array NumPy still cannot hold
-        raise MinitxError(f"{where} has the impossible shape {short(shape)}.")
+    if math.prod(max(n, 1) for n in shape) >= 2**59:  # empty, but too large for NumPy
+        raise MinitxError(f"{where}: the shape {abbreviate(shape)} is too large for NumPy.")
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
-def _are_counts(values) -> bool:
+def _are_non_negative_ints(values) -> bool:
     """True for a list of integers >= 0 (JSON's true and 1.0 are not integers)."""
     return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
 
 
-def _check_tiling(path, tensors: dict[str, TensorInfo], data_begin: int, size: int) -> None:
-    """Taken by position, each tensor must begin where the one before it ends, up to the end."""
+def _check_contiguous(path, tensors: dict[str, TensorInfo], data_begin: int, size: int) -> None:
+    """In order of offset, each tensor begins where the previous one ends, up to the file end."""
     position, previous = data_begin, None
     for name in sorted(tensors, key=lambda n: (tensors[n].begin, tensors[n].end)):
         if tensors[name].begin < position:
@@ -231,4 +238,6 @@ def _check_tiling(path, tensors: dict[str, TensorInfo], data_begin: int, size: i
             )
         position, previous = tensors[name].end, name
     if position != size:
-        raise MinitxError(f"{path}: {size - position} bytes follow the last tensor; expected 0.")
+        raise MinitxError(
+            f"{path}: expected no bytes after the last tensor, got {size - position}."
+        )

@@ -1,19 +1,18 @@
-"""What every tokenizer here has, and decoding of a stream of ids.
+"""The tokenizer interface, and streaming decoding.
 
-    encode(text, special=True) -> list[int]   with `special` the token that starts a text, if any
-    encode_bytes(data) -> list[int]           for any bytes, also those that are not valid UTF-8
-    decode(ids, skip_special=False) -> str    bytes that are not valid UTF-8 become U+FFFD
-    decode_bytes(ids, skip_special=False)     the bytes behind that text
-    token_bytes(id, previous=None) -> bytes   what a token adds after `previous` (None: it is first)
+    encode(text, special=True) -> list[int]   `special` prepends the bos token, if there is one
+    encode_bytes(data) -> list[int]           any bytes, including invalid UTF-8
+    decode(ids, skip_special=False) -> str    invalid UTF-8 becomes U+FFFD
+    decode_bytes(ids, skip_special=False)     the bytes of that text
+    token_bytes(id, previous=None) -> bytes   the bytes of a token after `previous`, if any
     vocab_size, len()                         number of ids
     bos, eos                                  the ids that start and end a text, or None
-    special_ids                               what `skip_special` leaves out
+    special_ids                               the ids that `skip_special` omits
 
-``decode(encode(text)) == text`` for any text: a token that `encode` puts first by itself is no
-text, and `decode` leaves it out where it comes first. Exceptions lie in what a tokenizer file asks
-for: a token that swallows white space (lstrip, rstrip), a space put before the text
-(add_prefix_space), NFC normalization. Text with a lone surrogate is not valid Unicode and is
-refused.
+``decode(encode(text)) == text`` for any text: `decode` omits a leading bos that `encode` prepended.
+Exceptions are features of a tokenizer file: tokens that strip whitespace (lstrip, rstrip), a
+prepended space (add_prefix_space), NFC normalization. Text with a lone surrogate is not valid
+Unicode and is rejected.
 
 The tokenizers: GPT-2's `ByteLevelBPE` in ``byte_level_bpe.py`` (its files: ``tokenizer_json.py``)
 and `Llama2cTokenizer` in ``llama2c_tokenizer.py``.
@@ -28,7 +27,7 @@ from minitx.errors import MinitxError
 
 
 class Tokenizer:
-    """What all tokenizers share; a concrete one has its own encode, encode_bytes, token_bytes."""
+    """Base class of all tokenizers; subclasses implement encode, encode_bytes and token_bytes."""
 
     vocab_size: int
     bos: int | None = None
@@ -68,11 +67,11 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids as they come: `push(id)` gives what is certain by now, `finish()` the rest.
+    """Decodes ids one by one: `push(id)` returns the text completed so far, `finish()` the rest.
 
-    A character that is split over tokens is held back until its last byte is there. All the pieces
-    together are ``tokenizer.decode(ids)``. `previous` is the id before the first one pushed (the
-    last of the prompt), if there is one.
+    A character that is split over tokens is buffered until its last byte arrives. All pieces
+    concatenated are ``tokenizer.decode(ids)``. `previous` is the id before the first one pushed
+    (the last of the prompt), or None.
     """
 
     def __init__(
@@ -89,20 +88,20 @@ class StreamDecoder:
         return self._utf8.decode(b"" if id in self._skipped else data)
 
     def finish(self) -> str:
-        """What is still held back, as U+FFFD, for its last byte never came; then starts over."""
+        """Flushes an incomplete character as U+FFFD and resets the decoder."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         self._previous = None
         return rest
 
 
-def check_text(text: str) -> None:
-    """Refuse what is not valid Unicode text: a lone surrogate has no UTF-8."""
+def need_valid_unicode(text: str) -> None:
+    """Raises MinitxError for a lone surrogate, which has no UTF-8 encoding."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise MinitxError(
-            f"character {error.start} of the text is the lone surrogate U+{code:04X}, half a "
-            "character and no Unicode; remove it, or use encode_bytes for raw bytes"
+            f"character {error.start} of the text is the lone surrogate U+{code:04X}, which is not "
+            "valid Unicode; remove it, or use encode_bytes for raw bytes"
         ) from None

@@ -1,4 +1,4 @@
-"""Write a byte-level BPE tokenizer as ``tokenizer.json``, which Hugging Face loads as it is."""
+"""Write a byte-level BPE tokenizer as a Hugging Face ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
-from minitx.checkpoints.common import replacing
+from minitx.checkpoints.common import atomic_write
 from minitx.checkpoints.tokenizer_json import BYTE_CHARACTERS
 from minitx.errors import MinitxError
 
@@ -15,18 +15,20 @@ def write_tokenizer(tokenizer: ByteLevelBPE, folder) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` into `folder`, which must exist."""
     if not isinstance(tokenizer, ByteLevelBPE):
         kind = type(tokenizer).__name__
-        raise MinitxError(f"a {kind} cannot be written as tokenizer.json; a ByteLevelBPE can.")
+        raise MinitxError(
+            f"tokenizer must be a ByteLevelBPE to be written as tokenizer.json, got {kind}."
+        )
     contents = {token.id: token.content for token in tokenizer.added}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,  # decoding must not eat spaces
+        "clean_up_tokenization_spaces": False,  # decoding must not remove spaces
         "bos_token": contents.get(tokenizer.bos),
         "eos_token": contents.get(tokenizer.eos),
     }
     files = {"tokenizer.json": _content(tokenizer), "tokenizer_config.json": config}
     for name, fields in files.items():
         text = json.dumps(fields, ensure_ascii=False, indent=1) + "\n"
-        with replacing(Path(folder) / name) as file:
+        with atomic_write(Path(folder) / name) as file:
             file.write(text.encode("utf-8"))
 
 
@@ -45,7 +47,7 @@ def _content(tokenizer: ByteLevelBPE) -> dict:
         "added_tokens": [vars(token) for token in tokenizer.added],
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": byte_level,
-        "post_processor": _first_token(tokenizer, names) if tokenizer.adds_bos else byte_level,
+        "post_processor": _bos_template(tokenizer, names) if tokenizer.adds_bos else byte_level,
         "decoder": byte_level,
         "model": {
             "type": "BPE",
@@ -63,7 +65,7 @@ def _content(tokenizer: ByteLevelBPE) -> dict:
 
 
 def _names(tokenizer: ByteLevelBPE) -> list[str]:
-    """What the file calls each id: an added token its text, any other its bytes' characters."""
+    """The name of each id: the text of an added token, else one character for each of its bytes."""
     contents = {token.id: token.content for token in tokenizer.added}
     names = ["".join(BYTE_CHARACTERS[byte] for byte in data) for data in tokenizer.tokens]
     names += [""] * (tokenizer.vocab_size - len(names))
@@ -72,17 +74,17 @@ def _names(tokenizer: ByteLevelBPE) -> list[str]:
     for name in names:
         if name in seen:
             raise MinitxError(
-                f"an added token and another token would both be called {name!a}; rename the first."
+                f"an added token and another token would both be named {name!a}; rename the first."
             )
         seen.add(name)
     return names
 
 
-def _first_token(tokenizer: ByteLevelBPE, names: list[str]) -> dict:
-    """The post-processor that puts the start token before a text, and before a second one."""
+def _bos_template(tokenizer: ByteLevelBPE, names: list[str]) -> dict:
+    """The post-processor that prepends bos to a text, or to each of a pair of texts."""
     bos = names[tokenizer.bos]
 
-    def started(text: str, type_id: int) -> list[dict]:
+    def with_bos(text: str, type_id: int) -> list[dict]:
         return [
             {"SpecialToken": {"id": bos, "type_id": type_id}},
             {"Sequence": {"id": text, "type_id": type_id}},
@@ -90,7 +92,7 @@ def _first_token(tokenizer: ByteLevelBPE, names: list[str]) -> dict:
 
     return {
         "type": "TemplateProcessing",
-        "single": started("A", 0),
-        "pair": started("A", 0) + started("B", 1),
+        "single": with_bos("A", 0),
+        "pair": with_bos("A", 0) + with_bos("B", 1),
         "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
     }

@@ -85,7 +85,7 @@ METHODS = (
     Method("elsa", Knob("p", 1 / 64, 64.0, start=0.25, falling=True)),
     Method("dota", keys("keep")),
     Method("predictive_attention", Knob("share", 0.001, 1.0), {"threshold": 0.0, "min_keys": 1}),
-    Method("sparse_memory", keys("K")),
+    Method("sparse_memory", keys("keep")),
     Method("window", keys("r")),
     Method("random", keys("r")),
 )

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from minitx.checkpoints.common import replacing
+from minitx.checkpoints.common import atomic_write
 from minitx.lab.attention_baselines import BASELINES
 from minitx.lab.attention_published import NOTES, PUBLISHED
 from minitx.lab.compare_attention import AttentionComparison, Point, Quality, bytes_read
@@ -189,7 +189,7 @@ def picture(c: AttentionComparison, path) -> None:
     left.legend()
     figure.suptitle(f"{c.model}: keys selected by each method")
     figure.tight_layout()
-    with replacing(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
 

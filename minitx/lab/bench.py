@@ -38,11 +38,11 @@ from minitx import __version__
 from minitx.build import random_model
 from minitx.config import Config
 from minitx.errors import MinitxError
+from minitx.fast import ONE_THREAD, THREAD_VARIABLES
 from minitx.lab.bench_report import as_text
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major
 from minitx.model import Head, Linear, TiedHead, Transformer
-from minitx.threads import ONE_THREAD, THREAD_VARIABLES
 from minitx.tree import walk, weights
 
 SEED = 0
@@ -80,7 +80,7 @@ SHAPES = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class Repeats:
     """How much to measure: new tokens, prompt tokens, rounds, and the minimum seconds of a turn."""
 
     decode: int
@@ -89,8 +89,8 @@ class Plan:
     least: float
 
 
-FULL = Plan(decode=200, prefill=256, rounds=7, least=0.1)
-QUICK = Plan(decode=50, prefill=256, rounds=3, least=0.02)
+FULL = Repeats(decode=200, prefill=256, rounds=7, least=0.1)
+QUICK = Repeats(decode=50, prefill=256, rounds=3, least=0.02)
 
 
 def bench(as_json: bool = False, quick: bool = False) -> None:
@@ -123,7 +123,7 @@ def find_rival() -> tuple[Callable | None, str | None]:
     return Transformers, None
 
 
-def measure_all(shapes, plan: Plan, rival: Callable | None, bar: bool = True) -> dict:
+def measure_all(shapes, plan: Repeats, rival: Callable | None, bar: bool = True) -> dict:
     """All measurements of all shapes, as plain data for JSON. ``rival(model)`` wraps a model in the
     other framework (see ``Transformers``); None measures minitx only."""
     found = machine()  # before the run, which is load itself
@@ -140,7 +140,7 @@ def measure_all(shapes, plan: Plan, rival: Callable | None, bar: bool = True) ->
     }
 
 
-def measure(config: Config, plan: Plan, rival: Callable | None, tick: Callable) -> dict:
+def measure(config: Config, plan: Repeats, rival: Callable | None, tick: Callable) -> dict:
     """Measure one shape. ``tick()`` is called after the warm-up and after every round."""
     model = to_column_major(random_model(config, SEED))
     lm, read = LM(model), bytes_per_token(model)

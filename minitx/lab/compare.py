@@ -52,7 +52,7 @@ PROMPT, NEW = 32, 48  # tokens of a prompt, and new tokens generated after it
 
 
 @dataclass(frozen=True)
-class Plan:
+class Workload:
     """How much to measure: stories to read (or chains of stories instead), prompts to continue, and
     rounds of timing."""
 
@@ -144,7 +144,7 @@ class Comparison:
 
 
 def compare(
-    dense, changed, techniques: str, plan: Plan = Plan(), grade="full", bar=True
+    dense, changed, techniques: str, plan: Workload = Workload(), grade="full", bar=True
 ) -> Comparison:
     """Compare two LMs that share a tokenizer. Raises MinitxError without one."""
     found = held_out(dense, plan.stories, grade)

@@ -32,7 +32,7 @@ from minitx.tree import walk
 
 
 @dataclass(frozen=True)
-class Plan:
+class Grid:
     """What is measured, and on how much."""
 
     shares: tuple[float, ...] = (1 / 2, 1 / 4, 1 / 8)
@@ -99,7 +99,7 @@ class Point:
 @dataclass(frozen=True)
 class AttentionComparison:
     model: str
-    plan: Plan
+    plan: Grid
     shape: dict[str, int]  # heads, kv_heads, head_width
     dense: Quality
     points: list[Point]
@@ -122,7 +122,7 @@ class AttentionComparison:
         return as_text(self)
 
 
-def compare_attention(dense, plan: Plan = Plan(), bar: bool = True) -> AttentionComparison:
+def compare_attention(dense, plan: Grid = Grid(), bar: bool = True) -> AttentionComparison:
     """Compare the methods in an LM without techniques. MinitxError for a plan that does not fit the
     model, and for a model without a tokenizer."""
     plan = checked(dense, plan)
@@ -158,7 +158,7 @@ def compare_attention(dense, plan: Plan = Plan(), bar: bool = True) -> Attention
     return AttentionComparison(dense.name, plan, shape, quality, points)
 
 
-def checked(dense, plan: Plan) -> Plan:
+def checked(dense, plan: Grid) -> Grid:
     """The plan with its number of tokens filled in; MinitxError if it does not fit the model."""
     if dense.tokenizer is None:
         raise MinitxError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from minitx.errors import MinitxError
 from minitx.technique import blocks_of
-from minitx.training.data import ORDINARY, PADDING, Encoder
+from minitx.training.data import ORDINARY, PADDING, StoryEncoder
 from minitx.training.layerskip import record
 from minitx.training.loss import token_losses
 from minitx.training.stories import HOPS, KINDS, Story, guess_baselines, stories
@@ -218,7 +218,7 @@ def encode(tokenizer, stories: Iterable[Story], longest: int | None = None) -> l
 
     A truncated story counts the entropy of its whole pieces only, so its floor is slightly low.
     """
-    encoder = Encoder(tokenizer)
+    encoder = StoryEncoder(tokenizer)
     found = []
     for story in stories:
         ids, kinds, _ = encoder.story(story)
@@ -241,7 +241,7 @@ def chains(tokenizer, split: str, grade, tokens: int) -> Iterator[Encoded]:
         yield Encoded(ids, kinds, nats)
 
 
-def _nats(encoder: Encoder, story: Story, longest: int) -> float:
+def _nats(encoder: StoryEncoder, story: Story, longest: int) -> float:
     """The entropy of the pieces within the first ``longest`` targets."""
     nats, end = 0.0, 0
     for text, _, cost in story.pieces:

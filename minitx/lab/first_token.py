@@ -28,7 +28,7 @@ from minitx.training.stories import stories
 
 
 @dataclass(frozen=True)
-class Plan:
+class PromptSet:
     """shared: length of the common prefix in tokens; own: tokens of each prompt after it."""
 
     shared: int = 400
@@ -51,7 +51,7 @@ class Times:
 @dataclass(frozen=True)
 class FirstToken:
     techniques: str
-    plan: Plan
+    plan: PromptSet
     new: Times  # prompts seen for the first time
     known: Times  # prompts whose prefix was seen before
     cache_bytes: int  # KV cache per token
@@ -83,7 +83,9 @@ class FirstToken:
         return "\n".join(lines)
 
 
-def first_token(dense, changed, techniques: str, plan: Plan = Plan(), bar=True) -> FirstToken:
+def first_token(
+    dense, changed, techniques: str, plan: PromptSet = PromptSet(), bar=True
+) -> FirstToken:
     """Compare two LMs that share a vocabulary. MinitxError for fewer than two prompts, or if they
     do not fit the context."""
     if plan.prompts < 2:

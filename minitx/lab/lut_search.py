@@ -1,25 +1,25 @@
-"""The search of ``lut search=true``, with all that it tries:
+"""The search of ``lut-product search=true``, with everything that it tries:
 
     python -m minitx.lab.lut_search [MODEL] [drop=0.01] [cache=65536] [stories=16] ...
 
-Options are those of the technique. What it finds is printed as a flag to use.
+Options are those of the technique. It prints what was found as a flag to use.
 """
 
 import sys
 
 import minitx
 from minitx.errors import MinitxError
-from minitx.precompute.lut import chosen, find_bits
-from minitx.precompute.lut.bit_search import Search
+from minitx.precompute.lut_product.bit_search import Search, find_bits
+from minitx.shared.table_lookup import constant_matrices
 from minitx.technique import find
 
 
 def search(lm, **options) -> Search:
-    """The search on a dense LM with these options of ``lut``; the others at their defaults."""
-    technique = find("lut")
+    """The search on a dense LM with these options of ``lut_product``, defaults for the others."""
+    technique = find("lut_product")
     o = {name: option.default for name, option in technique.options.items()}
     o |= technique.checked(options)
-    nodes = chosen(lm, o["layers"], o["head"])
+    nodes = constant_matrices("lut_product", lm, o["layers"], o["head"])
     return find_bits(lm, nodes, o["drop"], o["cache"], o["stories"])
 
 
@@ -29,13 +29,13 @@ def main(words: list[str]) -> int:
         names = [word for word in words if "=" not in word]
         if len(names) > 1:
             raise MinitxError(f"{names[1]!r} is one word too many; give one model.")
-        options = find("lut").read(word for word in words if "=" in word)
+        options = find("lut_product").read(word for word in words if "=" in word)
         found = search(minitx.load(*names or ["stories"]), **options)
     except MinitxError as error:
         print(f"minitx: {error}", file=sys.stderr)
         return 2
     print(found)
-    print(f"--lut ba={found.ba} bw={found.bw} d={found.d}")
+    print(f"--lut-product {found.options}")
     return 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.build import build, random_model
-from minitx.checkpoints.common import replacing, unreadable
+from minitx.checkpoints.common import atomic_write, unreadable
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Transformer
@@ -94,7 +94,7 @@ def write_reference(reference: Reference, folder=FOLDER) -> Path:
         arrays[f"hidden_{dtype}"] = reference.hidden[dtype]
         arrays[f"logits_{dtype}"] = reference.logits[dtype]
     path = Path(folder) / f"{reference.name}.npz"
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.savez_compressed(file, **arrays)
     return path
 

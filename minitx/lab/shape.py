@@ -7,8 +7,8 @@ The basis of ``minitx cost`` (cost.py): it needs no weights.
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitx.checkpoints.common import read_json, short
-from minitx.checkpoints.fields import Fields
+from minitx.checkpoints.common import abbreviate, read_json
+from minitx.checkpoints.json_object import JsonObject
 from minitx.errors import MinitxError
 
 
@@ -92,37 +92,39 @@ def read_shape(path, parallel: bool = False, encoders: bool = False) -> Shape:
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
-    c = Fields(path, read_json(path))
+    c = JsonObject(path, read_json(path))
     for name in UNLIKE:
         if c.fields.get(name):
-            c.refuse(name, "these formulas do not cover")
-    encoder = c.flag("is_encoder_decoder", False)
+            c.reject(name, "these formulas do not cover")
+    encoder = c.boolean("is_encoder_decoder", False)
     if encoder and not encoders:
-        c.refuse("is_encoder_decoder", "these formulas do not cover")
-    name = c.text("model_type", "not given").removeprefix("skipless_")
+        c.reject("is_encoder_decoder", "these formulas do not cover")
+    name = c.string("model_type", "not given").removeprefix("skipless_")
     kind, notes = known_kind(c, name)
     if name == "gpt_neox":
-        kind = Kind(False, parallel=c.flag("use_parallel_residual", True))
+        kind = Kind(False, parallel=c.boolean("use_parallel_residual", True))
     if parallel and not kind.parallel:
         notes += ("assumed to be parallel, as requested: this model is not",)
     width = size(c, "hidden_size", "n_embd", "d_model")
     heads = size(c, "decoder_attention_heads", "num_attention_heads", "n_head", "num_heads")
-    if c.count("word_embed_proj_dim", width) != width:
-        c.refuse("word_embed_proj_dim", "these formulas do not cover")
+    if c.positive_int("word_embed_proj_dim", width) != width:
+        c.reject("word_embed_proj_dim", "these formulas do not cover")
     shape = Shape(
         kind=name,
         width=width,
         layers=size(c, *LAYERS),
         heads=heads,
-        kv_heads=c.count("num_key_value_heads", heads),
-        head_width=c.count("head_dim", None) or c.count("d_kv", None) or width // heads,
+        kv_heads=c.positive_int("num_key_value_heads", heads),
+        head_width=c.positive_int("head_dim", None)
+        or c.positive_int("d_kv", None)
+        or width // heads,
         hidden=hidden_size(c, kind, width),
         ffn_matrices=3 if kind.gated else 2,
-        experts=c.count("num_local_experts", None) or c.count("num_experts", 1),
-        vocab_size=c.count("vocab_size"),
+        experts=c.positive_int("num_local_experts", None) or c.positive_int("num_experts", 1),
+        vocab_size=c.positive_int("vocab_size"),
         positions=size(c, *POSITIONS) if kind.adds_positions else 0,
         parallel=parallel or kind.parallel,
-        tied=c.flag("tie_word_embeddings", kind.tied),
+        tied=c.boolean("tie_word_embeddings", kind.tied),
         notes=notes,
         context=size(c, *POSITIONS, default=0),
         encoder_layers=size(c, "encoder_layers", "num_layers") if encoder else 0,
@@ -136,25 +138,25 @@ LAYERS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer"
 POSITIONS = ("max_target_positions", "max_position_embeddings", "n_positions")
 
 
-def known_kind(c: Fields, name: str) -> tuple[Kind, tuple[str, ...]]:
+def known_kind(c: JsonObject, name: str) -> tuple[Kind, tuple[str, ...]]:
     """What the ``model_type`` implies, or a guess that is labelled as one."""
     if name in KINDS:
         return KINDS[name], ()
-    activation = c.text("hidden_act", c.text("activation_function", "not given"))
+    activation = c.string("hidden_act", c.string("activation_function", "not given"))
     gated = activation in ("silu", "swish", "swiglu")
     guess = (
-        f"unknown model_type {short(name)}: assumed to be serial, without learned positions, "
+        f"unknown model_type {abbreviate(name)}: assumed to be serial, without learned positions, "
         f"and {'with' if gated else 'without'} a gate in the FFN (its activation "
-        f"is {short(activation)})"
+        f"is {abbreviate(activation)})"
     )
     return Kind(gated), (guess,)
 
 
-def size(c: Fields, *names: str, default: int | None = None) -> int:
+def size(c: JsonObject, *names: str, default: int | None = None) -> int:
     """A size under one of several names; the first that is present counts."""
     for name in names:
         if c.fields.get(name) is not None:
-            return c.count(name)
+            return c.positive_int(name)
     if default is not None:
         return default
     raise MinitxError(
@@ -162,14 +164,14 @@ def size(c: Fields, *names: str, default: int | None = None) -> int:
     )
 
 
-def hidden_size(c: Fields, kind: Kind, width: int) -> int:
+def hidden_size(c: JsonObject, kind: Kind, width: int) -> int:
     names = ("decoder_ffn_dim", "intermediate_size", "n_inner", "ffn_dim", "d_ff")
     if not kind.gated and not any(c.fields.get(name) for name in names):
         return 4 * width  # the default of transformers for older models without a gate
     return size(c, *names)
 
 
-def need_even_heads(c: Fields, s: Shape) -> None:
+def need_even_heads(c: JsonObject, s: Shape) -> None:
     if s.heads % s.kv_heads:
         raise MinitxError(
             f"{c.path}: {s.heads} query heads cannot share {s.kv_heads} key/value heads evenly; "

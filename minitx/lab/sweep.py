@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from minitx.checkpoints.common import replacing
+from minitx.checkpoints.common import atomic_write
 from minitx.errors import MinitxError
-from minitx.lab.compare import Comparison, Plan, compare
+from minitx.lab.compare import Comparison, Workload, compare
 from minitx.lab.evaluate import hops_name, percent, table
 from minitx.technique import Technique, apply, as_words
 
@@ -60,7 +60,12 @@ def settings(technique: Technique, words: Sequence[str]) -> list[dict]:
 
 
 def sweep(
-    dense, technique: Technique, chosen: Sequence[dict], plan: Plan, grade="full", bar: bool = True
+    dense,
+    technique: Technique,
+    chosen: Sequence[dict],
+    plan: Workload,
+    grade="full",
+    bar: bool = True,
 ) -> list[Point]:
     """One point per setting, on an LM without other techniques."""
     points = []
@@ -160,7 +165,7 @@ def picture(points: Sequence[Point], name: str, path) -> None:
     axes.set_ylabel("loss above dense (nats per token)")
     axes.set_title(name)
     figure.tight_layout()
-    with replacing(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
 

@@ -1,39 +1,53 @@
-"""Activation functions out of a table that has their values for all inputs there are."""
+"""Activation functions from a table of their values at all 65,536 float16 inputs.
+
+The card and the options, the parts that run (online) and the table (offline), notes.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Annotated
 
-from minitx import ops
+import numpy as np
+
+from minitx import ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import Activated, SwiGLU
-from minitx.shared.function_table import FunctionTable
-from minitx.technique import NoSuchPart, blocks_of, swap, technique, wrap
-from minitx.tree import Part, float_type, part, walk
+from minitx.shared.table_lookup import last_blocks
+from minitx.technique import NoSuchPart, at_least, blocks_of, swap, technique, wrap
+from minitx.tree import Part, float_type, part, table, walk
 
 
-@technique(level="ffn", exact=False, neutral={"layers": 0})
-def function_tables(lm, *, layers: int | None = None):
-    """Look up SiLU, GELU or ReLU of every hidden neuron instead of computing it.
+@technique(level="ffn", exact=False, neutral={"layers": 0}, event="function table reads")
+def function_tables(
+    lm,
+    *,
+    layers: Annotated[
+        int | None, "blocks changed, the last ones; default: all", at_least(0)
+    ] = None,
+):
+    """Look up SiLU, GELU or ReLU in a table over all float16 inputs instead of computing it.
 
-    Paper: no single one; tables of activation functions are as old as fixed-point networks. It
-        stands beside the lookup of products (see lut), and does not need it.
-    Kind: approximate: the input is rounded to float16 (11 significant bits). For every input that
-        is a float16 the result is the function's own, bit for bit.
-    Skips or precomputes: exp and division (SiLU), erf or tanh (GELU) of each hidden neuron. Not the
-        exp of the softmax, which ops.attention does where the scores lie.
-    Offline: tab = f(all 65,536 numbers of 16 bits), infinities and NaN too, in the model's own
-        type: 256 KiB in float32, one table for all layers.
-    Online: f(x) = tab[bits of float16(x)]; in a SwiGLU, silu(gate) of the table, times up.
-    Saves: no multiply-add; the ledger counts none for an activation. It reads 4 bytes of the table
-        a neuron. NumPy computes SiLU at least as fast as it rounds and gathers, and ReLU much
-        faster: only GELU by erf, which takes many steps here, gains time.
-    Neutral: layers = 0: so many blocks, counted from the last, use the table (None: all).
-    Not for: gate and up in one product (fuse_projections), where there is no SwiGLU left.
+    Paper:     none in particular: tables of activation functions are as old as fixed-point
+               networks.
+    Fidelity:  our own choice of format: float16 in, the model's own type out.
+    Kind:      approximate: the input is rounded to float16 (11 significant bits). At every input
+               that is a float16 the result is the function's own, bit for bit.
+    Idea:      A 16-bit input has 65,536 values: compute the function at each of them once. The bits
+               of the input, read as an integer, are the index.
+    Offline:   table[i] = f(the float16 with the bits i)      one table for all layers
+    Online:    f(x)   = table[bits of float16(x)]
+               SwiGLU = table[bits of float16(x W_gate)] * (x W_up)
+    Saves:     exp and division (SiLU), erf or tanh (GELU) of each hidden neuron; the ledger counts
+               no multiply-adds for them. It costs 256 KiB (float32), and 4 bytes read per neuron.
+    In NumPy:  SiLU is computed about as fast as it is rounded and gathered, ReLU much faster. Only
+               GELU by erf, which takes many steps here, gains time.
+    Not for:   the exp of softmax. FFNs with gate and up in one product (fuse_projections).
+    Proof:     tests/precompute/test_function_tables.py; literal version:
+               tests/precompute/literal_function_tables.py
+    Tutorial:  tutorials/10_tables_instead_of_products.py
     """
-    L = len(blocks_of(lm))
-    layers = L if layers is None else layers
-    if not 0 <= layers <= L:
-        raise MinitxError(f"function_tables: layers is {layers}; it must be from 0 to {L}.")
+    blocks = len(blocks_of(lm))
+    first = blocks - last_blocks("function_tables", blocks, layers)
     tables: dict[Callable, FunctionTable] = {}
 
     def table_of(f) -> FunctionTable:
@@ -46,11 +60,14 @@ def function_tables(lm, *, layers: int | None = None):
 
     def activated(node: Activated) -> Part:
         if isinstance(node.activation, Part):
-            raise MinitxError("function_tables: the activation is another technique's already.")
+            raise MinitxError(
+                "function_tables cannot replace this activation, which another technique has "
+                "replaced; use one of the two."
+            )
         return replace(node, activation=table_of(node.activation))
 
     def change(ffn: Part, index: int) -> Part:
-        if index < L - layers:
+        if index < first:
             return ffn
         ffn = swap(ffn, SwiGLU, swiglu, optional=True)
         return swap(ffn, Activated, activated, optional=True)
@@ -62,8 +79,29 @@ def function_tables(lm, *, layers: int | None = None):
 
 
 @part
+class FunctionTable(Part):
+    """f(x) for x rounded to float16."""
+
+    values: np.ndarray = table()  # (65536,) f at the float16 with the bits i, in the model's type
+    of: str = ""  # the name of f
+
+    @classmethod
+    def make(cls, f: Callable, dtype) -> "FunctionTable":
+        inputs = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(dtype)
+        values, numbers = inputs.copy(), ~np.isnan(inputs)  # NaN stays the same NaN
+        with np.errstate(all="ignore"):  # exp of large numbers, Inf / Inf
+            values[numbers] = f(inputs[numbers])
+        return cls(values, f.__name__)
+
+    def __call__(self, x):
+        ledger.count(weight_bytes=x.size * self.values.itemsize)
+        ledger.event("function table reads", x.size)
+        return self.values[x.astype(np.float16).view(np.uint16)].astype(x.dtype, copy=False)
+
+
+@part
 class TableSwiGLU(Part):
-    """Hidden neurons silu(gate) * up, silu by a table."""
+    """Hidden neurons silu(gate) * up with silu from a table."""
 
     gate: Part
     up: Part
@@ -71,3 +109,9 @@ class TableSwiGLU(Part):
 
     def __call__(self, x):
         return self.silu(self.gate(x)) * self.up(x)  # (..., F)
+
+
+# Notes:
+#
+# - Beyond 65,504, the largest float16, an input counts as Inf; below 6e-8 as 0.
+# - The exp of softmax is no table: attention computes it in place, block by block.

@@ -52,7 +52,8 @@ def low_rank(
     In NumPy:  faster where matrices are large; in a narrow model (stories, D = 128) the second call
                takes what is saved.
     Not for:   matrices with a flat spectrum: see how many --low-rank energy=0.9 leaves unchanged.
-    Proof:     tests/precompute/test_low_rank.py; literal version: literal_low_rank.py beside it
+    Proof:     tests/precompute/test_low_rank.py;
+               literal version: tests/precompute/literal_low_rank.py
     Tutorial:  tutorials/09_fewer_weights.py
     """
     if rank is not None and energy is not None:

@@ -37,7 +37,8 @@ def pack_zeros(
     In NumPy:  slower: unpacking takes many times as long as the product with one token, and is done
                anew for each. For a prompt of some hundred tokens it takes less than the product.
     Not for:   matrices without zeros: prune first.
-    Proof:     tests/precompute/test_pack_zeros.py; literal version: literal_pack_zeros.py beside it
+    Proof:     tests/precompute/test_pack_zeros.py;
+               literal version: tests/precompute/literal_pack_zeros.py
     """
 
     def packed(linear: Linear) -> Part:

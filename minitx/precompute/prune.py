@@ -49,7 +49,7 @@ def prune(
                pack_zeros stores it in a bit; 2:4 is a pattern that some GPUs skip.
     In NumPy:  as fast as before. For speed see prune_structure, which removes neurons and heads.
     Not for:   wanda with scope=matrix or global: its scores compare within one output only.
-    Proof:     tests/precompute/test_prune.py; literal version: literal_prune.py beside it
+    Proof:     tests/precompute/test_prune.py; literal version: tests/precompute/literal_prune.py
     Tutorial:  tutorials/09_fewer_weights.py
     """
     check_scope(sparsity, method, scope)

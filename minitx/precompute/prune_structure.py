@@ -53,8 +53,8 @@ def prune_structure(
     In NumPy:  faster: in proportion where matrices are large, less in a narrow model, where the
                overhead of calls stays.
     Not for:   anything that was trained for the model's original sizes, such as dota's detectors.
-    Proof:     tests/precompute/test_prune_structure.py; literal version: literal_prune_structure.py
-               beside it
+    Proof:     tests/precompute/test_prune_structure.py;
+               literal version: tests/precompute/literal_prune_structure.py
     Tutorial:  tutorials/09_fewer_weights.py
     """
     texts, make = [], None

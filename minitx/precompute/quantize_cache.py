@@ -46,8 +46,8 @@ def quantize_cache(
     In NumPy:  slower: all S tokens are dequantized anew for each new token, in every layer, which
                takes longer than attention itself. For long contexts and large batches.
     Not for:   a cache that another technique stores in its own way.
-    Proof:     tests/precompute/test_quantize_cache.py; literal version: literal_quantize_cache.py
-               beside it
+    Proof:     tests/precompute/test_quantize_cache.py;
+               literal version: tests/precompute/literal_quantize_cache.py
     Tutorial:  tutorials/08_fewer_bits.py
     """
     if bits == 32:

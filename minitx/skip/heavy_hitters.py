@@ -107,6 +107,8 @@ class HeavyCache(Part):
         scores = acc.total  # (..., K, S)
         if self.random is not None:
             scores = np.broadcast_to(self.random[layer.row_tokens().array], scores.shape)
+        if min(layer.keys.shape[-3], layer.values.shape[-3]) < scores.shape[-2]:
+            scores = scores.sum(-2, keepdims=True)  # one cached head serves all: one set of rows
         rows = heaviest_and_latest(scores, self.heavy, self.recent)  # (..., K, heavy + recent)
         ledger.event("cache rows evicted", scores.size - rows.size)
         layer.keep(rows)
@@ -191,6 +193,7 @@ class Accumulated:
 
     def keep(self, rows) -> None:
         """Only rows (..., K, n) are kept."""
+        rows = np.broadcast_to(rows, (*self.total.shape[:-1], rows.shape[-1]))
         self.total = self.before = np.take_along_axis(self.total, rows, -1)
 
     def add(self, received, given, layer: Layer) -> None:

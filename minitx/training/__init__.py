@@ -1,1 +1,1 @@
-"""Stories to learn from, gradients through the forward of inference, and the training loop."""
+"""Training: synthetic stories, reverse-mode autograd for the model's forward pass, the loop."""

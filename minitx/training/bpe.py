@@ -1,12 +1,11 @@
-"""Learning the merges of a byte-level BPE tokenizer from text (Sennrich et al. 2016, algorithm 1).
+"""Training a byte-level BPE tokenizer (Sennrich et al., 2016, algorithm 1).
 
-Start from the bytes of every word, join the most frequent adjacent pair into a new token wherever
-it occurs, and do it again. Counting all pairs anew for every merge would be slow, so the counts are
-kept, and a merge changes only those of the words it touches.
+Start from the bytes of every word, merge the most frequent adjacent pair into a new token wherever
+it occurs, and repeat. Counting all pairs again for every merge would be slow, so counts are kept,
+and a merge updates only those of the words that it changes.
 
-The result depends on the counts alone: of pairs that are equally frequent the one of the lower ids
-goes first. Ids: the 256 bytes are 0 to 255 by value, merged tokens follow in the order in which
-they were made, special tokens come last.
+The result depends only on the counts: ties go to the pair with the lower ids. Ids: bytes are 0 to
+255, merged tokens follow in the order of their merges, special tokens come last.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from itertools import pairwise
 
 from minitx.checkpoints.added_tokens import AddedToken
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
-from minitx.checkpoints.pretoken import split
-from minitx.checkpoints.tokenizer import check_text
+from minitx.checkpoints.pre_tokenize import pre_tokenize
+from minitx.checkpoints.tokenizer import need_valid_unicode
 from minitx.errors import MinitxError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,19 +31,19 @@ def learn_bpe(
     vocab_size: int,
     special_tokens: Iterable[str] = (END_OF_TEXT,),
 ) -> ByteLevelBPE:
-    """A tokenizer of at most `vocab_size` ids with merges learned from `texts`.
+    """A tokenizer with at most `vocab_size` ids and merges learned from `texts`.
 
-    texts: texts, which GPT-2's pattern splits into words; or the words with their counts.
-    vocab_size: bytes and special tokens included; fewer if every word is one token before.
-    special_tokens: take the last ids; the first of them is `bos` and `eos`.
+    texts: texts, which are split by GPT-2's pre-tokenizer pattern; or words with their counts.
+    vocab_size: includes bytes and special tokens; training stops early once every word is one
+    token. special_tokens: get the last ids; the first is `bos` and `eos`.
     """
     special_tokens = list(special_tokens)
     counts = texts if isinstance(texts, Mapping) else _count_words(texts)
     room = vocab_size - len(special_tokens)
     if room < 256:
         raise MinitxError(
-            f"a vocabulary of {vocab_size} is too small for 256 bytes and {len(special_tokens)} "
-            f"special tokens; it needs at least {256 + len(special_tokens)}"
+            f"vocab_size must be at least {256 + len(special_tokens)}, for 256 bytes and "
+            f"{len(special_tokens)} special tokens; got {vocab_size}."
         )
     learner = _Learner(counts)
     while len(learner.tokens) < room and learner.merge_best_pair():
@@ -59,20 +58,24 @@ def bpe_for_words(
     ignore_merges: bool = False,
     adds_bos: bool = False,
 ) -> ByteLevelBPE:
-    """A tokenizer in which every word of `words` is exactly one token, with few tokens besides.
+    """A tokenizer in which every word of `words` is exactly one token, with few other tokens.
 
-    A word is what GPT-2's pattern leaves whole, such as " park", "Once" or ".". Merges are learned
-    with each word counted once, so what many words share is merged first, until each is one token:
-    450 English words take about 1,080 ids, of which some 370 are pieces that only lead to words.
-    With `ignore_merges` there are no merges and no such pieces, 256 + words + special tokens in
-    all: a word is looked up as a whole, and any other text becomes bytes. With `adds_bos` the first
-    special token is put before every text.
+    A word is one pre-token of GPT-2's pattern, such as " park", "Once" or ".". Each word has count
+    1, so shared substrings are merged first, until each word is one token: 450 English words take
+    about 1,080 ids, of which some 370 are intermediate pieces. With `ignore_merges` there are no
+    merges and no such pieces, only 256 + words + special tokens: whole words are looked up, and any
+    other text is encoded as bytes. With `adds_bos` the first special token is prepended to every
+    text.
     """
     words, special = list(dict.fromkeys(words)), list(special_tokens)
     for word in words:
-        check_text(word)
-        if split(word) != [word]:
-            raise MinitxError(f"{word!a} is {len(split(word))} words to GPT-2's pattern; give one")
+        need_valid_unicode(word)
+        pre_tokens = pre_tokenize(word)
+        if pre_tokens != [word]:
+            raise MinitxError(
+                f"Expected one word by GPT-2's pattern, got {word!a}, which is {len(pre_tokens)}; "
+                "split it."
+            )
     if ignore_merges:
         singles = [bytes([byte]) for byte in range(256)]
         longer = [data for word in words if len(data := word.encode("utf-8")) > 1]
@@ -86,15 +89,15 @@ def bpe_for_words(
 def _count_words(texts: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text in texts:
-        check_text(text)
-        counts.update(split(text))
+        need_valid_unicode(text)
+        counts.update(pre_tokenize(text))
     return counts
 
 
 def _tokenizer(
     tokens: list[bytes], merges: list[Pair], special: list[str], **options: bool
 ) -> ByteLevelBPE:
-    # The special tokens stand in the vocabulary too, as GPT-2's does: no merge leads to them.
+    # As in GPT-2, special tokens are part of the vocabulary; no merge produces them.
     added = [AddedToken(content, len(tokens) + n) for n, content in enumerate(special)]
     tokens = tokens + [content.encode("utf-8") for content in special]
     first = added[0].id if added else None
@@ -102,7 +105,7 @@ def _tokenizer(
 
 
 class _Learner:
-    """The words, cut into the tokens known so far, and how often each adjacent pair occurs."""
+    """The words as sequences of tokens, and the count of each adjacent pair."""
 
     def __init__(self, counts: Mapping[str, int]):
         self.tokens = [bytes([byte]) for byte in range(256)]
@@ -110,19 +113,19 @@ class _Learner:
         self._words = [list(word.encode("utf-8")) for word in counts]
         self._counts = list(counts.values())
         self._pairs: Counter[Pair] = Counter()
-        self._where: dict[Pair, set[int]] = {}  # the words in which a pair occurs, or once did
+        self._where: dict[Pair, set[int]] = {}  # words that contain the pair, or did before a merge
         for number in range(len(self._words)):
             self._count_pairs(number, +1)
         self._heap = [(-count, pair) for pair, count in self._pairs.items()]
         heapify(self._heap)
 
     def merge_best_pair(self) -> bool:
-        """Make one merge; False if every word is a single token."""
+        """Merge the most frequent pair; False if every word is a single token."""
         pair = self._best_pair()
         if pair is None:
             return False
-        # The joined bytes are new: between two cuts a word is merged alike whatever stands around
-        # it, so no other pair has made them.
+        # No other pair can have produced the same bytes: all occurrences of a byte sequence between
+        # two token boundaries have been merged in the same way.
         merged = len(self.tokens)
         self.tokens.append(self.tokens[pair[0]] + self.tokens[pair[1]])
         self.merges.append(pair)
@@ -139,12 +142,12 @@ class _Learner:
     def _best_pair(self) -> Pair | None:
         while self._heap:
             count, pair = heappop(self._heap)
-            if self._pairs[pair] == -count > 0:  # else the entry is older than the last change
+            if self._pairs[pair] == -count > 0:  # else the heap entry is outdated
                 return pair
         return None
 
     def _count_pairs(self, number: int, sign: int) -> set[Pair]:
-        """Add (+1) or take away (-1) the pairs of one word; which pairs these are."""
+        """Add (+1) or subtract (-1) the counts of a word's pairs; returns these pairs."""
         word = self._words[number]
         pairs = list(pairwise(word))
         for pair in pairs:
@@ -155,7 +158,7 @@ class _Learner:
 
 
 def _merge_word(word: list[int], pair: Pair, merged: int) -> list[int]:
-    """`word` with `merged` wherever `pair` stands, from left to right."""
+    """`word` with each occurrence of `pair` replaced by `merged`, from left to right."""
     out: list[int] = []
     for id in word:
         if out and (out[-1], id) == pair:

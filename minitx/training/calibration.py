@@ -1,4 +1,4 @@
-"""What techniques learn their settings from: stories of the calibration split, always the same."""
+"""Calibration data: the same stories every time, and statistics of what parts of a model read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from minitx.tree import Part, part
 
 
 def calibration_texts(lm, count: int) -> list[list[int]]:
-    """Ids of so many stories of grade full, cut to the model's context. Needs a tokenizer."""
+    """Token ids of ``count`` stories of grade full, truncated to the model's context. Needs a
+    tokenizer."""
     context = lm.model.config.context
     return [lm.tokenizer.encode(text)[:context] for text in _texts(count)]
 
@@ -26,59 +27,59 @@ def _texts(count: int) -> tuple[str, ...]:
 
 
 def texts_for(name: str, lm, count: int, instead: str = "") -> list[list[int]]:
-    """``calibration_texts`` for the technique of that name, which refuses a model that cannot read
-    them; ``instead`` says what else would do."""
+    """``calibration_texts`` for the technique ``name``; MinitxError without a tokenizer.
+    ``instead`` is added to the message: what the user can do instead."""
     if lm.tokenizer is None:
         raise MinitxError(
-            f"{name} learns from calibration stories and this model has no tokenizer to read them "
-            f"with; load it with tokenizer=PATH{instead and f', or {instead}'}."
+            f"{name} learns from calibration stories and this model has no tokenizer to encode "
+            f"them; load it with tokenizer=PATH{instead and f', or {instead}'}."
         )
     return calibration_texts(lm, count)
 
 
-# What parts read ---------------------------------------------------------------------------------
+# Inputs of parts ---------------------------------------------------------------------------------
 
 
 def watch_inputs(lm, kind: type, texts: list[list[int]], make: Callable) -> dict[int, object]:
-    """What every part of type ``kind`` reads in these texts: by the part's ``id``, what ``make()``
-    gave for it, whose method ``add(rows)`` got the inputs (n, in) of each text."""
-    witness, found = watched(lm, kind, make)
+    """Run the model on the texts and observe the inputs of every part of type ``kind``. Returns
+    {id(part): observer}: ``make()`` creates the observer of a part, whose method ``add(rows)`` is
+    called with the part's inputs (n, in) of each text."""
+    observed, observers = watched(lm, kind, make)
     for ids in texts:
-        witness.logits(ids)
-    return found
+        observed.logits(ids)
+    return observers
 
 
 def matrix_inputs(name: str, lm, stories: int) -> dict[int, "Moments"]:
-    """The moments of what every ``Linear`` reads in so many calibration stories, by its ``id``."""
+    """{id(part): moments of its inputs} for every ``Linear``, over calibration stories."""
     return watch_inputs(lm, Linear, texts_for(name, lm, stories), Moments)
 
 
 def watched(root: Part, kind: type, make: Callable) -> tuple[Part, dict[int, object]]:
-    """``root`` with its parts of type ``kind`` watched, and what they tell of their inputs to, by
-    their ``id``."""
-    found: dict[int, object] = {}
+    """``root`` with an observer on every part of type ``kind``, and {id(part): observer}."""
+    observers: dict[int, object] = {}
 
     def watch(inner: Part) -> Part:
-        return Watched(inner, found.setdefault(id(inner), make()))
+        return Watched(inner, observers.setdefault(id(inner), make()))
 
-    return swap(root, kind, watch), found
+    return swap(root, kind, watch), observers
 
 
 @part
 class Watched(Part):
-    """A part that computes what it did, and tells ``into`` what it read."""
+    """Passes the inputs of a part to an observer, and runs the part."""
 
     inner: Part
-    into: object
+    observer: object
 
     def __call__(self, x):
-        self.into.add(x.reshape(-1, x.shape[-1]))
+        self.observer.add(x.reshape(-1, x.shape[-1]))
         return self.inner(x)
 
 
 @dataclass
 class Moments:
-    """Sums over the rows x (in,) that a matrix read, in float64."""
+    """Observer: sums over all input rows x (in,), in float64."""
 
     count: int = 0
     absolute: np.ndarray | float = 0.0  # (in,) sum of |x|
@@ -92,12 +93,12 @@ class Moments:
 
     @property
     def norms(self) -> np.ndarray:
-        """(in,) the length of each column of inputs."""
+        """(in,) the L2 norm of each input feature over all rows."""
         return np.sqrt(np.diag(self.gram))
 
 
 class Rows:
-    """All rows that a matrix read."""
+    """Observer: stores all input rows."""
 
     def __init__(self):
         self.pieces: list[np.ndarray] = []

@@ -1,7 +1,7 @@
-"""Checkpoints: everything from which training goes on to the very result it would have had.
+"""Training checkpoints: resuming from one gives the same result, bit for bit, as not stopping.
 
 One ``.npz`` file holds the weights, the two moments of AdamW, and as JSON text the progress and the
-recipe. It is replaced as a whole, so a crash leaves the one before; nothing in it is unpickled.
+recipe. It is replaced atomically, so a crash leaves the previous one. Nothing in it is unpickled.
 """
 
 import json
@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx.checkpoints.common import replacing
+from minitx.checkpoints.common import atomic_write
 from minitx.errors import MinitxError
 from minitx.training.recipe import Recipe, Stage
 
 ARRAYS = ("weights", "m", "v")
-# Of fields that a stage may lack: of those that are younger than its checkpoint, too.
+# Optional fields of a stage, also those that were added after a checkpoint was written.
 DEFAULTS = {f.name: f.default for f in fields(Stage) if f.default is not MISSING}
 
 
 @dataclass
 class Progress:
-    """How far the training is. With the recipe, the weights and the moments it says all that
-    follows: no random number depends on anything but the seed and these counts."""
+    """How far the training is. With the recipe, weights and moments it determines the rest of the
+    run: random numbers depend only on the seed and these counts."""
 
     stage: int = 0
     step: int = 0  # steps done in this stage
@@ -31,11 +31,11 @@ class Progress:
     seconds: float = 0.0
     losses: list = field(default_factory=list)  # of the steps since the last check
     log: list = field(default_factory=list)  # one entry for each check
-    errors: list = field(default_factory=list)  # of detectors, as the losses
+    errors: list = field(default_factory=list)  # losses of the detectors since the last check
 
     @property
-    def begun(self) -> int:
-        """How many stages have been begun."""
+    def stages_begun(self) -> int:
+        """Number of stages that have begun."""
         return self.stage + (self.step > 0)
 
 
@@ -44,13 +44,13 @@ def write_checkpoint(
 ) -> None:
     """Write the file; ``arrays`` holds the flat vectors weights, m and v.
 
-    model_size: how much of them the model takes. What is behind it, detectors, is left out until a
-    stage has trained it: so that stage may still be changed.
+    model_size: length of the model's part of these vectors. The rest, detectors, is not saved
+    before a stage has trained it, so that stage can still be changed.
     """
-    trained = any(stage.detector for stage in recipe.stages[: progress.begun])
+    trained = any(stage.detector for stage in recipe.stages[: progress.stages_begun])
     size = None if trained else model_size
     text = json.dumps({"recipe": recipe.as_dict(), "progress": asdict(progress)})
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         kept = {name: arrays[name][:size] for name in ARRAYS}
         np.savez(file, text=np.frombuffer(text.encode(), np.uint8), **kept)
 
@@ -58,42 +58,43 @@ def write_checkpoint(
 def read_checkpoint(
     path: Path, recipe: Recipe, arrays: dict, model_size: int | None = None
 ) -> Progress:
-    """Fill ``arrays`` from the file and return its progress. Stages that were not begun may have
-    changed in the recipe since; MinitxError if anything else has, or if the file is damaged.
+    """Read the file into ``arrays`` and return its progress. MinitxError if the file is damaged, or
+    if the recipe has changed other than in stages that had not begun.
 
-    model_size: how much of ``arrays`` the model takes; a file may hold that alone, and the rest
-    stays as it is.
+    model_size: length of the model's part of ``arrays``; if the file has only that part, the rest
+    is unchanged.
     """
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             text = json.loads(file["text"].tobytes())
             found = {name: file[name] for name in ARRAYS}
         progress = Progress(**text["progress"])
-        theirs = begun(text["recipe"], progress)
-    except Exception as error:  # zip, JSON and NumPy have their own errors for damage
+        theirs = settled(text["recipe"], progress)
+    except Exception as error:  # zip, JSON and NumPy raise various errors for damaged files
         raise MinitxError(
-            f"{path}: is no checkpoint of this training ({error}); delete it to begin anew."
+            f"{path}: expected a training checkpoint, got an unreadable file ({error}); delete it "
+            "to restart training."
         ) from None
-    ours = begun(recipe.as_dict(), progress)
+    ours = settled(recipe.as_dict(), progress)
     if changed := [name for name in ours if ours[name] != theirs[name]]:
         raise MinitxError(
             f"{path}: belongs to another recipe ({', '.join(changed)} differ); "
-            "restore the recipe, give another folder, or begin anew without resuming."
+            "restore the recipe, use another folder, or restart without resuming."
         )
     for name, array in found.items():
         shapes = arrays[name].shape, (model_size,)
         if array.shape not in shapes or array.dtype != arrays[name].dtype:
             raise MinitxError(
-                f"{path}: holds {array.shape} {array.dtype} numbers as {name}, expected "
-                f"{arrays[name].shape} {arrays[name].dtype}; delete it to begin anew."
+                f"{path}: expected {name} of shape {arrays[name].shape} {arrays[name].dtype}, got "
+                f"{array.shape} {array.dtype}; delete the file to restart training."
             )
         arrays[name][: len(array)] = array
     return progress
 
 
-def begun(recipe: dict, progress: Progress) -> dict:
-    """What of a recipe the training up to here depended on. Stages to come may still be changed."""
-    stages = [DEFAULTS | stage for stage in recipe["stages"][: progress.begun]]
+def settled(recipe: dict, progress: Progress) -> dict:
+    """The parts of a recipe on which training so far depended; later stages can still change."""
+    stages = [DEFAULTS | stage for stage in recipe["stages"][: progress.stages_begun]]
     used = {name: recipe["grades"].get(name) for stage in stages for name in stage["grades"]}
     kept = {name: recipe[name] for name in ("model", "seed", "shards")}
     return kept | {"stages": stages, "grades": used}

@@ -1,8 +1,8 @@
-"""Rows of token ids to train on, made from stories; any row of any step can be made by itself.
+"""Training batches: rows of token ids made from stories, each computed independently of the others.
 
-A row begins with ``<|endoftext|>`` and a story. Behind the story's own ``<|endoftext|>`` come more
-stories until the row is full (chained), or padding. What is drawn depends on the seed, the step and
-the number of the row alone, so it does not matter which process makes a row, or in which order.
+A row is ``<|endoftext|>``, a story and ``<|endoftext|>``, then further stories until the row is
+full (chained) or padding. A row depends only on the seed, the step and its index, so any process
+can make any row, in any order.
 """
 
 from typing import NamedTuple
@@ -12,35 +12,36 @@ import numpy as np
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
 from minitx.errors import MinitxError
 from minitx.training.bpe import bpe_for_words
-from minitx.training.grades import KINDS, Grade, grade_from
 from minitx.training.stories import Story, stories, vocabulary
+from minitx.training.stories.grades import KINDS, Grade, grade_from
 
 END = "<|endoftext|>"
-LINKS, NONE = 2, -1  # that a chain of facts leads through at most; no link
+MAX_BRIDGES, NO_BRIDGE = 2, -1  # most bridge entities of an answer; padding of shorter lists
 PADDING, ORDINARY = -1, 0  # kinds of a target token; an answer of KINDS[k] is k + 1
 KIND_NUMBER = {None: ORDINARY} | {kind: number for number, kind in enumerate(KINDS, 1)}
-CACHED_PIECES = 100_000  # texts whose ids are remembered, about 30 MB
+CACHED_PIECES = 100_000  # texts whose ids are cached, about 30 MB
 
 
 class Batch(NamedTuple):
-    """Rows side by side: token t + 1 is the target at t."""
+    """B rows: token t + 1 is the target at position t."""
 
     ids: np.ndarray  # (B, T + 1)
-    weights: np.ndarray  # (B, T) float32, what a wrong guess of each target costs; padding 0
+    weights: np.ndarray  # (B, T) float32, loss weights of the targets; 0 for padding
     kinds: np.ndarray  # (B, T) int8, the kind of each target
-    via: np.ndarray  # (B, T, LINKS) ids that the facts behind each target lead through, or NONE
+    bridges: np.ndarray  # (B, T, MAX_BRIDGES) ids of the bridge entities, or NO_BRIDGE
 
     def trimmed(self) -> "Batch":
-        """Without the columns at the end that are padding in every row."""
+        """Without the last columns if these are padding in every row."""
         T = int((self.kinds != PADDING).any(0).sum())
-        return Batch(self.ids[:, : T + 1], self.weights[:, :T], self.kinds[:, :T], self.via[:, :T])
+        per_target = (self.weights, self.kinds, self.bridges)
+        return Batch(self.ids[:, : T + 1], *(array[:, :T] for array in per_target))
 
 
 def story_tokenizer() -> ByteLevelBPE:
-    """The tokenizer of the shipped story models: one token for every word that a story can hold.
+    """The tokenizer of the shipped story models: one token for each word of the stories.
 
-    It puts ``<|endoftext|>`` before every text by itself, since every story of the training follows
-    one: so a prompt is read as the beginning of a story. Rows are put together without that.
+    It prepends ``<|endoftext|>`` to every text, since in training every story follows one: a prompt
+    is read as the beginning of a story. Rows are encoded without it.
     """
     return bpe_for_words(vocabulary(), [END], adds_bos=True)
 
@@ -49,13 +50,15 @@ def end_id(tokenizer) -> int:
     """The id of ``<|endoftext|>``; MinitxError if the tokenizer has no such token."""
     ids = tokenizer.encode(END, special=False)
     if len(ids) != 1:
-        raise MinitxError(f"The tokenizer has no {END} token; training on stories needs one.")
+        raise MinitxError(
+            f"Training on stories needs a tokenizer with the token {END}; this one has none."
+        )
     return ids[0]
 
 
-class Encoder:
-    """Stories to ids. Encoding piece by piece gives the ids of the whole text, since pieces of a
-    story end where words end; most pieces come again and again, so their ids are remembered."""
+class StoryEncoder:
+    """Encodes stories piece by piece. That gives the ids of the whole text, since pieces end at
+    word boundaries. Most pieces occur many times, so their ids are cached."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -70,28 +73,28 @@ class Encoder:
         return self.known[text]
 
     def story(self, story: Story) -> tuple[list[int], list[int], list[list[int]]]:
-        """Ids of the story and its closing ``<|endoftext|>``; the kind of each; and for each the
-        LINKS ids (or NONE) that the chain of facts leads through before it."""
+        """Ids of the story and its final ``<|endoftext|>``; the kind of each; and for each the
+        MAX_BRIDGES ids (or NO_BRIDGE) of the bridge entities that lead to it."""
         ids: list[int] = []
         kinds: list[int] = []
-        via: list[list[int]] = []
+        bridges: list[list[int]] = []
         answers = {answer.piece_index: answer for answer in story.answers}
         for number, (text, kind, _) in enumerate(story.pieces):
             new = self.piece(text)
             ids += new
             kinds += [KIND_NUMBER[kind]] * len(new)
-            words = answers[number].via if number in answers else ()
-            links = [self.piece(f" {word}")[0] for word in words[:LINKS]]
-            via += [links + [NONE] * (LINKS - len(links))] * len(new)
-        return [*ids, self.end], [*kinds, ORDINARY], [*via, [NONE] * LINKS]
+            words = answers[number].bridges if number in answers else ()
+            found = [self.piece(f" {word}")[0] for word in words[:MAX_BRIDGES]]
+            bridges += [found + [NO_BRIDGE] * (MAX_BRIDGES - len(found))] * len(new)
+        return [*ids, self.end], [*kinds, ORDINARY], [*bridges, [NO_BRIDGE] * MAX_BRIDGES]
 
 
-class Rows:
-    """The rows of one stage of training.
+class StoryDataset:
+    """The data of one training stage: any row of any step, computed on demand.
 
     grades: {name of a grade: share of the stories}, or pairs (grade, share). row_length T: targets
-    in a row. seed: integer >= 0. chain: fill rows with further stories. answer_weight: weight
-    of an answer token, where an ordinary token has 1.
+    per row. seed: integer >= 0. chain: fill rows with further stories. answer_weight: loss weight
+    of an answer token; an ordinary token has 1.
     """
 
     def __init__(
@@ -104,10 +107,10 @@ class Rows:
         chain: bool = True,
         answer_weight: float = 1.0,
     ):
-        self.encoder = Encoder(tokenizer)
+        self.encoder = StoryEncoder(tokenizer)
         self.grades = share_pairs(grades)
         self.row_length, self.seed, self.split, self.chain = row_length, seed, split, chain
-        # The last entry stands for padding, which is numbered -1.
+        # The last entry is for padding, whose kind is -1.
         self.weight_of = np.array([1.0, *[answer_weight] * len(KINDS), 0.0], np.float32)
 
     def batch(self, step: int, first: int, last: int) -> Batch:
@@ -115,58 +118,63 @@ class Rows:
         T = self.row_length
         ids = np.full((last - first, T + 1), self.encoder.end, np.int64)
         kinds = np.full((last - first, T), PADDING, np.int8)
-        via = np.full((last - first, T, LINKS), NONE, np.int64)
+        bridges = np.full((last - first, T, MAX_BRIDGES), NO_BRIDGE, np.int64)
         for row in range(first, last):
-            row_ids, row_kinds, row_via = self.row(step, row)
-            via[row - first, : len(row_via)] = row_via
+            row_ids, row_kinds, row_bridges = self.row(step, row)
+            bridges[row - first, : len(row_bridges)] = row_bridges
             ids[row - first, : len(row_ids)] = row_ids
             kinds[row - first, : len(row_kinds)] = row_kinds
-        return Batch(ids, self.weight_of[kinds], kinds, via)
+        return Batch(ids, self.weight_of[kinds], kinds, bridges)
 
     def row(self, step: int, row: int) -> tuple[list[int], list[int], list[list[int]]]:
-        """At most T + 1 ids, and the kinds of all but the first of them and what they lead via."""
-        ids, kinds, via = [self.encoder.end], [], []
+        """At most T + 1 ids, and for all but the first their kinds and bridge entities."""
+        ids, kinds, bridges = [self.encoder.end], [], []
         story = 0
         while len(kinds) < self.row_length and (self.chain or story == 0):
-            new_ids, new_kinds, new_via = self.encoder.story(self.story(step, row, story))
+            new_ids, new_kinds, new_bridges = self.encoder.story(self.story(step, row, story))
             ids += new_ids
             kinds += new_kinds
-            via += new_via
+            bridges += new_bridges
             story += 1
         T = self.row_length
-        return ids[: T + 1], kinds[:T], via[:T]
+        return ids[: T + 1], kinds[:T], bridges[:T]
 
     def story(self, step: int, row: int, number: int) -> Story:
-        seed = mix(self.seed, step, row, number)
-        return next(stories(self.split, pick(self.grades, unit(seed)), mix(seed, 1)))
+        return story_from_seed(self.grades, self.split, hash_integers(self.seed, step, row, number))
 
 
-def drawn_stories(grades, split: str, seed: int, numbers: range) -> list[Story]:
-    """The stories so numbered of an endless list, drawn from the grades by their shares."""
+def sample_stories(grades, split: str, seed: int, numbers: range) -> list[Story]:
+    """The stories with these indices of an endless sequence, sampled from the grades by share."""
     pairs = share_pairs(grades)
-    seeds = [mix(seed, number) for number in numbers]
-    return [next(stories(split, pick(pairs, unit(s)), mix(s, 1))) for s in seeds]
+    return [story_from_seed(pairs, split, hash_integers(seed, number)) for number in numbers]
+
+
+def story_from_seed(pairs: list[tuple[Grade, float]], split: str, seed: int) -> Story:
+    """The story of this seed, which also selects its grade by share."""
+    grade = pick_by_share(pairs, as_uniform(seed))
+    return next(stories(split, grade, hash_integers(seed, 1)))
 
 
 def share_pairs(grades) -> list[tuple[Grade, float]]:
-    """Pairs (grade, share) from a dict {grade name: share} or from such pairs."""
+    """Pairs (grade, share), from a dict {grade name: share} or such pairs."""
     pairs = grades.items() if isinstance(grades, dict) else grades
     return [(grade_from(grade), float(share)) for grade, share in pairs]
 
 
-def pick(shares: list[tuple], where: float):
-    """The entry of [(entry, share), ...] in which the fraction ``where`` of all shares lies."""
-    left = where * sum(share for _, share in shares)
+def pick_by_share(shares: list[tuple], u: float):
+    """Inverse transform sampling: the entry of [(entry, share), ...] at u (0 <= u < 1) of the
+    cumulative shares."""
+    left = u * sum(share for _, share in shares)
     for entry, share in shares:
         left -= share
         if left < 0:
             return entry
-    return shares[-1][0]  # rounding may leave nothing to spare
+    return shares[-1][0]  # rounding can leave left = 0 after the last
 
 
-def mix(*numbers: int) -> int:
-    """One 64-bit number from several, all whole and >= 0; any change of any of them changes about
-    half of its bits (the mixing steps of SplitMix64; Steele, Lea and Flood, 2014)."""
+def hash_integers(*numbers: int) -> int:
+    """A 64-bit hash of integers >= 0, to derive independent seeds: changing any bit of the input
+    changes about half of the output bits (the finalizer of SplitMix64; Steele et al., 2014)."""
     z = 0
     for n in numbers:
         z = (z ^ n) + 0x9E3779B97F4A7C15 & _BITS
@@ -179,6 +187,6 @@ def mix(*numbers: int) -> int:
 _BITS = 2**64 - 1
 
 
-def unit(number: int) -> float:
-    """A 64-bit number as a fraction from 0 to just below 1."""
+def as_uniform(number: int) -> float:
+    """A 64-bit hash as a uniform number in [0, 1)."""
     return (number >> 11) / 2**53

@@ -29,11 +29,11 @@ from minitx.skip.dota.detector import (
 )
 from minitx.skip.dota.file import FILE, write_detectors
 from minitx.state import Tokens
-from minitx.training.data import mix
-from minitx.training.grad import gradients
-from minitx.training.optimizer import Layout
+from minitx.training.autograd import gradients
+from minitx.training.autograd.array import Traced, rule
+from minitx.training.data import hash_integers
+from minitx.training.optimizer import ParameterLayout
 from minitx.training.recipe import Recipe
-from minitx.training.traced import Traced, rule
 from minitx.tree import Part, part, weights
 
 # The loss ----------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def _squared_products(a, b, rows):
     """With e_ij = a_i . b_j: da_i = 2 g sum_j e_ij b_j and db_j = 2 g sum_i e_ij a_i. e is computed
     again in the backward pass, so that nothing of size T x T is kept."""
 
-    def pull(g):
+    def backward(g):
         B, H, T, n = a.shape
         K = b.shape[1]
         da, db = np.empty_like(a.value), np.zeros_like(b.value)
@@ -110,7 +110,7 @@ def _squared_products(a, b, rows):
         yield a, da
         yield b, db
 
-    return Traced(squared_products(a.value, b.value, rows), pull)
+    return Traced(squared_products(a.value, b.value, rows), backward)
 
 
 def products(a, b, rows):
@@ -143,7 +143,7 @@ def initial_detectors(recipe: Recipe, config: Config) -> tuple[Detector, ...]:
     """The detectors that the recipe trains, before training; none if it trains none."""
     if recipe.rank is None:
         return ()
-    return random_detectors(config, recipe.rank, mix(recipe.seed, SEED))
+    return random_detectors(config, recipe.rank, hash_integers(recipe.seed, SEED))
 
 
 def random_detectors(config: Config, rank: int, seed) -> tuple[Detector, ...]:
@@ -167,7 +167,7 @@ def initial_weights(recipe: Recipe, config: Config) -> dict[str, np.ndarray]:
     return weights(Joint(None, initial_detectors(recipe, config)))
 
 
-def detectors_of(recipe: Recipe, layout: Layout, flat: np.ndarray) -> tuple[Detector, ...]:
+def detectors_of(recipe: Recipe, layout: ParameterLayout, flat: np.ndarray) -> tuple[Detector, ...]:
     """The detectors that the recipe trains, as views of ``flat``; p follows from the recipe's
     seed."""
     return tuple(
@@ -176,7 +176,7 @@ def detectors_of(recipe: Recipe, layout: Layout, flat: np.ndarray) -> tuple[Dete
     )
 
 
-def write_trained(recipe: Recipe, layout: Layout, flat: np.ndarray, folder: Path) -> None:
+def write_trained(recipe: Recipe, layout: ParameterLayout, flat: np.ndarray, folder: Path) -> None:
     """Write the detectors' file; if the recipe trains none, delete that of an earlier training."""
     if detectors := detectors_of(recipe, layout, flat):
         write_detectors(detectors, folder)

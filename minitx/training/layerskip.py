@@ -16,7 +16,7 @@ import numpy as np
 from minitx.model import Transformer
 from minitx.state import Layer
 from minitx.technique import wrap
-from minitx.training.data import mix, unit
+from minitx.training.data import as_uniform, hash_integers
 from minitx.tree import Part, part
 
 
@@ -71,7 +71,7 @@ def dropout_by_depth(layers: int) -> list[float]:
 def sample_layer_mask(layers: int, p_max: float, seed: int, rows: range) -> np.ndarray:
     """M (L, B): 0 with probability D(l) * p_max, where a row skips layer l; else 1."""
     p = np.array(dropout_by_depth(layers))[:, None] * p_max
-    u = [[unit(mix(seed, row, i)) for row in rows] for i in range(layers)]
+    u = [[as_uniform(hash_integers(seed, row, i)) for row in rows] for i in range(layers)]
     return (np.array(u) >= p).astype(np.float32)
 
 

@@ -1,13 +1,13 @@
-"""How wrong the logits are: the cross-entropy that training makes small.
+"""The cross-entropy loss.
 
-The sum over tokens is given, not the mean: the caller divides by the weights of the whole batch, so
-parts of a batch that are worked on separately add up exactly.
+It is the sum over tokens, not the mean: the caller divides by the total weight of the whole batch,
+so that the losses of shards add up exactly.
 """
 
 import numpy as np
 
 from minitx.ops import op
-from minitx.training.traced import Traced, rule
+from minitx.training.autograd.array import Traced, rule
 
 
 def token_losses(logits, targets):
@@ -19,23 +19,23 @@ def token_losses(logits, targets):
 
 @op
 def cross_entropy(logits, targets, weights):
-    """The weighted sum of ``token_losses``, a scalar: targets and weights have the shape (...) of
-    logits (..., V) without its last axis. A weight of 0 leaves a token out."""
+    """The weighted sum of ``token_losses``, a scalar: logits (..., V), targets and weights (...). A
+    token of weight 0 is ignored."""
     return (token_losses(logits, targets) * np.asarray(weights, logits.dtype)).sum()
 
 
 @rule(cross_entropy)
 def _cross_entropy(logits, targets, weights):
-    """d loss / d logits = weight * (softmax(logits) - one at the target)."""
+    """d loss / d logits = weight * (softmax(logits) - one_hot(target))."""
     x = logits.value
 
-    def pull(g):
+    def backward(g):
         p = x - x.max(-1, keepdims=True)
         np.exp(p, out=p)
         scale = g * np.asarray(weights, x.dtype)
         p *= (scale / p.sum(-1))[..., None]
-        rows = p.reshape(-1, p.shape[-1])  # a view: what is written here is written in p
+        rows = p.reshape(-1, p.shape[-1])  # a view of p
         rows[np.arange(len(rows)), targets.reshape(-1)] -= scale.reshape(-1)
         yield logits, p
 
-    return Traced(cross_entropy(x, targets, weights), pull)
+    return Traced(cross_entropy(x, targets, weights), backward)

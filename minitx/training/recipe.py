@@ -1,7 +1,7 @@
-"""A training recipe (``recipe.json``): the model, and the stages it is trained in.
+"""A training recipe (``recipe.json``): the model, and the stages in which it is trained.
 
-Reading one checks every field, so that a spelling mistake is found before the first step and not
-after an hour. Nothing is trained here.
+Every field is validated when a recipe is read, so that a typo is found before the first step and
+not after an hour. Nothing is trained here.
 """
 
 import json
@@ -15,23 +15,23 @@ from minitx.checkpoints.common import read_json
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.skip.dota.detector import check_rank
-from minitx.training.data import LINKS
-from minitx.training.grades import KINDS, Grade, grade_from
+from minitx.training.data import MAX_BRIDGES
+from minitx.training.stories.grades import KINDS, Grade, grade_from
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # as write_model calls them
 
 
 @dataclass(frozen=True)
-class EarlyExit:
-    """LayerSkip's loss on the layers before the last: see layerskip.exit_weights."""
+class EarlyExitLoss:
+    """LayerSkip's early exit loss: see layerskip.exit_weights."""
 
     scale: float
     rotation: int
 
 
 @dataclass(frozen=True)
-class Detecting:
-    """DOTA's loss on scores that a detector of rank k estimates: see detector.joint_loss."""
+class DetectorLoss:
+    """DOTA's loss of a detector of rank k, trained with the model: see detector.joint_loss."""
 
     k: int
     weight: float = 0.01
@@ -39,33 +39,38 @@ class Detecting:
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the training: what is read, for how long, and how fast is learned."""
+    """One part of the training: its data, its length, and the optimizer's settings."""
 
     name: str
     grades: dict  # name of a grade -> its share of the stories
-    row: int  # tokens in a row
-    batch: int  # rows in a step
-    steps: int  # the most steps
-    lr: float  # highest learning rate
-    until: dict | None = None  # kind of answer -> accuracy; when all are reached the stage ends
+    row: int  # tokens per row
+    batch: int  # rows per step
+    steps: int  # maximum number of steps
+    lr: float  # peak learning rate
+    until: dict | None = (
+        None  # kind of answer -> target accuracy; the stage ends when all are reached
+    )
     every: int = 100  # steps between checks on calibration stories
-    check: int = 256  # calibration stories of one check
-    warmup: int = 0  # steps in which the rate rises to lr
-    schedule: str = "constant"  # or "cosine": the rate falls to final * lr
+    check: int = 256  # number of calibration stories per check
+    warmup: int = 0  # steps of linear warmup to lr
+    schedule: str = "constant"  # or "cosine": decay to final * lr
     final: float = 0.1
     chain: bool = True  # fill rows with further stories
-    answer_weight: float = 1.0  # weight of an answer token in the loss; other tokens have 1
+    answer_weight: float = 1.0  # loss weight of an answer token; others have 1
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest joint norm of all gradients; 0: any
+    clip: float = 1.0  # maximum global gradient norm; 0: no clipping
     betas: tuple = (0.9, 0.95)
-    muon: float | None = None  # lr of the blocks' matrices if Muon trains them, not AdamW
-    layer_dropout: float = 0.0  # chance that a row passes by the last layer; less before it
-    early_exit: EarlyExit | None = None
-    # Teach the links of a chain of facts (where is the bell: "box", "Sam"), to be read in the place
-    # of the answer after so many blocks. Two look-ups in a row are not found by chance.
+    muon: float | None = None  # lr of Muon for the matrices in blocks; None: AdamW trains all
+    layer_dropout: float = (
+        0.0  # probability of skipping the last layer, per row; less for earlier layers
+    )
+    early_exit: EarlyExitLoss | None = None
+    # Supervise the bridge entities of multi-hop answers (where is the bell: "box", "Sam"): the
+    # logits after hops[i] blocks, at the answer's position, should predict bridge entity i. Without
+    # this, the model does not find out by itself to chain two look-ups.
     hops: tuple[int, ...] | None = None
-    layers: int | None = None  # train this many of the first blocks, the others wait; None: all
-    detector: Detecting | None = None  # train detectors of which keys matter beside the model
+    layers: int | None = None  # train only this many blocks, from the first; None: all
+    detector: DetectorLoss | None = None  # train DOTA's detectors with the model
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,15 @@ class Recipe:
     name: str
     model: dict  # fields of Config; vocab_size, bos and eos follow from the tokenizer
     stages: tuple[Stage, ...]
-    grades: dict = field(default_factory=dict)  # grades of its own: name -> fields of a Grade
+    grades: dict = field(default_factory=dict)  # custom grades: name -> fields of a Grade
     seed: int = 0
-    dtype: str = "float16"  # of the finished file
-    shards: int = 16  # parts that a batch is always worked on in, however many processes there are
+    dtype: str = "float16"  # of the saved weights
+    shards: int = 16  # parts of a batch, independent of the number of processes
     save_every: float = 120.0  # seconds between checkpoints
 
     @property
     def rank(self) -> int | None:
-        """k of the detectors that are trained beside the model; None if none are."""
+        """Rank k of the detectors that are trained with the model; None without detectors."""
         return next((stage.detector.k for stage in self.stages if stage.detector), None)
 
     def shares(self, stage: Stage) -> list[tuple[Grade, float]]:
@@ -89,22 +94,23 @@ class Recipe:
         return [(grade_from(self.grades.get(g, g)), share) for g, share in stage.grades.items()]
 
     def config(self, vocab_size: int, end: int) -> Config:
-        """The model's sizes, for a tokenizer with so many tokens, of which ``end`` ends a text."""
+        """The model's configuration, for a tokenizer of this size whose end-of-text id is
+        ``end``."""
         given = {"vocab_size": vocab_size} | self.model
         if given["vocab_size"] < vocab_size:
             raise MinitxError(
-                f"The recipe's model has vocab_size {given['vocab_size']} but its tokenizer has "
-                f"{vocab_size} tokens; leave vocab_size out or make it at least that."
+                f"The model's vocab_size must be at least {vocab_size}, the size of the tokenizer; "
+                f"got {given['vocab_size']}. Leave it out or increase it."
             )
         return Config(**given, bos=end, eos=(end,))
 
     def as_dict(self) -> dict:
-        """The recipe as JSON would give it, every field spelled out."""
+        """The recipe as plain JSON data, with all defaults filled in."""
         return json.loads(json.dumps(asdict(self)))
 
 
 def read_recipe(path) -> Recipe:
-    """The recipe in a JSON file (or in the folder that holds a ``recipe.json``)."""
+    """Read a recipe from a JSON file, or from a folder with a ``recipe.json``."""
     path = Path(path)
     path = path / "recipe.json" if path.is_dir() else path
     try:
@@ -117,7 +123,7 @@ def read_recipe(path) -> Recipe:
 
 
 def recipe_from(given: dict) -> Recipe:
-    """The recipe that a dict says; MinitxError in one sentence for whatever is wrong in it."""
+    """The recipe given as a dict; MinitxError for the first invalid field."""
     known = _checked(Recipe, given, "the recipe", RECIPE_RULES)
     stages = tuple(_stage(stage, f"stage {i + 1}") for i, stage in enumerate(known["stages"]))
     recipe = Recipe(**known | {"stages": stages})
@@ -130,39 +136,39 @@ def recipe_from(given: dict) -> Recipe:
     except TypeError as error:
         raise MinitxError(f"The recipe's model is incomplete: {error}.") from None
     for stage in stages:
-        _need_reachable(stage, recipe.shares(stage))
+        _check_reachable(stage, recipe.shares(stage))
         if stage.batch % recipe.shards:
             raise MinitxError(
-                f"Stage {stage.name!r} has batches of {stage.batch} rows, which do not cut into "
-                f"{recipe.shards} equal shards; make batch a multiple of shards."
+                f"Stage {stage.name!r}: batch must be a multiple of shards ({recipe.shards}); "
+                f"got {stage.batch}."
             )
         if stage.row > config.context:
             raise MinitxError(
-                f"Stage {stage.name!r} has rows of {stage.row} tokens but the model's context is "
-                f"{config.context}; use shorter rows or a longer context."
+                f"Stage {stage.name!r}: row must be at most the model's context, which is "
+                f"{config.context}; got {stage.row}. Use shorter rows or a longer context."
             )
         if stage.layers is not None and stage.layers > config.layers:
             raise MinitxError(
-                f"Stage {stage.name!r} trains the first {stage.layers} layers but the model has "
-                f"{config.layers}; use fewer, or leave layers out for all."
+                f"Stage {stage.name!r}: layers must be at most {config.layers}, as the model has; "
+                f"got {stage.layers}. Omit it to train all."
             )
         if config.skipless and (stage.layers not in (None, config.layers) or stage.layer_dropout):
             raise MinitxError(
-                f"Stage {stage.name!r} leaves blocks out (layers, layer_dropout), but a skipless "
-                "model has no stream that passes them by; train all blocks."
+                f"Stage {stage.name!r} skips blocks (layers, layer_dropout), but a skipless "
+                "model has no residual stream around them; train all blocks."
             )
         blocks = stage.layers or config.layers
-        if stage.hops and (len(stage.hops) > LINKS or max(stage.hops) > blocks):
+        if stage.hops and (len(stage.hops) > MAX_BRIDGES or max(stage.hops) > blocks):
             raise MinitxError(
-                f"Stage {stage.name!r} has hops {list(stage.hops)} but trains {blocks} blocks; "
-                f"give at most {LINKS} numbers, up to that."
+                f"Stage {stage.name!r}: hops must be at most {MAX_BRIDGES} integers, each at most "
+                f"{blocks} (the blocks it trains); got {list(stage.hops)}."
             )
         if stage.detector is not None:
             check_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}: k")
             if stage.detector.k != recipe.rank:
                 raise MinitxError(
-                    f"Stage {stage.name!r} has a detector with k={stage.detector.k} after one with "
-                    f"k={recipe.rank}; the same detector is trained on, so use one k."
+                    f"Stage {stage.name!r}: expected a detector with k={recipe.rank}, as "
+                    f"in the stage before, got k={stage.detector.k}; it is trained further."
                 )
     return recipe
 
@@ -170,12 +176,12 @@ def recipe_from(given: dict) -> Recipe:
 def _stage(given, where: str) -> Stage:
     known = _checked(Stage, given, where, STAGE_RULES)
     if known.get("early_exit") is not None:
-        inner = _checked(EarlyExit, known["early_exit"], f"early_exit of {where}", EXIT_RULES)
-        known["early_exit"] = EarlyExit(**inner)
+        inner = _checked(EarlyExitLoss, known["early_exit"], f"early_exit of {where}", EXIT_RULES)
+        known["early_exit"] = EarlyExitLoss(**inner)
     if known.get("detector") is not None:
         where = f"detector of {where}"
-        known["detector"] = Detecting(
-            **_checked(Detecting, known["detector"], where, DETECTOR_RULES)
+        known["detector"] = DetectorLoss(
+            **_checked(DetectorLoss, known["detector"], where, DETECTOR_RULES)
         )
     if known.get("hops") is not None:
         known["hops"] = tuple(known["hops"])
@@ -189,70 +195,76 @@ def _stage(given, where: str) -> Stage:
     return Stage(**known)
 
 
-def _need_reachable(stage: Stage, shares: list[tuple[Grade, float]]) -> None:
-    """Refuse to wait for the accuracy of an answer that no story of the stage holds."""
+def _check_reachable(stage: Stage, shares: list[tuple[Grade, float]]) -> None:
+    """Refuse a target accuracy for a kind of answer that no story of the stage contains."""
     asked = set()
     for grade, _ in shares:
-        told = {kind for kind, weight in grade.sentences.items() if weight}
+        sentences = {kind for kind, weight in grade.sentences.items() if weight}
         asked |= {kind for kind, weight in grade.questions.items() if weight}
-        asked |= {"mention"} if grade.recap or told & {"mention", "leave", "fetch"} else set()
+        asked |= {"mention"} if grade.recap or sentences & {"mention", "leave", "fetch"} else set()
     for kind in stage.until or {}:
         if kind not in asked:
             raise MinitxError(
-                f"Stage {stage.name!r} waits until {kind!r} is learned but its grades never ask "
-                f"that; they have {', '.join(sorted(asked)) or 'no answers'}."
+                f"Stage {stage.name!r}: until has {kind!r}, which its grades never ask; they have "
+                f"{', '.join(sorted(asked)) or 'no answers'}."
             )
 
 
-# Checks of single fields -------------------------------------------------------------------------
+# Validation of single fields ---------------------------------------------------------------------
 
-Rule = tuple[Callable[[Any], bool], str]  # is the value good, and what is needed in words
+Rule = tuple[Callable[[Any], bool], str]  # is the value valid, and what is expected, in words
 
 
 def _number(value) -> bool:
     return type(value) in (int, float)
 
 
-def _shares(value, low: float, high: float) -> bool:
-    good = isinstance(value, dict) and value
-    return bool(good) and all(_number(v) and low < v <= high for v in value.values())
+def _numbers_by_name(value, low: float, high: float) -> bool:
+    nonempty = isinstance(value, dict) and value
+    return bool(nonempty) and all(_number(v) and low < v <= high for v in value.values())
 
 
-TEXT: Rule = (lambda v: isinstance(v, str) and bool(v), "a text")
+TEXT: Rule = (lambda v: isinstance(v, str) and bool(v), "a non-empty string")
 FLAG: Rule = (lambda v: type(v) is bool, "true or false")
-WHOLE: Rule = (lambda v: type(v) is int and v >= 0, "an integer >= 0")
+NON_NEGATIVE: Rule = (lambda v: type(v) is int and v >= 0, "an integer >= 0")
 POSITIVE: Rule = (lambda v: type(v) is int and v >= 1, "an integer >= 1")
 ABOVE_0: Rule = (lambda v: _number(v) and 0 < v < 1e9, "a number above 0")
-FROM_0: Rule = (lambda v: _number(v) and 0 <= v < 1e9, "a number >= 0")
-SHARE: Rule = (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
+AT_LEAST_0: Rule = (lambda v: _number(v) and 0 <= v < 1e9, "a number >= 0")
+FRACTION: Rule = (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
 
 RECIPE_RULES = {
     "name": TEXT,
-    "model": (lambda v: isinstance(v, dict), "an object with the fields of the configuration"),
+    "model": (
+        lambda v: isinstance(v, dict),
+        "an object with the fields of a model's configuration",
+    ),
     "stages": (lambda v: isinstance(v, list) and bool(v), "a list of at least one stage"),
     "grades": (lambda v: isinstance(v, dict), "an object of name: grade"),
-    "seed": WHOLE,
+    "seed": NON_NEGATIVE,
     "dtype": (lambda v: isinstance(v, str) and v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "shards": POSITIVE,
     "save_every": ABOVE_0,
 }
 STAGE_RULES = {
     "name": TEXT,
-    "grades": (lambda v: _shares(v, 0, 1e9), "an object of grade: share above 0"),
+    "grades": (lambda v: _numbers_by_name(v, 0, 1e9), "an object of grade: share above 0"),
     "row": POSITIVE,
     "batch": POSITIVE,
     "steps": POSITIVE,
     "lr": ABOVE_0,
-    "until": (lambda v: v is None or _shares(v, 0, 1), "an object of kind: accuracy up to 1"),
+    "until": (
+        lambda v: v is None or _numbers_by_name(v, 0, 1),
+        "an object {kind: accuracy up to 1}",
+    ),
     "every": POSITIVE,
     "check": POSITIVE,
-    "warmup": WHOLE,
+    "warmup": NON_NEGATIVE,
     "schedule": (lambda v: v in ("constant", "cosine"), '"constant" or "cosine"'),
-    "final": SHARE,
+    "final": FRACTION,
     "chain": FLAG,
     "answer_weight": ABOVE_0,
-    "weight_decay": FROM_0,
-    "clip": FROM_0,
+    "weight_decay": AT_LEAST_0,
+    "clip": AT_LEAST_0,
     "muon": (lambda v: v is None or _number(v) and 0 < v < 1e9, "a number above 0"),
     "betas": (
         lambda v: isinstance(v, list) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v),
@@ -261,7 +273,7 @@ STAGE_RULES = {
     "layer_dropout": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "hops": (
         lambda v: v is None or isinstance(v, list | tuple) and v and all(map(POSITIVE[0], v)),
-        "a list of integers of blocks",
+        "a list of integers >= 1, numbers of blocks",
     ),
     "early_exit": (
         lambda v: v is None or isinstance(v, dict),
@@ -270,30 +282,30 @@ STAGE_RULES = {
     "layers": (lambda v: v is None or type(v) is int and v >= 1, "an integer >= 1"),
     "detector": (lambda v: v is None or isinstance(v, dict), "an object with k and weight"),
 }
-EXIT_RULES = {"scale": FROM_0, "rotation": POSITIVE}
-DETECTOR_RULES = {"k": POSITIVE, "weight": FROM_0}
+EXIT_RULES = {"scale": AT_LEAST_0, "rotation": POSITIVE}
+DETECTOR_RULES = {"k": POSITIVE, "weight": AT_LEAST_0}
 
 
 def _checked(cls, given, where: str, rules: dict[str, Rule]) -> dict:
-    """The fields of ``given`` as a new dict, after each was found known, present and good."""
+    """Validate the fields of ``given``; returns them as a new dict."""
     if not isinstance(given, dict):
-        raise MinitxError(f"{_begin(where)} is {given!r}; it must be an object of fields.")
+        raise MinitxError(f"{_capitalized(where)} must be an object of fields, got {given!r}.")
     for name, value in given.items():
         if name not in rules:
             raise MinitxError(f"Unknown field {name!r} in {where}{_hint(name, rules)}.")
-        good, needed = rules[name]
-        if not good(value):
-            raise MinitxError(f"Field {name!r} of {where} is {value!r}; it must be {needed}.")
+        is_valid, expected = rules[name]
+        if not is_valid(value):
+            raise MinitxError(f"Field {name!r} of {where} must be {expected}, got {value!r}.")
     for f in fields(cls):
         if f.default is MISSING and f.default_factory is MISSING and f.name not in given:
-            raise MinitxError(f"{_begin(where)} has no field {f.name!r}, which is needed.")
+            raise MinitxError(f"{_capitalized(where)} must have the field {f.name!r}; add it.")
     return dict(given)
 
 
-def _begin(text: str) -> str:
+def _capitalized(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
 def _hint(name: str, known) -> str:
     near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"

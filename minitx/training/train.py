@@ -1,9 +1,9 @@
-"""Training by a recipe: stage after stage, with checks, checkpoints, and a model folder at the end.
+"""Train by a recipe: stage after stage, with checks, checkpoints, and a model folder at the end.
 
     python -m minitx.training.train RECIPE --out FOLDER --workers 2 --time-limit 600
 
-Stopped in any way (a time limit, Ctrl-C, a power cut), the same call goes on from the last
-checkpoint, to the same result as without the stop. The computing is in worker.py.
+After any interruption (a time limit, Ctrl-C, a power failure), the same command resumes from the
+last checkpoint, with the same result as without interruption. The computation is in worker.py.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minitx.checkpoints.common import replacing
+from minitx.checkpoints.common import atomic_write
 from minitx.checkpoints.huggingface import ONE_FILE, write_model
 from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.errors import MinitxError
@@ -24,11 +24,11 @@ from minitx.lab.evaluate import Tally, report
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from minitx.training.data import story_tokenizer
 from minitx.training.detector import initial_weights, write_trained
-from minitx.training.optimizer import Layout
+from minitx.training.optimizer import ParameterLayout
 from minitx.training.recipe import DTYPES, Recipe, Stage, read_recipe
 from minitx.training.skipless_init import initial_model
-from minitx.training.team import Team
-from minitx.training.worker import Memory, layout_of
+from minitx.training.worker import SharedArrays, layout_of
+from minitx.training.worker_pool import WorkerPool
 from minitx.tree import weights
 
 CHECKPOINT, LOG = "checkpoint.npz", "training_log.json"
@@ -44,67 +44,69 @@ def train(
 ) -> dict:
     """Train a model by the recipe; returns {"finished": bool, "stages": [...], "log": [...]}.
 
-    out: the folder to write (that of the recipe, if None); it holds the checkpoint meanwhile and
-    the finished model at the end. workers: processes (as many as cores, if None); the result does
-    not depend on it. resume=False begins anew although there is a checkpoint. time_limit: seconds
-    after which to stop at a checkpoint. bar: show progress.
+    out: output folder, for checkpoints and then the model (default: the recipe's folder). workers:
+    number of processes (default: one per core); the result does not depend on it. resume: continue
+    from a checkpoint if there is one. time_limit: seconds after which to save and stop. bar: show a
+    progress bar.
 
-    It starts processes, so a script has to call it under ``if __name__ == "__main__":``.
-    Raises MinitxError for a bad recipe, or a checkpoint of another recipe.
+    It spawns processes, so scripts must call it under ``if __name__ == "__main__":``.
+    Raises MinitxError for an invalid recipe, or a checkpoint of another recipe.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     recipe = read_recipe(recipe_path)
     out = _folder(recipe_path, out)
     tokenizer = story_tokenizer()
     layout = layout_of(recipe, tokenizer)
-    memory = Memory(layout.size, recipe.shards)
-    run = Run(recipe, layout, memory, out, bar)
+    shared = SharedArrays(layout.size, recipe.shards)
+    run = Run(recipe, layout, shared, out, bar)
     if resume and (out / CHECKPOINT).exists():
         run.load()
     else:
-        run.begin()
-    deadline = None if time_limit is None else began + time_limit
-    with Team(_workers(workers, recipe), recipe, memory) as team, stop_signals() as stop:
-        finished = run.go(team, lambda: stop.is_set() or _past(deadline))
+        run.initialize()
+    deadline = None if time_limit is None else start + time_limit
+    with WorkerPool(_workers(workers, recipe), recipe, shared) as pool, stop_signals() as stop:
+        finished = run.train(pool, lambda: stop.is_set() or _past(deadline))
     if finished:
         run.write_folder(tokenizer, recipe_path)
     elif bar:
-        print(f"Stopped at a checkpoint; the same command goes on from {out / CHECKPOINT}.")
+        print(f"Stopped at a checkpoint; run the same command to resume from {out / CHECKPOINT}.")
     return {"finished": finished} | run.log()
 
 
 class Run:
-    """One training run: its numbers in memory, and its files in the folder ``out``."""
+    """One training run: its arrays in shared memory, and its files in the folder ``out``."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, memory: Memory, out: Path, bar: bool):
+    def __init__(
+        self, recipe: Recipe, layout: ParameterLayout, shared: SharedArrays, out: Path, bar: bool
+    ):
         self.recipe, self.layout, self.out, self.bar = recipe, layout, out, bar
-        self.arrays = memory.arrays()
+        self.arrays = shared.arrays()
         self.progress = Progress()
-        self.saved = time.monotonic()  # when the last checkpoint was written
-        self.speed = 0.0  # tokens a second in the last step
+        self.saved = time.monotonic()  # time of the last checkpoint
+        self.speed = 0.0  # tokens per second in the last step
 
     # The loop ------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Random weights; the moments are zero already. Blocks that the first stage leaves out
-        begin as identities (they add 0 to the stream), so that they join in without a jolt."""
+    def initialize(self) -> None:
+        """Random initial weights. Blocks that the first stage does not train start as identities
+        (they add 0 to the residual stream), so that adding them later does not change the loss."""
         first = weights(initial_model(self.layout.config, self.recipe.seed))
         layers = self.layout.config.layers
         for number in range(self.recipe.stages[0].layers or layers, layers):
             for writer in ("attn.out.w", "ffn.down.w"):
                 first[f"stack.blocks.{number}.{writer}"][:] = 0
         first |= initial_weights(self.recipe, self.layout.config)
-        self.layout.pack(first, self.arrays["weights"])
+        self.layout.flatten(first, self.arrays["weights"])
 
-    def go(self, team: Team, stopping) -> bool:
-        """Train until all stages are done (True), or until ``stopping()`` (False)."""
+    def train(self, pool: WorkerPool, should_stop) -> bool:
+        """Train all stages; False if ``should_stop()`` ended it before."""
         while self.progress.stage < len(self.recipe.stages):
-            if not self.run_stage(team, stopping):
+            if not self.run_stage(pool, should_stop):
                 return False
         return True
 
-    def run_stage(self, team: Team, stopping) -> bool:
-        """The rest of the current stage; False if it had to stop before the end."""
+    def run_stage(self, pool: WorkerPool, should_stop) -> bool:
+        """Train the rest of the current stage; False if stopped before its end."""
         p, stage = self.progress, self.recipe.stages[self.progress.stage]
         with tqdm(
             total=stage.steps,
@@ -115,12 +117,12 @@ class Run:
             mininterval=1.0,
         ) as bar:
             while p.step < stage.steps:
-                self.step(team, stage)
+                self.step(pool, stage)
                 bar.update()
-                if (p.step % stage.every == 0 or p.step == stage.steps) and self.check(team, stage):
+                if (p.step % stage.every == 0 or p.step == stage.steps) and self.check(pool, stage):
                     break
-                bar.set_postfix_str(self.news(stage), refresh=False)
-                if stopping():
+                bar.set_postfix_str(self.status(stage), refresh=False)
+                if should_stop():
                     self.save()
                     return False
                 if time.monotonic() - self.saved > self.recipe.save_every:
@@ -133,24 +135,24 @@ class Run:
         self.save()
         return True
 
-    def step(self, team: Team, stage: Stage) -> None:
-        p, began = self.progress, time.monotonic()
-        loss, tokens, *error = team.ask("step", p.stage, p.step, p.total)[0]
-        seconds = time.monotonic() - began
+    def step(self, pool: WorkerPool, stage: Stage) -> None:
+        p, start = self.progress, time.monotonic()
+        loss, tokens, *error = pool.call("step", p.stage, p.step, p.total)[0]
+        seconds = time.monotonic() - start
         self.speed = tokens / seconds
         p.losses.append(loss)
         p.errors += error
         p.step, p.total = p.step + 1, p.total + 1
         p.tokens, p.seconds = p.tokens + tokens, p.seconds + seconds
 
-    def check(self, team: Team, stage: Stage) -> bool:
-        """Measure on calibration stories, note it, and say whether the stage may end."""
-        p, began = self.progress, time.monotonic()
+    def check(self, pool: WorkerPool, stage: Stage) -> bool:
+        """Evaluate on calibration stories and log the result; True if the stage may end."""
+        p, start = self.progress, time.monotonic()
         tallies: dict[int, Tally] = {}
-        for found in team.ask("check", p.stage):
+        for found in pool.call("check", p.stage):
             tallies |= found
         r = report(sum((tallies[shard] for shard in sorted(tallies)), Tally.empty()))
-        p.seconds += time.monotonic() - began
+        p.seconds += time.monotonic() - start
         p.log.append(
             {
                 "stage": stage.name,
@@ -170,13 +172,13 @@ class Run:
         return self.reached(stage)
 
     def reached(self, stage: Stage) -> bool:
-        """Has the last check reached every accuracy that the stage waits for?"""
+        """Has the last check reached every target accuracy of the stage?"""
         accuracy = self.progress.log[-1]["accuracy"]
-        wanted = stage.until
-        return bool(wanted) and all(accuracy.get(kind, 0) >= a for kind, a in wanted.items())
+        targets = stage.until
+        return bool(targets) and all(accuracy.get(kind, 0) >= a for kind, a in targets.items())
 
-    def news(self, stage: Stage) -> str:
-        """For the bar: loss, tokens a second, and the accuracies of the last check."""
+    def status(self, stage: Stage) -> str:
+        """For the progress bar: loss, tokens per second, accuracies of the last check."""
         p = self.progress
         words = [f"loss {p.losses[-1]:.3f}" if p.losses else "", f"{self.speed:,.0f} tok/s"]
         words += [f"detector {error:.2f}" for error in p.errors[-1:]]
@@ -192,7 +194,9 @@ class Run:
         self.saved = time.monotonic()
 
     def load(self) -> None:
-        self.layout.pack(initial_weights(self.recipe, self.layout.config), self.arrays["weights"])
+        self.layout.flatten(
+            initial_weights(self.recipe, self.layout.config), self.arrays["weights"]
+        )
         size = self.layout.model_size
         self.progress = read_checkpoint(self.out / CHECKPOINT, self.recipe, self.arrays, size)
 
@@ -205,11 +209,11 @@ class Run:
         return {"name": self.recipe.name, "stages": stages, "log": p.log}
 
     def write_log(self) -> None:
-        with replacing(self.out / LOG) as file:
+        with atomic_write(self.out / LOG) as file:
             file.write((json.dumps(self.log(), indent=1) + "\n").encode())
 
     def write_folder(self, tokenizer, recipe_path) -> None:
-        """The finished model as a Hugging Face folder, with its recipe and the log."""
+        """Write the trained model as a Hugging Face folder, with its recipe and the log."""
         model = self.layout.model(self.arrays["weights"])
         write_model(model, self.out, DTYPES[self.recipe.dtype])
         write_trained(self.recipe, self.layout, self.arrays["weights"], self.out)
@@ -218,32 +222,32 @@ class Run:
         source = source / "recipe.json" if source.is_dir() else source
         if not copy.exists() or not copy.samefile(source):
             content = source.read_bytes()
-            with replacing(copy) as file:
+            with atomic_write(copy) as file:
                 file.write(content)
         self.write_log()
 
 
 def _folder(recipe_path, out) -> Path:
-    """The folder to write to, made if need be; refused if it holds a model that was not trained
-    there, such as a shipped one, for that would be lost."""
+    """The output folder, created if needed. Refused if it contains a model without a checkpoint,
+    such as a shipped one, which would be overwritten."""
     path = Path(recipe_path)
     folder = Path(out) if out is not None else path if path.is_dir() else path.parent
     if (folder / ONE_FILE).exists() and not (folder / CHECKPOINT).exists():
         raise MinitxError(
-            f"{folder}: holds a model ({ONE_FILE}) but no checkpoint of its training, so training "
-            "would overwrite it; give another folder to write to (--out)."
+            f"{folder}: contains a model ({ONE_FILE}) but no training checkpoint, so training "
+            "would overwrite it; use another output folder (--out)."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MinitxError(f"{folder}: cannot be made ({error.strerror or error}).") from None
+        raise MinitxError(f"{folder}: cannot be created ({error.strerror or error}).") from None
     return folder
 
 
 def _workers(asked: int | None, recipe: Recipe) -> int:
-    """How many processes: as asked, or one a core; never more than there are shards."""
+    """Number of processes: as asked, or one per core, at most one per shard."""
     if asked is not None and (type(asked) is not int or asked < 1):
-        raise MinitxError(f"The number of workers is {asked!r}; expected an integer >= 1.")
+        raise MinitxError(f"The number of workers must be an integer >= 1, got {asked!r}.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(asked or cores or 1, recipe.shards)
 
@@ -254,8 +258,8 @@ def _past(deadline: float | None) -> bool:
 
 @contextmanager
 def stop_signals():
-    """An event that Ctrl-C (or a polite kill) sets, so that the step at hand can be finished. A
-    second Ctrl-C stops at once. Outside the main thread nothing is caught."""
+    """An event that SIGINT (Ctrl-C) or SIGTERM sets, so that the current step can finish. A second
+    signal interrupts at once. Outside the main thread no signal is handled."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -275,15 +279,15 @@ def stop_signals():
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line of this file; ``minitx train`` does the same."""
+    """Command line interface; ``minitx train`` does the same."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m minitx.training.train")
-    parser.add_argument("recipe", help="recipe.json, or the folder that holds it")
-    parser.add_argument("--out", help="folder to write (default: that of the recipe)")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    parser.add_argument("recipe", help="recipe.json, or a folder that contains it")
+    parser.add_argument("--out", help="output folder (default: the recipe's folder)")
+    parser.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     parser.add_argument("--time-limit", type=float, help="seconds after which to stop and save")
-    parser.add_argument("--no-resume", action="store_true", help="begin anew")
+    parser.add_argument("--no-resume", action="store_true", help="ignore an existing checkpoint")
     given = parser.parse_args(arguments)
     try:
         result = train(

@@ -1,9 +1,9 @@
-"""What one training process computes; all of them work on one shared model (see team.py).
+"""What one worker process computes; all of them share the arrays of one model (see worker_pool.py).
 
-A batch is always cut into the same shards, whose gradients are summed in the same order, and the
-flat vector of weights is always updated in the same blocks, as many as shards. So the result does
-not depend on the number of processes, to the last bit. A step has three parts, between which all
-wait for each other: gradients of the shards; sums over shards, block by block; update of blocks.
+The result does not depend on the number of processes, to the last bit: a batch is always split into
+the same shards, whose gradients are summed in the same order, and the flat vector of weights is
+always updated in the same blocks, as many as shards. A step has three phases, separated by
+barriers: gradients of the shards; sums over shards, block by block; updates of the blocks.
 """
 
 import ctypes
@@ -14,18 +14,18 @@ import numpy as np
 
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import Tally, batches, encode
+from minitx.training.autograd import gradients
 from minitx.training.data import (
-    NONE,
+    NO_BRIDGE,
     PADDING,
     Batch,
-    Rows,
-    drawn_stories,
+    StoryDataset,
     end_id,
-    mix,
+    hash_integers,
+    sample_stories,
     story_tokenizer,
 )
 from minitx.training.detector import detectors_of, joint_gradients, trained_shapes
-from minitx.training.grad import gradients
 from minitx.training.layerskip import (
     drop_layers,
     exit_logits,
@@ -36,23 +36,24 @@ from minitx.training.layerskip import (
 )
 from minitx.training.loss import cross_entropy
 from minitx.training.optimizer import (
-    Layout,
+    ParameterLayout,
     adamw,
     clip_factor,
-    decays,
-    is_hidden,
+    has_weight_decay,
+    is_block_matrix,
     learning_rate,
     muon,
 )
 from minitx.training.recipe import Recipe, Stage
 
-ROWS, DROPOUT, CHECK = 1, 2, 3  # what a random number is for: part of its seed
+ROWS, DROPOUT, CHECK = 1, 2, 3  # purposes of random numbers, part of their seeds
 MOMENTUM = 0.95  # of Muon
-SUMS = LOSS, WEIGHT, TOKENS, SQUARES, ERROR = range(5)  # columns of sums that the workers share
+SUMS = LOSS, WEIGHT, TOKENS, SQUARES, ERROR = range(5)  # columns of the shared array of sums
 
 
-class Memory:
-    """What all processes share: P numbers for weights and moments, S * P for the gradients."""
+class SharedArrays:
+    """Memory shared by all processes. P parameters and S shards: weights, moments, gradients,
+    sums."""
 
     def __init__(self, size: int, shards: int):
         self.size, self.shards = size, shards
@@ -68,8 +69,8 @@ class Memory:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Views: weights, m, v (P,), gradients (S, P) float32, sums (S + 1, 5) float64: a row for
-        each shard, and as there is a block for each of them, one for the block beside the model."""
+        """Views: weights, m, v (P,) and gradients (S, P) float32; sums (S + 1, 5) float64. Row i of
+        the sums is for shard i and for block i; the last is for the block of extra parameters."""
         found = {name: np.frombuffer(raw, _TYPES[name]) for name, raw in self.raw.items()}
         found["gradients"] = found["gradients"].reshape(self.shards, self.size)
         found["sums"] = found["sums"].reshape(self.shards + 1, len(SUMS))
@@ -80,32 +81,34 @@ _TYPES = dict.fromkeys(("weights", "m", "v", "gradients"), np.float32) | {"sums"
 
 
 class Worker:
-    """One process's share of the work.
+    """One process's part of the work.
 
-    Gradients are the long part, so each worker takes the next shard that nobody has taken
-    (``taken``, a shared number): who computes it makes no difference to the result. Of the rest it
-    has a fixed share: blocks (and shards of calibration stories) rank, rank + workers, ...
+    Gradients take the most time, so shards are balanced dynamically: each worker claims the next
+    one (``next_shard``, a shared integer). The rest is assigned statically: blocks, and shards of
+    calibration stories, with numbers rank, rank + workers, ...
     """
 
-    def __init__(self, rank: int, workers: int, recipe: Recipe, memory: Memory, barrier, taken):
-        self.recipe, self.barrier, self.taken = recipe, barrier, taken
-        self.mine = range(rank, recipe.shards, workers)
+    def __init__(
+        self, rank: int, workers: int, recipe: Recipe, shared: SharedArrays, barrier, next_shard
+    ):
+        self.recipe, self.barrier, self.next_shard = recipe, barrier, next_shard
+        self.my_shards = range(rank, recipe.shards, workers)
         self.my_blocks = range(rank, recipe.shards + 1, workers)
         self.tokenizer = story_tokenizer()
         self.layout = layout_of(recipe, self.tokenizer)
-        self.blocks = [*self.layout.blocks(recipe.shards), self.layout.beside]
-        self.shared = memory.arrays()
+        self.blocks = [*self.layout.blocks(recipe.shards), self.layout.extra]
+        self.shared = shared.arrays()
         self.model = self.layout.model(self.shared["weights"])
         self.detectors = detectors_of(recipe, self.layout, self.shared["weights"])
         self.stage_number = -1
 
-    def enter(self, number: int) -> Stage:
-        """Make ready for a stage, if this is another than the last time."""
+    def enter_stage(self, number: int) -> Stage:
+        """Load a stage's data if it is not the current stage."""
         stage = self.recipe.stages[number]
         if number != self.stage_number:
             self.stage_number = number
-            seed = mix(self.recipe.seed, ROWS, number)
-            self.rows = Rows(
+            seed = hash_integers(self.recipe.seed, ROWS, number)
+            self.rows = StoryDataset(
                 self.tokenizer,
                 self.recipe.shares(stage),
                 stage.row,
@@ -114,16 +117,16 @@ class Worker:
                 answer_weight=stage.answer_weight,
             )
             self.calibration = {
-                shard: self.calibration_stories(stage, shard) for shard in self.mine
+                shard: self.calibration_stories(stage, shard) for shard in self.my_shards
             }
         return stage
 
     def step(self, number: int, step: int, total: int) -> tuple:
-        """One step of training: ``step`` counts within the stage, ``total`` from the beginning.
-        Returns the mean loss of the batch, how many tokens it had, and in a stage with a detector
-        the mean of its squared errors."""
-        stage = self.enter(number)
-        while (shard := self.take()) < self.recipe.shards:
+        """One training step: ``step`` counts within the stage, ``total`` over all stages. Returns
+        the mean loss of the batch, its number of tokens, and in a stage with a detector the
+        detector's mean squared error."""
+        stage = self.enter_stage(number)
+        while (shard := self.claim_shard()) < self.recipe.shards:
             self.shard_gradient(stage, step, shard)
         self.barrier.wait()
         for block in self.my_blocks:
@@ -135,27 +138,28 @@ class Worker:
         if not math.isfinite(norm + loss):
             raise MinitxError(
                 f"Stage {stage.name!r}: the loss or its gradient is not finite at step {step}; "
-                "lower lr, or raise warmup."
+                "lower lr or increase warmup."
             )
         scale = clip_factor(norm, stage.clip) / weight
-        pace = learning_rate(step, stage.steps, 1.0, stage.warmup, stage.schedule, stage.final)
+        lr_scale = learning_rate(step, stage.steps, 1.0, stage.warmup, stage.schedule, stage.final)
         for block in self.my_blocks:
-            self.update_block(block, stage, total + 1, pace, scale)
+            self.update_block(block, stage, total + 1, lr_scale, scale)
         return loss / weight, int(tokens), *([error / weight] if stage.detector else [])
 
-    def take(self) -> int:
-        """The number of the next shard to work on."""
-        with self.taken.get_lock():
-            shard = self.taken.value
-            self.taken.value = shard + 1
+    def claim_shard(self) -> int:
+        """The next shard that no worker has claimed."""
+        with self.next_shard.get_lock():
+            shard = self.next_shard.value
+            self.next_shard.value = shard + 1
         return shard
 
     def shard_gradient(self, stage: Stage, step: int, shard: int) -> None:
-        """Leave the shard's gradient (not yet divided by the weights), loss and weight for all."""
+        """Store the shard's gradient and loss (sums, not yet divided by the weight) and its
+        weight."""
         count = stage.batch // self.recipe.shards
         rows = range(shard * count, (shard + 1) * count)
         batch = self.rows.batch(step, rows.start, rows.stop).trimmed()
-        seed = mix(self.recipe.seed, DROPOUT, self.stage_number, step)
+        seed = hash_integers(self.recipe.seed, DROPOUT, self.stage_number, step)
         sums = self.shared["sums"][shard]
 
         def loss(model):
@@ -167,12 +171,12 @@ class Worker:
             found, sums[LOSS], sums[ERROR] = joint_gradients(
                 self.model, self.detectors, loss, stage.detector.weight, batch.weights
             )
-        self.layout.pack(found, self.shared["gradients"][shard])
+        self.layout.flatten(found, self.shared["gradients"][shard])
         sums[WEIGHT] = batch.weights.sum(dtype=np.float64)
         sums[TOKENS] = (batch.kinds != PADDING).sum()
 
     def sum_block(self, number: int) -> None:
-        """Sum a block of the gradients over the shards, in their order, into the first shard's."""
+        """Sum a block of the gradients over the shards, in order, into the first shard's row."""
         where = self.layout.slice_of(self.blocks[number])
         first, *others = self.shared["gradients"][:, where]
         for other in others:
@@ -180,25 +184,26 @@ class Worker:
         squares = np.einsum("i,i->", first, first, dtype=np.float64)
         self.shared["sums"][number, SQUARES] = squares
 
-    def update_block(self, number: int, stage: Stage, step: int, pace: float, scale: float):
-        """Update the weights of a block. pace: what to multiply the stage's learning rates by."""
-        if self.blocks[number] is self.layout.beside and stage.detector is None:
-            return  # their turn comes, or has been
+    def update_block(self, number: int, stage: Stage, step: int, lr_scale: float, scale: float):
+        """Update a block of weights. lr_scale: the factor of the schedule; scale: of the
+        gradients."""
+        if self.blocks[number] is self.layout.extra and stage.detector is None:
+            return  # trained in another stage
         for path in self.blocks[number]:
             where, shape = self.layout.slots[path]
             w, m, v = (self.shared[name][where] for name in ("weights", "m", "v"))
             g = self.shared["gradients"][0, where]
             g *= scale
-            decay = stage.weight_decay * decays(path)
-            if stage.muon is not None and is_hidden(path):
+            decay = stage.weight_decay * has_weight_decay(path)
+            if stage.muon is not None and is_block_matrix(path):
                 w, g, m = (flat.reshape(shape) for flat in (w, g, m))
-                muon(w, g, m, stage.muon * pace, MOMENTUM, decay)
+                muon(w, g, m, stage.muon * lr_scale, MOMENTUM, decay)
             else:
-                adamw(w, g, m, v, step, stage.lr * pace, stage.betas, decay)
+                adamw(w, g, m, v, step, stage.lr * lr_scale, stage.betas, decay)
 
     def check(self, number: int) -> dict[int, Tally]:
-        """How the model does on each of my shards of the stage's calibration stories."""
-        model = shallow(self.model, self.enter(number).layers)
+        """Evaluate the model on this worker's shards of the stage's calibration stories."""
+        model = shallow(self.model, self.enter_stage(number).layers)
         found = {}
         for shard, stories in self.calibration.items():
             found[shard] = tally = Tally.empty()
@@ -208,22 +213,24 @@ class Worker:
         return found
 
     def calibration_stories(self, stage: Stage, shard: int) -> list:
-        """The shard's calibration stories as ids, no longer than the rows that are trained on."""
+        """The shard's calibration stories as ids, truncated to the stage's row length."""
         shards = self.recipe.shards
         numbers = range(stage.check * shard // shards, stage.check * (shard + 1) // shards)
-        seed = mix(self.recipe.seed, CHECK, self.stage_number)
-        stories = drawn_stories(self.recipe.shares(stage), "calibration", seed, numbers)
+        seed = hash_integers(self.recipe.seed, CHECK, self.stage_number)
+        stories = sample_stories(self.recipe.shares(stage), "calibration", seed, numbers)
         return encode(self.tokenizer, stories, stage.row)
 
 
-def layout_of(recipe: Recipe, tokenizer) -> Layout:
-    """Where all that the recipe trains lies: the model, and detectors if some stage has them."""
+def layout_of(recipe: Recipe, tokenizer) -> ParameterLayout:
+    """The layout of all parameters that the recipe trains: the model's, then the detectors' if
+    any."""
     config = recipe.config(len(tokenizer), end_id(tokenizer))
-    return Layout(config, trained_shapes(config, recipe.rank) if recipe.rank else None)
+    return ParameterLayout(config, trained_shapes(config, recipe.rank) if recipe.rank else None)
 
 
 def batch_loss(model, batch: Batch, stage: Stage, step: int, rows: range, seed: int):
-    """The weighted sum of the losses of some rows, with the stage's layer dropout, exits, hops."""
+    """The weighted sum of the losses of some rows, with the stage's layer dropout, early exit loss
+    and supervised bridge entities."""
     ids, targets = batch.ids[:, :-1], batch.ids[:, 1:]
     model = shallow(model, stage.layers)
     layers = len(model.stack.blocks)
@@ -231,14 +238,14 @@ def batch_loss(model, batch: Batch, stage: Stage, step: int, rows: range, seed: 
         model = drop_layers(model, sample_layer_mask(layers, stage.layer_dropout, seed, rows))
     if stage.early_exit is None and stage.hops is None:
         return cross_entropy(model(ids), targets, batch.weights)
-    on = {layers - 1: 1.0}
+    exits = {layers - 1: 1.0}
     if stage.early_exit is not None:
-        on = exit_weights(layers, stage.early_exit.scale, stage.early_exit.rotation, step)
+        exits = exit_weights(layers, stage.early_exit.scale, stage.early_exit.rotation, step)
     logits_after = exit_logits(model, ids)
     total = exit_loss(
-        logits_after, on, lambda logits: cross_entropy(logits, targets, batch.weights)
+        logits_after, exits, lambda logits: cross_entropy(logits, targets, batch.weights)
     )
-    for after, via in zip(stage.hops or (), np.moveaxis(batch.via, -1, 0)):
-        weights = (via != NONE) * np.float32(stage.answer_weight)
-        total = total + cross_entropy(logits_after(after - 1), np.maximum(via, 0), weights)
+    for after, bridges in zip(stage.hops or (), np.moveaxis(batch.bridges, -1, 0)):
+        weights = (bridges != NO_BRIDGE) * np.float32(stage.answer_weight)
+        total = total + cross_entropy(logits_after(after - 1), np.maximum(bridges, 0), weights)
     return total

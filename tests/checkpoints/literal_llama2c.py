@@ -1,7 +1,7 @@
-"""llama2.c, literally: writers of every version of its checkpoints, and a twin of its forward pass.
+"""llama2.c, literal version: checkpoint writers for every version, and the forward pass.
 
-The twin works on Python lists in float64, token by token, with neighbouring columns rotated
-together as in the original; nothing in it is shared with minitx.
+The forward pass uses Python lists in float64, one token at a time, and rotates adjacent columns as
+in the original. It shares no code with minitx.
 """
 
 import math
@@ -14,16 +14,16 @@ LAYER_MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 SHAPES = {
     "grouped": (24, 20, 2, 4, 2, 28, 16),
     "plain": (12, 16, 2, 2, 2, 20, 16),
-    "one key head": (16, 8, 1, 4, 1, 12, 16),
+    "multi-query": (16, 8, 1, 4, 1, 12, 16),
 }
 GROUP = 4
 
 
-# ------------------------------------------------------------------------- a model, and writing it
+# ----------------------------------------------------------------------------- checkpoint writers
 
 
 def make_weights(sizes, tied: bool, seed: int = 0) -> dict:
-    """Random float32 weights under llama2.c's names; matrices (out, in)."""
+    """Random float32 weights by llama2.c's names; matrices are (out, in)."""
     dim, hidden, layers, heads, kv_heads, vocab, _ = sizes
     kv_dim = dim // heads * kv_heads
     rng = np.random.default_rng(seed)
@@ -48,25 +48,27 @@ def make_weights(sizes, tied: bool, seed: int = 0) -> dict:
     return w
 
 
-def floats(array) -> bytes:
+def float32_bytes(array) -> bytes:
     return b"".join(struct.pack("<f", v) for v in np.ravel(array))
 
 
 def write_version_0(w, sizes, tied: bool) -> bytes:
     *first, vocab, seq_len = sizes
     out = struct.pack("<7i", *first, vocab if tied else -vocab, seq_len)
-    out += floats(w["emb"]) + floats(w["rms_att"])
+    out += float32_bytes(w["emb"]) + float32_bytes(w["rms_att"])
     for name in ("wq", "wk", "wv", "wo"):
-        out += floats(w[name])
-    out += floats(w["rms_ffn"])
+        out += float32_bytes(w[name])
+    out += float32_bytes(w["rms_ffn"])
     for name in ("w1", "w2", "w3"):
-        out += floats(w[name])
-    out += floats(w["rms_final"])
+        out += float32_bytes(w[name])
+    out += float32_bytes(w["rms_final"])
     half = sizes[0] // sizes[3] // 2
-    for turn in (math.cos, math.sin):
+    for function in (math.cos, math.sin):
         for position in range(seq_len):
-            out += floats([turn(position / 10000 ** (2 * i / (2 * half))) for i in range(half)])
-    return out if tied else out + floats(w["cls"])
+            out += float32_bytes(
+                [function(position / 10000 ** (2 * i / (2 * half))) for i in range(half)]
+            )
+    return out if tied else out + float32_bytes(w["cls"])
 
 
 def write_header(version: int, sizes, tied: bool, more: bytes = b"") -> bytes:
@@ -76,36 +78,41 @@ def write_header(version: int, sizes, tied: bool, more: bytes = b"") -> bytes:
 
 def write_version_1(w, sizes, tied: bool) -> bytes:
     out = write_header(1, sizes, tied)
-    out += floats(w["rms_att"]) + floats(w["rms_ffn"]) + floats(w["rms_final"]) + floats(w["emb"])
+    out += (
+        float32_bytes(w["rms_att"])
+        + float32_bytes(w["rms_ffn"])
+        + float32_bytes(w["rms_final"])
+        + float32_bytes(w["emb"])
+    )
     for name in LAYER_MATRICES:
-        out += floats(w[name])
-    return out if tied else out + floats(w["cls"])
+        out += float32_bytes(w[name])
+    return out if tied else out + float32_bytes(w["cls"])
 
 
 def quantize(matrix) -> tuple[bytes, np.ndarray]:
-    """(the bytes of one matrix in version 2, the numbers that they stand for)."""
-    integers, factors, numbers = b"", b"", []
+    """(the bytes of one matrix in version 2, the dequantized matrix)."""
+    integers, scales, values = b"", b"", []
     flat = [float(v) for v in np.ravel(matrix)]
     for start in range(0, len(flat), GROUP):
         group = flat[start : start + GROUP]
-        (factor,) = struct.unpack("<f", struct.pack("<f", max(map(abs, group)) / 127))
-        levels = [round(v / factor) for v in group]
+        (scale,) = struct.unpack("<f", struct.pack("<f", max(map(abs, group)) / 127))
+        levels = [round(v / scale) for v in group]
         integers += struct.pack(f"<{GROUP}b", *levels)
-        factors += struct.pack("<f", factor)
-        numbers += [level * factor for level in levels]
-    return integers + factors, np.array(numbers).reshape(matrix.shape)
+        scales += struct.pack("<f", scale)
+        values += [level * scale for level in levels]
+    return integers + scales, np.array(values).reshape(matrix.shape)
 
 
 def write_version_2(w, sizes, tied: bool) -> bytes:
-    """Also rounds the matrices of ``w`` to what the file holds."""
+    """Also replaces the matrices of ``w`` by their dequantized values."""
     out = write_header(2, sizes, tied, struct.pack("<i", GROUP))
-    out += floats(w["rms_att"]) + floats(w["rms_ffn"]) + floats(w["rms_final"])
+    out += float32_bytes(w["rms_att"]) + float32_bytes(w["rms_ffn"]) + float32_bytes(w["rms_final"])
     written, w["emb"] = quantize(w["emb"])
     out += written
     for name in LAYER_MATRICES:
         layers = [quantize(matrix) for matrix in w[name]]
         out += b"".join(written for written, _ in layers)
-        w[name] = np.array([numbers for _, numbers in layers])
+        w[name] = np.array([values for _, values in layers])
     if tied:
         w["cls"] = w["emb"]
         return out
@@ -116,22 +123,22 @@ def write_version_2(w, sizes, tied: bool) -> bytes:
 WRITERS = {0: write_version_0, 1: write_version_1, 2: write_version_2}
 
 
-# -------------------------------------------------------------------------------------- the twin
+# ----------------------------------------------------------------------------------- forward pass
 
 
-def product(matrix, x):
-    """matrix (out, in) times x (in,), number by number."""
+def matmul(matrix, x):
+    """matrix (out, in) times x (in,), element by element."""
     return [sum(float(m) * v for m, v in zip(row, x, strict=True)) for row in matrix]
 
 
-def normed(x, gain):
+def rmsnorm(x, gain):
     scale = 1 / math.sqrt(sum(v * v for v in x) / len(x) + 1e-5)
     return [float(g) * (scale * v) for g, v in zip(gain, x, strict=True)]
 
 
-def rotated(vector, head_size: int, position: int):
+def rope(vector, head_size: int, position: int):
     out = list(vector)
-    for i in range(0, len(vector), 2):  # neighbours turn together
+    for i in range(0, len(vector), 2):  # adjacent columns form a pair
         angle = position / 10000 ** ((i % head_size) / head_size)
         a, b = vector[i], vector[i + 1]
         out[i] = a * math.cos(angle) - b * math.sin(angle)
@@ -139,8 +146,8 @@ def rotated(vector, head_size: int, position: int):
     return out
 
 
-class Twin:
-    """The transformer of run.c: one token at a time, keys and values in lists."""
+class LiteralLlama2c:
+    """The transformer of run.c: one token at a time, the KV cache in lists."""
 
     def __init__(self, w, sizes):
         self.w, self.sizes = w, sizes
@@ -153,30 +160,30 @@ class Twin:
         position = len(self.keys[0])
         x = [float(v) for v in w["emb"][token]]
         for layer in range(layers):
-            h = normed(x, w["rms_att"][layer])
-            q = rotated(product(w["wq"][layer], h), head_size, position)
-            self.keys[layer].append(rotated(product(w["wk"][layer], h), head_size, position))
-            self.values[layer].append(product(w["wv"][layer], h))
-            mixed = []
+            h = rmsnorm(x, w["rms_att"][layer])
+            q = rope(matmul(w["wq"][layer], h), head_size, position)
+            self.keys[layer].append(rope(matmul(w["wk"][layer], h), head_size, position))
+            self.values[layer].append(matmul(w["wv"][layer], h))
+            heads_out = []
             for head in range(heads):
                 kv = head // (heads // kv_heads) * head_size
-                mixed += self.attend(
+                heads_out += self.attend(
                     q[head * head_size : (head + 1) * head_size],
                     [key[kv : kv + head_size] for key in self.keys[layer]],
                     [value[kv : kv + head_size] for value in self.values[layer]],
                 )
-            x = [a + b for a, b in zip(x, product(w["wo"][layer], mixed), strict=True)]
-            h = normed(x, w["rms_ffn"][layer])
-            gate, up = product(w["w1"][layer], h), product(w["w3"][layer], h)
+            x = [a + b for a, b in zip(x, matmul(w["wo"][layer], heads_out), strict=True)]
+            h = rmsnorm(x, w["rms_ffn"][layer])
+            gate, up = matmul(w["w1"][layer], h), matmul(w["w3"][layer], h)
             h = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)]
-            x = [a + b for a, b in zip(x, product(w["w2"][layer], h), strict=True)]
-        return product(w["cls"], normed(x, w["rms_final"]))
+            x = [a + b for a, b in zip(x, matmul(w["w2"][layer], h), strict=True)]
+        return matmul(w["cls"], rmsnorm(x, w["rms_final"]))
 
     @staticmethod
     def attend(q, keys, values):
         scores = [sum(a * b for a, b in zip(q, k, strict=True)) / math.sqrt(len(q)) for k in keys]
-        powers = [math.exp(s - max(scores)) for s in scores]
+        exps = [math.exp(s - max(scores)) for s in scores]
         return [
-            sum(p * value[i] for p, value in zip(powers, values, strict=True)) / sum(powers)
+            sum(p * value[i] for p, value in zip(exps, values, strict=True)) / sum(exps)
             for i in range(len(q))
         ]

@@ -1,4 +1,4 @@
-"""Which model and which tokenizer a name or a path means."""
+"""Finding models and tokenizers by name or path."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from literal_llama2c import SHAPES, WRITERS, make_weights
-from test_llama2c_tokenizer import RAW, file_bytes
+from test_llama2c_tokenizer import RAW, tokenizer_bin
 from tiny import END, TOKENIZER, tiny_folder
 
 import minitx
@@ -18,12 +18,12 @@ from minitx.errors import MinitxError
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory, and a place for shipped models in which "small" is one."""
+    """An empty working directory, with "small" as the only shipped model."""
     for name in ("installed", "checkout", "work"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(find, "SHIPPED", [tmp_path / "installed", tmp_path / "checkout"])
     tiny_folder(tmp_path / "checkout" / "small")
-    (tmp_path / "checkout" / "untrained").mkdir()  # a recipe alone is no model
+    (tmp_path / "checkout" / "untrained").mkdir()  # a recipe without weights
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
 
@@ -36,22 +36,22 @@ def llama2c_file(path, vocab_size=260):
 
 def llama2c_tokenizer(path, vocab_size=260):
     tokens = [b"<unk>", b"^", b"$", *RAW, *(b" " * n for n in range(1, vocab_size - 258))]
-    path.write_bytes(file_bytes(tokens, [0.0] * vocab_size))
+    path.write_bytes(tokenizer_bin(tokens, [0.0] * vocab_size))
     return path
 
 
 # Models ------------------------------------------------------------------------------------------
 
 
-def test_shipped_models_are_found_by_name(here):
+def test_shipped_model_is_found_by_name(here):
     assert find.shipped() == {"small": here.parent / "checkout" / "small"}
     lm = minitx.load("small")
     assert lm.name == "small" and lm.encode("on") == [END, 256]
     tiny_folder(here.parent / "installed" / "small", "gpt2")
-    assert minitx.load("small").model.config.family == "gpt2"  # the installed one comes first
+    assert minitx.load("small").model.config.family == "gpt2"  # the installed one takes precedence
 
 
-def test_a_name_is_a_shipped_model_first_and_a_path_is_a_path(here):
+def test_name_prefers_shipped_model_over_folder(here):
     tiny_folder(here / "small", "gpt2")
     families = {
         str(where): minitx.load(where).model.config.family
@@ -62,23 +62,23 @@ def test_a_name_is_a_shipped_model_first_and_a_path_is_a_path(here):
 
 
 @pytest.mark.parametrize("path", ["My-Model-1.5B", "a/b.c/d", "."])
-def test_folders(here, path):
+def test_folder_path_loads_model_and_tokenizer(here, path):
     lm = minitx.load(tiny_folder(here / path))
     assert lm.name == (here / path).resolve().name and lm.tokenizer.vocab_size == 259
     assert lm.generate("on", 3) == minitx.load("small").generate("on", 3)
 
 
-def test_types():
+def test_dtype_is_respected_or_rejected():
     folder = Path(__file__).parent.parent / "reference" / "files"
     path = next(path.parent for path in sorted(folder.glob("*/config.json")))
     for dtype in (np.float32, np.float64, "float32", "float64"):
         lm = minitx.load(path, dtype=dtype)
         assert lm.logits([1, 2]).dtype == dtype
-    with pytest.raises(MinitxError, match="float32 or float64, not in int8"):
+    with pytest.raises(MinitxError, match="float32 or float64, got int8"):
         minitx.load(path, dtype="int8")
 
 
-def test_llama2c_files(here):
+def test_llama2c_file_loads_with_tokenizer_beside_it(here):
     lm = minitx.load(llama2c_file(here / "stories15M.bin"))
     assert (lm.name, lm.tokenizer, lm.model.config.vocab_size) == ("stories15M", None, 260)
     llama2c_tokenizer(here / "tokenizer.bin")
@@ -90,12 +90,12 @@ def test_llama2c_files(here):
 # Tokenizers --------------------------------------------------------------------------------------
 
 
-def test_without_a_tokenizer(here):
+def test_model_without_tokenizer_generates_ids(here):
     lm = minitx.load(tiny_folder(here / "bare", tokenizer=False))
     assert lm.tokenizer is None and len(lm.generate([1, 2], 3)) == 3
 
 
-def test_a_tokenizer_from_elsewhere(here):
+def test_explicit_tokenizer_takes_precedence(here):
     bare = tiny_folder(here / "bare", tokenizer=False)
     for where in ("small", tiny_folder(here / "full"), here / "full" / "tokenizer.json"):
         assert minitx.load(bare, where).encode("on") == [END, 256]
@@ -104,61 +104,63 @@ def test_a_tokenizer_from_elsewhere(here):
     (here / "other").mkdir()
     llama2c_tokenizer(here / "other" / "tokenizer.bin")
     assert minitx.load(model, here / "other").encode("") == [1]
-    # The one that is asked for counts, and what stands beside is not even looked at.
+    # An explicit tokenizer takes precedence; the one next to the model is not even read.
     (here / "full" / "tokenizer.json").write_text("{")
     assert minitx.load(here / "full", "small").encode("on") == [END, 256]
 
 
-def test_tokenizers_that_do_not_fit(here):
+def test_tokenizer_of_another_vocabulary_is_rejected(here):
     larger = ByteLevelBPE(
         [*TOKENIZER.tokens, b"onc", b"once"], [*TOKENIZER.merges, (256, 99), (258, 101)]
     )
     folder = tiny_folder(here / "mine", tokenizer=False)
     write_tokenizer(larger, folder)
-    with pytest.raises(MinitxError, match="has 260 entries but the model knows only 259"):
+    with pytest.raises(MinitxError, match="has 260 tokens but the model's vocabulary has 259"):
         minitx.load(folder)
     llama2c_file(here / "model.bin")
     llama2c_tokenizer(here / "tokenizer.bin", 261)
-    with pytest.raises(MinitxError, match="as many as the model has"):
+    with pytest.raises(MinitxError, match="follow the 260 tokens of the model"):
         minitx.load("model.bin")
     with pytest.raises(MinitxError, match="tokenizer.bin: "):
         minitx.load("small", "tokenizer.bin")
 
 
-# What is not there -------------------------------------------------------------------------------
+# Missing files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "model, tokenizer, words",
+    "model, tokenizer, message",
     [
         ("smal", None, r"no model 'smal': .* shipped models \(small\)"),
         ("no\nsuch", None, r"no model 'no\\nsuch'"),
         ("untrained", None, "no model 'untrained'"),
         ("a\0b", None, "no model"),
-        (7, None, "model is 7; expected a name or a path"),
-        (None, None, "model is None"),
+        (7, None, "model must be a name or a path, got 7"),
+        (None, None, "model must be a name or a path, got None"),
         ("text.txt", None, "text.txt is not a model: expected a Hugging Face folder"),
         ("text.txt/x", None, "no model 'text.txt/x'"),
         ("x" * 5000, None, "cannot be read"),
         ("empty", None, "empty/config.json: there is no such file"),
         ("tokenizer.bin", None, "tokenizer.bin: "),
         ("small", "smal", "smal: there is no such tokenizer"),
-        ("small", "empty", r"empty: holds no tokenizer \(tokenizer.json"),
+        ("small", "empty", "empty: expected a tokenizer.json"),
         ("small", "text.txt", "text.txt: is not valid JSON"),
-        ("small", 7, "tokenizer is 7; expected a name or a path"),
+        ("small", 7, "tokenizer must be a name or a path, got 7"),
         ("small", "x" * 5000, "cannot be read"),
     ],
 )
-def test_what_is_missing_is_one_clear_sentence(here, model, tokenizer, words):
+def test_missing_model_or_tokenizer_is_one_line_error(here, model, tokenizer, message):
     (here / "text.txt").write_text("Once")
     (here / "empty").mkdir()
     llama2c_tokenizer(here / "tokenizer.bin")
-    with pytest.raises(MinitxError, match=words):
+    with pytest.raises(MinitxError, match=message):
         minitx.load(model, tokenizer)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
-def test_a_folder_that_may_not_be_read(here):
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root can read everything"
+)
+def test_unreadable_folder_is_reported(here):
     folder = tiny_folder(here / "secret")
     folder.chmod(0)
     try:
@@ -168,7 +170,7 @@ def test_a_folder_that_may_not_be_read(here):
         folder.chmod(0o700)
 
 
-def test_nothing_is_shipped(here, monkeypatch):
+def test_no_shipped_models_is_reported(here, monkeypatch):
     monkeypatch.setattr(find, "SHIPPED", [here / "nowhere"])
     with pytest.raises(MinitxError, match="none found"):
         minitx.load("stories")

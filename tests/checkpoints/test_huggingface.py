@@ -1,4 +1,4 @@
-"""Reading Hugging Face folders: the logits of files that transformers itself wrote."""
+"""Reading Hugging Face folders: logits must equal those of transformers."""
 
 import json
 
@@ -14,13 +14,13 @@ from minitx.config import Config
 from minitx.tree import map_weights, weights
 
 
-def test_there_are_references():
+def test_reference_folders_are_complete_and_small():
     assert len(NAMES) == 10
     assert sum(f.stat().st_size for f in REFERENCE.rglob("*") if f.is_file()) < 300_000
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_transformers(name):
+def test_logits_equal_transformers(name):
     expected = np.load(REFERENCE / name / "logits.npy")
     for dtype in (np.float32, np.float64):
         model = read_model(REFERENCE / name, dtype)
@@ -30,25 +30,25 @@ def test_logits_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_comparison_can_fail(name):
-    """Every single weight tensor matters for the logits, so a wrong one would be seen.
+def test_wrong_weight_changes_logits(name):
+    """Changing any single weight tensor changes the logits, so a wrong one would be detected.
 
-    Except the keys' bias without rotary positions: it adds the same number to all scores of a
-    query, and softmax does not see that. Round trips cover it.
+    The exception is the key bias without rotary positions: it adds a constant to all scores of a
+    query, which cancels in the softmax. The round-trip tests cover it.
     """
     model = read_model(REFERENCE / name)
     expected = np.load(REFERENCE / name / "logits.npy")
-    for path, chosen in weights(model).items():
+    for path, target in weights(model).items():
         if not (name.startswith("gpt2") and path.endswith("qkv.k.b")):
-            changed = map_weights(model, lambda w, chosen=chosen: _rolled(w, chosen))
+            changed = map_weights(model, lambda w, target=target: _rolled(w, target))
             assert relative_error(changed(IDS), expected) > 1e-3, path
 
 
-def _rolled(w, chosen):
-    return np.roll(w, 1, axis=-1) if w is chosen else w
+def _rolled(w, target):
+    return np.roll(w, 1, axis=-1) if w is target else w
 
 
-def test_configurations_as_read():
+def test_config_fields_are_read():
     llama = read_model(REFERENCE / "llama").config
     assert llama == Config(
         family="llama",
@@ -78,7 +78,7 @@ def test_configurations_as_read():
     )
     gpt2 = read_model(REFERENCE / "gpt2").config
     assert (gpt2.hidden, gpt2.tied, gpt2.activation, gpt2.rope_width) == (64, True, "gelu_tanh", 0)
-    assert (gpt2.bos, gpt2.eos) == (None, ())  # 50256 is beyond its vocabulary of 40
+    assert (gpt2.bos, gpt2.eos) == (None, ())  # 50256 is outside its vocabulary of 40
     assert read_model(REFERENCE / "qwen2").config.rope_base == 1e6
 
 
@@ -95,23 +95,23 @@ OLDER_SPELLINGS = {
 
 
 @pytest.mark.parametrize("name", OLDER_SPELLINGS)
-def test_older_spellings_give_the_same_model(tmp_path, name):
+def test_older_config_spellings_give_same_model(tmp_path, name):
     folder = copied(name, tmp_path)
     edit(folder, **OLDER_SPELLINGS[name])
     np.testing.assert_array_equal(read_model(folder)(IDS), read_model(REFERENCE / name)(IDS))
 
 
-def test_bare_names_masks_and_rotary_buffers(tmp_path):
-    """GPT-2's own file has no "transformer." and old files carry buffers; none of it matters."""
+def test_missing_prefix_and_buffers_are_accepted(tmp_path):
+    """OpenAI's GPT-2 file has no "transformer." prefix, and old files contain buffers."""
     folder = copied("gpt2", tmp_path)
 
-    def bare(tensors):
+    def remove_prefix(tensors):
         for name in list(tensors):
             tensors[name.removeprefix("transformer.")] = tensors.pop(name)
         tensors["h.0.attn.bias"] = np.tril(np.ones((1, 1, 32, 32)))
         tensors["h.1.attn.masked_bias"] = np.array(-1e4)
 
-    edit_tensors(folder, bare)
+    edit_tensors(folder, remove_prefix)
     np.testing.assert_array_equal(read_model(folder)(IDS), read_model(REFERENCE / "gpt2")(IDS))
 
     folder = copied("gpt-neox", tmp_path)
@@ -125,21 +125,21 @@ def test_bare_names_masks_and_rotary_buffers(tmp_path):
     read_model(folder)
 
 
-def test_a_buffer_of_booleans_is_never_read(tmp_path):
+def test_boolean_buffer_is_not_read(tmp_path):
     folder = copied("gpt2", tmp_path)
     path = folder / "model.safetensors"
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    place = [len(data), len(data) + 4]
-    header["transformer.h.0.attn.bias"] = {"dtype": "BOOL", "shape": [4], "data_offsets": place}
+    offsets = [len(data), len(data) + 4]
+    header["transformer.h.0.attn.bias"] = {"dtype": "BOOL", "shape": [4], "data_offsets": offsets}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data + b"\0\0\0\1")
     read_model(folder)
 
 
-def test_all_shapes_come_from_the_header_alone():
-    """The reference files hold what ``shapes`` says, fused or not: no weight is left out."""
+def test_header_sizes_match_config_shapes():
+    """The sizes in the file header add up to those of ``shapes``: no weight is missing."""
     config = read_config(REFERENCE / "gpt-neox" / "config.json")
     header = read_header(REFERENCE / "gpt-neox" / "model.safetensors")
     ours = sum(int(np.prod(shape)) for shape in shapes(config).values())

@@ -1,4 +1,4 @@
-"""Writing Hugging Face folders: round trips, refusals, and transformers loading the result."""
+"""Writing Hugging Face folders: round trips, unsupported models, and loading in transformers."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 from hf_folders import NAMES, REFERENCE, relative_error
 
 from minitx.build import random_model
-from minitx.checkpoints.hf_weights import by_head
+from minitx.checkpoints.hf_weights import fused_by_head
 from minitx.checkpoints.huggingface import read_model, write_model
 from minitx.checkpoints.safetensors import read_tensors
 from minitx.config import Config
@@ -43,13 +43,15 @@ WRITABLE = {
     "gpt2 gelu": replace(GPT2, activation="gelu"),
     "gpt_neox": NEOX,
     "gpt_neox serial": replace(NEOX, parallel=False, rope_width=6, activation="relu", tied=True),
-    "gpt_neox third": replace(NEOX, heads=1, kv_heads=1, head_width=24, rope_width=14),
+    "gpt_neox inexact rotary fraction": replace(
+        NEOX, heads=1, kv_heads=1, head_width=24, rope_width=14
+    ),
     "gpt_neox no attention bias": replace(NEOX, qkv_bias=False, out_bias=False, activation="silu"),
 }
 
 
 def noisy_model(config: Config, seed: int = 5):
-    """A random model whose gains are not 1 and biases not 0, in numbers that float16 holds."""
+    """A random model with gains other than 1 and biases other than 0, exact in float16."""
     rng = np.random.default_rng(seed)
     model = random_model(config, seed)
     return map_weights(
@@ -59,7 +61,7 @@ def noisy_model(config: Config, seed: int = 5):
 
 
 @pytest.mark.parametrize("name", WRITABLE)
-def test_round_trip(tmp_path, name):
+def test_write_then_read_gives_same_model(tmp_path, name):
     model = noisy_model(WRITABLE[name])
     for dtype in ("F16", "F32", "F64"):
         write_model(model, tmp_path / "new" / dtype, dtype)
@@ -73,7 +75,7 @@ def test_round_trip(tmp_path, name):
         assert names == {"config.json", "model.safetensors"}
 
 
-def test_bfloat16_keeps_eight_bits(tmp_path):
+def test_bfloat16_keeps_eight_significant_bits(tmp_path):
     model = noisy_model(BASE)
     write_model(model, tmp_path, "BF16")
     back = weights(read_model(tmp_path))
@@ -82,8 +84,8 @@ def test_bfloat16_keeps_eight_bits(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reading_and_writing_gives_the_same_tensors(tmp_path, name):
-    """Their file -> our model -> our file: not a bit changes, nor a name."""
+def test_read_then_write_gives_same_tensors(tmp_path, name):
+    """transformers file -> minitx model -> minitx file: same names, same bits."""
     write_model(read_model(REFERENCE / name), tmp_path, "F32")
     theirs = {}
     for file in (REFERENCE / name).glob("*.safetensors"):
@@ -94,12 +96,12 @@ def test_reading_and_writing_gives_the_same_tensors(tmp_path, name):
         np.testing.assert_array_equal(ours[tensor], array)
 
 
-def test_by_head_worked_example():
+def test_fused_by_head_worked_example():
     """Two heads of width 1: rows q0 k0 v0 q1 k1 v1."""
     fused = np.array([[10.0], [20], [30], [11], [21], [31]])  # (H*3*d, in=1)
-    q, k, v = by_head(2).split(fused, 3)
+    q, k, v = fused_by_head(2).split(fused, 3)
     assert q.tolist() == [[10, 11]] and k.tolist() == [[20, 21]] and v.tolist() == [[30, 31]]
-    np.testing.assert_array_equal(by_head(2).join([q, k, v]), fused)
+    np.testing.assert_array_equal(fused_by_head(2).join([q, k, v]), fused)
 
 
 UNWRITABLE = {
@@ -116,41 +118,41 @@ UNWRITABLE = {
 
 
 @pytest.mark.parametrize("name", UNWRITABLE)
-def test_what_no_architecture_has_is_refused(tmp_path, name):
+def test_config_without_architecture_is_rejected(tmp_path, name):
     with pytest.raises(MinitxError, match="cannot be written"):
         write_model(random_model(UNWRITABLE[name]), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_changed_or_broken_model_is_not_written(tmp_path):
+def test_modified_or_non_finite_model_is_rejected(tmp_path):
     model = noisy_model(BASE)
 
     class Skipping(SwiGLU):
         pass
 
     swapped = rebuild(model, lambda p: Skipping(p.gate, p.up) if type(p) is SwiGLU else None)
-    with pytest.raises(MinitxError, match="not the plain one"):
+    with pytest.raises(MinitxError, match="Expected an unmodified model"):
         write_model(swapped, tmp_path / "new")
     narrower = replace(model, config=replace(BASE, hidden=19))
-    with pytest.raises(MinitxError, match="not the plain one"):
+    with pytest.raises(MinitxError, match="Expected an unmodified model"):
         write_model(narrower, tmp_path / "new")
     infinite = map_weights(model, lambda w: w * np.float32(np.inf))
     with pytest.raises(MinitxError, match="NaN or Inf"):
         write_model(infinite, tmp_path / "new")
     large = map_weights(model, lambda w: w * np.float32(1e6))
-    with pytest.raises(MinitxError, match="too large for F16"):
+    with pytest.raises(MinitxError, match="overflows F16"):
         write_model(large, tmp_path / "new")
-    with pytest.raises(MinitxError, match="cannot write dtype 'I8'"):
+    with pytest.raises(MinitxError, match="dtype must be .* got 'I8'"):
         write_model(model, tmp_path / "new", "I8")
     assert not list(tmp_path.glob("new/*"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(MinitxError, match="cannot be made"):
+    with pytest.raises(MinitxError, match="cannot be created"):
         write_model(model, tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", WRITABLE)
-def test_transformers_loads_what_minitx_writes(tmp_path, name):
-    """Needs the `reference` extra; skipped without it."""
+def test_transformers_loads_written_folder(tmp_path, name):
+    """Skipped without the `reference` extra (torch, transformers)."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model = noisy_model(WRITABLE[name])
@@ -163,7 +165,7 @@ def test_transformers_loads_what_minitx_writes(tmp_path, name):
         assert not any(report.values()), report
         with torch.no_grad():
             logits = theirs(torch.tensor(ids)[None]).logits[0].numpy()
-        assert logits.dtype == np.float32  # also from float16 files
+        assert logits.dtype == np.float32  # also for float16 files
         assert relative_error(model(ids), logits) < 1e-5
         config = theirs.config
         eos = (

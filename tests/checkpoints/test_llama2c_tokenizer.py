@@ -1,4 +1,4 @@
-"""llama2.c's tokenizer: a literal twin of run.c's loops, and files that lie."""
+"""llama2.c's tokenizer: agreement with a literal version of run.c, and corrupt files."""
 
 import random
 import re
@@ -14,21 +14,21 @@ RAW = [b"<0x%02X>" % byte for byte in range(256)]
 
 
 def vocabulary(rng, merges=60):
-    """A vocabulary like llama2.c's: special tokens, the raw bytes, characters, merged ones."""
+    """A vocabulary like llama2.c's: special tokens, raw bytes, characters, merged tokens."""
     characters = [c.encode() for c in " abcdehinorst.,\u00e9\u4e16\U0001f601"]
     tokens = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *RAW, *characters]
     scores = [0.0] * len(tokens)
-    made = list(characters)
-    while len(made) < len(characters) + merges:
-        token = rng.choice(made) + rng.choice(made)
+    pieces = list(characters)
+    while len(pieces) < len(characters) + merges:
+        token = rng.choice(pieces) + rng.choice(pieces)
         if token not in tokens and len(token) < 12:
-            made.append(token)
+            pieces.append(token)
             tokens.append(token)
-            scores.append(float(-rng.randrange(20)))  # many equal scores
+            scores.append(float(-rng.randrange(20)))  # many ties
     return tokens, scores
 
 
-def file_bytes(tokens, scores, longest=None):
+def tokenizer_bin(tokens, scores, longest=None):
     data = struct.pack("<i", max(map(len, tokens)) if longest is None else longest)
     for token, score in zip(tokens, scores, strict=True):
         data += struct.pack("<fi", score, len(token)) + token
@@ -36,7 +36,7 @@ def file_bytes(tokens, scores, longest=None):
 
 
 def run_c_encode(tokens, scores, text, bos):
-    """run.c's encode, loop by loop. `text` has no NUL."""
+    """The encode of run.c, loop by loop. `text` must not contain NUL."""
 
     def look_up(string):
         return tokens.index(string) if string in tokens else -1
@@ -74,7 +74,7 @@ def run_c_encode(tokens, scores, text, bos):
 
 
 def run_c_decode(tokens, ids):
-    """What run.c's decode gives token by token, the start token in front being no output."""
+    """The output of run.c's decode, token by token; the leading bos is not printed."""
     out, previous = b"", ids[0]
     for id in ids[1:]:
         piece = tokens[id]
@@ -102,7 +102,7 @@ def test_worked_example():
     tokens = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *RAW, b" ", b"a", b"b", b"ab", b" a", b"bb"]
     scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -2.0, -1.0, -1.0]
     tokenizer = Llama2cTokenizer(tokens, scores)
-    # " a" and "bb" score best and are equal: " a" stands further left, then "ab" has lost its "a".
+    # " a" and "bb" tie for the best score; the leftmost, " a", is merged first. Then "ab" is gone.
     assert tokenizer.encode("abb") == [1, 263, 264]
     assert tokenizer.encode("abb", special=False) == [263, 264]
     assert tokenizer.encode("bab\u00e9") == [1, 259, 261, 262, 0xC3 + 3, 0xA9 + 3]
@@ -114,7 +114,7 @@ def test_worked_example():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_ids_and_text_are_those_of_run_c(seed):
+def test_ids_and_text_equal_run_c(seed):
     rng = random.Random(seed)
     tokens, scores = vocabulary(rng)
     tokenizer = Llama2cTokenizer(tokens, scores)
@@ -128,7 +128,7 @@ def test_ids_and_text_are_those_of_run_c(seed):
         assert tokenizer.decode_bytes(generated) == run_c_decode(tokens, generated)
 
 
-def test_broken_utf8_is_cut_as_run_c_does(tokenizer):
+def test_invalid_utf8_is_split_as_in_run_c(tokenizer):
     rng = random.Random(4)
     pieces = [
         b"\x80",
@@ -144,7 +144,7 @@ def test_broken_utf8_is_cut_as_run_c_does(tokenizer):
         assert tokenizer.decode(ids) == data.decode(errors="replace")
 
 
-def test_any_text_round_trips(tokenizer):
+def test_any_text_and_byte_round_trips(tokenizer):
     rng = random.Random(5)
     for _ in range(200):
         text = "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
@@ -157,7 +157,7 @@ def test_any_text_round_trips(tokenizer):
         assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
 
 
-def test_a_low_score_is_never_merged():
+def test_minimum_score_is_never_merged():
     tokens = [b"<unk>", b"<s>", b"</s>", *RAW, b" ", b"a", b" a", b"aa"]
     for score in (-1e10, -2e10, float("-inf")):
         tokenizer = Llama2cTokenizer(tokens, [0.0] * 261 + [score, -5.0])
@@ -165,8 +165,8 @@ def test_a_low_score_is_never_merged():
         assert tokenizer.encode("aa", special=False) == [259, 262]
 
 
-def test_special_tokens_and_stopping(tokenizer):
-    assert (tokenizer.bos, tokenizer.eos) == (1, 1)  # run.c stops at the start token
+def test_special_tokens_and_invalid_ids(tokenizer):
+    assert (tokenizer.bos, tokenizer.eos) == (1, 1)  # run.c stops at bos
     assert tokenizer.decode([1, 260, 1, 2, 260], skip_special=True) == "aa"
     assert tokenizer.decode([1, 260, 2]) == "a\n</s>\n"
     assert len(tokenizer) == tokenizer.vocab_size == len(tokenizer.tokens)
@@ -177,38 +177,38 @@ def test_special_tokens_and_stopping(tokenizer):
         tokenizer.encode("\ud83d")
 
 
-def test_streamed_text_is_the_decoded_text(tokenizer):
+def test_streamed_text_equals_decoded_text(tokenizer):
     rng = random.Random(6)
     for text in some_texts(rng, 50):
         ids = tokenizer.encode(text)
         decoder = StreamDecoder(tokenizer)
         assert "".join(map(decoder.push, ids)) + decoder.finish() == text
-        follows = StreamDecoder(tokenizer, previous=1)
-        assert "".join(map(follows.push, ids[1:])) + follows.finish() == text
+        decoder = StreamDecoder(tokenizer, previous=1)
+        assert "".join(map(decoder.push, ids[1:])) + decoder.finish() == text
     decoder = StreamDecoder(tokenizer, previous=5)
     pieces = [decoder.push(3 + byte) for byte in "\U0001f642".encode()]
     assert pieces == ["", "", "", "\U0001f642"]
 
 
-def test_a_long_text_is_no_square(tokenizer):
-    text = "the rain is a stone, " * 5_000  # looking at all pairs for each merge would take hours
+def test_long_text_is_not_quadratic(tokenizer):
+    text = "the rain is a stone, " * 5_000  # scanning all pairs for each merge would take hours
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 # Files
 
 
-def test_a_file_is_read(tmp_path):
+def test_file_is_read(tmp_path):
     tokens, scores = vocabulary(random.Random(7))
     path = tmp_path / "tokenizer.bin"
-    path.write_bytes(file_bytes(tokens, scores))
+    path.write_bytes(tokenizer_bin(tokens, scores))
     tokenizer = read_llama2c_tokenizer(path, len(tokens))
     assert (tokenizer.tokens, tokenizer.scores) == (tokens, scores)
 
 
-def test_every_truncation_is_refused(tmp_path):
+def test_truncated_file_is_rejected(tmp_path):
     tokens, scores = vocabulary(random.Random(8), merges=5)
-    data = file_bytes(tokens, scores)
+    data = tokenizer_bin(tokens, scores)
     path = tmp_path / "tokenizer.bin"
     for size in [*range(0, 60), *range(60, len(data), 41), len(data) - 1]:
         path.write_bytes(data[:size])
@@ -223,45 +223,45 @@ def replaced(data, at, value):
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
-        (8, struct.pack("<i", 2**31 - 1), "token 0 claims 2147483647 bytes"),
-        (8, struct.pack("<i", -1), "token 0 claims -1 bytes"),
-        (8, struct.pack("<i", 0), "token 0 claims 0 bytes"),  # run.c cannot read it either
-        (8, struct.pack("<i", 6), "token 1 claims"),
-        (0, struct.pack("<i", 3), "longest token has 3"),
-        (0, struct.pack("<i", -5), "longest token has -5"),
-        (4, struct.pack("<f", float("nan")), "token 0 has the score NaN"),
-        (4 + 3 * 8 + 5 + 5 + 6 + 8, b"<0x99>", "token 3 of .* is b'<0x99>'"),
+        (8, struct.pack("<i", 2**31 - 1), "token 0 has length 2147483647"),
+        (8, struct.pack("<i", -1), "token 0 has length -1"),
+        (8, struct.pack("<i", 0), "token 0 has length 0"),  # run.c cannot read that either
+        (8, struct.pack("<i", 6), "token 1 has length"),
+        (0, struct.pack("<i", 3), "longest token in its header has 3"),
+        (0, struct.pack("<i", -5), "longest token in its header has -5"),
+        (4, struct.pack("<f", float("nan")), "score of token 0 must be a number, got NaN"),
+        (4 + 3 * 8 + 5 + 5 + 6 + 8, b"<0x99>", "token 3 of .* must be .* got b'<0x99>'"),
     ],
 )
-def test_files_that_lie_are_refused(at, value, message, tmp_path):
+def test_corrupt_file_is_rejected(at, value, message, tmp_path):
     tokens, scores = vocabulary(random.Random(9))
     path = tmp_path / "tokenizer.bin"
-    path.write_bytes(replaced(file_bytes(tokens, scores), at, value))
+    path.write_bytes(replaced(tokenizer_bin(tokens, scores), at, value))
     with pytest.raises(MinitxError, match=message):
         read_llama2c_tokenizer(path, len(tokens))
 
 
-def test_a_file_of_another_model_is_refused(tmp_path):
+def test_file_of_another_model_is_rejected(tmp_path):
     tokens, scores = vocabulary(random.Random(10))
     path = tmp_path / "tokenizer.bin"
-    path.write_bytes(file_bytes(tokens, scores))
+    path.write_bytes(tokenizer_bin(tokens, scores))
     with pytest.raises(MinitxError, match="another model"):
         read_llama2c_tokenizer(path, len(tokens) - 1)
     for more in (len(tokens) + 1, 2**40):
-        with pytest.raises(MinitxError, match=f"ends after {len(tokens)} tokens"):
+        with pytest.raises(MinitxError, match=f"tokens of the model, got {len(tokens)};"):
             read_llama2c_tokenizer(path, more)
-    path.write_bytes(file_bytes(tokens[:100], scores[:100]))
+    path.write_bytes(tokenizer_bin(tokens[:100], scores[:100]))
     with pytest.raises(MinitxError, match="token 100 of 100"):
         read_llama2c_tokenizer(path, 100)
     without_space = [b"_" if token == b" " else token for token in tokens]
-    path.write_bytes(file_bytes(without_space, scores))
+    path.write_bytes(tokenizer_bin(without_space, scores))
     with pytest.raises(MinitxError, match="single space"):
         read_llama2c_tokenizer(path, len(tokens))
     with pytest.raises(MinitxError, match="nowhere"):
         read_llama2c_tokenizer(tmp_path / "nowhere", 300)
 
 
-def test_ids_decode_alike_one_by_one_and_together(tokenizer):
+def test_ids_decode_alike_one_by_one_and_at_once(tokenizer):
     rng = random.Random(12)
     for _ in range(100):
         ids = rng.choices(range(len(tokenizer)), k=12)

@@ -1,5 +1,5 @@
-"""``minitx precompute``: a model with its techniques is written, read again and is the same;
-damaged files are refused, and reading runs nothing that stands in them."""
+"""``minitx precompute``: a written model reads back unchanged; corrupt files are rejected and run
+no code."""
 
 import json
 import os
@@ -13,8 +13,14 @@ from tiny import FAMILIES, TOKENIZER, tiny_folder, tiny_lm
 import minitx
 from minitx.build import random_model
 from minitx.checkpoints import precomputed
-from minitx.checkpoints.parts import describe, restore
-from minitx.checkpoints.precomputed import ARRAYS, FILE, Origin, read_precomputed, write_precomputed
+from minitx.checkpoints.parts import deserialize, serialize
+from minitx.checkpoints.precomputed import (
+    ARRAYS_FILE,
+    JSON_FILE,
+    Origin,
+    read_precomputed,
+    write_precomputed,
+)
 from minitx.errors import MinitxError
 from minitx.model import Activated
 from minitx.technique import apply, swap
@@ -37,25 +43,25 @@ def changed(name, lm_family, dtype=np.float32):
 
 @each
 @family
-def test_what_is_read_is_what_was_written(name, family, tmp_path):
+def test_technique_round_trips(name, family, tmp_path):
     lm = changed(name, family)
     model, decode = read_precomputed(written(lm, tmp_path / "out"))
     assert repr(model) == repr(lm.model) and repr(decode) == repr(lm.decode)
     again = tiny_lm(model=model, decode=decode)
     np.testing.assert_array_equal(again.logits(IDS), lm.logits(IDS))
     assert again.generate(IDS[:5], 20) == lm.generate(IDS[:5], 20)
-    assert nbytes(again) == nbytes(lm)  # what was shared is shared again
+    assert nbytes(again) == nbytes(lm)  # shared arrays stay shared
 
 
-def test_all_techniques_were_tried():
+def test_all_techniques_are_covered():
     assert len(ALL) > 10
 
 
-def test_in_float64(tmp_path):
+def test_float64_model_loads_only_in_float64(tmp_path):
     lm = changed("fold_norms", "llama", np.float64)
     model, _ = read_precomputed(written(lm, tmp_path / "out"), np.float64)
     np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
-    with pytest.raises(MinitxError, match="precomputed in 'float64'; load it in that type"):
+    with pytest.raises(MinitxError, match="precomputed in 'float64'; load it in that dtype"):
         read_precomputed(tmp_path / "out")
 
 
@@ -68,7 +74,7 @@ def test_shared_parts_and_arrays_stay_shared(tmp_path):
     assert blocks[0].attn.rope is blocks[1].attn.rope
 
 
-def test_whole_numbers_keep_their_types(tmp_path):
+def test_integer_arrays_keep_their_dtypes(tmp_path):
     lm = changed("elsa", "llama")
     kinds = {w.dtype for _, node in walk(lm) for w in vars(node).values() if hasattr(w, "dtype")}
     model, _ = read_precomputed(written(lm, tmp_path / "out"))
@@ -76,14 +82,14 @@ def test_whole_numbers_keep_their_types(tmp_path):
     assert found == kinds
 
 
-def test_no_calibration_text_is_needed_to_load(tmp_path, monkeypatch):
+def test_loading_reads_no_calibration_text(tmp_path, monkeypatch):
     lm = apply(tiny_lm(), {"early_exit": {"measure": "probe"}})
     written(lm, tmp_path / "out")
 
-    def refuse(*_):
-        raise AssertionError("calibration stories were read")
+    def fail(*_):
+        raise AssertionError("calibration text was read")
 
-    monkeypatch.setattr("minitx.training.calibration.calibration_texts", refuse)
+    monkeypatch.setattr("minitx.training.calibration.calibration_texts", fail)
     model, _ = read_precomputed(tmp_path / "out")
     np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
 
@@ -91,15 +97,15 @@ def test_no_calibration_text_is_needed_to_load(tmp_path, monkeypatch):
 # Files -------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_exists_is_left_alone(tmp_path):
+def test_existing_folder_is_rejected(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(MinitxError, match="exists already"):
+    with pytest.raises(MinitxError, match="already exists"):
         written(tiny_lm(), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_it_appears_whole_or_not_at_all(tmp_path, monkeypatch, fault):
+def test_failed_write_leaves_no_folder(tmp_path, monkeypatch, fault):
     def fail(*_):
         raise fault
 
@@ -109,13 +115,13 @@ def test_it_appears_whole_or_not_at_all(tmp_path, monkeypatch, fault):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_no_file_can_hold_is_refused(tmp_path):
+def test_unserializable_value_is_rejected(tmp_path):
     lm = tiny_lm("gpt2")
 
     def local(x):
         return x
 
-    for bad, message in ((local, "top of minitx's own modules"), ({}, "holds a dict")):
+    for bad, message in ((local, "top level of one of minitx's modules"), ({}, "holds a dict")):
         odd = swap(lm, Activated, lambda part, bad=bad: replace(part, activation=bad))
         with pytest.raises(MinitxError, match=message):
             written(odd, tmp_path / "out")
@@ -123,9 +129,9 @@ def test_what_no_file_can_hold_is_refused(tmp_path):
 
 
 def edited(folder, change):
-    found = json.loads((folder / FILE).read_text())
+    found = json.loads((folder / JSON_FILE).read_text())
     change(found)
-    (folder / FILE).write_text(json.dumps(found))
+    (folder / JSON_FILE).write_text(json.dumps(found))
 
 
 def first(found, part):
@@ -136,7 +142,7 @@ EDITS = {
     "version": lambda f: f.update(format=2),
     "dtype": lambda f: f.update(dtype=4),
     "root": lambda f: f.update(model=10**6),
-    "root that is no model": lambda f: f.update(model=0),
+    "root is not a model": lambda f: f.update(model=0),
     "no entries": lambda f: f.update(entries=[]),
     "entries missing": lambda f: f.pop("entries"),
     "entry": lambda f: f["entries"].insert(0, 3),
@@ -144,18 +150,18 @@ EDITS = {
     "module of minitx": lambda f: first(f, "Linear").update(part="minitx.cli:main"),
     "no such module": lambda f: first(f, "Linear").update(part="minitx.skip.nothing:Linear"),
     "imported name": lambda f: first(f, "Linear").update(part="minitx.skip.a3:np"),
-    "no part": lambda f: first(f, "Linear").update(part="minitx.ops:silu"),
+    "not a part": lambda f: first(f, "Linear").update(part="minitx.ops:silu"),
     "other part": lambda f: first(f, "Linear").update(part="minitx.model:Rope"),
     "field missing": lambda f: first(f, "Linear")["fields"].pop("b"),
-    "field too many": lambda f: first(f, "Linear")["fields"].update(c=1),
+    "unknown field": lambda f: first(f, "Linear")["fields"].update(c=1),
     "array": lambda f: first(f, "Linear")["fields"].update(w={"array": "nowhere"}),
     "other array": lambda f: first(f, "Linear")["fields"].update(w={"array": "model.embed.w"}),
-    "no array": lambda f: first(f, "Linear")["fields"].update(w=3),
+    "number for an array": lambda f: first(f, "Linear")["fields"].update(w=3),
     "list": lambda f: first(f, "Linear")["fields"].update(w=[3]),
     "two keys": lambda f: first(f, "Linear")["fields"].update(w={"array": "x", "entry": 1}),
     "later entry": lambda f: first(f, "Attention")["fields"].update(norm={"entry": 10**4}),
     "function": lambda f: first(f, "Attention")["fields"].update(norm={"function": "minitx.ops:x"}),
-    "text for a number": lambda f: first(f, "Attention")["fields"].update(heads="2"),
+    "string for a number": lambda f: first(f, "Attention")["fields"].update(heads="2"),
     "heads": lambda f: first(f, "Attention")["fields"].update(heads=3),
     "eps": lambda f: first(f, "RMSNorm")["fields"].update(eps=None),
     "config": lambda f: first(f, "Transformer")["fields"]["config"]["config"].update(more=1),
@@ -173,9 +179,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_damaged_files_are_refused(name, folder, tmp_path):
-    (tmp_path / ARRAYS).write_bytes((folder / ARRAYS).read_bytes())
-    (tmp_path / FILE).write_text((folder / FILE).read_text())
+def test_corrupt_json_is_rejected(name, folder, tmp_path):
+    (tmp_path / ARRAYS_FILE).write_bytes((folder / ARRAYS_FILE).read_bytes())
+    (tmp_path / JSON_FILE).write_text((folder / JSON_FILE).read_text())
     read_precomputed(tmp_path)
     edited(tmp_path, EDITS[name])
     with pytest.raises(MinitxError) as caught:
@@ -183,21 +189,21 @@ def test_damaged_files_are_refused(name, folder, tmp_path):
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-def test_damaged_or_missing_arrays_are_refused(folder, tmp_path):
-    (tmp_path / FILE).write_text((folder / FILE).read_text())
+def test_corrupt_or_missing_arrays_are_rejected(folder, tmp_path):
+    (tmp_path / JSON_FILE).write_text((folder / JSON_FILE).read_text())
     with pytest.raises(MinitxError, match="cannot be read"):
         read_precomputed(tmp_path)
-    data = bytearray((folder / ARRAYS).read_bytes())
-    for damaged in (data[:-4], data[:-1] + bytes([data[-1] ^ 1])):
-        (tmp_path / ARRAYS).write_bytes(damaged)
-        with pytest.raises(MinitxError, match="is not the file that"):
+    data = bytearray((folder / ARRAYS_FILE).read_bytes())
+    for corrupted in (data[:-4], data[:-1] + bytes([data[-1] ^ 1])):
+        (tmp_path / ARRAYS_FILE).write_bytes(corrupted)
+        with pytest.raises(MinitxError, match="does not match the fingerprint"):
             read_precomputed(tmp_path)
 
 
-def test_entries_alone():
+def test_serialize_then_deserialize_gives_same_parts():
     lm = tiny_lm()
-    entries, arrays, numbers = describe(model=lm.model)
-    again = restore("here", json.loads(json.dumps(entries)), arrays)[numbers["model"]]
+    entries, arrays, indices = serialize(model=lm.model)
+    again = deserialize("here", json.loads(json.dumps(entries)), arrays)[indices["model"]]
     assert repr(again) == repr(lm.model)
     assert again.stack.blocks[0].attn.qkv.q.w is lm.model.stack.blocks[0].attn.qkv.q.w
 
@@ -205,42 +211,42 @@ def test_entries_alone():
 # The command -------------------------------------------------------------------------------------
 
 
-def test_the_command(run, workdir):
+def test_command_writes_loadable_model(run, workdir):
     flags = ["--fold-norms", "--ffn-skip", "threshold=0.9"]
-    status, out, err = run("precompute", "made", "-m", "toy", *flags)
-    assert (status, out) == (0, "") and "made: 0." in err and "done for good" in err
+    status, out, err = run("precompute", "out", "-m", "toy", *flags)
+    assert (status, out) == (0, "") and "out: 0." in err and "offline work took" in err
     direct = minitx.load("toy", fold_norms=True, ffn_skip={"threshold": 0.9})
-    lm = minitx.load("made")
-    assert repr(lm.model) == repr(direct.model) and lm.name == "made"
+    lm = minitx.load("out")
+    assert repr(lm.model) == repr(direct.model) and lm.name == "out"
     assert lm.generate("Once", 20) == direct.generate("Once", 20)
-    shown = run("show", "-m", "made")
+    shown = run("show", "-m", "out")
     assert shown[1] == f"{direct.model}\n"
     assert "made by: minitx precompute -m toy --fold-norms --ffn-skip threshold=0.9" in shown[2]
-    # Others go on top; one that is there already is refused.
-    more = minitx.load("made", fuse_projections=True)
+    # Further techniques can be applied; one that is already applied is rejected.
+    more = minitx.load("out", fuse_projections=True)
     both = minitx.load("toy", fold_norms=True, fuse_projections=True, ffn_skip={"threshold": 0.9})
     assert repr(more.model) == repr(both.model)
-    status, _, err = run("show", "-m", "made", "--fold-norms")
+    status, _, err = run("show", "-m", "out", "--fold-norms")
     assert status == 2 and "fold_norms needs a part of type" in err
 
 
-def test_the_command_with_wrong_input(run, workdir):
+def test_command_with_invalid_input_is_one_line_error(run, workdir):
     for words, message in (
         ([], "OUT_DIR"),
-        (["made", "-m", "toy"], "nothing to precompute without a technique"),
-        (["toy", "-m", "toy", "--fold-norms"], "toy exists already"),
+        (["out", "-m", "toy"], "Expected at least one technique to precompute"),
+        (["toy", "-m", "toy", "--fold-norms"], "toy already exists"),
         (["toy/config.json/x", "-m", "toy", "--fold-norms"], "cannot be written"),
-        (["made", "-m", "nowhere", "--fold-norms"], "no model 'nowhere'"),
+        (["out", "-m", "nowhere", "--fold-norms"], "no model 'nowhere'"),
     ):
         status, out, err = run("precompute", *words)
         assert (status, out) == (2, "") and message in err and err.count("\n") == 1, words
-    assert not os.path.exists("made")
+    assert not os.path.exists("out")
 
 
-def test_the_tokenizer_goes_with_it(run, workdir, tmp_path):
+def test_tokenizer_is_copied(run, workdir, tmp_path):
     tiny_folder(tmp_path / "m", tokenizer=False)
-    status, _, _ = run("precompute", "made", "-m", str(tmp_path / "m"), "--fold-norms")
-    assert status == 0 and minitx.load("made").tokenizer is None
+    status, _, _ = run("precompute", "out", "-m", str(tmp_path / "m"), "--fold-norms")
+    assert status == 0 and minitx.load("out").tokenizer is None
     tokenizer = str(workdir / "toy" / "tokenizer.json")
     run("precompute", "text", "-m", str(tmp_path / "m"), "--tokenizer", tokenizer, "--fold-norms")
     assert minitx.load("text").tokenizer.encode("once") == TOKENIZER.encode("once")

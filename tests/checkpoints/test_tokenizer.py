@@ -1,4 +1,4 @@
-"""Byte-level BPE: the ids of the reference, round trips, merging, streaming."""
+"""Byte-level BPE: agreement with the reference, round trips, merging, streaming."""
 
 import random
 
@@ -6,8 +6,8 @@ import pytest
 from tokenizer_files import BYTES, REFERENCE, with_variant, write_fields
 
 from minitx.checkpoints.added_tokens import AddedToken
+from minitx.checkpoints.bpe_merge import merge_best_first
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
-from minitx.checkpoints.merging import merge_best_first
 from minitx.checkpoints.tokenizer import StreamDecoder
 from minitx.checkpoints.tokenizer_json import read_tokenizer
 from minitx.errors import MinitxError
@@ -21,13 +21,13 @@ def random_text(rng, length):
 # Agreement with the reference
 
 
-def test_ids_are_those_of_the_reference(variant):
+def test_ids_equal_reference(variant):
     tokenizer, texts, ids = variant
     for text, expected in zip(texts, ids, strict=True):
         assert tokenizer.encode(text) == expected, text
 
 
-def test_decoded_text_is_that_of_the_reference(plain):
+def test_decoded_text_equals_reference(plain):
     for ids, text, without_special in REFERENCE["decoded"]:
         assert plain.decode(ids) == text
         assert plain.decode(ids, skip_special=True) == without_special
@@ -64,7 +64,7 @@ def test_any_bytes_round_trip(plain):
         assert plain.decode(plain.encode_bytes(data)) == data.decode(errors="replace")
 
 
-def test_bytes_of_a_text_have_the_ids_of_the_text(plain):
+def test_bytes_and_text_have_same_ids(plain):
     for text in REFERENCE["texts"]:
         if "<|endoftext|>" not in text:
             assert plain.encode_bytes(text.encode()) == plain.encode(text)
@@ -72,16 +72,16 @@ def test_bytes_of_a_text_have_the_ids_of_the_text(plain):
     assert plain.eos not in plain.encode_bytes(b"<|endoftext|>")
 
 
-def test_a_lone_surrogate_is_refused(plain):
+def test_lone_surrogate_is_rejected(plain):
     with pytest.raises(MinitxError, match=r"character 2 .* U\+DC80"):
         plain.encode("ab\udc80")
 
 
-# The tokenizer itself
+# Vocabulary
 
 
-def test_worked_example():
-    # 256 = "ab", 257 = "abc", 258 = "bc"; "ab" goes first, so "bc" only where no "a" is before.
+def test_encode_worked_example():
+    # 256 = "ab", 257 = "abc", 258 = "bc"; "ab" is merged first, so "bc" only without an "a" before.
     tokens = [*BYTES, b"ab", b"abc", b"bc"]
     tokenizer = ByteLevelBPE(tokens, [(97, 98), (256, 99), (98, 99)], [AddedToken("<s>", 259)])
     assert tokenizer.encode("abcbc abab<s>") == [257, 258, 32, 256, 256, 259]
@@ -90,7 +90,7 @@ def test_worked_example():
     assert (tokenizer.bos, tokenizer.eos, tokenizer.special_ids) == (None, None, {259})
 
 
-def test_start_token_is_put_first_and_taken_away():
+def test_bos_is_prepended_and_removed():
     added = [AddedToken("<s>", 256)]
     tokenizer = ByteLevelBPE(BYTES, [], added, bos=256, adds_bos=True)
     assert tokenizer.encode("a") == [256, 97]
@@ -101,20 +101,20 @@ def test_start_token_is_put_first_and_taken_away():
 
 
 @pytest.mark.parametrize("id", [-1, 420, 10**9])
-def test_ids_outside_the_vocabulary_are_refused(plain, id):
+def test_id_outside_vocabulary_is_rejected(plain, id):
     for use in (plain.token_bytes, StreamDecoder(plain).push, lambda id: plain.decode([id])):
         with pytest.raises(MinitxError, match=f"token id {id} .* vocabulary of 420"):
             use(id)
 
 
-def test_a_byte_without_a_token_is_refused_when_it_is_met():
+def test_byte_without_token_is_rejected_on_encode():
     tokenizer = ByteLevelBPE([b"a", b"b", b"ab"], [(0, 1)])
     assert tokenizer.encode("abba") == [2, 1, 0]
     with pytest.raises(MinitxError, match="0x63"):
         tokenizer.encode("abc")
 
 
-def test_the_cache_stays_bounded(monkeypatch):
+def test_word_cache_stays_bounded(monkeypatch):
     from minitx.checkpoints import byte_level_bpe
 
     monkeypatch.setattr(byte_level_bpe, "_CACHED_WORDS", 10)
@@ -129,61 +129,64 @@ def test_the_cache_stays_bounded(monkeypatch):
     ("arguments", "message"),
     [
         (([*BYTES, b"a"], []), "97 and 256"),
-        ((BYTES, [(97, 98)]), "merge 0 makes b'ab'"),
-        ((BYTES, [(97, 256)]), "ids below 256"),
-        ((BYTES, [(-1, 97)]), "ids below 256"),
-        ((BYTES, [], [AddedToken("<s>", 257)]), "next one free .* is 256"),
-        ((BYTES, [], [AddedToken("<s>", -1)]), "next one free .* is 256"),
-        ((BYTES, [], [AddedToken("<s>", 256), AddedToken("<e>", 256)]), "no id twice"),
-        ((BYTES, [], [AddedToken("<s>", 256), AddedToken("<s>", 257)]), "there twice"),
+        ((BYTES, [(97, 98)]), "merge 0 produces b'ab'"),
+        ((BYTES, [(97, 256)]), "ids from 0 to 255, got 97 and 256"),
+        ((BYTES, [(-1, 97)]), "ids from 0 to 255, got -1 and 97"),
+        ((BYTES, [], [AddedToken("<s>", 257)]), "must have id 256, .* got 257"),
+        ((BYTES, [], [AddedToken("<s>", -1)]), "must have id 256, .* got -1"),
+        (
+            (BYTES, [], [AddedToken("<s>", 256), AddedToken("<e>", 256)]),
+            "must have id 257, .* got 256",
+        ),
+        ((BYTES, [], [AddedToken("<s>", 256), AddedToken("<s>", 257)]), "duplicated"),
         ((BYTES, [], [AddedToken("", 256)]), "is empty"),
-        ((BYTES, [], [AddedToken("<s>", 5)]), "which is the token"),
+        ((BYTES, [], [AddedToken("<s>", 5)]), "in the vocabulary that id is"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(arguments, message):
+def test_inconsistent_vocabulary_is_rejected(arguments, message):
     with pytest.raises(MinitxError, match=message):
         ByteLevelBPE(*arguments)
 
 
-def test_bos_and_eos_are_added_tokens():
-    with pytest.raises(MinitxError, match="eos is 3"):
+def test_bos_and_eos_must_be_added_tokens():
+    with pytest.raises(MinitxError, match="eos must be the id of an added token, got 3"):
         ByteLevelBPE(BYTES, [], eos=3)
-    with pytest.raises(MinitxError, match="without a bos"):
+    with pytest.raises(MinitxError, match="adds_bos needs a bos"):
         ByteLevelBPE(BYTES, [], adds_bos=True)
 
 
 # Merging
 
 
-def merge_by_looking_everywhere(ids, find):
+def literal_merge(ids, lookup):
     ids = list(ids)
     while True:
-        found = [(find(*ids[at : at + 2]), at) for at in range(len(ids) - 1)]
-        found = [((priority, at), merged) for (priority, merged), at in filter(all_there, found)]
+        found = [(lookup(*ids[at : at + 2]), at) for at in range(len(ids) - 1)]
+        found = [((priority, at), merged) for (priority, merged), at in filter(can_merge, found)]
         if not found:
             return ids
         (_, at), merged = min(found)
         ids[at : at + 2] = [merged]
 
 
-def all_there(entry):
+def can_merge(entry):
     return entry[0] is not None
 
 
-def test_merging_takes_the_best_pair_and_of_equals_the_leftmost():
+def test_merge_best_first_equals_literal_version():
     rng = random.Random(3)
     for _ in range(400):
-        # Random rules, so that a merge may open a pair of an earlier rank, and equal ranks occur.
+        # Random rules: a merge may create a pair of lower rank, and ranks may tie.
         rules = {
             (rng.randrange(12), rng.randrange(12)): (rng.randrange(8), rng.randrange(12))
             for _ in range(30)
         }
         ids = rng.choices(range(4), k=rng.randrange(40))
-        find = lambda left, right: rules.get((left, right))  # noqa: B023, E731
-        assert merge_best_first(ids, find) == merge_by_looking_everywhere(ids, find)
+        lookup = lambda left, right: rules.get((left, right))  # noqa: B023, E731
+        assert merge_best_first(ids, lookup) == literal_merge(ids, lookup)
 
 
-def test_a_word_of_100000_characters_is_encoded(plain):
+def test_word_of_100000_characters_is_encoded(plain):
     for word in ("the" * 33_333, "a" * 100_000, " " * 100_000):
         assert plain.decode(plain.encode(word)) == word
 
@@ -191,7 +194,7 @@ def test_a_word_of_100000_characters_is_encoded(plain):
 # Streaming
 
 
-def test_a_split_character_is_held_back(plain):
+def test_stream_buffers_split_character(plain):
     decoder = StreamDecoder(plain)
     pieces = [decoder.push(id) for id in plain.encode_bytes(b"a\xf0") + plain.encode_bytes(b"\x9f")]
     assert pieces == ["a", "", ""]
@@ -200,14 +203,14 @@ def test_a_split_character_is_held_back(plain):
     assert decoder.finish() == ""
 
 
-def test_a_character_that_never_ends_is_one_replacement(plain):
+def test_stream_flushes_incomplete_character_as_one_replacement(plain):
     decoder = StreamDecoder(plain)
     assert "".join(map(decoder.push, plain.encode_bytes(b"x\xf0\x9f\x99"))) == "x"
     assert decoder.finish() == "\ufffd"
     assert decoder.push(plain.encode("b")[0]) == "b"
 
 
-def test_streamed_text_is_the_decoded_text(plain):
+def test_streamed_text_equals_decoded_text(plain):
     for ids, text, without_special in REFERENCE["decoded"]:
         for skip, expected in ((False, text), (True, without_special)):
             decoder = StreamDecoder(plain, skip_special=skip)

@@ -1,4 +1,4 @@
-"""tokenizer.json: what is written reads back, and whatever is not understood is refused by name."""
+"""tokenizer.json: round trips, and an error that names every unsupported setting."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.errors import MinitxError
 
 
-def test_a_written_file_reads_back_as_the_same_tokenizer(variant, tmp_path):
+def test_write_then_read_gives_same_tokenizer(variant, tmp_path):
     tokenizer, texts, ids = variant
     again = tmp_path / "again"
     again.mkdir()
@@ -38,13 +38,13 @@ def test_merges_are_read_in_both_notations(legacy, tmp_path, plain):
     assert read_tokenizer(write_fields(tmp_path, fields)).merges == plain.merges
 
 
-def test_gpt2_file_without_type_of_model_is_read(tmp_path, plain):
+def test_gpt2_file_without_model_type_is_read(tmp_path, plain):
     fields = copy.deepcopy(FIELDS)
     del fields["model"]["type"]
     assert read_tokenizer(write_fields(tmp_path, fields)).tokens == plain.tokens
 
 
-def test_start_and_end_come_from_the_config_beside_the_file(tmp_path):
+def test_bos_and_eos_come_from_tokenizer_config(tmp_path):
     variant = REFERENCE["variants"]["flags"]["replaced"]
     file = write_fields(tmp_path, with_variant(variant))
     by_itself = read_tokenizer(file)
@@ -79,9 +79,9 @@ def added(**keys):
         ({"normalizer": {"type": "Lowercase"}}, "normalizer .*Lowercase"),
         ({"truncation": {"max_length": 5}}, "truncation"),
         ({"padding": {"strategy": "BatchLongest"}}, "padding"),
-        ({"decoder": None}, "decoder is None"),
+        ({"decoder": None}, "decoder must be ByteLevel, got None"),
         ({"decoder": {"type": "Metaspace"}}, "decoder .*Metaspace"),
-        ({"pre_tokenizer": None}, "pre_tokenizer is None"),
+        ({"pre_tokenizer": None}, "pre_tokenizer must be .* got None"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer .*Whitespace"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_LEVEL]}}, "pre_tokenizer"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": "x"}}, "pre_tokenizer"),
@@ -130,60 +130,60 @@ def added(**keys):
         (model(vocab=VOCAB | {LAST: 1.0}), "has id 1.0"),
         (model(vocab=VOCAB | {LAST: True}), "has id True"),
         (model(vocab=VOCAB | {"": 419}), "the token '' is empty"),
-        (model(vocab=VOCAB | {"a b": 419}), "characters that stand for no byte"),
-        (model(vocab=VOCAB | {"\ud800": 419}), "characters that stand for no byte"),
+        (model(vocab=VOCAB | {"a b": 419}), "characters that represent no byte"),
+        (model(vocab=VOCAB | {"\ud800": 419}), "characters that represent no byte"),
         (model(merges=["a"]), "merge 0 is 'a'"),
         (model(merges=["a b c"]), "merge 0"),
         (model(merges=[["a", "b", "c"]]), "merge 0"),
         (model(merges=[["a", 1]]), "merge 0"),
         (model(merges=[["a", []]]), "merge 0"),
         (model(merges=[7]), "merge 0 is 7"),
-        (model(merges=["a nowhere"]), "needs the token 'nowhere'"),
+        (model(merges=["a nowhere"]), "needs the token 'nowhere'; add it"),
         (model(merges=["z z"]), "needs the token 'zz'"),
         (model(unk_token="a", vocab={"a": 0, "b": 1}, merges=[]), "unk_token"),
         ({"added_tokens": {}}, "added_tokens"),
-        ({"added_tokens": [1]}, "is no object"),
-        (added(id=420), "next one free"),
+        ({"added_tokens": [1]}, "the added token 1 must be an object"),
+        (added(id=420), "must have id 419, .* got 420"),
         (added(id="419"), "id of the added token"),
         (added(id=True), "id of the added token"),
-        (added(id=10**15), "next one free"),
-        (added(id=3), "id 3"),
+        (added(id=10**15), "must have id 419, .* got 1000"),
+        (added(id=3), "has id 3, but"),
         (added(content=None), "text of the added token"),
         (added(content=""), "is empty"),
         (added(content="\ud800"), "text of the added token"),
         (added(content="a"), "has the id 419 and, in the vocabulary"),
-        (added(content="\u0120"), "also the spelling of b' '"),
+        (added(content="\u0120"), "also represents the bytes b' '"),
         (added(lstrip=1), "lstrip"),
         (added(mystery=True), "mystery"),
     ],
 )
-def test_files_that_are_not_understood_are_refused_by_name(changed, message, tmp_path):
+def test_unsupported_setting_is_rejected_by_name(changed, message, tmp_path):
     file = write_fields(tmp_path, FIELDS | changed)
-    with pytest.raises(MinitxError, match=message) as refusal:
+    with pytest.raises(MinitxError, match=message) as caught:
         read_tokenizer(file)
-    assert str(file) in str(refusal.value)
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < len(str(file)) + 300
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(file)) + 300
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"[]", b"null", b"{", b'{"model": 1}', b"\xff\xfe", b"[" * 100_000, b'{"a": NaN}'],
 )
-def test_files_that_are_no_json_object_are_refused(content, tmp_path):
+def test_invalid_json_is_rejected(content, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content)
     with pytest.raises(MinitxError, match="tokenizer.json"):
         read_tokenizer(file)
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_missing_file_is_rejected(tmp_path):
     with pytest.raises(MinitxError, match="tokenizer.json"):
         read_tokenizer(tmp_path)
     with pytest.raises(MinitxError, match="nowhere"):
         read_tokenizer(tmp_path / "nowhere")
 
 
-def test_truncated_files_are_refused(tmp_path):
+def test_truncated_file_is_rejected(tmp_path):
     whole = (FOLDER / "tokenizer.json").read_bytes()
     file = tmp_path / "tokenizer.json"
     for size in range(0, len(whole) - 2, 97):
@@ -192,18 +192,18 @@ def test_truncated_files_are_refused(tmp_path):
             read_tokenizer(file)
 
 
-def test_what_would_not_read_back_is_not_written(tmp_path):
-    two_called_alike = ByteLevelBPE(BYTES, [], [AddedToken("\u0120", 256)])
-    with pytest.raises(MinitxError, match="would both be called"):
-        write_tokenizer(two_called_alike, tmp_path)
-    with pytest.raises(MinitxError, match="a str cannot be written"):
+def test_tokenizer_that_would_not_read_back_is_rejected(tmp_path):
+    two_named_alike = ByteLevelBPE(BYTES, [], [AddedToken("\u0120", 256)])
+    with pytest.raises(MinitxError, match="would both be named"):
+        write_tokenizer(two_named_alike, tmp_path)
+    with pytest.raises(MinitxError, match="must be a ByteLevelBPE .* got str"):
         write_tokenizer("tokenizer", tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(MinitxError, match="cannot be written"):
         write_tokenizer(ByteLevelBPE(BYTES, []), tmp_path / "nowhere")
 
 
-def test_written_text_does_not_depend_on_the_run(tmp_path, plain):
+def test_written_file_is_deterministic(tmp_path, plain):
     write_tokenizer(plain, tmp_path)
     first = (tmp_path / "tokenizer.json").read_bytes()
     write_tokenizer(read_tokenizer(tmp_path), tmp_path)

@@ -1,4 +1,4 @@
-"""The shipped weights are as good as their READMEs say, measured anew on held-out stories."""
+"""The shipped weights reach the accuracy in their READMEs, measured on held-out stories."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from minitx.tree import weights
 NAMES = ["stories", "stories-draft", "stories-parallel", "stories-relu", "stories-skipless"]
 
 
-def test_all_models_are_shipped_and_small():
+def test_shipped_models_are_complete_and_small():
     assert sorted(shipped()) == NAMES
     assert (shipped()["stories"] / "dota.safetensors").exists()
     size = sum(f.stat().st_size for folder in shipped().values() for f in folder.iterdir())
@@ -23,7 +23,7 @@ def test_all_models_are_shipped_and_small():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_is_complete(name):
+def test_folder_matches_recipe(name):
     folder = shipped()[name]
     recipe = read_recipe(folder / "recipe.json")
     model = minitx.load(name).model
@@ -35,7 +35,7 @@ def test_a_folder_is_complete(name):
     }
 
 
-def test_families():
+def test_shipped_models_cover_families():
     families = {name: minitx.load(name).model.config for name in NAMES}
     assert families["stories"].family == "llama"
     assert 8 <= families["stories"].layers <= 12
@@ -51,17 +51,17 @@ def test_families():
 
 
 def multiply_adds(model) -> int:
-    """Per token: every matrix once, and the tied head."""
+    """Multiply-adds per token: every matrix once, and the tied head."""
     matrices = [w for path, w in weights(model).items() if w.ndim == 2 and "embed" not in path]
     return sum(w.size for w in matrices) + model.head.w.size
 
 
-def test_the_draft_does_a_tenth_of_the_work():
+def test_draft_model_takes_a_tenth_of_multiply_adds():
     stories, draft = (minitx.load(n).model for n in ("stories", "stories-draft"))
     assert multiply_adds(draft) <= multiply_adds(stories) / 10
 
 
-def test_all_story_models_share_one_tokenizer():
+def test_story_models_share_tokenizer():
     text = "Once upon a time there was a girl named Eva. Where is the basket? Zürich 42!"
     ids = [minitx.load(name).tokenizer.encode(text) for name in NAMES]
     assert all(i == ids[0] for i in ids)
@@ -69,20 +69,20 @@ def test_all_story_models_share_one_tokenizer():
 
 @pytest.fixture(scope="module")
 def profile():
-    """120 held-out stories, left after every block."""
+    """Metrics on 120 held-out stories for an exit after every block."""
     return evaluate_model(minitx.load("stories"), 120, depths=True).depths
 
 
-def test_stories_recalls(profile):
+def test_stories_recall_accuracy(profile):
     full = profile[-1]
     assert full.by_hops[1] >= 0.97 and full.by_hops[2] >= 0.85  # 99 and 93 % on 500 stories
     guess = full.guess["where3"]
     assert full.by_hops[3] > guess + 0.5, (full.by_hops[3], guess)
     assert full.by_kind["colour"] > 0.9 and full.by_kind["count"] > 0.7
-    assert full.gap <= 0.03  # 0.027 nats: near the least possible loss of text
+    assert full.gap <= 0.03  # 0.027 nats above the entropy of the text
 
 
-def test_leaving_early_has_a_graded_price(profile):
+def test_earlier_exit_lowers_accuracy(profile):
     L = len(profile)
     quarter, three_quarters, full = profile[L // 4 - 1], profile[3 * L // 4 - 1], profile[-1]
     assert quarter.by_hops[2] <= full.by_hops[2] - 0.10
@@ -91,18 +91,18 @@ def test_leaving_early_has_a_graded_price(profile):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readme_states_what_is_measured(name):
-    """The table in weights/NAME/README.md is what `minitx evaluate` found, for the same weights."""
+def test_readme_accuracy_matches_evaluation(name):
+    """The table in weights/NAME/README.md must match `minitx evaluate` for the same weights."""
     text = (shipped()[name] / "README.md").read_text(encoding="utf-8")
-    said = {k: float(v) / 100 for k, v in re.findall(r"^(\w+) +\d +\d+ +([\d.]+) %", text, re.M)}
+    stated = {k: float(v) / 100 for k, v in re.findall(r"^(\w+) +\d +\d+ +([\d.]+) %", text, re.M)}
     found = evaluate_model(minitx.load(name), 40)
-    assert set(found.by_kind) <= set(said)
+    assert set(found.by_kind) <= set(stated)
     for kind, accuracy in found.by_kind.items():
-        # 40 stories hold few answers of some kinds: four times what chance does at most.
-        assert abs(accuracy - said[kind]) < 2 / found.answers[kind] ** 0.5, kind
+        # 40 stories have few answers of some kinds: allow 4 standard errors of a fraction.
+        assert abs(accuracy - stated[kind]) < 2 / found.answers[kind] ** 0.5, kind
 
 
-def test_weights_are_half_precision_on_disk_and_single_in_memory():
+def test_weights_are_16_bit_on_disk_and_float32_in_memory():
     for folder in shipped().values():
         header = (folder / "model.safetensors").read_bytes()
         length = int.from_bytes(header[:8], "little")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_training import FIRST, recipe_of
 from test_training import write as write_recipe
-from tiny import END, Says, tiny_folder, tiny_lm, tiny_model
+from tiny import END, ScriptedLoop, tiny_folder, tiny_lm, tiny_model
 
 import minitx
 from minitx.checkpoints.huggingface import write_model
@@ -62,7 +62,9 @@ def test_generate_json(run):
 
 def test_generate_counts_tokens_not_reencoded_text(run, monkeypatch):
     said = [*b"once upon", 0xC3]  # "on" and "ce" would be one token each; half a character
-    monkeypatch.setattr(minitx, "load", lambda *a: tiny_lm(decode=Says(([*said, END],), [])))
+    monkeypatch.setattr(
+        minitx, "load", lambda *a: tiny_lm(decode=ScriptedLoop(([*said, END],), []))
+    )
     _, out, err = run("generate", "x")
     assert out == "xonce upon\ufffd\n" and err.startswith("10 tokens in")
     assert run("generate", "x", "-n", 0)[2].startswith("0 tokens in")
@@ -71,7 +73,7 @@ def test_generate_counts_tokens_not_reencoded_text(run, monkeypatch):
 def test_generate_streams(workdir, monkeypatch, capsys):
     seen = []
 
-    class Watching(Says):
+    class Watching(ScriptedLoop):
         def __call__(self, *arguments):
             for token in super().__call__(*arguments):
                 yield token
@@ -199,5 +201,5 @@ def test_train_does_not_overwrite_a_model(run, workdir):
     write_recipe(workdir / "toy", recipe_of(FIRST))
     before = (workdir / "toy" / "model.safetensors").read_bytes()
     status, _, err = run("train", "toy/recipe.json", "--out", "toy")
-    assert status == 2 and "toy: holds a model" in err and "give another folder" in err
+    assert status == 2 and "toy: contains a model" in err and "use another output folder" in err
     assert (workdir / "toy" / "model.safetensors").read_bytes() == before

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from test_llama2c_tokenizer import RAW
-from tiny import END, FAMILIES, SIZES, TOKENIZER, Says, Spy, tiny_lm, tiny_model
+from tiny import END, FAMILIES, SIZES, TOKENIZER, ScriptedLoop, Spy, tiny_lm, tiny_model
 
 import minitx
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
@@ -20,7 +20,7 @@ IDS = [5, 200, 111, 31, 7]
 def says(*texts_or_ids, **changes):
     """A model that says this, whatever the prompt: texts, or lists of ids."""
     rows = [TOKENIZER.encode(t, special=False) if isinstance(t, str) else t for t in texts_or_ids]
-    lm = tiny_lm(decode=Says(tuple(rows), []), **changes)
+    lm = tiny_lm(decode=ScriptedLoop(tuple(rows), []), **changes)
     return lm, lm.decode.calls
 
 

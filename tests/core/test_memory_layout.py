@@ -137,5 +137,7 @@ def test_bench_uses_the_layout_of_loaded_models(monkeypatch):
         bench, "LM", lambda model: placed.append(lies_by_columns(model)) or LM(model)
     )
     config = tiny_model().config
-    bench.measure(config, bench.Plan(decode=2, prefill=3, rounds=1, least=0.0), None, lambda: None)
+    bench.measure(
+        config, bench.Repeats(decode=2, prefill=3, rounds=1, least=0.0), None, lambda: None
+    )
     assert placed == [True]

@@ -8,9 +8,10 @@ from tiny import tiny_lm
 from minitx import ledger
 from minitx.lm import LM
 from minitx.model import Linear
-from minitx.precompute.lut.bit_serial import BitSerialLinear
-from minitx.precompute.lut.centroid_table import CentroidLinear
-from minitx.precompute.lut.product_table import FoldedLinear, IntegerLinear, TableLinear
+from minitx.precompute.lut_bit_serial import BitSerialLinear
+from minitx.precompute.lut_centroid import CentroidLinear
+from minitx.precompute.lut_product import ProductTableLinear
+from minitx.precompute.lut_product.bit_search import IntegerLinear
 from minitx.precompute.order_products import OrderedLinear
 from minitx.precompute.order_products.accumulator import SaturatingLinear
 from minitx.precompute.quantize.products import IntegerSumLinear, StreamedLinear
@@ -26,8 +27,7 @@ CASES = [
     *({"quantize": {"run": run}} for run in ("cast", "load", "integers")),
     {"quantize": {"bits": 4, "symmetric": False, "group_size": 8}},
     {"quantize": {"bits": 4, "symmetric": False, "group_size": 8, "run": "integers"}},
-    *({"lut": {"kind": kind}} for kind in ("folded", "centroid", "bit-serial")),
-    {"lut": {"layout": "horizontal"}},
+    {"lut_product": {"layout": "horizontal"}},
     {"separate_signs": {"bits": 8}},
     {"order_products": {"order": "largest_rows_first"}},
     {"order_products": {"accumulator_bits": 12}},
@@ -36,7 +36,7 @@ CASES = [
 ]
 # What these compute for some columns they compute as for all, in the same order: the same bits.
 SAME_BITS = (
-    *(SaturatingLinear, BitSerialLinear, CentroidLinear, FoldedLinear, IntegerLinear, TableLinear),
+    *(SaturatingLinear, BitSerialLinear, CentroidLinear, IntegerLinear, ProductTableLinear),
     *(
         IntegerSumLinear,
         StreamedLinear,
@@ -75,7 +75,7 @@ def with_techniques(case: dict) -> LM:
 
 
 def with_integer_products() -> LM:
-    """lut's search alone uses these parts."""
+    """lut_product's search alone uses these parts."""
     return swap(tiny_lm(), Linear, lambda m: IntegerLinear.of(m.w, m.b, 4, 4))
 
 

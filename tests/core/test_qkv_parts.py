@@ -27,7 +27,7 @@ CASES = {  # family, techniques, the part they bring, and whether it is one matr
     "fused, quantized": ("llama", FUSED | {"quantize": True}, FusedQKV),
     "fused, low rank": ("llama", FUSED | {"low_rank": True}, FusedQKV),
     "fused, ordered": ("llama", FUSED | {"order_products": True}, FusedQKV),
-    "fused, folded tables": ("llama", FUSED | {"lut": {"kind": "folded"}}, FusedQKV),
+    "fused, product table": ("llama", FUSED | {"lut_product": True}, FusedQKV),
     "slim, rotary": ("gpt_neox", SLIM, QueriesAndKeys),
     "slim, learned positions": ("gpt2", SLIM, QueriesAndKeys),
     "removed q": ("skipless", {"remove_weights": {"matrix": "q"}}, InputIsQ),
@@ -84,7 +84,7 @@ def test_nothing_else_is_computed(case):
     q, kv, whole = (multiply_adds(qkv, call) for call in (qkv.q, qkv.kv, qkv))
     if case == "fused, quantized":
         assert q == kv == whole > 0
-    elif case in ("fused, low rank", "fused, folded tables"):
+    elif case in ("fused, low rank", "fused, product table"):
         assert 0 < q < whole and 0 < kv < whole and q + kv > whole
     else:
         assert q + kv == whole

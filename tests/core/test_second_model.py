@@ -1,4 +1,4 @@
-"""A second model: whose vocabulary is the same, and the first blocks of a model as their own."""
+"""A second model: its vocabulary must be the same; the first blocks of a model as a smaller one."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from minitx.tree import Part, part
 
 
 class Other(type(TOKENIZER)):
-    """The same tokens, but for one."""
+    """The same tokens except one."""
 
     def token_bytes(self, id, previous=None):
         return b"?" if id == 200 else super().token_bytes(id, previous)
@@ -24,10 +24,10 @@ class Other(type(TOKENIZER)):
 
 PIECES = TOKENIZER.tokens, TOKENIZER.merges, TOKENIZER.added
 OTHER = Other(*PIECES, bos=END, eos=END, adds_bos=True)
-SAME = type(TOKENIZER)(*PIECES, bos=END, eos=END)  # it puts no token first, which is no difference
+SAME = type(TOKENIZER)(*PIECES, bos=END, eos=END)  # without a first token: still the same tokens
 
 
-def test_vocabularies_are_compared_token_by_token_or_else_by_size():
+def test_vocabularies_are_compared_by_token_or_by_size_without_a_tokenizer():
     lm = tiny_lm()
     assert why_another_vocabulary(lm, lm) == ""
     assert why_another_vocabulary(lm, tiny_lm("gpt2", tokenizer=SAME)) == "", "equal tokens"
@@ -39,7 +39,7 @@ def test_vocabularies_are_compared_token_by_token_or_else_by_size():
     assert why_another_vocabulary(lm, small) == "it has 9 tokens and this model 259"
 
 
-def test_a_second_model_is_loaded_by_its_path(tmp_path):
+def test_second_model_is_loaded_by_path(tmp_path):
     folder = tiny_folder(tmp_path / "toy", "gpt2")
     for lm in (tiny_lm(), tiny_lm(tokenizer=None)):
         other = load_second(lm, folder, "a test", "draft")
@@ -59,14 +59,14 @@ def test_a_second_model_is_loaded_by_its_path(tmp_path):
         ("toy", OTHER, "its tokens differ from this model's; give a model that shares"),
     ],
 )
-def test_a_model_that_cannot_be_the_second_is_refused(name, tokenizer, words, tmp_path):
+def test_second_model_with_another_vocabulary_is_refused(name, tokenizer, words, tmp_path):
     name = tiny_folder(tmp_path / "toy") if name == "toy" else name
     with pytest.raises(MinitxError) as caught:
         load_second(tiny_lm(tokenizer=tokenizer), name, "cascade", "small model")
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_refusal_says_what_else_could_be_given(tmp_path):
+def test_refusal_says_what_to_give_instead(tmp_path):
     with pytest.raises(MinitxError, match="shares the tokenizer, or small=self.$"):
         load_second(tiny_lm(), "stories-draft", "cascade", "small model", "small=self")
 
@@ -75,7 +75,7 @@ def test_a_refusal_says_what_else_could_be_given(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_first_blocks_are_a_model_of_their_own(family):
+def test_first_blocks_equal_running_those_blocks(family):
     model, ids = tiny_model(family, dtype=np.float64, layers=3), np.arange(9)
     small = first_blocks(model, 2, "a test")
     assert small.config == replace(model.config, layers=2)
@@ -89,7 +89,7 @@ def test_first_blocks_are_a_model_of_their_own(family):
 
 
 @pytest.mark.parametrize("n", [0, -1, 3])
-def test_first_blocks_of_another_number_than_there_are_is_refused(n):
+def test_first_blocks_refuses_a_number_out_of_range(n):
     with pytest.raises(MinitxError, match=f"^cascade .* the first {n} blocks .*; give 1 to 2"):
         first_blocks(tiny_model(), n, "cascade")
     assert len(first_blocks(tiny_model(), 2, "cascade").stack.blocks) == 2
@@ -100,7 +100,7 @@ class OtherStack(Part):
     blocks: tuple
 
 
-def test_a_stack_that_is_not_plain_cannot_be_cut():
+def test_first_blocks_refuses_a_stack_that_is_not_plain():
     model = tiny_model()
     with pytest.raises(NoSuchPart):
         first_blocks(replace(model, stack=OtherStack(model.stack.blocks)), 1, "cascade")

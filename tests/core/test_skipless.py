@@ -18,7 +18,7 @@ from minitx.errors import MinitxError
 from minitx.lab.check import NO_OTHER, check_models, run_stages
 from minitx.model import NoNorm, SkiplessBlock, SkiplessParallelBlock
 from minitx.state import Layer, Tokens
-from minitx.training.data import Encoder
+from minitx.training.data import StoryEncoder
 from minitx.training.loss import token_losses
 from minitx.training.recipe import recipe_from
 from minitx.training.skipless_init import initial_model
@@ -196,7 +196,7 @@ def test_skipless_training_lowers_the_loss(tmp_path):
 @pytest.mark.parametrize("change", [{"layers": 1}, {"layer_dropout": 0.1}])
 def test_skipless_training_stages_that_leave_blocks_out_are_refused(change):
     stage = RECIPE["stages"][0] | change
-    with pytest.raises(MinitxError, match="Stage 'a' leaves blocks out .*train all blocks"):
+    with pytest.raises(MinitxError, match="Stage 'a' skips blocks .*train all blocks"):
         recipe_from(RECIPE | {"stages": [stage]})
     dense = RECIPE["model"] | {"skipless": False}
     assert recipe_from(RECIPE | {"stages": [stage], "model": dense})
@@ -218,7 +218,7 @@ def test_check_of_a_skipless_model_without_reference_is_no_failure(capsys):
 @pytest.fixture(scope="module")
 def texts():
     """Ids of stories to count words in, and of held-out ones, each after <|endoftext|>."""
-    encoder = Encoder(minitx.load("stories-skipless").tokenizer)
+    encoder = StoryEncoder(minitx.load("stories-skipless").tokenizer)
 
     def read(split, count):
         drawn = islice(stories(split, "full", 0), count)

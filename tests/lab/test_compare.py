@@ -15,7 +15,7 @@ from minitx.cli import main
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.lab import sweep as sweeps
-from minitx.lab.compare import Plan, compare, continuation, log_softmax
+from minitx.lab.compare import Workload, compare, continuation, log_softmax
 from minitx.lm import LM
 from minitx.model import FFN, TiedHead
 from minitx.technique import swap, technique
@@ -27,7 +27,7 @@ END = end_id(TOKENIZER)
 CONFIG = Config(
     "llama", len(TOKENIZER), 16, 2, 2, 1, 8, 24, 300, rope_width=8, tied=True, eos=(END,), bos=END
 )
-PLAN = Plan(stories=4, prompts=2, rounds=1)
+PLAN = Workload(stories=4, prompts=2, rounds=1)
 
 
 def story_lm(**changes) -> LM:

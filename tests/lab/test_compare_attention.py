@@ -21,7 +21,7 @@ from minitx.lab.attention_baselines import BASELINES, BestKeys, NewestKeys, Rand
 from minitx.lab.attention_mass import KeyTotals, MeasuredSelector
 from minitx.lab.attention_methods import METHODS, Knob, chosen_methods, tune
 from minitx.lab.attention_published import PUBLISHED
-from minitx.lab.compare_attention import Plan, chains, checked, compare_attention
+from minitx.lab.compare_attention import Grid, chains, checked, compare_attention
 from minitx.lab.sweep import need_pyplot
 from minitx.lm import LM
 from minitx.model import Attend, Rope
@@ -31,7 +31,7 @@ from minitx.technique import names, swap
 from minitx.tree import Part, part
 
 METHODS_HERE = ("oracle", "predictive_attention", "window", "random")
-PLAN = Plan(
+PLAN = Grid(
     shares=(1 / 2, 1 / 5),
     methods=METHODS_HERE,
     chains=2,
@@ -220,7 +220,7 @@ def test_methods_are_chosen_by_name_in_the_order_of_the_table():
 
 def test_chains_are_consecutive_stories():
     lm = story_lm()
-    plan = checked(lm, Plan(tokens=250))
+    plan = checked(lm, Grid(tokens=250))
     told = chains(lm.tokenizer, "evaluation", plan.grade, plan.tokens)
     first, second = next(told), next(told)
     for chain in (first, second):

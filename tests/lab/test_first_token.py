@@ -12,10 +12,10 @@ from minitx.cli import main
 from minitx.errors import MinitxError
 from minitx.lab import first_token as lab
 from minitx.lab.compare import forget
-from minitx.lab.first_token import Plan, first_token, prompts
+from minitx.lab.first_token import PromptSet, first_token, prompts
 from minitx.technique import apply
 
-PLAN = Plan(shared=20, own=5, prompts=3, rounds=2)
+PLAN = PromptSet(shared=20, own=5, prompts=3, rounds=2)
 BARE = dict(tokenizer=None)
 
 
@@ -108,9 +108,12 @@ def test_comparison_starts_every_pass_with_empty_caches(monkeypatch):
 @pytest.mark.parametrize(
     "plan, words",
     [
-        (Plan(shared=40, own=8), "leave room for a new token in the context of 48, got 40 and 8"),
         (
-            Plan(shared=20, own=5, prompts=1),
+            PromptSet(shared=40, own=8),
+            "leave room for a new token in the context of 48, got 40 and 8",
+        ),
+        (
+            PromptSet(shared=20, own=5, prompts=1),
             "prompts must be >= 2 (a new one and one with a known prefix), got 1",
         ),
     ],
@@ -121,7 +124,7 @@ def test_prompts_that_do_not_fit_are_refused(plan, words):
     with pytest.raises(MinitxError) as caught:
         first_token(lm, lm, "", plan, bar=False)
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert first_token(lm, lm, "", Plan(40, 7, 2, 1), bar=False).new.multiply_adds == 1
+    assert first_token(lm, lm, "", PromptSet(40, 7, 2, 1), bar=False).new.multiply_adds == 1
 
 
 def test_first_token_prints_a_table_or_json(monkeypatch, capsys):

@@ -1,5 +1,8 @@
-"""Tables of functions: bit for bit the function itself on every float16."""
+"""function_tables: bit for bit the function itself at every float16."""
 
+import math
+
+import literal_function_tables as literal
 import numpy as np
 import pytest
 from tiny import FAMILIES, tiny_lm
@@ -7,8 +10,7 @@ from tiny import FAMILIES, tiny_lm
 from minitx import ops
 from minitx.errors import MinitxError
 from minitx.ledger import counting
-from minitx.precompute.function_tables import TableSwiGLU
-from minitx.shared.function_table import FunctionTable
+from minitx.precompute.function_tables import FunctionTable, TableSwiGLU
 from minitx.technique import apply
 from minitx.tree import nbytes, walk
 
@@ -17,9 +19,30 @@ IDS = np.random.default_rng(0).integers(0, 258, 30)
 FUNCTIONS = [ops.silu, ops.relu, ops.gelu, np.exp, *ops.ACTIVATIONS.values()]
 
 
+def test_worked_example_by_hand():
+    """1.5 = 1.1b * 2^0: sign 0, exponent 0 + 15 = 01111b, fraction 1000000000b. Read as an integer,
+    0 01111 1000000000b = 0011 1110 0000 0000b = 0x3E00; with the sign of -1.5, 0xBE00."""
+    table = FunctionTable.make(ops.relu, np.float64)
+    assert (table.values[0x3E00], table.values[0xBE00]) == (1.5, 0)
+    np.testing.assert_array_equal(table(np.array([1.5, -1.5])), [1.5, 0])
+
+
+def test_function_table_equals_the_literal_version():
+    def square(x):
+        return x * x
+
+    expected = literal.function_table(square)
+    found = FunctionTable.make(square, np.float64)
+    numbers = [x is not None for x in expected]
+    np.testing.assert_array_equal(found.values[numbers], [x for x in expected if x is not None])
+    assert np.isnan(found.values[~np.array(numbers)]).all()
+    x = [*np.random.default_rng(1).normal(0, 30, 500), 1e-9, 65519.0, math.inf, -math.inf]
+    np.testing.assert_array_equal(found(np.array(x)), [literal.look_up(expected, a) for a in x])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
-def test_all_65536_patterns(f, dtype):
+def test_all_65536_float16_inputs_give_the_bits_of_the_function(f, dtype):
     found = FunctionTable.make(f, dtype)(EVERY.astype(dtype))
     numbers = ~np.isnan(EVERY)
     with np.errstate(all="ignore"):
@@ -27,11 +50,13 @@ def test_all_65536_patterns(f, dtype):
     bits = np.uint32 if dtype == np.float32 else np.uint64
     assert found.dtype == dtype and numbers.sum() == 65536 - 2 * 1023
     np.testing.assert_array_equal(found[numbers].view(bits), expected.view(bits))
-    given = EVERY[~numbers].astype(dtype)  # NaN stays what it is
-    np.testing.assert_array_equal(found[~numbers].view(bits), given.view(bits))
+    given = EVERY[~numbers].astype(dtype)
+    np.testing.assert_array_equal(
+        found[~numbers].view(bits), given.view(bits), err_msg="NaN stays the same NaN"
+    )
 
 
-def test_other_numbers_are_rounded_to_float16():
+def test_other_inputs_are_rounded_to_float16():
     x = np.random.default_rng(1).normal(0, 3, (5, 7)).astype(np.float32)
     found = FunctionTable.make(ops.silu, np.float32)(x)
     np.testing.assert_array_equal(found, ops.silu(x.astype(np.float16).astype(np.float32)))
@@ -39,7 +64,7 @@ def test_other_numbers_are_rounded_to_float16():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_block_uses_one_table(family):
+def test_every_block_shares_one_table(family):
     dense = tiny_lm(family, dtype=np.float32)
     lm = apply(dense, {"function_tables": True})
     tables = {id(node): node for _, node in walk(lm) if type(node) is FunctionTable}
@@ -47,12 +72,19 @@ def test_every_block_uses_one_table(family):
     expected = dense.logits(IDS)
     error = abs(lm.logits(IDS) - expected).max() / abs(expected).max()
     assert 0 < error < 0.01
-    half = apply(dense, {"function_tables": dict(layers=1)})
-    changed = [type(node) is FunctionTable for _, node in walk(half.model.stack.blocks[0])]
-    assert not any(changed)
 
 
-def test_swiglu_is_that_of_the_rounded_gate():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_counts_blocks_from_the_last(family):
+    lm = apply(tiny_lm(family), {"function_tables": dict(layers=1)})
+    first, last = (
+        any(type(node) is FunctionTable for _, node in walk(block))
+        for block in lm.model.stack.blocks
+    )
+    assert not first and last
+
+
+def test_swiglu_looks_up_the_rounded_gate():
     expand = apply(tiny_lm(), {"function_tables": True}).model.stack.blocks[0].ffn.expand
     assert type(expand) is TableSwiGLU
     x = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
@@ -60,7 +92,7 @@ def test_swiglu_is_that_of_the_rounded_gate():
     np.testing.assert_array_equal(expand(x), ops.silu(gate) * expand.up(x))
 
 
-def test_reads_are_counted():
+def test_table_reads_are_counted():
     lm = apply(tiny_lm(), {"function_tables": True})
     with counting(lm) as counts:
         lm.logits(IDS)
@@ -69,11 +101,20 @@ def test_reads_are_counted():
     assert table == 4 * 30 * 2 * 24
 
 
-def test_with_lut_and_refusals():
-    both = apply(tiny_lm(), {"function_tables": True, "lut": True})
-    assert "TableLinear" in repr(both) and "FunctionTable" in repr(both)
+def test_function_tables_run_beside_lut_product():
+    both = apply(tiny_lm(), {"function_tables": True, "lut_product": True})
+    assert "ProductTableLinear" in repr(both) and "FunctionTable" in repr(both)
+
+
+def test_fused_gate_and_up_are_refused():
     with pytest.raises(MinitxError, match="^function_tables needs .* fuse_projections"):
         apply(tiny_lm(), {"function_tables": True, "fuse_projections": True})
-    for layers in (-1, 3):
-        with pytest.raises(MinitxError, match=f"^function_tables: layers is {layers}; "):
-            apply(tiny_lm(), {"function_tables": dict(layers=layers)})
+
+
+@pytest.mark.parametrize(
+    "layers, words",
+    [(-1, "layers must be an integer, at least 0, or None; got -1"), (3, "at most 2, .*; got 3")],
+)
+def test_bad_options_are_refused(layers, words):
+    with pytest.raises(MinitxError, match=f"^function_tables: .*{words}"):
+        apply(tiny_lm(), {"function_tables": dict(layers=layers)})

@@ -36,9 +36,9 @@ def output_error(x, w, changed):
 def test_wanda_and_magnitude_by_hand():
     """Half of 4 weights, whose inputs have norms 10, 1, 1 and 0.1:
 
-        W                1     -2    0.5    4
-        |W|              1      2    0.5    4      magnitude zeroes  1 and 0.5
-        |W| ||X||       10      2    0.5    0.4    wanda zeroes    0.5 and 4
+    W                1     -2    0.5    4
+    |W|              1      2    0.5    4      magnitude zeroes  1 and 0.5
+    |W| ||X||       10      2    0.5    0.4    wanda zeroes    0.5 and 4
     """
     w, norms = np.array([[1.0], [-2.0], [0.5], [4.0]]), np.array([[10.0], [1.0], [1.0], [0.1]])
     scores = abs(w) * norms

@@ -6,7 +6,7 @@ import pytest
 from tiny import FAMILIES, in_chunks, tiny_lm, tiny_model
 
 import minitx
-from minitx.checkpoints.llama2c import Header, _numbers
+from minitx.checkpoints.llama2c import Llama2cHeader, decode_values
 from minitx.errors import MinitxError
 from minitx.lab.compare import log_softmax
 from minitx.ledger import counting
@@ -134,7 +134,7 @@ def test_groups_equal_llama2c_q8_0_where_group_size_divides():
     w = RNG.normal(size=(3, 128)).astype(np.float32)
     ours = quantize_matrix(w.T, 8, 64)
     data = ours.codes.transpose(2, 0, 1).tobytes() + ours.scales.T.astype("<f4").tobytes()
-    found = _numbers(Header(2, None, 64), "head.w", data, np.float32).reshape(3, 128)
+    found = decode_values(Llama2cHeader(2, None, 64), "head.w", data, np.float32).reshape(3, 128)
     np.testing.assert_array_equal(found, ours.dequantized().T)
     expected = literal.quantized(w.T.tolist(), 8, 64)
     np.testing.assert_allclose(found.T, expected, atol=1e-6)

@@ -1,5 +1,6 @@
-"""A few large weights in full: the grid of the rest, its memory, and plain rounding beside it."""
+"""separate_magnitudes: the rounding error of the rest, the memory, and plain rounding beside it."""
 
+import literal_separate_magnitudes as literal
 import numpy as np
 import pytest
 from tiny import FAMILIES, tiny_lm
@@ -7,8 +8,7 @@ from tiny import FAMILIES, tiny_lm
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.model import Linear
-from minitx.precompute.separate_magnitudes import OutlierLinear, kept
-from minitx.shared.bit_planes import pack, unpack
+from minitx.precompute.separate_magnitudes import OutlierLinear, outliers, pack, unpack
 from minitx.technique import apply
 from minitx.tree import nbytes, walk
 
@@ -17,34 +17,33 @@ W, B = rng.standard_t(3, (64, 10)), rng.normal(size=10)  # heavy tails
 IDS = np.arange(20) * 7 % 258
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("outputs", [1, 7, 8, 19])
-def test_bit_planes(bits, outputs):
-    codes = rng.integers(0, 2**bits, (5, outputs))
-    planes = pack(codes, bits)
-    np.testing.assert_array_equal(unpack(planes, outputs), codes)
-    assert planes.shape == (5, bits, -(-outputs // 8)) and planes.dtype == np.uint8
-
-
-def test_bit_planes_by_hand():
-    planes = pack(np.array([[5, 1, 2]]), 3)  # 101, 001, 010
-    assert planes.tolist() == [[[0b11000000], [0b00100000], [0b10000000]]]
-
-
-def test_a_worked_example():
+def test_worked_example_by_hand():
+    """A quarter of 4 weights is one: -100 stays in float. The rest reaches 7, and 4 bits reach 7 as
+    well, so the scale is 1: -3.4 becomes -3 and 1.6 becomes 2. Without it the scale is 100 / 7, and
+    1.6 is rounded to 0."""
     w = np.array([[7.0], [-100.0], [-3.4], [1.6]])
     part = OutlierLinear.of(Linear(w), 4, 0.25)
     assert part.rows.tolist() == [[1]] and part.values.tolist() == [[-100.0]]
     assert part.scale.tolist() == [1.0]
     assert part.w.tolist() == [[7.0], [-100.0], [-3.0], [2.0]]
     plain = OutlierLinear.of(Linear(w), 4, 0.0)
-    assert plain.rows.shape == (0, 1) and plain.w[3, 0] == 0  # the steps are 100 / 7
+    assert plain.rows.shape == (0, 1) and plain.w[3, 0] == 0
+
+
+@pytest.mark.parametrize("bits, share", [(4, 0.05), (2, 0.2), (8, 0.0), (3, 1.0)])
+def test_separate_magnitudes_equals_the_literal_version(bits, share):
+    part = OutlierLinear.of(Linear(W), bits, share)
+    for o, column in enumerate(W.T.tolist()):
+        _, scale, large = literal.separate(column, bits, share)
+        assert dict(zip(part.rows[:, o].tolist(), part.values[:, o].tolist())) == large
+        assert part.scale[o] == pytest.approx(scale)
+        np.testing.assert_allclose(part.w[:, o], literal.weights(column, bits, share), rtol=1e-12)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5])
-def test_the_rest_is_half_a_step_away_at_most(bits, share):
-    part, k = OutlierLinear.of(Linear(W), bits, share), kept(64, share)
+def test_rest_is_off_by_half_a_scale_at_most(bits, share):
+    part, k = OutlierLinear.of(Linear(W), bits, share), outliers(64, share)
     assert k == {0.0: 0, 0.01: 1, 0.1: 6, 0.5: 32}[share]
     error = abs(part.w - W)
     assert (error <= part.scale / 2 + 1e-12).all()
@@ -53,14 +52,28 @@ def test_the_rest_is_half_a_step_away_at_most(bits, share):
     assert (np.take_along_axis(error, part.rows.astype(int), 0) == 0).all()
 
 
-def test_products_and_outputs():
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("outputs", [1, 7, 8, 19])
+def test_unpack_inverts_pack(bits, outputs):
+    codes = rng.integers(0, 2**bits, (5, outputs))
+    planes = pack(codes, bits)
+    np.testing.assert_array_equal(unpack(planes, outputs), codes)
+    assert planes.shape == (5, bits, -(-outputs // 8)) and planes.dtype == np.uint8
+
+
+def test_pack_by_hand():
+    planes = pack(np.array([[5, 1, 2]]), 3)  # 101, 001, 010
+    assert planes.tolist() == [[[0b11000000], [0b00100000], [0b10000000]]]
+
+
+def test_outputs_are_products_with_the_rebuilt_weights():
     part, x = OutlierLinear.of(Linear(W, B), 4, 0.05), rng.normal(size=(3, 5, 64))
     np.testing.assert_allclose(part(x), x @ part.w + B, atol=1e-12)
     np.testing.assert_array_equal(part.outputs(x, slice(4, None)), part(x)[..., 4:])
 
 
 def rounded(w, bits, groups):
-    """Plain rounding with a scale for each of so many groups of inputs."""
+    """Plain rounding, a scale for each of so many groups of inputs."""
     found = []
     for piece in np.array_split(w, groups):
         scale = abs(piece).max(0) / (2 ** (bits - 1) - 1)
@@ -69,8 +82,8 @@ def rounded(w, bits, groups):
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5])
-def test_against_plain_rounding(bits):
-    """With heavy tails: better than a scale for each output, and than groups that take as much."""
+def test_heavy_tails_are_nearer_than_by_plain_rounding_at_the_same_memory(bits):
+    """Nearer than groups that take as much memory, and those than a scale per output."""
     w = rng.standard_t(3, (256, 40))
     k = 5
     part = OutlierLinear.of(Linear(w), bits, k / 256)
@@ -80,7 +93,7 @@ def test_against_plain_rounding(bits):
     np.testing.assert_allclose(OutlierLinear.of(Linear(w), bits, 0).w, rounded(w, bits, 1))
 
 
-def test_no_weights_and_all_of_them():
+def test_zero_weights_stay_zero_and_share_1_keeps_all():
     zero = OutlierLinear.of(Linear(np.zeros((4, 3), np.float32)), 4, 0.25)
     assert not zero.w.any() and zero.w.dtype == np.float32
     w = W.astype(np.float32)
@@ -88,7 +101,7 @@ def test_no_weights_and_all_of_them():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_memory_and_counts(family):
+def test_memory_and_counts_are_those_of_the_formula(family):
     dense = tiny_lm(family)
     expected, errors = dense.logits(IDS), []
     for share in (0.0, 0.1, 0.5, 1.0):
@@ -98,8 +111,8 @@ def test_logits_memory_and_counts(family):
         errors.append(abs(found - expected).max())
         saved = nbytes(dense) - nbytes(lm)
         linears = [n.w.shape for _, n in walk(dense) if type(n) is Linear]
-        predicted = [  # every number of outputs here fills bytes, and rows have 8 bits
-            outputs * (4 * inputs - inputs * 4 // 8 - 4 - kept(inputs, share) * 5)
+        predicted = [  # outputs fill whole bytes here, and rows have 8 bits
+            outputs * (4 * inputs - inputs * 4 // 8 - 4 - outliers(inputs, share) * 5)
             for inputs, outputs in linears
         ]
         assert saved == sum(predicted)
@@ -115,12 +128,12 @@ def test_logits_memory_and_counts(family):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"bits": 1}, "takes 2 to 8 bits, not 1;"),
-        ({"bits": 9}, "takes 2 to 8 bits, not 9;"),
-        ({"share": -0.1}, "a share of 0 to 1 of the weights, not -0.1;"),
-        ({"share": 1.5}, "a share of 0 to 1 of the weights, not 1.5;"),
+        ({"bits": 1}, "bits must be an integer, 2 to 8; got 1."),
+        ({"bits": 9}, "bits must be an integer, 2 to 8; got 9."),
+        ({"share": -0.1}, "share must be a number, 0 to 1; got -0.1."),
+        ({"share": 1.5}, "share must be a number, 0 to 1; got 1.5."),
     ],
 )
-def test_refusals(options, message):
-    with pytest.raises(MinitxError, match=f"^separate_magnitudes .*{message}"):
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(MinitxError, match=f"^separate_magnitudes: {message}"):
         apply(tiny_lm(), {"separate_magnitudes": options})

@@ -1,10 +1,10 @@
-"""Write NAME.npz here: what Hugging Face transformers computes for minitx's models.
+"""Generate NAME.npz in this folder: outputs of Hugging Face transformers for the models of minitx.
 
-    python tests/reference/make.py [NAME...]      (needs torch and transformers; no names: all)
+    python tests/reference/make.py [NAME...]      (requires torch and transformers; default: all)
 
-The models are those in ``weights/``, read by transformers from the very files, and the random ones
-below, which minitx writes into a temporary folder. The numbers are transformers' alone.
-See README.md beside this file for what is stored, and for the one thing changed in transformers.
+The models are those in ``weights/``, which transformers reads directly, and the random models
+below, which minitx writes to a temporary folder. All outputs are computed by transformers.
+See README.md in this folder for what is stored, and for the one patch to transformers.
 """
 
 import os
@@ -14,7 +14,7 @@ import tempfile
 from itertools import islice
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed is in the folders
+os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local
 import numpy as np
 import tokenizers
 import torch
@@ -38,14 +38,14 @@ from minitx.lab.reference import (  # noqa: E402
 )
 from minitx.training.stories import stories  # noqa: E402
 
-ROWS = 12  # positions of the text whose numbers are stored: all of them would be 10 times as much
-NEW = 32  # tokens of the greedy continuation
+ROWS = 12  # positions whose outputs are stored; storing all would take 10 times the space
+NEW_TOKENS = 32  # of greedy decoding
 PROMPT = "Once upon a time"
-HARD = (
+DIFFICULT_TEXT = (
     "Zoë's\tnaïve café -- it'll cost £1,234.56!\n\n  北京 🙂🏽 e\u0301 \x00 <|endoftext|>they're  "
 )
 
-# Random models: more tokens than the 64 queries that minitx's attention handles at a time.
+# Random models: an input longer than the blocks of 64 queries in minitx's attention.
 LENGTH = 70
 LLAMA = dict(family="llama", vocab_size=48, width=24, layers=3, head_width=4, hidden=40)
 LLAMA |= dict(heads=6, kv_heads=2, rope_width=4, context=128)
@@ -74,7 +74,7 @@ RANDOM = {
     "random-neox-serial": Config(**NEOX | dict(parallel=False, rope_base=500.0)),
 }
 
-PARTS = {  # model type: names of the blocks and of the last norm
+MODULES = {  # model type: module names of the blocks and of the final norm
     "llama": ("layers", "norm"),
     "mistral": ("layers", "norm"),
     "qwen2": ("layers", "norm"),
@@ -92,18 +92,18 @@ def make_random(name: str, config: Config, seed: int) -> Reference:
 
 
 def make_shipped(name: str, folder: Path) -> Reference:
-    """The text is the first evaluation story: what the model was trained to read."""
+    """The input is the first evaluation story, as in-distribution text."""
     story = next(islice(stories("evaluation", "full", 0), 1)).text
-    # The generic class takes tokenizer.json as it is; a model's own might build another from it.
+    # The generic class uses tokenizer.json unchanged; a model-specific class might modify it.
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    texts = [(text, tokenizer(text)["input_ids"]) for text in (PROMPT, story, HARD)]
+    texts = [(text, tokenizer(text)["input_ids"]) for text in (PROMPT, story, DIFFICULT_TEXT)]
     context = transformers.AutoConfig.from_pretrained(folder).max_position_embeddings
     prompt, ids = (np.array(ids[:context]) for _, ids in texts[:2])
     return outputs(name, folder, ids, prompt, files_about(folder) | {"texts": texts})
 
 
 def outputs(name: str, folder, ids: np.ndarray, prompt: np.ndarray, about: dict) -> Reference:
-    """Run the folder's model in transformers, in float32 and in float64."""
+    """The outputs of the folder's model in transformers, in float32 and float64."""
     rows = np.unique(np.linspace(0, len(ids) - 1, ROWS).round().astype(int))
     hidden, logits, greedy = {}, {}, {}
     for dtype in ("float32", "float64"):
@@ -112,47 +112,48 @@ def outputs(name: str, folder, ids: np.ndarray, prompt: np.ndarray, about: dict)
         ).eval()
         if dtype == "float64":
             in_float64(model)
-        seen = observe(model)
+        captured = capture_hidden_states(model)
         all_logits = model(torch.from_numpy(ids)[None], use_cache=False).logits
-        hidden[dtype] = np.stack([x[0].numpy()[rows] for x in seen])  # (L + 2, R, D)
+        hidden[dtype] = np.stack([x[0].numpy()[rows] for x in captured])  # (L + 2, R, D)
         logits[dtype] = all_logits[0].numpy()[rows]  # (R, V)
         assert hidden[dtype].dtype == logits[dtype].dtype == dtype
-        greedy[dtype] = continue_greedily(model, prompt)
-    # Two tokens as good as tied would make the text a matter of luck.
+        greedy[dtype] = greedy_decode(model, prompt)
+    # Two nearly tied tokens would make the completion depend on rounding.
     assert greedy["float32"] == greedy["float64"], f"{name}: choose another prompt or seed"
     about = about | {"versions": VERSIONS}
     return Reference(name, about, ids, rows, prompt, np.array(greedy["float64"]), hidden, logits)
 
 
-def observe(model) -> list:
-    """A list that the next pass fills: what enters the first block, leaves each block and the last
-    norm, each (1, T, D). (The library's own output_hidden_states leaves out the last block's.)"""
-    blocks, norm = (getattr(model.base_model, part) for part in PARTS[model.config.model_type])
-    seen, handles = [], []
+def capture_hidden_states(model) -> list:
+    """A list that the next forward pass fills with the input of the first block and the outputs of
+    each block and of the final norm, each (1, T, D). (output_hidden_states of transformers does not
+    include the output of the last block.)"""
+    blocks, norm = (getattr(model.base_model, part) for part in MODULES[model.config.model_type])
+    captured, handles = [], []
 
-    def enter(module, args, kwargs):
-        seen.append(args[0] if args else kwargs["hidden_states"])
+    def before_first_block(module, args, kwargs):
+        captured.append(args[0] if args else kwargs["hidden_states"])
 
-    def leave(module, args, result):
-        seen.append(result[0] if isinstance(result, tuple) else result)
+    def after_module(module, args, result):
+        captured.append(result[0] if isinstance(result, tuple) else result)
         if module is norm:
             for handle in handles:
                 handle.remove()
 
-    handles += [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
-    handles += [module.register_forward_hook(leave) for module in (*blocks, norm)]
-    return seen
+    handles += [blocks[0].register_forward_pre_hook(before_first_block, with_kwargs=True)]
+    handles += [module.register_forward_hook(after_module) for module in (*blocks, norm)]
+    return captured
 
 
-def continue_greedily(model, prompt: np.ndarray) -> list[int]:
-    model.generation_config.eos_token_id = None  # go on after an end: NEW tokens whatever happens
+def greedy_decode(model, prompt: np.ndarray) -> list[int]:
+    model.generation_config.eos_token_id = None  # do not stop at an end token
     ids = torch.from_numpy(prompt)[None]
     found = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=NEW,
-        pad_token_id=0,  # unused: there is one row
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=0,  # unused: the batch has one row
     )
     return found[0, len(prompt) :].tolist()
 
@@ -170,13 +171,13 @@ def main(names: list[str]) -> None:
     known = {
         name: (make_shipped, folder)
         for name, folder in shipped().items()
-        if not read_config(folder / "config.json").skipless  # transformers has no such models
+        if not read_config(folder / "config.json").skipless  # not supported by transformers
     }
     for seed, (name, config) in enumerate(RANDOM.items()):
         known[name] = (make_random, config, seed)
     for name in names:
         if name not in known:
-            sys.exit(f"There is no model {name!r}; known: {', '.join(known)}.")
+            sys.exit(f"NAME must be one of {', '.join(known)}; got {name!r}.")
     for name in names or known:
         make, *arguments = known[name]
         reference = make(name, *arguments)
@@ -185,7 +186,7 @@ def main(names: list[str]) -> None:
         print(
             f"{name}: {path.stat().st_size} bytes, logits up to "
             f"{abs(reference.logits['float64']).max():.2f}, float32 off by {error:.1e}, "
-            f"{len(set(reference.greedy.tolist()))} different tokens in the greedy text"
+            f"{len(set(reference.greedy.tolist()))} distinct tokens in the greedy completion"
         )
 
 

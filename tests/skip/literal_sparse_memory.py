@@ -1,6 +1,6 @@
-"""Sparse reads of a memory of N slots, literally: one token, one head, one key at a time.
+"""Attention over a memory of fixed size with LRU eviction: one token, one head, one key at a time.
 
-Written on Python lists in float64 from the paper's steps; nothing in it is shared with minitx.
+Written from the paper's steps on Python lists in float64; independent of minitx's code.
 """
 
 import math
@@ -14,21 +14,21 @@ def dot(x, y):
 class Memory:
     """The slots of one key head: lists of keys, values, tokens, and the last access of each."""
 
-    def __init__(self, N, K, delta, scale, buckets=None):
-        self.N, self.K, self.delta, self.scale = N, K, delta, scale
-        self.buckets = buckets  # of a key or query: one for each table; None: look at all
+    def __init__(self, slots, keep, threshold, scale, buckets=None):
+        self.slots, self.keep, self.threshold, self.scale = slots, keep, threshold, scale
+        self.buckets = buckets  # (x, is_key) -> one bucket per hash table; None: scan all slots
         self.keys, self.values, self.token, self.last = [], [], [], []
         self.t = -1
         self.evicted = []
 
     def write(self, key, value):
         self.t += 1
-        if len(self.keys) < self.N:
-            for many in (self.keys, self.values, self.token, self.last):
-                many.append(None)
+        if len(self.keys) < self.slots:  # a free slot
+            for column in (self.keys, self.values, self.token, self.last):
+                column.append(None)
             slot = len(self.keys) - 1
-        else:
-            slot = min(range(self.N), key=lambda i: (self.last[i], self.token[i]))
+        else:  # the least recently accessed one; ties go to the oldest token
+            slot = min(range(self.slots), key=lambda i: (self.last[i], self.token[i]))
             self.evicted.append(self.token[slot])
         self.keys[slot], self.values[slot] = key, value
         self.token[slot] = self.last[slot] = self.t
@@ -44,17 +44,17 @@ class Memory:
         found = set()
         for table, bucket in zip(tables, self.buckets(query, False)):
             found |= set(table[bucket])
-        for slot in sorted(slots, key=lambda i: -self.token[i]):
-            if len(found) < self.K:
+        for slot in sorted(slots, key=lambda i: -self.token[i]):  # too few: add the latest tokens
+            if len(found) < self.keep:
                 found.add(slot)
         return sorted(found)
 
     def read(self, queries):
-        """For each query head (output, {token: weight}); then the accesses are marked."""
-        found, used = [], set()
+        """For each query head (output, {token: weight}). Then mark what was accessed."""
+        found, accessed = [], set()
         for query in queries:
             scores = {i: dot(query, self.keys[i]) * self.scale for i in self.candidates(query)}
-            best = sorted(scores, key=lambda i: (-scores[i], i))[: self.K]
+            best = sorted(scores, key=lambda i: (-scores[i], i))[: self.keep]  # the top k
             top = max(scores[i] for i in best)
             weights = {i: math.exp(scores[i] - top) for i in best}
             total = sum(weights.values())
@@ -62,18 +62,24 @@ class Memory:
             columns = range(len(self.values[0]))
             out = [sum(w * self.values[i][c] for i, w in weights.items()) for c in columns]
             found.append((out, {self.token[i]: w for i, w in weights.items()}))
-            used |= {i for i, w in weights.items() if w > self.delta}
-        for i in used:
+            accessed |= {i for i, w in weights.items() if w > self.threshold}
+        for i in accessed:
             self.last[i] = self.t
         return found
 
 
-def attention(q, k, v, scale, N, K, delta=0.005, buckets=None):
-    """All heads of one sequence: q[H][T][d], k and v[K][T][d], from its first token on. Gives
-    (output[H][T][d], tokens read [H][T], one memory for each key head as it is at the end)."""
+def attention(q, k, v, scale, slots, keep, threshold=0.005, buckets=None):
+    """All heads of one sequence, q[H][T][d], k and v[K][T][d], from its first token on. Returns
+    (output[H][T][d], tokens read [H][T], the memory of each key head at the end)."""
     G = len(q) // len(k)
     memories = [
-        Memory(N, K, delta, scale, buckets and (lambda x, key, h=h: buckets(x, key, h)))
+        Memory(
+            slots,
+            keep,
+            threshold,
+            scale,
+            buckets and (lambda x, is_key, h=h: buckets(x, is_key, h)),
+        )
         for h in range(len(k))
     ]
     out = [[] for _ in q]
@@ -88,23 +94,24 @@ def attention(q, k, v, scale, N, K, delta=0.005, buckets=None):
     return out, read, memories
 
 
-def signs(x, planes, b):
-    """One bucket for each b of the planes: the signs of the projections of x."""
-    bits = [dot(plane, x) > 0 for plane in planes]
-    return [tuple(bits[i : i + b]) for i in range(0, len(bits), b)]
+def buckets_of(x, planes, bits):
+    """LSH: one bucket per ``bits`` hyperplanes, the sides of them that x is on."""
+    sides = [dot(plane, x) > 0 for plane in planes]
+    return [tuple(sides[i : i + bits]) for i in range(0, len(sides), bits)]
 
 
 class LeastRecentlyAccessed:
-    """The paper's ring of slots: an access moves a slot to the back, the front one goes next."""
+    """The paper's ring of slots, O(1) per access: an access moves a slot to the back, the front one
+    is evicted next."""
 
-    def __init__(self, N):
-        self.next = {i: (i + 1) % N for i in range(N)}
-        self.before = {i: (i - 1) % N for i in range(N)}
+    def __init__(self, slots):
+        self.next = {i: (i + 1) % slots for i in range(slots)}
+        self.before = {i: (i - 1) % slots for i in range(slots)}
         self.front = 0
 
     def access(self, slot):
         if slot == self.front:
-            self.front = self.next[slot]  # so that the slot, which stays in place, is the back
+            self.front = self.next[slot]  # the ring turns, so the slot is now at the back
             return
         a, b = self.before[slot], self.next[slot]
         self.next[a], self.before[b] = b, a

@@ -1,54 +1,68 @@
-"""Speculative decoding as the papers have it, one token and one fraction at a time.
+"""Speculative decoding as in the paper, one token at a time, on lists and exact fractions.
 
-Written from the rule and not from the fast code, with which it shares nothing. Distributions are
-lists of Fractions or floats, models are functions of the text so far.
+Independent of minitx's code. A distribution is a list of probabilities, one per token; a model is a
+function of the text so far (a tuple of tokens) that returns the distribution of the next token.
 """
 
 from fractions import Fraction
 
 
 def accept_probability(p, q, x):
+    """min(1, p(x) / q(x)): how likely it is that the draft token x is accepted."""
     return min(Fraction(1), Fraction(p[x]) / Fraction(q[x]))
 
 
-def residual(p, q):
-    """norm(max(0, p - q)), or p where nothing is left."""
-    rest = [max(Fraction(0), Fraction(a) - Fraction(b)) for a, b in zip(p, q)]
-    total = sum(rest)
-    return [r / total for r in rest] if total else [Fraction(a) for a in p]
+def residual_distribution(p, q):
+    """max(0, p - q), normalized; p if nothing is left of it."""
+    excess = [max(Fraction(0), Fraction(a) - Fraction(b)) for a, b in zip(p, q)]
+    total = sum(excess)
+    return [e / total for e in excess] if total else [Fraction(a) for a in p]
 
 
-def law_of_round(target, draft, gamma, text):
-    """{tokens that one round emits: probability}. target, draft: text (tuple) -> distribution."""
-    law = {}
+def one_round(target, draft, gamma, text, draw):
+    """The tokens of one round. ``draw(distribution)`` returns a random index."""
+    x = []
+    for _ in range(gamma):  # 1. the draft proposes
+        x.append(draw(draft((*text, *x))))
+    p = [target((*text, *x[:i])) for i in range(gamma + 1)]  # 2. the target scores: one pass
+    for i in range(gamma):  # 3. accept until the first rejection
+        q = draft((*text, *x[:i]))
+        accept = accept_probability(p[i], q, x[i])
+        if draw([1 - accept, accept]) == 0:
+            return (*x[:i], draw(residual_distribution(p[i], q)))  # 4a. resample
+    return (*x, draw(p[gamma]))  # 4b. one more token from the target
+
+
+def round_distribution(target, draft, gamma, text):
+    """{tokens of one round: probability}, the same without chance: follow every branch."""
+    found = {}
 
     def emit(tokens, probability):
         if probability:
-            law[tokens] = law.get(tokens, Fraction(0)) + probability
+            found[tokens] = found.get(tokens, Fraction(0)) + probability
 
-    def drafts(x, probability):
-        """Every string x_1 .. x_gamma that may be drafted."""
+    def propose(x, probability):
         if len(x) < gamma:
             for token, share in enumerate(draft(text + x)):
                 if share:
-                    drafts((*x, token), probability * Fraction(share))
+                    propose((*x, token), probability * Fraction(share))
             return
         for i in range(gamma):
             p, q = target(text + x[:i]), draft(text + x[:i])
-            share = accept_probability(p, q, x[i])
-            for token, r in enumerate(residual(p, q)):
-                emit((*x[:i], token), probability * (1 - share) * r)
-            probability *= share
+            accept = accept_probability(p, q, x[i])
+            for token, share in enumerate(residual_distribution(p, q)):
+                emit((*x[:i], token), probability * (1 - accept) * share)
+            probability *= accept
         for token, share in enumerate(target(text + x)):
             emit((*x, token), probability * Fraction(share))
 
-    drafts((), Fraction(1))
-    return law
+    propose((), Fraction(1))
+    return found
 
 
 def greedy(target, draft, gamma, text, limit):
-    """(new tokens, rounds): target, draft: text -> the next token. A token that is drafted must be
-    the target's; in each round the target gives one itself."""
+    """(new tokens, rounds) of greedy decoding. Here target and draft map a text (list) to its next
+    token. A draft token is accepted if it is the target's; each round ends with the target's."""
     new, rounds = [], 0
     while len(new) < limit:
         rounds += 1
@@ -62,10 +76,11 @@ def greedy(target, draft, gamma, text, limit):
     return new, rounds
 
 
-def lookup(text, longest, k):
-    """What followed the last earlier place of the last n tokens, for the largest n that has one."""
+def prompt_lookup(text, longest, limit):
+    """What followed the latest earlier occurrence of the last n tokens, for the largest n that has
+    one."""
     for n in range(longest, 0, -1):
-        for place in range(len(text) - n - 1, -1, -1):
-            if text[place : place + n] == text[-n:]:
-                return text[place + n : place + n + k]
+        for start in range(len(text) - n - 1, -1, -1):
+            if text[start : start + n] == text[-n:]:
+                return text[start + n : start + n + limit]
     return []

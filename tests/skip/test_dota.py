@@ -6,7 +6,7 @@ from dataclasses import replace
 import literal_dota as literal
 import numpy as np
 import pytest
-from test_grad_models import MODELS, model_of
+from test_model_gradients import MODELS, model_of
 from tiny import FAMILIES, tiny_folder, tiny_lm, tiny_model
 
 import minitx

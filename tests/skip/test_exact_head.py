@@ -1,87 +1,126 @@
-"""The exact head's searches: never another token than the dense head's, and counted work."""
+"""The exact head must return the dense head's token, for every hidden state, and skip rows.
+
+First the two searches on matrices, then the head in a model.
+"""
+
+from dataclasses import replace
 
 import literal_exact_head as literal
 import numpy as np
 import pytest
+from tiny import FAMILIES, tiny_lm
 
 from minitx import fast, ops
-from minitx.ledger import counting
-from minitx.model import Head, TiedHead
-from minitx.skip.exact_head import ExactHead, preview, scan
+from minitx.build import random_model
+from minitx.errors import MinitxError
+from minitx.ledger import counting, group_of
+from minitx.lm import LM
+from minitx.model import Head, Linear, TiedHead
+from minitx.skip.exact_head import ExactHead, preview_search, share_of_dense
+from minitx.skip.exact_head.norm_search import norm_search
+from minitx.technique import apply, swap
+from minitx.tree import weights
 
 dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
-def searches(W, k=None, block=1):
+def searches(W, rank=None, block=1):
     """Both searches in the rows of W (V, D)."""
-    return scan(W, block), preview(W, k or max(1, W.shape[1] // 4))
+    return norm_search(W, block), preview_search(W, rank or max(1, W.shape[1] // 4))
 
 
 def decaying(rng, V, D, pace=12.0, dtype=np.float32):
-    """Rows whose spectrum falls like exp(-i / pace)."""
+    """Rows whose singular values fall like exp(-i / pace)."""
     W = rng.standard_normal((V, D)) * np.exp(-np.arange(D) / pace)
     Q, _ = np.linalg.qr(rng.standard_normal((D, D)))
     return (W @ Q).astype(dtype)
 
 
 def spread(rng, V, D, dtype=np.float32):
-    """Rows of very unequal length."""
+    """Rows of very different lengths."""
     return (rng.standard_normal((V, D)) * rng.lognormal(0, 1, (V, 1))).astype(dtype)
 
 
 def aligned(rng, W):
-    """A row x (D,) near the direction of one of W's rows, with noise of half its length."""
+    """A hidden state x (D,) near the direction of some row, with noise of half its length."""
     row, noise = W[rng.integers(len(W))], rng.standard_normal(W.shape[1])
     noise *= 0.5 * np.linalg.norm(row) / np.linalg.norm(noise)
     return (row + noise).astype(W.dtype)
 
 
 def run(search, x):
-    """(what the search says, rows read, multiply-adds, bytes)"""
+    """(token, rows read, multiply-adds, bytes)"""
     with counting(search) as counts:
-        found = search(x)
+        token, read = search(x)
     total = counts.total()
-    return found, counts.events["head rows read"], total.multiply_adds, total.weight_bytes
+    return token, read, total.multiply_adds, total.weight_bytes
 
 
-# Worked examples ---------------------------------------------------------------------------------
+# The worked example ------------------------------------------------------------------------------
+#
+#     W         |W[v]|   z[v] = W[v] . [0.6, 0.8]
+#     3     0    3        1.8      row 0 is the longest: its logit is 1.8
+#     0     2    2        1.6      bound 2 * 1 >= 1.8: has to be computed
+#     1     1    1.414    1.4      bound 1.414 < 1.8: neither this row nor a shorter one can win
+#     0.5 -0.5   0.707   -0.1
 
-W4 = np.array([[3, 0], [0, 2], [1, 1], [0.5, -0.5]])
+W4, H2 = np.array([[3, 0], [0, 2], [1, 1], [0.5, -0.5]]), np.array([0.6, 0.8])
 
 
 @dtypes
-def test_the_worked_example_skips_the_two_short_rows(dtype):
-    """z = 1.8, 1.6, 1.4, -0.1; the bound of row 1 is 2, of row 2 it is 1.414 < 1.8."""
-    search, x = scan(W4.astype(dtype), 1), np.array([0.6, 0.8], dtype)
-    np.testing.assert_allclose(search.n, [3, 2, 2**0.5, 0.5**0.5], rtol=1e-6)
-    assert run(search, x)[:3] == (0, 2, 4)
+def test_norm_search_skips_the_two_short_rows_of_the_example(dtype):
+    search = norm_search(W4.astype(dtype), 1)
+    np.testing.assert_allclose(search.norms, [3, 2, 2**0.5, 0.5**0.5], rtol=1e-6)
+    token, read, multiply_adds, _ = run(search, H2.astype(dtype))
+    assert (token, read, multiply_adds) == (0, 2, 4)
 
 
-def test_the_worked_example_with_a_bias_as_one_more_column():
-    W, x = np.c_[W4, [0, 0.5, 0, 0]], np.array([0.6, 0.8, 1])
-    for search in searches(W, k=2):
-        assert search(x) in (1, None)
-    assert scan(W, 1)(x) == 1  # 2.1, though row 0 is longer
+def test_bias_is_one_more_column_of_the_rows():
+    """The bias 0.5 of row 1 makes its logit 2.1: it wins, though row 0 is longer."""
+    W, x = np.c_[W4, [0, 0.5, 0, 0]], np.append(H2, 1)
+    for search in searches(W, rank=2):
+        assert search(x)[0] in (1, None)
+    assert norm_search(W, 1)(x)[0] == 1
 
 
-def test_of_equal_rows_the_dense_head_has_to_choose():
+def test_ties_are_left_to_the_dense_head():
     rows, x = np.array([[0, 1], [2, 0], [1, 0], [2, 0.0]]), np.array([1, 0.0])
     for search in searches(rows):
-        assert search(x) is None
+        assert search(x)[0] is None, "rows 1 and 3 are equal"
     for head in (TiedHead(rows), Head(rows.T.copy())):
         for search in searches(rows):
-            assert ExactHead(head, search, False).argmax(x) == 1
+            assert ExactHead(head, search, False).argmax(x) == 1, "the lower index"
 
 
-# Against the dense head and the twin -------------------------------------------------------------
+# Against the literal version and the dense head --------------------------------------------------
+
+
+def test_searches_read_the_same_rows_as_the_literal_version():
+    rng = np.random.default_rng(4)
+    fewer = 0
+    for i in range(60):
+        V, D = 40 + i, int(rng.integers(2, 12))
+        W = (spread, decaying)[i % 2](rng, V, D, dtype=np.float64)
+        x, rank, block = aligned(rng, W), int(rng.integers(1, D + 1)), int(rng.integers(1, 9))
+        token = literal.dense(W, x)
+        by_norms, by_preview = searches(W, rank, block)
+        assert literal.by_norms(W, x, block) == run(by_norms, x)[:2] and by_norms(x)[0] == token
+        expected, candidates = literal.preview(W, x, rank, by_preview.directions)
+        assert expected == token
+        if len(candidates) > V // 8 + 1:
+            assert by_preview(x) == (None, 0), "too many candidates"
+        else:
+            assert run(by_preview, x)[:2] == (token, len(candidates))
+            fewer += 1
+    assert 10 < fewer < 60
 
 
 @dtypes
-def test_a_thousand_random_heads(dtype):
-    """Also with equal rows, rows of zeros and x = 0: the smallest id of the largest logits, in the
-    arithmetic of the dense head, and but for ties in float64."""
+def test_exact_head_equals_the_dense_head_on_a_thousand_random_heads(dtype):
+    """Also with equal rows, rows of zeros and x = 0. What a search decides is the argmax of the
+    logits in float64 too."""
     rng = np.random.default_rng(1)
-    told = 0
+    decided = 0
     for i in range(1000):
         V, D = int(rng.integers(1, 90)), int(rng.integers(1, 24))
         make = (spread, decaying)[i % 2]
@@ -91,24 +130,25 @@ def test_a_thousand_random_heads(dtype):
         x = aligned(rng, W) if i % 3 else rng.standard_normal(D).astype(dtype)
         x = 0 * x if i % 50 == 7 else x
         z = W.astype(np.float64) @ x
-        k, block = int(rng.integers(1, D + 1)), int(rng.integers(1, V + 2))
+        rank, block = int(rng.integers(1, D + 1)), int(rng.integers(1, V + 2))
         for head in (TiedHead(W), Head(np.ascontiguousarray(W.T))):
             dense = head.argmax(x)
-            for search in searches(W, k, block):
+            for search in searches(W, rank, block):
                 assert ExactHead(head, search, False).argmax(x) == dense
-                found = search(x)
-                told += found is not None
+                found, _ = search(x)
+                decided += found is not None
                 assert found is None or found == z.argmax() == dense
-    assert told > 1000  # of 4000: the searches are not always undecided
+    assert decided > 1000, "of 4000: the searches must not always fall back"
 
 
 @dtypes
-def test_large_heads_whose_products_are_summed_up_in_another_way(dtype):
+def test_exact_head_equals_the_dense_head_where_sums_run_in_another_order(dtype):
+    """Large matrices, whose products ``fast`` sums differently from those of a few rows."""
     rng = np.random.default_rng(2)
     for make in (spread, decaying):
         W = make(rng, 2000, 40, dtype=dtype)
         assert W.size > fast.LARGE
-        W[1500:] = W[:500]  # the winner is often there twice
+        W[1500:] = W[:500]  # the winner often occurs twice
         for head in (TiedHead(W), Head(np.ascontiguousarray(W.T))):
             for search in searches(W, block=300):
                 for _ in range(30):
@@ -117,36 +157,16 @@ def test_large_heads_whose_products_are_summed_up_in_another_way(dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1, 1e12, 1e30])
-def test_logits_that_differ_by_little_more_than_rounding(scale):
-    """Pairs of rows that differ in the last bits, so that kernels may order them differently."""
+def test_exact_head_equals_the_dense_head_for_near_ties(scale):
+    """Pairs of rows that differ in their last bits, which two kernels may order differently."""
     rng = np.random.default_rng(3)
     W = np.repeat(spread(rng, 60, 48), 2, axis=0)
     W[1::2] *= (1 + rng.integers(-40, 40, (60, 1)) * 2.0**-24).astype(np.float32)
     for head in (TiedHead(W), Head(np.ascontiguousarray(W.T))):
-        for search in searches(W, k=12):
+        for search in searches(W, rank=12):
             for _ in range(50):
                 x = aligned(rng, W) * np.float32(scale)
                 assert ExactHead(head, search, False).argmax(x) == head.argmax(x)
-
-
-def test_the_literal_twin_reads_the_same_rows():
-    rng = np.random.default_rng(4)
-    fewer = 0
-    for i in range(60):
-        V, D = 40 + i, int(rng.integers(2, 12))
-        W = (spread, decaying)[i % 2](rng, V, D, dtype=np.float64)
-        x, k, block = aligned(rng, W), int(rng.integers(1, D + 1)), int(rng.integers(1, 9))
-        token = literal.dense(W, x)
-        by_norm, by_preview = searches(W, k, block)
-        assert literal.norms(W, x, block) == run(by_norm, x)[:2] and by_norm(x) == token
-        expected, candidates = literal.svd(W, x, k, by_preview.rotation)
-        assert expected == token
-        if len(candidates) > V // 8 + 1:
-            assert by_preview(x) is None
-        else:
-            assert run(by_preview, x)[:2] == (token, len(candidates))
-            fewer += 1
-    assert 10 < fewer < 60
 
 
 @dtypes
@@ -156,61 +176,222 @@ def test_no_logit_exceeds_its_bound(dtype):
         V, D = int(rng.integers(1, 300)), int(rng.integers(1, 64))
         W = spread(rng, V, D, dtype)
         x = rng.standard_normal(D).astype(dtype)
-        search = preview(W, int(rng.integers(1, D + 1)))
+        search = preview_search(W, int(rng.integers(1, D + 1)))
         P, u = search.bounds(x)
         z = W.astype(np.float64) @ x.astype(np.float64)
-        room = search.doubt * search.longest * np.linalg.norm(x)
+        slack = search.slack * search.longest * np.linalg.norm(x)
         assert P.dtype == u.dtype == dtype
-        assert (u + room >= z).all()
+        assert (u + slack >= z).all(), "a logit above its bound"
         top = int(P.argmax())
-        assert ops.scores(x, W[top : top + 1])[0] <= z.max() + room
-        assert room < (2e-2 if dtype == np.float32 else 1e-10) * search.longest * np.linalg.norm(x)
+        assert ops.scores(x, W[top : top + 1])[0] <= z.max() + slack, "low above the largest logit"
+        small = 2e-2 if dtype == np.float32 else 1e-10
+        assert slack < small * search.longest * np.linalg.norm(x), "slack that hides the bound"
 
 
-def test_a_preview_of_full_width_leaves_the_winner_alone():
+def test_preview_of_full_rank_has_one_candidate():
     rng = np.random.default_rng(6)
     W = rng.standard_normal((500, 32))
-    search = preview(W, 32)
-    assert not search.r.any()
+    search = preview_search(W, 32)
+    assert not search.tail.any()
     for _ in range(50):
         x = rng.standard_normal(32)
         assert run(search, x)[:2] == ((W @ x).argmax(), 1)
 
 
-# Counted -----------------------------------------------------------------------------------------
+# Counted work ------------------------------------------------------------------------------------
 
 
-def test_counted_is_predicted():
-    """The card's formulas, and the bytes of what they multiply."""
+def test_counted_work_is_the_formula_of_the_card():
     rng = np.random.default_rng(7)
-    V, D, k, block = 3000, 48, 12, 100
+    V, D, rank, block = 3000, 48, 12, 100
     W = decaying(rng, V, D)
-    asked = 0
+    fallbacks = 0
     for _ in range(40):
         x = aligned(rng, W)
-        _, c, multiply_adds, size = run(preview(W, k), x)
+        _, c, multiply_adds, size = run(preview_search(W, rank), x)
         if c:
-            assert multiply_adds == D * D + V * (k + 1) + D * (1 + c)
+            assert multiply_adds == D * D + V * (rank + 1) + D * (1 + c)
             assert size == 4 * multiply_adds
             assert multiply_adds < 0.5 * V * D
-        asked += not c
-    assert asked < 40
+        fallbacks += not c
+    assert fallbacks < 40
     W = spread(rng, V, D)
-    search = scan(W, block)
+    search = norm_search(W, block)
     for _ in range(10):
         _, read, multiply_adds, size = run(search, aligned(rng, W))
         assert read % block == 0 and 0 < read < 0.5 * V
         assert multiply_adds == read * D and size == 4 * multiply_adds
 
 
-def test_a_dense_head_that_had_to_be_asked_is_counted_on_top():
-    V, D, k = 400, 16, 4
+def test_dense_fallback_is_counted_on_top():
+    V, D, rank = 400, 16, 4
     W = np.random.default_rng(8).standard_normal((V, D))
-    search = preview(W, k)
+    search = preview_search(W, rank)
     head = ExactHead(TiedHead(W), search, False)
     x = np.random.default_rng(9).standard_normal(D)
-    assert search(x) is None
+    assert search(x) == (None, 0)
     with counting(head) as counts:
         assert head.argmax(x) == (W @ x).argmax()
-    assert counts.total().multiply_adds == D * D + V * (k + 1) + D + V * D
-    assert counts.events == {"head rows": V, "head rows read": V, "heads in full": 1}
+    assert counts.total().multiply_adds == D * D + V * (rank + 1) + D + V * D
+    assert counts.events == {"head rows": V, "head rows read": V, "dense fallbacks": 1}
+
+
+# In a model --------------------------------------------------------------------------------------
+
+IDS = np.random.default_rng(0).integers(0, 258, 40)
+SETTINGS = {
+    "svd": dict(method="svd"),
+    "svd of rank 1": dict(method="svd", rank=1),
+    "svd of full rank": dict(method="svd", rank=16),
+    "norms": dict(method="norms"),
+    "norms in small blocks": dict(method="norms", block=20),
+}
+settings = pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+
+
+@settings
+@dtypes
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_the_dense_models(family, dtype, options):
+    dense = tiny_lm(family, dtype=dtype)
+    lm = apply(dense, {"exact_head": options})
+    with counting(lm) as counts:
+        for ids in IDS.reshape(8, 5):
+            assert lm.generate(ids, 20) == dense.generate(ids, 20)
+    assert 0 < counts.events["head rows"] and set(counts.by_group()) >= {"head", "blocks.ffn"}
+    if options.get("rank") == 16:
+        assert counts.events["head rows read"] < 0.1 * counts.events["head rows"]
+
+
+@settings
+@dtypes
+def test_greedy_text_is_the_dense_models_with_a_bias_in_the_head(dtype, options):
+    """Folding a LayerNorm gives the head a bias."""
+    dense = apply(tiny_lm("gpt_neox", dtype=dtype), {"fold_norms": True})
+    assert dense.model.head.b is not None
+    lm = apply(dense, {"exact_head": options})
+    with counting(lm) as counts:
+        for ids in IDS.reshape(8, 5):
+            assert lm.generate(ids, 20) == dense.generate(ids, 20)
+    if options.get("rank") != 1:  # too weak a preview
+        assert counts.events["dense fallbacks"] < counts.events["head rows"] / 259
+
+
+@settings
+def test_all_logits_are_the_dense_heads_where_they_are_needed(options):
+    dense = tiny_lm()
+    lm = apply(dense, {"exact_head": options})
+    np.testing.assert_array_equal(lm.logits(IDS), dense.logits(IDS))
+    rows = IDS[:12].reshape(3, 4)
+    np.testing.assert_array_equal(lm.model(rows), dense.model(rows))
+    prompts = [[1], [2, 3, 4]]
+    assert lm.generate(prompts, 10) == dense.generate(prompts, 10)
+    sampling = dict(temperature=1.0, top_k=20, seed=3)
+    assert lm.generate(IDS[:4], 20, **sampling) == dense.generate(IDS[:4], 20, **sampling)
+    with counting(lm) as counts:
+        lm.generate(IDS[:4], 5, **sampling)
+    assert "head rows" not in counts.events, "sampling must not ask the search"
+
+
+def test_memory_is_that_of_the_card():
+    for family, method, copies in (
+        ("gpt2", "svd", 0), ("gpt2", "norms", 1), ("llama", "svd", 1), ("llama", "norms", 1),
+    ):  # fmt: skip
+        dense = tiny_lm(family)
+        lm = apply(dense, {"exact_head": dict(method=method, rank=3, block=100)})
+        sizes = [sum(w.size for w in weights(m).values()) for m in (dense, lm)]
+        V, D = 259, 16
+        own = V * (3 + 1) + D * D if method == "svd" else V + 3  # ids, and the norms of 3 blocks
+        assert sizes[1] - sizes[0] == own + copies * V * D, f"{method} in {family}"
+
+
+def test_tree_shows_the_search_and_the_ledger_counts_one_head():
+    lm = apply(tiny_lm(), {"exact_head": True})
+    drawn = str(lm.model)
+    assert "head: ExactHead(biased=False)\n" in drawn
+    assert "search: PreviewSearch(rows 259x16," in drawn
+    assert group_of("model.head.search") == group_of("model.head.head") == "head"
+
+
+def with_head(W):
+    """A small model with W (V, D) as its embedding and its head."""
+    config = replace(
+        FAMILIES["llama"], vocab_size=len(W), width=W.shape[1], tied=True, bos=None, eos=()
+    )
+    model = random_model(config, 1)
+    return LM(replace(model, embed=replace(model.embed, w=W), head=TiedHead(W)))
+
+
+def test_share_of_dense_is_a_loss_for_random_rows_and_a_gain_for_decaying_ones():
+    rng = np.random.default_rng(10)
+    config = replace(FAMILIES["llama"], vocab_size=8000, width=288, bos=None, eos=())
+    texts = [rng.integers(0, 6000, 10), rng.integers(0, 6000, 8)]
+    flat = LM(random_model(config, 1))
+    assert share_of_dense(flat, texts, method="norms", block=500) >= 1
+    assert share_of_dense(flat, texts, method="svd", rank=72) > 1.25
+    falling = rng.standard_normal((6000, 32)) * np.exp(-np.arange(32) / 4)
+    falling = with_head(falling.astype(np.float32))
+    assert share_of_dense(falling, texts, method="svd", rank=16) < 0.75
+    with pytest.raises(MinitxError, match="at least one"):
+        share_of_dense(flat, [])
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def test_head_of_another_type_is_refused():
+    lm = swap(tiny_lm(), Head, lambda head: Linear(head.w))
+    with pytest.raises(MinitxError, match="^exact_head needs a part of type Head or TiedHead, and"):
+        apply(lm, {"exact_head": True})
+
+
+@settings
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_or_inf_in_the_hidden_state_is_reported_as_by_the_dense_head(value, options):
+    dense = tiny_lm()
+    x = np.zeros(16, np.float32)
+    x[3] = value
+    head = apply(dense, {"exact_head": options}).model.head
+    messages = []
+    for argmax in (dense.model.head.argmax, head.argmax):
+        with np.errstate(invalid="ignore"), pytest.raises(MinitxError, match="no next") as error:
+            argmax(x)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+@settings
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_nan_or_inf_in_the_weights_is_reported(value, options, family):
+    lm = tiny_lm(family)
+    w = lm.model.head.w.copy()
+    w[(2, 7) if family == "llama" else (7, 2)] = value
+    lm = replace(lm, model=replace(lm.model, head=type(lm.model.head)(w)))
+    message = "^exact_head: expected finite weights .* those of token 7 .* damaged or too large.$"
+    with pytest.raises(MinitxError, match=message):
+        apply(lm, {"exact_head": options})
+
+
+@settings
+def test_overflow_in_the_logits_is_reported(options):
+    lm = apply(tiny_lm(), {"exact_head": options})
+    with (
+        np.errstate(over="ignore", invalid="ignore"),
+        pytest.raises(MinitxError, match="too large|overflow"),
+    ):
+        lm.model.head.argmax(np.full(16, 3e38, np.float32))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(rank=0), "exact_head: rank must be an integer, at least 1, or None; got 0"),
+        (dict(rank=17), "exact_head: rank must be at most 16, the model's width; got 17"),
+        (dict(block=0), "exact_head: block must be an integer, at least 1; got 0"),
+        (dict(method="int8"), "exact_head: method must be one of svd, norms; got 'int8'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(MinitxError, match=message):
+        apply(tiny_lm(), {"exact_head": options})

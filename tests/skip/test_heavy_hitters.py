@@ -8,7 +8,7 @@ from tiny import FAMILIES, in_chunks, tiny_lm
 import minitx
 from minitx import fast
 from minitx.errors import MinitxError
-from minitx.lab.compare import Plan, compare
+from minitx.lab.compare import Workload, compare
 from minitx.ledger import counting
 from minitx.model import Cache
 from minitx.skip.heavy_hitters import (
@@ -214,8 +214,26 @@ def test_on_stories_attention_keeps_better_rows_than_chance():
     for choose in ("attention", "random"):
         options = {"heavy": 64, "recent": 64, "choose": choose}
         lm = apply(dense, {"heavy_hitters": options})
-        found = compare(dense, lm, "", Plan(stories=4, prompts=1, rounds=1, chains=1), bar=False)
+        found = compare(
+            dense, lm, "", Workload(stories=4, prompts=1, rounds=1, chains=1), bar=False
+        )
         prices[choose] = found.reading.changed.loss - found.reading.dense.loss
         assert found.cache == pytest.approx(129 / 512, abs=0.01)
     assert prices["attention"] < 0.6 * prices["random"], prices
     assert prices["attention"] < 0.3, prices
+
+
+@pytest.mark.parametrize("family", ("gpt2", "gpt_neox"))
+def test_one_cached_head_for_several_key_heads_keeps_one_set_of_rows(family):
+    """absorb_products caches its input as one head of values: all key heads then evict alike."""
+    lm = tiny_lm(family, dtype=np.float64)
+    wanted = {"absorb_products": True, "heavy_hitters": {"heavy": 3, "recent": 3}}
+    changed = apply(lm, wanted)
+    state = changed.model.new_state()
+    for step in (IDS[:12], *([i] for i in IDS[12:20])):
+        logits = changed.model(np.array(step), state)
+        assert np.isfinite(logits).all()
+    layer = state.layers[0]
+    assert layer.count == 7, f"expected 3 + 3 rows and the new one, got {layer.count}"
+    positions = layer.row_positions
+    assert (positions == positions[..., :1, :]).all(), "heads of one cached head differ in rows"

@@ -148,8 +148,8 @@ COMPANIONS = {
     "elsa": {"elsa": {"threshold": 0.3}},
     "predictive_attention": {"predictive_attention": True},
     "a3": {"a3": True},
-    "sparse_memory": {"sparse_memory": {"K": 3}},
-    "lut": {"lut": True},
+    "sparse_memory": {"sparse_memory": {"keep": 3}},
+    "lut_product": {"lut_product": True},
 }
 
 
@@ -462,7 +462,7 @@ def test_what_cannot_be_cut_into_blocks_is_refused(options, why):
     "name, options",
     [
         ("dota", {"keep": 4}),
-        ("sparse_memory", {"K": 3, "N": 8}),
+        ("sparse_memory", {"keep": 3, "slots": 8}),
         ("early_exit", {"kv_fill": "deferred"}),
     ],
 )

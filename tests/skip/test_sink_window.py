@@ -7,7 +7,7 @@ from tiny import FAMILIES, in_chunks, tiny_lm
 
 import minitx
 from minitx.errors import MinitxError
-from minitx.lab.compare import Plan, compare
+from minitx.lab.compare import Workload, compare
 from minitx.ledger import counting
 from minitx.model import NoRope, Rope
 from minitx.ops import rope_tables
@@ -185,7 +185,9 @@ def test_on_stories_the_window_has_a_price_by_hops():
     prices = {}
     for window in (252, 60):
         lm = apply(dense, {"sink_window": {"window": window}})
-        found = compare(dense, lm, "", Plan(stories=4, prompts=1, rounds=1, chains=3), bar=False)
+        found = compare(
+            dense, lm, "", Workload(stories=4, prompts=1, rounds=1, chains=3), bar=False
+        )
         prices[window] = found.reading.changed.loss - found.reading.dense.loss
         assert found.cache == pytest.approx((4 + window) / 512, abs=0.01)
     assert -0.01 < prices[252] < 0.02

@@ -1,11 +1,11 @@
-"""Learning merges: a slow twin, worked examples, and tokenizers made for a list of words."""
+"""BPE training: equal to the literal version, worked examples, tokenizers for a list of words."""
 
 import random
 from collections import Counter
 
 import pytest
 
-from minitx.checkpoints.pretoken import split
+from minitx.checkpoints.pre_tokenize import pre_tokenize
 from minitx.checkpoints.tokenizer_json import read_tokenizer
 from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.errors import MinitxError
@@ -41,8 +41,9 @@ NAMES = "Tom Sam Eva Anna Ben Lily Max Mia Tim Lucy Jack Emma Once The She He Th
 STORY_WORDS = [" " + word for word in WORDS] + NAMES + [".", ",", "?", "!", "\n\n", "'s"]
 
 
-def learn_slowly(counts, size):
-    """Count every pair anew before every merge; words are cut by applying the merges in order."""
+def literal_bpe(counts, size):
+    """The literal version: count all pairs before every merge; encode words by the merges in
+    order."""
     tokens, merges = [bytes([byte]) for byte in range(256)], []
     while len(tokens) < size:
         pairs = Counter()
@@ -64,8 +65,8 @@ def learn_slowly(counts, size):
     return tokens, merges
 
 
-def test_worked_example():
-    # "ab" occurs 5 times, then "abc" 3 times; 5 "ab" leave nothing else that occurs more than once.
+def test_merges_of_the_worked_example():
+    # (a, b) occurs 3 + 2 = 5 times: merge 256 = "ab". Then (ab, c) occurs 3 times: 257 = "abc".
     tokenizer = learn_bpe({"abc": 3, "ab": 2, "x": 9}, vocab_size=259)
     assert tokenizer.tokens[256:] == [b"ab", b"abc", b"<|endoftext|>"]
     assert tokenizer.merges == [(97, 98), (256, 99)]
@@ -74,25 +75,25 @@ def test_worked_example():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_merges_are_those_of_counting_anew(seed):
+def test_merges_equal_the_literal_version(seed):
     rng = random.Random(seed)
-    # Few letters and short words: overlapping pairs, ties, and tokens that two merges lead to.
+    # Few letters and short words: overlapping pairs, ties, and bytes that two merges could produce.
     words = {"".join(rng.choices("abc", k=rng.randrange(1, 9))) for _ in range(25)}
     counts = {word: rng.randrange(1, 6) for word in sorted(words)}
-    tokens, merges = learn_slowly(counts, 300)
+    tokens, merges = literal_bpe(counts, 300)
     learned = learn_bpe(counts, 300, special_tokens=())
     assert (learned.tokens, learned.merges) == (tokens, merges)
 
 
-def test_result_depends_on_the_counts_alone():
+def test_merges_depend_only_on_the_counts():
     texts = ["the kite is in the park", "Tom's kite, the red kite"]
     first = learn_bpe(texts, 290)
-    counts = Counter(word for text in texts for word in split(text))
+    counts = Counter(word for text in texts for word in pre_tokenize(text))
     again = learn_bpe(dict(sorted(counts.items(), reverse=True)), 290)
     assert (first.tokens, first.merges) == (again.tokens, again.merges)
 
 
-def test_vocabulary_is_filled_or_every_word_is_one_token():
+def test_vocabulary_is_filled_unless_every_word_is_one_token():
     texts = [" ".join(WORDS)] * 2
     assert len(learn_bpe(texts, 400)) == 400
     whole = learn_bpe(texts, 10_000)
@@ -102,7 +103,7 @@ def test_vocabulary_is_filled_or_every_word_is_one_token():
     assert whole.decode(whole.encode(text)) == text
 
 
-def test_too_small_a_vocabulary_is_refused():
+def test_vocab_size_too_small_is_refused():
     assert len(learn_bpe(["aa"], 257)) == 257
     with pytest.raises(MinitxError, match="at least 257"):
         learn_bpe(["aa"], 256)
@@ -111,7 +112,7 @@ def test_too_small_a_vocabulary_is_refused():
 
 
 @pytest.mark.parametrize("ignore_merges", [False, True])
-def test_every_word_of_a_list_is_one_token(ignore_merges, tmp_path):
+def test_bpe_for_words_encodes_each_word_as_one_token(ignore_merges, tmp_path):
     tokenizer = bpe_for_words(STORY_WORDS, ignore_merges=ignore_merges)
     ids = [tokenizer.encode(word) for word in STORY_WORDS]
     assert all(len(one) == 1 for one in ids)
@@ -128,7 +129,7 @@ def test_every_word_of_a_list_is_one_token(ignore_merges, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_word_is_one_token_whatever_the_words(seed):
+def test_bpe_for_words_encodes_random_words_as_one_token(seed):
     rng = random.Random(seed)
     words = ["".join(rng.choices("ab\u00e9", k=rng.randrange(1, 12))) for _ in range(60)]
     tokenizer = bpe_for_words(words)
@@ -137,7 +138,7 @@ def test_every_word_is_one_token_whatever_the_words(seed):
 
 
 @pytest.mark.parametrize("word", ["", "two words", "it's", "x1", " \n"])
-def test_what_is_not_one_word_is_refused(word):
+def test_bpe_for_words_refuses_what_is_not_one_word(word):
     if word == " \n":
         assert len(bpe_for_words([word]).encode(word)) == 1
     else:

@@ -1,4 +1,5 @@
-"""The trainer: the same result with any number of processes and after any stop; and it learns."""
+"""Training: bit-identical results for any number of processes and after any interruption; single
+steps against their definition; the loop; checkpoints."""
 
 import json
 import multiprocessing
@@ -16,16 +17,16 @@ from minitx.checkpoints.huggingface import read_model
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import Tally
 from minitx.training import train as train_module
+from minitx.training.autograd import gradients
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
-from minitx.training.data import KIND_NUMBER, PADDING, Rows, story_tokenizer
-from minitx.training.grad import gradients
+from minitx.training.data import KIND_NUMBER, PADDING, StoryDataset, story_tokenizer
 from minitx.training.layerskip import record
 from minitx.training.loss import token_losses
-from minitx.training.optimizer import Layout, adamw, decays
+from minitx.training.optimizer import ParameterLayout, adamw, has_weight_decay
 from minitx.training.recipe import recipe_from
-from minitx.training.team import Team
 from minitx.training.train import train
-from minitx.training.worker import Memory, Worker, batch_loss
+from minitx.training.worker import SharedArrays, Worker, batch_loss
+from minitx.training.worker_pool import WorkerPool
 from minitx.tree import weights
 
 TOKENIZER = story_tokenizer()
@@ -55,29 +56,29 @@ def write(folder, recipe):
 
 
 class Alone:
-    """A barrier for a single worker, which gives it all shards again for each step."""
+    """A barrier for a single worker; it also resets ``next_shard`` for each step."""
 
     def __init__(self):
-        self.taken = multiprocessing.Value("i", 0)
+        self.next_shard = multiprocessing.Value("i", 0)
 
     def wait(self):
-        self.taken.value = 0
+        self.next_shard.value = 0
 
 
 def worker_of(recipe) -> Worker:
-    """A worker that has all shards to itself, in this process."""
+    """The only worker of a run, in this process."""
     recipe = recipe_from(recipe)
-    layout = Layout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
+    layout = ParameterLayout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
     alone = Alone()
-    worker = Worker(0, 1, recipe, Memory(layout.size, recipe.shards), alone, alone.taken)
-    layout.pack(weights(random_model(layout.config, recipe.seed)), worker.shared["weights"])
+    worker = Worker(0, 1, recipe, SharedArrays(layout.size, recipe.shards), alone, alone.next_shard)
+    layout.flatten(weights(random_model(layout.config, recipe.seed)), worker.shared["weights"])
     return worker
 
 
-# Processes and stops -----------------------------------------------------------------------------
+# Processes and interruptions ---------------------------------------------------------------------
 
 
-def test_workers_and_stops_do_not_change_a_bit(tmp_path):
+def test_training_is_bit_identical_for_any_workers_and_interruptions(tmp_path):
     path = write(tmp_path, recipe_of(FIRST, SECOND))
     whole = train(path, tmp_path / "two", workers=2, bar=False)
     assert whole["finished"] and [s["end"] for s in whole["stages"]] == ["steps", "steps"]
@@ -103,18 +104,18 @@ def test_workers_and_stops_do_not_change_a_bit(tmp_path):
     ]  # fmt: skip
     on_disk = json.loads((tmp_path / "two" / "training_log.json").read_text())
     assert on_disk["stages"] == whole["stages"]
-    read = read_model(tmp_path / "two")  # float16, so a little off
+    read = read_model(tmp_path / "two")  # float16, hence the tolerance
     with np.load(tmp_path / "two" / "checkpoint.npz") as a:
         got = read.embed.w.ravel()
         np.testing.assert_allclose(got, a["weights"][: got.size], rtol=1e-3, atol=1e-6)
 
-    # Training goes on when a stage is added behind the finished ones.
+    # Training continues if a stage is appended to the recipe.
     longer = write(tmp_path, recipe_of(FIRST, SECOND, SECOND | {"name": "third", "steps": 1}))
     more = train(longer, tmp_path / "two", workers=1, bar=False)
     assert [s["stage"] for s in more["stages"]] == ["first", "second", "third"]
 
 
-def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
+def test_interrupt_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
     path = write(tmp_path, recipe_of(FIRST | {"steps": 10**6, "every": 1}))
     command = [sys.executable, "-m", "minitx.training.train", str(path), "--workers", "1"]
     process = subprocess.Popen(
@@ -125,16 +126,16 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
             if (tmp_path / "training_log.json").exists() or process.poll() is not None:
                 break
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: all processes get it
-        said, errors = process.communicate(timeout=30)
+        os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C: to all processes
+        output, errors = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 3, errors
-    assert "goes on from" in said and "Traceback" not in errors
+    assert "to resume from" in output and "Traceback" not in errors
     assert (tmp_path / "checkpoint.npz").exists()
 
 
-def test_a_failing_step_is_one_sentence_and_spares_the_checkpoint(tmp_path):
+def test_nan_in_a_step_is_reported_and_keeps_the_checkpoint(tmp_path):
     path = write(tmp_path, recipe_of(FIRST))
     train(path, workers=1, time_limit=0, bar=False)
     with np.load(tmp_path / "checkpoint.npz") as file:
@@ -144,25 +145,25 @@ def test_a_failing_step_is_one_sentence_and_spares_the_checkpoint(tmp_path):
     with pytest.raises(MinitxError, match="not finite at step 1; lower lr"):
         train(path, workers=2, bar=False)
     with np.load(tmp_path / "checkpoint.npz") as file:
-        assert np.isnan(file["weights"][-1])  # not written over
+        assert np.isnan(file["weights"][-1])  # not overwritten
 
 
-def test_a_worker_that_dies_is_noticed():
+def test_dead_worker_is_reported():
     recipe = recipe_from(recipe_of(FIRST))
-    layout = Layout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
+    layout = ParameterLayout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
     with pytest.raises(MinitxError, match="Worker process 0 ended"):
-        with Team(1, recipe, Memory(layout.size, recipe.shards)) as team:
-            team.processes[0].kill()
-            team.ask("step", 0, 0, 0)
-    assert not any(process.is_alive() for process in team.processes)
+        with WorkerPool(1, recipe, SharedArrays(layout.size, recipe.shards)) as pool:
+            pool.processes[0].kill()
+            pool.call("step", 0, 0, 0)
+    assert not any(process.is_alive() for process in pool.processes)
 
 
 # One step ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("done", [0, 5])
-def test_a_step_is_adamw_on_the_mean_gradient(done):
-    """Against the whole batch at once: its gradient, divided by the weights, clipped, applied."""
+def test_step_is_adamw_on_the_mean_gradient(done):
+    """Against one computation of the whole batch: gradient / total weight, clipped, AdamW."""
     worker = worker_of(recipe_of(FIRST | {"warmup": 0, "clip": 0.5}))
     stage, before = worker.recipe.stages[0], worker.shared["weights"].copy()
     loss, tokens = worker.step(0, 0, done)
@@ -174,23 +175,23 @@ def test_a_step_is_adamw_on_the_mean_gradient(done):
     assert loss == pytest.approx(value / total, rel=1e-6)
     assert tokens == (batch.kinds != PADDING).sum() < 8 * 40
     g = np.empty(worker.layout.size, np.float32)
-    worker.layout.pack(found, g)
+    worker.layout.flatten(found, g)
     g /= total
     norm = np.linalg.norm(g)
     assert norm > 0.5
     m, v = np.zeros_like(g), np.zeros_like(g)
     g *= 0.5 / norm
-    moved = np.abs(g) > 1e-6  # where g is tiny, its rounding decides about the first step's sign
+    moved = np.abs(g) > 1e-6  # if g is tiny, rounding decides the sign of the first step
     for path, (where, _) in worker.layout.slots.items():
         w = before[where], g[where], m[where], v[where]
-        adamw(*w, done + 1, 0.01, stage.betas, 0.1 * decays(path))
+        adamw(*w, done + 1, 0.01, stage.betas, 0.1 * has_weight_decay(path))
     np.testing.assert_allclose(worker.shared["m"], m, rtol=1e-3, atol=1e-8)
     np.testing.assert_allclose(worker.shared["v"], v, rtol=1e-3, atol=1e-12)
     np.testing.assert_allclose(worker.shared["weights"][moved], before[moved], atol=1e-4)
 
 
-def test_a_step_is_muon_inside_the_blocks_and_adamw_elsewhere():
-    """Beside a step of AdamW alone; weight decay is the same for both."""
+def test_step_is_muon_inside_blocks_and_adamw_elsewhere():
+    """Compared with a step of AdamW alone; weight decay is the same for both."""
     found = {}
     for rate in (None, 0.02):
         worker = worker_of(recipe_of(FIRST | {"warmup": 0, "muon": rate}))
@@ -209,10 +210,10 @@ def test_a_step_is_muon_inside_the_blocks_and_adamw_elsewhere():
 
 
 @pytest.mark.parametrize("stage", [FIRST, SECOND])
-def test_what_weighs_nothing_changes_nothing(stage):
+def test_padding_does_not_change_loss_or_gradients(stage):
     recipe = recipe_from(recipe_of(stage | {"chain": False}))
     stage = recipe.stages[0]
-    rows = Rows(TOKENIZER, {"one_hop_tiny": 1}, 64, 1, chain=False)
+    rows = StoryDataset(TOKENIZER, {"one_hop_tiny": 1}, 64, 1, chain=False)
     batch = rows.batch(0, 0, 3)
     other = batch.ids.copy()
     other[:, 1:][batch.kinds == PADDING] = 77
@@ -230,9 +231,9 @@ def test_what_weighs_nothing_changes_nothing(stage):
             np.testing.assert_allclose(found_2[path], found[path], rtol=1e-3, atol=1e-4)
 
 
-def test_exits_turn_with_the_steps():
+def test_early_exits_rotate_with_the_steps():
     recipe = recipe_from(recipe_of(SECOND | {"layer_dropout": 0.0}))
-    batch = Rows(TOKENIZER, {"one_hop_tiny": 1}, 40, 1).batch(0, 0, 2)
+    batch = StoryDataset(TOKENIZER, {"one_hop_tiny": 1}, 40, 1).batch(0, 0, 2)
     model = random_model(recipe.config(len(TOKENIZER), TOKENIZER.eos), 2)
     recorded, hidden = record(model)
     recorded(batch.ids[:, :-1])
@@ -240,7 +241,7 @@ def test_exits_turn_with_the_steps():
         (token_losses(model.head(model.norm(x)), batch.ids[:, 1:]) * batch.weights).sum()
         for x in hidden
     )
-    # L = 3, scale 0.2: e = 0, 0.2, 2.2; even steps turn l = 0 and 2 on, odd steps l = 1 and 2.
+    # L = 3, scale 0.2: e = 0, 0.2, 2.2; exits l = 0 and 2 at even steps, l = 1 and 2 at odd ones.
 
     def loss(step):
         stage = recipe.stages[0]
@@ -252,7 +253,7 @@ def test_exits_turn_with_the_steps():
     assert abs(two - three) > 5e-4 * three and one != two
 
 
-def test_answers_weigh_in_the_loss():
+def test_answer_weight_changes_the_loss():
     light, heavy = (worker_of(recipe_of(FIRST | {"answer_weight": w})) for w in (1, 1e6))
     (loss_1, _), (loss_2, _) = (worker.step(0, 0, 0) for worker in (light, heavy))
     assert loss_1 != loss_2
@@ -260,7 +261,7 @@ def test_answers_weigh_in_the_loss():
     assert answers.any() and (heavy.rows.batch(0, 0, 8).weights[answers] == 1e6).all()
 
 
-def test_it_learns():
+def test_training_reduces_the_loss():
     stage = FIRST | {"row": 60, "batch": 16, "lr": 0.02, "steps": 40}
     worker = worker_of(recipe_of(stage, model=MODEL | {"width": 32}))
     before = sum(worker.check(0).values(), Tally.empty())
@@ -272,19 +273,19 @@ def test_it_learns():
     assert (after.count == before.count).all() and after.count[KIND_NUMBER["where1"]] >= 6
 
 
-# The loop, with a team that only plays --------------------------------------------------------
+# The loop, with a fake worker pool ---------------------------------------------------------------
 
 
-class Players:
-    """Answers like a team; the accuracy of where1 rises by a tenth at every check."""
+class FakePool:
+    """Returns made-up results; the accuracy of where1 rises by 0.1 at every check."""
 
     def __init__(self):
-        self.orders = []
+        self.calls = []
         self.checks = 0
 
-    def ask(self, *order):
-        self.orders.append(order)
-        if order[0] == "step":
+    def call(self, *arguments):
+        self.calls.append(arguments)
+        if arguments[0] == "step":
             return [(2.0, 100)]
         self.checks += 1
         tally = Tally.empty()
@@ -295,43 +296,43 @@ class Players:
 
 def run_of(folder, recipe) -> train_module.Run:
     recipe = recipe_from(recipe)
-    layout = Layout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
-    return train_module.Run(recipe, layout, Memory(layout.size, 4), folder, False)
+    layout = ParameterLayout(recipe.config(len(TOKENIZER), TOKENIZER.eos))
+    return train_module.Run(recipe, layout, SharedArrays(layout.size, 4), folder, False)
 
 
-def test_a_stage_ends_when_its_accuracies_are_reached(tmp_path):
+def test_stage_ends_when_its_accuracies_are_reached(tmp_path):
     until = FIRST | {"steps": 50, "until": {"where1": 0.3}}
-    run, players = run_of(tmp_path, recipe_of(until, FIRST)), Players()
-    assert run.go(players, lambda: False)
+    run, pool = run_of(tmp_path, recipe_of(until, FIRST)), FakePool()
+    assert run.train(pool, lambda: False)
     stages = run.log()["stages"]
     assert [(s["stage"], s["step"], s["end"]) for s in stages] == [
         ("first", 9, "reached"), ("first", 6, "steps"),
     ]  # fmt: skip
-    steps = [order[1:] for order in players.orders if order[0] == "step"]
+    steps = [arguments[1:] for arguments in pool.calls if arguments[0] == "step"]
     assert steps == [(0, s, s) for s in range(9)] + [(1, s, 9 + s) for s in range(6)]
     assert run.progress.tokens == 1500
 
 
-def test_a_stage_that_reaches_nothing_ends_and_says_so(tmp_path, capsys):
+def test_stage_that_misses_its_accuracies_ends_with_a_message(tmp_path, capsys):
     run = run_of(tmp_path, recipe_of(FIRST | {"until": {"where1": 0.99}}))
     run.bar = True
-    assert run.go(Players(), lambda: False)
+    assert run.train(FakePool(), lambda: False)
     assert "'first' has not reached" in capsys.readouterr().out
     assert run.log()["stages"][0]["end"] == "steps"
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 6, 8, 9, 14])
-def test_stopping_anywhere_gives_the_same_orders(tmp_path, stop_at):
+def test_resuming_after_any_step_makes_the_same_calls(tmp_path, stop_at):
     recipe = recipe_of(FIRST | {"steps": 50, "until": {"where1": 0.3}}, FIRST)
-    whole = Players()
-    run_of(tmp_path, recipe).go(whole, lambda: False)
-    players, steps = Players(), []
+    whole = FakePool()
+    run_of(tmp_path, recipe).train(whole, lambda: False)
+    pool, steps = FakePool(), []
     run = run_of(tmp_path, recipe)
-    assert not run.go(players, lambda: len(steps.append(0) or steps) == stop_at)
+    assert not run.train(pool, lambda: len(steps.append(0) or steps) == stop_at)
     again = run_of(tmp_path, recipe)
     again.load()
-    assert again.go(players, lambda: False)
-    assert players.orders == whole.orders
+    assert again.train(pool, lambda: False)
+    assert pool.calls == whole.calls
 
 
 # Checkpoints -------------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def arrays_of(size=10):
     }
 
 
-def test_a_checkpoint_comes_back(tmp_path):
+def test_checkpoint_round_trip(tmp_path):
     recipe, path = recipe_from(recipe_of(FIRST, SECOND)), tmp_path / "c.npz"
     progress = Progress(1, 3, 9, 900, 1.5, [0.25], [{"stage": "first"}])
     write_checkpoint(path, recipe, progress, arrays_of())
@@ -353,10 +354,10 @@ def test_a_checkpoint_comes_back(tmp_path):
         np.testing.assert_array_equal(got[name], array)
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+def test_checkpoint_of_another_recipe_is_refused(tmp_path):
     path = tmp_path / "c.npz"
     write_checkpoint(path, recipe_from(recipe_of(FIRST, SECOND)), Progress(1, 0), arrays_of())
-    later = recipe_of(FIRST, SECOND | {"lr": 1.0})  # a stage that was not begun may change
+    later = recipe_of(FIRST, SECOND | {"lr": 1.0})  # a stage that has not begun may change
     read_checkpoint(path, recipe_from(later), arrays_of())
     for name, other in (
         ("stages", recipe_of(FIRST | {"lr": 1.0}, SECOND)),
@@ -365,33 +366,33 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     ):
         with pytest.raises(MinitxError, match=f"another recipe \\({name} differ"):
             read_checkpoint(path, recipe_from(other), arrays_of())
-    with pytest.raises(MinitxError, match="needed are"):
+    with pytest.raises(MinitxError, match="expected weights of shape"):
         read_checkpoint(path, recipe_from(later), arrays_of(11))
 
 
 @pytest.mark.parametrize("keep", [0, 10, 300, 900])
-def test_a_damaged_checkpoint_is_refused(tmp_path, keep):
+def test_damaged_checkpoint_is_refused(tmp_path, keep):
     recipe, path = recipe_from(recipe_of(FIRST)), tmp_path / "c.npz"
     write_checkpoint(path, recipe, Progress(), arrays_of(500))
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(MinitxError, match="no checkpoint"):
+    with pytest.raises(MinitxError, match="expected a training checkpoint"):
         read_checkpoint(path, recipe, arrays_of(500))
 
 
-def test_a_pickle_in_a_checkpoint_is_not_opened(tmp_path):
+def test_pickle_in_a_checkpoint_is_not_loaded(tmp_path):
     path = tmp_path / "c.npz"
     np.savez(path, text=np.array([{"a": 1}], object))
-    with pytest.raises(MinitxError, match="no checkpoint"):
+    with pytest.raises(MinitxError, match="expected a training checkpoint"):
         read_checkpoint(path, recipe_from(recipe_of(FIRST)), arrays_of())
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, True])
-def test_a_wrong_number_of_workers(tmp_path, workers):
+def test_invalid_number_of_workers_is_refused(tmp_path, workers):
     with pytest.raises(MinitxError, match="number of workers"):
         train(write(tmp_path, recipe_of(FIRST)), workers=workers, bar=False)
 
 
-def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
+def test_command_line_reports_an_invalid_recipe(tmp_path, capsys):
     path = write(tmp_path, recipe_of(FIRST | {"lr": 0}))
     assert train_module.main([str(path)]) == 2
-    assert "'lr' of stage 1 is 0" in capsys.readouterr().out
+    assert "'lr' of stage 1 must be a number above 0, got 0" in capsys.readouterr().out

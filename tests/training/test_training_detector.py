@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from test_grad_models import MODELS, example, model_of
+from test_model_gradients import MODELS, example, model_of
 from test_training import FIRST, SECOND, TOKENIZER, Alone, recipe_of, write
 
 import minitx
@@ -20,6 +20,7 @@ from minitx.model import split_heads
 from minitx.skip.dota.detector import Detector
 from minitx.skip.dota.file import read_detectors
 from minitx.state import Layer, Tokens
+from minitx.training.autograd import grad_of
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from minitx.training.detector import (
     Joint,
@@ -28,11 +29,10 @@ from minitx.training.detector import (
     random_detectors,
     squared_products,
 )
-from minitx.training.grad import grad_of
 from minitx.training.loss import cross_entropy
 from minitx.training.recipe import recipe_from
 from minitx.training.train import Run, train
-from minitx.training.worker import Memory, Worker, layout_of
+from minitx.training.worker import SharedArrays, Worker, layout_of
 
 SHORT = FIRST | {"steps": 3, "layers": 2}
 THIRD = FIRST | {"name": "third", "detector": {"k": 4, "weight": 0.02}, "muon": 0.02}
@@ -168,14 +168,14 @@ def test_squared_products_gradients_equal_the_closed_form():
 
 
 class InThisProcess:
-    """A team of one worker, without the time that it takes to start a process."""
+    """A pool of one worker, without the time that it takes to start a process."""
 
     def __init__(self, recipe, layout, memory):
         alone = Alone()
-        self.worker = Worker(0, 1, recipe, memory, alone, alone.taken)
+        self.worker = Worker(0, 1, recipe, memory, alone, alone.next_shard)
 
-    def ask(self, name, *order):
-        return [getattr(self.worker, name)(*order)]
+    def call(self, name, *arguments):
+        return [getattr(self.worker, name)(*arguments)]
 
 
 def train_here(folder, *stages, stop_at=None) -> dict:
@@ -183,11 +183,11 @@ def train_here(folder, *stages, stop_at=None) -> dict:
     folder.mkdir(exist_ok=True)
     recipe = recipe_from(recipe_of(*stages))
     layout = layout_of(recipe, TOKENIZER)
-    memory, steps = Memory(layout.size, recipe.shards), []
+    memory, steps = SharedArrays(layout.size, recipe.shards), []
     run = Run(recipe, layout, memory, folder, False)
-    run.load() if (folder / "checkpoint.npz").exists() else run.begin()
-    team = InThisProcess(recipe, layout, memory)
-    if run.go(team, lambda: len(steps.append(0) or steps) == stop_at):
+    run.load() if (folder / "checkpoint.npz").exists() else run.initialize()
+    pool = InThisProcess(recipe, layout, memory)
+    if run.train(pool, lambda: len(steps.append(0) or steps) == stop_at):
         run.write_folder(TOKENIZER, write(folder, recipe_of(*stages)))
     return run.log()
 
@@ -262,7 +262,7 @@ def test_checkpoint_without_detectors_is_read(tmp_path):
     for array in got.values():
         np.testing.assert_array_equal(array, [*range(10), 7, 7, 7, 7])
     for wrong in (9, 11):
-        with pytest.raises(MinitxError, match="needed are"):
+        with pytest.raises(MinitxError, match="expected weights of shape"):
             read_checkpoint(path, longer, got, wrong)
 
 
@@ -278,13 +278,13 @@ def test_training_again_without_a_detector_deletes_the_file(tmp_path):
     "detector, words",
     [
         (4, "an object with k and weight"),
-        ({}, "no field 'k'"),
+        ({}, "must have the field 'k'"),
         ({"k": 4, "wait": 1}, "Unknown field 'wait' in detector of stage 2"),
-        ({"k": 0}, "whole number >= 1"),
+        ({"k": 0}, "integer >= 1"),
         ({"k": 4, "weight": -1}, "a number >= 0"),
         ({"k": 3}, "k must be an even integer, 2 to the head width 8; got 3"),
         ({"k": 10}, "2 to the head width 8; got 10"),
-        ({"k": 2}, "after one with k=4"),
+        ({"k": 2}, "expected a detector with k=4"),
     ],
 )
 def test_bad_recipe_is_refused(detector, words):

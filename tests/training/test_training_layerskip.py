@@ -9,7 +9,7 @@ from minitx.build import random_model
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Stack
-from minitx.training.grad import gradients
+from minitx.training.autograd import gradients
 from minitx.training.layerskip import (
     drop_layers,
     dropout_by_depth,

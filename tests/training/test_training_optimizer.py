@@ -1,4 +1,5 @@
-"""AdamW against a loop over single numbers, Muon against singular values; the rest by hand."""
+"""AdamW against its literal version, Muon against an SVD; schedules, clipping and layout by
+hand."""
 
 import math
 
@@ -9,21 +10,21 @@ from minitx.build import random_model
 from minitx.config import Config
 from minitx.training.optimizer import (
     EPSILON,
-    Layout,
+    ParameterLayout,
     adamw,
     clip_factor,
-    decays,
-    is_hidden,
+    has_weight_decay,
+    is_block_matrix,
     learning_rate,
     muon,
-    orthogonal,
+    orthogonalize,
 )
 from minitx.tree import weights
 
 CONFIG = Config("gpt2", 11, 8, 2, 2, 2, 4, 16, 9, activation="relu", tied=True, qkv_bias=True)
 
 
-def slow_adamw(w, gradients, lr, betas, decay):
+def literal_adamw(w, gradients, lr, betas, decay):
     """Loshchilov and Hutter (2019), algorithm 2, one number at a time."""
     w, m, v = list(w), [0.0] * len(w), [0.0] * len(w)
     for t, g in enumerate(gradients, 1):
@@ -36,19 +37,19 @@ def slow_adamw(w, gradients, lr, betas, decay):
     return np.array(w), np.array(m), np.array(v)
 
 
-def test_adamw_is_the_slow_loop():
+def test_adamw_equals_the_literal_version():
     rng = np.random.default_rng(0)
     w, decay = rng.standard_normal(20), rng.choice([0.0, 0.1], 20)
     gradients = rng.standard_normal((7, 20)) * 10.0 ** rng.integers(-6, 2, 20)
-    wanted = slow_adamw(w, gradients, 0.01, (0.9, 0.95), decay)
+    expected = literal_adamw(w, gradients, 0.01, (0.9, 0.95), decay)
     m, v = np.zeros(20), np.zeros(20)
     for t, g in enumerate(gradients, 1):
         adamw(w, g.copy(), m, v, t, 0.01, (0.9, 0.95), decay)
-    for a, b in zip((w, m, v), wanted):
+    for a, b in zip((w, m, v), expected):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
 
 
-def test_adamw_stays_float32_and_does_not_depend_on_slices():
+def test_adamw_stays_float32_and_is_independent_of_slicing():
     rng = np.random.default_rng(1)
     w = rng.standard_normal(1000).astype(np.float32)
     g = rng.standard_normal(1000).astype(np.float32)
@@ -63,13 +64,13 @@ def test_adamw_stays_float32_and_does_not_depend_on_slices():
         np.testing.assert_array_equal(a, b)
 
 
-def test_first_step_is_about_lr_whatever_the_gradient():
+def test_adamw_first_step_is_about_lr_for_any_gradient():
     w = np.zeros(3)
     adamw(w, np.array([1e-3, -5.0, 2e4]), np.zeros(3), np.zeros(3), 1, 0.01, (0.9, 0.99), 0.0)
     np.testing.assert_allclose(w, [-0.01, 0.01, -0.01], rtol=1e-4)
 
 
-def test_learning_rates_by_hand():
+def test_learning_rate_schedules_by_hand():
     def rates(schedule, steps):
         return [learning_rate(s, 9, 1.0, 4, schedule, 0.2) for s in steps]
 
@@ -81,15 +82,15 @@ def test_learning_rates_by_hand():
     assert learning_rate(0, 1, 3.0, 0, "cosine", 0.1) == 3.0
 
 
-def test_clipping_limits_the_norm():
+def test_clip_factor_limits_the_norm():
     assert clip_factor(4.0, 1.0) == 0.25
     assert clip_factor(0.5, 1.0) == clip_factor(5.0, 0.0) == 1.0
 
 
-def test_layout_packs_and_shows_every_weight():
-    model, layout = random_model(CONFIG, 3), Layout(CONFIG)
+def test_layout_flattens_and_views_every_weight():
+    model, layout = random_model(CONFIG, 3), ParameterLayout(CONFIG)
     flat = np.full(layout.size, np.nan, np.float32)
-    layout.pack(weights(model), flat)
+    layout.flatten(weights(model), flat)
     assert np.isfinite(flat).all()
     seen = layout.model(flat)
     for path, w in weights(seen).items():
@@ -98,17 +99,17 @@ def test_layout_packs_and_shows_every_weight():
     assert seen.head.w is seen.embed.tokens.w
     flat[:] = 0
     assert not weights(seen)["norm.gain"].any()
-    layout.pack({}, flat := np.ones(layout.size, np.float32))
+    layout.flatten({}, flat := np.ones(layout.size, np.float32))
     assert not flat.any()
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_decay_is_for_matrices_only(tied):
+def test_weight_decay_applies_to_matrices_only(tied):
     config = Config("gpt2", 11, 8, 2, 2, 2, 4, 16, 9, tied=tied, qkv_bias=True, ffn_bias=True)
-    layout = Layout(config)
-    decayed = {path for path in layout.slots if decays(path)}
+    layout = ParameterLayout(config)
+    decayed = {path for path in layout.slots if has_weight_decay(path)}
     kept = set(layout.slots) - decayed
-    assert {path for path in layout.slots if is_hidden(path)} == decayed - {"head.w"}
+    assert {path for path in layout.slots if is_block_matrix(path)} == decayed - {"head.w"}
     block = "stack.blocks.0."
     assert {"embed.w", "embed.tokens.w", "norm.gain", "norm.bias"} <= kept
     assert {block + "attn.qkv.q.b", block + "ffn.expand.up.b", block + "attn.norm.gain"} <= kept
@@ -117,8 +118,8 @@ def test_decay_is_for_matrices_only(tied):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 500])
-def test_blocks_hold_every_weight_once_and_whole(count):
-    layout = Layout(CONFIG)
+def test_layout_blocks_contain_every_weight_once(count):
+    layout = ParameterLayout(CONFIG)
     blocks = layout.blocks(count)
     assert len(blocks) == count
     assert [path for block in blocks for path in block] == list(layout.slots)
@@ -133,8 +134,8 @@ def test_blocks_hold_every_weight_once_and_whole(count):
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5)])
-def test_orthogonal_keeps_directions_and_evens_out_their_sizes(shape):
-    """By singular values: five rounds of the published polynomial on each of them."""
+def test_orthogonalize_sets_singular_values_to_about_one(shape):
+    """Five steps of the published polynomial on each singular value."""
     g = np.random.default_rng(0).standard_normal(shape)
     u, sizes, vt = np.linalg.svd(g, full_matrices=False)
     assert sizes[0] > 2 * sizes[-1]
@@ -142,26 +143,26 @@ def test_orthogonal_keeps_directions_and_evens_out_their_sizes(shape):
     for _ in range(5):
         sizes = 3.4445 * sizes - 4.7750 * sizes**3 + 2.0315 * sizes**5
     assert 0.6 < sizes.min() and sizes.max() < 1.3
-    np.testing.assert_allclose(orthogonal(g), (u * sizes) @ vt, atol=1e-5)
-    assert orthogonal(g.astype(np.float32)).dtype == np.float32
+    np.testing.assert_allclose(orthogonalize(g), (u * sizes) @ vt, atol=1e-5)
+    assert orthogonalize(g.astype(np.float32)).dtype == np.float32
 
 
-def test_muon_by_hand():
-    """Two steps: the running sum of the gradients, looked ahead (Nesterov), and the decay."""
+def test_muon_two_steps_by_hand():
+    """Two steps: momentum, Nesterov look-ahead, weight decay."""
     rng = np.random.default_rng(1)
     w, g1, g2 = rng.standard_normal((3, 4, 7))
     m, first = np.zeros((4, 7)), w.copy()
     muon(w, g1.copy(), m, 0.1, 0.9, 0.5)
     length = 0.1 * 0.2 * math.sqrt(7)
-    np.testing.assert_allclose(w, first * 0.95 - length * orthogonal(g1 * 1.9))
+    np.testing.assert_allclose(w, first * 0.95 - length * orthogonalize(g1 * 1.9))
     before = w.copy()
     muon(w, g2.copy(), m, 0.1, 0.9, 0.5)
     total = 0.9 * g1 + g2
     np.testing.assert_allclose(m, total)
-    np.testing.assert_allclose(w, before * 0.95 - length * orthogonal(g2 + 0.9 * total))
+    np.testing.assert_allclose(w, before * 0.95 - length * orthogonalize(g2 + 0.9 * total))
 
 
-def test_muon_without_any_gradient_only_decays():
+def test_muon_with_zero_gradients_only_decays():
     w, m = np.ones((3, 3), np.float32), np.zeros((3, 3), np.float32)
     muon(w, m.copy(), m, 0.1, 0.9, 0.5)
     np.testing.assert_array_equal(w, np.full((3, 3), 0.95, np.float32))

@@ -1,4 +1,4 @@
-"""Recipes: a good one is read with its defaults; each fault gives one sentence that names it."""
+"""Recipes: a valid one is read with its defaults; each fault is reported in one sentence."""
 
 import copy
 import json
@@ -6,8 +6,8 @@ import json
 import pytest
 
 from minitx.errors import MinitxError
-from minitx.training.grades import GRADES
-from minitx.training.recipe import EarlyExit, read_recipe, recipe_from
+from minitx.training.recipe import EarlyExitLoss, read_recipe, recipe_from
+from minitx.training.stories.grades import GRADES
 
 GOOD = {
     "name": "toy",
@@ -27,12 +27,12 @@ GOOD = {
 }  # fmt: skip
 
 
-def test_a_good_recipe():
+def test_recipe_is_read_with_defaults():
     recipe = recipe_from(GOOD)
     a, b = recipe.stages
     assert (recipe.seed, recipe.shards, recipe.dtype) == (3, 16, "float16")
     assert (a.until, a.chain, a.early_exit) == ({"where1": 0.9}, True, None)
-    assert (b.early_exit, b.betas) == (EarlyExit(0.2, 4), (0.9, 0.99))
+    assert (b.early_exit, b.betas) == (EarlyExitLoss(0.2, 4), (0.9, 0.99))
     (tiny, one), (mine, two) = recipe.shares(a)
     assert (tiny, one, two) == (GRADES["one_hop_tiny"], 1, 2)
     assert mine.max_people == 3 and mine.questions == GRADES["one_hop"].questions
@@ -41,12 +41,12 @@ def test_a_good_recipe():
     assert (config.vocab_size, config.bos, config.eos) == (500, 499, (499,))
 
 
-def test_it_is_read_from_a_file_or_folder(tmp_path):
+def test_recipe_is_read_from_a_file_or_folder(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(GOOD))
     assert read_recipe(tmp_path) == read_recipe(tmp_path / "recipe.json") == recipe_from(GOOD)
 
 
-def test_spelling_it_out_changes_nothing():
+def test_recipe_survives_a_round_trip():
     recipe = recipe_from(GOOD)
     assert recipe_from(recipe.as_dict()) == recipe
 
@@ -59,8 +59,8 @@ FAULTS = [
     ((), "stages", [], "at least one stage"),
     (("stages", 1), "hops", [], "list of integers"),
     (("stages", 1), "hops", [0], "list of integers"),
-    (("stages", 1), "hops", [1, 3], "trains 2 blocks"),
-    (("stages", 1), "hops", [1, 1, 2], "at most 2 numbers"),
+    (("stages", 1), "hops", [1, 3], "each at most 2 (the blocks it trains)"),
+    (("stages", 1), "hops", [1, 1, 2], "at most 2 integers"),
     ((), "seed", -1, "integer"),
     ((), "seed", True, "integer"),
     ((), "shards", 5, "multiple of shards"),
@@ -83,7 +83,7 @@ FAULTS = [
     (("stages", 0), "grades", {}, "share above 0"),
     (("stages", 0), "until", {"where9": 0.5}, "where9"),
     (("stages", 0), "until", {"where1": 1.5}, "accuracy"),
-    (("stages", 0), "until", {"where3": 0.5}, "where3"),  # its grades never ask for three hops
+    (("stages", 0), "until", {"where3": 0.5}, "where3"),  # its grades never ask it
     (("stages", 0), "schedule", "linear", "cosine"),
     (("stages", 0), "chain", 1, "true or false"),
     (("stages", 0), "betas", [0.9], "two numbers"),
@@ -92,7 +92,7 @@ FAULTS = [
     (("stages", 0), "warmup", -1, "integer"),
     (("stages", 0), "layers", 0, "integer >= 1"),
     (("stages", 0), "layers", True, "integer >= 1"),
-    (("stages", 1), "layers", 3, "Stage 'b' trains the first 3 layers but the model has 2"),
+    (("stages", 1), "layers", 3, "Stage 'b': layers must be at most 2, as the model has; got 3"),
     (("stages", 1), "early_exit", 3, "scale and rotation"),
     (("stages", 1), "early_exit", {"scale": 1.0}, "'rotation'"),
     (("stages", 1, "early_exit"), "rotation", 0, "integer"),
@@ -102,7 +102,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("path, name, value, word", FAULTS)
-def test_each_fault_is_named(path, name, value, word):
+def test_recipe_fault_is_named(path, name, value, word):
     recipe = copy.deepcopy(GOOD)
     inner = recipe
     *path, last = path if name is None else (*path, name)
@@ -118,25 +118,25 @@ def test_each_fault_is_named(path, name, value, word):
     assert word.lower() in message.lower() and "\n" not in message and message.endswith(".")
 
 
-def test_a_recap_holds_mentions():
-    """A stage may wait for them, though no sentence of its grade is of the kind "mention"."""
+def test_until_mention_is_reachable_by_a_recap():
+    """A target accuracy for mentions is allowed, although no sentence is of the kind "mention"."""
     stage = GOOD["stages"][0] | {"grades": {"told_twice": 1}, "until": {"mention": 0.9}}
     assert recipe_from(GOOD | {"stages": [stage]}).stages[0].until == {"mention": 0.9}
     grade = {"from": "told_twice", "recap": ""}
     recipe = GOOD | {"stages": [stage], "grades": {"told_twice": grade}}
-    with pytest.raises(MinitxError, match="never ask that; they have no answers"):
+    with pytest.raises(MinitxError, match="never ask; they have no answers"):
         recipe_from(recipe)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"name": 1, "name": 2}', "nul"])
-def test_a_file_that_is_no_object(tmp_path, text):
+def test_recipe_file_without_an_object_is_refused(tmp_path, text):
     path = tmp_path / "recipe.json"
     path.write_text(text)
     with pytest.raises(MinitxError, match="recipe.json"):
         read_recipe(path)
 
 
-def test_a_fault_in_a_file_names_the_file(tmp_path):
+def test_recipe_fault_in_a_file_names_the_file(tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(GOOD | {"dtype": "int4"}))
     with pytest.raises(MinitxError, match=r"recipe\.json: .*int4"):

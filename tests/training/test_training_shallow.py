@@ -1,4 +1,5 @@
-"""Stages that train the first blocks alone: the others wait, and join in without a jolt."""
+"""Stages that train only the first blocks: the others stay identities and are added without a
+jump."""
 
 import json
 
@@ -10,7 +11,7 @@ from minitx.build import random_model
 from minitx.checkpoints.huggingface import read_model
 from minitx.lab.evaluate import Tally
 from minitx.training.layerskip import exit_weights, sample_layer_mask, shallow
-from minitx.training.optimizer import decays
+from minitx.training.optimizer import has_weight_decay
 from minitx.training.recipe import recipe_from
 from minitx.training.train import train
 from minitx.training.worker import DROPOUT, batch_loss
@@ -26,23 +27,23 @@ NEOX = GPT2 | {"family": "gpt_neox", "rope_width": 4, "parallel": True}
 
 
 def block_of(path: str) -> int:
-    """The number of the block that a weight belongs to; -1 for what is outside of all."""
+    """The index of the block that a weight belongs to; -1 if it is in none."""
     return int(path.split(".")[2]) if path.startswith("stack.blocks.") else -1
 
 
-def begun(folder, *stages, model=MODEL):
-    """The model with which a training by these stages begins."""
+def initial_model(folder, *stages, model=MODEL):
+    """The initial model of a training with these stages."""
     run = run_of(folder, recipe_of(*stages, model=model))
-    run.begin()
+    run.initialize()
     return run.layout.model(run.arrays["weights"])
 
 
-# The beginning -----------------------------------------------------------------------------------
+# Initial weights ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [MODEL, GPT2, NEOX], ids=["llama", "gpt2", "gpt_neox"])
-def test_blocks_that_wait_begin_as_identities(tmp_path, sizes):
-    model = begun(tmp_path, FIRST | {"layers": 1}, FIRST, model=sizes)
+def test_untrained_blocks_start_as_identities(tmp_path, sizes):
+    model = initial_model(tmp_path, FIRST | {"layers": 1}, FIRST, model=sizes)
     np.testing.assert_array_equal(model(IDS), shallow(model, 1)(IDS))
     assert (model.hidden(IDS) != model.embed(IDS, slice(0, 30))).any()
     plain = weights(random_model(model.config, 4))
@@ -52,17 +53,17 @@ def test_blocks_that_wait_begin_as_identities(tmp_path, sizes):
 
 
 @pytest.mark.parametrize("stages", [[FIRST], [FIRST, FIRST | {"layers": 1}]])
-def test_a_training_of_all_blocks_begins_with_random_ones(tmp_path, stages):
-    model = begun(tmp_path, *stages)
+def test_blocks_start_random_if_the_first_stage_trains_all(tmp_path, stages):
+    model = initial_model(tmp_path, *stages)
     for path, w in weights(random_model(model.config, 4)).items():
         np.testing.assert_array_equal(weights(model)[path], w)
 
 
-# A stage -----------------------------------------------------------------------------------------
+# One stage ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", [FIRST, SECOND], ids=["plain", "LayerSkip"])
-def test_blocks_that_wait_only_decay(stage):
+def test_untrained_blocks_only_decay(stage):
     stage = stage | {"layers": 2, "warmup": 0, "schedule": "constant"}
     worker = worker_of(recipe_of(stage))
     before = {path: w.copy() for path, w in weights(worker.model).items()}
@@ -74,15 +75,17 @@ def test_blocks_that_wait_only_decay(stage):
         if block_of(path) < 2:
             assert (w != before[path]).any(), path
         else:
-            np.testing.assert_allclose(w, before[path] * (shrunk if decays(path) else 1), 1e-6)
+            np.testing.assert_allclose(
+                w, before[path] * (shrunk if has_weight_decay(path) else 1), 1e-6
+            )
 
 
-def test_a_shallow_step_is_that_of_a_model_of_so_many_layers():
+def test_shallow_step_equals_that_of_a_smaller_model():
     deep = worker_of(recipe_of(FIRST | {"layers": 2}))
     small = worker_of(recipe_of(FIRST, model=MODEL | {"layers": 2}))
     for path, w in weights(small.model).items():
         w[:] = weights(deep.model)[path]
-    # Also clipped alike: to the norm of all gradients the blocks that wait add nothing.
+    # Clipping is the same, too: untrained blocks add nothing to the gradient norm.
     assert deep.step(0, 0, 0) == small.step(0, 0, 0)
     for path, w in weights(small.model).items():
         np.testing.assert_allclose(weights(deep.model)[path], w, rtol=1e-5, atol=1e-7)
@@ -91,13 +94,13 @@ def test_a_shallow_step_is_that_of_a_model_of_so_many_layers():
     np.testing.assert_allclose(one.loss, other.loss, rtol=1e-4)
 
 
-def test_dropout_and_exits_count_the_layers_of_the_stage():
-    """The last of the first two layers is the last: it is dropped most and always has the loss."""
+def test_dropout_and_exits_use_the_layers_of_the_stage():
+    """With layers=2, layer 1 counts as the last: dropped most often, and always with a loss."""
     stage = recipe_from(recipe_of(SECOND | {"layers": 2, "layer_dropout": 0.9})).stages[0]
     config = recipe_from(recipe_of(SECOND)).config(len(TOKENIZER), TOKENIZER.eos)
     deep = random_model(config, 3)
     worker = worker_of(recipe_of(SECOND | {"layers": 2}))
-    worker.enter(0)
+    worker.enter_stage(0)
     batch = worker.rows.batch(0, 0, 8)
     full = recipe_from(recipe_of(SECOND | {"layer_dropout": 0.9})).stages[0]
     assert list(exit_weights(2, 0.2, 2, 1)) == [1]
@@ -107,11 +110,11 @@ def test_dropout_and_exits_count_the_layers_of_the_stage():
     assert batch_loss(deep, batch, full, 1, range(8), DROPOUT) != alone
 
 
-# All of it ---------------------------------------------------------------------------------------
+# Several stages ----------------------------------------------------------------------------------
 
 
-def test_waiting_blocks_join_in(tmp_path):
-    """At the end of a shallow stage the whole model still is the shallow one; then all learn."""
+def test_untrained_blocks_learn_in_a_later_stage(tmp_path):
+    """After a shallow stage the whole model equals the shallow one; the next stage trains all."""
     short = FIRST | {"steps": 2, "every": 2, "weight_decay": 0.0}
     path = write(tmp_path, recipe_of(short | {"layers": 1}, dtype="float32"))
     train(path, tmp_path / "out", workers=1, bar=False)

@@ -1,51 +1,53 @@
-"""``minitx cost separate-signs``: bits of weights and of sums without signs.
+"""``minitx cost separate-signs``: bits of weights and of accumulators without signs.
 
-Plain algebra, of no one paper. Weights of B bits with their sign have magnitudes of B - 1 bits, and
-each stands in one of the two matrices. Sums of magnitudes only rise: unsigned accumulators.
+Signed weights of ``bits`` bits have magnitudes of bits - 1 bits, each in one of the two matrices.
+Sums of magnitudes only rise, so unsigned accumulators hold them.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
-from minitx.errors import MinitxError
 from minitx.lab.block_matrices import Matrix, block_matrices, block_weights, notes
 from minitx.lab.evaluate import table
 from minitx.lab.shape import Shape
+from minitx.technique import between
 
-INPUT = 2**7 - 1  # the largest magnitude of inputs of 8 bits, sign included
+INPUT = 2**7 - 1  # the largest magnitude of a signed 8-bit input
 
 
 @dataclass(frozen=True)
 class SeparateSignsCost:
-    """The blocks' matrices with weights of ``bits`` bits and inputs of 8, both with their sign."""
+    """The blocks' matrices with signed weights of ``bits`` bits and signed 8-bit inputs."""
 
     shape: Shape
     bits: int
 
     def accumulator(self, m: Matrix) -> int:
-        """Bits of an unsigned accumulator that holds every sum of one sign, for any weights."""
+        """Bits of an unsigned accumulator that no weights and inputs overflow."""
         return (m.inputs * INPUT * (2 ** (self.bits - 1) - 1)).bit_length()
 
     @property
-    def together(self) -> int:
-        """Bytes of one matrix with signs."""
+    def signed_bytes(self) -> int:
+        """One signed copy of every matrix."""
         return -(-block_weights(self.shape) * self.bits // 8)
 
     @property
-    def apart(self) -> int:
-        """Bytes of two without, zeros kept."""
+    def split_bytes(self) -> int:
+        """Two unsigned copies of every matrix, zeros stored too."""
         return -(-block_weights(self.shape) * 2 * (self.bits - 1) // 8)
 
     @property
     def multiply_adds(self) -> dict[str, int]:
-        """Of a token: with signs (and apart, zeros left out), apart with zeros, and that for inputs
-        that are separated too."""
+        """Per token: signed (and split, if zeros are skipped); split with zeros multiplied; and
+        with the inputs split too."""
         n = block_weights(self.shape)
-        return {"together": n, "zeros": 2 * n, "zeros and inputs": 4 * n}
+        return {"signed": n, "split": 2 * n, "inputs split too": 4 * n}
 
     def as_dict(self) -> dict:
         rows = [m._asdict() | {"accumulator": self.accumulator(m)} for m in self.matrices]
         found = {"technique": "separate_signs", "shape": asdict(self.shape), "bits": self.bits}
-        found |= {"matrices": rows, "together": self.together, "apart": self.apart}
+        found |= {"matrices": rows}
+        found |= {"signed_bytes": self.signed_bytes, "split_bytes": self.split_bytes}
         return found | {"multiply_adds": self.multiply_adds, "notes": notes(self.shape)}
 
     @property
@@ -53,12 +55,12 @@ class SeparateSignsCost:
         return block_matrices(self.shape)
 
     def __str__(self) -> str:
-        sums = [["matrix", "inputs", "bits, with sign", "bits of each, without"]]
+        sums = [["matrix", "inputs", "signed accumulator, bits", "unsigned, bits"]]
         for m in self.matrices:
             bits = self.accumulator(m)
             sums.append([m.name, f"{m.inputs:,}", str(bits + 1), str(bits)])
-        work = [["a token, zeros multiplied too", "multiply-adds"]]
-        names = ("one matrix with signs", "two without", "two, inputs separated too")
+        work = [["one token, zeros multiplied too", "multiply-adds"]]
+        names = ("one signed matrix", "two unsigned", "two unsigned, inputs split too")
         work += [[name, f"{n:,}"] for name, n in zip(names, self.multiply_adds.values())]
         return "\n".join(
             [
@@ -67,13 +69,15 @@ class SeparateSignsCost:
                 "",
                 table(work),
                 "",
-                f"One matrix of {self.bits} bits takes {self.together:,} bytes, two of "
-                f"{self.bits - 1} take {self.apart:,}.",
+                f"Signed {self.bits}-bit matrices take {self.signed_bytes:,} bytes, two unsigned "
+                f"{self.bits - 1}-bit copies {self.split_bytes:,}.",
             ]
         )
 
 
-def cost(shape: Shape, *, bits: int = 8) -> SeparateSignsCost:
-    if not 2 <= bits <= 32:
-        raise MinitxError(f"cost separate_signs needs weights of 2 to 32 bits, not {bits}.")
+def cost(
+    shape: Shape,
+    *,
+    bits: Annotated[int, "bits of a weight, sign included", between(2, 32)] = 8,
+) -> SeparateSignsCost:
     return SeparateSignsCost(shape, bits)

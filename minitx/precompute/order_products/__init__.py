@@ -60,8 +60,8 @@ def order_products(
     In NumPy:  several times slower, since every output gathers its own inputs; a shared order costs
                little. The accumulator is simulated step by step, and slower by far.
     Not for:   saving bits in the shipped models: no order does (Notes). The head is not reordered.
-    Proof:     tests/precompute/test_order_products.py; literal version: literal_order_products.py
-               beside it
+    Proof:     tests/precompute/test_order_products.py;
+               literal version: tests/precompute/literal_order_products.py
     """
 
     def ordered(linear: Linear):

@@ -22,7 +22,12 @@ from minitx.technique import at_least, swap, technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=False, neutral={"bits": 32}, after=("low_rank", "lut"))
+@technique(
+    level="matrices",
+    exact=False,
+    neutral={"bits": 32},
+    after=("low_rank", "lut_product", "lut_centroid", "lut_bit_serial"),
+)
 def quantize(
     lm,
     *,
@@ -70,7 +75,8 @@ def quantize(
                takes the dense model's time; the others take longer, above all for single tokens.
     Not for:   run=integers with groups above 1,040 inputs, whose integer sums may pass 2^24 and
                would be rounded. A matrix that another technique stores in its own way.
-    Proof:     tests/precompute/test_quantize.py; literal version: literal_quantize.py beside it
+    Proof:     tests/precompute/test_quantize.py;
+               literal version: tests/precompute/literal_quantize.py
     Tutorial:  tutorials/08_fewer_bits.py
     """
     if bits == 32:

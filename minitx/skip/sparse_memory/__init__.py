@@ -1,187 +1,331 @@
-"""Sparse memory: a cache of N slots, of which each query reads the K nearest.
+"""Sparse memory: slots with least-recently-used eviction, of which a query attends to the top k.
 
-The reads, the eviction and the undoing of the paper, for a decoder. The slots are in slots.py, the
-kinds of index in nearest.py and kd_trees.py. Not here: what the paper trains (an LSTM that writes
-and erases), and its rollback for back-propagation, which became ``rewind``.
+From top to bottom: the card and the options; the memory (write, evict, read) as the paper has it;
+the selector that uses it inside attention; notes. nearest.py scores the candidates that an index
+proposes. The plain index is a scan of all slots; lsh.py and kd_trees.py are the paper's other two.
 """
 
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
+
+from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend, Attention
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
+from minitx.skip.sparse_memory.inner_product import key_norm_bound
 from minitx.skip.sparse_memory.kd_trees import KDTrees
-from minitx.skip.sparse_memory.nearest import Linear, best, longest_key, random_lsh
-from minitx.skip.sparse_memory.slots import Slots
+from minitx.skip.sparse_memory.lsh import random_lsh
+from minitx.skip.sparse_memory.nearest import LinearScan, top_k_of_candidates
 from minitx.state import Layer
-from minitx.technique import swap, technique
+from minitx.technique import at_least, between, swap, technique
 from minitx.tree import Part, float_type, part, walk
 
 
 @technique(
     level="scores",
     exact=False,
-    neutral={"K": 1 << 40, "N": None, "index": "linear"},
-    demo={"K": 3, "N": 10},
+    neutral={"keep": 1 << 40, "slots": None, "index": "linear"},
+    demo={"keep": 3, "slots": 10},
     event="keys evicted",
 )
 def sparse_memory(
     lm,
     *,
-    K: int = 16,
-    N: int | None = None,
-    delta: float = 0.005,
-    index: Literal["linear", "lsh", "kd-tree"] = "linear",
-    b: int = 8,
-    L: int = 40,
-    augment: bool = True,
-    trees: int = 4,
-    checks: int | None = 32,
-    seed: int = 0,
+    keep: Annotated[int, "keys that a query attends to (paper: K)", at_least(1)] = 16,
+    slots: Annotated[
+        int | None, "keys that can be read, per key head (paper: N); default: all", at_least(1)
+    ] = None,
+    threshold: Annotated[
+        float, "weight above which a slot counts as accessed (paper: delta)", between(0, 1)
+    ] = 0.005,
+    index: Annotated[
+        Literal["linear", "lsh", "kd-tree"], "what proposes the keys to score; linear: all slots"
+    ] = "linear",
+    bits: Annotated[int, "index=lsh: sign bits per hash table", between(1, 16)] = 8,
+    tables: Annotated[int, "index=lsh: hash tables", at_least(1)] = 40,
+    augment: Annotated[bool, "index=lsh: hash lengths too, not only directions"] = True,
+    trees: Annotated[int, "index=kd-tree: randomized trees", at_least(1)] = 4,
+    checks: Annotated[
+        int | None, "index=kd-tree: keys to look at; None: until the search is exact", at_least(1)
+    ] = 32,
+    seed: Annotated[int, "of the hyperplanes (lsh) or split dimensions (kd-tree)", at_least(0)] = 0,
 ):
-    """Each query reads only the K keys nearest to it; of N keys the longest unread is forgotten.
+    """Attend to the top-k keys of a fixed-size memory with LRU eviction.
 
-    Paper: Jack Rae, Jonathan Hunt, Tim Harley, Ivo Danihelka, Andrew Senior, Greg Wayne, Alex
-        Graves and Timothy Lillicrap, 2016, "Scaling Memory-Augmented Neural Networks with Sparse
-        Reads and Writes", NIPS 2016, arXiv 1610.09027 (SAM). It is about a memory beside an LSTM,
-        trained with it. That the memory is a decoder's keys and values, matched by the one and
-        returning the other, was chosen here (Memorizing Transformers, arXiv 2203.08913, look so for
-        past keys), with alpha = 1 and gamma = 0: nothing is written back into slots that were read.
-        No figure of the paper's is about a transformer.
-    Kind: approximate. The weights stay as they are.
-    Skips or precomputes: the exponential and the value row of all keys but K; with an index, the
-        exact score too of keys that it does not find; of all keys, those evicted.
-    Offline: random planes (lsh), and a bound R of the length of keys from the weights,
-        sqrt(D) ||diag(g) W_k||_2 + |c W_k + b| with the norm's gain g and bias c.
-    Online: each key head has N slots. A token t takes a free slot or that of the least last access,
-        of equals the oldest token (equation 6 of the paper read literally says the most recent, its
-        text the least recent), and is written before it is read. Each query head then takes
-        candidates from the index, scores them exactly and keeps the K best, of equals the
-        smaller slot; softmax runs over these alone. last = t for the slot written and for all that
-        weigh more than delta in a query head of the group. A prompt goes the same way, row by row
-        as soon as the slots are full. A journal notes what each token changed, so that rewinding
-        undoes it bit for bit. Slots hold numbers of tokens and copies of keys; the model's own
-        cache keeps every row, where an undone eviction finds it: what is bounded by N is what can
-        be read, and the index.
-        index=linear: all slots are candidates. lsh: those that share a bucket with the query in one
-        of L tables of b sign bits. kd-tree: what a best-bin-first search in several trees looks at
-        until it has seen ``checks`` keys (None: until it is sure, which is exact). The keys
-        [k, sqrt(R^2 - |k|^2)] and queries [R q / |q|, 0] are indexed, in which the nearest key is
-        the one of the largest product. augment=false hashes the directions of keys alone. If the
-        weights do not tell R, lsh does so too, and trees are built anew when a longer key comes.
-        Fewer candidates than K are filled up with the latest tokens.
-    Saves: one token decoded takes, with n = min(S, N) and r = min(S, K), n d + 2 r d multiply-adds
-        a query head in the place of 2 S d: less if K is under half of S. lsh takes c d in the place
-        of n d for c candidates, but L b d to hash a query and L b (d + 1) to hash a key, and reads
-        L bytes (b > 8: 2 L) for each slot. Trees are here to be looked at: all their distances come
-        from one product, and "points checked" says how many were asked for. N bounds n; it takes
-        N (d + 4) numbers of four bytes a key head, and a journal of up to 2 + G K numbers a token.
-        Eviction and sorting are not counted. A prompt saves nothing where it is chosen in blocks
-        (all scores are computed), and else n d for each row, after which all are computed too.
-    Neutral: index=linear with K no context reaches and N=None, the context: every key is kept.
-    Not for: batches of prompts of different lengths, where something can be evicted or the index
-        is of trees. Wall time in NumPy, up to contexts of 4,096: choosing costs more than it saves,
-        and a prompt goes row by row once slots are full. With N fixed (256) a token's time grows
-        slowly, and breaks even at about 8,000 keys. lsh is slower at every context that was tried,
-        and misses many of the K best: R is several times the length of most keys, so all angles are
-        near 90 degrees. augment=false found more of them on one text of the shipped stories model,
-        from somewhat more candidates. The k-d trees that the paper uses leave hardly a key unseen
-        at the widths of heads (kd_trees.looked_at), and a search cut off finds few of the K best. N
-        near K: recency of use, not weight, decides who goes, so keep N well above K times the query
-        heads of a group.
+    Paper:     Rae et al., "Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes"
+               (SAM), NIPS 2016, arXiv 1610.09027.
+    Fidelity:  the paper's text for reads, eviction, undoing and the indexes. Its memory belongs to
+               an LSTM. That keys and values are the memory is ours, after Memorizing Transformers
+               (arXiv 2203.08913); slots that were read are never written to (alpha = 1, gamma = 0).
+    Kind:      approximate; exact if keep and slots reach the context, with index=linear.
+    Idea:      Few keys get most of the attention, so attend to the best ones only. And a key that
+               nobody has attended to for a long time can make room for a new one.
+    Offline:   nothing (linear); random hyperplanes (lsh); for lsh and kd-tree a bound on the length
+               of keys, from the weights.
+    Online:    each key head has slots; a slot holds a key, its value, and when it was last accessed
+               (last, a token). For token t:
+               write   into a free slot, or else into the one with the smallest last; its last = t
+               search  candidates: all slots, or those that the index finds
+               read    softmax over the keep candidates with the largest q . k, for each query head
+               access  last = t for slots whose weight is above threshold in one of its query heads
+    Saves:     per decoded token and query head n d + 2 r d multiply-adds instead of 2 S d, with
+               n = min(S, slots), r = min(S, keep). Not memory: the KV cache keeps every row, so
+               that an eviction can be undone. Prompts save nothing.
+    In NumPy:  slower than dense up to S = 4,096; with slots=256 it breaks even at about 8,000.
+    Not for:   batches of different lengths, if keys can be evicted or with index=kd-tree: they run
+               one by one. slots near keep: recency decides who goes, not importance.
+    Proof:     tests/skip/test_sparse_memory.py; literal version:
+               tests/skip/literal_sparse_memory.py
+    Tutorial:  tutorials/07_four_ways_to_find_keys.py
     """
-    d = lm.model.config.head_width
-    _check(K, N, delta, b, L, trees, checks, seed)
     context = lm.model.config.context
-    N = context if N is None else min(N, context)
-    dtype = float_type(lm.model)
+    slots = context if slots is None else min(slots, context)
     attentions = [node for _, node in walk(lm) if type(node) is Attention]
-    bounds = {id(attn.attend): longest_key(attn) for attn in attentions}
+    bounds = {id(attn.attend): key_norm_bound(attn) for attn in attentions}
 
-    def chooser(dense: Attend) -> SparseAttention:
+    def change(dense: Attend) -> SparseAttention:
         R = bounds.get(id(dense))
-        if index == "lsh":
-            found = random_lsh(d, b, L, R if augment else None, seed, dtype)
+        if index == "linear":
+            found = LinearScan()
+        elif index == "lsh":
+            d, dtype = lm.model.config.head_width, float_type(lm.model)
+            found = random_lsh(d, bits, tables, R if augment else None, seed, dtype)
         else:
-            found = Linear() if index == "linear" else KDTrees(R, K, checks, trees, seed)
-        return SparseAttention(NearestKeys(found, K, N, delta, dense.scale, context), dense.scale)
+            found = KDTrees(R, keep, checks, trees, seed)
+        selector = SparseMemory(found, keep, slots, threshold, dense.scale, context)
+        return SparseAttention(selector, dense.scale)
 
-    return swap(lm, Attend, chooser)
+    return swap(lm, Attend, change)
 
 
-def _check(K, N, delta, b, L, trees, checks, seed) -> None:
-    least = {"K": K, "N": N, "b": b, "L": L, "trees": trees, "checks": checks}
-    found = None
-    for name, value in least.items():
-        if value is not None and value < 1:
-            found = f"{name}={value}; a whole number of at least 1 is needed"
-    if b > 16:
-        found = f"b={b}; at most 16 bits are needed, since a bucket of more has no key in it"
-    if seed < 0:
-        found = f"seed={seed}; a whole number of at least 0 is needed"
-    if not 0 <= delta <= 1:
-        found = f"delta={delta:g}; a share of attention from 0 to 1 is needed"
-    if found:
-        raise MinitxError(f"sparse_memory has {found}.")
+# Online: the memory ------------------------------------------------------------------------------
+
+
+class SlotMemory:
+    """M memories of N slots each: one per key head, and per sequence of a batch.
+
+    token, last: (M, N), the token in each slot, and the token that last accessed it; -1 for a free
+    slot. rows: the keys (M, N, d) and what the index stores per key (M, N, any), by slot. source:
+    the same by token, of every token. Values stay in the KV cache.
+    """
+
+    def __init__(self, source: tuple, index: Part, keep: int, slots: int, threshold: float):
+        M = len(source[0])
+        self.source, self.index = source, index
+        self.keep, self.slots, self.threshold = keep, slots, threshold
+        self.rows = tuple(np.zeros((M, slots, a.shape[2]), a.dtype) for a in source)
+        self.token = np.full((M, slots), -1)
+        self.last = np.full((M, slots), -1)
+        self.built = [index.empty()] * M if index.has_history else None  # k-d trees
+        self.count = 0  # tokens written
+        self.journal: list[Change] = []  # one entry per token
+
+    def write(self, t: int) -> None:
+        """Put token t into a free slot, or else into the least recently accessed one; ties go to
+        the oldest token."""
+        each = np.arange(len(self.token))  # (M,)
+        slot = np.full_like(each, t)
+        old_keys = [None] * len(each)
+        if t >= self.slots:
+            slot = (self.last * (t + 1) + self.token).argmin(-1)  # smallest (last, token)
+            old_keys = self.rows[0][each, slot]
+            ledger.event("keys evicted", len(slot))
+        before = self.token[each, slot], self.last[each, slot]
+        self.journal.append(Change(slot, *before, self.built, []))
+        self.put(slot, np.full_like(slot, t), t)
+        self.count = t + 1
+        if self.built is not None:
+            n, keys = min(self.count, self.slots), self.rows[0]
+            self.built = [
+                self.index.insert(self.built[m], keys[m, :n], slot[m], old_keys[m], m) for m in each
+            ]
+
+    def read(self, q):
+        """The slots (M, G, 1, n), booleans, that the newest token attends to; q (M, G, 1, d)."""
+        t, n = self.count - 1, min(self.count, self.slots)
+        keys, *codes = (a[:, :n] for a in self.rows)
+        order = self.token if self.count > self.slots else None
+        visible = Visible(1, n)
+        kept, scores = top_k_of_candidates(
+            self.index, self.keep, q, keys, codes, visible, self.built, order
+        )
+        where = np.nonzero(self.is_accessed(scores, kept)[:, 0])  # (memories, slots)
+        self.journal[t].accessed[:] = where, self.last[where]
+        self.last[where] = t
+        return kept
+
+    def is_accessed(self, scores, kept):
+        """Which keys (M, T, n) get a weight above the threshold in some query head; scores and kept
+        are (M, G, T, n)."""
+        weights = np.exp(scores - scores.max(-1, keepdims=True))  # the maximum is always kept
+        weights *= kept
+        weights /= weights.sum(-1, keepdims=True)
+        return (weights > self.threshold).any(1)
+
+    def rewind(self, position: int) -> None:
+        """Undo the tokens from ``position`` on, the newest first."""
+        while self.count > position:
+            change = self.journal.pop()
+            self.count -= 1
+            if change.accessed:
+                where, last = change.accessed
+                self.last[where] = last
+            if self.count < self.slots:  # the slot was free
+                for row in (*self.rows, self.token, self.last):
+                    row[:, self.count] = 0 if row.ndim > 2 else -1
+            else:
+                self.put(change.slot, change.token, change.last)
+            self.built = change.built
+
+    def put(self, slot, token, last) -> None:
+        """Put each memory's token (M,) into its slot (M,)."""
+        each = np.arange(len(slot))
+        for row, source in zip(self.rows, self.source):
+            row[each, slot] = source[each, token]
+        self.token[each, slot], self.last[each, slot] = token, last
+
+    # Several tokens --------------------------------------------------------------------------
+
+    def run(self, q, visible: Visible):
+        """The tokens (M, G, T, S), booleans, that the tokens ``visible.own`` attend to; q
+        (M, G, T, d)."""
+        kept = np.zeros((*q.shape[:-1], visible.S), bool)
+        first = int(visible.own[0])
+        for t in range(self.count, first):  # tokens whose query skipped this layer
+            self.write(t)
+        at_once = self.tokens_without_eviction(visible)
+        if at_once:
+            found = self.run_without_eviction(q[:, :, :at_once], first)
+            kept[:, :, :at_once, : first + at_once] = found
+        for t in range(at_once, visible.T):  # one by one: what t reads decides what t + 1 evicts
+            while self.count <= visible.own[t]:
+                self.write(self.count)
+            m, g, _, slot = np.nonzero(self.read(q[:, :, t : t + 1]))
+            kept[m, g, t, self.token[m, slot]] = True
+        return kept
+
+    def tokens_without_eviction(self, visible: Visible) -> int:
+        """How many of the tokens can be run at once: those that find a free slot, if they are the
+        newest ones without a gap and the index does not depend on the order of writes."""
+        first = int(visible.own[0])
+        if self.built is not None or first != visible.S - visible.T:
+            return 0
+        return min(max(self.slots - first, 0), visible.T)
+
+    def run_without_eviction(self, q, first: int):
+        """Faster than write and read one by one, with the same result: nothing is evicted, so token
+        t is in slot t, and all queries can be scored together."""
+        S = first + q.shape[2]
+        keys, *codes = (a[:, :S] for a in self.source)
+        visible = Visible(q.shape[2], S)
+        kept, scores = top_k_of_candidates(self.index, self.keep, q, keys, codes, visible)
+        before = self.last[:, None, :S].copy()  # (M, 1, S)
+        for t in range(first, S):
+            self.write(t)
+        t = np.arange(first, S)[:, None]
+        written = t == np.arange(S)  # (T, S)
+        accessed = self.is_accessed(scores, kept)  # (M, T, S)
+        last = np.concatenate([before, np.where(accessed | written, t, -1)], 1)
+        np.maximum.accumulate(last, 1, out=last)  # (M, T + 1, S): before and after each token
+        self.last[:, :S] = last[:, -1]
+        for i in range(S - first):
+            where = np.nonzero(accessed[:, i])
+            self.journal[first + i].accessed[:] = where, last[:, i][where]
+        return kept
+
+
+class Change(NamedTuple):
+    """What one token changed in each memory: enough to undo it."""
+
+    slot: np.ndarray  # (M,): where it was written
+    token: np.ndarray  # (M,): the token that was there before; -1: none
+    last: np.ndarray  # (M,): and when that was last accessed
+    built: list | None  # the k-d trees before
+    accessed: list  # [], or [(memories, slots), their ``last`` before]
+
+
+# Online: in attention ----------------------------------------------------------------------------
 
 
 @part
-class NearestKeys(Part):
-    """Chooses the K best of the keys that the index finds among those that are still remembered.
+class SparseMemory(Part):
+    """Selects the keys that each query attends to.
 
-    Nothing is ever evicted where N reaches the context. Then it makes no difference what was read
-    before, so there are no slots, and rows are chosen many at once and in batches of any kind
-    (unless the index itself has a history).
+    With slots for the whole context nothing is ever evicted, so it does not matter what was read
+    before: then there is no SlotMemory, and queries are processed together, in batches of any kind
+    (unless the index has a history of its own).
     """
 
     index: Part
-    K: int
-    N: int
-    delta: float
+    keep: int
+    slots: int
+    threshold: float
     scale: float  # 1 / sqrt(d)
     context: int
 
     @property
     def has_history(self) -> bool:
-        """Which keys are still there depends on which were read."""
-        return self.context > self.N or self.index.history
+        """Does it depend on earlier reads which keys are left?"""
+        return self.slots < self.context or self.index.has_history
 
     one_sequence = has_history
 
     def keeps_all(self, S: int) -> bool:
-        """Keys of now are to be kept, and none of those to come may depend on what was read."""
-        return type(self.index) is Linear and S <= self.K and self.context <= self.N
+        return type(self.index) is LinearScan and S <= self.keep and self.context <= self.slots
 
     def remember(self, k, layer: Layer):
-        """What the index knows of each key; with the slots around it where there are any."""
-        facts = per_key(self.index, k, self.index.remember, layer)  # each (..., K, S, any)
+        """The index's codes of all keys k (..., K, S, d), each (..., K, S, any); or the SlotMemory,
+        if there is one."""
+        codes = per_key(self.index, k, self.index.precompute, layer)
         if not self.has_history:
-            return facts
+            return codes
         if layer.start is not None:
             raise MinitxError(
-                "sparse_memory cannot forget by use, nor grow trees, in a batch of prompts of "
-                "different lengths; run them one by one, or with N=None and another index."
+                "sparse_memory cannot evict keys or build k-d trees in a batch of prompts of "
+                "different lengths; run them one by one, or use slots=None and another index."
             )
-        source = tuple(a.reshape(-1, *a.shape[k.ndim - 2 :]) for a in (k, *facts))
+        source = tuple(a.reshape(-1, *a.shape[k.ndim - 2 :]) for a in (k, *codes))
 
-        def make() -> Slots:
-            return Slots(source, self.index, self.K, self.N, self.delta)
+        def make() -> SlotMemory:
+            return SlotMemory(source, self.index, self.keep, self.slots, self.threshold)
 
-        if layer.remember:
-            slots = layer.memory.recall(self, make)
-        else:
-            slots = make()
-        slots.source = source  # which has grown
-        for t in range(slots.count, int(layer.tokens.array[0])):  # skipped this layer: nobody read
-            slots.write(t)
-        return slots
+        memory = layer.memory.recall(self, make) if layer.remember else make()
+        memory.source = source  # which has grown
+        return memory
 
     def __call__(self, q, k, known, visible: Visible):
         *lead, H, T, d = q.shape
-        heads = k.shape[-3]
-        q = q.reshape(*lead, heads, H // heads, T, d) * self.scale  # (..., K, G, T, d)
-        if isinstance(known, Slots):
+        K = k.shape[-3]
+        q = q.reshape(*lead, K, H // K, T, d) * self.scale  # (..., K, G, T, d)
+        if isinstance(known, SlotMemory):
             kept = known.run(q.reshape(-1, *q.shape[-3:]), visible)  # (M, G, T, S)
             return kept.reshape(*q.shape[:-1], visible.S)
-        facts = [a[..., : visible.S, :] for a in known]
-        return best(self.index, self.K, q, k, facts, visible)[0]
+        codes = [a[..., : visible.S, :] for a in known]
+        return top_k_of_candidates(self.index, self.keep, q, k, codes, visible)[0]
+
+
+# Notes:
+#
+# - Equation 6 of the paper, read literally, evicts the most recently accessed slot; its text says
+#   the least recently accessed one, which is what runs here. A token is written before it reads, so
+#   it can attend to itself. Ties of q . k go to the lower slot.
+# - The paper keeps slots in a linked list, O(1) per access. In NumPy an argmin over the slots is
+#   faster; a test shows that the two evict the same slots.
+# - The journal replaces the paper's rollback for back-propagation: ``rewind`` undoes tokens bit for
+#   bit, for rejected draft tokens. An entry has at most 2 + G keep numbers per key head.
+# - Not here: what the paper trains (an LSTM that writes and erases). No figure of the paper is
+#   about a transformer.
+# - Several query heads share a memory: keep slots well above keep times G.
+# - If an index finds fewer than keep candidates, the latest tokens are added (nearest.py).
+# - If the weights do not tell the bound R of the key lengths (a first_layer table, say), lsh hashes
+#   directions as with augment=false, and k-d trees are rebuilt when a longer key comes.
+# - Memory: the slots take slots (d + 4) numbers per key head on top of the KV cache.
+# - Work that is counted: the scores. For lsh, c d for c candidates instead of n d, plus
+#   tables bits d to hash a query and tables bits (d + 1) to hash a key, and tables bytes read per
+#   slot (2 tables for bits > 8). Not counted: sorting, and finding the slot to evict.
+# - A prompt is scored in full: n d per query and head for the choice, then all of it again.
+# - In NumPy: choosing keys costs more time than it saves up to contexts of 4,096, and a prompt runs
+#   token by token once the slots are full. With slots=256 the time per token grows slowly and
+#   breaks even near 8,000 keys. lsh was slower at every context that was tried; k-d trees are
+#   plain Python, for looking at.

@@ -1,10 +1,10 @@
-"""Make the tiny checkpoints in this folder and their logits with Hugging Face transformers.
+"""Generate the tiny checkpoints in this folder and their logits with Hugging Face transformers.
 
-    python tests/reference/files/make.py      (needs torch and transformers; takes seconds)
+    python tests/reference/files/make.py      (requires torch and transformers; takes seconds)
 
-Each folder holds what save_pretrained writes for a small random model, plus ``logits.npy`` (T, V)
-for the ids (T,) in ``ids.npy``, computed in float32 from the stored weights. All weights are drawn
-anew: transformers would start gains at 1 and biases at 0, which hides mistakes.
+Each folder holds the output of save_pretrained for a small random model, plus ``logits.npy`` (T, V)
+for the ids (T,) in ``ids.npy``, computed in float32 from the stored weights. All weights are
+reinitialized: the defaults of transformers, gains of 1 and biases of 0, would hide errors.
 """
 
 import json
@@ -35,7 +35,7 @@ def rope(base, **more):
     return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
 
 
-# name: (configuration, type of the stored weights, largest shard)
+# name: (configuration, dtype of the stored weights, maximum shard size)
 MODELS = {
     "llama": (
         LlamaConfig(
@@ -91,8 +91,8 @@ MODELS = {
 }
 
 
-def randomise(model, seed: int) -> None:
-    """Gains around 1, biases clearly not 0, matrices that keep the stream's size."""
+def randomize(model, seed: int) -> None:
+    """Gains near 1, non-zero biases, matrices that keep the scale of the residual stream."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -105,11 +105,11 @@ def make(name: str, config, dtype, shard: str | None, seed: int) -> None:
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    randomise(model, seed)
+    randomize(model, seed)
     model = model.to(dtype)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
     (folder / "generation_config.json").unlink(missing_ok=True)
-    # Loaded anew: the model above has its rotary angles rounded to ``dtype`` too.
+    # Reloaded, because the rotary angles of the model above are rounded to ``dtype`` too.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=F32, attn_implementation="eager")
     with torch.no_grad():
         logits = model(torch.tensor(IDS)[None]).logits[0]

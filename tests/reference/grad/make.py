@@ -1,9 +1,9 @@
-"""Write grad.npz: torch's loss and gradients for the small models of tests/test_grad_models.py.
+"""Write grad.npz: torch's loss and gradients for the models of test_model_gradients.py.
 
-Needs torch and transformers; from the project's root: ``python tests/reference/grad/make.py``.
-Each model is built once by minitx and once as the Hugging Face class of its family, in float64 with
-the same weights; loss and gradients are torch's alone. One vector a model: its loss, then the
-gradients of all weights, flattened, in the order of ``tree.weights``.
+Needs torch and transformers; from the root of the project: ``python tests/reference/grad/make.py``.
+Each model is built once by minitx and once as the Hugging Face class of its family, in float64 and
+with the same weights; loss and gradients are computed by torch alone. The file has one vector per
+model: the loss, then the gradients of all weights, flattened, in the order of ``tree.weights``.
 """
 
 import sys
@@ -14,10 +14,11 @@ import torch
 import transformers
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[2])]
+TESTS = HERE.parents[1]
+sys.path[:0] = map(str, (HERE.parent, TESTS / "training" / "autograd", TESTS, TESTS.parent))
 
 from double import in_float64  # noqa: E402
-from test_grad_models import MODELS, example, model_of  # noqa: E402
+from test_model_gradients import MODELS, example, model_of  # noqa: E402
 
 from minitx import tree  # noqa: E402
 
@@ -81,7 +82,7 @@ def gpt2(c):
                 f"{ours}.{a}.gain": f"{theirs}.{b}.weight",
                 f"{ours}.{a}.bias": f"{theirs}.{b}.bias",
             }
-        # Conv1D stores (in, out) as minitx does; q, k and v are column blocks of one matrix
+        # Conv1D stores (in, out), like minitx; q, k and v are column blocks of one matrix
         parts = {"attn.out": "attn.c_proj", "ffn.expand.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}
         for a, b in parts.items():
             names |= {
@@ -127,7 +128,7 @@ def gpt_neox(c):
                 f"{ours}.{a}.w": f"{theirs}.{b}.weight.T",
                 f"{ours}.{a}.b": f"{theirs}.{b}.bias",
             }
-        for j, a in enumerate("qkv"):  # the rows of one matrix: head by head its q, k and v
+        for j, a in enumerate("qkv"):  # rows of one matrix: for each head its q, k and v
             rows = np.arange(3 * c.width).reshape(c.heads, 3, c.head_width)[:, j].reshape(-1)
             fused = f"{theirs}.attention.query_key_value"
             names[f"{ours}.attn.qkv.{a}.w"] = (f"{fused}.weight.T", rows)
@@ -140,7 +141,8 @@ FAMILIES = {"llama": llama, "gpt2": gpt2, "gpt_neox": gpt_neox}
 
 
 def place(arrays: dict, name):
-    """One of theirs in our layout, as (view, columns): ``name``, ``name.T`` or (name, columns)."""
+    """A torch array in minitx's layout, as (view, columns): ``name``, ``name.T`` or (name,
+    columns)."""
     name, columns = name if isinstance(name, tuple) else (name, slice(None))
     view = arrays[name.removesuffix(".T")]
     return view.T if name.endswith(".T") else view, columns
@@ -165,7 +167,9 @@ def reference(config):
     gradients = {name: p.grad for name, p in parameters.items()}
     found = [place(gradients, names[path]) for path in ours]
     flat = [view[..., columns].reshape(-1).numpy() for view, columns in found]
-    assert sum(map(len, flat)) == sum(p.numel() for p in parameters.values()), "some are left out"
+    assert sum(map(len, flat)) == sum(p.numel() for p in parameters.values()), (
+        "the names do not cover all parameters"
+    )
     return np.concatenate([[loss.item()], *flat])
 
 

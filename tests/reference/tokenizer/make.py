@@ -1,12 +1,12 @@
-"""Makes ``tokenizer.json`` and ``reference.json`` beside it, with Hugging Face ``tokenizers``.
+"""Generate ``tokenizer.json`` and ``reference.json`` here with Hugging Face ``tokenizers``.
 
     python tests/reference/tokenizer/make.py
 
 ``tokenizer.json`` is a small byte-level BPE tokenizer, trained on the text below.
-``reference.json`` has, for texts from every part of Unicode: the lengths of the words that GPT-2's
-split makes of them; their ids from that tokenizer and from variants of it (a variant is the same
-file with some keys replaced); texts decoded from arbitrary ids; and which code points are letters,
-numbers and white space. Everything is drawn from a fixed seed. The version used is in the file.
+``reference.json`` has, for texts from all of Unicode: the word lengths after GPT-2's
+pre-tokenization; their ids from that tokenizer and from variants of it (a variant is the same file
+with some keys replaced); texts decoded from arbitrary ids; and which code points are letters,
+numbers and whitespace. The seed is fixed. The file records the version of ``tokenizers``.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 HERE = Path(__file__).parent
 VOCAB_SIZE = 420
-IN_VOCABULARY = {"re": 262}  # added tokens that the trained vocabulary has as well
+IN_VOCABULARY = {"re": 262}  # added tokens that are also in the trained vocabulary
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 TRAINING_TEXT = """Once upon a time there was a small red kite. It was Mia's. "Where's the kite?"
@@ -31,7 +31,7 @@ river with the basket, and Mia went home. The café in the städtchen was closed
 We're happy, I'm glad, you've seen it, she'd know, don't you think so? 🙂🙂 x = y + 1;
 """
 
-# Each replaces some keys of the file; "model" is merged into the model's own keys.
+# Added tokens with their flags; flags that are not given are False.
 ADDED = [("<|endoftext|>", {"special": True})]
 FLAGGED = ADDED + [
     ("<l>", {"special": True, "lstrip": True}),
@@ -88,6 +88,7 @@ TEMPLATE = {
         }
     },
 }
+# Each variant replaces some keys of the file; "model" is merged into the keys of the model.
 VARIANTS = {
     "plain": {},
     "prefix space": {"pre_tokenizer": byte_level(add_prefix_space=True)},
@@ -106,13 +107,13 @@ VARIANTS = {
         "normalizer": {"type": "NFC"},
     },
 }
-ALL_TEXTS = {"plain", "flags", "flags, prefix space, NFC"}  # the others take every sixth text
+ALL_TEXTS = {"plain", "flags", "flags, prefix space, NFC"}  # other variants use every sixth text
 
 
 def texts(rng):
-    """Texts of every kind: chosen ones, one for every category, and mixtures."""
-    chosen = ["", " ", "  ", "\n", " \n", "\n\n x", "a", " a", "  a", "a  ", "   a   b   ", "\t\ta"]
-    chosen += [
+    """Handwritten texts, texts of every Unicode category, and random mixtures."""
+    found = ["", " ", "  ", "\n", " \n", "\n\n x", "a", " a", "  a", "a  ", "   a   b   ", "\t\ta"]
+    found += [
         "\u00a0a",
         " \u00a0 a",
         "a\u3000\u3000b",
@@ -121,37 +122,37 @@ def texts(rng):
         "\x1c\x1d x\x1e\x1f",
         "\ufffd",
     ]
-    chosen += ["it's we're I'm you've he'll she'd 'tis don't O'Neil's 'S 'RE ''s '", "can\u2019t"]
-    chosen += ["x1y2 345 \u00b2\u00bd\u2168\u0663 3.14 1,000", "<|endoftext|>", "a <|endoftext|> b"]
-    chosen += [
+    found += ["it's we're I'm you've he'll she'd 'tis don't O'Neil's 'S 'RE ''s '", "can\u2019t"]
+    found += ["x1y2 345 \u00b2\u00bd\u2168\u0663 3.14 1,000", "<|endoftext|>", "a <|endoftext|> b"]
+    found += [
         "<|endoftext|><|endoftext|>",
         "<|endoftext",
         "\U0001f469\u200d\U0001f469\u200d\U0001f467",
     ]
-    chosen += [
+    found += [
         "e\u0301 cafe\u0301 caf\u00e9 \u1ebf",
         "\u0915\u094d\u0937\u093f",
         "\ufeffbom",
         "\U0001f1eb\U0001f1f7",
     ]
-    chosen += [
+    found += [
         "\U0010ffff\U000f0000\ue000",
         "A\u030a\u0327 \u212b",
         "a\u0085b\u2028c\u2029d\u180ee\u200bf",
     ]
-    chosen += [
+    found += [
         " <l> x <l>",
         "x <r>  y",
         "x  <lr>  y",
         "word words sword word. word_ word\u0301 word\u00b2",
     ]
-    chosen += [
+    found += [
         "<l><l> <l>",
         "re re: pre 're re\u203f \u24b6re re\u200d",
         "a   b    c",
         "y + 1 y + 1 cafe\u0301",
     ]
-    chosen += [
+    found += [
         "<r>  <r>  ",
         "<lr> <lr>",
         "<l>word",
@@ -163,10 +164,10 @@ def texts(rng):
     by_category = {}
     for code in range(0x110000):
         by_category.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
-    del by_category["Cs"]  # surrogates are no text
+    del by_category["Cs"]  # surrogates are not valid text
     for _, chars in sorted(by_category.items()):
-        for glue in ("", " ", "a"):
-            chosen.append(glue.join(rng.choices(chars, k=6)) + " " + rng.choice(chars))
+        for separator in ("", " ", "a"):
+            found.append(separator.join(rng.choices(chars, k=6)) + " " + rng.choice(chars))
     pieces = [
         "'s",
         "'ll",
@@ -200,9 +201,9 @@ def texts(rng):
             parts = rng.choices(pieces, k=14)
         else:
             parts = [rng.choice(by_category[rng.choice(sorted(by_category))]) for _ in range(12)]
-        chosen.append("".join(parts))
-    chosen += [line for line in TRAINING_TEXT.splitlines()]
-    return chosen
+        found.append("".join(parts))
+    found += [line for line in TRAINING_TEXT.splitlines()]
+    return found
 
 
 def train():
@@ -223,13 +224,13 @@ def train():
 
 
 def with_variant(fields, variant):
-    """The tokenizer file `fields` with the keys of `variant` (also in tests/test_tokenizer*.py)."""
+    """`fields` with the keys of `variant` replaced (as in tests/tokenizer_files.py)."""
     model = fields["model"] | variant.get("model", {})
     return fields | variant | {"model": model}
 
 
 def code_points(pattern):
-    """First and last code point of each range of those that `pattern` matches."""
+    """The code points that `pattern` matches, as ranges "first-last" in hexadecimal."""
     step = pre_tokenizers.Split(Regex(pattern), "isolated")
     matched = []
     for code in [*range(0xD800), *range(0xE000, 0x110000)]:

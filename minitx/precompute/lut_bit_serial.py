@@ -1,0 +1,172 @@
+"""Bit-serial lookup (T-MAC): the inputs' signed sums are in a table, the weights' bits index it.
+
+The card and the options, the part that runs (online), the indices (offline), notes.
+"""
+
+from typing import Annotated
+
+import numpy as np
+
+from minitx import ledger
+from minitx.shared.table_lookup import (
+    READS,
+    as_rows,
+    constant_matrices,
+    count_reads,
+    replace_matrices,
+    sum_entries,
+    weight_and_bias,
+)
+from minitx.technique import at_least, between, technique
+from minitx.tree import Part, part
+
+
+@technique(
+    level="matrices",
+    exact=False,
+    neutral={"layers": 0},
+    after=("low_rank",),
+    event="table reads",
+)
+def lut_bit_serial(
+    lm,
+    *,
+    bits: Annotated[int, "bits of a weight", between(1, 8)] = 4,
+    group: Annotated[int, "inputs of one table (paper: g)", between(1, 8)] = 4,
+    layers: Annotated[
+        int | None, "blocks changed, the last ones; default: all", at_least(0)
+    ] = None,
+    head: Annotated[bool, "replace the output head too"] = False,
+):
+    """Quantize weights and read sums of the inputs from tables indexed by the weights' bits.
+
+    Paper:     Wei et al., "T-MAC: CPU Renaissance via Table Lookup for Low-Bit LLM Deployment on
+               Edge", EuroSys 2025, arXiv 2407.00088. Relative: "LUT-GEMM", arXiv 2206.09557.
+    Fidelity:  a reconstruction from summaries (T-MAC's readme, LUT-GEMM's abstract).
+    Kind:      approximate: quantizes the weights. The product with them is exact.
+    Idea:      One bit of each weight only says which inputs to add up. A few inputs have few such
+               sums: compute all of them once per token, for all outputs.
+    Offline:   W (in, out) = scale[o] (u - zero[o]) for each output o, u integers of `bits` bits
+               index[i, g, o] = bits i of the `group` integers u in group g of output o
+    Online:    sums[g, m] = sum over inputs j of group g of (x_j if bit j of m is 1, else -x_j)
+               s[i, o]    = sum over g of sums[g, index[i, g, o]]
+               dot[o]     = sum over i of 2^i (s[i, o] + sum(x)) / 2              = x u
+               y[o]       = scale[o] (dot[o] - zero[o] sum(x)) + b[o]
+    Saves:     of in * out multiply-adds, 2 out multiplications and bits * in * out / group reads
+               and additions are left: no fewer at bits = group = 4, but a byte shuffle reads 16
+               entries at once. Weights take bits / 32 of float32.
+    In NumPy:  0.1x the speed of dense: gathering entries is far slower than BLAS.
+    Not for:   q k^T and p v, where both sides change.
+    Proof:     tests/precompute/test_lut_bit_serial.py; literal version:
+               tests/precompute/literal_lut_bit_serial.py
+    Tutorial:  tutorials/10_tables_instead_of_products.py
+    """
+    nodes = constant_matrices("lut_bit_serial", lm, layers, head)
+    return replace_matrices(
+        lm, nodes, lambda node: BitSerialLinear.of(*weight_and_bias(node), bits, group)
+    )
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class BitSerialLinear(Part):
+    """x @ w + b with the weights quantized to few bits and x as it is."""
+
+    index: np.ndarray  # (bits, groups, out)
+    scale: np.ndarray  # (out,)
+    zero: np.ndarray  # (out,) the integer that stands for 0
+    group: int
+    b: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, w, b, bits: int, group: int) -> "BitSerialLinear":
+        """From w (in, out) and a bias (out,) or None."""
+        u, scale, zero = quantize(w, bits)
+        index = table_index(u.astype(np.uint8), bits, group)
+        return cls(index, scale.astype(w.dtype), zero.astype(w.dtype), group, b)
+
+    def __call__(self, x):
+        return self.outputs(x, slice(None))
+
+    def outputs(self, x, columns):
+        """Only these columns of the outputs: a slice, or an array of indices."""
+        index, zero, scale = self.index[:, :, columns], self.zero[columns], self.scale[columns]
+        groups, out = index.shape[1:]
+        rows = as_rows(x, groups * self.group)  # (n, in)
+        dot = integer_product(rows, index, self.group)  # (n, out)
+        count_reads(2 * dot.size, len(rows) * index.size, index.nbytes)
+        ledger.event("table entries computed", len(rows) * groups << self.group - 1)
+        y = (dot - zero * rows.sum(1)[:, None]) * scale
+        if self.b is not None:
+            y += self.b[columns]
+        return y.reshape(*x.shape[:-1], out)
+
+
+def integer_product(rows, index, group: int):
+    """``rows @ u`` (n, out), for rows (n, groups * group) and the index (bits, groups, out) of u.
+
+    A bit is (sign + 1) / 2, so the bits' sum of inputs is (signed sum + sum of all inputs) / 2.
+    """
+    total = rows.sum(1)[:, None]
+    bits, groups, out = index.shape
+    dot = np.zeros((len(rows), out), rows.dtype)
+    step = max(1, READS // (groups << group))  # tokens whose tables are computed at a time
+    for a in range(0, len(rows), step):
+        sums = signed_sums(rows[a : a + step], group)  # (step, groups, 2^group)
+        base = np.arange(len(sums) * groups).reshape(-1, groups) << group
+        for i in range(bits):
+            s = sum_entries(sums.reshape(-1), base, index[i], rows.dtype)
+            dot[a : a + step] += 2**i * ((s + total[a : a + step]) / 2)
+    return dot
+
+
+def signed_sums(rows, group: int):
+    """The tables of rows (n, groups * group): (n, groups, 2^group), entry m the sum of +x_j where
+    bit j of m is 1 and -x_j where it is 0. Half of them are computed; the others are their
+    negatives, ``sums[~m] = -sums[m]``."""
+    x = rows.reshape(len(rows), -1, group)
+    sums = np.zeros((*x.shape[:2], 1), rows.dtype)
+    for j in range(group - 1):
+        x_j = x[..., j, None]
+        sums = np.concatenate([sums - x_j, sums + x_j], -1)
+    half = sums - x[..., -1:]  # the last bit is 0
+    return np.concatenate([half, -half[..., ::-1]], -1)
+
+
+# Offline -----------------------------------------------------------------------------------------
+
+
+def quantize(w, bits: int):
+    """w (in, out) as (u, scale, zero): integers u (in, out) from 0 to 2^bits - 1, and for each
+    column a scale and a zero point. The range of a column always includes 0."""
+    w = np.asarray(w, np.float64)
+    low, high = np.minimum(w.min(0), 0), np.maximum(w.max(0), 0)
+    scale = (high - low) / (2**bits - 1)
+    scale[scale == 0] = 1
+    zero = np.rint(-low / scale)
+    return (np.rint(w / scale) + zero).clip(0, 2**bits - 1), scale, zero
+
+
+def table_index(u, bits: int, group: int):
+    """The index (bits, groups, out) of integers u (in, out): bit j of ``[i, g, o]`` is bit i of
+    ``u[g * group + j, o]``. Missing rows of the last group count as 0."""
+    inputs, out = u.shape
+    padded = np.zeros((-(-inputs // group) * group, out), np.uint8)
+    padded[:inputs] = u
+    grouped = padded.reshape(-1, group, out)
+    found = np.zeros((bits, len(grouped), out), np.uint8)
+    for i in range(bits):
+        for j in range(group):
+            found[i] |= (grouped[:, j] >> i & 1) << j
+    return found
+
+
+# Notes:
+#
+# - On ``stories`` (minitx sweep lut-bit-serial bits=4,2 --stories 20): loss above dense +0.0029 at
+#   4 bits and +1.54 at 2 (one scale per output is too coarse); speed 0.09x and 0.14x.
+# - A group's index takes a byte here, whatever its bits; packed, weights take bits / 8 bytes.
+# - T-MAC also quantizes the tables to int8, which is approximate. Left out.
+# - T-MAC's kernels compute the sign of an entry as they read, so that half a table is stored too.

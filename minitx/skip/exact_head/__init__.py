@@ -1,0 +1,211 @@
+"""The exact head: bound every logit, compute only those that could be the largest.
+
+Here: the card and the options, the head that greedy decoding asks, the search by an SVD preview,
+what it should save. norm_search.py is the baseline, a simpler bound that hardly ever pays;
+rounding.py says how close two logits may be before rounding decides between them.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+
+from minitx import ledger, ops
+from minitx.errors import MinitxError
+from minitx.model import Head, TiedHead
+from minitx.skip.exact_head.norm_search import norm_search
+from minitx.skip.exact_head.rounding import (
+    norm,
+    preview_slack,
+    representable,
+    row_norms,
+    tie_slack,
+    unique_argmax,
+)
+from minitx.technique import NoSuchPart, at_least, kinds, swap, technique
+from minitx.tree import Part, part
+
+
+@technique(
+    level="head",
+    exact=True,
+    neutral=None,
+    demo={"rank": 12},
+    event=("head rows read", "head rows"),
+)
+def exact_head(
+    lm,
+    *,
+    method: Annotated[
+        Literal["svd", "norms"],
+        "the bound: svd previews each logit, norms (a baseline) goes by the rows' lengths",
+    ] = "svd",
+    rank: Annotated[
+        int | None, "singular directions in the preview, of D; default D // 4", at_least(1)
+    ] = None,
+    block: Annotated[int, "rows per product of method=norms", at_least(1)] = 2048,
+):
+    """Find the argmax token exactly without computing every logit.
+
+    Paper:     none has all of it. The preview is from Shim et al., "SVD-Softmax: Fast Softmax
+               Approximation on Large Vocabulary Neural Networks", NIPS 2017, which is approximate.
+    Fidelity:  a reconstruction from that paper's abstract, a re-implementation's README and a
+               survey. Deciding by a bound, so that the result is exact, is ours.
+    Kind:      exact: the token of the dense head; ties go to the lower index.
+    Idea:      Greedy decoding needs only the largest logit z[v] = W[v] . h, of the head's row W[v]
+               and the hidden state h. By Cauchy-Schwarz a dot product is at most the product of
+               the two lengths, a . b <= |a| |b|, which bounds each logit from above. A row whose
+               bound is below a logit that is already known cannot win, so skip it.
+    Offline:   B = W R;  R (D, D): right singular vectors of W, strongest first, so that most of the
+                         length of each row lies in its first columns
+               tail[v] = |B[v, rank:]|
+    Online:    g = R^T h                                   a rotation, so z[v] = B[v] . g
+               P[v] = B[v, :rank] . g[:rank]               preview of every logit
+               u[v] = P[v] + tail[v] |g[rank:]| >= z[v]    Cauchy-Schwarz for the other columns
+               low  = z[v] of the v with the largest P
+               compute z[v] for the candidates u[v] >= low; the largest of these is the argmax.
+               Dense fallback: if more than V / 8 rows are candidates, or if the two largest
+               logits are so close that rounding could decide between them.
+    Saves:     V D - (D^2 + V (rank + 1) + D (1 + c)) multiply-adds for c candidates. Memory: V
+               (rank + 1) + D^2 more numbers, and W by rows once more if the head is not tied.
+    In NumPy:  no time on the shipped models: with V = 1,022 the search's own steps take longer than
+               the product. It pays with a large V if the singular values of W decay.
+    Not for:   sampling, evaluation and verifying drafts, which need all logits (and get them from
+               the dense head); random weights, whose singular values are nearly equal.
+    Proof:     tests/skip/test_exact_head.py; literal version: tests/skip/literal_exact_head.py
+    """
+    D = lm.model.config.width
+    rank = max(1, D // 4) if rank is None else rank
+    if rank > D:
+        raise MinitxError(f"exact_head: rank must be at most {D}, the model's width; got {rank}.")
+
+    def change(head: Part) -> "ExactHead":
+        rows, biased = head_rows(head)
+        search = norm_search(rows, block) if method == "norms" else preview_search(rows, rank)
+        return ExactHead(head, search, biased)
+
+    if not kinds(lm) & {Head, TiedHead}:
+        raise NoSuchPart(Head, TiedHead)
+    lm = swap(lm, TiedHead, change, optional=True)
+    return swap(lm, Head, change, optional=True)
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class ExactHead(Part):
+    """Greedy decoding asks the search. What the search cannot decide, and everything that needs all
+    logits, goes to the dense head."""
+
+    head: Part
+    search: Part  # called with x (D,): (argmax token or None, number of rows multiplied)
+    biased: bool  # True: each row of the search ends with its bias, so x is extended by a 1
+
+    def __call__(self, x):
+        return self.head(x)  # (..., V)
+
+    def argmax(self, x) -> int:
+        """The index of the largest logit of one row x (D,), as the dense head would find it."""
+        token, read = self.search(np.append(x, x.dtype.type(1)) if self.biased else x)
+        V = len(self.search.rows)
+        if token is None:
+            ledger.event("dense fallbacks")
+            token, read = self.head.argmax(x), read + V
+        ledger.event("head rows", V)
+        ledger.event("head rows read", read)
+        return token
+
+
+@part
+class PreviewSearch(Part):
+    """Previews every logit with ``rank`` of D products, then multiplies the rows that could win."""
+
+    rows: np.ndarray  # W (V, D)
+    directions: np.ndarray  # R (D, D), right singular vectors of W, strongest first
+    b: np.ndarray  # (rank, V): the first columns of B = W R, transposed
+    tail: np.ndarray  # (V,): length of the other columns of B
+    longest: float  # length of the longest row
+    tie: float  # slack between two logits, relative to the largest possible logit
+    slack: float  # slack between a bound and a logit, relative to the same
+
+    def __call__(self, x) -> tuple[int | None, int]:
+        largest = norm(x) * self.longest  # no logit is larger
+        if not representable(self.tie * largest):
+            return None, 0
+        P, u = self.bounds(x)
+        top = int(P.argmax())
+        low = float(ops.scores(x, self.rows[top : top + 1])[0])
+        candidates = np.flatnonzero(u >= low - self.slack * largest)  # top is one of them
+        if len(candidates) > len(self.rows) // 8 + 1:  # gathering so many rows costs more than BLAS
+            return None, 0
+        z = ops.scores(x, self.rows[candidates])  # (candidates,)
+        return unique_argmax(z, candidates, self.tie * largest), len(candidates)
+
+    def bounds(self, x):
+        """The previews P (V,) and the upper bounds u (V,) of the logits of x (D,)."""
+        rank = len(self.b)
+        g = ops.linear(x, self.directions)  # (D,)
+        P = ops.linear(g[:rank], self.b)  # (V,)
+        ledger.count(self.tail.size, self.tail.nbytes)
+        return P, P + self.tail * float(norm(g[rank:]))
+
+
+# Offline -----------------------------------------------------------------------------------------
+
+
+def preview_search(rows, rank: int) -> PreviewSearch:
+    """The search for the rows of W (V, D)."""
+    longest = float(row_norms(rows).max())
+    exact = rows.astype(np.float64)
+    _, directions = np.linalg.eigh(exact.T @ exact)  # eigenvectors of W^T W, weakest first
+    directions = directions[:, ::-1]
+    B = exact @ directions
+    b, tail = B[:, :rank].T, np.linalg.norm(B[:, rank:], axis=1)
+    arrays = [np.ascontiguousarray(a, rows.dtype) for a in (directions, b, tail)]
+    return PreviewSearch(rows, *arrays, longest, tie_slack(rows), preview_slack(rows))
+
+
+def head_rows(head: Part) -> tuple[np.ndarray, bool]:
+    """One row per token (V, D), and whether the head has a bias, which is then one more column."""
+    if type(head) is TiedHead:
+        return head.w, False
+    if head.b is None:
+        return np.ascontiguousarray(head.w.T), False
+    return np.concatenate([head.w.T, head.b[:, None]], axis=1), True
+
+
+# Cost --------------------------------------------------------------------------------------------
+
+
+def share_of_dense(lm, texts: Sequence, **options) -> float:
+    """Multiply-adds of ``exact_head`` relative to the dense head's, counted over the greedy token
+    after each token of some texts (lists of ids, or strings); above 1 it is a loss.
+
+    lm: without exact_head; options: those of exact_head. Time gains less than this: see
+    ``minitx compare``.
+    """
+    changed = exact_head(lm, **options)
+    model, tokens = changed.model, 0
+    with ledger.counting(changed) as counts:
+        for text in texts:
+            for x in model.norm(model.hidden(changed.encode(text))):  # (T, D)
+                model.head.argmax(x)
+                tokens += 1
+    if not tokens:
+        raise MinitxError("exact_head: there is no text to measure on; give at least one token.")
+    config = lm.model.config
+    return counts.total("model.head").multiply_adds / (tokens * config.vocab_size * config.width)
+
+
+# Notes:
+#
+# - The arrays belong to these weights: change the head afterwards and the bounds are wrong.
+# - B and tail are computed in float64 and rounded once. Every comparison leaves slack for what
+#   float32 may have rounded (rounding.py), so the token is that of the dense head's arithmetic.
+# - A head with a bias is one with a column more: z[v] = [W[v], b[v]] . [h, 1].
+# - method=norms is the scan by length of LEMP (SIGMOD 2015): norm_search.py.
+# - rank = D // 4 is our choice; a re-implementation of SVD-Softmax takes D // 8.
+# - If the dense head has to be asked, its V D multiply-adds come on top of the search's.
+# - Not here: searches that may miss the argmax (a preview of fixed size without a bound, a
+#   shortlist of frequent tokens), and sampling without all logits.

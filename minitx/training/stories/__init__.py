@@ -1,0 +1,99 @@
+"""Synthetic stories for training recall, in grades of difficulty and with known entropy.
+
+A story is a sequence of random choices. The distribution of each depends only on the text so far,
+and the text determines every choice. So the sum of ``-ln p`` over the choices is the negative
+log-likelihood of the story under its true distribution. Its mean, called the floor, is the lowest
+loss that any model can reach. Answers follow from the facts in the text, so they contribute 0.
+
+Places, colours and owners are sampled independently and with replacement, and no question is asked
+again while its answer is unchanged: a model can neither eliminate values nor copy an answer. People
+can give things to people in other places ("sent"); everything else happens where the things are.
+
+The same seed gives the same stories on every platform: only ``random.Random(seed).random()`` is
+used, whose sequence Python guarantees (those of ``choice`` and ``shuffle`` it does not).
+
+Reading order: ``grammar`` (vocabulary and sentence templates), ``grades`` (difficulty), ``world``
+(the facts so far), ``writer`` (sampling and text), ``generator`` (what happens next), and here: the
+stream of stories, its splits, and the accuracy of guessing.
+"""
+
+import hashlib
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+
+from minitx.errors import MinitxError
+from minitx.training.stories.generator import StoryGenerator
+from minitx.training.stories.grades import GRADES, HOPS, KINDS, Grade, grade_from
+from minitx.training.stories.grammar import vocabulary
+from minitx.training.stories.writer import Answer, Story
+
+__all__ = [
+    "GRADES",
+    "HOPS",
+    "KINDS",
+    "SPLITS",
+    "Answer",
+    "Grade",
+    "Story",
+    "grade_from",
+    "guess_baselines",
+    "split_of",
+    "stories",
+    "vocabulary",
+]
+
+SPLITS = ("train", "calibration", "evaluation")
+
+
+def split_of(text: str) -> str:
+    """The split of a story, by a hash of its text: 90 % train, 5 % calibration, 5 % evaluation."""
+    twentieth = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 20
+    return {18: "calibration", 19: "evaluation"}.get(twentieth, "train")
+
+
+def stories(split: str, grade: Grade | str | dict, seed: int) -> Iterator[Story]:
+    """Endless stories of a grade (a ``Grade``, its name, or a dict of its fields) from one split.
+
+    Stories are sampled until one is in the split, so the two small splits take 20 times as long.
+    Raises ``MinitxError`` for an unknown split or grade, or a seed that is not an integer >= 0.
+    """
+    if split not in SPLITS:
+        raise MinitxError(f"Unknown split {split!r}; expected one of {', '.join(SPLITS)}.")
+    if type(seed) is not int or seed < 0:
+        raise MinitxError(f"The seed of stories must be an integer >= 0, got {seed!r}.")
+    return _sample(split, grade_from(grade), random.Random(seed).random)
+
+
+def _sample(split: str, grade: Grade, uniform) -> Iterator[Story]:
+    while True:
+        story = StoryGenerator(grade, uniform).generate()
+        if split_of(story.text) == split:
+            yield story
+
+
+def guess_baselines(stories: Iterable[Story]) -> dict[str, dict[str, float]]:
+    """Accuracy of guessing without looking up facts: ``{kind of answer: {strategy: accuracy}}``.
+
+    ``mentioned`` guesses a random value of the right type that the story has named, ``latest`` the
+    last one, ``most_mentioned`` the most frequent one in the story (a random one of ties), and
+    ``most_frequent`` the most frequent answer of that kind in all these stories.
+    """
+    shares = defaultdict(Counter)
+    values = defaultdict(Counter)
+    for story in stories:
+        for kind, value, _, mentioned, latest, *_ in story.answers:
+            top = max(count for _, count in mentioned)
+            most = [name for name, count in mentioned if count == top]
+            share = shares[kind]
+            share["mentioned"] += any(name == value for name, _ in mentioned) / len(mentioned)
+            share["latest"] += latest == value
+            share["most_mentioned"] += (value in most) / len(most)
+            values[kind][value] += 1
+    for kind, counts in values.items():
+        shares[kind]["most_frequent"] = max(counts.values())
+    return {
+        kind: {name: hits / values[kind].total() for name, hits in shares[kind].items()}
+        for kind in KINDS
+        if kind in shares
+    }
