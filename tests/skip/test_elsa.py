@@ -350,7 +350,7 @@ def test_layers_share_the_hash_and_have_their_own_thresholds():
     selectors = [block.attn.attend.selector for block in lm.model.stack.blocks]
     first, second = (s.hash.projections[0].factors for s in selectors)
     for a, b in zip(first, second):
-        np.testing.assert_array_equal(a.a, b.a)
+        assert a.a.dtype == np.float32 and a.a is b.a, "layers have copies of the projection"
     thresholds = np.array([s.threshold for s in selectors])
     assert thresholds.shape == (2, 2) and len(np.unique(thresholds)) == 4
 
@@ -396,8 +396,11 @@ def test_projection_depends_on_the_seed_alone():
     first, again, other = (projection_of(sign_hash(12, 12, seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert abs(first - other).max() > 0.1
-    shared = random_factors(12, 12, 0)[0][0]
-    assert sign_hash(12, 12, 0).projections[0].factors[0].a is shared, "the arrays are copied"
+    for dtype in (np.float64, np.float32):
+        (shared, *_), *_ = random_factors(12, 12, 0, np.dtype(dtype))
+        found = sign_hash(12, 12, 0, dtype).projections[0].factors[0].a
+        assert found is shared and found.dtype == dtype, "the arrays are copied"
+        np.testing.assert_allclose(found, random_factors(12, 12, 0)[0][0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
