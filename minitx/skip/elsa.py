@@ -55,22 +55,22 @@ def elsa(
     Idea:      Project two vectors onto k random directions: the share of signs that differ
                estimates the angle between them. A key whose estimated similarity to the query is
                below a threshold, learned for each head, is never scored.
-    Offline:   A (k hash bits, d head width): orthonormal rows, the same in all layers and heads: a
-               Kronecker product of random orthogonal matrices of sizes n1, n2, ... whose product is
-               d; its first k rows if k < d, several independent ones stacked if k > d.
+    Offline:   A (k hash bits, d head width): orthonormal rows, the same in all layers and heads; a
+               Kronecker product of small random orthogonal matrices of sizes n1, n2, ... (k < d:
+               its first k rows; k > d: several independent ones stacked).
                bias: 80th percentile of estimated minus true angle between random vectors.
-               t, for each layer and query head, from the dense model on calibration text. A query
-               q sees n keys, with softmax weights w; y = index of the key with the smallest weight
-               among those with w > p/n (if there are none: of the key with the largest weight);
-               t = mean over all queries of  q . key[y] / (|q| * max|key|)
+               t, for each layer and query head, from the dense model on calibration text: a query q
+               sees n keys with softmax weights w. Let y be the key with the smallest weight among
+               those with w > p/n, or if there are none, the key with the largest weight.
+               t = mean over all queries of  q . y / (|q| * max|key|)
     Online:    hash(x) = A x >= 0        k bits of x (after RoPE); computed once per key
                angle = max(0, pi/k * hamming(hash(q), hash(key)) - bias)
                sim   = |key| * cos(angle)
                keep the keys with sim > t * max|key|, or if none, the one with the largest sim;
                exact scores and softmax over those. max|key|: over the keys that q sees.
-    Saves:     per decoded token with S cached keys of which r are kept, c = n1 + n2 + ... and
-               k <= d: c d (hash) + S (sim) + 2 r d multiply-adds per query head instead of
-               2 S d, and (c + 1) d per key head for the new key's hash and norm. A prompt: none.
+    Saves:     per decoded token with r of S cached keys kept, c = n1 + n2 + ... and k <= d:
+               c d (hash) + S (sim) + 2 r d multiply-adds per query head instead of 2 S d, and
+               (c + 1) d per key head for the new key's hash and norm. A prompt saves none.
     In NumPy:  slower than dense below 4,096 keys: gathering rows costs more than BLAS saves.
     Not for:   models without a tokenizer, unless threshold is given.
     Proof:     tests/skip/test_elsa.py; literal version: tests/skip/literal_elsa.py
@@ -228,13 +228,13 @@ def sign_hash(d: int, bits: int, seed: int, dtype=np.float64) -> SignHash:
     """The hash that a seed gives for vectors of width d."""
     projections = tuple(
         KroneckerProjection(tuple(Factor(a) for a in factors))
-        for factors in random_factors(d, bits, seed, np.dtype(dtype))
+        for factors in random_factors(d, bits, seed, dtype)
     )
     return SignHash(bits, projections)
 
 
 @lru_cache(maxsize=8)
-def random_factors(d: int, bits: int, seed: int, dtype=np.dtype(np.float64)):
+def random_factors(d: int, bits: int, seed: int, dtype=np.float64):
     """The factors of each of ceil(bits / d) projections: a tuple of tuples of arrays, the same
     arrays at every call. At most d directions are orthogonal to each other, so more bits take
     several independent projections, and fewer bits the first rows of one."""
@@ -354,8 +354,8 @@ def threshold_samples(q, k, p: float, scale: float, visible: Visible):
 # - A prompt is scored densely and masked, since one product of many rows is faster than gathering.
 #   "keys kept" of "keys seen" is what hardware could skip there.
 # - Cost in full, of one decoded token: the hash takes c d multiply-adds for each of ceil(k / d)
-#   stacked projections (c = 2 + 4 + 4 at d = 32); a new key's norm d more. Hamming distances are counted as "bits compared" and not
-#   as multiply-adds. Cache bytes in float32: S (ceil(k / 8) + 4) per key head for hashes and norms,
+#   stacked projections (c = 2 + 4 + 4 at d = 32); a new key's norm d more. Hamming distances are
+#   counted as "bits compared" and not as multiply-adds. Cache bytes in float32: S (ceil(k / 8) + 4) per key head for hashes and norms,
 #   and 8 r d per query head for the kept rows, instead of 8 S d per key head.
 # - The paper's 0.127 rad for d = k = 64 is what ``simulate_angle_bias`` finds there; it is about
 #   1 / sqrt(k) elsewhere.

@@ -397,7 +397,7 @@ def test_projection_depends_on_the_seed_alone():
     np.testing.assert_array_equal(first, again)
     assert abs(first - other).max() > 0.1
     for dtype in (np.float64, np.float32):
-        (shared, *_), *_ = random_factors(12, 12, 0, np.dtype(dtype))
+        (shared, *_), *_ = random_factors(12, 12, 0, dtype)
         found = sign_hash(12, 12, 0, dtype).projections[0].factors[0].a
         assert found is shared and found.dtype == dtype, "the arrays are copied"
         np.testing.assert_allclose(found, random_factors(12, 12, 0)[0][0], rtol=1e-6)
