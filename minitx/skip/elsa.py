@@ -355,8 +355,9 @@ def threshold_samples(q, k, p: float, scale: float, visible: Visible):
 #   "keys kept" of "keys seen" is what hardware could skip there.
 # - Cost in full, of one decoded token: the hash takes c d multiply-adds for each of ceil(k / d)
 #   stacked projections (c = 2 + 4 + 4 at d = 32); a new key's norm d more. Hamming distances are
-#   counted as "bits compared" and not as multiply-adds. Cache bytes in float32: S (ceil(k / 8) + 4) per key head for hashes and norms,
-#   and 8 r d per query head for the kept rows, instead of 8 S d per key head.
+#   counted as "bits compared" and not as multiply-adds. Cache bytes in float32:
+#   S (ceil(k / 8) + 4) per key head for hashes and norms, and 8 r d per query head for the kept
+#   rows, instead of 8 S d per key head.
 # - The paper's 0.127 rad for d = k = 64 is what ``simulate_angle_bias`` finds there; it is about
 #   1 / sqrt(k) elsewhere.
 # - Time: slower than dense attention at d = 32 up to 2,048 keys, and at 4,096 about equal with a

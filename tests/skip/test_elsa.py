@@ -618,6 +618,13 @@ def test_given_threshold_needs_no_tokenizer():
     apply(tiny_lm(tokenizer=None), {"elsa": {"p": 0.0}})
 
 
+def test_threshold_is_used_instead_of_p_even_if_p_is_0():
+    for p in (0.0, 1.0):
+        lm = apply(tiny_lm(), {"elsa": {"p": p, "threshold": 0.3}})
+        found = lm.model.stack.blocks[0].attn.attend.selector.threshold
+        np.testing.assert_allclose(found, 0.3, rtol=1e-6, err_msg=f"p={p} replaces the threshold")
+
+
 def test_learning_without_a_tokenizer_is_refused():
     message = "^elsa learns from .* no tokenizer .* such as threshold=0.3.$"
     with pytest.raises(MinitxError, match=message):
