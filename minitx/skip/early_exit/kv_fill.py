@@ -1,7 +1,7 @@
 """Keys and values in skipped layers: backfill them from the exit state, or defer the layers.
 
 A token that reaches a layer attends to every earlier token there, also to those that skipped it.
-Both parts below have the same methods; ``run`` is called for each layer after the first exits.
+Both parts below have the same methods; ``run`` is called for each layer from ``first`` on.
 
 Column t of x (..., T, D) is x[..., t, :]: token t of this step, in every sequence of the batch.
 """
@@ -40,14 +40,14 @@ class CopyExitState(Part):
         return y
 
     def skip(self, blocks, x, layers, state: State) -> None:
-        """One token x (..., 1, D) has exited: what ``run`` does for it in all these layers."""
+        """For one token x (..., 1, D) that has exited, do what ``run`` does, in all these
+        layers."""
         for block, layer in zip(blocks, layers, strict=True):
             layer.tokens = state.tokens
             block.backfill(x, layer)
 
     def begin(self, x, state: State) -> None:
-        """Called in a step in which tokens may exit, with x after layer ``first`` - 1. Nothing to
-        do."""
+        """Called before tokens may exit, with x (..., T, D) = h[first]. Nothing to do."""
 
     def ran_all_layers(self, state: State) -> None:
         """Called after a step in which no token may exit. Nothing to do."""
@@ -63,16 +63,16 @@ class DeferLayers(Part):
     """FREE: a skipped layer runs only when a later token needs its keys and values. Then all tokens
     that skipped it run through it in one causal chunk with that token."""
 
-    has_history = True  # the ``Deferred`` of a sequence, beside its keys and values
+    has_history = True  # remembers ``Deferred`` of a sequence, besides its keys and values
 
     def run(self, block: Part, x, live, layer: Layer, state: State):
         """Run one block for all tokens that it has not run yet, up to the last one of x (..., T, D)
-        that is ``live`` (..., T). For tokens that have exited, the output is kept for the next layer
-        and x itself, the exit state, is returned."""
+        that is ``live`` (..., T). A token that has exited runs too if it comes before that one: its
+        output is kept for the next layer, and its exit state, in x, is returned as it is."""
         columns = np.flatnonzero(live_columns(live))
         if not len(columns):
             return x
-        deferred, now = self.deferred(x, state), state.position  # of the first token of this step
+        deferred, now = self.deferred(x, state), state.position  # this step begins at position now
         a = deferred.done[layer.index]  # tokens before position a have run this layer
         b = now + int(columns[-1]) + 1  # those before b will have
         layer.tokens = Tokens(slice(a, b), state.start)
@@ -86,7 +86,7 @@ class DeferLayers(Part):
         """One token x (..., 1, D) has exited: these layers are deferred. Nothing to do yet."""
 
     def begin(self, x, state: State) -> None:
-        """Keep the hidden states x (..., T, D) after the layers that every token runs."""
+        """Keep x (..., T, D) = h[first], the last state that every token has."""
         self.deferred(x, state).h[..., state.tokens.positions, :] = x
 
     def ran_all_layers(self, state: State) -> None:

@@ -185,7 +185,7 @@ class SkippableFFN(Part):
 
 
 class RunSkip:
-    """run_skip of every token, shared by all layers: one layer sets it, the next ones count it down.
+    """run_skip of every token, shared by all layers: one layer sets it, later ones count it down.
 
     It is stored by position, so that it belongs to its token whatever is run beside it. It is 0 for
     a token that has not come yet, or that was rewound.
