@@ -154,3 +154,17 @@ def block_mask(T: int) -> np.ndarray:
 def newest_mask(T: int):
     """The causal mask (T, T) of the T newest queries over their own keys; None if T is 1."""
     return None if T == 1 else block_mask(T)
+
+
+# BLAS threads ------------------------------------------------------------------------------------
+
+THREAD_VARIABLES = (  # of OpenMP, OpenBLAS, MKL, Accelerate and BLIS
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "BLIS_NUM_THREADS",
+)
+# The environment of a new process with one BLAS thread. BLAS reads it when NumPy is imported, so it
+# is too late to set it in a process that is already running.
+ONE_THREAD = dict.fromkeys(THREAD_VARIABLES, "1")

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pytest
 
 import minitx
+from minitx.fast import ONE_THREAD
 from minitx.lab.evaluate import evaluate
-from minitx.threads import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tutorials"
@@ -62,6 +62,26 @@ PRINTS = {
         r"  8 billion weights +16,060\.0 +1,073\.7 +34,359\.7$",
         r"  attention +2% +40%  6, 7: ",
     ],
+    "03": [
+        r"online:   x / rms = \[ 1\. -1\.\]   times folded W = \[-18\.  -4\.\]$",
+        r"\+     norm: WeightlessRMSNorm\(eps=1e-05\)$",
+        r"gone: 2,048 weights, two gains of 128 numbers in each of 8 blocks$",
+        r"0\.1 \* \(0\.2 \* 0\.3\) = 0\.006$",
+        r"  none +(yes|no) +\de-0[67] +\de-1[456]$",
+        r"  one gain wrong by 1/10,000 +(yes|no) +\de-0[67] +4e-07$",
+        r"side by side: \[-3\.  1\.  1\. -2\.\]$",
+        r"products for one token: 57 before, 33 after$",
+        r"  home  embedding \[7\. 1\.\]  ->  ready in the table: \[ 6\.8 10\.4\]$",
+        r"  stack\.blocks\.0  194,048  161,280  #{40}\.{8}$",
+        r"the table: 1,022 rows of 128 \+ 256 numbers, 1\.57 MB, made once by the work of 20 ",
+        r"  entering block 1: +\d+% #+$",
+        r"  a token and its position +327,040 +167$",
+        r"merge_embeddings: 3\.9 MB of weights become 171\.1 MB, ",
+        r"  all three +1,650,432 +32 +7\.86 +\d\.\d\d ",
+        r"  stories-parallel  4 blocks  18\.8% #+$",
+        r"two matrices:   query \[5\. 7\.\]  key \[12\.  2\.\]$",
+        r"  remove_weights +178,304 multiply-adds in 13 products$",
+    ],
     "06": [
         r"all six keys: 15\.51\. The two best, 93\.6% of the weight: 15\.38$",
         r"  block \d, head \d: \|[ .,:=+*#%@-]+\|$",
@@ -91,6 +111,25 @@ PRINTS = {
         r"  DOTA +20% +[\d,]+ +0\.50$",
         r"  A3 +0\.\d\d #+$",
         r"faster than dense attention: ",
+    ],
+    "10": [
+        r"     \(-1, 1\)       0       1       2      -1       0       1      -2      -1       0$",
+        r"\(1, -1, 0, 1\) \. \(1, 1, -1, 1\) = 0 \+ 1 = 1, with 2 reads and no multiplication$",
+        r"45,056 multiply-adds became 22,528 reads from 65,536 entries$",
+        r"lut_product: 1\.50 MB of arrays, loss 0\.8\d\d, says 'park'$",
+        r"  4 bits   256 bytes       66 KB      17 MB        4 GB$",
+        r"\(3, 5\) \. \(2, 3\) = 2 \* 8 \+ 1 \* 5 = 21$",
+        r"lut_bit_serial: 2\.22 MB of arrays, loss 0\.8\d\d, says 'park'$",
+        r"sum of the rows: \[5\. 3\.\]   the exact product: \[5\.9 3\.3\]$",
+        r"lut_centroid, last 2 blocks: 11\.10 MB of arrays, loss 0\.8\d\d, ",
+        r"lut_centroid, all 8 blocks: 24\.73 MB of arrays, loss [2-9]\.",
+        r"  silu\( 1\.5\): bits 0011111000000000 = entry 15872, reads 1\.226362 ",
+        r"  lut_product +237,056 +737,280 +66 ",
+        r"  lut_bit_serial +228,096 +1,474,560 +6 ",
+        r"  lut_product          #{6}r{18}$",
+        r"  lut_product +0\.\d\d  slower$",
+        r"one read takes the time of \d+ multiply-adds$",
+        r"  GELU by table: \d\.\d\d ",
     ],
     "11": [
         r"  garden +1/10 +1/5 +1/2 +0$",

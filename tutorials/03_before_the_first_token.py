@@ -1,302 +1,357 @@
-"""Tutorial 3: before the first token. What can be done before the first token, so that there is
-less to do for every token?
+"""Tutorial 3: before the first token. What can be computed before the first token, without changing
+a single answer?
 
-The weights of a trained model stand still. What follows from them alone can be computed once,
-before anybody asks (offline), instead of for every token (online). Here are techniques that do so
-and are exact. We count and measure what they bring, and then ask what "exact" means.
+The weights of a trained model never change. Whatever follows from them alone can be computed once,
+before anybody asks (offline), instead of again for every token (online). This tutorial goes through
+the ways that leave every answer as it is. The question that decides each of them: how much of the
+text does a result depend on? On nothing, on one token, on everything so far?
 
-Letters: T new tokens, S all tokens so far, D width, H query heads, K key/value heads, d head width,
-F hidden neurons, V vocabulary, L layers, and A = H d + 2 K d, the numbers of q, k and v together.
+Letters, as everywhere in minitx: T tokens, D width, H query heads, K key/value heads, d head width,
+V vocabulary, L layers (blocks).
 """
 
-# %% A model, some text, and helpers
-import difflib
-import textwrap
-import time
-from dataclasses import replace
-from functools import partial
-
+# %% A model and a text
 import numpy as np
+from helpers import (
+    QUESTION,
+    STORY,
+    bar,
+    count_last,
+    decode_last,
+    largest_error,
+    load_stories,
+    print_table,
+    save_lines,
+    say,
+    time_side_by_side,
+    title,
+    tree_changes,
+    verdict,
+)
 
 import minitx
-from minitx.build import random_model
-from minitx.ledger import counting
-from minitx.model import Linear, RMSNorm
-from minitx.state import Layer, Tokens
-from minitx.technique import apply, find, swap
-from minitx.tree import walk, weights
+from minitx.state import Layer
+from minitx.tree import weights
 
-
-def title(text):
-    print(f"\n{text}\n{'-' * len(text)}")
-
-
-def say(*sentences):
-    print(textwrap.fill(" ".join(sentences), 100))
-
-
-def fastest(*tasks, repeats=5):
-    """Seconds of each task, in turns (so that a busy moment hits all), the best of the repeats."""
-    best = [float("inf")] * len(tasks)
-    for _ in range(repeats):
-        for i, task in enumerate(tasks):
-            began = time.perf_counter()
-            task()
-            best[i] = min(best[i], time.perf_counter() - began)
-    return best
-
-
-def verdict(ratio):
-    """A ratio of measured times in words, so that nobody is tempted to flatter it."""
-    return "gain" if ratio > 1.05 else "loss" if ratio < 0.95 else "no clear difference"
-
-
-def error(found, expected):
-    """The largest difference, relative to the largest number that was expected."""
-    return abs(found - expected).max() / abs(expected).max()
-
-
-def changes(before, after):
-    """Two trees of parts as one: lines only before are marked "-", lines only after "+"."""
-    lines = difflib.ndiff(repr(before).splitlines(), repr(after).splitlines())
-    print("\n".join(line for line in lines if line[0] != "?"))
-
-
-def check(changed):
-    """Its error in float32; fails if that is large, or if it does not tell the same text."""
-    found = error(changed.logits(ids), expected)
-    assert found < 1e-5 and changed.generate(BEGINNING, 40) == told
-    return found
-
-
-def work(lm, T=1, S=64):
-    """A ledger of what the newest T of S tokens take, by part."""
-    state, text = lm.model.new_state(), (ids * S)[:S]
-    if S > T:
-        lm.model.next_logits(text[: S - T], state)
-    with counting(lm.model) as counts:
-        lm.model.next_logits(text[S - T :], state)
-    return counts
-
-
-lm = minitx.load("stories")
-exact = minitx.load("stories", dtype=np.float64)  # the same weights; calculates with 16 digits
-model, c = lm.model, lm.model.config
-D, H, K, d, F, V, L = c.width, c.heads, c.kv_heads, c.head_width, c.hidden, c.vocab_size, c.layers
-A = H * d + 2 * K * d
-ids = lm.encode(
-    "Once upon a time there was a boy named Tom. Tom was in the garden. Anna was in the kitchen. "
-    "Tom went to the park. Where is Tom? Tom is in the"
-)
+lm = load_stories()  # computes in float32: about 7 digits
+lm64 = minitx.load("stories", dtype=np.float64)  # the same weights, computing with 16 digits
+c = lm.model.config
+ids = lm.encode(STORY + QUESTION)
 T = len(ids)
-expected, sharp = lm.logits(ids), exact.logits(ids)  # (T, V), the second with 16 digits
-BEGINNING = "Once upon a time there was a girl named Anna. Anna"
-told = lm.generate(BEGINNING, 40)
-print(f"{lm.name}: D={D} H={H} K={K} d={d} F={F} V={V} L={L}; so A={A}")
+answer = lm.generate(ids, 40)  # 40 tokens by greedy decoding: always the most likely one
+say(STORY + QUESTION, ">>>" + lm.tokenizer.decode(answer))
 
-# %% 1. The smallest example, by hand
-# A norm ends with a gain: column i of every row is multiplied by g[i]. Then comes a matrix, which
-# multiplies column i by its row i. Two multiplications by constants, one after the other: they can
-# be one. (x / rms * g) @ W = (x / rms) @ (diag(g) W), and diag(g) W has been known since training.
-title("1. A gain that need not be there")
-print("The median gain of the two norms in each block, and the smallest and largest of both:")
-for i, block in enumerate(model.stack.blocks):
-    gains = block.attn.norm.gain, block.ffn.norm.gain  # (D,) each
-    medians = "".join(f"{np.median(g):5.2f} {'#' * round(20 * np.median(g)):30}" for g in gains)
-    print(f"block {i}  {medians} {np.min(gains):.2f} to {np.max(gains):.2f}")
-print("(Were all gains 1, what follows would prove nothing. We come back to that.)\n")
-for one, tolerance in ((exact.model, 1e-14), (model, 1e-5)):
-    attn, x = one.stack.blocks[0].attn, one.embed(ids, None)  # (T, D)
-    g, rms = attn.norm.gain, np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)  # (D,), (T, 1)
-    for letter in "qkv":
-        W = getattr(attn.qkv, letter).w  # (D, H*d) or (D, K*d)
-        # g[:, None] * W is diag(g) W, row i of W times g[i]: offline, once
-        difference = error((x / rms) @ (g[:, None] * W), (x / rms * g) @ W)
-        assert difference < tolerance
-        print(f"{letter} of block 0 in {x.dtype}: error {difference:.1e}, allowed {tolerance:.0e}")
-print("Equal in algebra; but rounded after each step, and the steps are others now.")
+# %% 1. A gain and a matrix, by hand
+# In front of a matrix stands a norm. It divides a row x by its size (the root of the mean square,
+# RMS), then multiplies each number by a learned gain g. Then comes the matrix W:
+#
+#     y = (x / rms * g) @ W
+#
+# Two numbers, a 2 x 2 matrix: please check with a pencil. The gain multiplies number i of the row,
+# and the matrix multiplies number i again, by row i of W. So why not multiply row i of W by g[i]?
+title("1. A gain and a matrix, by hand")
+x = np.array([3.0, -3.0])
+g = np.array([2.0, 5.0])
+W = np.array([[1.0, 3.0], [4.0, 2.0]])
 
-# %% 2. The same as a technique
-# Each norm feeds matrices: q, k, v behind one, gate and up behind the other. The technique
-# fold_norms does by swapping parts of the tree what we did by hand, in every block.
-title("2. fold_norms: the tree before and after")
-card = find("fold_norms").card  # what its file says of itself; all of it: minitx explain fold_norms
-for text in (card.summary, *(f"{h}: {card.sections[h]}" for h in ("Offline", "Saves"))):
-    print(textwrap.fill(text, 100, subsequent_indent="    "))
+rms = np.sqrt((x * x).mean())  # (9 + 9) / 2 = 9, and its root is 3
+gained = x / rms * g
+print("online:   x / rms =", x / rms, "  times the gain =", gained, "  times W =", gained @ W)
+
+folded_W = g[:, None] * W  # offline, once: row i of W times g[i]
+print("offline:  folded W =", folded_W[0], folded_W[1])
+print("online:   x / rms =", x / rms, "  times folded W =", x / rms @ folded_W)
+assert np.array_equal(gained @ W, (x / rms) @ folded_W)
+# The same result, and the multiplications by the gain are gone: not for this x, but for every x.
+
+# %% 2. The same in every block of `stories`
+# A block has two norms. One is read by three matrices (queries, keys, values), the other by two
+# (gate and up, of the feed-forward network). The technique fold_norms multiplies the gain into all
+# of their readers. Below is one block: "-" lines are before, "+" lines after. Look at what remains
+# of the norms.
+title("2. load('stories', fold_norms=True)")
 folded = minitx.load("stories", fold_norms=True)
-print("\nOne block ('-' before, '+' after):")
-changes(model.stack.blocks[1], folded.model.stack.blocks[1])
-print(f"\nlogits of {T} tokens: error {check(folded):.1e} in float32,", end=" ")
-print(f"{error(apply(exact, {'fold_norms': True}).logits(ids), sharp):.1e} in float64")
-say(f"The greedy text is the same: {BEGINNING} >>>{told}")
-sizes = [sum(w.size for w in weights(one.model).values()) for one in (lm, folded)]
-assert sizes[0] - sizes[1] == 2 * L * D
-print(f"Gone: {2 * L * D:,} weights, two gains of {D} in each of {L} blocks. The last norm keeps")
-print("its own: its reader is the table of tokens, which is read elsewhere, too.")
+tree_changes(lm.model.stack.blocks[1], folded.model.stack.blocks[1])
 
-# %% 3. Fewer, wider products
-# Three matrices that read the same row can stand side by side as one: the same multiply-adds in
-# fewer calls. A call has a price of its own (Python, checks, starting up), whatever its size.
-title("3. fuse_projections: one product where there were three")
+
+def weight_count(lm):
+    return sum(array.size for array in weights(lm.model).values())
+
+
+gone = weight_count(lm) - weight_count(folded)
+print(f"gone: {gone:,} weights, two gains of {c.width} numbers in each of {c.layers} blocks")
+assert gone == 2 * c.layers * c.width
+assert folded.generate(ids, 40) == answer
+error = largest_error(folded.logits(ids), lm.logits(ids))
+print(f"The answer is the same. The logits differ by {error:.0e} of the largest one.")
+# (The last norm, before the output head, keeps its gain: its reader is the embedding table, which
+# is also read at the input, and there no gain is due.)
+
+# %% 3. "Exact" means: up to rounding
+# In algebra nothing changed, and yet the logits differ a little. The reason is rounding: a computer
+# keeps a few digits after each step, and our steps come in another order. You can see it with three
+# numbers.
+title("3. Rounding, or a mistake?")
+first_two, last_two = (0.1 * 0.2) * 0.3, 0.1 * (0.2 * 0.3)
+print("(0.1 * 0.2) * 0.3 =", first_two)
+print("0.1 * (0.2 * 0.3) =", last_two)
+assert first_two != last_two and abs(first_two - last_two) < 1e-15
+
+# %% ... how to tell one from the other
+# How small must a difference be, if it is to pass as rounding? That is the wrong question. Compute
+# with more digits: rounding shrinks by as many digits, a mistake stays. So we make mistakes on
+# purpose, in the folded queries of block 4, and look at which columns notice.
+PATH = "stack.blocks.4.attn.qkv.q.w"
+
+
+def folded_with_mistake(dtype, mistake):
+    """`stories` with fold_norms, and a mistake in one of the 40 matrices that it changes."""
+    changed = minitx.load("stories", dtype=dtype, fold_norms=True)
+    matrix = weights(changed.model)[PATH]  # (D, H * d)
+    if mistake == "one gain wrong by 1/10,000":
+        matrix[0] *= 1.0001
+    if mistake == "one gain forgotten":
+        matrix[0] /= weights(lm.model)["stack.blocks.4.attn.norm.gain"][0]
+    return changed
+
+
+table = []
+for mistake in ("none", "one gain wrong by 1/10,000", "one gain forgotten"):
+    changed = folded_with_mistake(np.float32, mistake)
+    changed64 = folded_with_mistake(np.float64, mistake)
+    error = largest_error(changed.logits(ids), lm.logits(ids))
+    error64 = largest_error(changed64.logits(ids), lm64.logits(ids))
+    same = changed.generate(ids, 40) == answer
+    table.append([mistake, "yes" if same else "no", f"{error:.0e}", f"{error64:.0e}"])
+    assert (error64 < 1e-12) == (mistake == "none")
+print_table(["mistake", "same answer", "float32", "float64"], table)
+# The answer notices nothing, and float32 hides a small mistake in its rounding. Only float64 tells:
+# without a mistake the error has 9 digits less, with one it stays where it is.
+
+# %% 4. Side by side
+# Three matrices read the same row, one after another. Put side by side they are one wider matrix:
+# the same multiplications and additions, in one call. A call costs something whatever its size:
+# Python, checks, starting the product.
+title("4. Three products in one call")
+W_q = np.array([[1.0, 3.0], [4.0, 2.0]])
+W_k = np.array([[1.0], [0.0]])
+W_v = np.array([[0.0], [2.0]])
+n = np.array([1.0, -1.0])
+print("apart:       ", n @ W_q, n @ W_k, n @ W_v)
+print("side by side:", n @ np.hstack([W_q, W_k, W_v]))
+
 fused = minitx.load("stories", fuse_projections=True)
-changes(model.stack.blocks[1], fused.model.stack.blocks[1])
-print(f"\nerror {check(fused):.1e} in float32, and the same text. One token:")
-for one in (lm, fused):
-    products = sum(type(node) is Linear for _, node in walk(one.model.stack))
-    print(f"  {products} products in the blocks, {work(one).total().multiply_adds:,} multiply-adds")
-assert work(fused).total() == work(lm).total()  # of bytes, too
-print("Speed of the fused product (separate ones = 1):")
-pairs = [(b.attn.qkv, b.ffn.expand) for b in (model.stack.blocks[1], fused.model.stack.blocks[1])]
-for rows in (1, 16, 256):
-    x = np.ones((rows, D), np.float32)
-    for name, a, b in zip(("q, k, v", "gate, up"), *pairs):
-        slow, fast = fastest(partial(a, x), partial(b, x), repeats=50)
-        print(f"  {rows:3} rows  {name:8} {slow / fast:5.2f} {verdict(slow / fast)}")
-print("That calls are saved is certain. What that is worth is not, and may be less than nothing:")
-print("a wider product can itself be slower, and halves of wide rows lie apart in memory.")
+tree_changes(lm.model.stack.blocks[1], fused.model.stack.blocks[1])
+assert fused.generate(ids, 40) == answer
 
-# %% 4. The first layer as a table
-# What else follows from the weights alone? The first block starts from a row of the embedding: one
-# of V. Its norm, q, k and v follow from that row: let us write them down for each token once.
-title("4. The first layer as a table")
-tom = lm.tokenizer.encode(" Tom", special=False)[0]
-attn, x = exact.model.stack.blocks[0].attn, exact.model.embed.w[tom]  # (D,)
-n = x / np.sqrt((x * x).mean() + c.norm_eps) * attn.norm.gain
-row = np.concatenate([x, n @ attn.qkv.q.w, n @ attn.qkv.k.w, n @ attn.qkv.v.w])  # (D + A,)
-began = time.process_time()
-first = apply(lm, {"first_layer": True})  # what load(..., first_layer=True) does
-seconds = time.process_time() - began
-table = first.model.embed.w  # (V, D + A)
-assert table.shape == (V, D + A) and error(table[tom], row) < 1e-6
-print(f"' Tom' is token {tom}; its row [x, q, k, v] of {D} + {H * d} + {K * d} + {K * d} numbers,")
-print(f"by hand and in the table: error {error(table[tom], row):.1e}. Block 0, before and after:")
-changes(model.stack.blocks[0], first.model.stack.blocks[0])
-# Offline it costs time once, and memory from then on. Online, the ledger tells what is saved.
-grown = sum(w.nbytes for w in weights(first.model).values()) - 4 * sizes[0]
-assert grown == 4 * (V * (D + A) - D * A - D)  # the tied head keeps the embedding
-print(f"\nerror {check(first):.1e} in float32. Offline: {seconds:.3f} s, and", end=" ")
-print(f"{4 * sizes[0] / 1e6:.2f} MB of weights grow by {grown / 1e6:.2f} MB.")
-print("Online, multiply-adds of one token with 63 before it (#: done, .: saved by the table):")
-before, after = work(lm), work(first)
-for name in [*(f"stack.blocks.{i}" for i in range(L)), "head"]:
-    was, now = (counts.total(name).multiply_adds for counts in (before, after))
-    print(f"  {name:15} {was:8,} {now:8,}  {'#' * (now // 5000):.<{was // 5000}}")
+
+def products(lm):
+    """How many products with a matrix of weights one token takes."""
+    entries = count_last(lm, ids).entries.values()
+    return sum(entry.multiply_adds > 0 and entry.weight_bytes > 0 for entry in entries)
+
+
+print(f"products for one token: {products(lm)} before, {products(fused)} after")
+assert count_last(lm, ids).total().multiply_adds == count_last(fused, ids).total().multiply_adds
+# The multiply-adds are the same (a multiply-add: one multiplication and one addition, the unit of
+# all work in a product). Seven matrices of a block became four. One more constant went into a
+# matrix: scores are divided by sqrt(d), and now the queries' columns are, hence "scale=1".
+
+# %% 5. What depends on one token only: a table, by hand
+# So far we used what depends on no token at all. What depends on one token has only V possible
+# values, one for each token of the vocabulary. Take three tokens. Each has a row of two numbers in
+# the embedding table; block 0 divides it by its RMS and multiplies it by the folded W of section 1.
+title("5. A table with a row for each token, by hand")
+VOCABULARY = ["Tom", "ran", "home"]
+embedding = np.array([[3.0, -3.0], [2.0, 2.0], [7.0, 1.0]])  # (V, D)
+rms = np.sqrt((embedding * embedding).mean(-1, keepdims=True))  # 3, 2 and 5
+table = (embedding / rms) @ folded_W  # offline, once for each token
+for word, row, ready in zip(VOCABULARY, embedding, table):
+    print(f"  {word:5} embedding {row}  ->  ready in the table: {ready.round(1)}")
+
+text = [0, 1, 2, 0, 1, 0]  # Tom ran home Tom ran Tom
+x = embedding[text]
+computed = x / np.sqrt((x * x).mean(-1, keepdims=True)) @ folded_W
+assert np.array_equal(table[text], computed)
+print(f"{len(text)} tokens: {len(text)} products if computed, {len(text)} reads from the table")
+# Three products were made for the table, however long the text is.
+
+# %% 6. The first layer of `stories` as a table
+# The technique first_layer does this with the queries, keys and values of block 0. A row of its
+# table holds the embedding (it is needed as well), q, k and v. The chart shows the work for one
+# more token, the others being in the KV cache (the stored keys and values of earlier tokens): "#"
+# is still done, "." is saved.
+title("6. load('stories', first_layer=True)")
+first = minitx.load("stories", first_layer=True)
+assert first.generate(ids, 40) == answer
+before, after = count_last(lm, ids), count_last(first, ids)
+for part in [f"stack.blocks.{i}" for i in range(c.layers)] + ["head"]:
+    was = before.total("model." + part).multiply_adds
+    now = after.total("model." + part).multiply_adds
+    print(f"  {part:14} {was:8,} {now:8,}  {bar(now, was, was // 4000):.<{was // 4000}}")
+
+numbers = c.heads * c.head_width + 2 * c.kv_heads * c.head_width  # of q, k and v together
 saved = before.total().multiply_adds - after.total().multiply_adds
-assert saved == D * A == before.total("stack.blocks.0.attn.qkv").multiply_adds
-share = saved / before.total().multiply_adds
-print(f"Saved: D A = {saved:,}, {share:.1%} of the work of a token.")
+assert saved == c.width * numbers
+print(f"saved: {c.width} x {numbers} = {saved:,} of", end=" ")
+print(f"{before.total().multiply_adds:,} multiply-adds, {saved / before.total().multiply_adds:.1%}")
 
-# The other blocks keep all of their work, and there may be many: at most 1/L can be saved.
-print("\nShare of a token's work that the table saves, if the model had other numbers of layers:")
-ledgers = {}
-for one in (lm, minitx.load("stories-parallel")):
-    before, after = work(one), work(apply(one, {"first_layer": True}))
-    block, head = (before.total(name).multiply_adds for name in ("stack.blocks.1", "head"))
-    ledgers[one.name] = block, head, before.total().multiply_adds - after.total().multiply_adds
-for layers in (1, 2, 4, 8, 16, 32):
-    print(f"  L={layers:2}  at most {1 / layers:4.0%}", end="")
-    for name, (block, head, gain) in ledgers.items():
-        part = gain / (layers * block + head)
-        print(f"   {name} {part:5.1%} {'#' * round(30 * part):18}", end="")
-    print()
-print("In stories-parallel, attention and feed-forward network read the same row, so all of the")
-print("network goes into the table. In stories it reads what attention has added, and stays.")
+table = weights(first.model)["embed.w"]
+assert table.shape == (c.vocab_size, c.width + numbers)
+offline = c.vocab_size * saved / before.total().multiply_adds
+print(f"the table: {c.vocab_size:,} rows of {c.width} + {numbers} numbers,", end=" ")
+print(f"{table.nbytes / 1e6:.2f} MB, made once by the work of {offline:.0f} tokens")
 
-# Why the first block only? And why must positions wait? Look at Tom, wherever he stands.
-print("\n' Tom' at several places of the story: how much do the rows differ?")
-where = [t for t, token in enumerate(ids) if token == tom]
-block, x = model.stack.blocks[0], model.embed(ids, None)
-q = block.attn.qkv.q(block.attn.norm(x)).reshape(T, H, d)
-turned = block.attn.rope(q.swapaxes(0, 1), Tokens(slice(0, T))).swapaxes(0, 1)  # (T, H, d)
-rows = {"x entering block 0": x, "q in block 0, before positions": q}
-rows |= {
-    "q in block 0, turned by its position": turned,
-    "x entering block 1": block(x, Layer.once(T)),
-}
-for text, found in rows.items():
-    print(f"  {text:37} {error(found[where], found[where[:1]]):.3f} of the largest number")
-say(
-    "What differs cannot stand in a row for ' Tom'. Rotary positions turn q and k after the",
-    "products, so they do no harm. Learned positions are added to x: a row for each token at each",
-    f"position would make {V * c.context * (D + A) * 4 / 1e9:.1f} GB with our sizes. (The card of",
-    "first_layer knows a way for q, k, v, but not for the feed-forward network.) What enters block",
-    "1 depends on all the words before: no table holds that.",
+# %% ... why only the first, and what about the position?
+# The same word stands at several places of our text. A table can hold only what is equal at all of
+# them. Look at how far the rows for " Tom" differ from the first of them, relative to its largest
+# number.
+(tom,) = lm.tokenizer.encode(" Tom", special=False)
+places = [t for t in range(T) if ids[t] == tom]
+print(f"\n' Tom' stands at {len(places)} places. Largest difference of their rows:")
+x = lm.model.embed(ids, None)  # (T, D)
+for number in range(4):
+    difference = largest_error(x[places], x[places[:1]])
+    print(f"  entering block {number}: {difference:4.0%} {bar(difference, 1, 40)}")
+    assert (difference == 0) == (number == 0)
+    x = lm.model.stack.blocks[number](x, Layer.once(T))  # all T tokens at once
+# Attention in block 0 has added what came before, and from there on a row depends on all the words
+# so far. The position matters too, but later: rotary positions rotate q and k after the product
+# with W, so the table holds them unrotated.
+
+# %% 7. How many rows would a table need?
+# That is the rule behind all of this. A result may be prepared for everything it depends on, and
+# somebody has to store it. One token: V rows. A token and its position: V rows for each position.
+# Two tokens: V x V. All T tokens so far: V to the power of T.
+title("7. Rows of a table, by what the result depends on")
+V = c.vocab_size
+relu = minitx.load("stories-relu")  # a model that adds a learned row for each position
+context = relu.model.config.context  # the number of positions
+print_table(
+    ["depends on", "rows", f"MB, at {c.width} numbers of 4 bytes"],
+    [
+        ["a token", V, f"{V * 4 * c.width / 1e6:.1f}"],
+        ["a token and its position", V * context, f"{V * context * 4 * c.width / 1e6:,.0f}"],
+        ["two tokens", V**2, f"{V**2 * 4 * c.width / 1e6:,.0f}"],
+        ["three tokens", V**3, f"{V**3 * 4 * c.width / 1e6:,.0f}"],
+    ],
 )
 
-# %% 5. All of them together
-# Flags combine in any order: they are put in from the inside out, so the table is made from
-# matrices that are folded and fused already.
-title("5. All the exact ones together")
-ALL = {"fold_norms": True, "fuse_projections": True, "first_layer": True}
-lms = {"dense": lm, "fold_norms": folded, "fuse_projections": fused, "first_layer": first}
-lms["all three"] = minitx.load("stories", **ALL)
+# %% ... token and position: a table that is exact and no use
+# The second line exists: stories-relu starts with embedding[token] + positions[position], and the
+# technique merge_embeddings adds them in advance for every pair. It is the same addition made
+# earlier, so here even the last bit is the same. Is it faster, too?
+merged = minitx.load("stories-relu", merge_embeddings=True)
+relu_ids = relu.encode(STORY + QUESTION)
+assert np.array_equal(merged.logits(relu_ids), relu.logits(relu_ids))
+times = time_side_by_side(decode_last(relu, relu_ids), decode_last(merged, relu_ids), repeats=60)
+megabytes = [4 * weight_count(one) / 1e6 for one in (relu, merged)]
+print(f"merge_embeddings: {megabytes[0]:.1f} MB of weights become {megabytes[1]:.1f} MB", end=", ")
+print(f"and a token takes {times[1] / times[0]:.2f} times as long")
+assert megabytes[1] > 20 * megabytes[0]
+# One addition of two rows is nothing compared with the blocks. Exact is not the same as useful.
 
-
-def last_token(lm):
-    """A task to time: the last token of the text, with all the others in the cache."""
-    state = lm.model.new_state()
-    lm.model.next_logits(ids[:-1], state)
-    return lambda: (lm.model.next_argmax(ids[-1:], state), state.rewind(T - 1))
-
-
-times = fastest(*map(last_token, lms.values()), repeats=60)
-print(f"{'':17} multiply-adds    weights    error  speed (dense = 1)")
-for (name, one), t in zip(lms.items(), times):
-    size = sum(w.size for w in weights(one.model).values())
-    print(f"{name:17} {work(one).total().multiply_adds:13,} {size:10,}", end="  ")
-    print(f"{check(one):7.1e} {times[0] / t:6.2f} {'-' if one is lm else verdict(times[0] / t)}")
-gained = times[0] - times[3]  # seconds a token
-pays = f"after {seconds / gained:,.0f} tokens" if gained > 0 else "never"
-print(f"All tell the same text. Counted, first_layer is {1 / (1 - share):.2f} times as fast;")
-print(f"it also saves calls. Measured, its {seconds:.3f} s offline are earned back {pays}.")
-
-# %% 6. What "exact" means, and how to notice that it is not true
-# Exact in real arithmetic: the formulas are equal, the digits nearly. How small must a difference
-# be to pass as rounding? Better ask how it behaves: with more digits rounding shrinks, a mistake
-# stays. So we make mistakes on purpose, as if the folding had made them, and see what notices.
-title("6. Rounding or a mistake? Ask float64")
-
-
-def with_gain(lm, change):
-    """The model, but one norm in the middle has the gain change(g)."""
-    one = lm.model.stack.blocks[L // 2].attn.norm
-    new = replace(one, gain=change(one.gain))
-    return swap(lm, RMSNorm, lambda norm: new if norm is one else norm)
-
-
-mistakes = {
-    "none": lambda g: g,
-    "one number wrong by 1/10,000": lambda g: np.where(g == g.max(), g * 1.0001, g),
-    "the gain of one norm forgotten": lambda g: np.ones_like(g),
-}
-print(f"{'mistake':31} float32 {'':10} float64 {'':18} same text  below 1e-12")
-for name, change in mistakes.items():
-    print(f"{name:31}", end="")
-    for one, goal in ((lm, expected), (exact, sharp)):
-        wrong = error(apply(with_gain(one, change), ALL).logits(ids), goal)
-        print(f" {wrong:.1e} {'#' * round(-np.log10(wrong)):{10 if one is lm else 18}}", end="")
-    same = apply(with_gain(lm, change), ALL).generate(BEGINNING, 40) == told
-    print(f" {'yes' if same else 'no':10} {'yes' if wrong < 1e-12 else 'NO: caught'}")
-    assert (wrong < 1e-12) == (name == "none")
-say(
-    "(#: digits that are right.) Without a mistake, float64 brings its digits; with one it cannot.",
-    "Text notices little, for greedy choice only asks which logit is largest; and a small mistake",
-    "may be no larger than what float32 rounds away: compare the first two rows.",
+# %% 8. The price
+# Now all that is worth having, alone and together (techniques combine in any order). Counts first:
+# what must be computed and stored. Then the time of one token, the others in the cache, as a ratio
+# within this run: above 1 is faster than the plain model.
+title("8. The price: counts, then time")
+together = minitx.load("stories", fold_norms=True, fuse_projections=True, first_layer=True)
+together64 = minitx.load(
+    "stories", dtype=np.float64, fold_norms=True, fuse_projections=True, first_layer=True
 )
-# A check can also be blind. Take a model as it is before training: its gains are all 1.
-fresh = replace(lm, model=random_model(c, dtype=np.float64))
-blind = apply(with_gain(fresh, mistakes["the gain of one norm forgotten"]), ALL).logits(ids)
-blind = error(blind, fresh.logits(ids))
-assert blind < 1e-12
-print(
-    f"The gain forgotten, on fresh random weights: error {blind:.1e}. The check passes, for there"
-)
-print("was nothing to be seen. Before you trust a check, try it on a mistake.")
+models = {"plain": lm, "fold_norms": folded, "fuse_projections": fused, "first_layer": first}
+models["all three"] = together
 
-# %% Exercises
-# 1. fold_norms leaves the last norm alone, since the head is the table of tokens. Fold it by hand
-#    (a head of its own: Head(w) with w = diag(g) E.T) and check it. What does it cost in memory?
-# 2. work(lm, B, B).total().weight_bytes counts what one pass over B tokens reads. From which B on
-#    does the model with the table read more than the dense one? Find it, then derive it.
-# 3. Which is the smallest mistake that cell 6 catches in float64? And in float32?
-# 4. Why is k in the table not turned by its position? For which tokens could that be done?
+tasks = [decode_last(one, ids) for one in models.values()]
+times = time_side_by_side(*tasks, repeats=80)
+table = []
+for name, one, seconds in zip(models, models.values(), times):
+    ratio = times[0] / seconds
+    work = count_last(one, ids).total().multiply_adds
+    size = f"{4 * weight_count(one) / 1e6:.2f}"
+    table.append([name, work, products(one), size, f"{ratio:.2f}", verdict(ratio)])
+    assert one.generate(ids, 40) == answer
+table[0][-1] = "-"
+print_table(["", "multiply-adds", "products", "weights, MB", "speed", ""], table)
+error64 = largest_error(together64.logits(ids), lm64.logits(ids))
+print(f"all three in float64: the logits differ by {error64:.0e} of the largest one")
+assert error64 < 1e-12
+# Every answer is the same, as promised. But only 2 % of the multiply-adds are gone; and that nearly
+# half of the products are gone, too, saves calls, not work. The time shows little of either: a few
+# percent, as large as what a busy machine changes from run to run.
+
+# %% ... when is it more?
+# first_layer removes part of one block of L, so at most 1/L. It can be nearly all of a block in a
+# model with parallel blocks, where attention and feed-forward network read the same row: there the
+# feed-forward network of block 0 depends on one token, too. The chart asks what the share would be,
+# if the two models had other numbers of blocks.
+parallel = minitx.load("stories-parallel")
+parallel_first = minitx.load("stories-parallel", first_layer=True)
+LAYERS = (1, 2, 4, 8, 16, 32)
+lines = {}
+for name, one, tabled in (("stories", lm, first), ("stories-parallel", parallel, parallel_first)):
+    counts, counts_after = count_last(one, ids), count_last(tabled, ids)
+    saved = counts.total().multiply_adds - counts_after.total().multiply_adds
+    block = counts.total("model.stack.blocks.1").multiply_adds
+    head = counts.total("model.head").multiply_adds
+    lines[name] = [saved / (layers * block + head) for layers in LAYERS]
+    for layers, share in zip(LAYERS, lines[name]):
+        print(f"  {name:16} {layers:2} blocks  {share:5.1%} {bar(share, 1, 60)}")
+save_lines("03_first_layer", LAYERS, lines, "blocks (L)", "share of multiply-adds saved")
+
+tasks = decode_last(parallel, ids), decode_last(parallel_first, ids)
+times = time_side_by_side(*tasks, repeats=80)
+print(f"stories-parallel has 4 blocks; measured: {times[0] / times[1]:.2f} times as fast")
+# One layer of a model with 32 is little, in either: its card says so, "at most 1/L of the work".
+
+# %% 9. Outlook: whole matrices can go
+# If two matrices follow each other with nothing in between, their product is one matrix. Below, h
+# goes through A, then through W_q for the query and W_k for the key. Let A absorb W_q: then x is
+# already the query, and W_k must undo what A did too much, by the inverse of W_q.
+title("9. Outlook: a matrix that another one absorbs")
+h = np.array([1.0, 2.0])
+A = np.array([[1.0, 0.0], [2.0, 1.0]])
+W_q = np.array([[1.0, 1.0], [0.0, 1.0]])
+W_k = np.array([[2.0, 0.0], [1.0, 1.0]])
+x = h @ A
+print("three matrices: query", x @ W_q, " key", x @ W_k)
+
+new_A = A @ W_q  # offline
+new_W_k = np.linalg.inv(W_q) @ W_k  # offline; the inverse of W_q is [[1, -1], [0, 1]]
+x = h @ new_A
+print("two matrices:   query", x, " key", x @ new_W_k)
+assert np.array_equal(x, h @ A @ W_q) and np.array_equal(x @ new_W_k, h @ A @ W_k)
+
+# %% ... in a model where nothing is in between
+# In most models there is something in between: a norm, and x is added to what each network gives.
+# stories-skipless was trained without both. There remove_weights merges two matrices of each block.
+skipless = minitx.load("stories-skipless")
+removed = minitx.load("stories-skipless", remove_weights=True)
+assert removed.generate(ids, 40) == skipless.generate(ids, 40)
+skipless64 = minitx.load("stories-skipless", dtype=np.float64)
+removed64 = minitx.load("stories-skipless", dtype=np.float64, remove_weights=True)
+error64 = largest_error(removed64.logits(ids), skipless64.logits(ids))
+assert error64 < 1e-10
+tasks = decode_last(skipless, ids), decode_last(removed, ids)
+times = time_side_by_side(*tasks, repeats=80)
+for name, one in (("plain", skipless), ("remove_weights", removed)):
+    work = count_last(one, ids).total().multiply_adds
+    print(f"  {name:15} {work:7,} multiply-adds in {products(one)} products")
+print(f"{times[0] / times[1]:.2f} times as fast; in float64 the logits differ by {error64:.0e}")
+# Whole products fall away, and the time shows it. A warning: an inverse enlarges what was rounded
+# before, the more the closer W_q is to a matrix that has none. Other merges of this kind: shrink,
+# slim_attention and absorb_products (python -m minitx explain shrink).
+
+# %% Try this
+# 1. Section 1: a norm may also add a bias b after the gain, y = (x / rms * g + b) @ W. What becomes
+#    of b @ W, which is known offline? Write the two lines and check them with b = [1, -1].
+# 2. Section 3: make the mistake of 1/10,000 (1e-4) smaller, tenfold each time: from where on does
+#    float64 no longer tell it from rounding (remove the assert)? And how large must it be, to be
+#    clearly seen in float32? How many digits lie between the two?
+# 3. Section 3: a check can be blind. Which of the 128 gains is nearest to 1? Forget that one, not
+#    number 0: what is left of the error? Before training, all gains are 1. What would the check say
+#    of a fold_norms that forgets every gain, on such a model?
+# 4. Section 5: let a fourth token " the" have the embedding [1, 1]. Which two tokens get the same
+#    row in the table, and why may the model still tell them apart? (What else is in a row of
+#    section 6?)

@@ -13,17 +13,17 @@ import time
 from itertools import islice
 
 import numpy as np
+from minitx.shared.confidence import Probe, Saturation, SoftmaxGap
+from minitx.training.exit_probe import logistic
 
 import minitx
 from minitx.lab.evaluate import Tally, encode, exit_profile, held_out, hops_name, report
 from minitx.lab.learn_then_test import calibrate, hoeffding_bentkus, loss
 from minitx.ledger import counting
 from minitx.model import Block
-from minitx.shared.confidence import Probe, Saturation, SoftmaxGap
 from minitx.skip import ffn_skip
 from minitx.state import Layer
 from minitx.technique import apply, swap
-from minitx.training.exit_probe import logistic
 from minitx.training.stories import stories
 from minitx.tree import Part, part
 

@@ -17,13 +17,13 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
+from minitx.precompute.lut.product_table import IntegerLinear, ProductTable, TableLinear
 
 import minitx
 from minitx.cli import main
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
-from minitx.precompute.lut.product_table import IntegerLinear, ProductTable, TableLinear
 from minitx.technique import apply, find
 from minitx.training.loss import token_losses
 from minitx.tree import nbytes

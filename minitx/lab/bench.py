@@ -38,11 +38,11 @@ from minitx import __version__
 from minitx.build import random_model
 from minitx.config import Config
 from minitx.errors import MinitxError
+from minitx.fast import ONE_THREAD, THREAD_VARIABLES
 from minitx.lab.bench_report import as_text
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major
 from minitx.model import Head, Linear, TiedHead, Transformer
-from minitx.threads import ONE_THREAD, THREAD_VARIABLES
 from minitx.tree import walk, weights
 
 SEED = 0

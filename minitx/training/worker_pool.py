@@ -14,7 +14,7 @@ from multiprocessing.connection import wait
 from threading import BrokenBarrierError
 
 from minitx.errors import MinitxError
-from minitx.threads import ONE_THREAD
+from minitx.fast import ONE_THREAD
 from minitx.training.recipe import Recipe
 from minitx.training.worker import SharedArrays, Worker
 

@@ -14,11 +14,11 @@ from minitx.build import random_model
 from minitx.cli import main
 from minitx.config import Config
 from minitx.errors import MinitxError
+from minitx.fast import THREAD_VARIABLES
 from minitx.lab import bench
 from minitx.lab.bench_report import as_text, columns
 from minitx.lm import LM
 from minitx.model import Linear
-from minitx.threads import THREAD_VARIABLES
 
 TINY = dict(family="llama", vocab_size=20, width=8, layers=2, heads=2, kv_heads=1, head_width=4)
 TINY |= dict(hidden=12, context=40, rope_width=4, tied=True)
