@@ -1,7 +1,7 @@
 """CALM's early exit, one token and one layer at a time, in the paper's steps and with Python loops.
 
-``run`` is kv_fill=copy; ``run_deferred`` is kv_fill=deferred, given where each token exits. Only the
-embedding, blocks, norm and head of the dense model are used.
+``run`` is kv_fill=copy; ``run_deferred`` is kv_fill=deferred, given where each token exits. Only
+the embedding, blocks, norm and head of the dense model are used.
 
 ``run`` copies without ``backfill``: a token that has exited still runs every later layer, always
 from its exit state, so that each layer caches keys and values made from that state. The output is
