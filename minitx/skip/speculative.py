@@ -61,15 +61,14 @@ def speculative(
                accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
                at the first rejection, stop; draw from the residual max(0, p[i] - q[i]) / its sum
                if all are accepted, draw one more token from p[gamma+1]
-               drop rejected tokens from both KV caches; the target's own token enters them in the
-               next round
+               drop rejected tokens from both KV caches; the target's token enters them next round
     Saves:     sequential passes of the target; no multiply-adds. With the acceptance rate
                alpha   = E[sum over tokens x of min(p(x), q(x))]
                tokens  = (1 - alpha^(gamma+1)) / (1 - alpha)       per round, on average
                speedup = tokens / (gamma c + v);  c, v: time of one draft step and of the target's
                pass, both divided by the time of a plain decoding step (paper: v = 1)
-    In NumPy:  0.7x to 1.3x the throughput on stories: its weights fit the CPU's cache, so five
-               tokens take 1.5 times as long as one (v = 1.5); c = 0.28 (Notes).
+    In NumPy:  0.7x to 1.3x the throughput on stories, whose weights fit the CPU's cache: v = 1.5 for
+               gamma = 4, c = 0.28 (Notes).
     Not for:   a draft with another vocabulary; batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_speculative.py; literal version: tests/skip/literal_speculative.py
     Tutorial:  tutorials/11_guess_and_check.py

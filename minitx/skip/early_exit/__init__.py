@@ -91,14 +91,13 @@ def early_exit(
                      clip(0.9 threshold + 0.1 exp(-decay t / horizon), 0, 1)     decay
                in each skipped layer l = i .. L-1:
                  copy:      cache the keys and values that layer l makes from h[i] instead of h[l]
-                 deferred:  when a later token enters layer l, run l on it and on all earlier tokens
-                            that have not run l, in one causal chunk, each from its own output of
+                 deferred:  when a later token enters layer l, run l on it and all earlier tokens
+                            that have not run l: one causal chunk, each from its own output of
                             layer l-1
     Saves:     multiply-adds per skipped layer: 2 D H d (q, out) + 2 S H d (attention) + 3 D F (FFN)
                + 2 D K d (k, v; not with copy). A check costs V D, 3 D or D.
     In NumPy:  1.2x to 1.3x on stories with saturation; softmax is not faster (Notes).
-    Not for:   models trained to predict at the last layer alone; large batches: a layer is skipped
-               only where all sequences skip it.
+    Not for:   models trained to predict at the last layer alone; large batches (Notes).
     Proof:     tests/skip/test_early_exit.py; literal version: tests/skip/literal_early_exit.py
     Tutorial:  tutorials/04_knowing_when_to_stop.py
     """
@@ -259,8 +258,9 @@ def probe_from_stories(lm) -> tuple[np.ndarray, float]:
 #   checks. The head also runs once more on the exit state: it belongs to the model, not the stack.
 # - With kv_fill=deferred, every token sees the keys and values that the dense model has for the
 #   same text; only the logits of tokens that exited are approximate.
-# - In a batch, a token that has exited is computed along with the other sequences as long as one of
-#   them is live at the same place in the chunk, and the result is dropped. A prompt whose tokens
+# - A batch skips a layer only where all sequences do: a token that has exited is computed along
+#   with the others as long as one of them is live at the same place in the chunk, and the result is
+#   dropped. A prompt whose tokens
 #   exit at different layers is gathered and scattered in each layer, which can take longer than
 #   running it in full: a warm_up as long as the prompt avoids that.
 # - measure=random draws one number, uniform in [0, 1), for each layer and position. With

@@ -76,13 +76,13 @@ def ffn_skip(
                  if run_skip > 0:  y = a;  run_skip -= 1
                  else:             y = a + FFN(a)               (FFN includes its norm)
                                    if cos(a, y) >= threshold:  run_skip = skip
-               y goes on to the next layer. All other FFNs run as usual.
+               y goes on to the next layer. Other FFNs run as usual.
                Parallel blocks (attention and FFN both read the block's input): a is that input;
                the attention output is added to y only after the cosine.
     Saves:     3 D F multiply-adds per FFN skipped (2 D F without a gate), less 3 D per cosine.
     In NumPy:  no faster than dense on stories (0.97x to 1.04x) at 0.74 of the multiply-adds: its
-               FFNs are small, and every skipped one still takes a few NumPy calls.
-    Not for:   models of one or two layers: the defaults skip nothing. Models without residual
+               FFNs are small, and skipping one takes a few NumPy calls.
+    Not for:   models of one or two layers (the defaults skip nothing) or without residual
                connections (config.skipless). Batches and prompts: the weights of an FFN are read
                unless every token skips it.
     Proof:     tests/skip/test_ffn_skip.py; literal version: tests/skip/literal_ffn_skip.py
