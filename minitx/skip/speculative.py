@@ -67,8 +67,8 @@ def speculative(
                tokens  = (1 - alpha^(gamma+1)) / (1 - alpha)       per round, on average
                speedup = tokens / (gamma c + v);  c, v: time of one draft step and of the target's
                pass, both divided by the time of a plain decoding step (paper: v = 1)
-    In NumPy:  0.7x to 1.3x the throughput on stories, whose weights fit the CPU's cache: v = 1.5 for
-               gamma = 4, c = 0.28 (Notes).
+    In NumPy:  0.7x to 1.3x the throughput on stories, whose weights fit the CPU's cache: v = 1.5
+               at gamma=4, c = 0.28 (Notes).
     Not for:   a draft with another vocabulary; batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_speculative.py; literal version: tests/skip/literal_speculative.py
     Tutorial:  tutorials/11_guess_and_check.py
