@@ -20,11 +20,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-def test_the_printed_tree_is_what_runs():
-    assert blocks("text")[0].strip() == repr(minitx.load("stories").model)
+def test_printed_tree_is_the_tree_of_stories():
+    assert blocks("text")[1].strip() == repr(minitx.load("stories").model)
 
 
-def test_the_python_example_runs(capsys):
+def test_python_example_runs(capsys):
     (example,) = blocks("python")
     space: dict = {}
     exec(compile(example, "README.md", "exec"), space)
@@ -33,7 +33,7 @@ def test_the_python_example_runs(capsys):
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_is_understood(line):
+def test_every_command_can_be_parsed(line):
     words = [w for w in shlex.split(line)[1:] if w != "..."]
     arguments.read_arguments(words)  # refuses an unknown command, option or technique
 
@@ -45,28 +45,36 @@ def test_every_path_exists():
         assert (ROOT / path).exists(), path
 
 
-def test_all_tutorials_are_named():
+def test_every_tutorial_is_linked():
     for script in (ROOT / "tutorials").glob("[0-9]*.py"):
         assert script.name in README, script.name
 
 
-def test_all_models_are_named():
+def test_every_model_is_named():
     for name in shipped():
         assert f"`{name}`" in README, name
 
 
-def test_the_techniques_are_those_that_there_are():
-    """Each with its level, whether it is exact, and the first line of its card."""
-    rows = re.findall(r"^\| \[`(--[\w-]+)`\]\((\S+)\) \| (\w+) \| (\w+) \| (.*) \|$", README, re.M)
+def test_gallery_lists_every_technique_with_its_card_test_and_tutorial():
+    """A row per technique: link to its file, the summary of its card, five figures, links."""
+    pattern = r"^\| \[`(--[\w-]+)`\]\((\S+)\) \| (.*?) \|(?: [^|]+ \|){5} (.*) \|$"
+    rows = re.findall(pattern, README, re.M)
     expected = []
     for t in techniques():
-        path = t.path
-        exact = "exact" if t.exact else "approximate"
-        expected.append((t.flag, path, t.level, exact, t.card.summary))
-    assert rows == expected
+        folder = f"tests/{t.function.__module__.split('.')[1]}"
+        links = f"[test]({folder}/test_{t.name}.py)"
+        if tutorial := t.card.sections.get("Tutorial"):
+            links += f", [tutorial]({tutorial})"
+        expected.append((t.flag, t.path, t.card.summary, links))
+    assert sorted(rows) == sorted(expected)
 
 
-def test_ci_runs_the_readmes_test_command():
+def test_every_link_leads_to_a_file():
+    for path in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_ci_runs_the_test_command_of_the_readme():
     install, test = blocks("sh")[1].strip().split(" && ")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert test.removeprefix("python ") in script
