@@ -97,5 +97,6 @@ def test_queries_in_the_stream_are_the_stream():
 def test_queries_in_a_table_cannot_be_called():
     attn = apply(tiny_lm(), {"first_layer": True}).model.stack.blocks[0].attn
     assert type(attn.qkv) is InTable
-    with pytest.raises(MinitxError, match="leave first_layer out"):
-        attn.qkv.q(X)
+    for call in (attn, attn.attend_from, attn.backfill):
+        with pytest.raises(MinitxError, match="leave first_layer out"):
+            call(X, None)
