@@ -132,14 +132,15 @@ class Split(Part):
 
 @part
 class InTable(Part):
-    """Instead of the norm and of the projections, whose results are in the table. Whatever wants
-    q, k or v of this block calls the norm first and gets this error."""
+    """Instead of the norm and of the projections, whose results are in the table."""
 
     def __call__(self, x):
         raise MinitxError(
             "The norm and the projections of block 0 are rows of first_layer's table and cannot "
             "be called on their own; leave first_layer out."
         )
+
+    q = kv = __call__  # for Attention.attend_from and Attention.backfill
 
 
 # Offline -----------------------------------------------------------------------------------------

@@ -46,9 +46,8 @@ def remove_weights(
     Fidelity:  the paper's text. Biases, learned positions and parallel blocks are our extension.
     Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
                2e-6 of the largest one), the more the worse W_q is conditioned.
-    Idea:      Skipless means without residual adds and norms. Then matrices follow each
-               other directly: W_down of one block and W_q of the next, W_o and W_up. Each such
-               pair is one matrix.
+    Idea:      Skipless: without residual adds and norms. Then matrices follow each other directly:
+               W_down of one block and W_q of the next, W_o and W_up. Each such pair is one matrix.
     Offline:   W_down* = W_down W_q,  b_down* = b_down W_q + b_q    W_q, b_q of the next block;
                                                 the last block's W_down, b_down stay as they are
                embedding* = embedding W_q + b_q                     W_q, b_q of block 0
@@ -61,8 +60,8 @@ def remove_weights(
                that in parallel blocks, which keep W_o. A tied head keeps the old embedding: V D
                weights more for V tokens.
     In NumPy:  faster, since whole products go: decoding and prompts 1.1x on stories-skipless.
-    Not for:   models with residual adds or norms, so nearly all: both tie input and
-               output of a block to one basis. Matrices that are not square, or not invertible.
+    Not for:   models with residual adds or norms, so nearly all: both tie input and output of a
+               block to one basis. Matrices that are not square, or not invertible.
     Proof:     tests/precompute/test_remove_weights.py; literal version:
                tests/precompute/literal_remove_weights.py
     """
