@@ -104,7 +104,7 @@ def test_rows_are_really_freed(family):
 
 
 def test_counted_cost_is_the_predicted_one():
-    """A decoded token: 2 H d (sinks + window), and H d sinks for seeing the sinks from nearer."""
+    """A decoded token: 2 H d (sinks + window), and H d sinks to score the sinks again."""
     for positions, extra in (("original", 0), ("cache", 2)):
         lm = apply(tiny_lm(), {"sink_window": SMALL | {"positions": positions}})
         c, state = lm.model.config, lm.model.new_state()
