@@ -220,7 +220,7 @@ def attend_masked(q, k, v, scale, kept, floor=0.0):
     work = q.size // q.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1])
     ledger.count(work, cache_bytes=k.nbytes + v.nbytes)
     mask = ~kept[..., None, None, :, :]  # (..., K, G, 1, 1, T, S)
-    p = fast.attention_weights(rows, k, scale, mask)  # (..., K, G, 1, T, S), the largest is 1
+    p = fast.unnormalized_weights(rows, k, scale, mask)  # (..., K, G, 1, T, S), the largest is 1
     if floor:
         p[p < floor] = 0
         ledger.event("keys kept", lambda: np.count_nonzero(p))

@@ -333,7 +333,7 @@ def threshold_samples(q, k, p: float, scale: float, visible: Visible):
     (H, T) that all keys with a softmax weight above p/n still reach, if similarities are exact; if
     no weight is above p/n, that the key with the largest weight reaches."""
     (H, T, d), (K, S, _) = q.shape, k.shape
-    w = fast.attention_weights(q, k, scale, visible.mask).reshape(K, H // K, T, S)
+    w = fast.unnormalized_weights(q, k, scale, visible.mask).reshape(K, H // K, T, S)
     w /= w.sum(-1, keepdims=True)
     relevant = w > p / visible.count[..., None]
     least = np.where(relevant, w, 2).argmin(-1)  # 2: above any weight

@@ -115,7 +115,7 @@ def test_threshold_sample_in_figure_6():
     1/4 are relevant: 0.48 and 0.30. The smaller of them has the score 0.86."""
     scores = np.array([1.35, -0.72, 0.86, 0.24])
     q, k = np.full((1, 4, 1), 2.0), scores[None, :, None] / 2  # keys of one number: q k = score
-    w = fast.attention_weights(q, k, 1.0, Visible(4, 4).mask)
+    w = fast.unnormalized_weights(q, k, 1.0, Visible(4, 4).mask)
     np.testing.assert_allclose(w[0, 3] / w[0, 3].sum(), [0.48, 0.06, 0.30, 0.16], atol=0.005)
     found = threshold_samples(q, k, 1.0, 1.0, Visible(4, 4))[0, 3]
     np.testing.assert_allclose(found, 0.86 / (2 * (1.35 / 2)))
