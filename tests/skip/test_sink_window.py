@@ -67,7 +67,7 @@ def test_equals_the_literal_version(positions, sinks, window, sizes):
 
 
 def test_nothing_changes_before_the_first_eviction_and_everything_after():
-    """The dossier's check: exact up to sinks + window tokens, different from the next one on."""
+    """Exact up to sinks + window tokens, different from the next one on."""
     dense, lm = tiny_lm(dtype=np.float64), apply(tiny_lm(dtype=np.float64), {"sink_window": SMALL})
     error = abs(lm.logits(IDS) - dense.logits(IDS)).max(-1)
     assert error[:7].max() < 1e-12 and error[7:].min() > 1e-6
