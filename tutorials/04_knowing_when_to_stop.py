@@ -141,7 +141,7 @@ def exit_layers(changed, ids):
     for token in ids:
         with counting(changed) as counts:
             changed.model.next_argmax([token], state)
-        exited = [i for i in range(1, L) if counts.events[f"tokens exited after layer {i}"]]
+        exited = [i for i in range(1, L) if counts.events[f"tokens exited after {i} layers"]]
         layers.append(exited[0] if exited else L)
     return layers
 
