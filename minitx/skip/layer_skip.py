@@ -57,8 +57,7 @@ def layer_skip(
     Kind:      approximate.
     Idea:      A sub-layer f adds to the residual stream: y = x + f(norm(x)). Where that hardly
                matters, y = x is enough. A layer is two sub-layers, attention and FFN.
-    Offline:   Select n = count units. h[l] is the hidden state that enters layer l; a mean is over
-               the tokens of the calibration texts.
+    Offline:   n = count; h[l]: hidden state that enters layer l; means are over calibration tokens.
                influence:  mean 1 - cos(h[l], h[l+1]);  drop the n layers with the lowest
                angular:    mean arccos(cos(h[l], h[l+n])) / pi, over each text's last token only;
                            drop the n layers from the l with the lowest
@@ -71,9 +70,9 @@ def layer_skip(
                FFN: 3 D F multiply-adds, or 2 D F without a gate (F hidden neurons).
     In NumPy:  whole layers save time in proportion to multiply-adds, attention more than that, FFN
                less (Notes).
-    Not for:   skipless models. In parallel blocks, the FFN of block 0 after first_layer, whose
-               table contains it. early_exit with measure=saturation: a dropped layer leaves x
-               unchanged, which that test takes for converged.
+    Not for:   skipless models; the FFN of block 0 in a first_layer table (parallel blocks);
+               early_exit with measure=saturation, which takes the unchanged x of a dropped layer
+               for converged.
     Proof:     tests/skip/test_layer_skip.py; literal version: tests/skip/literal_layer_skip.py
     """
     check_model(lm)

@@ -65,12 +65,11 @@ def lazy_tokens(
                dense products and (n_l / n)^2 of its attention; a pruning layer costs H n_l d more
                for the scores (H query heads of width d). No token ever runs twice through a layer.
     In NumPy:  first token 1.2x to 1.4x sooner (stories, 320 tokens, keep=0.7), but each new token
-               takes 2 to 2.5 times as long: its step first has to run the tokens that it revives
-               through the deep layers, and copies the visible rows (Notes).
-    Not for:   long outputs, which revive nearly every token; scoring a text in one pass, where the
-               logits of earlier rows come from a run pruned for the last token; batches with a KV
-               cache (generate decodes prompts one by one); attention without softmax over all keys
-               (elsa, a3, ...).
+               takes 2 to 2.5 times as long: its step also runs the tokens that it revives through
+               deep layers, and copies the visible rows (Notes).
+    Not for:   long outputs, which revive nearly every token; scoring a text in one pass, which is
+               pruned for its last token; batches with a KV cache (generate decodes prompts one by
+               one); attention without softmax over all keys (elsa, a3, ...).
     Proof:     tests/skip/test_lazy_tokens.py; literal version: tests/skip/literal_lazy_tokens.py
     """
     need(lm.model.stack, Stack)
