@@ -60,9 +60,7 @@ class Sampler:
             return np.eye(1, logits.size, best)[0]
         z = logits.astype(np.float64)
         z -= z[best]  # <= 0, so exp cannot overflow
-        z /= max(
-            self.temperature, 1e-99
-        )  # below that nothing changes, but the quotient could overflow
+        z /= max(self.temperature, 1e-99)  # a lower temperature could overflow
         p = np.exp(z, out=z)
         if self.top_k is not None and self.top_k < p.size:
             p[~top_k_mask(logits, self.top_k)] = 0
@@ -90,8 +88,9 @@ def top_k_mask(x: np.ndarray, k: int) -> np.ndarray:
 def nucleus(p: np.ndarray, mass: float) -> np.ndarray:
     """(V,) booleans: the smallest set of tokens whose probabilities p (V,) reach ``mass``, most
     likely first; at least one token."""
-    # A kept token and all less likely ones together have more than 1 - mass, so its own p is above
-    # (1 - mass) / V: tokens below that need not be sorted. (Half of it, to be safe from rounding.)
+    # A kept token and all less likely ones together have more than 1 - mass. It is the most likely
+    # of these at most V tokens, so its own p is above (1 - mass) / V: tokens below that need not be
+    # sorted. (Half of that, to be safe from rounding.)
     likely = np.flatnonzero(p >= 0.5 * (1 - mass) / p.size)
     order = likely[np.argsort(-p[likely], kind="stable")]
     reached = p[order].cumsum().searchsorted(mass)  # index of the first sum >= mass

@@ -16,7 +16,7 @@ from minitx import ledger
 LARGE = 32 << 10  # numbers in a matrix above which reading it costs more than the call
 FEW = 4  # rows of x up to which the product is memory-bandwidth bound
 MANY = 128  # rows of x from which on transposing the matrix costs next to nothing
-WIDE = 2 << 10  # outputs beyond which accumulating a whole row of outputs per input is too long
+WIDE = 2 << 10  # outputs beyond which the sum, updated for every input, leaves the L1 cache
 
 
 def matmul(x, w):
@@ -25,7 +25,7 @@ def matmul(x, w):
     With few rows in x, almost all of the time goes into reading w, so w is read contiguously:
     column by column where it is column-major (memory_layout.py), row by row (as the sum
     ``x[0] w[0] + x[1] w[1] + ...``) where it is row-major. BLAS's own vector-matrix product strides
-    through a row-major matrix and takes 1.2 to 1.5 times as long.
+    through a row-major matrix and takes 1.2 to 1.5 times as long as that sum.
     """
     few = w.size > LARGE and x.size <= FEW * len(w)
     if few and w.flags.f_contiguous:
@@ -83,7 +83,8 @@ def causal_blocks(T: int, S: int):
 
 
 def attend_rows(q, k, v, scale, mask=None):
-    """Attention of q (..., H, T, d) over k, v (..., K, S, d); mask as for ``attention_weights``."""
+    """Attention of q (..., H, T, d) over k, v (..., K, S, d); mask as for
+    ``unnormalized_weights``."""
     p = attention_scores(q, k, scale)
     return weighted_values(exponentials(p, mask, q.shape[-2]), q, k, v)
 
@@ -112,7 +113,7 @@ def weighted_sum(p, v):
     return total
 
 
-def attention_weights(q, k, scale, mask=None):
+def unnormalized_weights(q, k, scale, mask=None):
     """``exp(scale * q k^T - row maximum)`` (..., K, G*T, S): the softmax before it is normalized.
 
     mask: booleans that broadcast to (..., K, G, T, n), True where a query must not see one of the

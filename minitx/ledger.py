@@ -176,8 +176,8 @@ def _noted(method, ledger: Ledger, paths: dict[int, list[str]]):
 
 
 def _path(places: list[str], caller: str, args: tuple) -> str:
-    """The path of a part that is used in several places: the one in the block of this ``Layer``, or
-    the one below the caller."""
+    """The path of a part that is used in several places (the RoPE tables of all blocks): the one in
+    the block of this ``Layer``, or the one below the caller."""
     if len(places) == 1:
         return places[0]
     index = next((arg.index for arg in args if isinstance(arg, Layer)), None)

@@ -83,7 +83,8 @@ class LM(Part):
         return self._until_end(self.decode(self.model, state, ids, Sampler(**options), limit))
 
     def pieces(self, tokens: Iterable[int], previous: int) -> Iterator[str]:
-        """The text of a stream of ids that follow the id ``previous``, as ``stream`` yields it."""
+        """The text of a stream of ids, as ``stream`` yields it. ``previous``, the id before them,
+        decides whether a leading space is written."""
         self._need_tokenizer()
         return _decoded(self.tokenizer, tokens, previous)
 
@@ -198,9 +199,8 @@ class LM(Part):
 
 
 def _decoded(tokenizer, tokens: Iterable[int], previous: int) -> Iterator[str]:
-    from minitx.checkpoints.tokenizer import (
-        StreamDecoder,
-    )  # imported here: the core does not import checkpoints
+    # Imported here, because the core does not depend on checkpoints.
+    from minitx.checkpoints.tokenizer import StreamDecoder
 
     decoder = StreamDecoder(tokenizer, previous)
     for token in tokens:
@@ -232,7 +232,7 @@ def load(
     or a folder that ``minitx precompute`` wrote.
 
     tokenizer: the folder or file of the tokenizer, if it is not beside the model; without one, a
-    model still works on ids. dtype: float32, or float64 for proofs. techniques: by name, True or a
+    model still works on ids. dtype: float32, or float64 for tests. techniques: by name, True or a
     dict of options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``.
     Raises MinitxError if there is no such model or technique, or if a file is damaged.
     """

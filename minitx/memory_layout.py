@@ -2,17 +2,17 @@
 
 One row times a matrix (in, out) is ``out`` dot products with its columns. If the matrix is
 column-major, every column is contiguous and the weights are read in one sequential sweep, which is
-what memory is fastest at. With row-major matrices of a few hundred rows and columns, BLAS takes 1.5
-to 2.7 times as long. All matrices go into one block, in the order in which they are used, because
-the system backs a block of many MB with large pages but not its pieces.
+what memory is fastest at. BLAS's product of a row with a row-major matrix of a few hundred rows and
+columns takes 1.5 to 2.7 times as long. All matrices go into one block, in the order in which they
+are used, because the system backs a block of many MB with large pages but not its pieces.
 
 Techniques work on row-major matrices, as NumPy makes them. So the layout is changed last, when a
 model is loaded (``minitx.load``) or changed (``technique.apply``). No number changes: ``w`` keeps
 its shape and entries and gets other strides, which ``fast.matmul`` looks at.
 
-A part declares by ``layout`` how its matrix ``w`` should be stored: "column-major" (``Linear``,
-``Head``), "row-major" for a part that reads selected rows (some twenty times slower column-major),
-or None for a matrix that stays as it is.
+A part declares by ``matrix_layout`` how its matrix ``w`` should be stored: "column-major"
+(``Linear``, ``Head``), "row-major" for a part that reads selected rows (some twenty times slower
+column-major), or None for a matrix that stays as it is.
 """
 
 from dataclasses import replace
@@ -47,15 +47,15 @@ def to_column_major(root: Part) -> Part:
 
 
 def to_row_major(root: Part) -> Part:
-    """A copy of the tree in which these matrices are row-major; the same tree if they already
-    are."""
+    """A copy of the tree in which matrices that are declared column-major are row-major; the same
+    tree if they already are."""
     return replaced(root, {k: np.ascontiguousarray(w) for k, w in large_matrices(root).items()})
 
 
 def large_matrices(root: Part, layout: str = "column-major") -> dict[int, np.ndarray]:
     """The large matrices of parts that declare this layout, by id, in the order of the tree; a
     shared matrix appears once."""
-    matrices = (node.w for _, node in walk(root) if node.layout == layout)
+    matrices = (node.w for _, node in walk(root) if node.matrix_layout == layout)
     return {id(w): w for w in matrices if w.size > fast.LARGE}
 
 
@@ -63,7 +63,7 @@ def replaced(root: Part, new: dict[int, np.ndarray]) -> Part:
     """A copy of the tree with new arrays for the matrices with these ids."""
 
     def change(node: Part) -> Part | None:
-        if node.layout is None or new.get(id(node.w), node.w) is node.w:
+        if node.matrix_layout is None or new.get(id(node.w), node.w) is node.w:
             return None
         return replace(node, w=new[id(node.w)])
 

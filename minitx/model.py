@@ -62,11 +62,12 @@ class Transformer(Part):
 
 @part
 class TokenEmbedding(Part):
-    """One row of a table per token."""
+    """One row of a table per token. ``positions`` (an index into a table of positions) is
+    unused."""
 
     w: np.ndarray  # (V, D)
 
-    def __call__(self, ids, where):
+    def __call__(self, ids, positions):
         return ops.rows(self.w, ids)  # (..., T, D)
 
 
@@ -75,10 +76,10 @@ class PositionEmbedding(Part):
     """One row per token plus one row per position, both learned (GPT-2)."""
 
     tokens: Part
-    w: np.ndarray  # (context, D)
+    w: np.ndarray  # (context, D), the table of positions; that of tokens is in ``tokens``
 
-    def __call__(self, ids, where):
-        return self.tokens(ids, where) + ops.rows(self.w, where)  # (..., T, D)
+    def __call__(self, ids, positions):
+        return self.tokens(ids, positions) + ops.rows(self.w, positions)  # (..., T, D)
 
 
 @part
@@ -356,7 +357,7 @@ class Activated(Part):
 class Linear(Part):
     """x @ w + b, with w stored (in, out)."""
 
-    layout = "column-major"
+    matrix_layout = "column-major"
     w: np.ndarray
     b: np.ndarray | None = None
 
@@ -372,7 +373,7 @@ class Linear(Part):
 class Head(Part):
     """The output head: one column of weights, and one logit, per vocabulary entry."""
 
-    layout = "column-major"
+    matrix_layout = "column-major"
     w: np.ndarray  # (D, V)
     b: np.ndarray | None = None  # (V,): no model has one, but folding a norm can produce one
 

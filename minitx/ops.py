@@ -2,7 +2,7 @@
 
 Shapes: T new tokens, S all tokens so far, D width, H query heads, K key/value heads, d head width.
 Any number of leading batch axes is allowed, written "...". Every function keeps the dtype of its
-input (float32 in use, float64 in proofs), so constants are Python floats: a NumPy scalar would
+input (float32 in use, float64 in tests), so constants are Python floats: a NumPy scalar would
 promote float32 to float64.
 
 Every product reports its multiply-adds and bytes to the ledger (ledger.py).

@@ -24,14 +24,20 @@ import numpy as np
 
 from minitx.errors import MinitxError
 
-SPARE = 32  # extra rows to allocate when a small cache grows
+SPARE = 32  # extra rows to allocate when a cache that was shrunk grows again
 
 
 class Tokens:
     """The tokens of this step: the positions of the rows of x (..., T, D) in the sequence.
 
     positions: a slice of consecutive positions, or an array (T,). start: (B,) the first real
-    position of each sequence of a batch padded on the left, or None.
+    position of each sequence of a batch padded on the left, or None. In a batch of two where the
+    second sequence has one padding token in front, start = [0, 1]; for the first three positions
+
+        array   [0, 1, 2]                   positions in the padded batch, the same for all
+        own     [[0, 1, 2], [-1, 0, 1]]     positions within each sequence, negative in padding
+        lookup  [[0, 1, 2], [ 0, 0, 1]]     the same as an index into a table of positions
+        end     3                           one after the last position; -1: not consecutive
     """
 
     def __init__(self, positions, start: np.ndarray | None = None):
@@ -109,7 +115,7 @@ class Layer:
         self.row_positions: np.ndarray | None = None  # (count,) or (..., K, count)
         self.visible: np.ndarray | None = None  # rows visible in this step; None: all
         self.rewindable_to = 0  # the earliest position, besides 0, that rewind can reach
-        self.evicted_by = ""  # the technique that freed the rows before it
+        self.evicted_by = ""  # the technique that freed the rows before rewindable_to
         self.memory = Memory()  # of this block's parts
         self.shared = Memory() if shared is None else shared  # of all blocks together
 
@@ -168,7 +174,7 @@ class Layer:
         if self.start is not None:
             mask = mask | (row < self.start[:, None, None, None, None])  # (B, 1 or K, 1, T, S)
         elif len(query) == 1 and not mask.any():
-            return None
+            return None  # one query that sees every row needs no mask
         return mask
 
     def keep(self, rows: np.ndarray) -> None:
@@ -269,9 +275,10 @@ class State:
     """The state of one running sequence, or of a batch that advances together.
 
     layers: one ``Layer`` per block. position: tokens processed so far, padding included. tokens:
-    those of this step. prompt: the length of the prompt, if known. start: (B,) the first real
-    position of each sequence of a batch padded on the left, else None. remember=False: for a single
-    pass over whole sequences (training), after which nothing is kept.
+    those of this step. prompt: the length of the prompt, if known (for techniques that treat prompt
+    and generated tokens differently). start: (B,) the first real position of each sequence of a
+    batch padded on the left, else None. remember=False: for a single pass over whole sequences
+    (training), after which nothing is kept.
     """
 
     def __init__(self, layers: int, capacity: int, start=None, remember: bool = True):
@@ -284,7 +291,8 @@ class State:
         self.layers = [Layer(capacity, start, remember, self.shared, i) for i in range(layers)]
 
     def take(self, T: int) -> Tokens:
-        """Advance to the next T tokens. MinitxError if they do not fit the context."""
+        """Set the tokens of this step: the T positions from ``position`` on. Whoever runs them adds
+        T to ``position`` afterwards. MinitxError if they do not fit the context."""
         end = self.position + T
         if end > self.capacity:
             raise MinitxError(

@@ -35,11 +35,12 @@ from minitx.tree import Part, rebuild, walk
 # before one of an outer level. So the first-layer table is made from weights that are already
 # folded, and a feed-forward network that is skipped may itself be a table lookup. "pruning" removes
 # weights, "weights" rewrites the remaining matrices, "matrices" changes how each is stored and
-# multiplied. Within a level, ``after`` names the techniques that come first.
+# multiplied, "scores" selects which keys are scored. Within a level, ``after`` names the techniques
+# that come first.
 LEVELS = (
-    *("pruning", "weights", "matrices"),
-    *("scores", "attention", "ffn", "block", "stack", "head", "decode"),
-)
+    "pruning", "weights", "matrices",
+    "scores", "attention", "ffn", "block", "stack", "head", "decode",
+)  # fmt: skip
 PACKAGES = ("minitx.precompute", "minitx.skip")
 
 
@@ -112,9 +113,11 @@ class Option:
         if text == "None" and type(None) in get_args(self.type):
             return None
         kind = self._kind()
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
+        if kind is not bool:
+            return kind(text)
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
 
     def check(self, value: Any) -> Any:
         """The value, converted (NumPy numbers to Python's, integers to float if a float is
@@ -222,12 +225,14 @@ class Technique:
         for word in words:
             name, equals, text = word.partition("=")
             name = name.replace("-", "_")
-            if not equals or name not in self.options:
-                found[name] = text  # refused below, by its name
+            if name not in self.options:
+                found[name] = text  # ``checked`` refuses it by name
                 continue
+            if not equals:
+                raise MinitxError(f"{self.name}: expected {name}=VALUE, got {word!r}.")
             try:
                 found[name] = self.options[name].read(text)
-            except (ValueError, KeyError):
+            except ValueError:
                 raise self.bad_value(name, text) from None
         return self.checked(found)
 
@@ -325,8 +330,9 @@ def apply(lm: LM, wanted: dict[str, dict | bool]) -> LM:
             chosen[found.name] = found.checked({} if options is True else options)
     if not chosen:
         return to_column_major(lm)
-    taken: dict[type, str] = {}  # type of part -> the technique that replaced the last one
-    put: dict[type, str] = {}  # type of part -> the technique that introduced it
+    # For messages: which technique removed the last part of a type, and which introduced a type.
+    taken: dict[type, str] = {}
+    put: dict[type, str] = {}
     lm = replace(lm, model=to_row_major(lm.model))  # techniques work on row-major matrices
     for t in in_order(map(find, chosen)):
         before = kinds(lm)
@@ -424,32 +430,30 @@ def wrap(root: Part, slot: str, make: Callable[[Any, int], Part]) -> Part:
     the "block" itself. ``part`` is whatever occupies the slot, including earlier wraps, so later
     wraps go outside. ``index`` is the position in the stack: a part that is used in two places is
     wrapped twice. NoSuchPart if no block has the slot."""
-    found = False
+    nodes = [node for block in blocks_of(root) for _, node in walk(block)]
+    if slot != "block" and not any(has_slot(node, slot) for node in nodes):
+        raise NoSuchPart(SLOTS[slot])
 
-    def wrapped(block: Part, index: int) -> Part:
-        nonlocal found
+    def wrap_block(block: Part, index: int) -> Part:
+        if slot == "block":
+            return make(block, index)
 
         def change(node):
-            nonlocal found
-            if not isinstance(getattr(node, slot, None), Part):
-                return None
-            found = True
-            return replace(node, **{slot: make(getattr(node, slot), index)})
+            if has_slot(node, slot):
+                return replace(node, **{slot: make(getattr(node, slot), index)})
 
-        if slot == "block":
-            found = True
-            return make(block, index)
         return rebuild(block, change)
 
-    def change_stack(node):
+    def wrap_stack(node):
         if type(node) is Stack:
-            return replace(node, blocks=tuple(wrapped(b, i) for i, b in enumerate(node.blocks)))
+            blocks = [wrap_block(block, index) for index, block in enumerate(node.blocks)]
+            return replace(node, blocks=tuple(blocks))
 
-    new = _rebuild_model(root, change_stack)
-    if not found:
-        has_stack = any(type(node) is Stack for _, node in walk(root))
-        raise NoSuchPart(SLOTS[slot] if has_stack else Stack)
-    return new
+    return _rebuild_model(root, wrap_stack)
+
+
+def has_slot(node: Part, slot: str) -> bool:
+    return isinstance(getattr(node, slot, None), Part)
 
 
 def blocks_of(root: Part) -> tuple[Part, ...]:

@@ -1,7 +1,7 @@
 """A model is a tree of parts. This file draws it, walks it, and makes changed copies.
 
 A part is a frozen, callable dataclass. Its fields are weights (arrays), child parts, tuples of
-parts, and plain settings. Nothing here knows what any part computes.
+parts, and plain settings. The functions of this file work on any part, whatever it computes.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +18,14 @@ class Part:
     that techniques can be combined safely. A technique's part overrides those that differ.
     """
 
-    decides = "token"  # or "step": by all tokens of one pass; or "sequence": by the whole prompt
+    # What decides which work is skipped: each "token" by itself, all tokens of a "step" together,
+    # or the whole "sequence" (the prompt). A part that skips nothing is a "token" part.
+    decides = "token"
     frees_rows = False  # a layer's KV cache may hold fewer rows than there are tokens
     needs_all_rows = False  # needs one cache row for every token, in order
     has_history = False  # keeps state of a sequence beyond its keys and values
     one_sequence = False  # cannot run sequences of different lengths in one batch
-    layout = None  # of its matrix ``w``: "column-major", "row-major" or None (memory_layout.py)
+    matrix_layout = None  # of ``w``: "column-major", "row-major" or None (memory_layout.py)
 
     def __repr__(self) -> str:
         return draw(self)
@@ -96,7 +98,8 @@ def _rebuild_children(node: Part, change, seen: dict) -> Part:
 
 def weights(node: Part, path: str = "") -> dict[str, np.ndarray]:
     """Every weight below ``node`` by its path (``stack.blocks.0.ffn.down.w``), each array once,
-    under the first path that leads to it (a tied head is found under ``embed``)."""
+    under the first path that leads to it (a tied head is found under ``embed``). ``path``: a
+    prefix that ends with a dot."""
     found: dict[str, np.ndarray] = {}
     _collect(node, path, found, set())
     return found
@@ -188,7 +191,7 @@ def _folded(drawn: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
 
 
 def _settings(node: Part) -> str:
-    """``(128 -> 352, eps=1e-05)``: shapes of the arrays, then the plain settings."""
+    """``(w 352x128, eps=1e-05)``: the fields in order, arrays by their shape."""
     words = []
     for f in fields(node):
         value = getattr(node, f.name)
@@ -204,7 +207,8 @@ def _settings(node: Part) -> str:
 
 
 def _zeros(f, value) -> str:
-    """`` 50% zeros`` for a matrix of which something was left out: that cannot be seen else."""
+    """`` 50% zeros`` for a matrix of which something was left out: which its shape does not
+    show."""
     if not is_weight(f, value) or value.ndim < 2 or value.dtype.kind != "f":
         return ""
     share = 1 - np.count_nonzero(value) / max(value.size, 1)

@@ -60,7 +60,7 @@ class MeasuredSelector(Part):
         selected = self.selector(q, k, known, visible)  # (..., K, G, T, S)
         kept = selected
         if self.mass or self.floor:
-            p = fast.attention_weights(q, k, self.scale, visible.mask).reshape(kept.shape)
+            p = fast.unnormalized_weights(q, k, self.scale, visible.mask).reshape(kept.shape)
             p /= p.sum(-1, keepdims=True)
             kept = selected & (p >= self.floor * (p * selected).max(-1, keepdims=True))
         self.totals.seen += visible.total(kept.shape[:-2])

@@ -106,7 +106,7 @@ class AttendKeys(Part):
 
     def sum_keys_first(self, q, k, raw, mask):
         """u_i = p_i keys, the weighted sum of the raw keys; then u_i W_kv,i."""
-        p = fast.attention_weights(q, k, self.scale, mask)  # (..., H, T, S)
+        p = fast.unnormalized_weights(q, k, self.scale, mask)  # (..., H, T, S)
         *lead, H, T, S = p.shape
         work = p.size * (q.shape[-1] + raw.shape[-1])
         ledger.count(work, cache_bytes=raw.nbytes)  # k is made from raw, not read from the cache

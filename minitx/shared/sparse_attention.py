@@ -7,18 +7,22 @@ the values, over the kept keys only.
 
 A selector has three methods:
 
-    selector.keeps_all(S)                  True if it would keep all of S keys; then attention is
-                                           dense and the selector is not called
+    selector.keeps_all(S)                  True if it would keep all of S keys. Then the selector is
+                                           not called, and attention is dense (unless ``floor`` or
+                                           ``arithmetic`` is set: see ``SparseAttention``)
     known = selector.remember(k, layer)    what it knows of each cached key, such as a hash;
                                            ``per_key`` computes it once, when the key is new
     kept = selector(q, k, known, visible)  the selection: booleans (..., K, G, T, S)
 
-for queries q (..., H, T, d) and keys k (..., K, S, d). ``visible`` says which keys each query sees
-(``Visible``). ``known`` may cover keys beyond these S; only its first S entries count.
+for queries q (..., H, T, d) and keys k (..., K, S, d): H query heads, K key heads, G = H / K query
+heads for each key head, T queries, S keys, d head width. ``visible`` says which keys each query
+sees (``Visible``). ``known`` may be longer than S, since its arrays have the cache's capacity; only
+the first S entries count.
 
-A selection is valid if every query keeps at least one key and none that it does not see, and if
-each query is decided by itself: a prompt read in one pass, in chunks, or token by token keeps the
-same keys. The shortest complete selector is ``BestKeys`` in lab/attention_baselines.py.
+A selection is valid if every query keeps at least one key, and only keys that it sees, and if the
+keys of a query do not depend on the other queries: a prompt read in one pass, in chunks, or token
+by token keeps the same keys. The shortest complete selector is ``BestKeys`` in
+lab/attention_baselines.py.
 """
 
 from collections.abc import Callable
@@ -35,18 +39,18 @@ from minitx.tree import Part, part
 class SparseAttention(Part):
     """Softmax attention of each query over the keys that the selector keeps."""
 
-    needs_all_rows = True
+    needs_all_rows = True  # needs every token's cache row
     selector: Part
     scale: float  # 1 / sqrt(d)
-    floor: float = 0.0  # drop scored keys, too, whose weight is below this share of the largest
-    arithmetic: Part | None = None  # called like ``attend_masked``, in numbers other than floats
+    floor: float = 0.0  # after scoring, drop keys with weight < floor * largest weight
+    arithmetic: Part | None = None  # called instead of ``attend_gathered`` and ``attend_masked``
 
     def __call__(self, q, k, v, layer: Layer):
         if self.selector.keeps_all(k.shape[-2]) and not self.floor and not self.arithmetic:
             return ops.attention(q, k, v, self.scale, layer.mask())
         known = self.selector.remember(k, layer)
         out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-        positions = layer.tokens.array  # (T,); every token has a row, so these are cache rows too
+        positions = layer.tokens.array  # (T,) all rows are kept, so position = cache row
         for a in range(0, len(positions), fast.ROWS):  # a block of queries at a time
             b = min(a + fast.ROWS, len(positions))
             end = int(positions[b - 1]) + 1  # no query of this block sees a later key
@@ -68,16 +72,17 @@ class Visible:
 
     own (T,): each query's own cache row, ascending; default: the last T of the S rows.
     start (B,): in a batch padded on the left, each sequence's first real row. Rows before it are
-    padding, which nobody sees; a padding query sees itself alone, so that no row is empty.
+    padding, which no real query sees; a padding query sees only itself, so it has one key too.
 
-    mask: True where a query must not see one of the n newest keys, (T, n) or in a padded batch
-    (B, 1, 1, T, S). None for a single query that sees everything.
+    mask: True where a query must not see a key. (T, n) for the last n of the S keys, with n = T if
+    the queries are the T newest tokens (they all see the keys before those), else n = S; in a
+    padded batch (B, 1, 1, T, S). None for a single query that sees everything.
     """
 
     def __init__(self, T: int, S: int, start: np.ndarray | None = None, own=None):
         self.T, self.S = T, S
         self.own = np.arange(S - T, S) if own is None else own
-        if start is None and self.own[0] == S - T:  # the T newest tokens: only their keys differ
+        if start is None and self.own[0] == S - T:  # the queries are the T newest tokens
             self.mask = fast.newest_mask(T)
             return
         self.mask = np.arange(S) > self.own[:, None]  # (T, S)
@@ -98,8 +103,8 @@ class Visible:
         return int(np.broadcast_to(self.count, (*heads, self.T)).sum())
 
     def hide(self, p, value=fast.MASKED):
-        """Overwrite p (..., K, G, T, S) with ``value`` at every key that is masked; returns p.
-        Mask before ranking, or a later key takes the place of one that the query sees."""
+        """Overwrite p (..., K, G, T, S) with ``value`` at every key that is masked; returns p. Mask
+        before ranking: otherwise a later key could be kept instead of one that the query sees."""
         if self.mask is not None:
             np.copyto(p[..., self.S - self.mask.shape[-1] :], value, where=self.mask)
         return p
@@ -112,13 +117,14 @@ def per_key(owner: Part, k, make: Callable, layer: Layer) -> tuple[np.ndarray, .
     """``make(k)`` for all cached keys k (..., K, S, d), computed once per key and kept beside the
     cache, under ``owner``.
 
-    make: a function of new keys (..., K, n, d) that returns a tuple of arrays (..., K, n) or
-    (..., K, n, any). What it says of one key must not depend on the others: a scale shared by all
-    keys would change old entries when a larger key arrives. Keys stored while this attention was
-    skipped are caught up on at its next call.
+    make: a function of n new keys (..., K, n, d) that returns a tuple of arrays (..., K, n) or
+    (..., K, n, any). What it computes for one key must not depend on the others: a scale shared by
+    all keys would change old entries when a larger key arrives. If another technique skips this
+    layer for some tokens, their entries are computed at the next call.
     """
-    if not layer.remember:
+    if not layer.remember:  # a single pass, as in training: nothing is kept after it
         return make(k)
+    # recall(owner, PerKey): the PerKey that is stored for this owner, made at the first call
     return layer.memory.recall(owner, PerKey).extend(k, make, layer.capacity)
 
 
@@ -155,8 +161,8 @@ def top_k(p, r):
     """Booleans like the scores p (..., T, S): True at the r largest of each row. Ties go to the
     lower index.
 
-    r: integers from 1 to S that broadcast to (..., T). While r is at most the number of keys that
-    a query sees, none of the others (MASKED) is selected.
+    r: integers from 1 to S that broadcast to (..., T). Masked keys (MASKED) rank last, so none is
+    selected as long as r is at most the number of keys that the query sees.
     """
     S = p.shape[-1]
     if np.size(r) == 1:
@@ -180,8 +186,9 @@ def attend_gathered(q, k, v, scale, kept, floor=0.0):
     products are several times faster than sums over one list of (head, key) pairs.
     """
     S, d, width = k.shape[-2], k.shape[-1], v.shape[-1]
+    # k and v per key head; v may have a single head for all
     queries, out = (q * scale).reshape(-1, d), np.empty((q.size // d, width), q.dtype)
-    k, v = k.reshape(-1, S, d), v.reshape(-1, S, width)  # per key head; v may have a single one
+    k, v = k.reshape(-1, S, d), v.reshape(-1, S, width)
     for h, row in enumerate(kept.reshape(-1, S)):
         index = np.flatnonzero(row)
         keys = k[h * len(k) // len(queries)].take(index, 0)  # (n, d)
@@ -206,12 +213,14 @@ def attend_masked(q, k, v, scale, kept, floor=0.0):
     kept (..., K, G, T, S). Nothing is saved here: each query keeps other keys, and with many
     queries one dense product is faster than gathering rows for each.
     """
+    # ``attention_weights`` groups heads itself. Here each query head is a group of its own (one
+    # query head, one key head), so q, k and v get one more axis of size 1, and the mask gets two.
     rows = q.reshape(*kept.shape[:-2], 1, *q.shape[-2:])  # (..., K, G, 1, T, d)
     k, v = k[..., None, None, :, :], v[..., None, None, :, :]  # (..., K, 1, 1, S, d)
     work = q.size // q.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1])
     ledger.count(work, cache_bytes=k.nbytes + v.nbytes)
     mask = ~kept[..., None, None, :, :]  # (..., K, G, 1, 1, T, S)
-    p = fast.attention_weights(rows, k, scale, mask)  # (..., K, G, 1, T, S), the largest is 1
+    p = fast.unnormalized_weights(rows, k, scale, mask)  # (..., K, G, 1, T, S), the largest is 1
     if floor:
         p[p < floor] = 0
         ledger.event("keys kept", lambda: np.count_nonzero(p))

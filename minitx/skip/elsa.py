@@ -28,7 +28,7 @@ def elsa(
         float, "degree of approximation: larger keeps fewer keys, 0 keeps all", between(0, 1000)
     ] = 1.0,
     threshold: Annotated[
-        float | None, "one threshold for all heads instead of learning them with p"
+        float | None, "one threshold t for all heads; nothing is learned, and p has no effect"
     ] = None,
     bits: Annotated[int | None, "hash length k; default: the head width", between(1, 4096)] = None,
     angle_bias: Annotated[
@@ -39,7 +39,8 @@ def elsa(
     stories: Annotated[int, "calibration stories to learn thresholds from", at_least(1)] = 8,
     min_visible: Annotated[
         int,
-        "learn only from queries that see so many keys; samples of fewer are extreme",
+        "learn only from queries that see at least this many keys: a query that sees 1 or 2 gives "
+        "a sample close to 1 or -1",
         at_least(1),
     ] = 1,
     seed: Annotated[int, "of the random projection", at_least(0)] = 0,
@@ -50,24 +51,26 @@ def elsa(
                Self-Attention Mechanism in Neural Networks", ISCA 2021,
                doi 10.1109/ISCA52012.2021.00060.
     Fidelity:  the paper's text, in floats. Causal attention and a growing cache are our extension.
-    Kind:      approximate; exact at p=0, which keeps every key.
+    Kind:      approximate; exact at p=0 without threshold, which keeps every key.
     Idea:      Project two vectors onto k random directions: the share of signs that differ
                estimates the angle between them. A key whose estimated similarity to the query is
                below a threshold, learned for each head, is never scored.
-    Offline:   A (k, d): random orthonormal rows, the same in all layers and heads.
+    Offline:   A (k hash bits, d head width): orthonormal rows, the same in all layers and heads; a
+               Kronecker product of small random orthogonal matrices of sizes n1, n2, ... (k < d:
+               its first k rows; k > d: several independent ones stacked).
                bias: 80th percentile of estimated minus true angle between random vectors.
-               t, for each layer and query head, from the dense model on calibration text: a query
-               that sees n keys with softmax weights w takes y, the key with the smallest
-               w[y] > p/n, or if there is none, the one with the largest w;
-               t = mean over all queries of  q . key[y] / (|q| * max|key|)
-    Online:    hash(x) = A x >= 0        k bits of x after RoPE; computed once per key
+               t, for each layer and query head, from the dense model on calibration text: a query q
+               sees n keys with softmax weights w. Let y be the key with the smallest weight among
+               those with w > p/n, or if there are none, the key with the largest weight.
+               t = mean over all queries of  q . y / (|q| * max|key|)
+    Online:    hash(x) = A x >= 0        k bits of x (after RoPE); computed once per key
                angle = max(0, pi/k * hamming(hash(q), hash(key)) - bias)
                sim   = |key| * cos(angle)
                keep the keys with sim > t * max|key|, or if none, the one with the largest sim;
-               max is over the keys that q sees. Exact scores and softmax over the kept keys.
-    Saves:     per decoded token, when r keys are kept: c d + S + 2 r d multiply-adds per query head
-               instead of 2 S d, and (c + 1) d per key head. A is a Kronecker product of small
-               matrices; c is the sum of their sizes: 2 + 4 + 4 at k = d = 32. A prompt saves none.
+               exact scores and softmax over those. max|key|: over the keys that q sees.
+    Saves:     per decoded token with r of S cached keys kept, c = n1 + n2 + ... and k <= d:
+               c d (hash) + S (sim) + 2 r d multiply-adds per query head instead of 2 S d, and
+               (c + 1) d per key head for the new key's hash and norm. A prompt saves none.
     In NumPy:  slower than dense below 4,096 keys: gathering rows costs more than BLAS saves.
     Not for:   models without a tokenizer, unless threshold is given.
     Proof:     tests/skip/test_elsa.py; literal version: tests/skip/literal_elsa.py
@@ -107,7 +110,7 @@ class HashSelector(Part):
     """
 
     hash: Part
-    angle_bias: float  # already in ``cosines``
+    angle_bias: float  # only shown: ``cosines`` already contains it
     cosines: np.ndarray = table()  # (k + 1,) cosine of the estimated angle, by Hamming distance
     threshold: np.ndarray = table()  # (H,)
 
@@ -115,8 +118,8 @@ class HashSelector(Part):
         return bool((self.threshold < -1).all())  # no similarity is below -max|key|
 
     def remember(self, k, layer: Layer):
-        """Hashes (..., K, S, W) and norms (..., K, S) of all keys so far; those of a new key are
-        computed when it enters the cache."""
+        """Hashes (..., K, S, W), W words of packed bits, and norms (..., K, S) of all keys so far;
+        those of a new key are computed when it enters the cache."""
         return per_key(self, k, self.hash_keys, layer)
 
     def hash_keys(self, k):
@@ -148,8 +151,8 @@ class HashSelector(Part):
 
 
 def largest_visible_norm(norms, visible: Visible):
-    """The largest norm (..., K, 1, T, 1) of the keys that each query sees, of norms (..., K, S);
-    with 1 for T if there is no mask. A later key must not raise an earlier query's threshold."""
+    """max|key| over the keys that each query sees, (..., K, 1, T, 1) from norms (..., K, S); T is 1
+    if there is no mask. A later key must not raise an earlier query's threshold."""
     norms = norms[..., None, None, :]  # (..., K, 1, 1, S)
     if visible.mask is not None:
         norms = visible.hide(np.repeat(norms, visible.T, -2), 0)
@@ -199,10 +202,10 @@ class Factor(Part):
 
 @part
 class KroneckerProjection(Part):
-    """``A x`` with A = A1 (x) A2 (x) ..., which is orthogonal because its factors are.
+    """``A x`` with A = kron(A1, kron(A2, ...)), which is orthogonal because its factors are.
 
-    It takes d (n1 + n2 + ...) multiplies for each x instead of d^2: x is reshaped to
-    (n1, n2, ...), and each axis is multiplied by its own factor.
+    Reshape x to (n1, n2, ...), multiply each axis by its own factor, and flatten: d (n1 + n2 + ...)
+    multiply-adds instead of d^2.
     """
 
     factors: tuple  # of Factor
@@ -211,7 +214,8 @@ class KroneckerProjection(Part):
         """x (..., d) -> A x (..., d)"""
         y = x.reshape(-1, x.shape[-1])
         for factor in reversed(self.factors):
-            # Multiply the last axis and move it to the front; after all factors the order is back.
+            # The axis of the next factor is last; multiplied, it goes to the front. So the axes are
+            # in their first order again after the last factor.
             y = y.reshape(len(y), -1, len(factor.a))  # (N, d / n, n)
             y = ops.linear(y, factor.a.T).swapaxes(1, 2)  # (N, n, d / n)
         return y.reshape(x.shape)
@@ -223,19 +227,22 @@ class KroneckerProjection(Part):
 def sign_hash(d: int, bits: int, seed: int, dtype=np.float64) -> SignHash:
     """The hash that a seed gives for vectors of width d."""
     projections = tuple(
-        KroneckerProjection(tuple(Factor(a.astype(dtype, copy=False)) for a in factors))
-        for factors in random_factors(d, bits, seed)
+        KroneckerProjection(tuple(Factor(a) for a in factors))
+        for factors in random_factors(d, bits, seed, dtype)
     )
     return SignHash(bits, projections)
 
 
 @lru_cache(maxsize=8)
-def random_factors(d: int, bits: int, seed: int) -> tuple[tuple[np.ndarray, ...], ...]:
-    """The factors of each projection. At most d directions are orthogonal to each other, so more
-    bits take several independent projections, and fewer bits the first rows of one."""
+def random_factors(d: int, bits: int, seed: int, dtype=np.float64):
+    """The factors of each of ceil(bits / d) projections: a tuple of tuples of arrays, the same
+    arrays at every call. At most d directions are orthogonal to each other, so more bits take
+    several independent projections, and fewer bits the first rows of one."""
     rng = np.random.default_rng(seed)
-    sizes = factor_sizes(d)
-    return tuple(tuple(random_orthogonal(n, rng) for n in sizes) for _ in range(-(-bits // d)))
+    return tuple(
+        tuple(random_orthogonal(n, rng).astype(dtype) for n in factor_sizes(d))
+        for _ in range(-(-bits // d))
+    )
 
 
 def factor_sizes(d: int) -> list[int]:
@@ -257,14 +264,14 @@ def random_orthogonal(n: int, rng: np.random.Generator) -> np.ndarray:
 
 # Offline: angle bias -----------------------------------------------------------------------------
 
-SIMULATED = 1 << 19  # coordinates of random pairs: then the bias is right to about 0.003 if k = d
+SIMULATED = 1 << 19  # draw SIMULATED // d pairs of vectors; accurate to about 0.003 if k = d
 
 
 @lru_cache
 def simulate_angle_bias(d: int, bits: int, seed: int = 0, percentile: float = 0.8) -> float:
-    """By how much ``pi/k * hamming`` has to be lowered so that it underestimates the angle in 80%
-    of cases (radians): that percentile of the error over pairs of standard normal vectors. So a
-    key is kept needlessly more often than it is lost."""
+    """The bias in radians: the 80th percentile of ``pi/k * hamming`` minus the true angle, over
+    pairs of standard normal vectors. Less the bias, 80% of angles are underestimated: so a key is
+    kept needlessly more often than it is lost."""
     x, y = np.random.default_rng((seed, 1)).standard_normal((2, max(SIMULATED // d, 1), d))
     hash_of = sign_hash(d, bits, seed)
     estimated = math.pi / bits * hamming(hash_of(x), hash_of(y))
@@ -322,10 +329,11 @@ class SampledAttend(Part):
 
 
 def threshold_samples(q, k, p: float, scale: float, visible: Visible):
-    """For each query q (H, T, d) of one text, over the keys k (K, S, d): the threshold (H, T) that
-    every key with a softmax weight above p/n would just reach, if similarities were exact."""
+    """For each query q (H, T, d) of one text, over the keys k (K, S, d): the largest threshold
+    (H, T) that all keys with a softmax weight above p/n still reach, if similarities are exact; if
+    no weight is above p/n, that the key with the largest weight reaches."""
     (H, T, d), (K, S, _) = q.shape, k.shape
-    w = fast.attention_weights(q, k, scale, visible.mask).reshape(K, H // K, T, S)
+    w = fast.unnormalized_weights(q, k, scale, visible.mask).reshape(K, H // K, T, S)
     w /= w.sum(-1, keepdims=True)
     relevant = w > p / visible.count[..., None]
     least = np.where(relevant, w, 2).argmin(-1)  # 2: above any weight
@@ -339,16 +347,17 @@ def threshold_samples(q, k, p: float, scale: float, visible: Visible):
 
 # Notes:
 #
-# - p=0 means t = -infinity, not the mean of the formula: no key can fail. Any threshold below -1
-#   does the same.
+# - p=0 sets t = -infinity instead of the formula's mean, so every key passes. Any threshold below
+#   -1 does the same.
 # - The paper does not say what happens when no key passes, nor whether samples are averaged by
 #   query or by text first. Ours: the most similar key is kept; all queries count alike.
 # - A prompt is scored densely and masked, since one product of many rows is faster than gathering.
 #   "keys kept" of "keys seen" is what hardware could skip there.
 # - Cost in full, of one decoded token: the hash takes c d multiply-adds for each of ceil(k / d)
-#   projections; a new key's norm d more. Hamming distances are counted as "bits compared" and not
-#   as multiply-adds. Cache bytes in float32: S (ceil(k / 8) + 4) per key head for hashes and norms,
-#   and 8 r d per query head for the kept rows, instead of 8 S d per key head.
+#   stacked projections (c = 2 + 4 + 4 at d = 32); a new key's norm d more. Hamming distances are
+#   counted as "bits compared" and not as multiply-adds. Cache bytes in float32:
+#   S (ceil(k / 8) + 4) per key head for hashes and norms, and 8 r d per query head for the kept
+#   rows, instead of 8 S d per key head.
 # - The paper's 0.127 rad for d = k = 64 is what ``simulate_angle_bias`` finds there; it is about
 #   1 / sqrt(k) elsewhere.
 # - Time: slower than dense attention at d = 32 up to 2,048 keys, and at 4,096 about equal with a

@@ -143,7 +143,7 @@ class AccumulatingAttend(Part):
         for a, b, end in fast.query_blocks(T, S, mask):
             near = fast.newest_mask(b - a) if mask is None else mask[..., a:b, :end]
             rows, keys, values = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
-            p = fast.attention_weights(rows, keys, self.scale, near)  # (..., K, G*t, end)
+            p = fast.unnormalized_weights(rows, keys, self.scale, near)  # (..., K, G*t, end)
             out[..., a:b, :] = fast.weighted_values(p, rows, keys, values)
             p /= p.sum(-1, keepdims=True)
             by_token = p.reshape(*k.shape[:-2], -1, b - a, end).sum(-3)  # (..., K, t, end)

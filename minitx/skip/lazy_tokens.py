@@ -217,7 +217,7 @@ class ScoringAttend(Part):
         """Mean over heads (S,) of the last token's attention weights: q (H, 1, d), k (K, S, d). It
         comes after all others, so nothing is masked."""
         ledger.count(q.size * k.shape[-2], cache_bytes=k.nbytes)
-        p = fast.attention_weights(q, k, self.inner.scale)  # (K, G, S)
+        p = fast.unnormalized_weights(q, k, self.inner.scale)  # (K, G, S)
         p /= p.sum(-1, keepdims=True)
         return p.mean((0, 1))
 

@@ -31,7 +31,8 @@ def predictive_attention(
     bits: Annotated[int, "bits of each number in codes=integer", between(2, 8)] = 4,
     threshold: Annotated[
         float,
-        "keep keys whose predicted weight is at least this part of the row's largest; 0: all",
+        "keep keys whose predicted weight is at least this part of the query's largest predicted "
+        "weight; 0: all",
         between(0, 1),
     ] = 0.05,
     share: Annotated[
@@ -49,20 +50,20 @@ def predictive_attention(
                Neural Networks", AICAS 2022, doi 10.1109/AICAS54282.2022.9869924.
     Fidelity:  a reconstruction: only the abstract is public. It names a prediction-based
                approximate self-attention on an FPGA; how it predicts, what it keeps and whether it
-               trains anything is unconfirmed. All of the below is ours, after related designs.
+               trains anything is unconfirmed. All of the following is ours, after related designs.
     Kind:      approximate; exact at threshold=0 share=1, which keep every key.
     Idea:      A few bits of each number suffice to tell which scores are too small to matter. So
                predict all scores cheaply, and compute only the promising ones exactly.
     Offline:   nothing.
-    Online:    m = 2^(bits-1) - 1;   scale(x) = max|x| / m;   code(x) = rint(x / scale(x))
-               once for each key, and for each query
+    Online:    for each query, and once for each key x (d head width), after RoPE:
+                   m = 2^(bits-1) - 1;   scale(x) = max|x| / m;   code(x) = rint(x / scale(x))
                predicted[j] = scale(q) scale(k_j) (code(q) . code(k_j)) / sqrt(d)
                of the n keys that a query sees keep those with
-                   predicted[j] >= max(predicted) - ln(1 / threshold)    and
+                   predicted[j] >= max(predicted) - ln(1 / threshold)    (threshold=0: all)  and
                    predicted[j] among the max(min_keys, ceil(share n)) largest;
                exact scores, softmax and weighted sum over those only
     Saves:     S d + 2 r d instead of 2 S d multiply-adds per query head and decoded token when r of
-               S keys are kept; in hardware the S d are products of few bits. Prompts: nothing.
+               S cached keys are kept; in hardware the S d are products of few bits. Prompts: none.
     In NumPy:  slower than dense at every context tried, up to 4,000 keys: predicting takes as long
                as scoring all keys, and selecting reads the predictions several times more.
     Not for:   vectors with an outlying coordinate at bits=2: it takes up the whole scale, and the
@@ -73,8 +74,9 @@ def predictive_attention(
     """
     if codes == "leading-one" and threshold > 0:
         raise MinitxError(
-            f"predictive_attention: threshold is {threshold:g}, but codes=leading-one predicts the "
-            "order of the scores and not their size; use threshold=0 and select by share."
+            f"predictive_attention: threshold is {threshold:g}, but codes=leading-one scales the "
+            "predicted scores down by an unknown factor and only roughly keeps their order; use "
+            "threshold=0 and select by share."
         )
     predictor = Predictor(IntegerCode(bits) if codes == "integer" else LeadingOne())
 
@@ -114,13 +116,14 @@ class PredictedKeys(Part):
 
 
 def survivors(p, n, threshold: float, share: float, min_keys: int):
-    """Which keys to keep: booleans like the predictions p (..., T, S), MASKED where a key is not
-    visible; n keys are, integers that broadcast to (..., T). Every row keeps at least one."""
+    """Which keys to keep: booleans like the predicted scores p (..., T, S), which are MASKED where
+    a key is not visible. n: how many keys each query sees, integers that broadcast to (..., T).
+    Every query keeps at least one key."""
     gap = -math.log(threshold) if threshold else math.inf
     kept = p >= p.max(-1, keepdims=True) - gap
     if share == 1:
         return kept
-    most = np.ceil(share * n - 1e-9).astype(int)  # 0.07 * 100 = 7.000000000000001 is to be 7
+    most = np.ceil(share * n - 1e-9).astype(int)  # 1e-9: 0.07 * 100 = 7.000000000000001 counts as 7
     return kept & top_k(p, np.minimum(n, np.maximum(min_keys, most)))
 
 
@@ -137,8 +140,9 @@ class Predictor(Part):
         ledger.count(q.size * S, cache_bytes=key_codes.nbytes + key_scales.nbytes)
         codes, scales = self.code(q)
         codes = codes.reshape(*lead, K, H // K * T, d).astype(q.dtype)
-        # Multiplied as floats, since BLAS has no integers. The sums are integers below 2^24 (at 8
-        # bits up to d = 1040), so exact in any order: a chunk predicts what single tokens do.
+        # Multiplied as floats, since BLAS has no integers. codes=integer: the sums are integers
+        # below 2^24 (at 8 bits up to d = 1040), so exact in any order: a chunk predicts exactly
+        # what single tokens do.
         p = codes @ key_codes.astype(q.dtype).swapaxes(-1, -2)  # (..., K, G*T, S)
         p *= key_scales[..., None, :]  # integers of different keys are not comparable
         p = p.reshape(*lead, K, H // K, T, S)
@@ -174,11 +178,13 @@ class LeadingOne(Part):
 #   any number of bits (nothing is predicted then), and many bits alone are not exact.
 # - Scales are per vector: one for all keys would change when a larger key arrives, and with it the
 #   codes of those before. A vector of zeros has the scale 1.
-# - The threshold is relative to the row's largest prediction, so that a row is never empty. With an
-#   absolute one, softmax(predicted) > threshold, a flat row of more than 1 / threshold keys would
-#   be. Ties at the edge of share go to the lower index.
-# - codes=leading-one lets hardware add exponents instead of multiplying. It keeps the order of the
-#   scores but not their size, so it goes with share and threshold=0; bits is not used.
+# - The threshold is relative to a query's largest predicted weight, so that every query keeps a
+#   key. With an absolute one, softmax(predicted) > threshold, a query could be left without keys
+#   when its weights are nearly equal and it sees more than 1 / threshold keys. Ties at the edge of
+#   share go to the lower index.
+# - codes=leading-one lets hardware add exponents instead of multiplying. It roughly keeps the order
+#   of the scores, but scales them down by an unknown factor, so it goes with share and threshold=0;
+#   bits is not used, and all scales are 1.
 # - Left out of the related designs: several rounds of prediction, prediction before q and k exist.
 # - Cache reads per token: S (d + 4) bytes for each key head (int8 codes, float32 scales; with
 #   leading-one S (4 d + 4)) and 8 r d for each query head, since heads that share keys keep

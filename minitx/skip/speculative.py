@@ -54,21 +54,22 @@ def speculative(
     Idea:      Decoding is memory-bandwidth bound: each pass reads all weights for one token. A pass
                over several tokens reads them once too, so let a cheap draft guess, then check.
     Offline:   nothing.
-    Online:    one round; p[i] and q[i] are the target's and the draft's next-token distributions
+    Online:    one round; p[i] and q[i] are the target's and the draft's distributions of the token
+               after the text and x[1..i-1]
                x[i] ~ q[i]             for i = 1..gamma: the draft proposes, token by token
-               p[1], ..., p[gamma+1]   one target pass over the last token and x[1..gamma]
+               p[1], ..., p[gamma+1]   one target pass over the text's last token and x[1..gamma]
                accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
-               at the first rejection, draw from the residual max(0, p[i] - q[i]) / its sum
+               at the first rejection, stop; draw from the residual max(0, p[i] - q[i]) / its sum
                if all are accepted, draw one more token from p[gamma+1]
-               rewind both KV caches to the last accepted token
-    Saves:     passes of the target that wait for each other. With the acceptance rate
-               alpha = E[sum over v of min(p(v), q(v))]  a round gives on average
-               tokens  = (1 - alpha^(gamma+1)) / (1 - alpha)
-               speedup = tokens / (gamma c + v);  c: a draft step, v: the pass over gamma + 1
-               tokens, both in steps of the target. The paper has v = 1. No multiply-adds are saved.
-    In NumPy:  0.7x to 1.3x the throughput on stories: its weights fit the CPU's cache, so five rows
-               take 1.5 times as long as one (v = 1.5), and a step of its draft is c = 0.28 (Notes).
-    Not for:   a draft with another vocabulary; batches, whose rows are decoded one by one.
+               drop rejected tokens from both KV caches; the target's token enters them next round
+    Saves:     sequential passes of the target; no multiply-adds. With the acceptance rate
+               alpha   = E[sum over tokens x of min(p(x), q(x))]
+               tokens  = (1 - alpha^(gamma+1)) / (1 - alpha)       per round, on average
+               speedup = tokens / (gamma c + v);  c, v: time of one draft step and of the target's
+               pass, both divided by the time of a plain decoding step (paper: v = 1)
+    In NumPy:  0.7x to 1.3x the throughput on stories, whose weights fit the CPU's cache: v = 1.5
+               at gamma=4, c = 0.28 (Notes).
+    Not for:   a draft with another vocabulary; batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_speculative.py; literal version: tests/skip/literal_speculative.py
     Tutorial:  tutorials/11_guess_and_check.py
     """
@@ -84,11 +85,12 @@ def accept_or_resample(p: np.ndarray, q: np.ndarray, x: int, sampler: Sampler) -
     """A token with the target's distribution p (V,), made from a token x with the distribution
     q (V,): x itself if it is accepted, a token from the residual distribution if it is rejected.
 
-    Why this is exact: token v is proposed and accepted with probability
-        q(v) min(1, p(v) / q(v)) = min(p(v), q(v)).
-    Summed over v, that leaves 1 - sum(min(p, q)) = sum(max(0, p - q)) for a rejection, which then
-    gives v with probability max(0, p(v) - q(v)) / sum(max(0, p - q)). In all v is emitted with
-        min(p(v), q(v)) + max(0, p(v) - q(v)) = p(v).
+    Why this is exact: token y is proposed and accepted with probability
+        q(y) min(1, p(y) / q(y)) = min(p(y), q(y)).
+    Summed over all y, that leaves 1 - sum(min(p, q)) = sum(max(0, p - q)) for a rejection, which
+    then gives y with probability max(0, p(y) - q(y)) / sum(max(0, p - q)). In all, the probability
+    that y is emitted is
+        min(p(y), q(y)) + max(0, p(y) - q(y)) = p(y).
     """
     accept = min(1.0, p[x] / q[x])  # q[x] > 0, since x was drawn from q
     if sampler.draw(np.array([1 - accept, accept])) == 1:  # with probability ``accept``
@@ -178,7 +180,8 @@ class DraftModel(Part):
         draft's context ends."""
         proposals: list[Proposal] = []
         ids = text[state.position :]  # two tokens, if the last round accepted every proposal
-        room = self.model.config.context - len(text) + 1  # the last proposal is never fed
+        # n proposals feed the text and n - 1 proposals, so n <= context - len(text) + 1
+        room = self.model.config.context - len(text) + 1
         for _ in range(min(gamma, room)):
             q = sampler.probabilities(self.model.next_logits(ids, state))
             x = int(q.argmax()) if sampler.temperature == 0 else sampler.draw(q)
@@ -265,7 +268,7 @@ def tokens_per_round(alpha: float, gamma: int) -> float:
 
 def speedup(alpha: float, gamma: int, c: float, v: float = 1.0) -> float:
     """Expected throughput relative to plain decoding. c: time of a draft step; v: time of the
-    target's pass over gamma + 1 tokens; both in steps of the target."""
+    target's pass over gamma + 1 tokens; both relative to a plain decoding step."""
     return tokens_per_round(alpha, gamma) / (gamma * c + v)
 
 
@@ -284,7 +287,8 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 # - The target's cache never holds the last token, which waits for the next pass. The draft has not
 #   read its own last proposal either: if all are accepted, its next step reads two tokens.
 # - Near the limit a round proposes fewer tokens, because the target always adds one.
-# - Rows of a batch accept different numbers of tokens, so each is decoded by itself, in turns.
+# - The sequences of a batch accept different numbers of tokens, so each is decoded by itself, in
+#   turns.
 # - Not here: a draft that shares the target's cache, trees of proposals, and a gamma that adapts.
 # - If the last tokens occur several times, prompt lookup takes the latest occurrence (our choice).
 # - On stories, five prompts continued by 100 tokens, fastest of four runs with one BLAS thread:
@@ -298,4 +302,7 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #       lookup      4        2.00         1.21            1.26         0.80
 #
 #   A step of stories-draft takes 0.28 steps of stories, a step of its first half 0.62; a pass over
-#   2, 5, 9 tokens takes 1.24, 1.48, 1.90 steps.
+#   2, 5, 9 tokens takes 1.24, 1.48, 1.90 steps. For auto, gamma=4 and temperature 1, the formula on
+#   the card gives 3.74 / (4 * 0.28 + 1.48) = 1.44, not 1.18: it leaves out the sampler and the loop
+#   (about 0.3 steps a round), and a target pass that alternates with the draft takes about 1.2
+#   times as long as the same pass repeated.

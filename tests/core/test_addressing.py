@@ -139,7 +139,7 @@ def test_decides_is_the_widest_of_all_parts():
 def test_part_declares_its_matrix_layout():
     @part
     class RowReader(Part):
-        layout = "row-major"
+        matrix_layout = "row-major"
         w: np.ndarray
 
     @part

@@ -135,7 +135,7 @@ def test_options_are_parsed_from_words(made_up):
     flag = Option("flag", bool, False)
     assert flag.read("True") is True and flag.read("false") is False
     for wrong in ("yes", "1"):
-        with pytest.raises(KeyError):
+        with pytest.raises(ValueError):
             flag.read(wrong)
 
 

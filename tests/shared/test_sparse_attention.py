@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from qkv import random_qkv, run
 
-from minitx import fast
+from minitx import fast, ops
 from minitx.ledger import counting
 from minitx.shared.sparse_attention import (
     SparseAttention,
@@ -88,6 +88,31 @@ def test_sparse_attention_in_prompts_chunks_and_tokens_equals_literal(sizes, flo
     assert counts.events["keys kept"] == kept
     assert counts.events["keys seen"] == 4 * 90 * 91 // 2
     assert ("keys scored" in counts.events) == bool(floor)
+
+
+@part
+class Everything(EveryThird):
+    """Would keep every key, and does if it is called."""
+
+    def keeps_all(self, S):
+        return True
+
+    def __call__(self, q, k, known, visible):
+        found = super().__call__(q, k, known, visible)
+        return visible.hide(np.ones_like(found), False)
+
+
+def test_selector_that_keeps_all_is_called_only_if_there_is_a_floor():
+    """Without a floor, attention is dense and nothing is counted. With one, all keys are scored and
+    some are dropped after it."""
+    q, k, v = random_qkv(1, S=20)
+    for floor, called in ((0.0, False), (0.5, True)):
+        attend = SparseAttention(Everything(), 0.5, floor)
+        with counting(attend) as counts:
+            found = run(attend, q, k, v, (20,))
+        assert ("keys seen" in counts.events) == called, f"floor {floor}"
+        dense = abs(found - ops.attention(q, k, v, 0.5)).max() < 1e-12
+        assert dense != called, f"floor {floor} drops no key, or attention is not dense without it"
 
 
 @pytest.mark.parametrize("sizes", [(12,), (1,) * 12, (5, 7)])

@@ -1,9 +1,10 @@
 """A3, literally: one query, one product, one pop at a time, on Python lists.
 
-Nothing in it is shared with minitx. ``search_by_sorting`` is the paper's plain form of the search:
-sort all products, then take the k-th largest and the k-th smallest in iteration k.
+It shares no code with minitx. ``search_by_sorting`` is the paper's plain form of the search: sort
+all products; each iteration takes the next largest and, if the gate is open, the next smallest.
 ``search_by_queues`` is its efficient form, with pointers into sorted columns and two priority
-queues. Causal attention, ``rebuild`` and a query without candidates are choices of ours.
+queues. Causal attention, ``rebuild``, and what a query without candidates keeps, are choices of
+ours.
 """
 
 import heapq
@@ -13,7 +14,8 @@ import math
 
 
 def search_by_sorting(q, keys, M):
-    """(greedy sums, products added). Ties: the lower column; in a column, the outer number."""
+    """(greedy sums, number of products added) after M iterations. Ties: first the lower column, and
+    in a column the number nearer to its end."""
     products = [(q[j] * x, j, row) for row, key in enumerate(keys) for j, x in enumerate(key)]
 
     def from_the_end(j, row):
@@ -44,8 +46,8 @@ def sorted_columns(keys):
 
 
 def search_by_queues(q, keys, M, gate="after"):
-    """(greedy sums, products made after the first of each column). gate: the running sum is read
-    "after" an iteration's largest product, at its "start", or "never"."""
+    """(greedy sums, number of products computed, not counting the first of each column). gate: the
+    running sum is read "after" an iteration's largest product, at its "start", or "never"."""
     columns, n = sorted_columns(keys), len(keys)
     products = 0
 

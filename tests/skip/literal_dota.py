@@ -27,7 +27,7 @@ def dot(a, b):
 
 def low_rank_rows(xs, p, w, bits):
     """(integers, scale) of q~ or k~ for each row of x: y = x p, then y w. The rank x rank matrix w
-    has one scale, and y and the result one for each row."""
+    has one scale; y and q~ or k~ have one for each row. Without rotation."""
     flat, w_scale = quantize([number for line in w for number in line], bits)
     rank = len(w)
     w = [flat[a * rank : (a + 1) * rank] for a in range(rank)]

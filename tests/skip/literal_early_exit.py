@@ -1,8 +1,11 @@
 """CALM's early exit, one token and one layer at a time, in the paper's steps and with Python loops.
 
-Only the blocks, norm and head of the dense model are used. The keys and values of skipped layers
-are computed in the dense way: a token that has exited still runs every later layer, always from its
-exit state, so that each layer caches keys and values made from that state. The output is dropped.
+``run`` is kv_fill=copy; ``run_deferred`` is kv_fill=deferred, given where each token exits. Only
+the embedding, blocks, norm and head of the dense model are used.
+
+``run`` copies without ``backfill``: a token that has exited still runs every later layer, always
+from its exit state, so that each layer caches keys and values made from that state. The output is
+dropped.
 """
 
 import math
@@ -33,6 +36,8 @@ def run(model, ids, measure, threshold, decay, horizon, first, every, warm_up):
     """Logits (T, V) of the dense ``model`` with early exit, kv_fill=copy, and the number of layers
     that each token ran (T,)."""
     L, state = len(model.stack.blocks), model.new_state()
+    if measure == "saturation":
+        first = max(first, 2)  # cos(h[1], h[0]) is not used
     logits, depths = [], []
     for t, token in enumerate(ids):
         h = [model.embed(np.array([token]), slice(t, t + 1))]  # h[i] (1, D): after i layers
@@ -43,7 +48,7 @@ def run(model, ids, measure, threshold, decay, horizon, first, every, warm_up):
                 if measure == "softmax":
                     confidence = softmax_gap(model.head(model.norm(h[i]))[0])
                 else:
-                    confidence = cosine(h[i][0], h[i - 1][0]) if i > 1 else -math.inf
+                    confidence = cosine(h[i][0], h[i - 1][0])
                 if confidence >= threshold_at(t, threshold, decay, horizon):
                     exited_after = i
             x = h[i] if exited_after is None else h[exited_after]
@@ -55,11 +60,27 @@ def run(model, ids, measure, threshold, decay, horizon, first, every, warm_up):
 
 
 def dense_after(model, ids, depths):
-    """Logits (T, V) of the dense model after so many layers (T,) each, in one pass over the ids.
-    That is what kv_fill=deferred gives: the keys and values are those of the dense model."""
+    """What kv_fill=deferred gives: logits (T, V) of the dense model, where token t is read after
+    depths[t] layers. All keys and values are those of the dense model."""
     state, T = model.new_state(), len(ids)
     h = [model.embed(np.array(ids), slice(0, T))]
     for block, layer in zip(model.stack.blocks, state.layers):
-        h.append(block(h[-1], layer.take(T)))
-    rows = [h[depth][t] for t, depth in enumerate(depths)]
-    return model.head(model.norm(np.array(rows)))
+        h.append(block(h[-1], layer.take(T)))  # h[i] (T, D): after i layers
+    at_exit = [h[depth][t] for t, depth in enumerate(depths)]
+    return model.head(model.norm(np.array(at_exit)))
+
+
+def run_deferred(model, ids, exit_after):
+    """Logits (T, V) and the tokens that each layer ran (L lists), with kv_fill=deferred, one token
+    at a time. exit_after[t]: the number of layers after which token t exits, or L."""
+    L, state = len(model.stack.blocks), model.new_state()
+    h, ran, logits = [], [[] for _ in range(L)], []
+    for t, token in enumerate(ids):
+        h.append(model.embed(np.array([token]), slice(t, t + 1)))  # h[t]: after its last layer
+        for l in range(exit_after[t]):  # noqa: E741
+            for s in range(t + 1):  # token t, and earlier ones that have not run layer l
+                if s not in ran[l]:
+                    h[s] = model.stack.blocks[l](h[s], state.layers[l].take(1))
+                    ran[l].append(s)
+        logits.append(model.head(model.norm(h[t]))[0])
+    return np.array(logits), ran

@@ -1,7 +1,7 @@
 """ELSA, literally: one vector, one bit, one key at a time, on Python lists.
 
-Written from the paper's steps, as the card of minitx/skip/elsa.py tells them, and without anything
-of minitx. Causal attention, and the key that is kept when none passes, are choices of ours.
+Written from the paper's steps, in the words of the card (minitx/skip/elsa.py); it shares no code
+with minitx. Causal attention, and the key that is kept when none passes, are choices of ours.
 """
 
 import math
@@ -37,7 +37,7 @@ def kron(a, b):
 
 
 def kron_all(factors):
-    """A1 (x) A2 (x) ..."""
+    """kron(A1, kron(A2, ...))"""
     product = [[1.0]]
     for factor in factors:
         product = kron(product, factor)

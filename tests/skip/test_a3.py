@@ -36,9 +36,9 @@ SETTINGS = {
     "aggressive": dict(iterations=1 / 8, threshold=10.0),
     "all n, no second filter": dict(iterations=1.0, threshold=0.0),
     "second filter alone": dict(iterations=None, threshold=20.0),
-    "blocks of 4": dict(iterations=1 / 4, threshold=5.0, rebuild=4),
-    "blocks of 1": dict(iterations=1 / 4, threshold=5.0, rebuild=1),
-    "blocks longer than the text": dict(iterations=1 / 4, threshold=0.0, rebuild=99),
+    "groups of 4": dict(iterations=1 / 4, threshold=5.0, rebuild=4),
+    "groups of 1": dict(iterations=1 / 4, threshold=5.0, rebuild=1),
+    "groups longer than the text": dict(iterations=1 / 4, threshold=0.0, rebuild=99),
     "tables": dict(iterations=1 / 2, threshold=5.0, exp="tables"),
     "fixed point": dict(
         iterations=1 / 2, threshold=5.0, integer_bits=4, fraction_bits=4, rebuild=8
@@ -413,7 +413,7 @@ def test_sorted_values_moved_are_counted():
     assert counts.events == {"sorted values moved": 5 + 2}
 
 
-def test_rebuild_sorts_when_a_block_is_full():
+def test_rebuild_sorts_when_a_group_is_full():
     q, k, v = random_qkv(2, S=20)
     attend = a3_part(iterations=0.25, threshold=0.0, rebuild=8)
     layer, moved = Layer(20), []

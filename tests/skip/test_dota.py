@@ -252,7 +252,7 @@ def test_random_detectors_estimate_with_variance_1():
 
 # (rotated columns, head width, rank): the pairs of the model's RoPE that rotate. Of the detector's
 # columns rank * rotated / width are to rotate, which is half as many pairs: rounded (halves to
-# even), at least one, and the slowest ones.
+# even), at least one, and those of the lowest frequencies.
 PAIRS = {
     (8, 8, 8): [0, 1, 2, 3],  # all of them
     (8, 8, 4): [2, 3],
@@ -267,7 +267,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("sizes", PAIRS)
-def test_narrow_rope_rotates_by_the_slowest_angles_of_the_model(sizes):
+def test_narrow_rope_rotates_by_the_lowest_frequencies_of_the_model(sizes):
     """Pair i of the model rotates by position * 100^(-2 i / rotated columns)."""
     rotated, width, rank = sizes
     rope = narrow_rope(Rope(*ops.rope_tables(rotated, 7, 100.0, np.float64)), rank, width)

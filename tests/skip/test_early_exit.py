@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from literal_early_exit import dense_after
+from literal_early_exit import dense_after, run_deferred
 from literal_early_exit import run as literal
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
@@ -40,6 +40,7 @@ SETTINGS = {
     "softmax": SOFTMAX,
     "decay": dict(threshold=0.25, first=2, every=2, decay=4.0, horizon=20),
     "saturation": dict(measure="saturation", threshold=0.8),
+    "saturation every=2": dict(measure="saturation", threshold=0.8, first=1, every=2),
     "random": dict(measure="random", threshold=0.7, warm_up=2),
     "all after layer 4": dict(measure="random", threshold=0.0, first=4),
 }
@@ -208,7 +209,7 @@ def test_random_confidence_depends_on_depth_and_position_alone():
 
 
 @family
-@pytest.mark.parametrize("name", ["softmax", "decay", "saturation"])
+@pytest.mark.parametrize("name", ["softmax", "decay", "saturation", "saturation every=2"])
 def test_equals_the_literal_version(family, name):
     dense, lm = models(family, **SETTINGS[name])
     defaults = dict(
@@ -292,6 +293,18 @@ def test_deferred_keys_and_values_are_those_of_the_dense_model(family, options):
         assert error > 1e-3 * abs(expected).max(), "copied exit states should differ from dense"
 
 
+@family
+@each_setting
+def test_deferred_equals_the_literal_version(family, options):
+    """Logits, and how many skipped layers ran later, because a later token entered them."""
+    dense, lm = models(family, kv_fill="deferred", **options)
+    depths, _ = depths_and_cost(lm, IDS)
+    logits, ran = run_deferred(dense.model, IDS, depths)
+    with counting(lm) as counts:
+        close(in_chunks(lm, IDS, (1,) * 40), logits, "logits")
+    assert counts.events["deferred layers run"] == sum(map(len, ran)) - depths.sum()
+
+
 def test_deferred_layers_run_at_most_once():
     dense, lm = models(kv_fill="deferred", measure="random", threshold=0.7)
     with counting(lm) as counts:
@@ -324,6 +337,16 @@ def test_counted_savings_are_those_on_the_card(family, name):
     check = {"saturation": 3 * D, "random": 0, "softmax": D * c.vocab_size}[name]
     checks = np.where(t < warm_up, 0, np.minimum(depths, L - 1) - first + 1)
     np.testing.assert_array_equal(full - cost, (L - depths) * skipped_layer - checks * check)
+
+
+@pytest.mark.parametrize("first, depths", [(1, {2, 4}), (2, {2, 4}), (3, {3, 5})])
+def test_saturation_is_first_measured_after_two_layers(first, depths):
+    """first=1 every=2 checks after 2 and 4 of six layers, not after 3 and 5."""
+    _, lm = models(measure="saturation", threshold=0.8, first=first, every=2)
+    with counting(lm) as counts:
+        lm.logits(IDS)
+    found = {n for n in range(1, L) if counts.events[f"tokens exited after layer {n}"]}
+    assert found == depths, f"first={first}: tokens exited after layers {found}"
 
 
 def test_ffns_run_for_the_columns_with_a_live_row_and_padding_is_not_live():

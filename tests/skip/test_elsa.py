@@ -115,7 +115,7 @@ def test_threshold_sample_in_figure_6():
     1/4 are relevant: 0.48 and 0.30. The smaller of them has the score 0.86."""
     scores = np.array([1.35, -0.72, 0.86, 0.24])
     q, k = np.full((1, 4, 1), 2.0), scores[None, :, None] / 2  # keys of one number: q k = score
-    w = fast.attention_weights(q, k, 1.0, Visible(4, 4).mask)
+    w = fast.unnormalized_weights(q, k, 1.0, Visible(4, 4).mask)
     np.testing.assert_allclose(w[0, 3] / w[0, 3].sum(), [0.48, 0.06, 0.30, 0.16], atol=0.005)
     found = threshold_samples(q, k, 1.0, 1.0, Visible(4, 4))[0, 3]
     np.testing.assert_allclose(found, 0.86 / (2 * (1.35 / 2)))
@@ -350,7 +350,7 @@ def test_layers_share_the_hash_and_have_their_own_thresholds():
     selectors = [block.attn.attend.selector for block in lm.model.stack.blocks]
     first, second = (s.hash.projections[0].factors for s in selectors)
     for a, b in zip(first, second):
-        np.testing.assert_array_equal(a.a, b.a)
+        assert a.a.dtype == np.float32 and a.a is b.a, "layers have copies of the projection"
     thresholds = np.array([s.threshold for s in selectors])
     assert thresholds.shape == (2, 2) and len(np.unique(thresholds)) == 4
 
@@ -396,8 +396,11 @@ def test_projection_depends_on_the_seed_alone():
     first, again, other = (projection_of(sign_hash(12, 12, seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert abs(first - other).max() > 0.1
-    shared = random_factors(12, 12, 0)[0][0]
-    assert sign_hash(12, 12, 0).projections[0].factors[0].a is shared, "the arrays are copied"
+    for dtype in (np.float64, np.float32):
+        (shared, *_), *_ = random_factors(12, 12, 0, dtype)
+        found = sign_hash(12, 12, 0, dtype).projections[0].factors[0].a
+        assert found is shared and found.dtype == dtype, "the arrays are copied"
+        np.testing.assert_allclose(found, random_factors(12, 12, 0)[0][0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -613,6 +616,13 @@ def test_given_threshold_needs_no_tokenizer():
     for block in lm.model.stack.blocks:
         assert block.attn.attend.selector.threshold.tolist() == [0.25, 0.25]
     apply(tiny_lm(tokenizer=None), {"elsa": {"p": 0.0}})
+
+
+def test_threshold_is_used_instead_of_p_even_if_p_is_0():
+    for p in (0.0, 1.0):
+        lm = apply(tiny_lm(), {"elsa": {"p": p, "threshold": 0.3}})
+        found = lm.model.stack.blocks[0].attn.attend.selector.threshold
+        np.testing.assert_allclose(found, 0.3, rtol=1e-6, err_msg=f"p={p} replaces the threshold")
 
 
 def test_learning_without_a_tokenizer_is_refused():

@@ -49,39 +49,44 @@ def a3(
     ] = DEFAULT[1],
     rebuild: Annotated[
         int,
-        "sort only when this many keys have come, always keep the others; 0: insert each key",
+        "sort in groups of this many keys; keys not sorted yet are always kept; 0: insert each key "
+        "at once",
         at_least(0),
     ] = 0,
     exp: Annotated[
-        Literal["exact", "tables"], "the exponential: exact, or from two small tables"
+        Literal["exact", "tables"], "the softmax's exponential: exact, or from two small tables"
     ] = "exact",
     integer_bits: Annotated[
         int | None, "round q, k, v to fixed point; the paper: 4; None: floats", between(1, 8)
     ] = None,
-    fraction_bits: Annotated[int, "of fixed point and of the tables", between(1, 8)] = 4,
+    fraction_bits: Annotated[
+        int, "f, of fixed point; each table of exp=tables has 2^(2f) entries", between(1, 8)
+    ] = 4,
 ):
     """Select keys by a greedy search over sorted key columns, then score only those.
 
     Paper:     Ham et al., "A3: Accelerating Attention Mechanisms in Neural Networks with
                Approximation", HPCA 2020, arXiv 2002.10941, sections III and IV.
-    Fidelity:  the paper's text. Causal attention and a growing cache are our extension. When the
-               gate is read, and the width of the exponential's tables, is unconfirmed.
+    Fidelity:  the paper's text. Causal attention and a growing cache are our extension.
+               What is unconfirmed: whether the running sum that the gate reads includes this
+               iteration's largest product; the width of the exponential tables' entries.
     Kind:      approximate; exact at iterations=None threshold=0.
     Idea:      A score is a sum of d products q[j] * key[j]. The most extreme products of all keys
                tell which keys may score high, and they are at the ends of the sorted columns.
     Offline:   nothing.
-    Online:    Keep each column j of the keys (after RoPE) sorted, each number with its key's row.
-               greedy = 0 for each key; running = 0; M = max(1, round(iterations * keys seen))
-               repeat M times:
-                   pop the largest product left over all columns; only if it is positive,
-                       add it to greedy of its key and to running
+    Online:    keep each column j of the keys (after RoPE) sorted, each number with its key's row;
+               for each query: greedy[key] = 0 for all keys, running = 0
+               repeat M = max(1, round(iterations * keys seen)) times:
+                   pop the largest product q[j] * key[j] left in any column; if it is positive,
+                       add it to greedy[key] and to running
                    if running >= 0 (the gate):
-                       pop the smallest product left over all columns; only if it is negative,
-                           add it to greedy of its key and to running
-               Candidates: greedy > 0, or if there are none, the key with the largest greedy.
-               Of their exact scores keep  score >= largest - ln(100 / threshold); softmax of those.
-    Saves:     per decoded token and query head, with c candidates of which r are kept: at most
-               2 (d + M) + (c + r) d multiply-adds instead of 2 S d. The sorted columns take
+                       pop the smallest product left in any column; if it is negative,
+                           add it to greedy[key] and to running
+               candidates: keys with greedy > 0, or if there are none, the one with the largest
+               s = q . key / sqrt(d) for the candidates
+               keep s >= max(s) - ln(100 / threshold), or all if threshold=0; softmax over those
+    Saves:     per decoded token and query head, with S cached keys, c candidates and r kept keys:
+               at most 2 (d + M) + (c + r) d multiply-adds instead of 2 S d. The sorted columns take
                8 d bytes per key and key head. A prompt saves none: all scores are computed.
     In NumPy:  much slower than dense attention, since Python pops one product at a time (Notes).
     Not for:   heads whose scores are all low or all high: the search compares sums with 0.
@@ -111,8 +116,8 @@ def a3(
 
 
 def greedy_search(q: list[float], columns: Columns, iterations: int, S: int) -> list[float]:
-    """The greedy sum of each of S keys, for one query q (d) and the sorted columns (d, n) of the
-    keys that it sees."""
+    """The greedy sums of S keys for one query q (d). columns (d, n): those of the n sorted keys
+    that the query sees; the other keys get 0."""
     largest, smallest = pop_products(q, columns, 1), pop_products(q, columns, -1)
     greedy, running, popped = [0.0] * S, 0.0, 0
     for _ in range(iterations):
@@ -125,14 +130,14 @@ def greedy_search(q: list[float], columns: Columns, iterations: int, S: int) -> 
             greedy[key] += product
             running += product
             popped += product != 0
-    products = popped + 2 * len(q)  # those still in the queues too
-    values, rows = columns.values.itemsize, columns.rows.itemsize
-    ledger.count(products, cache_bytes=products * values + popped * rows)
+    products = popped + 2 * len(q)  # 2 d products are computed before the first pop
+    value_bytes, row_bytes = columns.values.itemsize, columns.rows.itemsize
+    ledger.count(products, cache_bytes=products * value_bytes + popped * row_bytes)
     ledger.event("products popped", popped)
     return greedy
 
 
-NOTHING = 0.0, 0  # is popped when no product of the wanted sign is left: adds 0 to key 0
+NOTHING = 0.0, 0  # popped when no product of the wanted sign is left: adds 0 to key 0
 
 
 def pop_products(q: list[float], columns: Columns, sign: int):
@@ -146,13 +151,14 @@ def pop_products(q: list[float], columns: Columns, sign: int):
     d, n = columns.rows.shape
     step = [-1 if sign * x > 0 else 1 for x in q]
     start = [n - 1 if sign * x > 0 else 0 for x in q]
-    # heapq pops the smallest first, so products are stored negated for sign=1. Ties: lower column.
+    # heapq pops the smallest first, so for sign=1 products are stored negated. Ties are popped by
+    # the lower column first.
     queue = [(-sign * q[j] * number(j, start[j]), j, start[j]) for j in range(d)]
     heapify(queue)
     while queue[0][0] < 0:
         product, j, i = queue[0]
         after = i + step[j]
-        following = -sign * q[j] * number(j, after) if 0 <= after < n else 0.0  # 0: used up
+        following = -sign * q[j] * number(j, after) if 0 <= after < n else 0.0  # 0: none left
         heapreplace(queue, (following, j, after))
         yield -sign * product, key(j, i)
 
@@ -165,9 +171,9 @@ class GreedySelector(Part):
     """Keeps the candidates of the greedy search, and the keys that are not sorted yet."""
 
     iterations: float | None  # as a share of the keys seen; None: no search, keep all
-    rebuild: int  # sort when this many keys have come; 0: insert each
+    rebuild: int  # sort in groups of this many keys; 0: insert each key at once
     scale: float  # 1 / sqrt(d)
-    rounding: Part | None = None
+    rounding: Part | None = None  # to fixed point
 
     def keeps_all(self, S: int) -> bool:
         return self.iterations is None
@@ -177,7 +183,9 @@ class GreedySelector(Part):
         if self.iterations is None:
             return None
         S = k.shape[-2]
-        if self.rebuild:  # up to the last full block; of a padded batch, in any row
+        if self.rebuild:
+            # Sort as far as the sequence whose last full group of ``rebuild`` keys ends latest.
+            # max: a sequence that is all padding so far counts as one key.
             start = 0 if layer.start is None else layer.start
             S -= np.min(np.maximum(S - start, 1) % self.rebuild)
         k = k[..., :S, :]
@@ -187,11 +195,12 @@ class GreedySelector(Part):
         q = q.reshape(*q.shape[:-3], k.shape[-3], -1, visible.T, q.shape[-1])  # (..., K, G, T, d)
         if known is None:
             return visible.hide(np.ones((*q.shape[:-1], visible.S), bool), False)
-        q = self.rounding(q * self.scale) if self.rounding else q  # a scale changes no candidate
+        if self.rounding:  # otherwise the scale would not change the candidates
+            q = self.rounding(q * self.scale)
         end = visible.own + 1
         first = end - visible.count  # the query sees the keys first .. end - 1
-        if self.rebuild:
-            end = end - visible.count % self.rebuild  # and the search only the full blocks
+        if self.rebuild:  # the search reads only full groups of sorted keys
+            end = end - visible.count % self.rebuild
         iterations = np.maximum(1, np.rint(self.iterations * visible.count)).astype(int)
         shape = q.shape[:-1]  # (..., K, G, T)
         first, end, iterations = (np.broadcast_to(x, shape) for x in (first, end, iterations))
@@ -211,7 +220,7 @@ class GreedySelector(Part):
             of_head = columns.of_head(head)
             for t in range(T):
                 seen = of_head.between(first[head][0, t], end[head][0, t])
-                if not seen.rows.size:  # no block is full yet
+                if not seen.rows.size:  # no group is full yet
                     continue
                 for g in range(G):
                     M = int(iterations[head][g, t])
@@ -221,24 +230,28 @@ class GreedySelector(Part):
 
 # Notes:
 #
-# - "The sum so far" that the gate reads includes this iteration's largest product. The paper's
-#   wording leaves open whether it does.
-# - The paper pops M products on each side, whatever their signs. Here a side stops at products that
-#   would not be added, which changes nothing but the count.
+# - Here the gate's running sum includes this iteration's largest product. The paper's wording
+#   leaves open whether it does.
+# - The paper pops M products on each side, whatever their signs. Here a side stops where products
+#   have the wrong sign and would not be added; this changes only the count.
 # - Ties: of equal products in two columns the lower column's is popped first; in one column the
 #   outer one. Equal numbers of a column are sorted by key, so for q[j] > 0 the largest products
 #   come from the last of equal keys.
-# - Many iterations are not neutral: with iterations=d and no gate each product would be added, so
-#   greedy would be the score itself, and keys with negative scores would still be dropped.
+# - Many iterations are not neutral: with iterations = d there are d n pops for n keys on each side,
+#   i.e. all products. Without the gate greedy would then be q . key itself, and keys with a
+#   negative score would still be dropped.
 # - Each query searches only the keys that it sees, so a prompt selects what single tokens select.
+# - The hardware searches with the scaled and rounded query, and so does integer_bits. In floats the
+#   scale multiplies all products alike and changes no candidate, so it is left out of the search.
 # - Inserting a new key moves half of each column on average ("sorted values moved"), for one query
-#   per head. In the paper many queries share the sorting. rebuild=B sorts every B keys instead.
+#   per head. In the paper many queries share the sorting. rebuild=64 sorts after every 64 keys.
 # - Time on stories, one BLAS thread (OMP_NUM_THREADS=1, model(ids, state) timed by itself):
 #
 #                              decode at 256 keys    at 500 keys    prompt of 256
 #       dense                        0.7 ms             0.8 ms           17 ms
 #       setting=conservative          10 ms              16 ms         1200 ms
 #       setting=aggressive             6 ms               7 ms          650 ms
-# - Cost of the second filter: values of candidates that it drops are not read, so r d and not c d.
+# - The second filter saves value rows: those of candidates that it drops are not read, so weighting
+#   the values takes r d multiply-adds instead of c d.
 #   Fixed point and the tables show what the hardware's arithmetic does to the outputs; they are
 #   slower still.

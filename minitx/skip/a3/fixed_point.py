@@ -31,9 +31,9 @@ class FixedPointAttend(Part):
     """Attention to the kept keys in fixed point; ``arithmetic`` of ``SparseAttention``.
 
     With f fraction bits in q, k and v, products have 2 f. Sums get as many integer bits as they
-    need, so they are exact and cannot overflow. What is left to round are the exponentials and the
-    softmax weights, to 2 f fraction bits (1 stays 1). Weights below half a unit become 0: of
-    2^(2f + 1) equal keys nothing is left.
+    need, so they are exact and cannot overflow. Only the exponentials and the softmax weights are
+    rounded, to 2 f fraction bits (1 stays 1); the unit here is 2^-2f. Softmax weights of at most
+    half a unit become 0, so for 2^(2f + 1) or more equal keys the output is 0.
     """
 
     tables: bool  # the exponential from two tables instead of the exact one
@@ -68,7 +68,8 @@ class FixedPointAttend(Part):
 
 def gather_kept(k, v, kept):
     """For one query per head: of k, v (..., K, 1, S, d) only the kept keys (..., K, G, 1, S), as
-    (..., K, G, n, d), and which of these n are kept: heads with fewer are padded with others."""
+    (..., K, G, n, d), with n the most that a head keeps. Heads that keep fewer than n are filled up
+    with dropped keys, which the returned mask (..., K, G, 1, n) marks as dropped."""
     n = int(kept.sum(-1).max())
     order = np.argsort(~kept, -1, kind="stable")[..., 0, :n]  # (..., K, G, n)
     k, v = (np.take_along_axis(x, order[..., None], -2) for x in (k, v))
@@ -79,8 +80,8 @@ def gather_kept(k, v, kept):
 
 
 def exp_from_tables(x, fraction_bits: int):
-    """exp(x) for x <= 0, rounded to 2 f fraction bits: exp(-(high + low)) = exp(-high) exp(-low),
-    with high the integer part of -x and low its fraction.
+    """exp(x) for x <= 0, with x rounded to 2 f fraction bits (f = fraction_bits):
+    exp(x) = exp(-high) exp(-low), with high the integer part of -x and low its fraction.
 
     Each table has 2^(2f) entries: 256 for f = 4, where one table for all 16 bits would have 65,536.
     From -x = 2^(2f) on the result is 0, since exp of that is below half a unit. The paper does not

@@ -1,7 +1,8 @@
 """The columns of the cached keys in ascending order, kept up to date while the cache grows.
 
 Column j of the keys k (S, d) is k[:, j]. Sorted, its largest and smallest numbers are at its ends.
-Equal numbers are in the order of their keys. Shapes: keys (..., K, S, d); columns (..., K, d, n).
+Equal numbers are in the order of their keys. Shapes: keys (..., K, S, d) for K key heads, S cached
+keys and head width d; columns (..., K, d, n), of the first n keys.
 """
 
 from typing import NamedTuple
@@ -28,7 +29,8 @@ class Columns(NamedTuple):
         n = self.rows.shape[-1]
         if first <= 0 and end >= n:
             return self
-        # Each column loses the same keys, so what is left has n columns of equal length, in order.
+        # Each column loses the same keys, so what is left is still d columns of equal length, in
+        # order.
         kept = (self.rows >= first) & (self.rows < end)
         shape = *self.rows.shape[:-1], max(0, min(end, n) - max(first, 0))
         return Columns(self.values[kept].reshape(shape), self.rows[kept].reshape(shape))
@@ -50,7 +52,7 @@ def merge_columns(old: Columns, new: Columns) -> Columns:
 
 
 class SortedColumns:
-    """The columns of a block's cache, in arrays with room for ``capacity`` keys."""
+    """The columns of one layer's cached keys, in arrays with room for ``capacity`` keys."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -73,7 +75,7 @@ class SortedColumns:
         return self.current()
 
     def _insert(self, x) -> None:
-        """One key x (..., K, d): the larger numbers of each column move one place up."""
+        """Insert one key x (..., K, d): the larger numbers of each column move up by one."""
         n = self.count
         values, rows = self.arrays
         # Comparing with all numbers, in one call for all columns, is faster than a binary search in
@@ -105,7 +107,7 @@ class SortedColumns:
 
 
 def cached_columns(owner: Part, k, layer: Layer) -> Columns | None:
-    """The columns of the keys k (..., K, n, d), the first n of the block's cache; only keys that
+    """The columns of the keys k (..., K, n, d), the first n of the layer's cache; only keys that
     are new since the last call are sorted. None if there are no keys."""
     if not layer.remember:
         return sort_columns(k) if k.shape[-2] else None

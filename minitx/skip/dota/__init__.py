@@ -48,7 +48,10 @@ def dota(
     ] = None,
     bits: Annotated[int | None, "bits of the detector's integers; None: floats", between(2, 8)] = 4,
     parallel_queries: Annotated[
-        int, "queries that run in parallel, in the count of key loads alone", between(1, 8)
+        int,
+        "only for the reported event 'key loads': how many queries the accelerator runs at once; "
+        "does not change the result",
+        between(1, 8),
     ] = 4,
 ):
     """Select each query's top-k keys with a small trained detector.
@@ -60,20 +63,26 @@ def dota(
     Kind:      approximate; exact for a query that sees at most keep keys.
     Idea:      To rank keys, scores of low rank in few bits will do. A tiny detector learns to
                estimate them while the model learns to have scores that can be estimated.
-    Offline:   per block draw p (D, rank) of sqrt(3 / rank) * {-1, 0, +1}, probabilities 1/6, 2/3,
-               1/6. Learn w_q for each query head and w_k for each key head, rank x rank:
-               trained:   loss = L_model + weight * mean (score - estimate)^2, jointly
-               post-hoc:  least squares on calibration stories; the model stays as it is
-    Online:    y = x p;   q~ = y w_q;   k~ = y w_k      x (T, D): the norm's output
-               quantize y, q~ and k~ row by row; rotate q~ and k~ in a rotary model
+    Offline:   per block draw p (D model width, rank) of sqrt(3 / rank) * {-1, 0, +1} with
+               probabilities 1/6, 2/3, 1/6. Learn w_q for each of H query heads and w_k for each of
+               K key heads, both (rank, rank), so that estimate ~ score = q . k / sqrt(d):
+               trained:   loss = L_model + weight * mean (score - estimate)^2; the model learns too
+               post-hoc:  alternate two linear least squares on calibration stories, w_q with w_k
+                          fixed (at first w_k = I) and the reverse; the model stays as it is
+    Online:    x (T tokens, D): the input of the block's own q and k matrices
+               y  = x p
+               q~ = rotate(y w_q);   k~ = rotate(y w_k)
+               rotate: RoPE with the model's lowest rank/2 frequencies (nothing without RoPE)
+               y, w_q, w_k and the rotated q~ and k~ are quantized to integers of `bits` bits, with
+               a scale for each row (w_q, w_k: for each head)
                estimate[i, j] = q~_i . k~_j             (paper: S~)
                keep the min(keep, i+1) keys j <= i with the largest estimates;
                exact scores, softmax and weighted sum over those only
-    Saves:     S rank + 2 keep d instead of 2 S d multiply-adds per query head and decoded token,
-               for D rank + rank^2 (H + K) more per block. Prompts: nothing.
+    Saves:     S rank + 2 keep d instead of 2 S d multiply-adds per query head and decoded token
+               with S cached keys, for D rank + rank^2 (H + K) more per block. Prompts: nothing.
     In NumPy:  slower than dense at every context tried, up to 8,000 keys.
-    Not for:   first_layer, whose table replaces the norm that the detector reads; fold_norms with
-               fit=trained, since it takes the gain out of that norm.
+    Not for:   use together with the technique first_layer, whose table replaces the norm that the
+               detector reads; with fit=trained also fold_norms, which changes that norm's output.
     Proof:     tests/skip/test_dota.py; literal version: tests/skip/literal_dota.py
     Tutorial:  tutorials/07_four_ways_to_find_keys.py
     """
@@ -103,12 +112,12 @@ class DetectedKeys(Part):
     """The selector: keeps the keys of each query with the largest estimated scores."""
 
     keep: int
-    parallel_queries: int  # in the count of key loads
+    parallel_queries: int  # only for the event "key loads"
 
     def __call__(self, q, k, known, visible: Visible):
-        """q~ and k~ come from ``DetectingAttention``; q and k are not looked at."""
+        """q~ and k~ come from ``DetectingAttention``; q and k are not read."""
         queries, positions, keys, scales = known
-        first = int(np.searchsorted(positions, visible.own[0]))  # of this block of queries
+        first = int(np.searchsorted(positions, visible.own[0]))  # index of the block's first query
         queries = queries[..., first : first + visible.T, :]
         estimates = estimate(queries, keys[..., : visible.S, :], scales[..., : visible.S])
         kept = top_k(visible.hide(estimates), np.minimum(self.keep, visible.count))
@@ -123,14 +132,16 @@ class DetectedKeys(Part):
         return self.keep >= S
 
     def remember(self, k, layer: Layer):
-        """q~ of the tokens in hand and their positions; k~ of all tokens so far and its scales."""
+        """q~ of the tokens of this call and their positions; k~ of all tokens so far and its
+        scales."""
         cache, S = detector_cache(layer), k.shape[-2]
         return cache.queries, cache.positions, cache.keys[..., :S, :], cache.scales[..., :S]
 
 
 def estimate(queries, keys, scales):
-    """q~ . k~ (..., K, G, T, S) for queries (..., H, T, rank), keys (..., K, S, rank) and the keys'
-    scales (..., K, S)."""
+    """q~ . k~ (..., K, G, T, S), G = H / K, for queries (..., H, T, rank), keys (..., K, S, rank)
+    and the keys' scales (..., K, S). Without the queries' scales, which do not change the order of
+    a query's keys."""
     *lead, H, T, rank = queries.shape
     K, S = keys.shape[-3], keys.shape[-2]
     ledger.count(queries.size * S, cache_bytes=keys.nbytes + scales.nbytes)
@@ -142,19 +153,19 @@ def estimate(queries, keys, scales):
 
 @part
 class DetectingAttention(Part):
-    """Attention with a detector beside it, which reads what the projections read and leaves q~ and
-    k~ for ``DetectedKeys``."""
+    """Attention with a detector beside it, which reads the input of the q and k matrices, and
+    stores q~ and k~ for ``DetectedKeys``."""
 
-    needs_all_rows = True
-    has_history = True
-    norm: Part  # the attention's own
+    needs_all_rows = True  # needs every token's cache row
+    has_history = True  # keeps k~ of all tokens beside the KV cache
+    norm: Part  # the attention's own norm
     detector: Part
     attn: Part
     keep: int
     fit: str  # "trained" or "post-hoc"
 
     def __call__(self, x, layer: Layer):
-        if self.keep < layer.capacity:  # otherwise every key is kept, whatever comes
+        if self.keep < layer.capacity:  # otherwise every key is kept, however long the text
             queries, keys = self.detector(self.norm(x), layer.tokens)
             detector_cache(layer).set_queries(queries, layer)
             detector_cache(layer).store_keys(keys, layer)
@@ -176,7 +187,7 @@ class DetectingAttention(Part):
 
 
 class DetectorCache:
-    """Beside a layer's KV cache: k~ of all tokens so far, and q~ of those in hand."""
+    """Beside a layer's KV cache: k~ of all tokens so far, and q~ of the tokens of this call."""
 
     def __init__(self):
         self.queries = self.positions = self.keys = self.scales = None
@@ -185,14 +196,14 @@ class DetectorCache:
         self.queries, self.positions = queries, layer.tokens.array
 
     def store_keys(self, keys, layer: Layer) -> None:
-        """keys: k~ (..., K, T, rank) and scales (..., K, T) of the tokens in hand."""
+        """keys: k~ (..., K, T, rank) and scales (..., K, T) of the tokens of this call."""
         integers, scales = keys
-        if not layer.remember:
+        if not layer.remember:  # a single pass: nothing is kept after it
             self.keys, self.scales = integers, scales
             return
         if self.keys is None:
             *heads, _, rank = integers.shape
-            fits = np.array_equal(integers, integers.astype(np.int8))  # not with bits=None
+            fits = np.array_equal(integers, integers.astype(np.int8))  # false with bits=None
             dtype = np.int8 if fits else integers.dtype
             self.keys = np.empty((*heads, layer.capacity, rank), dtype)
             self.scales = np.empty((*heads, layer.capacity), scales.dtype)
@@ -212,6 +223,7 @@ def detector_cache(layer: Layer) -> DetectorCache:
 
 
 def use_trained(lm, fit: str) -> bool:
+    """Whether to read the trained detectors; MinitxError if fit=trained and there are none."""
     exists = lm.folder is not None and (lm.folder / FILE).exists()
     if fit == "trained" and not exists:
         where = "was not read from a folder" if lm.folder is None else f"has none in {lm.folder}"
@@ -234,7 +246,7 @@ def trained_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
 
 @lru_cache(maxsize=1)  # a sweep over keep needs one fit
 def fitted_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
-    from minitx.training.calibration import texts_for  # techniques stand below training
+    from minitx.training.calibration import texts_for  # here, since training imports techniques
 
     rank = max(2, lm.model.config.head_width // 8 * 2) if rank is None else rank
     check_rank(rank, lm.model.config, "dota: rank")
@@ -247,19 +259,22 @@ def fitted_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
 # - Confirmed by the abstract, the first page or others' notes: the form of p; that w_q and w_k
 #   multiply x p; that they are trained with the model by a squared error; low precision.
 #   Unconfirmed: the probabilities in p, that w_q and w_k are rank x rank, the weight of the error,
-#   that the number of keys is the same for every query (so that all finish together), and the order
-#   of loads. Left out: a threshold on the estimates instead of top-k, with which queries keep
+#   that every query keeps the same number of keys (so that all finish together), and the order of
+#   loads. Left out: a threshold on the estimates instead of top-k, with which queries keep
 #   different numbers of keys, and the accelerator's 16-bit fixed point.
+# - Rotation: detector.py (narrow_rope) for models that rotate only some columns. post-hoc without
+#   rotation: one least squares and an SVD (fit.py).
 # - A stage of a training recipe with "detector": {"k": rank, "weight": ...} trains detectors, and
 #   writes dota.safetensors beside the weights.
 # - Scales: max|row| / (2^(bits-1) - 1) for each row of y, q~ and k~. Ours: one scale for all keys
 #   would change when a larger key arrives, and with it earlier selections. Ties among estimates
 #   are common at 2 bits and go to the lower index.
 # - The cost is below dense attention's only if rank is well under 2 d and keep well under S. Cache
-#   reads per token: S (rank + 4) bytes for each key head (4 rank + 4 with bits=None) and 8 keep d
-#   for each query head, instead of 8 S d for each key head; the cache grows by the former. In
-#   hardware x p takes additions alone and the rest ``bits`` bits; NumPy multiplies floats, and is
-#   counted so. For a prompt all scores are computed and most are masked, and the estimates come on
-#   top.
+#   reads per token: S (rank + 4) bytes for each key head (S (4 rank + 4) with bits=None) and
+#   8 keep d for each query head, instead of 8 S d for each key head. The cache grows by rank + 4
+#   bytes per key and key head.
+# - In hardware x p needs no multiplications, and the other products are of ``bits``-bit integers.
+#   Here all are float multiplications and counted as such. For a prompt all scores are computed and
+#   most are masked, and the estimates come on top.
 # - Time: the detector's NumPy calls and the selection take longer than attention over all keys;
 #   tried for one token and up to 8,000 keys. A prompt is slower, too.

@@ -1,15 +1,15 @@
-"""The detector of a block: from few columns of the input, a low-rank estimate of all its scores.
+"""The detector of a block: a low-rank estimate of all its scores, from the block's input.
 
     y  = x p                           (T, rank)   p (D, rank): a random projection, never trained
     q~ = y w_q  and  k~ = y w_k        (H, T, rank) and (K, T, rank), rotated if the model is rotary
     q~_i . k~_j  estimates  q_i . k_j / sqrt(d)
 
-x (T, D) is what the projections of queries and keys read: the norm's output. A head's matrix in
-w_q or w_k is rank x rank.
+x is the input of the model's own q and k matrices (the norm's output): T tokens of width D. A
+head's matrix in w_q (H query heads) or w_k (K key heads) is rank x rank; d is the head width.
 
 First the arrays as they are trained (``Detector``), then as they run, in few bits
-(``QuantizedDetector``), and at the end what both ways of training share: the recording of what a
-block's attention computes. A student who only wants to run DOTA can stop before that.
+(``QuantizedDetector``). The end of the file is only for training and fitting: it records what a
+block's attention computes.
 """
 
 from dataclasses import replace
@@ -28,7 +28,8 @@ from minitx.tree import Part, part, table
 
 @part
 class Detector(Part):
-    """Of one block, in floats. The columns of w_q and w_k are grouped by head, as the model's."""
+    """One block's detector, in floats. The columns of w_q and w_k are grouped by head, as those of
+    the model's own matrices are."""
 
     p: np.ndarray = table()  # (D, rank), drawn once and never trained
     w_q: np.ndarray  # (rank, H*rank)
@@ -66,17 +67,17 @@ def shapes(config: Config, rank: int) -> dict[str, tuple]:
 def narrow_rope(rope: Part, rank: int, head_width: int) -> Part:
     """The rotation of a detector's ``rank`` columns, with angles taken from the model's RoPE.
 
-    The same share of columns is rotated as in the model, by the model's slowest angles: a key that
-    matters far away must not turn much on the way. Ours: the paper's models have no rotation. Of
-    several choices this one predicted the scores of ``stories`` best.
+    The same share of columns is rotated as in the model. Ours: the paper's models have no rotation;
+    we take the model's lowest frequencies, so that the estimate for a distant key depends little on
+    its distance. Of several choices this one predicted the scores of ``stories`` best.
     """
     need(rope, Rope, NoRope)
     if type(rope) is NoRope:
         return rope
     rotated = rope.cos.shape[1]
-    pairs = rotated // 2  # column i is paired with column i + pairs; the larger i, the slower
-    slowest = np.arange(pairs - max(1, round(rank * rotated / head_width / 2)), pairs)
-    columns = np.concatenate([slowest, slowest + pairs])
+    pairs = rotated // 2  # column i is rotated with column i + pairs; larger i, lower frequency
+    lowest = np.arange(pairs - max(1, round(rank * rotated / head_width / 2)), pairs)
+    columns = np.concatenate([lowest, lowest + pairs])
     return Rope(rope.cos[:, columns], rope.sin[:, columns])
 
 
@@ -94,10 +95,10 @@ def check_rank(rank: int, config: Config, what: str) -> None:
 
 @part
 class QuantizedDetector(Part):
-    """A detector whose y, w, q~ and k~ are integers of ``bits`` bits; floats where bits is None.
+    """A detector whose y, w_q, w_k, q~ and k~ are integers of ``bits`` bits, or floats if None.
 
-    Every row of y, q~ and k~ has its own scale, and so does each head's matrix. A scale per tensor
-    would change as keys arrive, and with it what was selected before.
+    Every row of y, q~ and k~ has its own scale, and so does each head's matrix. One scale for all
+    keys would change as keys arrive, and with it what was selected before.
     """
 
     p: np.ndarray = table()  # (D, rank)
@@ -135,9 +136,10 @@ class QuantizedDetector(Part):
         return quantize(ops.linear(x, self.p), self.bits)  # y (..., T, rank), scales (..., T)
 
     def heads(self, y, w, s, tokens: Tokens):
-        """(..., heads, T, rank) and scales (..., heads, T). Scales are multiplied last: products of
-        integers are exact in any order, so a number halfway between two integers is rounded alike
-        in a prompt and for a single token."""
+        """q~ or k~ (..., heads, T, rank), and scales (..., heads, T).
+
+        Multiply by the scales after rounding: until then the products are exact sums of integers,
+        so a prompt and a single token round alike."""
         y, y_scale = y
         z = self.rope(split_heads(ops.linear(y, w), len(s)), tokens)
         z, z_scale = quantize(z, self.bits)
@@ -173,7 +175,7 @@ def record_attention(model: Transformer) -> tuple[Transformer, list["Recording"]
 
 
 class Recording:
-    """What a block's projections read, and its queries and keys, in the last pass."""
+    """The input of a block's q and k matrices, and its queries and keys, in the last pass."""
 
     def __init__(self, attn: Attention):
         self.attn = attn
@@ -185,7 +187,8 @@ class Recording:
         return replace(attn, norm=Recorder(attn.norm, self.norms), attend=attend)
 
     def last(self):
-        """x (..., T, D), q (..., H, T, d) and k (..., K, T, d), both rotated; then forgets them."""
+        """Returns x (..., T, D), q (..., H, T, d) and k (..., K, T, d), with q and k rotated, and
+        forgets them."""
         (_, x), (q, k, *_) = self.norms.pop(), self.attends.pop()
         self.norms.clear()
         self.attends.clear()

@@ -70,5 +70,5 @@ def read_detectors(folder, config: Config, dtype=np.float32) -> tuple[Detector, 
 
 
 def weights_fingerprint(folder) -> str:
-    """Of the weights in the folder: one file, or its shards."""
+    """The fingerprint of the weights in the folder: one file, or its shards."""
     return fingerprint(*sorted(Path(folder).glob("model*.safetensors")))

@@ -3,18 +3,20 @@
 A weaker substitute for DOTA's joint training (training/detector.py), in which the model also learns
 to have scores that a detector can estimate.
 
-For each block, find w_q (a rank x rank matrix per query head) and w_k (one per key head) with the
-least
+For each block, find w_q (a rank x rank matrix per query head) and w_k (one per key head) that
+minimize
 
     sum over i and j <= i of (s_ij - q~_i . k~_j)^2,    q~_i = y_i w_q R_i,    k~_j = y_j w_k R_j
 
 where s_ij = q_i . k_j / sqrt(d) is the exact score, y = x p, and R_t the rotation at position t
 (narrow_rope; the identity in a model that is not rotary).
 
-With w_k given, the estimate is linear in w_q, and with w_q given in w_k. Either way there are
-rank^2 unknowns, so the normal equations are small (``solve``). Without rotation only the product
-w_q w_k^T counts, so w_k = I loses nothing: solve once for w_q, then split it by SVD into two
-factors of equal size. With rotation w_q and w_k are solved for in turn (alternating least squares).
+With w_k fixed, the estimate is linear in w_q; with w_q fixed, it is linear in w_k. Either way there
+are rank^2 unknowns, so the normal equations are small (``solve``).
+
+With rotation: start with w_k = I and solve for w_q, then for w_k and w_q in turn (alternating least
+squares). Without rotation only the product w_q w_k^T counts, so w_k = I loses nothing: solve once
+for w_q, then split it by SVD into w_q and w_k of similar magnitude, which suits few bits.
 """
 
 from collections.abc import Sequence
@@ -33,7 +35,7 @@ ROUNDS = 2  # of alternating least squares after the first solution; more gain n
 
 
 def fit_detectors(model, texts: Sequence, rank: int, seed: int = 0) -> tuple[Detector, ...]:
-    """A detector for each block of the model; texts: lists of token ids."""
+    """One detector for each block of the model; texts: lists of token ids."""
     if not texts:
         raise MinitxError("dota: a detector is fitted to texts, and there are none; give one.")
     recorded, recordings = record_attention(model)
@@ -50,8 +52,8 @@ def fit_detectors(model, texts: Sequence, rank: int, seed: int = 0) -> tuple[Det
 
 
 def fit_block(p, attn, passes: Sequence[tuple]) -> Detector:
-    """The detector of one block with the projection p (D, rank); passes: of each text x (T, D),
-    q (H, T, d) and k (K, T, d)."""
+    """The detector of one block with the projection p (D, rank). passes: for each text, x (T, D),
+    q (H, T, d) and k (K, T, d) (``Recording``)."""
     x, q, _ = passes[0]
     rope = narrow_rope(attn.rope, p.shape[1], q.shape[-1])
     p = p.astype(x.dtype)
@@ -116,18 +118,19 @@ def outer_products(rows):
 
 
 def solve(sums: Sequence[tuple]):
-    """The normal equations: w (rank, rank) with the least sum of (s_ij - y_i w R_i . o_j)^2.
+    """The w (rank, rank) that minimizes the sum of (s_ij - y_i w R_i . o_j)^2, by its normal
+    equations. o_j: the fixed side of the dot product (k~_j if w is w_q, q~_j if it is w_k).
 
-    sums: of each text (text, squares, products). With o_j the rows on the other side of the dot
-    product, squares (T, rank, rank) is for each i the sum over j of o_j o_j^T, and products
-    (T, rank) the sum over j of s_ij o_j.
+    sums: for each text (text, squares, products). squares (T, rank, rank) is for each i the sum
+    over j of o_j o_j^T, and products (T, rank) the sum over j of s_ij o_j.
     """
     left, right = 0, 0
     for text, squares, products in sums:
         y, turn = text.y, text.turn
         rank = y.shape[1]
         squares = turn @ squares @ turn.swapaxes(-1, -2)
-        # E[aa', cc'] = sum_i y_ia y_ia' squares_icc'; the unknown w_ac has the row (a, c)
+        # Between the unknowns w_ac and w_a'c': sum_i y_ia y_ia' squares_icc'. Computed with the
+        # rows (a, a') and columns (c, c'), then reordered to rows (a, c) and columns (a', c').
         both = outer_products(y).reshape(-1, rank**2).T @ squares.reshape(-1, rank**2)
         left = left + both.reshape([rank] * 4).swapaxes(1, 2).reshape(rank**2, rank**2)
         right = right + y.T @ np.einsum("tkn,tn->tk", turn, products)

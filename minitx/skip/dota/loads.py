@@ -7,19 +7,21 @@ import numpy as np
 
 
 def key_loads(kept, parallel_queries: int) -> int:
-    """Key loads for kept (..., T, S), booleans, if so many neighbouring queries of a head run in
-    parallel.
+    """The number of key loads for kept (..., T, S), booleans, if ``parallel_queries`` neighbouring
+    queries of a head run at once.
 
     In each step every query takes one of the keys that it still wants. A key that several take in
-    the same step is loaded once. The order is free, since a sum has none, so it is greedy: first
-    the key that most of the idle queries want; ties go to the lower index.
+    the same step is loaded once. A query may take its keys in any order, since a sum does not
+    depend on it, so the order is greedy: first the key that most of the idle queries (those that
+    have not taken a key in this step) want; ties go to the lower index.
     """
     *_, T, S = kept.shape
     kept = kept.reshape(-1, T, S)
     if T == 1:
         return kept.sum()
     bit = np.uint8(1) << (np.arange(T, dtype=np.uint8) % parallel_queries)
-    # One number per group of queries and key: bit t is set if its query t wants the key.
+    # One integer for each group of queries and each key: bit t is set if the group's query t wants
+    # the key.
     starts = np.arange(0, T, parallel_queries)
     wanted = np.add.reduceat(kept * bit[:, None], starts, axis=1, dtype=np.uint8)
     wanted = wanted.reshape(-1, S)  # (groups, S)

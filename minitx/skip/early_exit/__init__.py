@@ -3,6 +3,9 @@
 This file: the card and options, the stack of layers with exits (online), notes. Read next:
 confidence.py (the measures and the threshold), kv_fill.py (keys and values of skipped layers), and
 exit_probe.py (training the probe, offline).
+
+Letters: B batch, T new tokens, S cached tokens, D width, H query heads, K key heads, d head width,
+F hidden width of the FFN, V vocabulary, L layers, which are numbered from 0.
 """
 
 from collections.abc import Sequence
@@ -52,13 +55,17 @@ def early_exit(
         at_least(0),
     ] = None,
     horizon: Annotated[
-        int | None, "tokens over which it falls (paper: N); default: the context", at_least(1)
+        int | None,
+        "tokens over which the threshold falls (paper: N); default: the context",
+        at_least(1),
     ] = None,
     kv_fill: Annotated[
         Literal["copy", "deferred"],
         "keys and values of skipped layers: from the exit state, or by running the layers later",
     ] = "copy",
-    first: Annotated[int, "layers that every token runs", at_least(1)] = 1,
+    first: Annotated[
+        int, "layers that every token runs; measure=saturation: at least 2", at_least(1)
+    ] = 1,
     every: Annotated[int, "check the confidence after every so many layers", at_least(1)] = 1,
     warm_up: Annotated[int, "first tokens, prompt included, that run all layers", at_least(0)] = 0,
     seed: Annotated[int, "of measure=random", at_least(0)] = 0,
@@ -68,38 +75,35 @@ def early_exit(
     Paper:     Schuster et al., "Confident Adaptive Language Modeling" (CALM), NeurIPS 2022,
                arXiv 2207.07061. kv_fill=deferred: Bae et al., "Fast and Robust Early-Exiting
                Framework" (FREE), EMNLP 2023, arXiv 2310.05424.
-    Fidelity:  CALM: a reconstruction from notes on the paper and its published code. Ours: exits
-               within a prompt; with kv_fill=deferred, exits after any layer.
+    Fidelity:  a reconstruction from summaries and CALM's code (see Notes).
     Kind:      approximate; exact with a threshold above 1, which no confidence reaches.
-    Idea:      For an easy token, a few layers predict what all L layers would. But later tokens
-               attend to it in every layer: the layers it skips still need its keys and values.
-    Offline:   measure=probe: logistic regression for w (D,) and b on calibration stories.
-               lab/learn_then_test.py finds a threshold that bounds the error.
-    Online:    h[i] = hidden state after i layers; t = position of the token in its sequence
-               at i = first, first + every, ... < L, if t >= warm_up:
-                 confidence = p1 - p2, the two largest of softmax(head(norm(h[i])))     softmax
-                              cos(h[i], h[i-1]), from i = 2 on                          saturation
-                              sigmoid(w . h[i] + b)                                     probe
-                 exit if confidence >= threshold[t]; the logits are head(norm(h[i]))
-               threshold[t] = threshold; with decay, unless threshold > 1:
-                 clip(0.9 threshold + 0.1 exp(-decay t / horizon), 0, 1)
-               each skipped layer:
-                 copy:      backfill: make its keys and values from h[i], as if h[i] entered it
-                 deferred:  do nothing; the next token that enters the layer takes along all
-                            earlier tokens that skipped it, in one causal chunk
-    Saves:     per skipped layer 2 D (H + K) d + 3 D F (2 D F without a gate) + 2 S H d
-               multiply-adds, less 2 D K d with copy; with deferred, only if no later token needs
-               it. A check costs V D (softmax), 3 D (saturation) or D (probe).
-    In NumPy:  1.2x to 1.3x on stories with saturation, at 0.67 of the multiply-adds; softmax is
-               not faster than dense there, nor wherever V is large (Notes).
-    Not for:   models whose last layer alone was trained to predict; measure=probe without a
-               tokenizer; batches, which skip a layer only if all sequences do.
+    Idea:      Easy tokens need few of the L layers. But later tokens attend to them in every layer,
+               so skipped layers still need their keys and values.
+    Offline:   measure=probe: w (D,) and b by logistic regression (exit_probe.py).
+    Online:    h[i] = hidden state after i layers, the input of layer i; t = the token's position
+               at i = first, first + every, ... < L, if t >= warm_up (saturation: first >= 2):
+                 c = p1 - p2, top two of softmax(head(norm(h[i])))               softmax
+                     cos(h[i], h[i-1])                                           saturation
+                     sigmoid(w . h[i] + b)                                       probe
+                 exit if c >= threshold[t]; logits: head(norm(h[i]))
+               threshold[t] = never reached                                      threshold > 1
+                     threshold                                                   no decay
+                     clip(0.9 threshold + 0.1 exp(-decay t / horizon), 0, 1)     decay
+               in each skipped layer l = i .. L-1:
+                 copy:      cache the keys and values that layer l makes from h[i] instead of h[l]
+                 deferred:  when a later token enters layer l, run l on it and all earlier tokens
+                            that have not run l: one causal chunk, each from its own output of
+                            layer l-1
+    Saves:     multiply-adds per skipped layer: 2 D H d (q, out) + 2 S H d (attention) + 3 D F (FFN)
+               + 2 D K d (k, v; not with copy). A check costs V D, 3 D or D.
+    In NumPy:  1.2x to 1.3x on stories with saturation; softmax is not faster (Notes).
+    Not for:   models trained to predict at the last layer alone; large batches (Notes).
     Proof:     tests/skip/test_early_exit.py; literal version: tests/skip/literal_early_exit.py
     Tutorial:  tutorials/04_knowing_when_to_stop.py
     """
     L, context = len(blocks_of(lm)), lm.model.config.context
     if measure == "saturation":
-        first = max(first, 2)  # what enters layer 0 may not be a hidden state (first_layer)
+        first = max(first, 2)  # h[0] may be no hidden state: first_layer makes it a table row
     schedule = ThresholdSchedule(threshold, decay, context if horizon is None else horizon, warm_up)
 
     def confidence(model: Transformer) -> Part:
@@ -128,7 +132,7 @@ def check_backfill(blocks: Sequence[Part]) -> None:
             raise MinitxError(
                 f"early_exit cannot backfill the KV cache: the {type(node).__name__} of "
                 f"{owner(node)} does not compute keys and values separately; use "
-                "kv_fill=deferred, or one of the two."
+                "kv_fill=deferred, or leave out one of the two techniques."
             )
 
 
@@ -139,10 +143,10 @@ def check_backfill(blocks: Sequence[Part]) -> None:
 class ExitingStack(Part):
     """The blocks, one after another; after some of them, tokens may exit."""
 
-    inner: Part
-    confidence: Part
-    threshold: Part
-    kv_fill: Part
+    inner: Part  # Stack
+    confidence: Part  # one of the measures in confidence.py
+    threshold: Part  # ThresholdSchedule
+    kv_fill: Part  # CopyExitState or DeferLayers
     first: int
     every: int
 
@@ -153,15 +157,16 @@ class ExitingStack(Part):
     def __call__(self, x, state: State):
         """x (..., T, D) -> (..., T, D): the hidden state of each token after its last layer."""
         L, first = len(self.blocks), self.first
+        # own: the position in the token's own sequence, below 0 in padding
         t = np.broadcast_to(state.tokens.own, x.shape[:-1])  # (..., T)
-        threshold = self.threshold(t)  # (..., T)
+        threshold = self.threshold(t)  # (..., T), Inf where a token must not exit
         may_exit = np.isfinite(threshold)
         if first >= L or not may_exit.any():
             x = self.inner.run(x, state, 0, L)
             self.kv_fill.ran_all_layers(state)
             return x
-        previous = self.inner.run(x, state, 0, first - 1)
-        x = self.inner.run(previous, state, first - 1, first)
+        previous = self.inner.run(x, state, 0, first - 1)  # h[first - 1], for saturation
+        x = self.inner.run(previous, state, first - 1, first)  # h[first]
         self.kv_fill.begin(x, state)
         ledger.event("skippable layers", lambda: may_exit.sum() * (L - first))
         one = x.size == x.shape[-1]
@@ -169,7 +174,8 @@ class ExitingStack(Part):
         return run(x, previous, state, t, threshold)
 
     def run_until_exit(self, x, previous, state: State, t, threshold):
-        """Layers ``first`` .. L - 1, for the tokens that have not exited."""
+        """Layers ``first`` .. L - 1, for the tokens that have not exited. x (..., T, D) is h[depth]
+        of those, and the exit state of the others; ``previous`` is one layer earlier."""
         L = len(self.blocks)
         live = t >= 0  # (..., T); padding does not run further
         for depth in range(self.first, L):
@@ -195,8 +201,8 @@ class ExitingStack(Part):
         return exits
 
     def run_one_until_exit(self, x, previous, state: State, t, threshold):
-        """The same for one token, without masks: with them, decoding on stories is 1.05x to 1.12x
-        slower."""
+        """``run_until_exit`` for one token, without masks: with them, decoding on stories is 1.05x
+        to 1.12x slower."""
         L = len(self.blocks)
         t, threshold = t.reshape(1), threshold.item()
         for depth in range(self.first, L):
@@ -234,27 +240,36 @@ def probe_from_stories(lm) -> tuple[np.ndarray, float]:
 
 # Notes:
 #
+# - We did not have CALM's text, but summaries of it by others, and its published code (which uses
+#   decay=4, and multiplies the exponential by the threshold as well; the formula on the card is
+#   that of the summaries). Ours: exits within a prompt; with kv_fill=deferred, exits after any
+#   layer.
 # - Unconfirmed in the paper and chosen here: t is the position in the token's own sequence; horizon
-#   is the context by default; the first warm_up tokens, prompt included, run in full, and the
+#   is the context by default; the first warm_up tokens, prompt included, run all layers, and the
 #   tokens of a prompt exit like any others, so that it does not matter in what chunks a text is
-#   run. CALM's code has decay=4 and multiplies the exponential by the threshold as well; the
-#   formula on the card is that of notes on the paper.
+#   run.
 # - A threshold above 1 means that no token exits, with decay or without: the confidence is not even
 #   measured. The formula alone would clip it to 1, which a saturated softmax in float32 reaches.
 #   The model is also the dense one with first >= L, or with a warm_up as long as the text.
+# - minitx/lab/learn_then_test.py finds a threshold that bounds the error.
+# - The FFN takes 2 D F instead of 3 D F without a gate. kv_fill=deferred saves nothing in a layer
+#   that a later token enters: it only runs later, in a larger matrix product.
 # - A softmax check costs more than a layer (about 12 D^2) where V > 12 D; every=2 halves the
 #   checks. The head also runs once more on the exit state: it belongs to the model, not the stack.
 # - With kv_fill=deferred, every token sees the keys and values that the dense model has for the
 #   same text; only the logits of tokens that exited are approximate.
-# - In a batch, a token that has exited is computed along with the other sequences as long as one of
-#   them is live in its column, and the result is dropped. A prompt whose tokens exit at different
-#   layers is gathered and scattered in each layer, which can take longer than running it in full:
-#   a warm_up as long as the prompt avoids that.
+# - A batch skips a layer only where all sequences do: a token that has exited is computed along
+#   with the others as long as one of them is live at the same place in the chunk, and the result is
+#   dropped. A prompt whose tokens
+#   exit at different layers is gathered and scattered in each layer, which can take longer than
+#   running it in full: a warm_up as long as the prompt avoids that.
 # - measure=random draws one number, uniform in [0, 1), for each layer and position. With
-#   threshold=0 every token exits after layer ``first``.
-# - Figures on stories (minitx sweep early-exit ... --stories 60; speed on a busy machine):
+#   threshold=0 every token exits after layer ``first``. measure=probe needs a tokenizer, to read
+#   the calibration stories.
+# - Figures on stories (minitx sweep early-exit ... --stories 60; speed on a busy machine). Answers:
+#   % of questions answered correctly that need 1 / 2 / 3 facts of the story.
 #
-#       setting                                     multiply-adds   loss     1 / 2 / 3 hops   speed
+#       setting                                     multiply-adds   loss       answers       speed
 #       dense                                           1.00x      0.0000    99 / 93 / 100    1.0x
 #       measure=saturation first=6 threshold=0.95       0.78x     +0.0015    99 / 93 / 100    1.1x
 #       measure=saturation first=4 threshold=0.95       0.67x     +0.0038    99 / 91 /  97    1.2x

@@ -16,7 +16,7 @@ from minitx.tree import Part, part, table
 
 @part
 class SoftmaxGap(Part):
-    """Softmax response: the gap between the two largest probabilities, by the model's own head."""
+    """CALM's softmax response: p1 - p2, the two largest probabilities by the model's own head."""
 
     norm: Part
     head: Part
@@ -45,7 +45,7 @@ class Saturation(Part):
 
 @part
 class ExitProbe(Part):
-    """CALM's classifier: the probability that the remaining layers do not change the prediction."""
+    """CALM's classifier: the probability that the last layer would predict the same token."""
 
     w: np.ndarray  # (D,)
     b: float
@@ -76,14 +76,13 @@ class ThresholdSchedule(Part):
 
     threshold: float
     decay: float | None  # None: constant
-    horizon: int
-    warm_up: int
+    horizon: int  # positions over which the threshold falls
+    warm_up: int  # first tokens, which must not exit
 
     def __call__(self, t):
         """The threshold at the positions t (...). Inf where a token must not exit: in the warm-up,
-        in padding (t < 0), and everywhere if the threshold is above 1 (before the clip, which would
-        bring it down to 1, and a saturated softmax reaches that)."""
-        if self.threshold > 1:
+        in padding (t < 0), and everywhere if the threshold is above 1."""
+        if self.threshold > 1:  # before the clip: 1.1 clipped to 1 is reached by a softmax of 1
             return np.full(np.shape(t), math.inf)
         threshold = self.threshold
         if self.decay is not None:

@@ -14,13 +14,13 @@ from minitx.training.layerskip import record
 
 TEXTS = 24  # stories: about 5,000 tokens, which keeps it near a second for the shipped models
 NEWTON_STEPS = 8  # each about doubles the number of correct digits
-RIDGE = 1.0  # L2 penalty on the weights of the standardized columns
+RIDGE = 1.0  # L2 penalty on the weights of the standardized features
 SHOWN_AFTER = 2.0  # seconds before a progress bar appears
 
 
 def train_exit_probe(lm, texts: Sequence) -> tuple[np.ndarray, float]:
-    """w (D,) and b of the probe: sigmoid(w . h + b) is the probability that final norm and head
-    predict the same token from the hidden state h, after some layer, as after the last layer.
+    """w (D,) and b of the probe: for h after any layer, sigmoid(w . h + b) is the probability that
+    argmax head(norm(h)) is already the token that the last layer would predict.
 
     texts: lists of ids, or strings; every token after every layer but the last is an example. Both
     classes have the same total weight. Deterministic. MinitxError if a class has no example.
@@ -55,9 +55,11 @@ def examples(lm, texts: Sequence) -> tuple[np.ndarray, np.ndarray]:
 def logistic_regression(x, y, ridge: float = RIDGE) -> tuple[np.ndarray, float]:
     """Class-balanced logistic regression of y (n,) booleans on x (n, D): w (D,) in float64, and b.
 
-    Newton's method (iteratively reweighted least squares) on standardized columns. It minimizes
+    Newton's method (iteratively reweighted least squares) on standardized features. It minimizes
 
-        sum_i weight[i] * log(1 + exp(-s[i] z[i])) + ridge |w|^2 / 2,  z = x w + b,  s = 1 or -1
+        sum_i weight[i] * log(1 + exp(-s[i] z[i])) + ridge |w|^2 / 2
+
+    with z = x w + b and s[i] = 1 where y[i], else -1.
     """
     x = x.astype(np.float64)
     mean, spread = x.mean(0), x.std(0) + 1e-12

@@ -1,7 +1,9 @@
 """Keys and values in skipped layers: backfill them from the exit state, or defer the layers.
 
 A token that reaches a layer attends to every earlier token there, also to those that skipped it.
-Both parts below have the same methods; ``run`` is called for each layer after the first exits.
+Both parts below have the same methods; ``run`` is called for each layer from ``first`` on.
+
+Column t of x (..., T, D) is x[..., t, :]: token t of this step, in every sequence of the batch.
 """
 
 import math
@@ -21,7 +23,8 @@ class CopyExitState(Part):
         """Run one block for the tokens of x (..., T, D) that are ``live`` (..., T). The others have
         exited: x holds their exit states, which are returned as they are.
 
-        First the keys and values of all tokens are stored; then the live ones attend.
+        backfill: store keys and values only; attend_from: the rest of the block, for tokens whose
+        keys and values are stored.
         """
         layer.tokens = state.tokens
         if live.all():
@@ -31,26 +34,27 @@ class CopyExitState(Part):
         if not len(columns):
             return x
         layer.tokens = state.tokens.only(columns)
-        rows, live = x[..., columns, :], live[..., columns, None]
+        h, live = x[..., columns, :], live[..., columns, None]
         y = x.copy()
-        y[..., columns, :] = np.where(live, block.attend_from(rows, layer), rows)
+        y[..., columns, :] = np.where(live, block.attend_from(h, layer), h)
         return y
 
     def skip(self, blocks, x, layers, state: State) -> None:
-        """What ``run`` does in all these layers for one token x (..., 1, D) that has exited."""
+        """For one token x (..., 1, D) that has exited, do what ``run`` does, in all these
+        layers."""
         for block, layer in zip(blocks, layers, strict=True):
             layer.tokens = state.tokens
             block.backfill(x, layer)
 
     def begin(self, x, state: State) -> None:
-        """Called when tokens may begin to exit. Nothing to do."""
+        """Called before tokens may exit, with x (..., T, D) = h[first]. Nothing to do."""
 
     def ran_all_layers(self, state: State) -> None:
-        """Called for a step in which no token may exit. Nothing to do."""
+        """Called after a step in which no token may exit. Nothing to do."""
 
 
 def live_columns(live):
-    """(T,) booleans: is any sequence of the batch live (..., T) in this column?"""
+    """(T,) booleans: is this column live in any sequence of the batch? live: (..., T)."""
     return live.reshape(-1, live.shape[-1]).any(0)
 
 
@@ -59,48 +63,54 @@ class DeferLayers(Part):
     """FREE: a skipped layer runs only when a later token needs its keys and values. Then all tokens
     that skipped it run through it in one causal chunk with that token."""
 
-    has_history = True
+    has_history = True  # remembers ``Deferred`` of a sequence, besides its keys and values
 
     def run(self, block: Part, x, live, layer: Layer, state: State):
         """Run one block for all tokens that it has not run yet, up to the last one of x (..., T, D)
-        that is ``live`` (..., T). The outputs of those that have exited are kept for the next layer
-        and not returned."""
+        that is ``live`` (..., T). A token that has exited runs too if it comes before that one: its
+        output is kept for the next layer, and its exit state, in x, is returned as it is."""
         columns = np.flatnonzero(live_columns(live))
         if not len(columns):
             return x
-        deferred, first = self.deferred(x, state), state.position
-        a, b = deferred.done[layer.index], first + int(columns[-1]) + 1
+        deferred, now = self.deferred(x, state), state.position  # this step begins at position now
+        a = deferred.done[layer.index]  # tokens before position a have run this layer
+        b = now + int(columns[-1]) + 1  # those before b will have
         layer.tokens = Tokens(slice(a, b), state.start)
         deferred.h[..., a:b, :] = block(deferred.h[..., a:b, :], layer)
         deferred.done[layer.index] = b
-        if a < first:
-            ledger.event("deferred layers run", (first - a) * math.prod(x.shape[:-2]))
-        return np.where(live[..., None], deferred.h[..., first : first + x.shape[-2], :], x)
+        if a < now:
+            ledger.event("deferred layers run", (now - a) * math.prod(x.shape[:-2]))
+        return np.where(live[..., None], deferred.h[..., now : now + x.shape[-2], :], x)
 
     def skip(self, blocks, x, layers, state: State) -> None:
-        """The layers of one token that has exited are deferred: nothing to do yet."""
+        """One token x (..., 1, D) has exited: these layers are deferred. Nothing to do yet."""
 
     def begin(self, x, state: State) -> None:
-        """Keep the hidden states x (..., T, D) after the layers that every token runs."""
+        """Keep x (..., T, D) = h[first], the last state that every token has."""
         self.deferred(x, state).h[..., state.tokens.positions, :] = x
 
     def ran_all_layers(self, state: State) -> None:
+        """Called after a step in which no token may exit: then no earlier one has exited either."""
         if self in state.shared.kept:
             state.shared.kept[self].done = [state.tokens.end] * len(state.layers)
 
     def deferred(self, x, state: State) -> "Deferred":
+        """The ``Deferred`` of this sequence, made in the first step in which a token may exit: all
+        tokens before this step have run all layers."""
         shape = (*x.shape[:-2], state.capacity, x.shape[-1])
-        done = [state.position] * len(state.layers)  # before the first exit, all layers ran
+        done = [state.position] * len(state.layers)
         return state.shared.recall(self, lambda: Deferred(shape, x.dtype, done))
 
 
 class Deferred:
-    """What is remembered of tokens that have exited.
+    """What is remembered of a sequence, so that skipped layers can run later.
 
-    h (..., capacity, D): the hidden state of each token after the last layer that it ran. done: for
-    each layer, the position up to which it has run all tokens. It has run none after that, since a
-    token that enters a layer takes along all that skipped it. And those have run all layers before
-    it, since that token came through them too.
+    h (..., capacity, D): the hidden state of each token after the last layer that it ran.
+    done (L): layer l >= ``first`` has run exactly the tokens before position done[l].
+
+    Invariant: from layer ``first`` on, done never grows from one layer to the next, because a token
+    that reaches layer l passed through all lower layers, and took along every token that had
+    skipped those. So the tokens that layer l is about to run have their output of layer l-1 in h.
     """
 
     def __init__(self, shape: tuple, dtype, done: list[int]):

@@ -3,6 +3,8 @@
 This file: the card and options, the FFN that may be skipped (online), notes. Read next:
 calibration.py (cold layers and a threshold from text, offline) and baselines.py (random and static
 skipping).
+
+Letters: B batch, T new tokens, D width, F hidden width of the FFN, L layers, numbered from 0.
 """
 
 from typing import Annotated, Literal
@@ -29,14 +31,15 @@ def ffn_skip(
     *,
     choose: Annotated[
         Literal["similarity", "random", "static"],
-        "which FFNs are skipped; random and static (the last of them) are baselines",
+        "which FFNs are skipped. Baselines: random skips any FFN that is not cold with equal "
+        "probability, static always the last of these",
     ] = "similarity",
     threshold: Annotated[
         float, "cosine from which the next FFNs are skipped; above 1: none"
     ] = 0.98,
     skip: Annotated[
         int | None,
-        "how many FFNs are skipped then (paper: k); default: a quarter of the layers",
+        "how many FFNs are skipped then (paper: k); default: L // 4, at least 1",
         at_least(0),
     ] = None,
     warm_up: Annotated[int, "first tokens, prompt included, that skip none", at_least(0)] = 25,
@@ -45,11 +48,14 @@ def ffn_skip(
     ] = None,
     cold_end: Annotated[
         int | None,
-        "layers from this one on are never skipped; default: the last layer",
+        "layers from this one on are never skipped; default: L - 1; L below 4 layers (none)",
         at_least(0),
     ] = None,
     rate: Annotated[
-        float, "of the baselines: share of all L FFNs to skip after the warm-up", between(0, 1)
+        float,
+        "of the baselines: share of all L FFNs to skip after the warm-up, at most "
+        "(cold_end - cold_start) / L",
+        between(0, 1),
     ] = 0.2,
     seed: Annotated[int, "of the baselines", at_least(0)] = 0,
 ):
@@ -69,15 +75,16 @@ def ffn_skip(
                cold_start .. cold_end - 1, with a = the hidden state after attention:
                  if run_skip > 0:  y = a;  run_skip -= 1
                  else:             y = a + FFN(a)               (FFN includes its norm)
-                                   if cos(a, y) >= threshold: run_skip = skip
-               y goes on to the next layer. All other FFNs run as usual.
-               Parallel blocks: a is the block's input; the cosine leaves attention out.
+                                   if cos(a, y) >= threshold:  run_skip = skip
+               y goes on to the next layer. Other FFNs run as usual.
+               Parallel blocks (attention and FFN both read the block's input): a is that input;
+               the attention output is added to y only after the cosine.
     Saves:     3 D F multiply-adds per FFN skipped (2 D F without a gate), less 3 D per cosine.
     In NumPy:  no faster than dense on stories (0.97x to 1.04x) at 0.74 of the multiply-adds: its
-               FFNs are small, and every skipped one still takes a few NumPy calls.
-    Not for:   models of one or two layers: by default layer 0 is cold, and the next one has to be
-               measured. Skipless models. Batches and prompts: the weights of an FFN are read unless
-               every token skips it.
+               FFNs are small, and skipping one takes a few NumPy calls.
+    Not for:   models of one or two layers (the defaults skip nothing) or without residual
+               connections (config.skipless). Batches and prompts: the weights of an FFN are read
+               unless every token skips it.
     Proof:     tests/skip/test_ffn_skip.py; literal version: tests/skip/literal_ffn_skip.py
     Tutorial:  tutorials/05_skipping_feed_forward_networks.py
     """
@@ -141,20 +148,20 @@ class SkippableFFN(Part):
         skippable = past_warm_up(self.warm_up, x, layer)  # (..., T)
         if not skippable.any():
             return self.inner(x, layer)
-        of_all_tokens, where = self.run_skip(x, layer), layer.tokens.positions
-        run_skip = of_all_tokens[..., where]  # (..., T)
-        skipped = run_skip > 0
-        run_skip = run_skip - skipped
+        counters, where = self.counters(x, layer), layer.tokens.positions
+        left = counters[..., where]  # (..., T): how many FFNs each token has still to skip
+        skipped = left > 0
+        left = left - skipped
         f = run_except(self.inner, x, layer, skipped, skippable)  # (..., T, D)
         if self.skip:
             measured = skippable & ~skipped
             a = x[measured]  # (tokens, D)
             similar = cosine(a, a + f[measured]) >= self.threshold
-            run_skip[measured] = np.where(similar, self.skip, 0)
-        of_all_tokens[..., where] = run_skip
+            left[measured] = np.where(similar, self.skip, 0)
+        counters[..., where] = left
         return f
 
-    def run_skip(self, x, layer: Layer):
+    def counters(self, x, layer: Layer):
         """run_skip of every token, by position: (..., capacity)."""
         return layer.shared.recall(RunSkip, lambda: RunSkip(x.shape[:-2], layer.capacity)).count
 
@@ -163,25 +170,25 @@ class SkippableFFN(Part):
         position = int(layer.tokens.array[0])
         if position - (0 if layer.start is None else layer.start[0]) < self.warm_up:
             return self.inner(x, layer)
-        run_skip = self.run_skip(x, layer).reshape(-1)  # (capacity,), a view
-        skipped = run_skip[position] > 0
+        counters = self.counters(x, layer).reshape(-1)  # (capacity,), a view
+        skipped = counters[position] > 0
         note_skipped(1, skipped)
         if skipped:
-            run_skip[position] -= 1
+            counters[position] -= 1
             return np.zeros_like(x)
         f = self.inner(x, layer)
         if self.skip:
             a = x.reshape(1, -1)  # (1, D)
             similar = cosine(a, a + f.reshape(1, -1))[0] >= self.threshold
-            run_skip[position] = self.skip if similar else 0
+            counters[position] = self.skip if similar else 0
         return f
 
 
 class RunSkip:
-    """run_skip of every token, shared by all layers: one sets it, the next ones count it down.
+    """run_skip of every token, shared by all layers: one layer sets it, later ones count it down.
 
-    It is kept by position, so that it belongs to its token whatever is run beside it. It is 0 for a
-    token that has not come yet, or that was rewound.
+    It is stored by position, so that it belongs to its token whatever is run beside it. It is 0 for
+    a token that has not come yet, or that was rewound.
     """
 
     def __init__(self, batch: tuple, capacity: int):
@@ -197,7 +204,7 @@ def past_warm_up(warm_up: int, x, layer: Layer):
 
 
 def run_except(ffn: Part, x, layer: Layer, skipped, skippable):
-    """FFN(x) (..., T, D), and zeros where ``skipped`` (..., T): the FFN gets the other rows alone,
+    """FFN(x) (..., T, D), and zeros where ``skipped`` (..., T): the FFN gets only the other tokens,
     and is not called if there are none."""
     note_skipped(skippable, skipped)
     if not skipped.any():
@@ -210,7 +217,7 @@ def run_except(ffn: Part, x, layer: Layer, skipped, skippable):
 
 def note_skipped(skippable, skipped) -> None:
     """Count FFNs, once per layer and token."""
-    ledger.event("skippable FFNs", skippable)  # in the region and after the warm-up
+    ledger.event("skippable FFNs", skippable)  # not cold, and after the warm-up
     ledger.event("FFNs skipped", skipped)
 
 
@@ -228,9 +235,10 @@ def note_skipped(skippable, skipped) -> None:
 # - The cosine is taken between a and a + FFN(a), on the residual stream. a and FFN(a) themselves
 #   are nearly orthogonal.
 # - Figures on stories (minitx sweep ffn-skip ... cold_start=3 cold_end=8 warm_up=0 --stories 60;
-#   speed on a busy machine):
+#   speed on a busy machine). Answers: % of questions answered correctly that need 1 / 2 / 3 facts
+#   of the story.
 #
-#       setting                     multiply-adds   loss     1 / 2 / 3 hops   speed
+#       setting                     multiply-adds   loss       answers       speed
 #       dense                           1.00x      0.0000    99 / 93 / 100    1.0x
 #       threshold=0.9 skip=8            0.74x     +0.0071    99 / 91 / 100    0.97x to 1.04x
 #       choose=random rate=0.4          0.73x     +0.0323    98 / 93 /  94    1.0x

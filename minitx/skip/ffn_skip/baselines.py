@@ -32,7 +32,7 @@ def make_plan(choose: str, rate: float, region: range, L: int, context: int, see
         )
     if choose == "random":
         p = np.full(len(region), rate * L / max(len(region), 1))
-    else:  # from the last one down; if rate * L is not an integer, one FFN is skipped at random
+    else:  # from the last one down; the fraction of rate * L is the chance of one more FFN
         p = np.clip(rate * L - np.arange(len(region))[::-1], 0, 1)
     return np.random.default_rng(seed).random((len(region), context)) < p[:, None]
 

@@ -28,8 +28,9 @@ def calibrate(lm, texts: Sequence, rate: float, skip: int | None = None, warm_up
     find("ffn_skip").checked({"skip": skip, "warm_up": warm_up})
     cosines = similarities(lm, texts, warm_up)  # (L, tokens)
     mean = cosines.mean(1)
-    high = np.flatnonzero(mean >= min(mean.mean(), mean.max()))  # rounding: the mean may exceed all
-    cold_start, cold_end = int(high[0]), int(high[-1]) + 1
+    average = min(mean.mean(), mean.max())  # rounding may lift the mean above all of them
+    similar = np.flatnonzero(mean >= average)
+    cold_start, cold_end = int(similar[0]), int(similar[-1]) + 1
     options = {
         "cold_start": cold_start,
         "cold_end": cold_end,
@@ -40,7 +41,7 @@ def calibrate(lm, texts: Sequence, rate: float, skip: int | None = None, warm_up
     def share(threshold: float) -> float:
         return count_skipped(ffn_skip(lm, threshold=threshold, **options), texts) / cosines.size
 
-    most = share(-2)  # every cosine reaches that
+    most = share(-2)  # every cosine reaches this threshold
     if not 0 <= rate <= most:
         raise MinitxError(
             f"ffn_skip: rate must be 0 to {most:.3g} on these texts, with skip={options['skip']} "

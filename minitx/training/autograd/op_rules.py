@@ -178,7 +178,7 @@ def _attention_backward(g, out, q, k, v, scale, masked, mask):
     """
     *lead, H, T, d = q.shape
     K, S = k.shape[-3], k.shape[-2]
-    p = fast.attention_weights(q, k, scale, masked)  # (..., K, G*T, S)
+    p = fast.unnormalized_weights(q, k, scale, masked)  # (..., K, G*T, S)
     sums = p @ np.ones((p.shape[-1], 1), p.dtype)
     g = g.reshape(*lead, K, -1, d) / sums  # (..., K, G*T, d)
     inner = np.einsum("...d,...d->...", g, out.reshape(g.shape))
