@@ -186,9 +186,10 @@ tasks = partial(np.matmul, one_row, big), partial(np.matmul, many_rows, big)
 one_time, many_time = time_side_by_side(*tasks, repeats=5)
 print(f"times a matrix of {big.nbytes / 1e6:.0f} MB: 64 rows are 64 times the work of one", end=" ")
 print(f"and take {many_time / one_time:.0f} times as long")
-# For one row the processor mostly waits for the matrix: that is called memory-bandwidth bound, and
-# the decoding of a large model is like that. Many rows share what was read, until arithmetic is the
-# limit (compute bound), and the prefill of a long prompt is like that.
+# So arithmetic is not the limit for one row: the processor waits until the matrix has come from
+# memory. That is called memory-bandwidth bound, and the decoding of a large model is like that.
+# Many rows share what was read, until arithmetic is the limit (compute bound), and the prefill of a
+# long prompt is like that.
 
 # %% 5. Passes: several rows at once
 # So it should be cheap to run several rows through the model in one pass. Three cases have such
@@ -244,8 +245,8 @@ matrices = [w for w in weights(model).values() if w.ndim == 2]
 pairs = [(np.ones(len(w), np.float32), w) for w in matrices]
 products_alone, step = time_side_by_side(products, passes["1 token"], repeats=30)
 print(f"All products of a token are {products_alone / step:.0%} of the time of its pass.")
-# The rest is attention, norms, and Python calling NumPy: a fixed cost of each pass, however many
-# rows it has. In a large model the reading of weights is nearly everything. In both, decode gets
+# No. The rest is attention, norms, and Python calling NumPy, which takes hardly longer for a few rows
+# than for one. In a large model the reading of weights is nearly everything. In both, decode gets
 # faster by making fewer passes.
 
 # %% 6. The price: memory
