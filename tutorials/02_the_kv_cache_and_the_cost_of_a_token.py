@@ -245,9 +245,9 @@ matrices = [w for w in weights(model).values() if w.ndim == 2]
 pairs = [(np.ones(len(w), np.float32), w) for w in matrices]
 products_alone, step = time_side_by_side(products, passes["1 token"], repeats=30)
 print(f"All products of a token are {products_alone / step:.0%} of the time of its pass.")
-# No. The rest is attention, norms, and Python calling NumPy, which takes hardly longer for a few rows
-# than for one. In a large model the reading of weights is nearly everything. In both, decode gets
-# faster by making fewer passes.
+# No. The rest is attention, norms, and Python calling NumPy, which takes hardly longer for a few
+# rows than for one. In a large model the reading of weights is nearly everything. In both, decode
+# gets faster by making fewer passes.
 
 # %% 6. The price: memory
 # A KV cache buys time with memory. All texts of a batch share the weights, but each text has a KV
