@@ -33,6 +33,7 @@ COLUMNS, CPU_SECONDS = 100, 20
 PRINTS = {
     "01": [
         r"141 characters are \d+ tokens: ",
+        r"' kite' is one token, ' Zürich' is 5 tokens: ",
         r"  most similar to Tom: ",
         r"attention weights \[0\.58 0\.14 0\.28\]$",
         r"a query at position 107, a key at 105: [+-]\d+\.\d{4}$",
@@ -45,7 +46,7 @@ PRINTS = {
         r"Block \d+, head \d+: the last token puts \d+% of its attention on park ",
         r"     the \|[ .,:=+*#%@-]+$",
         r"24 new tokens, and lm\.generate gives the same\.$",
-        r"temperature 0 +possible tokens: +1 +perplexity: +1\.0$",
+        r"temperature 0 +possible tokens: +1 +the most likely: 100%$",
         r"temperature 1, top_k 5 +possible tokens: +5 ",
     ],
     "02": [
@@ -55,12 +56,12 @@ PRINTS = {
         r"  S +projections +attention +feed-forward +head +counted in all$",
         r"  512 +393,216 +1,048,576 +1,081,344 +130,816 +2,653,952$",
         r"  S = 512 without +1024\.1 #+$",
-        r"  512 +6\.42 MB +2\.10 MB +0\.31$",
-        r"Each token adds 4,096 bytes to the KV cache",
-        r"  64 +16\.00 +\d+\.\d +0\.\d\d ",
-        r"256 tokens of a prompt: one pass is \d+ times as fast",
+        r"weights 6\.42 MB, KV cache at S = 512 2\.10 MB \(4,096 bytes a token\)$",
+        r"times a matrix of 101 MB: 64 rows are 64 times the work of one and take \d+ ",
+        r"  4 tokens of one text +4 +6\.4 MB +\d\.\d\d +0\.\d\d$",
+        r"All products of a token are \d+% of the time of its pass\.$",
         r"  8 billion weights +16,060\.0 +1,073\.7 +34,359\.7$",
-        r"  attention +2% +40%  6, 7: ",
+        r"  attention +8% +40%  6, 7: ",
     ],
     "03": [
         r"online:   x / rms = \[ 1\. -1\.\]   times folded W = \[-18\.  -4\.\]$",
@@ -115,7 +116,7 @@ PRINTS = {
         r"  by cosine +[01]\.\d\d #+$",
     ],
     "06": [
-        r"all six keys: 15\.51\. The two best, 93\.6% of the weight: 15\.38$",
+        r"all six keys: 15\.515\. The two best, 93\.6% of the weight: 15\.379$",
         r"  block \d, head \d: \|[ .,:=+*#%@-]+\|$",
         r"  block 1 +\d+% #+$",
         r"  oracle +\d+\.\d% +\d+\.\d% +\d+\.\d%$",
@@ -141,6 +142,7 @@ PRINTS = {
         r"  random +\d\.\d\d #+$",
         r"  dense +100% +552,960 +1\.00$",
         r"  DOTA +20% +[\d,]+ +0\.50$",
+        r"Speed of the same step \(dense attention = 1\):$",
         r"  A3 +0\.\d\d #+$",
         r"faster than dense attention: ",
     ],

@@ -74,7 +74,7 @@ def greedy_search(q, keys, M, show=False):
         if show:
             print(f"  largest:  {product:+.0f} in column {j}, added to key {ends[j]}: {sums}")
         if running < 0:
-            continue  # more negative than positive so far: leave out the smallest
+            continue  # in all more negative than positive: skip the smallest (see below)
         ends = best_first[last, column]
         j = (q * keys[ends, column]).argmin()
         product = min(q[j] * keys[ends[j], j], 0.0)  # add only if negative
@@ -89,15 +89,18 @@ def greedy_search(q, keys, M, show=False):
 sums = greedy_search(q, keys, 2, show=True)
 print("keys with a sum above 0 are kept:", np.flatnonzero(sums > 0))
 assert np.flatnonzero(sums > 0).tolist() == [0, 2]
-# Four of the twelve products, and the right keys. (To find these four, the ends of the columns were
-# compared, which are most of the keys here, but few of hundreds.) For the keys that are kept, exact
-# scores and softmax follow, as in all these techniques: the search decides only who takes part.
+# Four of the twelve products were added, and the right keys are kept. (To find the first of them,
+# the products at both ends of each column are needed, and one new product after each that is taken:
+# here nearly all twelve, but few with hundreds of keys. The smallest product is skipped while the
+# sum of all that was added is negative: otherwise, if most products are negative, no key would end
+# above 0.) For the keys that are kept, exact scores and softmax follow, as in all these techniques:
+# the search only decides which keys take part.
 
 # %% 2. Predictive attention: scores in few bits
 # (Chen et al., AICAS 2022; only its abstract is public, so this is our reconstruction.) To tell
 # large scores from small ones, rough numbers will do. Write each vector as integers from -3 to 3,
-# which take 3 bits, times a scale of its own: max|x| / 3. Integer products of 3 bits are cheap in
-# hardware.
+# which take 3 bits, times a scale of its own: the largest |number| of the vector, divided by 3.
+# Integer products of 3 bits are cheap in hardware.
 title("2. Predictive attention: scores in 3 bits")
 q_scale = np.abs(q).max() / 3
 q_code = np.rint(q / q_scale)
@@ -127,8 +130,9 @@ x = rng.integers(-2, 3, (6, 4)).astype(float)  # six tokens
 y = x @ P
 print("x of the last token:", x[-1], " y:", y[-1])
 
-# A head whose scores are to be estimated. Most of what it looks at is still in y; no detector can
-# estimate what is not. So in the paper model and detector are trained together, and the model
+# A head whose scores are to be estimated. W_q and W_k depend on x mostly through y: like in P,
+# their rows 0 and 2 are nearly equal, and rows 1 and 3 nearly opposite. What is lost in y no
+# detector can estimate. So in the paper model and detector are trained together, and the model
 # learns heads for which this holds.
 W_q = np.array([[1.0, 0.0, 0.2], [0.0, 1.0, 0.0], [1.0, 0.0, -0.2], [0.0, -1.0, 0.1]])
 W_k = np.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.2], [0.8, 1.0, 0.0], [-1.0, 1.0, 0.1]])
@@ -149,14 +153,16 @@ for step in range(31):
         estimated = (y[-1] @ w_q) @ (y @ w_k).T  # the last token against all six
         row = [f"{number:.1f}" for number in estimated.round(1) + 0.0]  # 0.0 instead of -0.0
         table.append([f"step {step}", f"{np.mean(difference**2):.2f}", *row])
-    slope_q = many_y.T @ difference @ (many_y @ w_k) / difference.size
-    slope_k = many_y.T @ difference.T @ (many_y @ w_q) / difference.size
-    w_q, w_k = w_q - 0.02 * slope_q, w_k - 0.02 * slope_k
+    gradient_q = many_y.T @ difference @ (many_y @ w_k) / difference.size  # without the factor 2
+    gradient_k = many_y.T @ difference.T @ (many_y @ w_q) / difference.size
+    w_q, w_k = w_q - 0.02 * gradient_q, w_k - 0.02 * gradient_k
 table.append(["exact", "", *(f"{number:.1f}" for number in exact[-1])])
 print_table(["", "mean squared error", *(f"key {i}" for i in range(6))], table)
 assert np.argsort(-estimated)[:2].tolist() == np.argsort(-exact[-1])[:2].tolist()
 # Eight learned numbers are enough to select by, and an estimate takes 2 products instead of 3. In
-# `stories`, where the detectors were trained with the model, it takes 16 instead of 32.
+# `stories`, where the detectors were trained with the model, it takes 16 instead of 32: y has 16
+# columns, P is drawn at random for each block (two thirds of it are 0), and each query head has a
+# w_q of its own, each key head a w_k.
 
 # %% 4. Sparse memory: a fixed number of slots
 # (Rae et al., NIPS 2016.) This one does not estimate scores; it limits how many keys there are. A
@@ -200,8 +206,12 @@ ids = lm.encode(stories[0].text) + lm.encode(stories[1].text)  # for section 6
 
 def models(keep):
     """The model with each technique; those that keep a fixed number of keys keep ``keep``."""
+    # share: of the keys that a query sees, the best fifth is kept; threshold 0: no further limit.
     four_bits = {"bits": 4, "share": 0.2, "threshold": 0.0}
+    # iterations: the turns M of section 1, as a share of the keys that a query sees (M = S / 4).
+    quarter = {"iterations": 0.25, "threshold": 0.0}
     memory_of_64 = {"keep": keep, "slots": 64}
+    # p (ELSA): a key is to be kept if its weight is above p / S.
     return {
         "oracle": baseline(lm, "oracle", keep),
         "sparse memory": minitx.load("stories", sparse_memory={"keep": keep}),
@@ -210,13 +220,14 @@ def models(keep):
         "ELSA": minitx.load("stories", elsa={"p": 2.2}),
         "window": baseline(lm, "window", keep),
         "DOTA": minitx.load("stories", dota={"keep": keep}),
-        "A3": minitx.load("stories", a3={"iterations": 0.25, "threshold": 0.0}),
+        "A3": minitx.load("stories", a3=quarter),
         "random": baseline(lm, "random", keep),
     }
 
 
 # %% ... the answers
-# The loss is the mean negative log-likelihood of all tokens, lower is better; then the share of
+# Those with a fixed number keep 14 keys: a query of a story of 135 tokens sees 68 on average. The
+# loss is the mean negative log-likelihood of all tokens, lower is better; then comes the share of
 # answers that are right. Who is near the oracle, and who is no better than the window?
 dense = evaluate_stories(lm, stories)
 table, loss, right = [], {}, {}
@@ -239,12 +250,13 @@ assert loss["predictive attention"] < dense.mean_loss + 0.1
 assert loss["predictive attention"] < loss["ELSA"] < min(loss["DOTA"], loss["A3"])
 assert max(loss["DOTA"], loss["A3"]) < loss["random"]
 assert min(right["DOTA"], right["A3"]) > max(right["window"], right["random"])
-# Four bits predict so well that predictive attention is as good as the oracle. Sparse memory with
-# all slots is the oracle: it scores every key and keeps the best. With half of the slots it loses
-# little, since keys that nobody reads are the ones that go. ELSA follows. By their loss, DOTA and
-# A3 are worse than the window, which knows nothing; but look at the answers. Most words of a story
-# follow from the words just before them, which the window always has and the others may miss. An
-# answer has to be looked up far back, and that the window cannot do.
+# Four bits predict so well that predictive attention is as good as the oracle. (It is even a little
+# better: it keeps a fifth of what each query sees, up to 27 keys, and the oracle 14 throughout.)
+# Sparse memory with all slots is the oracle: it scores every key and keeps the best. With half of
+# the slots it loses little, since keys that nobody reads are the ones that go. ELSA follows. By
+# their loss, DOTA and A3 are worse than the window, which knows nothing; but look at the answers.
+# Most words of a story follow from the words just before them, which the window always has and the
+# others may miss. An answer has to be looked up far back, and that the window cannot do.
 
 # %% 6. The price, in counts
 # The last token of two stories. Dense attention takes 2 d multiply-adds for each key and head: d
@@ -271,17 +283,20 @@ assert max(work.values()) < all_work
 # - Window and random keys do not look. ELSA compares bits, which are no multiply-adds (and here it
 #   keeps fewer keys than in section 5: a threshold decides, not a number).
 # - A3 multiplies little, but keeps every column sorted: a new key moves half of it, on average.
-# - DOTA computes an estimate of 16 products for each key.
-# - Predictive attention and the oracle compute d products for each key, half of dense attention.
-#   For predictive attention they are products of 4 bits, for hardware that has such multipliers.
+# - DOTA computes an estimate of 16 products for each key (0.25 of dense attention), and y, y w_q
+#   and y w_k of the new token (0.05).
+# - Predictive attention and the oracle compute d products for each key, half of dense attention
+#   (and those of the kept keys once more). For predictive attention they are products of 4 bits,
+#   for hardware that has such multipliers.
 # - Sparse memory with 64 slots has only 64 keys to look at. Without a limit, it would need an index
-#   that finds near neighbours, such as k-d trees or hashing: its option index.
+#   that finds near neighbours (option `index` of sparse_memory: k-d trees or hashing).
 
 # %% ... and in time
 # The same step, timed side by side. Above 1 would be faster than dense attention.
 best = time_side_by_side(*steps.values(), repeats=15)
 speedups = {name: best[0] / seconds for name, seconds in zip(steps, best)}
 del speedups["dense"]
+print("\nSpeed of the same step (dense attention = 1):")
 bar_chart(list(speedups), list(speedups.values()), "{:.2f}")
 faster = [name for name, ratio in speedups.items() if ratio > 1.05]
 print("faster than dense attention:", ", ".join(faster) or "none")
@@ -293,11 +308,17 @@ say(
 )
 
 # %% Try this
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
 # 1. Keys 1 and 3 alone, whose scores are negative: greedy_search(q, keys[[1, 3]], 2, show=True).
-#    If no sum is above 0, A3 keeps the key with the largest sum. Has it the larger score, too?
+#    (They are numbered 0 and 1 then.) If no sum is above 0, A3 keeps the key with the largest sum.
+#    Has it the larger score, too?
 # 2. In section 2, use 2 bits: integers from -1 to 1, so divide by 1 instead of 3. Which keys can no
-#    longer be told apart? Then the same in the model: "bits": 2 in section 5.
+#    longer be told apart? Then the same in the model: "bits": 2 in section 5. Is predictive
+#    attention still near the oracle?
 # 3. In section 3, let P read the first two columns only: [[1, 0], [0, 1], [0, 0], [0, 0]], and take
-#    300 steps. Where does the error stop, and are the two largest scores still found?
-# 4. In section 4, change the query of token 3 to (1, 0). Which key goes then, and what does the
-#    last query read? And which keys are overwritten if there are 4 slots?
+#    300 steps: range(301), with 100 and 300 among the steps that are printed. Where does the error
+#    stop, and are the two largest scores still found?
+# 4. In section 4, change the query of token 3 to (1, 0). Which key goes when E comes, and what does
+#    the last query read? And with the queries as they were, which key is overwritten if there are 4
+#    slots? (Were two accessed at the same time, it is the one in the first slot.)
