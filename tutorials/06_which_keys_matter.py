@@ -182,7 +182,7 @@ for bits in (8, 32, 128):
     table.append([bits, f"{mean_error[bits]:.1f} degrees", f"{bias:.1f} degrees"])
 print_table(["bits", "mean error", "bias"], table)
 assert mean_error[8] > 1.5 * mean_error[32] > 2 * mean_error[128]
-# Four times the bits halve the error, or better. The last column is a precaution. An angle that is
+# Four times the bits at least halve the error. The last column is a precaution. An angle that is
 # estimated too large loses a key that matters; one too small only costs a score that was not
 # needed. So ELSA subtracts a bias from all estimated angles, so large that 80 % of them become too
 # small (and takes 0 where an angle would become negative).
