@@ -82,6 +82,38 @@ PRINTS = {
         r"two matrices:   query \[5\. 7\.\]  key \[12\.  2\.\]$",
         r"  remove_weights +178,304 multiply-adds in 13 products$",
     ],
+    "04": [
+        r"  1 +1  2 +1  2  -1 +2\.72  7\.39  0\.37 +0\.26  0\.71  0\.04 +kitchen +0\.45$",
+        r"  layer 4 says park +probability of park +99\.\d% #+$",
+        r"  4 +7\d% +100% +6\d% +[34]\d%$",
+        r"  park +2 +\d +\d$",
+        r"  random, threshold 0\.9 +0\.8\d +\+0\.02\d\d +8\d% ",
+        r"  gap, threshold 0\.95 +0\.8\d +\+0\.08\d\d +3\d% ",
+        r"2,\d\d\d of 4,\d\d\d tokens are sure after layer 2; 0 of them are wrong\.$",
+        r"  backfilled: h after layer 1 +1  2 +1  2  -1 +kitchen$",
+        r"  backfilled +probability of park +5\d\.\d% #+$",
+        r"  gap, deferred +1\.\d\d +\+0\.00\d\d +100% ",
+        r"  saturation +0\.6\d +\d+% +\+0\.00\d\d +\+0\.00\d\d$",
+        r"multiply-adds: a layer 184,320 .*, a gap 130,816$",
+        r"  exit probe +[01]\.\d\d #+$",
+        r"  30 good stories in a row: p = 0\.9\^30 = 0\.042$",
+        r"  p-value at most +0\.003 +0\.017 +0\.054 +0\.132$",
+        r"  0\.9 +2\.\d% +0\.0[34]\d\d +passes$",
+        r"  0\.8 +3\.\d% +0\.1\d\d\d +fails: stop$",
+    ],
+    "05": [
+        r"  \[3 0\] +\[0 4\] +\[3 4\] +3 +5\.0 +9 +0\.600$",
+        r"  1 +0\.17\d +0\.06\d +#+$",
+        r"  1 +0\.17\d +\+9\.\d+$",
+        r"  layer 5: FFN runs, cosine 0\.99, reaches 0\.9: skip the next 2$",
+        r"  park +4 #+$",
+        r"  random +40% +0\.77 +\+0\.03\d\d ",
+        r"  static +40% +0\.77 +\+0\.00\d\d ",
+        r"  3 +7\d% +2\d%$",
+        r"  warm_up = 25 +34% +0\.80 ",
+        r"multiply-adds: an FFN \(3 D F\) 135,168, a cosine \(3 D\) 384$",
+        r"  by cosine +[01]\.\d\d #+$",
+    ],
     "06": [
         r"all six keys: 15\.515\. The two best, 93\.6% of the weight: 15\.379$",
         r"error -0\.136 = 0\.064 \* \(15\.379 - 17\.514\)$",
@@ -205,6 +237,7 @@ def run_tutorial(path: Path, folder: Path, temporary: Path) -> Run:
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONIOENCODING": "utf-8",
+        "TQDM_DISABLE": "1",  # progress bars, which only a slow machine shows, are no warnings
         "TMPDIR": str(temporary),  # where pictures go
     }
     done = subprocess.run(

@@ -1,302 +1,411 @@
-"""Tutorial 4: knowing when to stop. Some tokens are easy; how does a model know that it may stop?
+"""Tutorial 4: when does a model know the answer? And may it stop there?
 
-Tutorial 3 was exact. Now something is given up: a token that seems decided skips the rest of the
-work. What are the signs, what does such a token owe to later ones, and what is the price? It is not
-the same for all tokens. Chance plays along for comparison.
+A model runs each token through all its layers (called blocks in tutorial 1), easy or hard. Perhaps
+the word that it will say is settled long before the last one. Then the remaining layers are work
+for nothing, and the token could exit early. We look for the layer at which a model knows, for signs
+by which it could notice that by itself, and for what goes wrong when a token stops.
 
-Letters: T tokens, D width, V vocabulary, L layers; h_i is the stream, D numbers, after i blocks.
+Letters: L layers, D width (a token is D numbers between two layers), V vocabulary.
 """
 
-# %% A model, stories it has not seen, and helpers
-import textwrap
-import time
-from itertools import islice
-
+# %% The model
 import numpy as np
-from minitx.shared.confidence import Probe, Saturation, SoftmaxGap
-from minitx.training.exit_probe import logistic
+from helpers import (
+    ANSWER,
+    QUESTION,
+    STORY,
+    bar,
+    calibration_stories,
+    evaluate_stories,
+    held_out_stories,
+    load_stories,
+    print_table,
+    save_lines,
+    say,
+    time_side_by_side,
+    title,
+)
 
-import minitx
-from minitx.lab.evaluate import Tally, encode, exit_profile, held_out, hops_name, report
-from minitx.lab.learn_then_test import calibrate, hoeffding_bentkus, loss
+from minitx.lab.learn_then_test import hoeffding_bentkus
 from minitx.ledger import counting
-from minitx.model import Block
-from minitx.skip import ffn_skip
-from minitx.state import Layer
-from minitx.technique import apply, swap
-from minitx.training.stories import stories
-from minitx.tree import Part, part
+from minitx.technique import apply
+
+lm = load_stories()
+c = lm.model.config
+L = c.layers
+
+# %% 1. Three words and three layers, by hand
+# After each layer, a token is a row of numbers, its hidden state h. At the end of the model the
+# head compares h with a row for each word: the dot products are the logits, and their softmax is
+# the probability of each word. (In a real model a norm comes first; the toy has none.) Nothing
+# prevents us from asking the head after an earlier layer. In this toy, h has two numbers, and all
+# of it can be done with a pocket calculator.
+title("1. Three words and three layers, by hand")
+WORDS = ("park", "kitchen", "garden")
+word_rows = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])  # a row for each word
+hidden = np.array([[1.0, 2.0], [3.0, 1.0], [4.0, 1.0]])  # h after layers 1, 2 and 3
 
 
-def title(text):
-    print(f"\n{text}\n{'-' * len(text)}")
+def numbers(row, form):
+    return "  ".join(f"{number:{form}}" for number in row)
 
 
-def fastest(*tasks, repeats=5):
-    """Seconds of each task, in turns (so that a busy moment hits all), the best of the repeats."""
-    best = [float("inf")] * len(tasks)
-    for _ in range(repeats):
-        for i, task in enumerate(tasks):
-            began = time.process_time()  # what the processor did for others does not count
-            task()
-            best[i] = min(best[i], time.process_time() - began)
-    return best
+table = []
+for layer, h in enumerate(hidden, 1):
+    logits = word_rows @ h
+    exponentials = np.exp(logits)
+    p = exponentials / exponentials.sum()
+    second, first = np.sort(p)[-2:]  # the two largest probabilities
+    cells = [numbers(h, ".0f"), numbers(logits, ".0f"), numbers(exponentials, ".2f")]
+    cells += [numbers(p, ".2f"), WORDS[p.argmax()], f"{first - second:.2f}"]
+    table.append([layer, *cells])
+print_table(["layer", "h", "logits", "exponentials", "probabilities", "says", "gap"], table)
+# After layer 1 the model would say "kitchen". From layer 2 on it says "park", so layer 3 was not
+# needed. How could it notice? The last column is a sign: the softmax gap, the largest probability
+# minus the second largest. So the rule may be: exit after the first layer whose gap reaches a
+# threshold. With the threshold 0.7 the token exits after layer 2, and says what layer 3 would have
+# said. With 0.4 it exits after layer 1, and says something else.
 
 
-lm = minitx.load("stories")
-model, c = lm.model, lm.model.config
-D, V, L = c.width, c.vocab_size, c.layers
-held = held_out(lm, 24)  # for judging: nothing below is trained or chosen on these
-encoded = encode(lm.tokenizer, held)  # ids, and for each target the kind of answer it is, or 0
-many_kinds = sorted(encoded, key=lambda story: len(set(story.kinds)))[-7:]  # for the prices
-texts = (lm.encode(story.text) for story in stories("calibration", "full", 0))
-for_probe, for_signs, for_test = ([*islice(texts, n)] for n in (10, 6, 50))
-print(f"{lm.name}: D={D} V={V} L={L}; {len(held)} held-out stories to judge by")
-
-# %% 1. What each block would say
-# Tutorial 1 asked the head after every block. Here we do that for every token of a story, and ask
-# when the choice stands: from which block on it is the one that the last block will make.
-title("1. What each block would say, if it were the last")
+# %% 2. One question, layer by layer
+# Now the trained model, with its 8 layers. The technique `early_exit` replaces the model by a copy
+# whose tokens may exit. With the settings below, each exits at the first chance, and `first=i` says
+# that this is after layer i. So we see what the head makes of the hidden states there. Look for the
+# layer from which on the answer is known.
+def exiting(**options):
+    return apply(lm, {"early_exit": options})  # a changed copy; lm itself stays as it is
 
 
-def streams(ids):
-    """h_1 ... h_L of a text, (L, T, D)."""
-    x, found = model.embed(np.array(ids), None), []
-    for block in model.stack.blocks:
-        x = block(x, Layer.once(len(ids)))
-        found.append(x)
-    return np.stack(found)
+def softmax(logits):
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def chosen(h):
-    return model.head(model.norm(h)).argmax(-1)
+title("2. One question, layer by layer")
+stop_after = [exiting(measure="random", threshold=0, first=i) for i in range(1, L)]
+stop_after.append(lm)  # after the last layer: the model as it is
+ids = lm.encode(STORY + QUESTION)
+(answer,) = lm.tokenizer.encode(ANSWER, special=False)
+say(STORY + QUESTION, "...")
 
+known = []
+for i, stopped in enumerate(stop_after, 1):
+    p = softmax(stopped.logits(ids)[-1])  # (V,) after the last token
+    known.append(p[answer])
+    says = lm.tokenizer.decode([int(p.argmax())]).strip()
+    print(f"  layer {i} says {says:8}  probability of park {p[answer]:6.1%} {bar(p[answer], 1)}")
+assert known[2] < 0.6 and min(known[3:]) > 0.99
+# After layer 2 the model favours a place that the story named, but is not sure. Layer 4 settles it.
+# The other four layers change nothing that matters here.
 
-ids = lm.encode(
-    "Once upon a time there was a boy named Tom. Tom was in the garden. Anna was in the kitchen. "
-    "There was a sack with Anna. Tom went to the park. Where is the sack? The sack is still there "
-    "in the kitchen. And then it was time for bed."
+# %% 3. Is it so for every question?
+# To answer, a model must connect facts. "Where is Tom?" takes one fact: one hop. If Tom has the
+# ball, "Where is the ball?" takes two (the ball is with Tom, Tom is in the park), and a ball in a
+# box that Tom has takes three. Again all tokens stop after layer i, now on 24 stories that the
+# model was not trained on. In each column, look for the layer at which the words become right.
+title("3. All tokens stop after layer i: share of right words")
+GROUPS = ("other text", "1 hop", "2 hops", "3 hops")
+held_out = held_out_stories(24)
+
+table, curves = [], {group: [] for group in GROUPS}
+for i, stopped in enumerate(stop_after, 1):
+    scores = evaluate_stories(stopped, held_out)
+    for group in GROUPS:
+        curves[group].append(scores.accuracy[group])
+    table.append([i, *(f"{curves[group][-1]:.0%}" for group in GROUPS)])
+print_table(["layer", *GROUPS], table)
+save_lines(
+    "04_accuracy_by_layer", range(1, L + 1), curves, "all tokens stop after layer", "share right"
 )
-words = [lm.tokenizer.decode([i]).strip() for i in ids]
-said = chosen(streams(ids[:-1]))  # (L, T): for each token but the first, what each block says
-easy, hard = len(ids) - 2, len(ids) - 1 - words[::-1].index("kitchen")  # places of two words
-print(f"{'':12}{'... was time for ...':22}... The sack is still there in the ...")
-for i in range(L):
-    one, two = (lm.tokenizer.decode([said[i, t - 1]]).strip() for t in (easy, hard))
-    print(f"  block {i + 1:2}  {one:22}{two}")
-print(f"  the story {words[easy]:22}{words[hard]} (two facts: who has it, where is she?)")
-other = said != said[-1]
-depth = np.where(other.any(0), L + 1 - other[::-1].argmax(0), 1)  # (T,)
-print("\nAfter how many blocks the choice for each word stands (x: it is not the story's word):")
-shown = range(17, len(ids))
-for i in range(L, 0, -1):
-    print(f"{i:7} | " + " ".join("#" if depth[t - 1] >= i else " " for t in shown).rstrip())
-print(f"{'':8}| " + " ".join("x "[int(said[-1, t - 1] == ids[t])] for t in shown).rstrip())
-for row in range(max(len(words[t]) for t in shown)):
-    print(" " * 10 + " ".join(f"{words[t][row : row + 1]:1}" for t in shown).rstrip())
-# One story is an anecdote. The held-out ones, by how many facts an answer chains (counts add up):
-profile = exit_profile(lm, lm.tokenizer, held)
-HOPS = list(profile[-1].by_hops)
-NAMES = "".join(f"{hops_name(h):>8}" for h in HOPS)
-print(f"\nIf all left there: right answers, and the loss of other text\n{'':10}{NAMES}     loss")
-for i, found in enumerate(profile, 1):
-    shares = "".join(f"{found.by_hops[h]:8.0%}" for h in HOPS)
-    print(f"  block {i:2}{shares}{found.loss:9.3f} {'#' * round(10 * found.loss)}")
-
-# %% 2. Three signs of being sure
-# Nobody tells a token whether its choice stands. It has to go by signs:
-# - gap: by how much the likeliest word is ahead of the second, in shares. Needs the whole head.
-# - saturation: the cosine between h_i and h_(i-1). Where nothing turns, nothing is being decided.
-# - probe: D weights and a bias, trained on other stories to tell from h_i whether the choice after
-#   block i is that of block L. (measure="probe" of early_exit trains one in this way.)
-title("2. Three signs of being sure")
-h = np.concatenate([streams(ids[:-1]) for ids in for_probe + for_signs], 1)  # (L, tokens, D)
-said, after = chosen(h), np.concatenate([ids[1:] for ids in for_probe + for_signs])
-n = sum(len(ids) - 1 for ids in for_probe)  # of them for the probe, the others to judge it by
-w, b = logistic(h[:-1, :n].reshape(-1, D), (said[:-1, :n] == said[-1, :n]).ravel())
-SIGNS = {"gap": SoftmaxGap(model.norm, model.head), "saturation": Saturation()}
-SIGNS["probe"] = Probe(w.astype(h.dtype), b)
-h, said, after = h[:, n:], said[:, n:], after[n:]
-asked = range(2, L)  # after these blocks: the cosine needs one before, and after L it is too late
-same = np.concatenate([said[i - 1] == said[-1] for i in asked])
-print(f"Asked {len(same):,} times, after blocks 2 to {L - 1}: is it block {L}'s choice already?")
-print("Share of yes, among the surest by each sign (by chance, all would be as the column 100%):")
-SHARES = (0.1, 0.25, 0.5, 0.75, 1)
-print(f"{'surest':>14}" + "".join(f"{share:8.0%}" for share in SHARES))
-for name, sign in SIGNS.items():
-    sure = np.concatenate([sign(h[i - 1], h[i - 2], i, None) for i in asked])
-    order = np.argsort(-sure, kind="stable")
-    kept = [same[order[: round(share * len(order))]].mean() for share in SHARES]
-    print(f"{name:>14}" + "".join(f"{share:8.1%}" for share in kept))
-# Sure is not right: a sign can only foresee what the last block will say. That fails at times, and
-# what the last block says may be wrong, too.
-for i, wanted, who in ((2, said[-1], f"block {L}"), (L, after, "the story")):
-    gap = np.where(said[i - 1] != wanted, SIGNS["gap"](h[i - 1], h[i - 2], i, None), 0)
-    says, truth = (lm.tokenizer.decode([k[gap.argmax()]]) for k in (said[i - 1], wanted))
-    print(f"Sure and wrong: block {i} says {says!r}, gap {gap.max():.2f}, but {who} {truth!r}")
-
-# %% 3. Leaving, and what one owes to the others
-# A token that leaves after block i has no keys and values in the layers behind, but later tokens
-# will look there. fill=copy makes them from h_i: two small products a layer instead of a block.
-# fill=deferred runs the token through a layer later, when somebody gets there who needs it.
-title("3. Leaving, and the hole in the cache")
-early = minitx.load("stories", early_exit={"threshold": 0.9, "first": 2})
-with counting(early) as counts:
-    told = early.generate("Once upon a time there was a girl named Anna. Anna", 40)
-print(textwrap.fill(f"... a girl named Anna. Anna >>>{told}", 100))
-print("Left after:", {i: counts.events[f"tokens that left after {i}"] for i in range(2, L)})
+assert curves["1 hop"][3] > 0.95 > 0.75 > curves["2 hops"][3]
+assert min(curves["2 hops"][5], curves["3 hops"][5]) > 0.95
+# One hop is known after layer 4, two and three hops only after layer 5 or 6. Other text is as good
+# as it gets after layer 2 or 3: most of its words follow from grammar. (It stays below 100% because
+# nobody can know what a story tells next.) So one layer for all tokens is too early for the hardest
+# words or too late for most others. Each token should decide by itself.
 
 
-def leaving(lm=lm, **options):
-    return apply(lm, {"early_exit": {"first": 2} | options})
+# %% 4. Three signs that a token knows
+# - The softmax gap, as in section 1. It needs the whole head: V D multiply-adds.
+# - Saturation: has h stopped turning? It is the cosine between h after this layer and h after the
+#   layer before. In the toy, (1, 2) and (3, 1) have lengths 2.24 and 3.16 and the cosine
+#   (1*3 + 2*1) / (2.24 * 3.16) = 0.71; (3, 1) and (4, 1) have 0.997. It costs 3 D multiply-adds.
+# - The exit probe: a trained guess. D weights w and a number b are fitted on other stories, so that
+#   1 / (1 + exp(-(w . h + b))) is near 1 where the later layers will not change the word, and near
+#   0 where they will. It costs D multiply-adds.
+# The table shows after which layer each token exits (8: it does not), if it may from layer 2 on. A
+# token predicts the word after it, so a small number says: what follows this token is soon clear.
+def exit_layers(changed, ids):
+    """The layer after which each token exits, if the text is read token by token."""
+    state, layers = changed.model.new_state(), []
+    for token in ids:
+        with counting(changed) as counts:
+            changed.model.next_argmax([token], state)
+        exited = [i for i in range(1, L) if counts.events[f"tokens exited after {i} layers"]]
+        layers.append(exited[0] if exited else L)
+    return layers
 
 
-@part
-class Careless(Part):
-    """A block that does not care: zeros in the place of what those owe who pass it by."""
+title("4. After which layer does each token exit?")
+gap = exit_layers(exiting(measure="softmax", threshold=0.95, first=2), ids)
+saturation = exit_layers(exiting(measure="saturation", threshold=0.95, first=2), ids)
+probe = exit_layers(exiting(measure="probe", threshold=0.9, first=2), ids)
+words = [lm.tokenizer.decode([token]).strip() for token in ids]
+table = []
+for t in range(words.index("went") - 1, len(ids)):
+    table.append([words[t], gap[t], saturation[t], probe[t]])
+print_table(["token", "softmax gap", "saturation", "exit probe"], table)
+assert gap[words.index("park")] == 2
+# By the gap, "park" exits early: it is clear that a full stop follows. The first "the" does not
+# exit: some place follows, and it could be any. Remember "park"; it will be important.
 
-    block: Part
-
-    def __call__(self, x, layer):
-        return self.block(x, layer)
-
-    def backfill(self, x, layer):
-        zeros = np.zeros((*x.shape[:-2], c.kv_heads, x.shape[-2], c.head_width), x.dtype)
-        layer.store(zeros, zeros)
-
-    def attend_from(self, x, layer):
-        return self.block.attend_from(x, layer)
-
-
-def price(name, lm, by_lot=None):
-    """Reads stories and prints a row; returns work and loss, compared with those of dense."""
-    tally = Tally.empty()
-    with counting(lm) as counts:
-        for story in many_kinds:
-            tally.add(lm.logits(story.ids[:-1]), np.array(story.ids[1:]), np.array(story.kinds))
-    found, count = report(tally), counts.total().multiply_adds
-    dense_count, dense_loss = dense.setdefault("first row", (count, found.loss))
-    work, harm = count / dense_count, found.loss - dense_loss
-    shares = "".join(f"{found.by_hops.get(h, np.nan):8.0%}" for h in HOPS)
-    lots = f"{np.interp(work, *zip(*sorted(by_lot))):+14.4f}" if by_lot else ""
-    print(f"  {name:29}{shares}{work:9.1%}{harm:+9.4f}{lots}")
-    return work, harm
+# %% 5. A surprise: a good sign that is worse than chance
+# A sign should be better than none. So we compare it with a random baseline, in which the sign is a
+# random number between 0 and 1, different for each token and layer. With the threshold 0.9, one in
+# ten checks ends in an exit, and this does about as much work as the softmax gap. Work is what is
+# counted in multiply-adds, checks included, and the dense model (all tokens, all layers) is 1. The
+# loss is the mean of -ln(probability of the right word), minus that of dense: 0 is as good as
+# dense. Compare the last two rows first.
+title("5. The softmax gap against random exits")
 
 
-# To see the cache alone, draw lots: then the same tokens leave after the same blocks each time.
-LOT, dense = {"measure": "random", "threshold": 0.5}, {}
-HEADER = f"{'':31}{NAMES}     work     loss"
-print("\nHalf of the tokens leave after each block, by lot:\n" + HEADER)
-price("dense", lm)
-copied = price("fill=copy", leaving(**LOT))
-deferred = price("fill=deferred", leaving(**LOT, fill="deferred"))
-broken = price("zeros: broken on purpose", leaving(swap(lm, Block, Careless), **LOT))
-print("A key of zeros has score 0: it takes a share of attention and gives nothing; that")
-print(f"costs {broken[1] - copied[1]:+.4f}. fill=deferred still does {deferred[0]:.0%} of all work")
-
-# %% 4. The price, by difficulty
-# Now by signs. The last column is the loss that lots give at the same work: only below it is a sign
-# worth something (its own work is counted). Read the hops one by one: answers that chain facts are
-# few, so the loss hardly notices them.
-title("4. The price of leaving early, by difficulty")
+def measure(changed):
+    """Read the held-out stories: the scores, and what the ledger counted."""
+    with counting(changed) as counts:
+        scores = evaluate_stories(changed, held_out)
+    return scores, counts
 
 
-def run(tries, lots):
-    """Rows, and a chart: work to the right, loss upwards, D the dense model."""
-    print(HEADER + " lots, same work")
-    by_lot = [(1.0, 0.0)] + [price(name, changed) for name, changed in lots.items()]
-    points = np.array(by_lot + [price(name, changed, by_lot) for name, changed in tries.items()])
-    low, size = points.min(0), np.ptp(points, 0) + 1e-12
-    grid = [[" "] * 61 for _ in range(9)]
-    for letter, (x, y) in zip("Dabc"[: len(by_lot)] + "ABCEFG", (points - low) / size):
-        grid[8 - round(8 * y)][round(60 * x)] = letter
-    print("\n" + "\n".join(f"{'':8}|" + "".join(row).rstrip() for row in grid))
-    print(f"{'':8}+{'-' * 61}\n{'':9}{low[0]:<40.0%}{(low + size)[0]:>21.0%} of the work")
-    beat = sum(y < np.interp(x, *zip(*sorted(by_lot))) for x, y in points[len(by_lot) :])
-    print(f"a, b, ...: lots; A, B, ...: signs, in their order; {beat} of {len(tries)} beat lots.")
+dense, counts = measure(lm)
+dense_work = counts.total().multiply_adds
 
 
-lots = {f"lot {s}": leaving(measure="random", threshold=s) for s in (0.9, 0.7, 0.4)}
-tries = {f"gap {s}": leaving(threshold=s) for s in (0.95, 0.7)}
-tries |= {f"saturation {s}": leaving(measure="saturation", threshold=s) for s in (0.97, 0.92)}
-for s in (0.9, 0.7):  # our own part in the place of the measure
-    other = leaving(measure="saturation", threshold=s)
-    tries[f"probe {s}"] = swap(other, Saturation, lambda _: SIGNS["probe"])
-run(tries, lots)
+def row_of(name, scores, counts):
+    work, loss = counts.total().multiply_adds / dense_work, scores.mean_loss - dense.mean_loss
+    accuracy = [f"{scores.accuracy[group]:.0%}" for group in GROUPS[1:]]
+    return [name, f"{work:.2f}", f"{loss:+.4f}", *accuracy]
 
-# %% 5. Skipping feed-forward networks
-# ffn_skip leaves no hole: attention always runs, and only the networks are left out, where the one
-# below hardly turned the stream. Its thresholds are quantiles of the cosines on other stories.
-title("5. The same with ffn_skip")
-lots = {
-    f"lot, rate {r}": apply(lm, {"ffn_skip": dict(choose="random", rate=r)}) for r in (0.2, 0.4)
+
+HEADINGS = ["", "work", "loss", *GROUPS[1:]]
+dense_row = row_of("dense", dense, counts)
+bold, bold_counts = measure(exiting(measure="random", threshold=0.7, first=2))
+random, random_counts = measure(exiting(measure="random", threshold=0.9, first=2))
+by_gap, gap_counts = measure(exiting(measure="softmax", threshold=0.95, first=2))
+bold_row = row_of("random, threshold 0.7", bold, bold_counts)
+random_row = row_of("random, threshold 0.9", random, random_counts)
+gap_row = row_of("gap, threshold 0.95", by_gap, gap_counts)
+print_table(HEADINGS, [dense_row, bold_row, random_row, gap_row])
+
+for row, counts in ((bold_row, bold_counts), (random_row, random_counts), (gap_row, gap_counts)):
+    share = counts.events["layers skipped"] / counts.events["skippable layers"]
+    print(f"  {row[0]} skips {share:.0%} of layers 3 to 8")
+assert by_gap.mean_loss > random.mean_loss and by_gap.accuracy["1 hop"] < bold.accuracy["1 hop"]
+# At the same work, the gap is far worse than chance. One reason: its checks are work, too, so to
+# end up at the same amount it has to skip twice as many layers. But this cannot be all: random
+# exits with the threshold 0.7 skip even more layers and still answer better. What else is wrong?
+
+# %% ... is it sure too early?
+# The first suspicion: after layer 2 it is sure, and wrong. So take all tokens with a gap of at
+# least 0.95 after layer 2, in the model as it is. For how many does the last layer say another
+# word?
+total = sure = wrong = 0
+for story in held_out:
+    text = lm.encode(story.text)
+    p = softmax(stop_after[1].logits(text))  # (T, V) after layer 2
+    two_largest = np.sort(p, -1)[:, -2:]
+    is_sure = two_largest[:, 1] - two_largest[:, 0] >= 0.95  # (T,)
+    says_another = p.argmax(-1) != lm.logits(text).argmax(-1)  # (T,)
+    total += len(text)
+    sure += is_sure.sum()
+    wrong += (is_sure & says_another).sum()
+print(f"{sure:,} of {total:,} tokens are sure after layer 2; {wrong} of them are wrong.")
+assert wrong / sure < 0.001
+# The suspicion is wrong. When the gap says that the word is settled, it is. Something else breaks
+# the answers.
+
+# %% 6. What an exit leaves behind, by hand
+# A token is not only there to predict the next word. Later tokens attend to it, in every layer: to
+# its key and its value, two vectors that it left in the KV cache of that layer (tutorial 2). They
+# are computed from the hidden state that enters the layer. But a token that has exited never enters
+# the later layers. What should their caches hold for it? The usual way is to backfill: compute its
+# keys and values for these layers from the hidden state at the exit, as if that had entered.
+#
+# In the toy, let the value simply be the hidden state that enters, and let the token exit after
+# layer 1, with h = (1, 2). A later token reads the value in layer 3. Which word does it find?
+title("6. What an exit leaves behind, by hand")
+table = []
+for name, h in (("real: h after layer 2", hidden[1]), ("backfilled: h after layer 1", hidden[0])):
+    logits = word_rows @ h
+    table.append([name, numbers(h, ".0f"), numbers(logits, ".0f"), WORDS[logits.argmax()]])
+print_table(["value in layer 3", "", "logits", "the reader finds"], table)
+# The value in layer 2 is right: what enters layer 2 is h after layer 1, exit or not. From the layer
+# after that on, the values are out of date.
+
+# %% ... and in the model
+# In "Tom went to the park", the token "park" is sure that a full stop follows, and exits after
+# layer
+# 2. But the later question needs to find out who went there, and perhaps it is layer 3 that adds
+# this to the hidden state of "park". We can test that. Let the same tokens exit by the same rule,
+# but give the cache the real keys and values: then the answers must come back. The option
+# kv_fill="deferred" does it. A skipped layer is not run at the exit, but later, as soon as another
+# token enters that layer and reads its cache.
+title("... and in the model: is it the KV cache?")
+backfilled = exiting(measure="softmax", threshold=0.95, first=2, kv_fill="copy")  # as before
+deferred = exiting(measure="softmax", threshold=0.95, first=2, kv_fill="deferred")
+print("Tom is in the ...")
+for name, changed in (("dense", lm), ("backfilled", backfilled), ("deferred", deferred)):
+    p = softmax(changed.logits(ids)[-1])[answer]
+    print(f"  {name:11} probability of park {p:6.1%} {bar(p, 1)}")
+
+by_deferred, counts = measure(deferred)
+deferred_row = row_of("gap, deferred", by_deferred, counts)
+from_three, counts = measure(exiting(measure="softmax", threshold=0.95, first=3))
+three_row = row_of("gap, first exit after 3", from_three, counts)
+print_table(HEADINGS, [dense_row, gap_row, deferred_row, three_row])
+assert min(by_deferred.accuracy["1 hop"], from_three.accuracy["1 hop"]) > 0.95
+# It is the cache: with real keys and values, all answers are back. The last row is a second test.
+# By section 3, layer 4 finds the one-hop answers. Its keys and values are made from h after layer
+# 3. If no token exits before that, they are all real, so these answers should be right. And they
+# are.
+#
+# So a token may be easy for itself and needed by others. Random exits spoil the cache as well, but
+# after layer 2 they take one token in ten. The gap takes half of them, and always the same: the
+# place at the end of a fact is among them, because a full stop is sure to follow.
+#
+# Deferring is no bargain here. As soon as one token runs all layers, it takes along all earlier
+# ones that had been deferred. Hardly a layer is saved in the end, and the checks come on top.
+
+
+# %% 7. The price in multiply-adds
+# The cheaper cure: every token runs 4 layers, and only then may exit. Are the signs worth their
+# price now? We ask for the loss of random exits at the same work. For that we measure three random
+# baselines (and dense, with loss 0), and take the straight line between two of them. Compare the
+# last two columns.
+title("7. First exit after layer 4: loss, and that of random exits at the same work")
+random_work, random_loss = [1.0], [0.0]
+for threshold in (0.9, 0.7, 0.5):
+    scores, counts = measure(exiting(measure="random", threshold=threshold, first=4))
+    random_work.append(counts.total().multiply_adds / dense_work)
+    random_loss.append(scores.mean_loss - dense.mean_loss)
+
+MODELS = {
+    "softmax gap": exiting(measure="softmax", threshold=0.95, first=4),
+    "saturation": exiting(measure="saturation", threshold=0.95, first=4),
+    "exit probe": exiting(measure="probe", threshold=0.9, first=4),
 }
-cosines, skips = ffn_skip.similarities(lm, for_signs, 25)[2:-1], {}  # layers that may be skipped
-for q, threshold in zip((0.8, 0.4), np.quantile(cosines, (0.8, 0.4)).tolist()):
-    skips[f"cosine, quantile {q}"] = apply(lm, {"ffn_skip": {"threshold": threshold}})
-run(skips, lots)
+table, better = [], []
+for name, changed in MODELS.items():
+    scores, counts = measure(changed)
+    work, loss = counts.total().multiply_adds / dense_work, scores.mean_loss - dense.mean_loss
+    by_chance = np.interp(work, random_work[::-1], random_loss[::-1])  # wants rising work
+    three_hops = f"{scores.accuracy['3 hops']:.0%}"
+    table.append([name, f"{work:.2f}", three_hops, f"{loss:+.4f}", f"{by_chance:+.4f}"])
+    better.append(loss < by_chance)
+print_table(["sign", "work", "3 hops", "loss", "loss of random"], table)
+assert all(better)
+# Now all three beat chance. The gap saves least of the three, because its checks are expensive:
+layer_work = 2 * c.width * (c.heads + c.kv_heads) * c.head_width + 3 * c.width * c.hidden
+gap_work = c.vocab_size * c.width
+print(f"multiply-adds: a layer {layer_work:,} (without attention to the cache), a gap {gap_work:,}")
+# A token that never exits pays for four checks, after layers 4 to 7: nearly three layers of work.
 
-# %% 6. The clock
-# Work that is left out is no time yet: a check is calls, too, and the gap needs all of the head.
-title("6. Multiply-adds and the clock")
-ids = encoded[0].ids[:64]
-x = streams(ids)[1, -1:]  # one row
-tasks = {"a block": lambda: model.stack.blocks[2](x, Layer.once(1))}
-tasks |= {name: lambda sign=sign: sign(x, x, 2, None) for name, sign in SIGNS.items()}
-times = fastest(*(lambda task=task: [task() for _ in range(300)] for task in tasks.values()))
-print("One row: " + ", ".join(f"{name} {1e6 * t / 300:.0f} us" for name, t in zip(tasks, times)))
-share = V / (2 * (c.heads + c.kv_heads) * c.head_width + 3 * c.hidden)  # both times D
-print(f"Counted, the gap (V D) costs {share:.2f} blocks, on the clock {times[1] / times[0]:.2f}.")
+# %% 8. The price in time
+# Multiply-adds that are left out are not yet time. We read 60 tokens one after the other, as in
+# generating text, and measure all four models in one run. A number above 1 is faster than dense.
+title("8. Speed, token by token (dense = 1)")
+text = lm.encode(held_out[0].text)[:60]
 
 
-def step_by_step(lm):
-    state = lm.model.new_state()
-    for i in ids:
-        lm.model.next_argmax([i], state)
+def reader(changed):
+    def read():
+        state = changed.model.new_state()
+        for token in text:
+            changed.model.next_argmax([token], state)
+
+    return read
 
 
-print(f"{len(ids)} tokens, one by one:  multiply-adds saved    speed (dense = 1)")
-timed = {"dense": lm} | tries | skips
-times = fastest(*(lambda one=one: step_by_step(one) for one in timed.values()), repeats=3)
-whole = None  # the dense model's count, which comes first
-for (name, one), t in zip(timed.items(), times):
-    with counting(one) as counts:
-        step_by_step(one)
-    whole = whole or counts.total().multiply_adds
-    speed, saved = times[0] / t, 1 - counts.total().multiply_adds / whole
-    word = "gain" if speed > 1.05 else "loss" if speed < 0.95 else "no clear difference"
-    print(f"  {name:23}{saved:17.1%}{speed:12.2f} {word if saved else '-'}")
+names = ["dense", *MODELS]
+seconds = time_side_by_side(reader(lm), *map(reader, MODELS.values()), repeats=5)
+for name, time in zip(names, seconds):
+    print(f"  {name:12} {seconds[0] / time:.2f} {bar(seconds[0] / time, 2)}")
+# The gap gains nothing: its checks take the time that its exits save, and with a larger vocabulary
+# they would take more. The two cheap signs are faster than dense, in most runs by less than the
+# multiply-adds promise (1 / 0.68 = 1.47 and 1 / 0.74 = 1.35). A check and a backfill are small
+# products, and for those NumPy needs about as long to be called as to compute.
 
-# %% 7. A threshold with a guarantee
-# A threshold that looks safe on a few stories may have been lucky. Learn then Test asks how likely
-# such luck is: a p-value for "the mean loss is above delta", a text's loss being here the share of
-# its tokens after which the choice is not the dense model's.
-title("7. A threshold with a guarantee: Learn then Test")
-DELTA, EPSILON, GRID = 0.2, 0.05, (0.98, 0.9, 0.7, 0.4)  # written down before we look
-few, fresh = [ids[:32] for ids in for_test], [story.ids[:32] for story in encoded]
-tested = calibrate(lm, few, DELTA, EPSILON, GRID, first=2)
-for threshold, risk, p in tested.tested:
-    passed = "passes" if p <= EPSILON else "fails, and ends it"
-    print(f"  gap {threshold:4}: {risk:6.1%} changed in {len(few)} texts, p = {p:.4f} {passed}")
-safe = apply(lm, {"early_exit": tested.options})
-risk = np.mean([loss(safe, ids, lm.logits(ids).argmax(-1)) for ids in fresh])
-print(f"Chosen: {tested.options['threshold']} (1.1: nobody leaves). Held out, {risk:.1%} changed.")
-print(
-    f"Promised: at most {DELTA:.0%} on average over such texts, unless luck is bad ({EPSILON:.0%})."
-)
-print("Nothing is promised about a single text, other texts, or that what is said is right.")
-# Why a list fixed beforehand, and why stop at the first failure? Let 30 settings all be a hair too
-# risky, and draw texts for them again and again: who looks for long finds luck.
-n = len(few)
-losses = np.random.default_rng(0).binomial(n, DELTA + 0.001, (2000, 30))  # texts with loss 1
-small = np.array([hoeffding_bentkus(k / n, n, DELTA) <= EPSILON for k in range(n + 1)])[losses]
-print("30 settings that are all too risky: how often is one declared safe, by which rule?")
-rules = "any mean loss of at most delta", "any small p-value", "first p-value small, else stop"
-for rule, fooled in zip(rules, ((losses <= DELTA * n).any(1), small.any(1), small[:, 0])):
-    print(f"  {rule:35}{fooled.mean():6.1%} {'#' * round(40 * fooled.mean())}")
+# %% 9. Is the threshold safe, or were we lucky?
+# We chose thresholds by looking at some stories, and may have been lucky with them. How likely is
+# such luck? Suppose a bad threshold ruins one story in ten. On n stories we may by luck see only
+# good ones: with probability 0.9^n. This is the p-value: if the threshold were bad, how likely
+# would we see what we saw? If it is below 5%, we say that the threshold is safe.
+title("9. A threshold with a guarantee: Learn then Test")
+DELTA, LIMIT = 0.1, 0.05  # what is bad, and how much luck we accept: chosen before we look
+for n in (10, 20, 30):
+    print(f"  {n} good stories in a row: p = 0.9^{n} = {(1 - DELTA) ** n:.3f}")
+# With 10 stories nothing can be shown, however good they are. It takes 29.
 
-# %% Exercises
-# 1. Let every=2 ask after every other block only. What happens to the work of the gap, and why?
-# 2. Fill the hole with right keys and values of zeros, then the other way round. What is worse?
-# 3. Put 10 texts in cell 7. Why can no threshold pass, however good? How many for delta = 1 %?
-# 4. A vocabulary of 32,000 and D = 4096: what does the gap cost in blocks there? (A block: 12 D D.)
+
+# %% ... if some words do change
+# Now the loss of a story is a number between 0 and 1: the share of its words that are not those of
+# the dense model. A threshold is bad if the true mean loss is delta = 10% or more. On n stories we
+# find a mean loss r. How likely is a mean of r or less, if the threshold is bad? Hoeffding's
+# inequality says: for r below delta, the p-value is at most
+#
+#     exp(-n KL)   with   KL = r ln(r / delta) + (1 - r) ln((1 - r) / (1 - delta))
+#
+# For r = 0 that is (1 - delta)^n, as above. The further r is below delta, the larger is KL.
+def p_value(r, n):
+    if r >= DELTA:
+        return 1.0
+    first = r * np.log(r / DELTA) if r > 0 else 0.0
+    return np.exp(-n * (first + (1 - r) * np.log((1 - r) / (1 - DELTA))))
+
+
+means = (0.01, 0.02, 0.03, 0.04)
+row = ["p-value at most", *(f"{p_value(r, 80):.3f}" for r in means)]
+print_table(["mean loss of 80 stories", *(f"{r:.0%}" for r in means)], [row])
+# So with 80 stories, a mean loss of 2% is enough to call a threshold safe, and 3% is not.
+
+# %% ... a threshold that passes, and one that fails
+# We test thresholds of the exit probe on 80 new stories (the probe was trained on the first 24),
+# from the safest threshold to the boldest, and stop at the first that fails. Why stop? Each bad
+# threshold has a chance of up to 5% to pass by luck. Whoever goes on and tests 20 bad ones is
+# fooled by at least one of them with a probability of up to 1 - 0.95^20 = 64%.
+fresh = np.array([lm.encode(story.text)[:64] for story in calibration_stories(104)[24:]])
+dense_words = lm.logits(fresh).argmax(-1)  # (80, 64) all stories at once
+table, safe = [], None
+for threshold in (0.9, 0.8, 0.7, 0.6):
+    changed = exiting(measure="probe", threshold=threshold, first=4)
+    losses = (changed.logits(fresh).argmax(-1) != dense_words).mean(1)  # (80,)
+    r = losses.mean()
+    p = p_value(r, len(fresh))
+    table.append([threshold, f"{r:.1%}", f"{p:.4f}", "passes" if p <= LIMIT else "fails: stop"])
+    if p > LIMIT:
+        break
+    safe = changed
+print_table(["threshold", "mean loss", "p-value", ""], table)
+assert safe is not None and p > LIMIT
+assert hoeffding_bentkus(r, len(fresh), DELTA) <= p  # of minitx: the smaller one of two bounds
+
+# %% ... and what has been shown
+# One more look at the last threshold that passed, on stories that had no part in the choice:
+others = np.array([lm.encode(story.text)[:64] for story in held_out])
+share = (safe.logits(others).argmax(-1) != lm.logits(others).argmax(-1)).mean()
+print(f"{share:.1%} of the words in held-out stories change.")
+assert share < DELTA
+# The threshold that failed may be safe, too: with 80 stories it could not be shown. And what has
+# been shown is true of the mean, over stories like these. It says nothing about a single story, and
+# little about answers, which are few among the words. (The method is called Learn then Test;
+# minitx.lab.learn_then_test.calibrate does what the last two cells do, for any technique.)
+
+# %% Try this
+# 1. In section 1, change the last row of `hidden` to (1, 4), so that layer 3 says "kitchen". Which
+#    thresholds on the gap would let the token exit with "park"?
+# 2. Section 6 with first=1: does deferring bring back the answers, and the loss? Predict before you
+#    try. Why is the loss larger than with first=2, although the cache is right?
+# 3. A check costs V D, a layer about 12 D^2. From which V on does a check cost more than a layer if
+#    D = 4096? Then add every=2 in section 7 (check after every other layer only). Does the gap save
+#    more or less than before?
+# 4. By section 9, how many stories without any change does it take if delta is 1%? And with a mean
+#    loss of 0.5%?

@@ -74,9 +74,9 @@ class Visible:
     start (B,): in a batch padded on the left, each sequence's first real row. Rows before it are
     padding, which no real query sees; a padding query sees only itself, so it has one key too.
 
-    mask: True where a query must not see a key. (T, n) for the last n of the S keys, with n = T if
-    the queries are the T newest tokens (they all see the keys before those), else n = S; in a
-    padded batch (B, 1, 1, T, S). None for a single query that sees everything.
+    mask: True where a query must not see a key. (T, T) for the newest T keys if the queries are the
+    T newest tokens, since all of them see every earlier key; (T, S) for other queries; (B, 1, 1, T,
+    S) in a padded batch; None for a single query that sees everything.
     """
 
     def __init__(self, T: int, S: int, start: np.ndarray | None = None, own=None):
@@ -213,8 +213,8 @@ def attend_masked(q, k, v, scale, kept, floor=0.0):
     kept (..., K, G, T, S). Nothing is saved here: each query keeps other keys, and with many
     queries one dense product is faster than gathering rows for each.
     """
-    # ``attention_weights`` groups heads itself. Here each query head is a group of its own (one
-    # query head, one key head), so q, k and v get one more axis of size 1, and the mask gets two.
+    # ``unnormalized_weights`` expects one mask per key head. Here each query head has its own, so
+    # it becomes a group by itself: one more axis of size 1 for q, two more for k, v and the mask.
     rows = q.reshape(*kept.shape[:-2], 1, *q.shape[-2:])  # (..., K, G, 1, T, d)
     k, v = k[..., None, None, :, :], v[..., None, None, :, :]  # (..., K, 1, 1, S, d)
     work = q.size // q.shape[-1] * k.shape[-2] * (k.shape[-1] + v.shape[-1])

@@ -39,8 +39,8 @@ def elsa(
     stories: Annotated[int, "calibration stories to learn thresholds from", at_least(1)] = 8,
     min_visible: Annotated[
         int,
-        "learn only from queries that see at least this many keys: a query that sees 1 or 2 gives "
-        "a sample close to 1 or -1",
+        "learn only from queries that see at least this many keys: with fewer, p/n is close to 1 "
+        "and the sample says little",
         at_least(1),
     ] = 1,
     seed: Annotated[int, "of the random projection", at_least(0)] = 0,
@@ -51,28 +51,29 @@ def elsa(
                Self-Attention Mechanism in Neural Networks", ISCA 2021,
                doi 10.1109/ISCA52012.2021.00060.
     Fidelity:  the paper's text, in floats. Causal attention and a growing cache are our extension.
-    Kind:      approximate; exact at p=0 without threshold, which keeps every key.
+    Kind:      approximate; exact at p=0, which keeps every key (unless threshold is given).
     Idea:      Project two vectors onto k random directions: the share of signs that differ
                estimates the angle between them. A key whose estimated similarity to the query is
                below a threshold, learned for each head, is never scored.
-    Offline:   A (k hash bits, d head width): orthonormal rows, the same in all layers and heads; a
-               Kronecker product of small random orthogonal matrices of sizes n1, n2, ... (k < d:
-               its first k rows; k > d: several independent ones stacked).
+    Offline:   A (bits, d head width): a random matrix, orthogonal if bits = d, the same in all
+               layers and heads (built so that A x is cheap: see KroneckerProjection).
                bias: 80th percentile of estimated minus true angle between random vectors.
                t, for each layer and query head, from the dense model on calibration text: a query q
                sees n keys with softmax weights w. Let y be the key with the smallest weight among
                those with w > p/n, or if there are none, the key with the largest weight.
-               t = mean over all queries of  q . y / (|q| * max|key|)
-    Online:    hash(x) = A x >= 0        k bits of x (after RoPE); computed once per key
-               angle = max(0, pi/k * hamming(hash(q), hash(key)) - bias)
+               t = mean over all queries of  q . y / (|q| * max|key|);  p = 0: t = -infinity
+    Online:    hash(x) = A x >= 0        the signs of A x (x after RoPE); computed once per key
+               angle = max(0, pi/bits * hamming(hash(q), hash(key)) - bias)
                sim   = |key| * cos(angle)
                keep the keys with sim > t * max|key|, or if none, the one with the largest sim;
                exact scores and softmax over those. max|key|: over the keys that q sees.
-    Saves:     per decoded token with r of S cached keys kept, c = n1 + n2 + ... and k <= d:
-               c d (hash) + S (sim) + 2 r d multiply-adds per query head instead of 2 S d, and
-               (c + 1) d per key head for the new key's hash and norm. A prompt saves none.
-    In NumPy:  slower than dense below 4,096 keys: gathering rows costs more than BLAS saves.
-    Not for:   models without a tokenizer, unless threshold is given.
+    Saves:     per decoded token with r of S cached keys kept, and c d for a hash (c = 10 at d =
+    32):
+               c d + S (sim) + 2 r d multiply-adds per query head instead of 2 S d, and (c + 1) d
+               per key head for the new key's hash and norm. A prompt saves none.
+    In NumPy:  slower than dense below 4,096 keys: gathering the kept rows costs more than scoring
+               fewer keys saves.
+    Not for:   models without a tokenizer, unless p=0 or threshold is given.
     Proof:     tests/skip/test_elsa.py; literal version: tests/skip/literal_elsa.py
     Tutorial:  tutorials/06_which_keys_matter.py
     """
@@ -214,8 +215,8 @@ class KroneckerProjection(Part):
         """x (..., d) -> A x (..., d)"""
         y = x.reshape(-1, x.shape[-1])
         for factor in reversed(self.factors):
-            # The axis of the next factor is last; multiplied, it goes to the front. So the axes are
-            # in their first order again after the last factor.
+            # y's last axis belongs to this factor. Multiply along it and move it to the front: then
+            # the axis of the next factor is last. After all factors the order is as at the start.
             y = y.reshape(len(y), -1, len(factor.a))  # (N, d / n, n)
             y = ops.linear(y, factor.a.T).swapaxes(1, 2)  # (N, n, d / n)
         return y.reshape(x.shape)
@@ -270,8 +271,8 @@ SIMULATED = 1 << 19  # draw SIMULATED // d pairs of vectors; accurate to about 0
 @lru_cache
 def simulate_angle_bias(d: int, bits: int, seed: int = 0, percentile: float = 0.8) -> float:
     """The bias in radians: the 80th percentile of ``pi/k * hamming`` minus the true angle, over
-    pairs of standard normal vectors. Less the bias, 80% of angles are underestimated: so a key is
-    kept needlessly more often than it is lost."""
+    pairs of standard normal vectors. After subtracting it, 80% of the angles are estimated too
+    small, so a key is more often kept needlessly than lost."""
     x, y = np.random.default_rng((seed, 1)).standard_normal((2, max(SIMULATED // d, 1), d))
     hash_of = sign_hash(d, bits, seed)
     estimated = math.pi / bits * hamming(hash_of(x), hash_of(y))
@@ -347,18 +348,19 @@ def threshold_samples(q, k, p: float, scale: float, visible: Visible):
 
 # Notes:
 #
-# - p=0 sets t = -infinity instead of the formula's mean, so every key passes. Any threshold below
-#   -1 does the same.
+# - Any threshold below -1 keeps every key, like p=0.
 # - The paper does not say what happens when no key passes, nor whether samples are averaged by
 #   query or by text first. Ours: the most similar key is kept; all queries count alike.
 # - A prompt is scored densely and masked, since one product of many rows is faster than gathering.
 #   "keys kept" of "keys seen" is what hardware could skip there.
-# - Cost in full, of one decoded token: the hash takes c d multiply-adds for each of ceil(k / d)
-#   stacked projections (c = 2 + 4 + 4 at d = 32); a new key's norm d more. Hamming distances are
+# - Cost in full, of one decoded token with k hash bits: the hash takes c d multiply-adds for each
+# of
+#   ceil(k / d) stacked projections, c the sum of its factors' sizes (2 + 4 + 4 at d = 32, whose
+#   product is d); a new key's norm d more. Hamming distances are
 #   counted as "bits compared" and not as multiply-adds. Cache bytes in float32:
 #   S (ceil(k / 8) + 4) per key head for hashes and norms, and 8 r d per query head for the kept
 #   rows, instead of 8 S d per key head.
 # - The paper's 0.127 rad for d = k = 64 is what ``simulate_angle_bias`` finds there; it is about
 #   1 / sqrt(k) elsewhere.
-# - Time: slower than dense attention at d = 32 up to 2,048 keys, and at 4,096 about equal with a
-#   tenth of the keys kept.
+# - Time at d = 32: slower than dense attention at every context tried up to 2,048 keys; at 4,096
+#   about equal with a tenth of the keys kept.

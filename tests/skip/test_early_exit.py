@@ -345,7 +345,7 @@ def test_saturation_is_first_measured_after_two_layers(first, depths):
     _, lm = models(measure="saturation", threshold=0.8, first=first, every=2)
     with counting(lm) as counts:
         lm.logits(IDS)
-    found = {n for n in range(1, L) if counts.events[f"tokens exited after layer {n}"]}
+    found = {n for n in range(1, L) if counts.events[f"tokens exited after {n} layers"]}
     assert found == depths, f"first={first}: tokens exited after layers {found}"
 
 
@@ -373,7 +373,7 @@ def test_events_count_the_tokens_that_exited_after_each_layer():
     assert counts.events["skippable layers"] == 38 * (L - 1)
     assert counts.events["layers skipped"] == (L - depths).sum()
     for depth in range(1, L):
-        assert counts.events[f"tokens exited after layer {depth}"] == (depths == depth).sum()
+        assert counts.events[f"tokens exited after {depth} layers"] == (depths == depth).sum()
 
 
 # With other techniques ---------------------------------------------------------------------------

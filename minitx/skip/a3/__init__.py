@@ -89,7 +89,8 @@ def a3(
                at most 2 (d + M) + (c + r) d multiply-adds instead of 2 S d. The sorted columns take
                8 d bytes per key and key head. A prompt saves none: all scores are computed.
     In NumPy:  much slower than dense attention, since Python pops one product at a time (Notes).
-    Not for:   heads whose scores are all low or all high: the search compares sums with 0.
+    Not for:   heads whose scores are nearly all negative (one candidate is left) or all positive
+               (nothing is dropped): a candidate is a key whose sum is above 0.
     Proof:     tests/skip/test_a3.py; literal version: tests/skip/literal_a3.py
     Tutorial:  tutorials/07_four_ways_to_find_keys.py
     """
@@ -115,12 +116,12 @@ def a3(
 # Online: greedy search ---------------------------------------------------------------------------
 
 
-def greedy_search(q: list[float], columns: Columns, iterations: int, S: int) -> list[float]:
+def greedy_search(q: list[float], columns: Columns, M: int, S: int) -> list[float]:
     """The greedy sums of S keys for one query q (d). columns (d, n): those of the n sorted keys
     that the query sees; the other keys get 0."""
     largest, smallest = pop_products(q, columns, 1), pop_products(q, columns, -1)
     greedy, running, popped = [0.0] * S, 0.0, 0
-    for _ in range(iterations):
+    for _ in range(M):
         product, key = next(largest, NOTHING)
         greedy[key] += product
         running += product
@@ -184,8 +185,9 @@ class GreedySelector(Part):
             return None
         S = k.shape[-2]
         if self.rebuild:
-            # Sort as far as the sequence whose last full group of ``rebuild`` keys ends latest.
-            # max: a sequence that is all padding so far counts as one key.
+            # Each sequence has (S - start) % rebuild keys after its last full group. In a batch all
+            # are sorted up to the same row: the one that leaves out the fewest. (max: a sequence
+            # that is still all padding has a negative S - start.)
             start = 0 if layer.start is None else layer.start
             S -= np.min(np.maximum(S - start, 1) % self.rebuild)
         k = k[..., :S, :]
@@ -195,7 +197,7 @@ class GreedySelector(Part):
         q = q.reshape(*q.shape[:-3], k.shape[-3], -1, visible.T, q.shape[-1])  # (..., K, G, T, d)
         if known is None:
             return visible.hide(np.ones((*q.shape[:-1], visible.S), bool), False)
-        if self.rounding:  # otherwise the scale would not change the candidates
+        if self.rounding:  # scale, then round; without rounding the scale changes no candidate
             q = self.rounding(q * self.scale)
         end = visible.own + 1
         first = end - visible.count  # the query sees the keys first .. end - 1
@@ -219,6 +221,7 @@ class GreedySelector(Part):
         for head in np.ndindex(*heads):  # (..., K)
             of_head = columns.of_head(head)
             for t in range(T):
+                # the same keys for all G query heads, so [0, t]
                 seen = of_head.between(first[head][0, t], end[head][0, t])
                 if not seen.rows.size:  # no group is full yet
                     continue
@@ -237,21 +240,23 @@ class GreedySelector(Part):
 # - Ties: of equal products in two columns the lower column's is popped first; in one column the
 #   outer one. Equal numbers of a column are sorted by key, so for q[j] > 0 the largest products
 #   come from the last of equal keys.
-# - Many iterations are not neutral: with iterations = d there are d n pops for n keys on each side,
-#   i.e. all products. Without the gate greedy would then be q . key itself, and keys with a
-#   negative score would still be dropped.
+# - A large ``iterations`` does not make a3 exact: at iterations = d all d n products are popped
+#   (except those that the gate holds back), so greedy is about q . key, and keys with a negative
+#   score are still dropped. Exact is iterations=None threshold=0.
 # - Each query searches only the keys that it sees, so a prompt selects what single tokens select.
 # - The hardware searches with the scaled and rounded query, and so does integer_bits. In floats the
 #   scale multiplies all products alike and changes no candidate, so it is left out of the search.
-# - Inserting a new key moves half of each column on average ("sorted values moved"), for one query
-#   per head. In the paper many queries share the sorting. rebuild=64 sorts after every 64 keys.
+# - Inserting a new key moves half of each column on average ("sorted values moved"), and in
+# decoding
+#   only one query per head uses the result; in the paper many queries share one sorting.
+#   rebuild=64 sorts after every 64 keys.
 # - Time on stories, one BLAS thread (OMP_NUM_THREADS=1, model(ids, state) timed by itself):
 #
 #                              decode at 256 keys    at 500 keys    prompt of 256
 #       dense                        0.7 ms             0.8 ms           17 ms
 #       setting=conservative          10 ms              16 ms         1200 ms
 #       setting=aggressive             6 ms               7 ms          650 ms
-# - The second filter saves value rows: those of candidates that it drops are not read, so weighting
+# - ``threshold`` saves value rows: those of the candidates that it drops are not read, so weighting
 #   the values takes r d multiply-adds instead of c d.
-#   Fixed point and the tables show what the hardware's arithmetic does to the outputs; they are
+# - Fixed point and the tables show what the hardware's arithmetic does to the outputs; they are
 #   slower still.

@@ -82,6 +82,7 @@ class SortedColumns:
         # each, up to about 2,000 keys.
         larger = values[..., :n] > x[..., None]  # (..., K, d, n): false, then true
         for array in self.arrays:
+            # source and target overlap; NumPy copies as if they did not
             np.copyto(array[..., 1 : n + 1], array[..., :n], where=larger)
         place = n - larger.sum(-1, keepdims=True)
         np.put_along_axis(values, place, x[..., None], -1)

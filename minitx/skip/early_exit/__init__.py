@@ -10,12 +10,12 @@ F hidden width of the FFN, V vocabulary, L layers, which are numbered from 0.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
 
 from minitx import ledger
+from minitx.digest import digest
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
 from minitx.shared.random_baseline import random_scores
@@ -79,9 +79,12 @@ def early_exit(
     Kind:      approximate; exact with a threshold above 1, which no confidence reaches.
     Idea:      Easy tokens need few of the L layers. But later tokens attend to them in every layer,
                so skipped layers still need their keys and values.
-    Offline:   measure=probe: w (D,) and b by logistic regression (exit_probe.py).
-    Online:    h[i] = hidden state after i layers, the input of layer i; t = the token's position
-               at i = first, first + every, ... < L, if t >= warm_up (saturation: first >= 2):
+    Offline:   measure=probe: w (D,) and b by logistic regression on the hidden states of all
+    layers;
+               label: does head(norm(h[i])) predict the same token as head(norm(h[L]))?
+    Online:    h[i]: hidden state after i layers, the input of layer i;  t: the token's position
+               after i layers, i = first, first + every, ... < L (saturation: first >= 2),
+               if t >= warm_up:
                  c = p1 - p2, top two of softmax(head(norm(h[i])))               softmax
                      cos(h[i], h[i-1])                                           saturation
                      sigmoid(w . h[i] + b)                                       probe
@@ -94,16 +97,20 @@ def early_exit(
                  deferred:  when a later token enters layer l, run l on it and all earlier tokens
                             that have not run l: one causal chunk, each from its own output of
                             layer l-1
-    Saves:     multiply-adds per skipped layer: 2 D H d (q, out) + 2 S H d (attention) + 3 D F (FFN)
-               + 2 D K d (k, v; not with copy). A check costs V D, 3 D or D.
-    In NumPy:  1.2x to 1.3x on stories with saturation; softmax is not faster (Notes).
+    Saves:     multiply-adds per skipped layer: 2 D H d (q, out) + 2 S H d (attention) + 3 D F
+    (FFN).
+               copy still makes k and v; deferred saves only layers that no later token enters.
+               A check costs V D, 3 D or D.
+    In NumPy:  1.1x to 1.3x on stories with saturation; softmax is not faster (Notes).
     Not for:   models trained to predict at the last layer alone; large batches (Notes).
     Proof:     tests/skip/test_early_exit.py; literal version: tests/skip/literal_early_exit.py
     Tutorial:  tutorials/04_knowing_when_to_stop.py
     """
     L, context = len(blocks_of(lm)), lm.model.config.context
     if measure == "saturation":
-        first = max(first, 2)  # h[0] may be no hidden state: first_layer makes it a table row
+        first = max(
+            first, 2
+        )  # with the technique first_layer, h[0] is a table row and no hidden state
     schedule = ThresholdSchedule(threshold, decay, context if horizon is None else horizon, warm_up)
 
     def confidence(model: Transformer) -> Part:
@@ -174,8 +181,9 @@ class ExitingStack(Part):
         return run(x, previous, state, t, threshold)
 
     def run_until_exit(self, x, previous, state: State, t, threshold):
-        """Layers ``first`` .. L - 1, for the tokens that have not exited. x (..., T, D) is h[depth]
-        of those, and the exit state of the others; ``previous`` is one layer earlier."""
+        """Layers ``first`` .. L - 1, for the tokens that have not exited. In each turn of the loop,
+        x (..., T, D) is h[depth] of these tokens and the exit state of the others, and ``previous``
+        is x one layer earlier."""
         L = len(self.blocks)
         live = t >= 0  # (..., T); padding does not run further
         for depth in range(self.first, L):
@@ -222,20 +230,26 @@ LIVE = np.ones(1, bool)  # one token that has not exited
 
 def note_exits(exits, depth: int, L: int) -> None:
     ledger.event("layers skipped", lambda: exits.sum() * (L - depth))
-    ledger.event(f"tokens exited after layer {depth}", exits)
+    ledger.event(f"tokens exited after {depth} layers", exits)
 
 
 # Offline -----------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)  # a sweep over thresholds needs one probe
+PROBES: dict[bytes, tuple] = {}  # of the last model, by its digest: a sweep trains one probe
+
+
 def probe_from_stories(lm) -> tuple[np.ndarray, float]:
     """w and b of the exit probe, trained on calibration stories."""
     from minitx.skip.early_exit.exit_probe import TEXTS, train_exit_probe
     from minitx.training.calibration import texts_for  # only for this measure
 
-    texts = texts_for("early_exit", lm, TEXTS, "use measure=softmax or saturation")
-    return train_exit_probe(lm, texts)
+    key = digest(lm.model)
+    if key not in PROBES:
+        texts = texts_for("early_exit", lm, TEXTS, "use measure=softmax or saturation")
+        PROBES.clear()
+        PROBES[key] = train_exit_probe(lm, texts)
+    return PROBES[key]
 
 
 # Notes:
@@ -253,20 +267,21 @@ def probe_from_stories(lm) -> tuple[np.ndarray, float]:
 #   The model is also the dense one with first >= L, or with a warm_up as long as the text.
 # - minitx/lab/learn_then_test.py finds a threshold that bounds the error.
 # - The FFN takes 2 D F instead of 3 D F without a gate. kv_fill=deferred saves nothing in a layer
-#   that a later token enters: it only runs later, in a larger matrix product.
+#   that a later token enters: the layer only runs later, in a larger matrix product.
 # - A softmax check costs more than a layer (about 12 D^2) where V > 12 D; every=2 halves the
 #   checks. The head also runs once more on the exit state: it belongs to the model, not the stack.
 # - With kv_fill=deferred, every token sees the keys and values that the dense model has for the
 #   same text; only the logits of tokens that exited are approximate.
-# - A batch skips a layer only where all sequences do: a token that has exited is computed along
-#   with the others as long as one of them is live at the same place in the chunk, and the result is
-#   dropped. A prompt whose tokens
-#   exit at different layers is gathered and scattered in each layer, which can take longer than
-#   running it in full: a warm_up as long as the prompt avoids that.
+# - A batch skips a layer only where all sequences do: a token that has exited is computed, and the
+#   result dropped, as long as the token at the same place of another sequence has not exited.
+# - A prompt whose tokens exit at different layers is gathered and scattered in each layer, which
+# can
+#   take longer than running it in full: a warm_up as long as the prompt avoids that.
 # - measure=random draws one number, uniform in [0, 1), for each layer and position. With
-#   threshold=0 every token exits after layer ``first``. measure=probe needs a tokenizer, to read
+#   threshold=0 every token exits after ``first`` layers. measure=probe needs a tokenizer, to read
 #   the calibration stories.
-# - Figures on stories (minitx sweep early-exit ... --stories 60; speed on a busy machine). Answers:
+# - Figures on stories (minitx sweep early-exit SETTING --stories 60; speed on a busy machine).
+# Answers:
 #   % of questions answered correctly that need 1 / 2 / 3 facts of the story.
 #
 #       setting                                     multiply-adds   loss       answers       speed

@@ -56,7 +56,7 @@ class ExitProbe(Part):
 
 
 def sigmoid(z):
-    """1 / (1 + exp(-z)), by the tangent, which cannot overflow."""
+    """1 / (1 + exp(-z)), by the hyperbolic tangent, which cannot overflow."""
     return 0.5 + 0.5 * np.tanh(0.5 * z)
 
 

@@ -3,7 +3,7 @@
 A token that reaches a layer attends to every earlier token there, also to those that skipped it.
 Both parts below have the same methods; ``run`` is called for each layer from ``first`` on.
 
-Column t of x (..., T, D) is x[..., t, :]: token t of this step, in every sequence of the batch.
+Column j of x (..., T, D) is x[..., j, :]: token j of this step, in every sequence of the batch.
 """
 
 import math
@@ -90,7 +90,9 @@ class DeferLayers(Part):
         self.deferred(x, state).h[..., state.tokens.positions, :] = x
 
     def ran_all_layers(self, state: State) -> None:
-        """Called after a step in which no token may exit: then no earlier one has exited either."""
+        """Called after a step in which no token may exit, that is, inside the warm-up: all earlier
+        tokens are inside it too, so all of them have run every layer. (A ``Deferred`` exists then
+        only if the sequence was rewound into the warm-up.)"""
         if self in state.shared.kept:
             state.shared.kept[self].done = [state.tokens.end] * len(state.layers)
 
