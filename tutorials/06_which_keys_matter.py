@@ -158,7 +158,8 @@ for i, (degrees, length) in enumerate(places):
 print_table(["key", "estimated angle", "true", "similarity", "exact", "above 0.8?"], table)
 assert kept[:4].tolist() == [True, True, False, False]
 # Four bits are crude, but good enough to drop two keys. The estimate only decides which keys take
-# part: their weights come from exact scores.
+# part: their weights come from exact scores. (If no key is above the threshold, ELSA keeps the one
+# with the largest similarity.)
 
 # %% 5. How many bits, and a precaution
 # ELSA takes as many bits as a vector has numbers (d = 32 in `stories`) unless told otherwise. Its

@@ -287,9 +287,9 @@ assert max(work[name] for name in work if name != "dense") < work["dense"]
 # - Sparse memory has only 64 keys to look at. With more slots, an index of near neighbours can tell
 #   which to score (its option `index`: k-d trees or hashing).
 say(
-    "In NumPy, selecting costs more time than it saves at this length: many small calls instead of",
-    "two matrix products, and A3 pops its products one by one in Python. The papers of ELSA, A3 and",
-    "DOTA build hardware for it. `minitx compare-attention` times longer texts.",
+    "In NumPy, selecting costs more time than it saves at this length: many small calls instead",
+    "of two matrix products, and A3 pops its products one by one in Python. The papers of ELSA, A3",
+    "and DOTA build hardware for it. `minitx compare-attention` times longer texts.",
 )
 
 # %% Try this
