@@ -49,8 +49,8 @@ def dota(
     bits: Annotated[int | None, "bits of the detector's integers; None: floats", between(2, 8)] = 4,
     parallel_queries: Annotated[
         int,
-        "only for the event 'key loads' (keys that an accelerator fetches from memory if it runs so "
-        "many queries at once and they share a fetch); does not change the result",
+        "only for the event 'key loads' (keys that an accelerator fetches from memory if it runs "
+        "so many queries at once and they share a fetch); does not change the result",
         between(1, 8),
     ] = 4,
 ):
