@@ -408,10 +408,10 @@ assert share < DELTA
 #
 # 1. In section 1, change the last row of `hidden` to (1, 4), so that layer 3 says "kitchen". Which
 #    thresholds on the gap would let the token exit with "park"?
-# 2. In section 6, set first=1 in the two lines that make `backfilled` and `deferred`. (In the table,
-#    the row "gap, threshold 0.95" stays that of first=2.) Does deferring bring back the answers, and
-#    the loss? Predict before you try. Why is the loss larger than with first=2, although the cache
-#    is right? To find out, put stop_after[0] into the last cell of section 5.
+# 2. In section 6, set first=1 in the two lines that make `backfilled` and `deferred`. (In the
+#    table, the row "gap, threshold 0.95" stays that of first=2.) Does deferring bring back the
+#    answers, and the loss? Predict before you try. Why is the loss larger than with first=2,
+#    although the cache is right? To find out, put stop_after[0] into the last cell of section 5.
 # 3. A check costs V D, a layer about 12 D^2. From which V on does a check cost more than a layer if
 #    D = 4096? Then, in section 7, add every=2 (check after every other layer only) to the random
 #    exits and to all three of MODELS. Does the gap save more or less than before?
