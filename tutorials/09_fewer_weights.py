@@ -326,7 +326,7 @@ for name, model in candidates.items():
 print_table(["", "multiply-adds", "memory", "speed", "loss"], table)
 say(
     "Zeros keep the model good and save nothing. Neurons save work and memory, and the model gets",
-    "worse; but they save hardly any time, because a matrix as narrow as this takes more time to",
+    "worse; but they save little time, because a matrix as narrow as this takes more time to",
     "call than to multiply. Low rank saves as much, and two products instead of one take the time",
     "that was saved. If it is memory that you lack, fewer bits give more for less.",
 )
