@@ -52,7 +52,7 @@ def elsa(
                doi 10.1109/ISCA52012.2021.00060.
     Fidelity:  the paper's text, in floats. Causal attention and a growing cache are our extension.
     Kind:      approximate; exact at p=0, which keeps every key (unless threshold is given).
-    Idea:      Project two vectors onto k random directions: the share of signs that differ
+    Idea:      Project two vectors onto k = bits random directions: the share of signs that differ
                estimates the angle between them. A key whose estimated similarity to the query is
                below a threshold, learned for each head, is never scored.
     Offline:   A (bits, d head width): a random matrix, orthogonal if bits = d, the same in all
@@ -330,8 +330,8 @@ class SampledAttend(Part):
 
 def threshold_samples(q, k, p: float, scale: float, visible: Visible):
     """For each query q (H, T, d) of one text, over the keys k (K, S, d): the largest threshold
-    (H, T) that all keys with a softmax weight above p/n still reach, if similarities are exact; if
-    no weight is above p/n, that the key with the largest weight reaches."""
+    (H, T) that all keys with a softmax weight above p/n still reach, if similarities are exact. If
+    no weight is above p/n: the largest threshold that the key with the largest weight reaches."""
     (H, T, d), (K, S, _) = q.shape, k.shape
     w = fast.unnormalized_weights(q, k, scale, visible.mask).reshape(K, H // K, T, S)
     w /= w.sum(-1, keepdims=True)

@@ -269,7 +269,7 @@ def fitted_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
 # - A stage of a training recipe with "detector": {"k": rank, "weight": ...} trains detectors, and
 #   writes dota.safetensors beside the weights (stories: see its recipe.json).
 # - A scale for each row is ours: one scale for all keys would change when a larger key arrives, and
-# with it earlier selections. Ties among estimates
+#   with it earlier selections. Ties among estimates
 #   are common at 2 bits and go to the lower index.
 # - The cost is below dense attention's only if rank is well under 2 d and keep well under S. Cache
 #   reads per token: S (rank + 4) bytes for each key head (S (4 rank + 4) with bits=None) and
