@@ -90,7 +90,7 @@ def block_0(table, ids, w, heads, kv_heads, width, rotated, base, parallel):
 
 
 def split_qkv(t, position, w):
-    """[q, k, v] = r(x) (y(tokens[t]) + y(positions[p])) + c of token t at a learned position p, with
+    """[q, k, v] = r(x) (y(tokens[t]) + y(positions[p])) + c of token t at learned position p, with
     y(x) = (x * g) W; a LayerNorm: x - mean(x) instead of x, in both r and y."""
 
     def less_mean(x):
