@@ -50,7 +50,7 @@ class SparseAttention(Part):
             return ops.attention(q, k, v, self.scale, layer.mask())
         known = self.selector.remember(k, layer)
         out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-        positions = layer.tokens.array  # (T,) all rows are kept, so position = cache row
+        positions = layer.tokens.array  # (T,), cache rows too: needs_all_rows
         for a in range(0, len(positions), fast.ROWS):  # a block of queries at a time
             b = min(a + fast.ROWS, len(positions))
             end = int(positions[b - 1]) + 1  # no query of this block sees a later key

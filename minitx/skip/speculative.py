@@ -54,13 +54,15 @@ def speculative(
     Idea:      Decoding is memory-bandwidth bound: each pass reads all weights for one token. A pass
                over several tokens reads them once too, so let a cheap draft guess, then check.
     Offline:   nothing.
-    Online:    one round; p[i] and q[i] are the target's and the draft's distributions of the token
-               after the text and x[1..i-1] x[i] ~ q[i]             for i = 1..gamma: the draft
-               proposes, token by token p[1], ..., p[gamma+1]   one target pass over the text's last
-               token and x[1..gamma] accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i
-               = 1, 2, ... at the first rejection, stop; draw from the residual max(0, p[i] - q[i])
-               / its sum if all are accepted, draw one more token from p[gamma+1] drop rejected
-               tokens from both KV caches; the token drawn last enters them in the next round
+    Online:    one round; p[i] and q[i]: the target's and the draft's distributions of the token
+               after the text and x[1..i-1]
+               x[i] ~ q[i]             for i = 1..gamma: the draft proposes, token by token
+               p[1], ..., p[gamma+1]   one target pass over the text's last token and x[1..gamma]
+               accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
+               at the first rejection, stop; draw from the residual max(0, p[i] - q[i]) / its sum
+               if all are accepted, draw one more token from p[gamma+1]
+               drop rejected tokens from both KV caches; the token drawn last enters them in the
+               next round
     Saves:     sequential passes of the target; no multiply-adds. If every proposal is accepted
                independently with the rate
                alpha   = E[sum over tokens x of min(p(x), q(x))]
@@ -302,8 +304,8 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #       lookup      4        2.00         1.21            1.26         0.80
 #
 #   With auto and self, sampling accepts more than greedy decoding: greedy rejects whenever the two
-# argmaxes differ, sampling only as often as p and q differ. With lookup q is one-hot, so a proposal
-#   x is accepted only with probability p(x).
+#   argmaxes differ, sampling with probability 1 - sum(min(p, q)), which is small where q is close
+#   to p. With lookup q is one-hot, so a proposal x is accepted only with probability p(x).
 #
 #   A step of stories-draft takes 0.28 steps of stories, a step of its first half 0.62; a pass over
 #   2, 5, 9 tokens takes 1.24, 1.48, 1.90 steps. For auto, gamma=4 and temperature 1, the formula on

@@ -68,8 +68,7 @@ def a3(
     Paper:     Ham et al., "A3: Accelerating Attention Mechanisms in Neural Networks with
                Approximation", HPCA 2020, arXiv 2002.10941, sections III and IV.
     Fidelity:  the paper's text. Causal attention and a growing cache are our extension.
-               What is unconfirmed: whether the running sum that the gate reads includes this
-               iteration's largest product; the width of the exponential tables' entries.
+               What is unconfirmed is in the Notes.
     Kind:      approximate; exact at iterations=None threshold=0.
     Idea:      A score is a sum of d products q[j] * key[j]. The most extreme products of all keys
                tell which keys may score high, and they are at the ends of the sorted columns.
@@ -82,8 +81,8 @@ def a3(
                    if running >= 0 (the gate):
                        pop the smallest product left in any column; if it is negative,
                            add it to greedy[key] and to running
-               candidates: keys with greedy > 0, or if there are none, the one with the largest
-               s = q . key / sqrt(d) for the candidates
+               candidates: keys with greedy > 0; if there are none, the key with the largest greedy
+               s = q . key / sqrt(d)    exact scores, for the candidates only
                keep s >= max(s) - ln(100 / threshold), or all if threshold=0; softmax over those
     Saves:     per decoded token and query head, with S cached keys, c candidates and r kept keys:
                at most 2 (d + M) + (c + r) d multiply-adds instead of 2 S d. The sorted columns take
@@ -186,8 +185,9 @@ class GreedySelector(Part):
         S = k.shape[-2]
         if self.rebuild:
             # Each sequence has (S - start) % rebuild keys after its last full group. In a batch all
-            # are sorted up to the same row: the one that leaves out the fewest. (max: a sequence
-            # that is still all padding has a negative S - start.)
+            # sequences are sorted up to the same row, S minus the smallest of these remainders; the
+            # search of each still stops at its own last full group (``end`` below). max: a sequence
+            # that is still all padding counts as one key.
             start = 0 if layer.start is None else layer.start
             S -= np.min(np.maximum(S - start, 1) % self.rebuild)
         k = k[..., :S, :]
@@ -233,8 +233,9 @@ class GreedySelector(Part):
 
 # Notes:
 #
-# - Here the gate's running sum includes this iteration's largest product. The paper's wording
-#   leaves open whether it does.
+# - Unconfirmed: whether ``running``, where the gate reads it, already contains this iteration's
+#   largest product, which the paper's wording leaves open (here it does); and the width of the
+#   exponential tables' entries.
 # - The paper pops M products on each side, whatever their signs. Here a side stops where products
 #   have the wrong sign and would not be added; this changes only the count.
 # - Ties: of equal products in two columns the lower column's is popped first; in one column the
@@ -247,8 +248,7 @@ class GreedySelector(Part):
 # - The hardware searches with the scaled and rounded query, and so does integer_bits. In floats the
 #   scale multiplies all products alike and changes no candidate, so it is left out of the search.
 # - Inserting a new key moves half of each column on average ("sorted values moved"), and in
-# decoding
-#   only one query per head uses the result; in the paper many queries share one sorting.
+#   decoding only one query per head uses the result; in the paper many queries share one sorting.
 #   rebuild=64 sorts after every 64 keys.
 # - Time on stories, one BLAS thread (OMP_NUM_THREADS=1, model(ids, state) timed by itself):
 #

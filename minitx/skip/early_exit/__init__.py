@@ -79,12 +79,11 @@ def early_exit(
     Kind:      approximate; exact with a threshold above 1, which no confidence reaches.
     Idea:      Easy tokens need few of the L layers. But later tokens attend to them in every layer,
                so skipped layers still need their keys and values.
-    Offline:   measure=probe: w (D,) and b by logistic regression on the hidden states of all
-    layers;
-               label: does head(norm(h[i])) predict the same token as head(norm(h[L]))?
-    Online:    h[i]: hidden state after i layers, the input of layer i;  t: the token's position
-               after i layers, i = first, first + every, ... < L (saturation: first >= 2),
-               if t >= warm_up:
+    Offline:   measure=probe: w (D,) and b by logistic regression on h[1] .. h[L-1]; label: does
+               head(norm(h[i])) predict the same token as head(norm(h[L]))?
+    Online:    h[i]: hidden state after i layers, the input of layer i;  t: the token's position.
+               Check after i = first, first + every, ... < L layers (saturation: first >= 2), if
+               t >= warm_up:
                  c = p1 - p2, top two of softmax(head(norm(h[i])))               softmax
                      cos(h[i], h[i-1])                                           saturation
                      sigmoid(w . h[i] + b)                                       probe
@@ -98,9 +97,8 @@ def early_exit(
                             that have not run l: one causal chunk, each from its own output of
                             layer l-1
     Saves:     multiply-adds per skipped layer: 2 D H d (q, out) + 2 S H d (attention) + 3 D F
-    (FFN).
-               copy still makes k and v; deferred saves only layers that no later token enters.
-               A check costs V D, 3 D or D.
+               (FFN). copy still makes k and v; deferred saves only layers that no later token
+               enters. A check costs V D (softmax), 3 D (saturation) or D (probe).
     In NumPy:  1.1x to 1.3x on stories with saturation; softmax is not faster (Notes).
     Not for:   models trained to predict at the last layer alone; large batches (Notes).
     Proof:     tests/skip/test_early_exit.py; literal version: tests/skip/literal_early_exit.py
@@ -108,9 +106,7 @@ def early_exit(
     """
     L, context = len(blocks_of(lm)), lm.model.config.context
     if measure == "saturation":
-        first = max(
-            first, 2
-        )  # with the technique first_layer, h[0] is a table row and no hidden state
+        first = max(first, 2)  # h[0] is a table row with first_layer, no hidden state
     schedule = ThresholdSchedule(threshold, decay, context if horizon is None else horizon, warm_up)
 
     def confidence(model: Transformer) -> Part:
@@ -275,14 +271,12 @@ def probe_from_stories(lm) -> tuple[np.ndarray, float]:
 # - A batch skips a layer only where all sequences do: a token that has exited is computed, and the
 #   result dropped, as long as the token at the same place of another sequence has not exited.
 # - A prompt whose tokens exit at different layers is gathered and scattered in each layer, which
-# can
-#   take longer than running it in full: a warm_up as long as the prompt avoids that.
+#   can take longer than running it in full: a warm_up as long as the prompt avoids that.
 # - measure=random draws one number, uniform in [0, 1), for each layer and position. With
 #   threshold=0 every token exits after ``first`` layers. measure=probe needs a tokenizer, to read
 #   the calibration stories.
 # - Figures on stories (minitx sweep early-exit SETTING --stories 60; speed on a busy machine).
-# Answers:
-#   % of questions answered correctly that need 1 / 2 / 3 facts of the story.
+#   Answers: % of questions answered correctly that need 1 / 2 / 3 facts of the story.
 #
 #       setting                                     multiply-adds   loss       answers       speed
 #       dense                                           1.00x      0.0000    99 / 93 / 100    1.0x
