@@ -20,18 +20,23 @@ def low_rank(
     lm,
     *,
     share: Annotated[
-        float, "weights of both factors, at most, as a share of the matrix's", above(0, 1)
+        float,
+        "the two factors together have at most this share of the matrix's weights",
+        above(0, 1),
     ] = 0.75,
     rank: Annotated[int | None, "rank of every matrix, instead of share", at_least(1)] = None,
     energy: Annotated[
         float | None,
-        "instead of share: the smallest rank whose squared singular values sum to this share",
+        "instead of share: the smallest rank whose squared singular values sum to this share of "
+        "the sum of all squared singular values",
         above(0, 1),
     ] = None,
     weighted: Annotated[
         bool, "minimize the error of outputs on calibration stories, not that of weights"
     ] = True,
-    damping: Annotated[float, "of the inputs' Gram matrix, if weighted", above(0, 100)] = 0.01,
+    damping: Annotated[
+        float, "added to the diagonal of X^T X, in units of its mean, if weighted", above(0, 100)
+    ] = 0.01,
     matrices: Annotated[Literal["all", "ffn", "attention"], "which are factorized"] = "all",
     stories: Annotated[int, "calibration stories, if weighted", at_least(1)] = 16,
 ):
@@ -40,18 +45,19 @@ def low_rank(
     Paper:     none alone: truncated SVD is the best approximation of rank r (Eckart and Young,
                1936); weighting it by the inputs is plain algebra.
     Fidelity:  ours: damping and defaults.
-    Kind:      approximate; exact but for rounding at full rank.
+    Kind:      approximate. A matrix whose factors would be no smaller stays, bit for bit.
     Idea:      Often most of a matrix lies in a few directions. Keep those, as two thin factors.
     Offline:   plain:     W = u s v (SVD, s the singular values, largest first)
                           left = u_r sqrt(s_r) (in, r),  right = sqrt(s_r) v_r (r, out)
-               weighted:  c c^T = X^T X + damping mean(diag(X^T X)) I     X: calibration inputs
+               weighted:  c c^T = X^T X + damping mean(diag(X^T X)) I  (Cholesky)
                           c^T W = u s v,  left = c^-T u_r sqrt(s_r),  right = sqrt(s_r) v_r
-                          which minimizes ||c^T (W - left right)||, the error of the outputs
+                          X (tokens, in) are the calibration inputs. For E = W - left right this
+                          minimizes ||c^T E||, which is ||X E|| but for damping: c c^T = X^T X.
     Online:    y = (x left) right + bias;  W itself if the two factors would be no smaller
-    Saves:     in out - r (in + out) multiply-adds per token and as many weights, of each matrix.
+    Saves:     in*out - r (in + out) multiply-adds per token and as many weights, of each matrix.
     In NumPy:  faster where matrices are large; in a narrow model (stories, D = 128) the second call
                takes what is saved.
-    Not for:   matrices with a flat spectrum: see how many --low-rank energy=0.9 leaves unchanged.
+    Not for:   matrices with a flat spectrum: `minitx show --low-rank energy=0.9` lists the ranks.
     Proof:     tests/precompute/test_low_rank.py;
                literal version: tests/precompute/literal_low_rank.py
     Tutorial:  tutorials/09_fewer_weights.py
@@ -136,8 +142,9 @@ class LowRank(Part):
 # Notes:
 #
 # - The SVD runs in float64 and the factors are rounded once. Embedding and head stay as they are.
-# - With weighted, the energy is that of c^T W: what the outputs lose.
-# - Damping keeps c invertible where calibration inputs are always 0 or fewer than the matrix has.
+# - With weighted, energy is measured on the singular values of c^T W: a share of the outputs.
+# - Damping keeps c invertible where an input is always 0 or where there are fewer calibration
+#   inputs than rows of W.
 # - Figures on stories (minitx sweep low-rank share=0.9,0.75 --stories 60; one BLAS thread), whose
 #   spectra are flat: 0.90x of the multiply-adds cost +0.083 nats per token, 0.77x cost +0.339;
 #   speed 0.8x to 1.05x.

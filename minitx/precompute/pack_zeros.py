@@ -32,10 +32,10 @@ def pack_zeros(
     Idea:      A zero takes 4 bytes in a dense array and 1 bit in a mask.
     Offline:   of W (in, out), row by row: values = W[W != 0];  mask = W != 0, eight bits to a byte
     Online:    W = 0;  W[mask] = values;  y = x W + b
-    Saves:     memory: with a share p of zeros 4 (1 - p) + 1/8 bytes a weight instead of 4, which is
-               less if p > 1/32. That much is read for a product. No multiply-adds.
-    In NumPy:  slower: unpacking takes many times as long as the product with one token, and is done
-               anew for each. For a prompt of some hundred tokens it takes less than the product.
+    Saves:     memory: with a share p of zeros 4 (1 - p) + 1/8 bytes per weight instead of 4, which
+               is less if p > 1/32. That much is read for each product. No multiply-adds.
+    In NumPy:  slower: each call unpacks the matrix anew, which takes many times as long as the
+               product with one token, but less than that with a prompt of some hundred tokens.
     Not for:   matrices without zeros: prune first.
     Proof:     tests/precompute/test_pack_zeros.py;
                literal version: tests/precompute/literal_pack_zeros.py
@@ -52,7 +52,7 @@ def pack_zeros(
 class BitmaskLinear(Part):
     """``x @ w + b``; w (in, out) is unpacked for each product."""
 
-    values: np.ndarray  # (nonzero weights,) in row-major order
+    values: np.ndarray  # (number of nonzero weights,), in row-major order
     mask: np.ndarray  # uint8 (in * out / 8,): a bit for each weight, 1 if it is nonzero
     b: np.ndarray | None
     inputs: int
@@ -78,14 +78,15 @@ class BitmaskLinear(Part):
     def outputs(self, x, columns):
         """Only these columns of the result; the whole matrix is unpacked."""
         w = self.w[:, columns]
-        # ops.linear counts the bytes of w, but what was read are the values and the mask
+        # The ledger counts multiply-adds and bytes read. ops.linear will add the bytes of w, but
+        # what was read are the values and the mask.
         ledger.count(weight_bytes=self.values.nbytes + self.mask.nbytes - w.nbytes)
         return ops.linear(x, w, None if self.b is None else self.b[columns])
 
 
 # Notes:
 #
-# - Hardware for 2:4 stores two values and two 2-bit indices for each four weights: 4 bits, as many
-#   as the mask's. The mask fits any other pattern too.
+# - Hardware for 2:4 stores two values and two 2-bit indices for each four weights: the indices take
+#   4 bits per four weights, as the mask does. The mask fits any other pattern too.
 # - There must be memory for one unpacked matrix beside the packed ones.
 # - Only matrices with more than 1/32 of zeros shrink: min_sparsity=0.04 leaves the others dense.

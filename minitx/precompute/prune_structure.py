@@ -23,8 +23,8 @@ def prune_structure(
     heads: Annotated[float, "share of the attention heads to remove", at_least(0, below=1)] = 0.0,
     heads_by: Annotated[
         Literal["groups", "queries"],
-        "groups: key/value heads with all their query heads; queries: as many query heads from "
-        "each group",
+        "groups: key/value heads with all their query heads; queries: the same number of query "
+        "heads from every group",
     ] = "groups",
     score: Annotated[
         Literal["activations", "weights"], "by calibration activations, or by weight norms"
@@ -34,25 +34,28 @@ def prune_structure(
     """Remove the least important FFN neurons and attention heads from every block.
 
     Paper:     none alone: structured pruning in its plainest form.
-    Fidelity:  ours: both scores. By activations a neuron's is Wanda's (arXiv 2306.11695), squared
-               and summed over its whole row of W_down.
+    Fidelity:  ours: both scores. The activation score of a neuron is the sum of the squared Wanda
+               scores (arXiv 2306.11695) of its row of W_down.
     Kind:      approximate.
     Idea:      A unit u (neuron or head) adds h_u W_u to the residual stream: h_u is its activation,
-               W_u its row of W_down or its d rows of W_o. Remove those that add little; what is
-               left is a smaller plain model.
-    Offline:   activations: score_u = sum |h_u W_u|^2 over the calibration tokens, block by block,
-                            with inputs from the blocks pruned before
+               W_u its row of W_down, or its d rows of W_o (d: head width). Remove the units that
+               add little; what is left is a smaller plain model.
+    Offline:   activations: score_u = sum |h_u W_u|^2 over the calibration tokens, block by block:
+                            a block's inputs come from the earlier blocks, already pruned
                weights:     |W_gate[:, u]| |W_up[:, u]| |W_down[u]|  of a neuron,
-                            |W_v|^2 |W_o|^2                          of a head: bounds, but for
-                            biases and the norm of x
+                            |W_v|^2 |W_o|^2  of a head (its own columns and rows)
+                            Frobenius norms. Up to biases and powers of |x| they bound |h_u W_u|,
+                            for heads |h_u W_u|^2 (squared, so that scores of a group add up).
                The units with the highest scores stay, equally many in every block (at least one);
                ties go to the lower index.
     Online:    the same equations with fewer columns and rows.
-    Saves:     per token 3 D multiply-adds a neuron (2 D without a gate), 2 D d + 2 d S a query
-               head, and 2 D d more a key/value head, with its 2 d cached numbers; and the weights.
+    Saves:     multiply-adds per token: 3 D per removed neuron (D: model width; 2 D without a gate),
+               2 D d + 2 d S per query head (S: cached tokens), 2 D d per key/value head, and its
+               2 d cached numbers per token. As many weights, but for the 2 d S.
     In NumPy:  faster: in proportion where matrices are large, less in a narrow model, where the
                overhead of calls stays.
-    Not for:   anything that was trained for the model's original sizes, such as dota's detectors.
+    Not for:   parts trained for the original sizes, such as the networks that dota trains to
+               select keys: train them after pruning.
     Proof:     tests/precompute/test_prune_structure.py;
                literal version: tests/precompute/literal_prune_structure.py
     Tutorial:  tutorials/09_fewer_weights.py
@@ -71,7 +74,7 @@ def prune_structure(
 
 
 def with_new_sizes(lm):
-    """The model with the sizes of its blocks, which are the same in all of them, in its config."""
+    """Write the blocks' new sizes, which are the same in all of them, into the config."""
     block = lm.model.stack.blocks[0]
     hidden = block.ffn.down.w.shape[0]
     sizes = dict(hidden=hidden, heads=block.attn.heads, kv_heads=block.attn.kv_heads)
@@ -92,7 +95,8 @@ def contributions(gram, w, rows: int):
     units = len(w) // rows
     w = w.astype(np.float64).reshape(units, rows, -1)
     own = np.arange(units)
-    gram = gram.reshape(units, rows, units, rows)[own, :, own]  # (units, rows, rows)
+    # diagonal blocks: (units, rows, rows)
+    gram = gram.reshape(units, rows, units, rows)[own, :, own]
     return np.einsum("uio,uij,ujo->u", w, gram, w, optimize=True)
 
 
@@ -137,7 +141,7 @@ def rows(linear: Linear, keep) -> Linear:
 
 
 def remove_heads(attn: Attention, share: float, by: str, seen: dict) -> Attention:
-    """Query heads are kept as an array (K, G): those of group k are k G .. k G + G - 1."""
+    """Query heads are numbered as an array (K, G): those of group k are k G .. k G + G - 1."""
     need(attn.qkv, QKV)
     for linear in (attn.qkv.q, attn.qkv.k, attn.qkv.v, attn.out):
         need(linear, Linear)
@@ -180,10 +184,13 @@ def columns_of(heads, d: int):
 #
 # - heads_by=groups removes cached keys and values; queries does not, and does nothing in a model
 #   whose heads each have their own keys and values (G = 1).
-# - Figures on stories (minitx sweep prune-structure neurons=0.25,0.5 --stories 60, and neurons=0
-#   heads=0.5; one BLAS thread), loss above dense in nats per token:
+# - Figures on stories, one BLAS thread, from
+#       minitx sweep prune-structure neurons=0.25,0.5 --stories 60
+#       minitx sweep prune-structure neurons=0 heads=0.5 --stories 60
+#   Loss is above dense, in nats per token; the hops are right answers to questions that need 1, 2
+#   or 3 facts:
 #
-#       neurons  heads  multiply-adds  memory  cache  loss    1 / 2 / 3 facts   speed
-#       0.25     0      0.84x          0.84x   1.0x   +0.015   98 / 89 / 92 %   1.1x
-#       0.5      0      0.67x          0.67x   1.0x   +0.212   72 / 65 / 58 %   1.2x
-#       0        0.5    0.85x          0.88x   0.5x   +1.265   83 / 51 / 33 %   1.1x
+#       neurons  heads  multiply-adds  memory  cache  loss     1 hop  2 hops  3 hops  speed
+#       0.25     0      0.84x          0.84x   1.0x   +0.015   98 %   89 %    92 %    1.1x
+#       0.5      0      0.67x          0.67x   1.0x   +0.212   72 %   65 %    58 %    1.2x
+#       0        0.5    0.85x          0.88x   0.5x   +1.265   83 %   51 %    33 %    1.1x

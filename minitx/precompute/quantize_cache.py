@@ -36,15 +36,16 @@ def quantize_cache(
     Kind:      approximate: each number is off by up to half a scale.
     Idea:      The cache grows with every token, the weights do not: quantize what grows.
     Offline:   nothing: keys and values are not known yet.
-    Online:    store: for a new token, each head's key (after RoPE) and value, d numbers in groups
-               of g = group_size:
-                 scale = max|k| / q,  q = 127 or 7;    code = rint(k / scale)
+    Online:    store: for a new token, each head's key k (after RoPE) and value v, d numbers each,
+               in groups of g = group_size (v as k):
+                 scale = max|k| / q,  q = 127 or 7 (4 bits);    code = rint(k / scale)
                codes (4-bit ones two to a byte) and scales are cached instead of k and v.
-               read: k = scale code, for all S tokens of the layer that runs; then attention.
-    Saves:     memory: 2 K (d bits / 8 + 4 d / g) bytes per token and layer instead of 8 K d. No
-               multiply-adds.
+               read: k = scale * code, for all S cached tokens of the layer; then attention
+    Saves:     memory: 2 K (d*bits/8 + 4 d/g) bytes per token and layer instead of 8 K d, with K
+               key/value heads. No multiply-adds.
     In NumPy:  slower: all S tokens are dequantized anew for each new token, in every layer, which
-               takes longer than attention itself. For long contexts and large batches.
+               takes longer than attention itself. Use it where the cache of long contexts or large
+               batches does not fit in memory.
     Not for:   a cache that another technique stores in its own way.
     Proof:     tests/precompute/test_quantize_cache.py;
                literal version: tests/precompute/literal_quantize_cache.py
@@ -85,13 +86,13 @@ class QuantizedCache(Part):
         layer.store(self.quantized(k), self.quantized(v))
 
     def read(self, layer: Layer):
-        rows = layer.rows()  # bytes (..., K, S, d bits / 8 + bytes of scales)
+        rows = layer.rows()  # bytes (..., K, S, d*bits/8 + bytes of scales)
         ledger.count(cache_bytes=lambda: sum(a.nbytes for a in rows))
         return tuple(map(self.dequantized, rows))
 
     def quantized(self, x):
-        """x (..., K, T, d) -> bytes (..., K, T, d bits / 8 + bytes of scales), as uint8."""
-        if not x.shape[-1]:  # slim_attention: keys alone, which give the values too
+        """x (..., K, T, d) -> bytes (..., K, T, d*bits/8 + bytes of scales), as uint8."""
+        if not x.shape[-1]:  # values have width 0 with slim_attention, which caches keys alone
             return x
         groups = x.reshape(*x.shape[:-1], -1, self.group_size or x.shape[-1])  # (..., d / g, g)
         codes, scales = quantize_symmetric(groups, self.bits)
@@ -111,7 +112,8 @@ class QuantizedCache(Part):
         return x.reshape(*rows.shape[:-1], -1)
 
     def code_bytes(self, total: int) -> int:
-        """How many bytes of a row are codes; the others are one scale for each group."""
+        """How many of the ``total`` bytes of a row are codes. A row has d/g groups, each with
+        g*bits/8 bytes of codes and one scale."""
         scale = np.dtype(self.dtype).itemsize
         if self.group_size is None:
             return total - scale
@@ -121,8 +123,9 @@ class QuantizedCache(Part):
 
 # Notes:
 #
-# - New tokens are quantized before anyone reads them. So in a prompt too every query sees quantized
-#   keys, its own included, and a prompt read at once, in chunks or token by token gives the same.
+# - New tokens are quantized before any query reads them. So in a prompt too every query sees
+#   quantized keys, its own included, and a prompt read at once, in chunks or token by token gives
+#   the same.
 # - The ledger counts reading the codes, on top of the float keys and values that attention reads.
 #   The floats of one layer at a time are in memory beside the cache.
 # - With 4 bits the group size is even, two codes to a byte.

@@ -1,7 +1,7 @@
-"""Change a model one block at a time, each by the inputs that it gets from the changed blocks.
+"""Change a model one block at a time, judging each block by the inputs that it really gets.
 
 Pruning a block changes the inputs of all later blocks. So the calibration texts run through the
-blocks that are changed already, and each block is judged by the inputs that it will really get.
+earlier blocks after these were changed, and what comes out is what the next block is judged by.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from minitx.tree import Part
 def block_by_block(lm: Part, texts: list[list[int]], make: Callable, change: Callable) -> Part:
     """A copy of ``lm`` with ``change(block, seen)`` instead of each block.
 
-    seen: what each ``Linear`` of the block gets as inputs when the texts have run through the
-    changed earlier blocks. It maps the ``id`` of the Linear to an object from ``make()``, whose
+    seen: what each ``Linear`` of the block gets as inputs when the texts run through the changed
+    earlier blocks. It maps the ``id`` of the Linear to an object from ``make()``, whose
     ``add(rows)`` was called with the inputs (n, in) of each text. Empty if there are no texts.
     """
     from minitx.training.calibration import watched
@@ -32,8 +32,8 @@ def block_by_block(lm: Part, texts: list[list[int]], make: Callable, change: Cal
     for block in model.stack.blocks:
         seen: dict[int, object] = {}
         if streams:
-            witness, seen = watched(block, Linear, make)
-            run(witness, streams)
+            recorder, seen = watched(block, Linear, make)  # the block, recording inputs in seen
+            run(recorder, streams)  # its output is not used
         blocks.append(change(block, seen))
         streams = run(blocks[-1], streams)
     return replace(lm, model=replace(model, stack=replace(model.stack, blocks=tuple(blocks))))

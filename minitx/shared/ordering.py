@@ -9,5 +9,5 @@ def largest_first(w):
 
 
 def small(order):
-    """The indices in the smallest unsigned integer type that holds them."""
+    """The same indices in the smallest unsigned integer type that fits them, to save memory."""
     return order.astype(np.min_scalar_type(order.max()))

@@ -42,7 +42,9 @@ def asymmetric(group, bits):
 
 def groups_of(inputs, group_size, bits):
     """(first, end) of each group: as few as possible, all of one size but for a shorter last one;
-    that size is even where two codes share a byte."""
+    that size is at most group_size, and even where two codes share a byte."""
+    if bits == 4 and group_size % 2 == 1:
+        group_size -= 1
     n = math.ceil(inputs / group_size)
     g = math.ceil(inputs / n)
     if bits == 4 and g % 2 == 1:

@@ -19,7 +19,12 @@ from minitx.precompute.quantize import (
     quantize_matrix,
 )
 from minitx.precompute.quantize.awq import best_channel_scales, channel_scales, output_error
-from minitx.precompute.quantize.products import DequantizedLinear, IntegerSumLinear, StreamedLinear
+from minitx.precompute.quantize.products import (
+    DequantizedLinear,
+    IntegerSumLinear,
+    StreamedLinear,
+    quantized_linear,
+)
 from minitx.shared import int4
 from minitx.technique import apply, swap
 from minitx.training.calibration import Moments, calibration_texts
@@ -129,6 +134,16 @@ def test_group_sizes_are_equal_and_even_for_int4():
     assert equal_groups(24, None, 8) == equal_groups(24, 100, 8) == (1, 24)
 
 
+def test_int4_groups_with_an_odd_group_size_are_not_larger_than_it():
+    """At most 59 inputs and an even number: at most 58. 352 inputs make 7 groups of 51, or 52."""
+    assert equal_groups(352, 59, 4) == (7, 52)
+    for inputs in range(2, 60):
+        for group_size in range(2, 20):
+            n, g = equal_groups(inputs, group_size, 4)
+            assert g <= group_size and g % 2 == 0, f"{inputs} inputs, group_size={group_size}"
+            assert (n - 1) * g < inputs <= n * g, "no group is padding alone"
+
+
 def test_groups_equal_llama2c_q8_0_where_group_size_divides():
     """What a version 2 file of llama2.c holds of a matrix (out, in) gives the same numbers."""
     w = RNG.normal(size=(3, 128)).astype(np.float32)
@@ -196,6 +211,22 @@ def test_integer_sums_in_float32_are_exact_up_to_1040_inputs():
     exact = (a[:, None, :] @ b[:, :, None]).ravel()
     found = a.astype(np.float32)[:, None, :] @ b.astype(np.float32)[:, :, None]
     np.testing.assert_array_equal(found.ravel(), exact)
+
+
+def test_asymmetric_integer_sums_in_float32_are_exact_up_to_518_inputs():
+    """Weights from 0 to 255 have the zero point -128, so code - zero point is up to 255, and
+    518 * 255 * 127 = 16,775,430 < 2^24 = 16,777,216. The codes alone would allow 1,032 inputs."""
+    w = np.full((518, 1), 255, np.float32)
+    matrix = quantize_matrix(w, 8, None, symmetric=False)
+    assert matrix.codes.max() == 127 and matrix.zero_points.item() == -128
+    x = np.full((1, 518), 127, np.float32)  # both scales are 1, so y is the sum of the codes
+    assert quantized_linear(matrix, None, "integers")(x).item() == 518 * 255 * 127
+    for bits, longest in ((8, 518), (4, 8806)):
+        w = np.ones((longest + 1, 1), np.float32)
+        quantized_linear(quantize_matrix(w[1:], bits, None, symmetric=False), None, "integers")
+        matrix = quantize_matrix(w, bits, None, symmetric=False)
+        with pytest.raises(MinitxError, match=f"groups of at most {longest} inputs"):
+            quantized_linear(matrix, None, "integers")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -29,7 +29,7 @@ def order_products(
     ] = "positives_first",
     accumulator_bits: Annotated[
         int | None,
-        "add int8 products in a saturating accumulator of this width; None: add floats",
+        "add int8 products in a saturating accumulator of this width, in bits; None: add floats",
         between(8, 32),
     ] = None,
     matrices: Annotated[Literal["all", "ffn", "attention"], "which matrices are reordered"] = "all",
@@ -53,13 +53,15 @@ def order_products(
                largest_rows_first  one order for all outputs, by decreasing norm of the rows of w
                original            as stored: the baseline
     Online:    y[o] = sum over k = 0, 1, 2, ... of x[i] w[i, o],  i = order[k, o]
-               accumulator_bits=n: x and w in int8; each running sum is clipped to n bits, and the
-               overflows are counted
-    Saves:     no multiply-adds; nothing stops early yet. An order for each output costs 1 byte a
+               With a shared order, BLAS decides the order of float sums.
+               accumulator_bits=n: x and w in int8, added exactly in this order; each running sum is
+               clipped to n bits, and the overflows are counted
+    Saves:     no multiply-adds; nothing stops early yet. An order for each output costs 1 byte per
                weight (2 from 257 inputs on), which is read as well; a shared one hardly anything.
     In NumPy:  several times slower, since every output gathers its own inputs; a shared order costs
                little. The accumulator is simulated step by step, and slower by far.
-    Not for:   saving bits in the shipped models: no order does (Notes). The head is not reordered.
+    Not for:   narrower accumulators in the shipped models: no order allows them (Notes). The head
+               is not reordered.
     Proof:     tests/precompute/test_order_products.py;
                literal version: tests/precompute/literal_order_products.py
     """
@@ -80,7 +82,11 @@ GATHERED = 1 << 20  # inputs gathered at a time, so that they fit in memory
 
 @part
 class OrderedLinear(Part):
-    """``x @ w + b``; every output adds its products in its own order, or all in a shared one."""
+    """``x @ w + b``; every output adds its products in its own order.
+
+    If all share one order, ``order`` is (in, 1). Then x is reordered once and BLAS multiplies,
+    which decides itself in which order it adds.
+    """
 
     w: np.ndarray  # (in, out) in order: w[k, o] is the weight of output o's k-th product
     order: np.ndarray  # (in, out) or (in, 1): the input of that product
@@ -94,7 +100,7 @@ class OrderedLinear(Part):
         """Only these columns of the result: a slice or an array of indices."""
         b = None if self.b is None else self.b[columns]
         w = self.w[:, columns]
-        if self.order.shape[1] == 1:  # a shared order: reorder x, then it is an ordinary product
+        if self.order.shape[1] == 1:  # a shared order: reorder x, then an ordinary BLAS product
             ledger.count(weight_bytes=self.order.nbytes)  # the order is read like weights
             return ops.linear(x[..., self.order[:, 0]], w, b)
         # Row-major, as w is stored: in another layout einsum would add in another order.
@@ -118,9 +124,10 @@ class OrderedLinear(Part):
 #   the totals alone need the width. Where inputs have both signs, so have the products, whatever
 #   the signs of the weights; and after a ReLU most inputs are 0, which breaks the alternation.
 # - positives_first is by far the worst order there: the running sum climbs to the end of the range
-#   and back. The order that suits early stopping is the one that a narrow accumulator cannot bear.
+#   and back. So the order that suits early stopping is the worst for a narrow accumulator.
 # - Generating text on stories (minitx sweep order-products order=positives_first,largest_rows_first
 #   --stories 60; one BLAS thread) runs at 0.14x of the dense speed with an order for each output,
 #   and at 0.71x with a shared one.
-# - Sorting products token by token, as in PQS, would avoid all transient overflows, and "transient
-#   overflows" counts what it could save. A wrapping accumulator needs no order at all.
+# - Sorting products token by token, as in PQS, would avoid all transient overflows; the counter
+#   "transient overflows" of the report says how many that are. A wrapping accumulator needs no
+#   order at all.

@@ -36,7 +36,8 @@ class Sums:
 
 
 def accumulate(x, w, order, bits: int) -> Sums:
-    """Integers x (n, in) and w (in, out), w in its order (in, out) or (in, 1): see orderings.py.
+    """Integers x (n, in) and w (in, out), whose rows are in order (see ``in_order``); order is
+    (in, out) or (in, 1).
 
     Up to the first overflow, saturating and wrapping accumulators agree, so ``overflowed`` is true
     of both.
@@ -60,12 +61,13 @@ def limits(bits: int) -> tuple[int, int]:
 
 
 def bits_for(low: int, high: int) -> int:
-    """The width of a signed integer that holds all integers from low to high."""
+    """The width of a signed integer that holds all integers from low to high; for tests."""
     return 1 + max(int(high).bit_length(), int(-low - 1).bit_length() if low < 0 else 0)
 
 
 def bits_needed(x, w, order) -> int:
-    """The accumulator width at which no running sum of x (n, in) and w (in, out) overflows."""
+    """The accumulator width at which no running sum of x (n, in) and w (in, out), w in its order,
+    overflows; for tests."""
     total, low, high = np.zeros((len(x), w.shape[1]), np.int64), 0, 0
     x, w = x.astype(np.int64), w.astype(np.int64)
     for k in range(len(w)):

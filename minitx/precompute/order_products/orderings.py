@@ -14,7 +14,7 @@ def in_order(w, order):
     return np.ascontiguousarray(np.take_along_axis(w, order.astype(np.intp), axis=0))
 
 
-# Ideas -------------------------------------------------------------------------------------------
+# Orders ------------------------------------------------------------------------------------------
 
 
 def positives_first(w):
@@ -22,7 +22,7 @@ def positives_first(w):
 
     If no input is negative, the running sum rises over the first and falls over the others.
     """
-    return small(np.lexsort((-abs(w), w <= 0), axis=0))
+    return small(np.lexsort((-abs(w), w <= 0), axis=0))  # in the smallest integer type that fits
 
 
 def alternating(w):

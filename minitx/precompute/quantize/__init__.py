@@ -52,29 +52,32 @@ def quantize(
                "Q8_0" (Karpathy, 2023). awq: Lin et al., "AWQ: Activation-aware Weight
                Quantization", 2023, arXiv 2306.00978.
     Fidelity:  the authors' code (llama2.c, AWQ). Ours: groups of equal size where group_size does
-               not divide the inputs; AWQ's c is judged matrix by matrix (Notes).
+               not divide the inputs; AWQ's c is judged matrix by matrix (Notes of awq.py).
     Kind:      approximate: each weight is off by up to half a scale.
     Idea:      Weights of one group are of similar size: an int8 or 4-bit code times the group's
                float scale comes close to each of them.
     Offline:   for each output and each group of g <= group_size consecutive inputs:
                symmetric:   scale = max|w| / q,  q = 127 or 7;    code = rint(w / scale)
                asymmetric:  scale = (high - low) / (2^bits - 1),  low = min(w, 0), high = max(w, 0)
-                            zero point = rint(-low / scale),  code = rint(w / scale) + zero point
-               awq: W' = c W, x' = x / c before that, c = mean|x|^ratio of each input; of the
-               ratios 0, 0.05 .. 0.95 the one with the least output error on calibration stories
+                            zero point = rint(-low / scale),  code = rint(w / scale) + zero point,
+                            both then shifted by -2^(bits-1)
+               awq: multiply row i of W by c_i before rounding, divide x_i by c_i online;
+                    c = mean|x|^ratio, at least 1e-4, normalized by sqrt(max c * min c); ratio: of
+                    0, 0.05 .. 0.95 the one with the least output error on calibration stories
     Online:    y = x w,  w = scale (code - zero point), in one of four ways:
-               stream    dequantize one tile of groups, multiply by it, discard it
+               stream    dequantize a tile (the groups that fit in the cache), multiply, discard it
                cast      the same, the whole matrix being one tile
                load      dequantize once, at the first use; then the dense product
-               integers  (W8A8) quantize x to int8 too, symmetric, a scale s_x for each group:
+               integers  quantize x to int8 too, symmetric, a scale s_x for each group (W8A8):
                          y = sum over groups: scale s_x (sum(code_x code) - zero point sum(code_x))
-    Saves:     memory: bits / 8 + 4 / g bytes a weight instead of 4 (half_scales: 2 / g;
-               asymmetric: 1 / g more), and that much is read for each product. load keeps float32
-               weights beside the codes. No multiply-adds.
+    Saves:     memory: bits/8 + 4/g bytes per weight instead of 4 (half_scales: 2/g; asymmetric:
+               1/g more), and that much is read for each product. load keeps float32 weights beside
+               the codes. No multiply-adds.
     In NumPy:  never faster than float32, since NumPy has no fast product of small integers. load
                takes the dense model's time; the others take longer, above all for single tokens.
-    Not for:   run=integers with groups above 1,040 inputs, whose integer sums may pass 2^24 and
-               would be rounded. A matrix that another technique stores in its own way.
+    Not for:   run=integers with groups of more than 1,040 inputs (asymmetric: 518; 4 bits: more),
+               whose integer sums may pass 2^24, beyond which float32 rounds integers. A matrix that
+               another technique stores in its own way.
     Proof:     tests/precompute/test_quantize.py;
                literal version: tests/precompute/literal_quantize.py
     Tutorial:  tutorials/08_fewer_bits.py
@@ -152,7 +155,8 @@ def as_scales(scales, scale_type):
 class QuantizedMatrix(Part):
     """A matrix (in, out) as codes, scales and zero points: n groups of g inputs for each output."""
 
-    codes: np.ndarray  # int8 (n, g, out), or uint8 (n, g / 2, out): inputs 2i and 2i + 1 of a group
+    # int8 (n, g, out); with 4 bits uint8 (n, g / 2, out), a byte for inputs 2i and 2i + 1
+    codes: np.ndarray
     scales: np.ndarray  # (n, out), float32 or float16
     zero_points: np.ndarray | None  # int8 (n, out); None if symmetric
     channel_scales: np.ndarray | None  # (in,) AWQ: the weights were multiplied by these
@@ -180,7 +184,7 @@ class QuantizedMatrix(Part):
         return np.result_type(self.scales, np.float32)
 
     def codes_of(self, groups: slice, dtype):
-        """The codes of some groups as floats (m, g, out)."""
+        """The codes of these groups as floats (groups, g, out)."""
         return unpacked(self.codes[groups], self.bits, dtype)
 
     def dequantized(self):
@@ -191,8 +195,8 @@ class QuantizedMatrix(Part):
         return w if self.channel_scales is None else w / self.channel_scales[:, None]
 
     def columns(self, ids):
-        """Some columns, dequantized, as rows: ids (...) -> (..., in). For embeddings, which have no
-        channel scales."""
+        """The embeddings of these tokens, (..., D): columns of the (D, V) matrix, dequantized. An
+        embedding has no channel scales."""
         codes = unpacked(self.codes[..., ids], self.bits, self.float_type)  # (n, g, ...)
         zero_points = None if self.zero_points is None else self.zero_points[:, ids]
         w = dequantize(codes, self.scales[:, ids], zero_points)
@@ -254,6 +258,8 @@ def quantize_matrix(
 def equal_groups(inputs: int, group_size: int | None, bits: int) -> tuple[int, int]:
     """(n, g): as few groups as possible, all of g <= group_size inputs. 352 inputs in groups of at
     most 64 make 6 groups of 59; with 4 bits, two to a byte, g is even: 6 groups of 60."""
+    if group_size and bits == 4:
+        group_size -= group_size % 2  # the largest even g that is allowed
     n = -(-inputs // (group_size or inputs))
     g = -(-inputs // n)
     return n, g + g % 2 if bits == 4 else g
@@ -282,7 +288,7 @@ def quantize_embeddings(lm, quantized: Callable, run: str):
 # - Norms, biases and learned positions stay float32.
 # - Where group_size divides the inputs, groups, codes and scales are those of llama2.c's Q8_0.
 #   Elsewhere its groups run on from one output into the next, and its product then uses the full
-#   groups of a row alone: 128 of 172 inputs (read in its code, not tried).
+#   groups of a row alone: e.g. 128 of 172 inputs in groups of 64 (read in its code, not tried).
 # - half_scales: the codes are chosen after the scale is rounded to float16.
 # - Asymmetric ranges contain 0. Otherwise the code for 0 could lie outside the range, and clipping
 #   it would move all other weights of the group.

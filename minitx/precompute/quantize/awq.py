@@ -1,8 +1,9 @@
 """AWQ, activation-aware weight quantization: weights of large inputs are rounded more finely.
 
-Before rounding, the weights of input j are multiplied by c[j]; online, x[j] is divided by it. That
-gives more of the grid to inputs with large c and less to the others of their group. How far to go
-is searched for, on the inputs that calibration text gives. Lin et al., 2023, arXiv 2306.00978.
+Before rounding, the weights of input i are multiplied by c[i]; online, x[i] is divided by c[i].
+That rounds the weights of inputs with large c more finely, and those of the other inputs of their
+group more coarsely. c = mean|x|^ratio, and the exponent ``ratio`` is searched for: the one with
+the least error of the outputs on calibration text. Lin et al., 2023, arXiv 2306.00978.
 """
 
 from collections.abc import Callable
@@ -50,4 +51,5 @@ def output_error(w, quantized, gram) -> float:
 #   scales of a similar size, which matters with half_scales.
 # - Ours: every matrix of a block has its own c, judged by the matrix's own outputs, which the Gram
 #   matrix gives without running the texts again. AWQ's code shares c between the matrices that
-#   read the same input and judges the end of a block; and it folds 1 / c into the norm before.
+#   read the same input and compares the outputs of the whole block; and it folds 1 / c into the
+#   norm before.

@@ -1,7 +1,8 @@
 """How a product with a quantized matrix is computed: dequantize tile by tile (run=stream), all at
 once for each product (cast), once at load time (load), or multiply integers (integers).
 
-``matrix`` is always a QuantizedMatrix of this folder's ``__init__.py``: n groups of g inputs.
+``matrix`` is always a QuantizedMatrix of this folder's ``__init__.py``: n groups of g inputs. A
+tile is a few of these groups, for all outputs.
 """
 
 from functools import cached_property
@@ -17,7 +18,7 @@ TILE = 1 << 17  # weights dequantized at a time: 512 KB of float32, which fit in
 
 
 def quantized_linear(matrix: Part, b, run: str) -> Part:
-    """The part that computes ``x @ matrix + b`` in that way."""
+    """The part that computes ``x @ matrix + b`` in the way that ``run`` names."""
     if run == "load":
         return DequantizedLinear(matrix, b)
     if run == "integers":
@@ -41,12 +42,14 @@ class StreamedLinear(Part):
         rows = m.grouped(x)  # (T, n, g)
         T, n, g = rows.shape
         y = np.zeros((T, m.width), x.dtype)
-        step = max(1, self.tile // (g * m.width), T // g)  # groups in a tile
+        # Groups in a tile. T // g: a tile gets about T inputs or more, so that adding its results
+        # (T, out) to y costs less than dequantizing its weights.
+        step = max(1, self.tile // (g * m.width), T // g)
         for a in range(0, n, step):
             groups = slice(a, a + step)
-            w, scales = m.codes_of(groups, x.dtype), m.scales[groups]  # (m, g, out), (m, out)
+            w, scales = m.codes_of(groups, x.dtype), m.scales[groups]  # (step, g, out), (step, out)
             if T < g:  # fewer results than weights: scale the results
-                sums = rows[:, groups].swapaxes(0, 1) @ w  # (m, T, out)
+                sums = rows[:, groups].swapaxes(0, 1) @ w  # (step, T, out)
                 sums *= scales[:, None]
                 y += sums[0] if len(sums) == 1 else sums.sum(0)
             else:
@@ -71,7 +74,8 @@ class DequantizedLinear(Part):
     @cached_property  # a part is frozen, but this follows from its fields alone
     def w(self) -> np.ndarray:
         w = self.matrix.dequantized()
-        return np.asfortranarray(w) if w.size > fast.LARGE else w  # as in memory_layout.py
+        # column-major is faster for large matrices: see memory_layout.py
+        return np.asfortranarray(w) if w.size > fast.LARGE else w
 
     def __call__(self, x):
         return ops.linear(x, self.w, self.b)
@@ -85,7 +89,8 @@ class DequantizedLinear(Part):
 class IntegerSumLinear(Part):
     """``x @ matrix + b`` with x quantized to int8 by groups: integer sums, which are then scaled.
 
-    BLAS multiplies the codes as floats. That is exact: float32 holds every integer up to 2^24.
+    BLAS multiplies the codes as floats. That is exact, because float32 holds every integer up to
+    2^24 and ``check_exact_sums`` refuses groups whose sums could be larger.
     """
 
     matrix: Part
@@ -100,8 +105,8 @@ class IntegerSumLinear(Part):
         step = max(1, TILE // (max(T, g) * m.width))  # groups in a tile
         for a in range(0, n, step):
             groups = slice(a, a + step)
-            x_codes = codes[:, groups].swapaxes(0, 1)  # (m, T, g)
-            sums = x_codes @ m.codes_of(groups, x.dtype)  # (m, T, out) integers
+            x_codes = codes[:, groups].swapaxes(0, 1)  # (step, T, g)
+            sums = x_codes @ m.codes_of(groups, x.dtype)  # (step, T, out) integers
             if m.zero_points is not None:
                 sums -= x_codes.sum(-1)[..., None] * m.zero_points[groups, None]
             sums *= m.scales[groups, None]
@@ -116,7 +121,8 @@ class IntegerSumLinear(Part):
 
 def check_exact_sums(matrix: Part) -> None:
     """Refuse groups whose integer sums could pass 2^24, beyond which float32 rounds integers."""
-    largest = 2 ** (matrix.bits - 1) - (matrix.zero_points is None)  # magnitude of a code
+    symmetric = matrix.zero_points is None
+    largest = 2 ** (matrix.bits - symmetric) - 1  # of |code|, or of |code - zero point|
     longest = ((1 << 24) - 1) // (largest * 127)
     if matrix.group_size > longest:
         raise MinitxError(
