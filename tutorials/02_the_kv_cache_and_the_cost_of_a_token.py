@@ -19,7 +19,6 @@ from helpers import (
     STORY,
     bar_chart,
     count_last,
-    decode_last,
     load_stories,
     print_table,
     save_lines,
@@ -29,6 +28,7 @@ from helpers import (
     title,
 )
 
+from minitx.ledger import counting
 from minitx.tree import weights
 
 lm = load_stories()
@@ -77,9 +77,9 @@ for S in (1, 2, 3):
     result = attend((new @ to_query)[0], cached_keys, cached_values)
     print(f"  token {S}: computed key {(new @ to_key)[0, 0]}, result {result.round(2)}")
     assert np.array_equal(result, expected[S - 1])
-# The results are equal, digit for digit: nothing is approximated. Rows computed: 1 + 2 + 3 without
-# a cache, 1 + 1 + 1 with it. Queries are not cached, as nobody needs an old one: a token's query is
-# used in its own step only, its key and value in all later ones.
+# The results are equal, digit for digit: nothing is approximated. Queries are not cached, as nobody
+# needs an old one: a token's query is used in its own step only, its key and value in all later
+# ones.
 
 # %% 2. The same on a trained model
 # `state` holds the KV cache of all layers. First the whole prompt goes through the model, which is
@@ -118,13 +118,13 @@ say(
     f"Rows through the blocks: {rows_without:,} without a cache, {rows_with} with one, so",
     f"{rows_without / rows_with:.0f} times fewer. Measured: {gain:.1f} times as fast.",
 )
-# Why is it not 33 times as fast? One row at a time is the slowest way to use a processor. Sections
-# 5 and 6 are about that.
+# Why is it not 33 times as fast? One row at a time is the slowest way to use a processor: see
+# sections 4 and 5.
 
 # %% 3. Multiply-adds: what one more token costs
 # A row of `in` numbers times a matrix (in, out) takes in * out multiply-adds. In attention, a query
-# takes d of them for the score of each key, and d more to add up each value. So with a KV cache,
-# one more token after S - 1 others costs:
+# takes d of them for the score of each key, and d more to add up each value. So one more token
+# after S - 1 others costs, with a KV cache:
 title("3. Multiply-adds of one token, by formula and counted")
 
 
@@ -137,135 +137,105 @@ def multiply_adds(S):
     }
 
 
-# Look for the one column that depends on S.
-LENGTHS = (1, 16, 64, 256, 512)
-table = []
+# `count_last` counts the last token's step, with a KV cache. Look for the column that depends on S.
+LENGTHS = (1, 64, 256, 512)
+table, with_one, without = [], [], []
 for S in LENGTHS:
     cost = multiply_adds(S)
     counted = count_last(lm, text[:S]).total().multiply_adds  # what the model really does
     assert counted == sum(cost.values())
     table.append([S, *cost.values(), counted])
+    with_one.append(counted)
+    # Without a cache all S tokens are run, of which token s attends to s tokens. Only the head can
+    # be spared for all but the last.
+    all_rows = sum(sum(multiply_adds(s).values()) for s in range(1, S + 1))
+    without.append(all_rows - (S - 1) * D * V)
 print_table(["S", *cost, "counted in all"], table)
-first, at_64, at_512 = (sum(multiply_adds(S).values()) for S in (1, 64, 512))
-say(
-    "Only attention grows with the text. Compared to the first token, the 64th costs",
-    f"{at_64 / first - 1:.0%} more and the 512th {at_512 / first - 1:.0%} more.",
-)
 
 # %% ... and without a cache
-# Without a KV cache the step runs all S tokens; only the head can be spared for all but the last.
-title("What the next token costs without and with a KV cache, in million multiply-adds")
-
-
-def without_cache_multiply_adds(S):
-    blocks = sum(sum(multiply_adds(s).values()) - D * V for s in range(1, S + 1))
-    return blocks + D * V
-
-
-without = [without_cache_multiply_adds(S) / 1e6 for S in LENGTHS]
-with_one = [sum(multiply_adds(S).values()) / 1e6 for S in LENGTHS]
-labels = []
-for S in LENGTHS:
+print("Million multiply-adds of the next token:")
+labels, bars = [], []
+for S, all_tokens, one_token in zip(LENGTHS, without, with_one):
     labels += [f"S = {S:3} without", f"S = {S:3} with"]
-values = np.stack([without, with_one], -1).ravel()  # without, with, without, with, ...
-bar_chart(labels, values, "{:.1f}", width=60)
+    bars += [all_tokens / 1e6, one_token / 1e6]
+bar_chart(labels, bars, "{:.1f}", width=60)
 lines = {"without a KV cache": without, "with a KV cache": with_one}
-y_label = "million multiply-adds"
-save_lines("02_cost_of_a_token", LENGTHS, lines, "tokens so far", y_label, log=True)
-# Without a cache the cost of one token grows faster than the text; with it, it hardly grows at all.
+save_lines("02_cost_of_a_token", LENGTHS, lines, "tokens so far", "multiply-adds", log=True)
+assert without[-1] > 600 * without[0] and with_one[-1] < 1.66 * with_one[0]
+# From the first token to the 512th, the cost grows by 65 % with a KV cache, and more than 600 times
+# without.
 
 # %% 4. Bytes: what one more token has to read
 # Multiply-adds are half of the story. To multiply, numbers have to come from memory: all weights,
-# whatever the text, and the keys and values of all tokens so far. Look at the last column.
+# whatever the text, and the keys and values of all tokens so far.
 title("4. Bytes read for one token")
-table = []
-for S in LENGTHS:
-    counts = count_last(lm, text[:S]).total()
-    assert counts.cache_bytes == L * 2 * K * d * 4 * S  # keys and values, 4 bytes a number
-    everything = counts.weight_bytes + counts.cache_bytes
-    intensity = counts.multiply_adds / everything
-    weights_read = f"{counts.weight_bytes / 1e6:.2f} MB"
-    cache_read = f"{counts.cache_bytes / 1e6:.2f} MB"
-    table.append([S, weights_read, cache_read, f"{intensity:.2f}"])
-print_table(["S", "weights", "KV cache", "multiply-adds per byte"], table)
-per_token = L * 2 * K * d * 4
-say(
-    f"Each token adds {per_token:,} bytes to the KV cache; after",
-    f"{counts.weight_bytes // per_token:,} tokens it is as large as the weights. A token does",
-    "about one multiply-add for every four bytes: it uses each 4-byte number once.",
-)
+counts = count_last(lm, text).total()  # S = 512
+per_token = L * 2 * K * d * 4  # a key and a value in every layer, 4 bytes a number
+assert counts.cache_bytes == per_token * 512
+read = counts.weight_bytes + counts.cache_bytes
+print(f"weights {counts.weight_bytes / 1e6:.2f} MB, KV cache at S = 512", end=" ")
+print(f"{counts.cache_bytes / 1e6:.2f} MB ({per_token:,} bytes a token)")
+print(f"multiply-adds per byte: {counts.multiply_adds / read:.2f}")
 
-# %% 5. One row or many: memory-bandwidth bound
-# Is that little? We multiply one row, and then several, by a matrix that is too large for the
-# caches of the processor, so that it has to come from memory each time. Were arithmetic the limit,
-# 64 rows would take 64 times as long as one. Look at the time per row.
+# About one multiply-add for a number of 4 bytes. Is that little? We multiply one row by a matrix
+# that is too large for the caches of the processor, so that it has to come from memory, and then 64
+# rows. Were arithmetic the limit, they would take 64 times as long.
 big = np.ones((2048, 12288), np.float32)
-title(f"5. Rows times a matrix of {big.nbytes / 1e6:.0f} MB")
-ROWS = (1, 4, 16, 64)
-tasks = [partial(np.matmul, np.ones((rows, 2048), np.float32), big) for rows in ROWS]
-only_read = partial(np.vdot, big, big)  # a sum of squares: reads each number once
-read_time, *times = time_side_by_side(only_read, *tasks, repeats=5)
+one_row, many_rows = np.ones((1, 2048), np.float32), np.ones((64, 2048), np.float32)
+tasks = partial(np.matmul, one_row, big), partial(np.matmul, many_rows, big)
+one_time, many_time = time_side_by_side(*tasks, repeats=5)
+print(f"times a matrix of {big.nbytes / 1e6:.0f} MB: 64 rows are 64 times the work of one", end=" ")
+print(f"and take {many_time / one_time:.0f} times as long")
+# So arithmetic is not the limit for one row: the processor waits until the matrix has come from
+# memory. That is called memory-bandwidth bound, and the decoding of a large model is like that.
+# Many rows share what was read, until arithmetic is the limit (compute bound), and the prefill of a
+# long prompt is like that.
 
-table = []
-for rows, time in zip(ROWS, times):
-    intensity = f"{rows * big.size / big.nbytes:.2f}"
-    bandwidth = f"{big.nbytes / time / 1e9:.1f} GB/s"
+# %% 5. Passes: several rows at once
+# So it should be cheap to run several rows through the model in one pass. Three cases have such
+# rows: a prompt (all its tokens are known), several texts that are decoded side by side (a batch),
+# and a text whose next tokens somebody has guessed (tutorial 11). First a function for each:
+title("5. One pass of the model, by its number of rows")
+state, batch_state = model.new_state(), model.new_state()
+model.next_logits(text[:128], state)  # fills the KV cache with 128 tokens
+model.next_logits(np.array([text[:128]] * 8), batch_state)  # 8 KV caches
+
+
+def next_tokens(count):
+    model(text[128 : 128 + count], state)  # the logits of `count` rows
+    state.rewind(128)  # forget them, so that the pass can be repeated
+
+
+def batch_of_8():
+    model(np.array([text[128:129]] * 8), batch_state)
+    batch_state.rewind(128)
+
+
+# %% ... what it reads, and how long it takes
+# A pass reads the weights once for all of its rows. Look at the 4 rows: how many times as long as
+# one do they take?
+passes = {
+    "1 token": partial(next_tokens, 1),
+    "4 tokens of one text": partial(next_tokens, 4),
+    "1 token of each of 8 texts": batch_of_8,
+    "64 tokens of a prompt": partial(next_tokens, 64),
+}
+times = time_side_by_side(*passes.values(), repeats=30)
+table, weights_read = [], []
+for (name, run), rows, time in zip(passes.items(), (1, 4, 8, 64), times):
+    with counting(lm) as counts:
+        run()
+    weights_read.append(counts.total().weight_bytes)
     relative = time / times[0]
-    table.append([rows, intensity, f"{relative:.1f}", f"{relative / rows:.2f}", bandwidth])
-print_table(["rows", "multiply-adds per byte", "time", "time per row", "matrix read at"], table)
-say(
-    f"Reading the matrix once, to sum its squares, takes {read_time / times[0]:.0%} of the time of",
-    f"1 row. And 64 rows do 64 times the work in {times[-1] / times[0]:.0f} times the time.",
-)
-# One row reads the matrix about as fast as memory delivers it, and the arithmetic units wait. That
-# is memory-bandwidth bound, and decode is like that. Many rows share what was read, until
-# arithmetic is the limit (compute bound), and prefill is like that. (From 1 row to 4 the time jumps
-# because a product of two matrices begins by rearranging the large one; further rows cost little.)
-
-# %% 6. Prefill, decode, and batches
-# So the same multiply-adds take less time if many rows go through the model in one pass. Two cases
-# have such rows: a prompt, whose tokens are all known (prefill), and several texts that are decoded
-# side by side (a batch). Before you run it: how much faster do you expect each to be?
-title("6. The same work in fewer passes")
-
-
-def prefill():
-    model.next_logits(text[:256], model.new_state())
-
-
-def token_by_token():
-    state = model.new_state()
-    for token in text[:256]:
-        model.next_logits([token], state)
-
-
-gain = speedup(token_by_token, prefill, repeats=3)
-print(f"256 tokens of a prompt: one pass is {gain:.0f} times as fast as 256 passes")
-
-# %% ... a batch of 8 texts
-texts = np.array([text[start : start + 128] for start in range(8)])  # (8, 128)
-state = model.new_state()
-model.next_logits(texts[:, :-1], state)  # fills 8 KV caches
-single_step = decode_last(lm, list(texts[0]))  # a function that decodes the last token
-
-
-def batch_step():
-    model.next_logits(texts[:, -1:], state)
-    state.rewind(127)  # forget this token, so that the step can be repeated
-
-
-def eight_single_steps():
-    for _ in range(8):
-        single_step()
-
-
-gain = speedup(eight_single_steps, batch_step, repeats=40)
-print(f"8 texts, one token each: one pass is {gain:.1f} times as fast as 8 passes")
+    megabytes = f"{weights_read[-1] / 1e6:.1f} MB"
+    table.append([name, rows, megabytes, f"{relative:.2f}", f"{relative / rows:.2f}"])
+print_table(["", "rows", "weights read", "time of the pass", "time per row"], table)
+assert weights_read[-1] < 1.01 * weights_read[0]
 
 
 # %% ... and why so much
 # `stories` is small: its matrices fit into the caches of many processors. Is reading them the limit
-# here, too? We time the products of one token by themselves, and the whole step.
+# here, too? We time the products of one token by themselves.
 def products():
     for row, matrix in pairs:
         row @ matrix
@@ -273,20 +243,17 @@ def products():
 
 matrices = [w for w in weights(model).values() if w.ndim == 2]
 pairs = [(np.ones(len(w), np.float32), w) for w in matrices]
-products_alone, step = time_side_by_side(products, single_step, repeats=30)
-say(
-    f"All products of a token take {1e3 * products_alone:.2f} ms, the whole step",
-    f"{1e3 * step:.2f} ms: {step / products_alone:.1f} times as long.",
-)
-# The rest is attention, norms, and Python calling NumPy: a fixed cost of each pass, however many
-# rows it has. In a large model the reading of weights is nearly everything. In both, decode gets
-# faster by making fewer passes. (Tutorial 11 makes fewer passes for a single text.)
+products_alone, step = time_side_by_side(products, passes["1 token"], repeats=30)
+print(f"All products of a token are {products_alone / step:.0%} of the time of its pass.")
+# No. The rest is attention, norms, and Python calling NumPy, which takes hardly longer for a few
+# rows than for one. In a large model the reading of weights is nearly everything. In both, decode
+# gets faster by making fewer passes.
 
-# %% 7. The price: memory
-# A KV cache buys time with memory. Weights are shared by all texts of a batch, but each text has a
-# KV cache of its own. Look at the last column for a model of 8 billion weights (the shape of Llama
-# 3 8B, 2 bytes a number, texts of 8,192 tokens).
-title("7. The price: memory")
+# %% 6. The price: memory
+# A KV cache buys time with memory. All texts of a batch share the weights, but each text has a KV
+# cache of its own. Look at the last column, also for a model of 8 billion weights (the shape of
+# Llama 3 8B: 32 layers, 8 key/value heads of 128; 2 bytes a number, texts of 8,192 tokens).
+title("6. The price: memory")
 
 
 def cache_megabytes(layers, kv_heads, head_width, tokens, bytes_per_number):
@@ -296,48 +263,39 @@ def cache_megabytes(layers, kv_heads, head_width, tokens, bytes_per_number):
 small = cache_megabytes(L, K, d, c.context, 4)
 large = cache_megabytes(32, 8, 128, 8192, 2)
 table = [
-    ["stories", f"{counts.weight_bytes / 1e6:,.1f}", f"{small:,.1f}", f"{32 * small:,.1f}"],
+    ["stories", f"{weights_read[0] / 1e6:,.1f}", f"{small:,.1f}", f"{32 * small:,.1f}"],
     ["8 billion weights", f"{8030 * 2:,.1f}", f"{large:,.1f}", f"{32 * large:,.1f}"],
 ]
 print_table(["MB", "weights", "KV cache of one text", "of 32 texts"], table)
-say(
-    "With 32 long texts the KV cache is larger than the weights, in both models. If every query",
-    f"head had its own key head, it would be {H // K} times as large in stories and 4 times in the",
-    "large model.",
-    "Tutorial 8 stores it in fewer bits.",
-)
+# With 32 long texts the KV cache is larger than the weights, in both models.
 
-# %% 8. What is left to save
+# %% 7. What is left to save
 # The KV cache saves work and changes no result. The other techniques start from here. Each works on
-# one part of a token, so look at how large that part is before you expect much of it.
-title("8. Where the multiply-adds of a token are, and which tutorial is about them")
-NEXT = {
+# one part of a token's cost, so look at how large that part is before you expect much of it.
+title("7. Where the multiply-adds of a token are, and which tutorial is about them")
+SUBJECTS = {
     "projections": "3: compute before the first token what the weights alone decide",
-    "feed-forward": "5: skip networks that would change little",
     "attention": "6, 7: find the keys that matter without scoring all of them",
-    "one layer": "4: stop at the first layer that is sure",
-    "everything": "8, 9, 10: fewer bits, fewer weights, tables; 11: fewer passes",
+    "feed-forward": "5: skip networks that would change little",
+    "head": "",
 }
-print("                S = 16  S = 512  tutorial")
-for part, tutorial in NEXT.items():
-    shares = []
-    for S in (16, 512):
-        cost = multiply_adds(S)
-        total = sum(cost.values())
-        cost["everything"] = total
-        cost["one layer"] = (total - cost["head"]) / L
-        shares.append(cost[part] / total)
-    print(f"  {part:13} {shares[0]:6.0%}  {shares[1]:7.0%}  {tutorial}")
-# Half of the feed-forward network at S = 16 is a third of the work: skipping it makes a token at
-# most 1 / (1 - 0.33) = 1.5 times as fast, however clever the skipping.
+at_64, at_512 = multiply_adds(64), multiply_adds(512)
+print("                S = 64  S = 512  tutorial")
+for part, tutorial in SUBJECTS.items():
+    shares = at_64[part] / sum(at_64.values()), at_512[part] / sum(at_512.values())
+    print(f"  {part:12}  {shares[0]:6.0%}  {shares[1]:7.0%}  {tutorial}".rstrip())
+# Tutorial 4 stops at the first layer that is sure; 8, 9 and 10 make all products cheaper; 11 makes
+# fewer passes. What to expect, for example: half of the feed-forward network is 31 % of the work at
+# S = 64, so skipping it makes a token at most 1 / (1 - 0.31) = 1.45 times as fast.
 
 # %% Try this
-# 1. In section 1, let the first token see all three: attend(x[0] @ to_query, keys, values). Compare
-#    with its result in the first step. A second layer would compute its keys from these results.
-#    Why can a model without a causal mask have no KV cache?
+# 1. Why can a model without a causal mask have no KV cache? At the end of section 1, let the first
+#    token see all three: print(attend(x[0] @ to_query, cached_keys, cached_values)), and compare it
+#    with expected[0]. What would have to happen to the keys of a second layer?
 # 2. From which S on does attention cost more than the feed-forward networks? Solve it on paper with
 #    the formulas of multiply_adds, then check with the function. Can this model read so many
 #    tokens?
 # 3. A small model guesses 3 tokens, and the large one checks them in one pass of 4 rows. Take the
-#    time of 4 rows from section 5, and suppose that the guesses cost nothing. How many tokens has
-#    such a pass to bring on average to be faster than one token per pass? (At least 1, at most 4.)
+#    time of that pass from section 5, and suppose that the guesses cost nothing. How many tokens
+#    must such a pass bring on average to be faster than one token per pass? (It brings at least 1,
+#    at most 4.)

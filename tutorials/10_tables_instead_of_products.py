@@ -59,11 +59,13 @@ assert first + second == np.dot(x, w)
 
 # %% 2. A matrix of the model
 # Real weights are no small integers, so they are rounded first: to 4 bits, the integers from -7 to
-# 7, times a scale (tutorial 8 is about that). With inputs in 4 bits as well, 16 x 16 = 256 codes
-# for a pair are enough, and 256 x 256 table entries for all products of two pairs.
+# 7 (-8 would fit, too, but is not used), times a scale (tutorial 8 is about that). With inputs in 4
+# bits as well, a pair has a code from 0 to 16 x 16 - 1, one byte, and the table of all products of
+# two pairs has 256 x 256 entries. Those in use are at most 7 x 7 + 7 x 7 = 98: one byte as well.
 title("2. A matrix of 352 x 128 weights by table")
 T4_PAIRS = [(a, b) for a in range(-8, 8) for b in range(-8, 8)]  # pair number 16 (a + 8) + (b + 8)
-T4 = (np.array(T4_PAIRS) @ np.array(T4_PAIRS).T).astype(np.int16)  # (256, 256)
+T4 = np.array(T4_PAIRS) @ np.array(T4_PAIRS).T  # (256, 256)
+T4 = T4.clip(-98, 98).astype(np.int8)  # clips nothing but unused entries, those with -8
 
 W = weights(lm.model)["stack.blocks.1.ffn.down.w"]  # (352, 128)
 x = np.random.default_rng(0).standard_normal(352).astype(np.float32)
@@ -74,7 +76,7 @@ W_integers = np.rint(W / W_scale).astype(int)
 
 x_codes = 16 * (x_integers[0::2] + 8) + (x_integers[1::2] + 8)  # (176,) online
 W_codes = 16 * (W_integers[0::2] + 8) + (W_integers[1::2] + 8)  # (176, 128) offline
-by_table = T4[x_codes[:, None], W_codes].sum(0)  # (128,) 176 reads for each output
+by_table = T4[x_codes[:, None], W_codes].sum(0, dtype=int)  # (128,) 176 reads for each output
 assert np.array_equal(by_table, x_integers @ W_integers)
 
 y = by_table * x_scale * W_scale
@@ -116,11 +118,11 @@ LENGTHS = (1, 2, 3, 4)
 
 
 def in_units(size):
-    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+    for unit in ("bytes", "KB", "MB", "GB", "TB", "PB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
         size /= 1000
-    return "more"
+    return f"{size:.0f} EB"  # 10^18 bytes
 
 
 sizes = {}  # in bytes, one for each entry
@@ -139,8 +141,8 @@ def draw(axes):
 
 
 save_picture("10_table_size", draw)
-# Each number more in a vector multiplies the size by 2^(2b). At 4 bits, pairs are about where it
-# ends: 66 KB.
+# Each number more in a vector multiplies the size by 2^(2b). At 4 bits, a table of pairs (66 KB) is
+# already twice the fastest cache; it fits into the next one.
 
 # %% 4. Tables of the inputs, indexed by bits
 # Must both sides be rounded? Let only the weights be integers, and look at their bits. A bit of a
@@ -162,7 +164,9 @@ bit_serial = minitx.load("stories", lut_bit_serial={"bits": 4, "group": 4})
 loss["lut_bit_serial"] = describe("lut_bit_serial", bit_serial)
 assert abs(loss["lut_bit_serial"] - loss["plain"]) < abs(loss["lut_product"] - loss["plain"])
 # Inputs stay as they are, so less is lost. But an output takes 4 reads (one for each bit) for 4
-# inputs: in all as many reads as there were multiply-adds.
+# inputs: in all as many reads as there were multiply-adds. (Negative weights: the stored integers u
+# go from 0 to 15, and the weight is scale * (u - zero), so zero times the sum of x is subtracted
+# from the result. An output has one scale and one zero.)
 
 # %% 5. Prototypes
 # The third table needs no integers at all. Cut x into parts and replace each part by the nearest of
@@ -171,7 +175,8 @@ assert abs(loss["lut_bit_serial"] - loss["plain"]) < abs(loss["lut_product"] - l
 title("5. The nearest prototype")
 PROTOTYPES = np.array([[1.0, 0.0], [0.0, 1.0]])
 W = np.array([[1.0, 2.0], [3.0, 1.0], [0.0, 2.0], [4.0, 1.0]])  # 4 inputs, 2 outputs
-tables = [PROTOTYPES @ W[0:2], PROTOTYPES @ W[2:4]]  # offline: a table for each part, a row each
+# Offline: a table for each part, with a row for each prototype.
+tables = [PROTOTYPES @ W[0:2], PROTOTYPES @ W[2:4]]
 
 x = np.array([0.9, 0.2, 0.1, 1.1])
 y = np.zeros(2)
@@ -196,9 +201,10 @@ loss["lut_centroid, last 2"] = describe("lut_centroid, last 2 blocks", last_two)
 loss["lut_centroid"] = describe("lut_centroid, all 8 blocks", lut_centroid)
 assert loss["lut_centroid, last 2"] < loss["plain"] + 0.2
 assert loss["lut_centroid"] > loss["plain"] + 1
-# In two blocks, little is lost; in all of them, the model is: each block rounds what the one before
-# has already spoiled. (The paper LUT-NN trains the prototypes together with the weights.) And the
-# tables are 4 times as large as the weights: 16 rows instead of each 4.
+# In two blocks, little is lost; with all eight the model no longer works: each block rounds inputs
+# that the blocks before have changed already. (The paper LUT-NN trains the prototypes together with
+# the weights.) And the tables are 4 times as large as the weights: a table has 16 rows for each 4
+# rows of W.
 
 # %% 6. A table for a function
 # The activation SiLU, x / (1 + exp(-x)), takes an exponential and a division. An input in 16 bits
@@ -223,7 +229,9 @@ assert abs(loss["function_tables"] - loss["plain"]) < 1e-3
 # %% 7. The price: counts
 # What one token takes, the others being in the KV cache (the stored keys and values): the
 # multiply-adds that are left, the reads, and the bytes of the tables that they go to. Queries with
-# keys, attention weights with values, and the output head are products as before.
+# keys, attention weights with values, and the output head are products as before: 208,640
+# multiply-adds. The rest is what the tables themselves need. Look at the first column: which table
+# needs most?
 title("7. The price of one token: counts")
 models = {
     "plain": lm,
@@ -252,6 +260,17 @@ for name, one in models.items():
     table.append([name, multiply_adds[name], reads[name], kilobytes, f"{loss[name]:.3f}"])
 print_table(["", "multiply-adds", "reads", "tables, KB", "loss"], table)
 assert multiply_adds["lut_product"] < multiply_adds["plain"] / 5
+
+inputs = 8 * sum(len(w) for w in weights(block).values() if w.ndim == 2)  # of all matrices
+outputs = 8 * sum(w.shape[1] for w in weights(block).values() if w.ndim == 2)
+as_before = multiply_adds["plain"] - block_weights
+assert as_before == 208_640
+assert multiply_adds["lut_product"] == as_before + inputs + 2 * outputs  # scales of x, then of y
+assert multiply_adds["lut_bit_serial"] == as_before + 2 * outputs  # zero and scale of each output
+assert multiply_adds["lut_centroid"] == as_before + 16 * inputs  # distances to 16 centroids
+# lut_centroid: to find the nearest of 16 centroids, each input takes 16 multiply-adds. lut_product
+# multiplies by scales, lut_bit_serial by the scale and the zero of each output. (To make the sums
+# of lut_bit_serial takes additions only.)
 
 # %% ... as a picture
 # "#" are multiply-adds, "r" reads, drawn to the same scale.
@@ -297,15 +316,15 @@ print(f"\none read takes the time of {cost:.0f} multiply-adds")
 assert cost > 2
 # The product goes through memory in order, and one instruction multiplies 8 or 16 numbers at once.
 # Each read has an address of its own. So here a table pays only if one read replaces more
-# multiply-adds than that: lut_product replaces 2, lut_bit_serial 1, lut_centroid 4. It is a matter
-# of the machine. Processors can read 16 or 32 entries in one instruction, if the table fits into a
-# register (the byte shuffle, for which lut_bit_serial is made), and chips have been designed around
-# such tables. NumPy reaches neither.
+# multiply-adds than that (the additions of what was read are not even in it): lut_product replaces
+# 2, lut_bit_serial 1, lut_centroid 4. It is a matter of the machine. Processors can read 16 or 32
+# entries in one instruction, if the table fits into a register (the byte shuffle, for which
+# lut_bit_serial is made), and chips have been designed around such tables. NumPy reaches neither.
 
 # %% 9. Where a table wins
-# In tutorial 3, one read of a ready row replaces whole products: that pays. And GELU, another
-# activation, takes dozens of operations for one number; SiLU takes few. Which of the two does a
-# table make faster?
+# In tutorial 3, one read of a ready row replaces whole products, and in stories-parallel, where it
+# replaces nearly a whole block, that pays. And GELU, another activation, takes dozens of operations
+# for one number; SiLU takes few. Which of the two does a table make faster?
 title("9. One read for much work")
 gelu = minitx.load("stories-parallel")  # a model with GELU
 gelu_table = minitx.load("stories-parallel", function_tables=True)
@@ -317,13 +336,15 @@ for name, plain, tabled in (("SiLU", lm, function_tables), ("GELU", gelu, gelu_t
 # depends on how much work one read replaces, and on what a read costs on your machine.
 
 # %% Try this
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
 # 1. Section 1: how many entries has the table for triples of {-1, 0, 1}? And how many reads does a
 #    dot product of 12 numbers take, with pairs and with triples?
 # 2. Section 2: put the weights into the table, too: for each pair of inputs, each of its 256 codes
 #    and each of the 128 outputs, the finished sum. How many entries are that for 352 inputs, and
-#    how many times the 45,056 weights? What is left to read for one output? (It is what section 5
+#    how many times the 45,056 weights? How many reads does one output take? (It is what section 5
 #    does with 256 prototypes for 2 numbers.)
-# 3. Section 5: take x = (0.6, 0.5, 0.1, 1.1), without the assert. How far is the result from the
+# 3. Section 5: take x = (0.6, 0.5, 0.1, 1.1). How far is the result from the
 #    exact product? Add the prototype (0.5, 0.5): how far now? And what comes out for x = 0?
 # 4. Inputs or weights: which may be rounded more? Load lut_product with input_bits 3 and
 #    weight_bits 4, then the other way round, and compare the losses with `describe`.

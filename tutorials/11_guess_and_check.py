@@ -1,10 +1,10 @@
 """Tutorial 11: guess and check. Can a small model's guesses save passes of the large model without
 changing its text?
 
-Tutorial 2 showed that one pass with several rows costs little more than one pass with one row. But
-the next token is needed before the one after it, so a single text gives one row at a time. Unless
-somebody guesses the next tokens: then one pass of the large model checks all guesses at once. This
-is speculative decoding. The small model is the draft model, the large one the target model.
+Tutorial 2 timed a pass of the model with 4 rows: it takes much less time than 4 passes with one
+row. But the next token is needed before the one after it, so a single text gives one row at a time.
+Unless somebody guesses the next tokens: then one pass of the large model checks them all. This is
+speculative decoding. The small model is the draft model, the large one the target model.
 
 Letters: V vocabulary; p the target model's distribution of the next token (V numbers), q the draft
 model's; gamma guesses per pass.
@@ -70,24 +70,23 @@ for guess in range(4):
     rejected = q[guess] * (1 - accept[guess])
     for word in range(4):
         output[word] += rejected * residual[word]
-print("comes out:     ", ", ".join(f"{word} {share}" for word, share in zip(WORDS, output)))
+print("comes out:", ", ".join(f"{word} {share}" for word, share in zip(WORDS, output)))
 assert output == p  # exactly
 
 acceptance = sum(q_x * a_x for q_x, a_x in zip(q, accept))
 assert acceptance == sum(map(min, p, q))
 print(f"a guess is accepted with probability {acceptance}, the sum of min(p, q)")
 
-# What if a rejected guess were replaced by a draw from p itself?
-wrong = [q_x * a_x + (1 - acceptance) * p_x for p_x, q_x, a_x in zip(p, q, accept)]
-print("redrawn from p:", ", ".join(f"{word} {share}" for word, share in zip(WORDS, wrong)))
-# Then "garden" comes too often: its accepted guesses have used up all that it may have.
+# (To draw from p itself after a rejection would be wrong: "garden" would come too often. Its
+# accepted guesses have used up all that it may have.)
 
 # %% 2. Several guesses, one pass
 # The draft model guesses gamma tokens in a row. One pass of the target model over all of them gives
 # its own distribution after each. Guesses are accepted up to the first rejection; the rest is
-# thrown away. If all are accepted, the last row of the pass gives one token more, for free. If each
-# guess is accepted with probability alpha, a pass brings 1 + alpha + alpha^2 + ... + alpha^gamma
-# tokens.
+# thrown away. A rejected guess is replaced by a draw from the residual distribution, so each pass
+# brings at least one token. If all are accepted, the last row of the pass gives one token more, for
+# free. If each guess is accepted with probability alpha, a pass brings
+# 1 + alpha + alpha^2 + ... + alpha^gamma tokens on average.
 title("2. Tokens from one pass, by formula")
 
 
@@ -140,8 +139,9 @@ print(f"{len(new)} tokens in {passes} passes; the target model alone writes the 
 
 # %% 4. How often do the models agree?
 # For sampling, what counts is alpha = the sum of min(p, q), as in the toy example. It needs no
-# guessing: run both models over a text and compare their distributions at every token. Below,
-# tokens of the story's end with the alpha that a guess had there. Where do the models agree?
+# guessing: run both models over a text and compare their distributions at every token. The rows
+# below are the question and what was generated, with the alpha that a guess had there. Where do the
+# models agree?
 title("4. The probability that a guess is accepted, token by token")
 sampler = Sampler(temperature=1)
 
@@ -157,7 +157,7 @@ def agreement(ids):
 
 words = [target.tokenizer.decode([token]).strip() for token in text]
 alphas = agreement(text)
-for t in range(len(prompt) - 8, len(prompt) + 12):
+for t in range(len(prompt) - 8, len(prompt) + 8):
     alpha = alphas[t - 1]  # the first token has none
     print(f"  {words[t]:10} {alpha:4.0%} {bar(alpha, 1.0, 50)}")
 
@@ -216,6 +216,7 @@ p = sampler.probabilities(target.logits(beginning)[-1])
 q = sampler.probabilities(draft.logits(beginning)[-1])
 count = np.zeros(len(p))
 for seed in range(DRAWS):
+    # 2 tokens, so that there is a guess to check: for a last token nobody guesses.
     next_word = guessing.generate(beginning, 2, temperature=1, seed=seed)[0]
     count[next_word] += 1
 
@@ -251,8 +252,8 @@ print(f"a step of the draft model: c = {c:.2f}; a pass of {GAMMA + 1} rows: v = 
 
 # %% ... and the speedup
 # Greedy, on one text. In a large model both c and v are better: there, time is reading weights from
-# memory (tutorial 2), so v is nearly 1, and c is the ratio of the two sizes. What would our numbers
-# of tokens per pass be worth there?
+# memory (tutorial 2), so v is nearly 1, and c is the ratio of the two sizes. The last line is what
+# our tokens per pass would be worth there.
 def write_alone():
     return target.generate(ids, 60)
 
@@ -272,10 +273,10 @@ print(f"measured: {gain:.2f} times as fast")
 ratio = sizes[1] / sizes[0]
 print(f"if reading weights were all: {brought / (GAMMA * ratio + 1):.2f} times as fast")
 say(
-    f"Here little is gained. The draft model has {1 / ratio:.0f} times fewer weights, but its step",
-    f"takes {c:.0%} of the target's time: Python calls NumPy for each layer, however small it is.",
-    "And the target's weights, 6.4 MB, fit into the cache of many processors, so reading them once",
-    "for several rows saves little of the pass.",
+    "Here little is gained. The formula leaves out what happens once per text (both models read",
+    "the prompt) and between the passes (comparing guesses, taking rejected ones out of two KV",
+    f"caches). The draft model has 1/{1 / ratio:.0f} of the target's weights, but its step takes",
+    f"{c:.0%} of the target's time: Python calls NumPy for each layer, however small it is.",
 )
 
 # %% Try this
@@ -286,4 +287,5 @@ say(
 #    tokens_per_pass(alpha, gamma) / (gamma * c + v)? And with your c and v from section 7?
 # 3. Guess without a second model: speculative={"draft": "self"} (the first half of the target's own
 #    blocks) or {"draft": "lookup"} (what followed the same words earlier in the text). Compare
-#    tokens per pass in section 5. Which of the two needs no multiply-adds for its guesses?
+#    tokens per pass in section 5. Which of the two needs no multiply-adds for its guesses? (alpha,
+#    c and the text of section 7 still describe stories-draft, whatever you set here.)

@@ -97,10 +97,16 @@ def print_vertically(words, indent):
 
 
 def tree_changes(before, after):
-    """Print two trees of parts as one: "-" marks lines of ``before`` only, "+" of ``after`` only;
-    unchanged parts are left out, but for those that contain a change."""
-    lines = list(difflib.ndiff(repr(before).splitlines(), repr(after).splitlines()))
-    lines = [line for line in lines if line[0] != "?"]
+    """Print two trees of parts as one: "-" marks lines of ``before`` only, "+" of ``after`` only,
+    which follow them; unchanged parts are left out, but for those that contain a change."""
+    old, new = repr(before).splitlines(), repr(after).splitlines()
+    lines = []
+    for same, i, i_end, j, j_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+        if same == "equal":
+            lines += [f"  {line}" for line in old[i:i_end]]
+        else:
+            lines += [f"- {line}" for line in old[i:i_end]]
+            lines += [f"+ {line}" for line in new[j:j_end]]
     for i, line in enumerate(lines):
         if line[0] != " " or _contains_change(lines[i:]):
             print(line.rstrip())

@@ -67,8 +67,7 @@ def elsa(
                sim   = |key| * cos(angle)
                keep the keys with sim > t * max|key|, or if none, the one with the largest sim;
                exact scores and softmax over those. max|key|: over the keys that q sees.
-    Saves:     per decoded token with r of S cached keys kept, and c d for a hash (c = 10 at d =
-    32):
+    Saves:     per decoded token with r of S cached keys kept, if a hash takes c d (c = 10 at d=32):
                c d + S (sim) + 2 r d multiply-adds per query head instead of 2 S d, and (c + 1) d
                per key head for the new key's hash and norm. A prompt saves none.
     In NumPy:  slower than dense below 4,096 keys: gathering the kept rows costs more than scoring
@@ -354,12 +353,10 @@ def threshold_samples(q, k, p: float, scale: float, visible: Visible):
 # - A prompt is scored densely and masked, since one product of many rows is faster than gathering.
 #   "keys kept" of "keys seen" is what hardware could skip there.
 # - Cost in full, of one decoded token with k hash bits: the hash takes c d multiply-adds for each
-# of
-#   ceil(k / d) stacked projections, c the sum of its factors' sizes (2 + 4 + 4 at d = 32, whose
-#   product is d); a new key's norm d more. Hamming distances are
-#   counted as "bits compared" and not as multiply-adds. Cache bytes in float32:
-#   S (ceil(k / 8) + 4) per key head for hashes and norms, and 8 r d per query head for the kept
-#   rows, instead of 8 S d per key head.
+#   of ceil(k / d) stacked projections, c the sum of its factors' sizes (2 + 4 + 4 at d = 32, whose
+#   product is d); a new key's norm d more. Hamming distances are counted as "bits compared" and not
+#   as multiply-adds. Cache bytes in float32: S (ceil(k / 8) + 4) per key head for hashes and norms,
+#   and 8 r d per query head for the kept rows, instead of 8 S d per key head.
 # - The paper's 0.127 rad for d = k = 64 is what ``simulate_angle_bias`` finds there; it is about
 #   1 / sqrt(k) elsewhere.
 # - Time at d = 32: slower than dense attention at every context tried up to 2,048 keys; at 4,096

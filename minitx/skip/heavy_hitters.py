@@ -27,7 +27,9 @@ from minitx.tree import Part, part, table
 def heavy_hitters(
     lm,
     *,
-    heavy: Annotated[int, "rows kept for their attention, per key head", at_least(0)] = 64,
+    heavy: Annotated[
+        int, "rows kept for the attention they received, per key head", at_least(0)
+    ] = 64,
     recent: Annotated[int, "most recent rows, which are always kept", at_least(0)] = 64,
     choose: Annotated[
         Literal["attention", "random"], "accumulated attention, or a random baseline"
@@ -44,12 +46,14 @@ def heavy_hitters(
     Idea:      A few tokens receive most of the attention, step after step. Add up what each cached
                token receives, and evict those that receive least.
     Offline:   nothing.
-    Online:    acc[r] += sum of the softmax weights that this step's queries give to row r
-               before the next step, in each key head with more than heavy + recent rows: keep the
-               ``recent`` latest and, of the others, the ``heavy`` with the largest acc (ties go
-               to the lower index); free the rest.
+    Online:    in each key head, for each cache row r (a step: the tokens that run together):
+               acc[r] += sum of the softmax weights that the queries of this step give to r
+               before the keys of the next step are stored, if there are more than heavy + recent
+               rows: keep the ``recent`` latest rows and, of the others, the ``heavy`` with the
+               largest acc (ties go to the lower index); free the rest.
     Saves:     cache rows: at most heavy + recent + the new tokens. A decoded token takes
-               2 H d (heavy + recent) multiply-adds for attention instead of 2 H d S.
+               2 H d (heavy + recent) multiply-adds for attention instead of 2 H d S (H query heads
+               of width d, S cached tokens).
     In NumPy:  saves memory, not time: every step gathers the rows that stay, head by head, which
                takes longer than the attention that it saves (Notes).
     Not for:   a prompt run in one step, which is dense, however long; techniques that need a cache
@@ -79,17 +83,20 @@ def heavy_hitters(
 class HeavyCache(Part):
     """Evicts the rows above the budget, then stores the new ones."""
 
-    decides = "step"
+    # Declared for techniques that are combined with this one (tree.Part):
+    decides = "step"  # which rows stay depends on how the text is divided into steps
     frees_rows = True
-    has_history = True
-    inner: Part
+    has_history = True  # remembers the accumulated attention, too
+
+    inner: Part  # the KV cache
     heavy: int
     recent: int
     random: np.ndarray | None = table(default=None)  # (context,) scores of the baseline
 
     @property
     def one_sequence(self) -> bool:
-        """Random scores are by position, which differs between the sequences of a padded batch."""
+        """True: no batches of different lengths. Random scores are by position, which differs
+        between the sequences of a padded batch."""
         return self.random is not None
 
     def store(self, k, v, layer: Layer):
@@ -108,7 +115,7 @@ class HeavyCache(Part):
         if self.random is not None:
             scores = np.broadcast_to(self.random[layer.row_tokens().array], scores.shape)
         if min(layer.keys.shape[-3], layer.values.shape[-3]) < scores.shape[-2]:
-            scores = scores.sum(-2, keepdims=True)  # one cached head serves all: one set of rows
+            scores = scores.sum(-2, keepdims=True)  # one head is cached for all (absorb_products)
         rows = heaviest_and_latest(scores, self.heavy, self.recent)  # (..., K, heavy + recent)
         ledger.event("cache rows evicted", scores.size - rows.size)
         layer.keep(rows)
@@ -137,22 +144,23 @@ class AccumulatingAttend(Part):
         T, S = q.shape[-2], k.shape[-2]
         mask, out = layer.mask(), np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
         received = np.zeros((*k.shape[:-2], S), q.dtype)  # (..., K, S) by each row
-        given = None  # (..., K, T, S) by each token to each row, if the step is short
-        if T <= fast.ROWS:
+        given = None  # (..., K, T, S) by each token to each row
+        if T <= fast.ROWS:  # a step of at most 64 tokens: only such a step can be undone in part
             given = np.zeros((*k.shape[:-2], T, S), q.dtype)
+        # A block of t = b - a queries at a time: a .. b - 1, which see only rows before ``end``.
         for a, b, end in fast.query_blocks(T, S, mask):
-            near = fast.newest_mask(b - a) if mask is None else mask[..., a:b, :end]
-            rows, keys, values = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
-            p = fast.unnormalized_weights(rows, keys, self.scale, near)  # (..., K, G*t, end)
-            out[..., a:b, :] = fast.weighted_values(p, rows, keys, values)
-            p /= p.sum(-1, keepdims=True)
+            block_mask = fast.newest_mask(b - a) if mask is None else mask[..., a:b, :end]
+            queries, keys, values = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
+            p = fast.unnormalized_weights(queries, keys, self.scale, block_mask)
+            out[..., a:b, :] = fast.weighted_values(p, queries, keys, values)
+            p /= p.sum(-1, keepdims=True)  # softmax (..., K, G*t, end)
             by_token = p.reshape(*k.shape[:-2], -1, b - a, end).sum(-3)  # (..., K, t, end)
-            if layer.start is not None:  # padding attends to nothing
+            if layer.start is not None:  # what padding attends to does not count
                 by_token *= (layer.tokens.own >= 0)[:, None, a:b, None]
             received[..., :end] += by_token.sum(-2)
             if given is not None:
                 given[..., a:b, :end] = by_token
-        if layer.keys.shape[-3] < k.shape[-3]:  # all key heads share one cached head
+        if layer.keys.shape[-3] < k.shape[-3]:  # one head is cached for all (absorb_products)
             received = received.sum(-2, keepdims=True)
             given = None if given is None else given.sum(-3, keepdims=True)
         accumulated(layer).add(received, given, layer)
@@ -169,24 +177,25 @@ def accumulated(layer: Layer, dtype=np.float32) -> "Accumulated":
 class Accumulated:
     """The attention that each cache row has received, total (..., K, S).
 
-    A step can be undone in part (speculative decoding rejects tokens): then the attention of
-    its first tokens is added to the total before the step.
+    A step can be undone in part (speculative decoding rejects tokens): then the total is that from
+    before the step, plus the attention that the remaining tokens of the step gave.
     """
 
     def __init__(self, dtype):
         self.dtype = dtype
         self.total: np.ndarray | None = None
-        self.before: np.ndarray | None = None  # the total before this step, for its rows
-        self.given: np.ndarray | None = None  # (..., K, T, S) in this step
-        self.first = 0  # position of its first token
+        self.before: np.ndarray | None = None  # (..., K, rows before this step): the total then
+        self.given: np.ndarray | None = None  # (..., K, T, S): by each token of this step
+        self.first = 0  # position of this step's first token
 
     def begin(self, layer: Layer) -> None:
-        """A new step begins: earlier steps can no longer be undone."""
+        """A new step begins, before which rows may be evicted: so earlier steps can no longer be
+        undone."""
         self.first = int(layer.tokens.array[0])
         layer.rewindable_to, layer.evicted_by = self.first, "heavy_hitters"
         if layer.count:
             total = np.zeros((*layer.keys.shape[:-2], layer.count), self.dtype)
-            if self.total is not None:  # newer rows have received nothing yet
+            if self.total is not None:  # rows stored without attending (early_exit) have 0 so far
                 total[..., : self.total.shape[-1]] = self.total
             self.total = total
         self.before, self.given = self.total, None
@@ -212,11 +221,12 @@ class Accumulated:
         return total
 
     def rewind(self, position: int) -> None:
+        """Undo this step's tokens from ``position`` on."""
         if position == 0:
             self.total = self.before = self.given = None
         elif self.given is not None and position < self.first + self.given.shape[-2]:
-            T = max(position - self.first, 0)
-            rows = self.given.shape[-1] - self.given.shape[-2] + T
+            T = max(position - self.first, 0)  # tokens of this step that remain
+            rows = self.given.shape[-1] - self.given.shape[-2] + T  # theirs, and all before them
             self.given = self.given[..., :T, :rows]
             self.total = self.after(self.given.sum(-2))
 
@@ -227,8 +237,10 @@ class Accumulated:
 #   in part if it is short (speculative decoding). Verifying several drafted tokens is one step,
 #   without evictions in between: once rows are evicted, the text may differ from that of plain
 #   decoding, as with any other division into steps.
-# - Figures on stories, 8 chains of 512 tokens, the first 32 in one step and the others one by one
-#   (minitx sweep heavy-hitters heavy=64 recent=64 choose=attention,random --chains 8 --stories 20):
+# - Figures on stories, 8 chains of 512 tokens, the first 32 in one step and the others one by one.
+#   A chain: several stories joined to 512 tokens. Hops: how many facts an answer has to combine.
+#   (minitx sweep heavy-hitters heavy=64 recent=64 choose=attention,random --chains 8 --stories 20,
+#   then with heavy=128 recent=128 and with heavy=32 recent=32.)
 #
 #       heavy + recent    choose       cache    loss above dense    1 / 2 / 3 hops
 #       128 + 128         attention    0.50x    +0.001              100 / 100 / 92 %
@@ -238,7 +250,7 @@ class Accumulated:
 #        32 +  32         attention    0.13x    +0.128               66 /  28 / 39 %
 #        32 +  32         random       0.13x    +0.229               74 /  44 / 39 %
 #
-#   What received most attention so far predicts the next word best. It is not what a question needs
-#   that comes later: at an eighth of the cache, random rows answer more questions.
+#   The rows that have received most attention predict the next word best. But a later question may
+#   need others: at an eighth of the cache, random rows answer more questions.
 # - Speed: decoding alone, with 440 to 500 tokens in the dense cache, 0.3x of dense at heavy=64
 #   recent=64 (one BLAS thread); the speed that sweep prints includes the prompt, which is dense.

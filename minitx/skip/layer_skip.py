@@ -1,7 +1,8 @@
 """Drop whole layers, or attention or FFN sub-layers, by a fixed list that is selected once.
 
-The list is the technique: what runs is the model without these units. Below the part that runs are
-the published criteria that select the list; each takes a model and some text, and returns a plan.
+A unit is a layer or a sub-layer; a plan is a list of units. What runs is the model without the
+units of the plan. Below the part that runs are the published criteria that select a plan: each
+takes a model and some texts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from minitx.tree import Part, part, walk
     exact=False,
     neutral={"count": 0},
     demo={"unit": "both", "count": 2},
-    event="sub-layers dropped",
+    event="sub-layer runs skipped",
 )
 def layer_skip(
     lm,
@@ -33,7 +34,9 @@ def layer_skip(
     ] = "layer",
     count: Annotated[int | None, "how many units; default: 1", at_least(0)] = None,
     drop: Annotated[
-        str | None, "the units by number from 0, as 3,5 or 3+5; with unit=both as attn3,ffn5"
+        str | None,
+        "the units by number from 0, as 3,5; with unit=both as attn3,ffn5 (+ instead of the comma "
+        "in minitx sweep, where commas separate settings)",
     ] = None,
     choose: Annotated[
         Literal["influence", "angular", "similarity", "greedy", "random", "last"] | None,
@@ -52,21 +55,24 @@ def layer_skip(
     Fidelity:  similarity: the authors' code. influence, angular: a reconstruction from the
                abstracts and from other people's code; greedy: from summaries.
     Kind:      approximate.
-    Idea:      A unit adds to the residual stream: y = x + f(norm(x)). Where that hardly matters,
-               y = x is enough.
-    Offline:   h[l] enters layer l; means are over the calibration tokens.
-               influence:  mean 1 - cos(h[l], h[l+1]);  the layers with the lowest
-               angular:    mean arccos(cos(h[l], h[l+n])) / pi at each text's last token;
-                           the n layers from the l with the lowest
-               similarity: mean cos(x, x + f(norm(x)));  the sub-layers with the highest
-               greedy:     the unit without which the loss is lowest, then again, n times
-               Baselines: random; last, the deepest n units but for the very last one.
-    Online:    y = x. No keys or values are stored.
-    Saves:     per token and attention sub-layer 2 D (H + K) d + 2 S H d multiply-adds and 2 K d
-               cached numbers; per FFN 3 D F (2 D F without a gate); and the weights of both.
-    In NumPy:  faster in proportion, for prompts, decoding and batches alike.
-    Not for:   skipless models; FFN 0 once it is in a first_layer table (parallel blocks);
-               early_exit with measure=saturation, where a dropped layer looks saturated.
+    Idea:      A sub-layer f adds to the residual stream: y = x + f(norm(x)). Where that hardly
+               matters, y = x is enough. A layer is two sub-layers, attention and FFN.
+    Offline:   n = count; h[l]: hidden state that enters layer l; means are over calibration tokens.
+               influence:  mean 1 - cos(h[l], h[l+1]);  drop the n layers with the lowest
+               angular:    mean arccos(cos(h[l], h[l+n])) / pi, over each text's last token only;
+                           drop the n layers from the l with the lowest
+               similarity: mean cos(x, x + f(norm(x)));  drop the n sub-layers with the highest
+               greedy:     drop the unit without which the loss is lowest; again, until n are gone
+               Baselines:  random; last, the n deepest units except the very last one.
+    Online:    y = x. A dropped attention caches no keys and values.
+    Saves:     all of a sub-layer. Attention, per token: 2 D (H + K) d + 2 S H d multiply-adds and
+               2 K d cached numbers (D width, H query and K key heads of width d, S cached tokens).
+               FFN: 3 D F multiply-adds, or 2 D F without a gate (F hidden neurons).
+    In NumPy:  whole layers save time in proportion to multiply-adds, attention more than that, FFN
+               less (Notes).
+    Not for:   skipless models; the FFN of block 0 in a first_layer table (parallel blocks);
+               early_exit with measure=saturation, which takes the unchanged x of a dropped layer
+               for converged.
     Proof:     tests/skip/test_layer_skip.py; literal version: tests/skip/literal_layer_skip.py
     """
     check_model(lm)
@@ -98,19 +104,21 @@ class Dropped(Part):
     """Replaces an attention or FFN sub-layer: adds 0 and caches nothing."""
 
     def __call__(self, x, layer: Layer):
-        ledger.event("sub-layers dropped", x.size // x.shape[-1])
+        ledger.event("sub-layer runs skipped", x.size // x.shape[-1])  # one run per token
         return np.zeros_like(x)  # (..., T, D)
 
+    # The three other ways to call attention (model.Attention).
+
     def backfill(self, x, layer: Layer):
-        """Attention: cache no keys and values."""
+        """Cache nothing for tokens that skip this layer."""
 
     def attend_from(self, x, layer: Layer):
-        """Attention for tokens whose keys and values would already be cached."""
+        """Add 0 for tokens whose keys and values the attention would have cached before."""
         return self(x, layer)
 
     def from_qkv(self, q, k, v, layer: Layer):
-        """Attention after the projections. A plain 0, since q (..., T, H*d) may be wider than x."""
-        ledger.event("sub-layers dropped", q.size // q.shape[-1])
+        """Add 0 after the projections: a plain 0, since q (..., T, H*d) may be wider than x."""
+        ledger.event("sub-layer runs skipped", q.size // q.shape[-1])
         return 0.0
 
 
@@ -148,8 +156,8 @@ def drop_units(lm, plan: Sequence[Unit]):
 
 
 # Offline: criteria -------------------------------------------------------------------------------
-# Each gives a plan of ``count`` of the units, in the order in which they would be removed, for a
-# model and some texts (lists of ids).
+# Each returns a plan of ``count`` of the units, in the order of removal, for a model and some texts
+# (lists of ids).
 
 
 def by_influence(lm, units: list[Unit], count: int, texts) -> list[Unit]:
@@ -166,7 +174,7 @@ def by_similarity(lm, units: list[Unit], count: int, texts) -> list[Unit]:
 
 
 def by_loss(lm, units: list[Unit], count: int, texts) -> list[Unit]:
-    """Greedy: the loss is evaluated again after each removal."""
+    """Greedy: after each removal, the loss without each of the remaining units is measured anew."""
     plan: list[Unit] = []
     for _ in range(count):
         rest = [unit for unit in units if unit not in plan]
@@ -202,13 +210,13 @@ def lowest(units: list[Unit], count: int, scores) -> list[Unit]:
 
 
 def block_influence(lm, texts) -> np.ndarray:
-    """(L,) ShortGPT's BI of each layer."""
-    cosines = [cosine(h[:-1], h[1:]) for h in hidden_states(lm, texts)]  # of (L, T)
+    """(L,): ShortGPT's block influence (BI) of each layer."""
+    cosines = [cosine(h[:-1], h[1:]) for h in hidden_states(lm, texts)]  # each (L, T)
     return 1 - np.concatenate(cosines, -1).mean(-1)
 
 
 def angular_distance(lm, texts, n: int) -> np.ndarray:
-    """(L - n + 1,) distances, from 0 to 1, between what enters layer l and what enters l + n."""
+    """(L - n + 1,): distances, from 0 to 1, between what enters layer l and what enters l + n."""
     cosines = []
     for h in hidden_states(lm, texts):
         last = h[:, -1]  # (L + 1, D): of the last token
@@ -217,7 +225,7 @@ def angular_distance(lm, texts, n: int) -> np.ndarray:
 
 
 def similarity(lm, units: Sequence[Unit], texts) -> np.ndarray:
-    """(units,) mean cosines of the residual stream before and after each sub-layer."""
+    """(units,): mean cosines of the residual stream before and after each sub-layer."""
     found: dict[Unit, list] = {unit: [] for unit in units}
 
     def watch(lm, kind: str):
@@ -346,7 +354,8 @@ def check_slots(lm, dropped: set[tuple[str, int]]) -> None:
 
 
 def check_streams(lm, choose: str) -> None:
-    """Refuse to compare hidden states if the input of the first block is none (first_layer)."""
+    """Refuse to compare hidden states if the input of the first block is not one: with first_layer
+    it is a wider row of a table."""
     if choose == "greedy":
         return
     need(lm.model.stack, Stack)
@@ -361,32 +370,39 @@ def check_streams(lm, choose: str) -> None:
 
 # Notes:
 #
-# Measured on ``stories``, by: minitx sweep layer-skip choose=influence,greedy,last count=1,2,3,4,5
-# (for random: choose=random seed=0,1,2,3,4 count=3). Loss above dense in nats per token of ordinary
-# text; then accuracy of answers that chain 1, 2, 3 facts (dense: 99.3, 97.2, 100 %).
+# Measured on ``stories`` with ``minitx sweep layer-skip`` and these settings (one BLAS thread):
+#
+#     choose=influence,angular,greedy,last count=3,4
+#     choose=random seed=0,1,2,3,4 count=3
+#     unit=attention,ffn choose=greedy,similarity count=3
+#     unit=both choose=last count=3
+#
+# Loss above dense, in nats per token of ordinary text; then the accuracy of answers by hops, the
+# number of facts that an answer has to combine (dense: 99.3, 97.2, 100 %).
 #
 #     unit       count  choose                 multiply-adds  loss     1 hop  2 hops  3 hops  speed
-#     layer        3    all but random            0.643x     +0.0050   99.3    94.4    96.0   1.56x
+#     layer        3    infl., ang., greedy, last 0.643x     +0.0050   99.3    94.4    96.0   1.56x
 #     layer        3    random, seed 0            0.643x     +0.0914   47.0    58.3    44.0
 #     layer        3    random, best of 5         0.643x     +0.0037   98.7    94.4    92.0
 #     layer        3    random, worst of 5        0.643x     +10.6      2.6     2.8     0.0
-#     layer        4    influence, greedy         0.524x     +0.0073   98.7    61.1    36.0   1.9x
+#     layer        4    infl., ang., greedy       0.524x     +0.0073   98.7    61.1    36.0   1.9x
 #     layer        4    last                      0.524x     +0.0412   90.7    58.3    56.0   1.8x
 #     attention    3    greedy                    0.889x     +0.0026   99.3    97.2   100.0   1.3x
 #     attention    3    similarity                0.889x     +0.0061   98.0    94.4    92.0   1.3x
 #     ffn          3    greedy                    0.754x     +0.0039   99.3    97.2   100.0   1.15x
+#     ffn          3    similarity                0.754x     +0.0063   99.3    97.2   100.0   1.15x
 #     both         3    last                      0.844x     +0.0014   99.3    97.2    96.0   1.25x
 #
-# Layers 4, 5 and 6 can be dropped, by any criterion: ``stories`` was trained with LayerSkip's layer
-# dropout, and even ``last`` finds them. Without it no layer can: on ``stories-parallel`` the
-# cheapest of four layers costs 0.49 nats per token of 16 calibration stories. The fourth layer
-# shows what a mean loss hides: +0.0073 nats, and two thirds of the answers that chain three facts
-# are lost.
+# With count=3 every criterion drops layers 4, 5 and 6: ``stories`` was trained with LayerSkip's
+# layer dropout, which makes late layers dispensable, and even ``last`` finds them. Without such
+# training no layer can be dropped: on ``stories-parallel`` the cheapest of four layers costs 0.49
+# nats per token of 16 calibration stories. The fourth layer shows what a mean loss hides: +0.0073
+# nats, and two thirds of the answers that combine three facts are lost.
 #
-# Cosines are blind to scale: a layer that makes the hidden state ten times as long has influence 0,
-# and matters. Only greedy looks at the output of the model, at count * units passes over the texts.
-# Texts are run one by one, so no padding enters a mean. Angular uses one token of each text, and
-# needs the most texts.
+# Cosines are blind to scale: a layer that makes the hidden state ten times as long matters, and has
+# influence 0. Only greedy looks at the output of the model, which takes up to count * units passes
+# over the texts. Texts are run one by one, so no padding enters a mean. Angular uses one token of
+# each text, and needs the most texts.
 #
 # Unconfirmed in the papers and chosen here: influence averages over all calibration tokens,
 # not over texts; ties go to the lower index; in SLEB, the first and last layer may be dropped too.

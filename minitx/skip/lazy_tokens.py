@@ -31,7 +31,11 @@ def lazy_tokens(
     keep: Annotated[
         float, "share of its tokens that each pruning layer passes on; 1 prunes none", above(0, 1)
     ] = 0.7,
-    every: Annotated[float, "prune after each such share of the layers", above(0, 1)] = 0.3,
+    every: Annotated[
+        float,
+        "share of the L layers between prunings: after floor(every * i * L) layers",
+        above(0, 1),
+    ] = 0.3,
     first: Annotated[int, "layers that always run all tokens", at_least(1)] = 1,
     choose: Annotated[
         Literal["attention", "random"], "attention of the last token, or a random baseline"
@@ -49,20 +53,23 @@ def lazy_tokens(
                others are not lost: their hidden states wait in an auxiliary cache, from which any
                later step may resume them at the layer that they had reached.
     Offline:   nothing.
-    Online:    in each step (the prompt, then each new token) cand = all tokens; for each layer l:
-                 todo = cand without keys and values in l      hidden states from aux[l]
-                 run l for todo, attending to cand, at original positions; aux[l+1] = output
-                 if l is a pruning layer:
+    Online:    in each step (the prompt, then each new token):
+               aux[0] = embeddings of the new tokens, cand = all tokens so far; for each layer l:
+                 todo = the tokens of cand without keys and values in l
+                 run l for todo, from their hidden states aux[l], attending to cand (causally, at
+                 original positions); aux[l+1] = output
+                 after floor(every i L) of the L layers, i = 1, 2, ... (a pruning layer):
                    score[j] = mean over heads of softmax(q_last k^T / sqrt(d))[j]
                    cand     = the last token and the best others, ceil(keep |cand|) in all
-    Saves:     layer l runs n_l of a prompt's n tokens: n_l / n of its products, (n_l / n)^2 of its
-               attention, less H n_l d for the scores of a pruning layer. No token ever runs twice
-               through a layer.
+    Saves:     if n_l of a prompt's n tokens are candidates in layer l, it costs n_l / n of its
+               dense products and (n_l / n)^2 of its attention; a pruning layer costs H n_l d more
+               for the scores (H query heads of width d). No token ever runs twice through a layer.
     In NumPy:  first token 1.2x to 1.4x sooner (stories, 320 tokens, keep=0.7), but each new token
-               takes twice as long: revived tokens run late, visible rows are copied (Notes).
-    Not for:   long outputs, which revive nearly every token; scoring a text in one pass, where
-               only the last row is what generation sees; batches with a KV cache (generate decodes
-               prompts one by one); attention without softmax over all keys (elsa, a3, ...).
+               takes 2 to 2.5 times as long: its step also runs the tokens that it revives through
+               deep layers, and copies the visible rows (Notes).
+    Not for:   long outputs, which revive nearly every token; scoring a text in one pass, which is
+               pruned for its last token; batches with a KV cache (generate decodes prompts one by
+               one); attention without softmax over all keys (elsa, a3, ...).
     Proof:     tests/skip/test_lazy_tokens.py; literal version: tests/skip/literal_lazy_tokens.py
     """
     need(lm.model.stack, Stack)
@@ -83,8 +90,8 @@ def lazy_tokens(
 
 
 def pruning_layers(L: int, every: float, first: int) -> tuple[int, ...]:
-    """How many layers have run where tokens are pruned: after each share ``every`` of L layers,
-    rounded down (paper: 9, 19 and 28 of 32 layers)."""
+    """After how many layers tokens are pruned: floor(every * i * L) for i = 1, 2, ... (paper: after
+    9, 19 and 28 of 32 layers)."""
     wanted = {math.floor(every * i * L + 1e-9) for i in range(1, math.ceil(1 / every) + 1)}
     return tuple(sorted(cut for cut in wanted if first <= cut < L))
 
@@ -97,14 +104,17 @@ class LazyStack(Part):
     """The blocks in groups; between two groups, the tokens that go on are selected.
 
     All layers of a group run the same tokens, so the auxiliary cache is only needed between groups.
+    A token that is a candidate in a group was one in every group before, in this step, so it has
+    left the layer before, now or in an earlier step.
     """
 
-    decides = "step"
-    frees_rows = True
-    has_history = True
-    one_sequence = True
+    # Declared for techniques that are combined with this one (tree.Part):
+    decides = "step"  # the last token of a step selects for all
+    frees_rows = True  # deep layers have no row for a pruned token
+    has_history = True  # the auxiliary cache
+    one_sequence = True  # no batches of different lengths
 
-    inner: Part
+    inner: Part  # the dense stack
     keep: float
     cuts: tuple  # a group ends after so many layers
     random: np.ndarray | None = table(default=None)  # (L, context) scores of the baseline
@@ -118,11 +128,8 @@ class LazyStack(Part):
         if x.ndim > 2:
             return self.each_row(x, state)
         tokens = state.tokens
-        step, n = (
-            tokens.array[0],
-            tokens.array[-1] + 1,
-        )  # a step is identified by its first position
-        cand = np.arange(n)
+        step = tokens.array[0]  # the first position of a step identifies it
+        cand = np.arange(tokens.array[-1] + 1)
         for a, b in zip((0, *self.cuts), (*self.cuts, len(self.blocks))):
             layers = state.layers[a:b]
             if a > 0:
@@ -135,12 +142,12 @@ class LazyStack(Part):
                 x, tokens = aux.rows[todo], consecutive(todo)
             visible = rows_of(cand, tokens, layers[0])
             for block, layer in zip(self.blocks[a:b], layers, strict=True):
-                layer.tokens, layer.visible = tokens, visible
+                layer.tokens, layer.visible = tokens, visible  # visible: rows that attention reads
                 x = block(x, layer)
                 layer.visible = None
             if a == 0:
-                out = x.copy()
-            else:
+                out = x.copy()  # all tokens of the step have run
+            else:  # those that were not pruned have run further
                 new = tokens.array >= step
                 out[tokens.array[new] - step] = x[new]
         return out
@@ -205,7 +212,7 @@ def note_revived(todo, tokens: Tokens, x) -> None:
 
 @part
 class ScoringAttend(Part):
-    """Attention that also leaves the last token's attention weights, for the stack to read."""
+    """Attention that also records the last token's attention weights, for the stack to read."""
 
     inner: Part
 
@@ -214,8 +221,8 @@ class ScoringAttend(Part):
         return self.inner(q, k, v, layer)
 
     def weights(self, q, k):
-        """Mean over heads (S,) of the last token's attention weights: q (H, 1, d), k (K, S, d). It
-        comes after all others, so nothing is masked."""
+        """The last token's attention weights, averaged over heads (S,); q (H, 1, d), k (K, S, d).
+        It sees all keys, so nothing is masked."""
         ledger.count(q.size * k.shape[-2], cache_bytes=k.nbytes)
         p = fast.unnormalized_weights(q, k, self.inner.scale)  # (K, G, S)
         p /= p.sum(-1, keepdims=True)
@@ -233,11 +240,11 @@ def aux_cache(x, layers: list[Layer]) -> "AuxCache":
 
 
 class AuxCache:
-    """The paper's aux cache, in front of a group of layers, by position.
+    """The paper's aux cache, in front of a group of layers, indexed by position.
 
-    rows (capacity, D): the hidden state of each token that has reached this layer. stored
-    (capacity,): the step in which these layers stored its keys and values; NEVER while it waits
-    here, or has not reached this layer.
+    rows (capacity, D): the hidden state of each token that has reached these layers. stored
+    (capacity,): the first position of the step in which they stored its keys and values; NEVER
+    while the token waits here, or has not reached these layers.
     """
 
     def __init__(self, capacity: int, x, layers: list[Layer]):
@@ -246,13 +253,14 @@ class AuxCache:
         self.stored = np.full(capacity, NEVER)
 
     def rewind(self, position: int) -> None:
-        """Undo the steps from ``position`` on: the tokens that they revived are pruned again."""
+        """Undo the steps that begin at ``position`` or later: the tokens that they revived are
+        pruned again."""
         undone = self.stored >= position
         for layer in self.layers:
             if layer.row_positions is not None:  # else no token was ever revived
                 layer.keep(np.flatnonzero(~undone[layer.row_positions]))
         self.stored[undone] = NEVER
-        self.stored[position:] = NEVER
+        self.stored[position:] = NEVER  # tokens from there on, too, if an earlier step ran them
 
 
 def last_row(layer: Layer) -> "LastRow":
@@ -274,24 +282,25 @@ class LastRow:
 #   pruned and revived like those of the prompt, and where the prompt ends does not matter. Several
 #   tokens run together (a chunk) are one step: the last of them selects for all.
 # - The aux cache is a table of one hidden state (D) per token and pruning layer. The paper frees an
-#   entry once its keys and values are made; here it stays, because ``state.rewind`` has to undo the
-#   revivals of the steps that it forgets. Only groups of layers need a table: inside a group, a
+#   entry once its keys and values are stored; here it stays, because ``state.rewind`` has to undo
+#   the revivals of the steps that it forgets. Only groups of layers need a table: inside a group, a
 #   token runs through all layers at once.
 # - A revived token attends to the earlier candidates of the step that revives it, so its keys and
 #   values are not those of the dense model, nor those that another step would have made.
-# - choose=random has one fixed score per layer and token, so it hardly ever revives a token. After
-#   the same prompt it costs as much, later less.
-# - Cost of revived tokens. Their attention is one product with all visible rows, of which those of
-#   later tokens are masked, so it may count more multiply-adds than the same token did in the dense
-#   prompt. Everything else never costs more than dense.
+# - choose=random has one fixed score per layer and token, so it hardly ever revives a token. The
+#   prompt costs the same as with choose=attention, each later token less.
+# - Cost of revived tokens. Their attention is one product with all visible rows, where later tokens
+#   are masked. So it may count more multiply-adds than the same token did in the dense prompt.
+#   Everything else never costs more than dense.
 # - Figures on stories, as asserted in the tests: a prompt of 320 tokens takes 0.62 of the multiply-
-#   adds at keep=0.7; 40 new tokens later the last layer holds nearly all of them. The KL divergence
-#   of the token after a prompt is about half that of choose=random at keep=0.3.
+#   adds at keep=0.7; 40 new tokens later the last layer holds nearly all of them. At keep=0.3, the
+#   KL divergence of the next token's distribution from the dense one is about half that of
+#   choose=random.
 # - Speed, dense = 1, on one core of a busy machine: prompt of 320 tokens, then 48 new ones.
 #
 #       keep    first token    each new token    both
 #       0.9     1.1x           0.5x              0.6x
-#       0.7     1.2x to 1.4x   0.5x              0.6x
+#       0.7     1.2x to 1.4x   0.4x to 0.5x      0.6x
 #       0.5     1.8x           0.4x              0.6x
 #       0.3     2.3x           0.4x              0.6x
 #
@@ -307,7 +316,7 @@ class LastRow:
 #           list(tokens); print(f"{first:.4f} s, then {time.perf_counter() - start - first:.4f} s")
 #
 # - Answers of stories (minitx sweep lazy-tokens keep=0.9,0.7,0.5 --stories 60; the first 32 tokens
-#   of a story in one step, the others one by one), in per cent of 1 / 2 / 3 hops, dense 99 / 93 /
-#   100:
+#   of a story in one step, the others one by one), in per cent of those with 1 / 2 / 3 hops (how
+#   many facts an answer has to combine). Dense: 99 / 93 / 100.
 #   61 / 69 / 47 at keep=0.9, 51 / 76 / 33 at 0.7, 45 / 66 / 25 at 0.5. With first=4 and keep=0.7:
 #   99 / 78 / 72; random pruning there: 96 / 82 / 81.

@@ -41,7 +41,8 @@ def predictive_attention(
     min_keys: Annotated[int, "share never leaves fewer keys than this", at_least(1)] = 4,
     codes: Annotated[
         Literal["integer", "leading-one"],
-        "what scores are predicted from: integers, or sign(x) 2^floor(log2|x|) instead of each x",
+        "what scores are predicted from: integers, or sign(x) 2^floor(log2|x|) instead of each x, "
+        "which needs threshold=0 and a share below 1",
     ] = "integer",
 ):
     """Predict scores from low-bit integers, then score only the keys that look relevant.
@@ -50,12 +51,12 @@ def predictive_attention(
                Neural Networks", AICAS 2022, doi 10.1109/AICAS54282.2022.9869924.
     Fidelity:  a reconstruction: only the abstract is public. It names a prediction-based
                approximate self-attention on an FPGA; how it predicts, what it keeps and whether it
-               trains anything is unconfirmed. All of the following is ours, after related designs.
+               trains anything is unconfirmed. All of the following is ours.
     Kind:      approximate; exact at threshold=0 share=1, which keep every key.
     Idea:      A few bits of each number suffice to tell which scores are too small to matter. So
                predict all scores cheaply, and compute only the promising ones exactly.
     Offline:   nothing.
-    Online:    for each query, and once for each key x (d head width), after RoPE:
+    Online:    for each vector x (d,) after RoPE (every query; every key once, when it is new):
                    m = 2^(bits-1) - 1;   scale(x) = max|x| / m;   code(x) = rint(x / scale(x))
                predicted[j] = scale(q) scale(k_j) (code(q) . code(k_j)) / sqrt(d)
                of the n keys that a query sees keep those with
@@ -72,11 +73,11 @@ def predictive_attention(
                tests/skip/literal_predictive_attention.py
     Tutorial:  tutorials/07_four_ways_to_find_keys.py
     """
-    if codes == "leading-one" and threshold > 0:
+    if codes == "leading-one" and (threshold > 0 or share == 1):
         raise MinitxError(
-            f"predictive_attention: threshold is {threshold:g}, but codes=leading-one scales the "
-            "predicted scores down by an unknown factor and only roughly keeps their order; use "
-            "threshold=0 and select by share."
+            f"predictive_attention: codes=leading-one needs threshold=0 and a share below 1, got "
+            f"threshold={threshold:g} share={share:g}; it scales the predicted scores down by an "
+            "unknown factor and only roughly keeps their order, so select by share."
         )
     predictor = Predictor(IntegerCode(bits) if codes == "integer" else LeadingOne())
 
@@ -119,6 +120,8 @@ def survivors(p, n, threshold: float, share: float, min_keys: int):
     """Which keys to keep: booleans like the predicted scores p (..., T, S), which are MASKED where
     a key is not visible. n: how many keys each query sees, integers that broadcast to (..., T).
     Every query keeps at least one key."""
+    # threshold=0: masked keys pass here, but share is below 1 then (``keeps_all``), and top_k drops
+    # them
     gap = -math.log(threshold) if threshold else math.inf
     kept = p >= p.max(-1, keepdims=True) - gap
     if share == 1:
@@ -183,9 +186,9 @@ class LeadingOne(Part):
 #   when its weights are nearly equal and it sees more than 1 / threshold keys. Ties at the edge of
 #   share go to the lower index.
 # - codes=leading-one lets hardware add exponents instead of multiplying. It roughly keeps the order
-#   of the scores, but scales them down by an unknown factor, so it goes with share and threshold=0;
-#   bits is not used, and all scales are 1.
-# - Left out of the related designs: several rounds of prediction, prediction before q and k exist.
+#   of the scores, but scales them down by an unknown factor, so it can only be used with
+#   threshold=0 and a share below 1; bits is not used, and all scales are 1.
+# - Not here: several rounds of prediction, prediction before q and k exist.
 # - Cache reads per token: S (d + 4) bytes for each key head (int8 codes, float32 scales; with
 #   leading-one S (4 d + 4)) and 8 r d for each query head, since heads that share keys keep
 #   different ones, instead of 8 S d for each key head. The cache grows by d + 4 bytes per key and

@@ -46,19 +46,20 @@ def prefix_cache(
                later, is described in the documentation of vLLM.
     Fidelity:  a reconstruction from notes on vLLM's documentation and code. Ours: rows are copied,
                not shared; a prompt that is stored in full runs its last token, not its last block.
-    Kind:      exact up to rounding: the same keys and values, so the same tokens unless two logits
-               tie within rounding; with a seed, the same samples.
+    Kind:      exact up to rounding: the same keys and values, so the same tokens or, with a seed,
+               the same samples, unless two logits tie within rounding.
     Idea:      In a causal model a token's keys and values depend on it and on earlier tokens alone.
                Prompts with the same first m tokens have the same first m cache rows.
     Offline:   nothing.
     Online:    hash[0] = sha256(parts, settings and weights of the model)       once for each model
                hash[i] = sha256(hash[i-1], token ids of block i)                full blocks only
-               m = block * number of leading blocks that are in the store, at most T - 1
-               copy rows 0..m-1 of every layer into the cache; run tokens m..T-1 of the prompt
+               m = block * number of leading blocks in the store, at most T - 1 of T prompt tokens:
+                   the last one always runs, since its logits are needed
+               copy rows 0..m-1 of every layer into the cache; run tokens m..T-1
                store each new block once it is full, of the prompt and of the completion
                above the limit: evict the least recently used block; of a prefix, the last one first
-    Saves:     the whole prefill of m prompt tokens. Instead, 2 L K d numbers are copied per token;
-               each stored token takes as many in memory.
+    Saves:     the whole prefill of m prompt tokens. Instead, 2 L K d numbers are copied per token
+               (L layers, K key heads of width d); each stored token takes as many in memory.
     In NumPy:  400 of 420 prompt tokens reused: the first token comes 7 to 10 times sooner (minitx
                first-token --prefix-cache). A new prompt takes 2 to 5 % longer.
     Not for:   parts that free cache rows, that remember more than keys and values (sparse_memory,
@@ -111,7 +112,8 @@ class PrefixCache(TokenLoop):
         extend(hashes, text, self.block, len(text) // self.block)
         self.reuse(state, hashes[1:], len(text))
         for token in self.inner(model, state, ids, choose, limit):
-            # By now the rows of the text so far are cached, if the loop has run the model at all.
+            # The rows before state.position are cached by now. They may include tokens that have
+            # not been yielded yet (speculative), which are not in the text.
             full = min(state.position, len(text)) // self.block
             if full > stored:
                 extend(hashes, text, self.block, full)
@@ -121,8 +123,9 @@ class PrefixCache(TokenLoop):
             yield token
 
     def reuse(self, state: State, hashes: Sequence[bytes], T: int) -> None:
-        """Copy the rows of all leading blocks that are stored into the state, which may hold some
-        tokens already. At least one of the T tokens of the prompt is left to run."""
+        """Copy the rows of all leading blocks that are stored into the state. At least one of the T
+        tokens of the prompt is left to run. The state may already hold a prefix of the prompt that
+        the caller has run (see ``TokenLoop``)."""
         found = self.store.find(hashes)
         first, end = state.position, min(len(found) * self.block, T - 1)
         if end > first:
@@ -148,11 +151,12 @@ class PrefixCache(TokenLoop):
 
 
 def extend(hashes: list[bytes], text: Sequence[int], block: int, n: int) -> None:
-    """Append hash[i] = sha256(hash[i-1], tokens of block i) up to the n-th block. hashes[0] is the
-    seed, so that the hash of a block covers all tokens up to its end, and the model."""
+    """Append hash[i] = sha256(hash[i-1], tokens of block i) up to the n-th block. hashes[0] stands
+    for the model, so the hash of a block covers the model and all tokens up to the block's end."""
     for i in range(len(hashes), n + 1):
-        tokens = np.array(text[(i - 1) * block : i * block], "<i8")  # of fixed width: [1, 23] and
-        hashes.append(sha256(hashes[-1] + tokens.tobytes()).digest())  # [12, 3] are not the same
+        # 8 bytes for each id, so that [1, 23] and [12, 3] differ.
+        tokens = np.array(text[(i - 1) * block : i * block], "<i8")
+        hashes.append(sha256(hashes[-1] + tokens.tobytes()).digest())
 
 
 class Block(NamedTuple):
@@ -187,8 +191,8 @@ class PrefixStore(Part):
     """Blocks by hash, in LRU order. It lives as long as the language model that it belongs to.
 
     The least recently used block comes first. The blocks of one prompt are marked as used from the
-    last to the first: so the tail of a prefix is evicted before its head, and no block stays that
-    can no longer be found because an earlier one is gone.
+    last to the first. So the head counts as used latest, and a prefix loses its last blocks first:
+    no block stays that can no longer be found because an earlier one is gone.
     """
 
     megabytes: float
@@ -197,7 +201,7 @@ class PrefixStore(Part):
         # Not fields: a new store, or one read from a file, starts empty.
         object.__setattr__(self, "blocks", OrderedDict())  # hash -> Block
         object.__setattr__(self, "seeds", WeakKeyDictionary())  # model -> hash[0]
-        object.__setattr__(self, "used", [0])  # bytes
+        object.__setattr__(self, "total", [0])  # bytes of all blocks; a list, as a part is frozen
 
     @property
     def limit(self) -> int:
@@ -206,11 +210,11 @@ class PrefixStore(Part):
     @property
     def held(self) -> int:
         """Bytes of all blocks."""
-        return self.used[0]
+        return self.total[0]
 
     def forget(self) -> None:
         self.blocks.clear()
-        self.used[0] = 0
+        self.total[0] = 0
 
     def seed(self, model: Transformer) -> bytes:
         """hash[0], before a prompt's first block. The model is checked again: it may have been
@@ -222,28 +226,29 @@ class PrefixStore(Part):
 
     def find(self, hashes: Sequence[bytes]) -> list[Block]:
         """The leading blocks that are stored, up to the first that is not."""
-        found = [self.blocks[key] for key in hashes[: self.known(hashes)]]
+        found = [self.blocks[key] for key in hashes[: self.count_stored(hashes)]]
         self.mark_used(hashes[: len(found)])
         return found
 
     def put(self, hashes: Sequence[bytes], make: Callable[[int], Block]) -> None:
         """Store ``make(i)`` for each of these leading blocks that is not stored yet, as long as
         the whole prefix fits the limit. Other blocks are evicted to make room."""
-        known = self.known(hashes)
-        self.mark_used(hashes[:known])
-        own = sum(self.blocks[key].nbytes for key in hashes[:known])
-        for i in range(known, len(hashes)):
+        stored = self.count_stored(hashes)
+        self.mark_used(hashes[:stored])
+        own = sum(self.blocks[key].nbytes for key in hashes[:stored])  # bytes of this prefix
+        for i in range(stored, len(hashes)):
             block = make(i)
             own += block.nbytes
             if own > self.limit:
                 break
-            self.evict(block.nbytes)
+            self.evict(block.nbytes)  # never this prefix: it was used last, and it fits
             self.blocks[hashes[i]] = block
-            self.used[0] += block.nbytes
-            known += 1
-        self.mark_used(hashes[:known])
+            self.total[0] += block.nbytes
+            stored += 1
+        self.mark_used(hashes[:stored])
 
-    def known(self, hashes: Sequence[bytes]) -> int:
+    def count_stored(self, hashes: Sequence[bytes]) -> int:
+        """How many leading blocks are stored, up to the first that is not."""
         missing = (i for i, key in enumerate(hashes) if key not in self.blocks)
         return next(missing, len(hashes))
 
@@ -252,18 +257,19 @@ class PrefixStore(Part):
             self.blocks.move_to_end(key)
 
     def evict(self, nbytes: int) -> None:
-        """Evict blocks until so many bytes fit."""
+        """Evict the least recently used blocks until so many bytes fit."""
         while self.held + nbytes > self.limit:
             _, block = self.blocks.popitem(last=False)
-            self.used[0] -= block.nbytes
+            self.total[0] -= block.nbytes
             ledger.event("prefix blocks evicted")
 
 
 # Notes:
 #
 # Time to the first token, one thread, float32, a prompt of 420 tokens of which 400 are stored,
-# block 16, median of 30 pairs alternating with the dense model (range), and of 15 for new prompts:
-#   stories (128 x 8):   40.2 ms dense, 4.1 ms: 10.0x (8.6x to 11.4x);   new 0.97x;  4,096 B a token
+# block 16, median of 30 pairs alternating with the dense model (range), and of 15 for prompts of
+# which nothing is stored (new). Models: width x layers, vocabulary.
+#   128 x 8, stories:    40.2 ms dense, 4.1 ms: 10.0x (8.6x to 11.4x);   new 0.97x;  4,096 B a token
 #   192 x 8, 1,024:      60.9 ms dense, 8.2 ms:  7.5x (5.8x to 8.7x);    new 0.98x; 12,288 B a token
 #   288 x 6, 32,000:     80.6 ms dense, 11.6 ms: 6.9x (6.0x to 7.8x);    new 0.95x; 13,824 B a token
 # ``minitx first-token --prefix-cache --rounds 15 --prompts 3`` prints the first; the others are
@@ -275,8 +281,8 @@ class PrefixStore(Part):
 # only the shape is printed. The weights are hashed (1.3 GB/s) before a model's first prompt.
 #
 # The stored rows come from products of another shape: 20 rows alone may be rounded differently than
-# the same rows among 420. So logits differ from those without the cache by rounding, and where
-# two logits are that close, so may the token.
+# the same rows among 420. So logits differ from those without the cache by rounding, and so may the
+# token where two logits are that close.
 #
 # Rows are copied in and out. vLLM shares its blocks by reference and counts the references; here a
 # state has its own arrays, so a block can be evicted at any time.

@@ -1,6 +1,6 @@
 """The two searches of the exact head, one row at a time, with sums over Python floats.
 
-It takes its arithmetic to be exact and leaves no slack for rounding: use data without near-ties.
+No slack for rounding: use it on data without near-ties.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The prefix cache in its plainest form: a dictionary from all tokens so far to a state.
 
-Obviously right, and slow: every token that is run leaves a copy of everything before it.
+Obviously right, and slow: after every token that is run, the whole state is copied.
 """
 
 
@@ -27,8 +27,8 @@ class Prefixes:
         return text[len(prompt) :]
 
     def begin(self, text):
-        """A copy of the state after the longest beginning that is known, and how long that is. The
-        last token is not looked up: it has to be run, to tell what comes next."""
+        """A copy of the state after the longest known prefix, and the length of that prefix. The
+        last token is not looked up: it has to be run, since its logits are needed."""
         for m in range(len(text) - 1, 0, -1):
             if tuple(text[:m]) in self.memory:
                 return self.memory[tuple(text[:m])].fork(m), m
@@ -39,26 +39,27 @@ class Prefixes:
         return max((m for m in range(len(text) + 1) if tuple(text[:m]) in self.memory), default=0)
 
 
-class Least:
-    """Least recently used out, as a table of times: who was used longest ago goes first; of the
-    blocks of one prompt, which are used at the same time, the last one."""
+class LeastRecentlyUsed:
+    """LRU eviction as a table of times: the block used longest ago is evicted first; of the blocks
+    of one prompt, which are used at the same time, the last one."""
 
     def __init__(self, room):
         self.room = room  # blocks
         self.time = 0
-        self.table = {}  # block's name -> (when it was last used, minus its place in the prefix)
+        self.table = {}  # block's name -> (when it was last used, minus its index in the prefix)
 
     def prompt(self, names):
-        """A prompt whose full blocks have these names comes by."""
+        """Look up the full blocks of a prompt, which have these names, and store those that are
+        missing. Returns how many leading blocks were found."""
         self.time += 1
-        known = 0
-        while known < len(names) and names[known] in self.table:
-            known += 1
-        for place in range(min(len(names), self.room)):
-            if place < known:
-                self.table[names[place]] = (self.time, -place)
-        for place in range(known, min(len(names), self.room)):
+        found = 0
+        while found < len(names) and names[found] in self.table:
+            found += 1
+        for index in range(min(len(names), self.room)):
+            if index < found:
+                self.table[names[index]] = (self.time, -index)
+        for index in range(found, min(len(names), self.room)):
             if len(self.table) == self.room:
                 del self.table[min(self.table, key=self.table.get)]
-            self.table[names[place]] = (self.time, -place)
-        return known
+            self.table[names[index]] = (self.time, -index)
+        return found

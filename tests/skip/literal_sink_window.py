@@ -1,8 +1,9 @@
 """StreamingLLM for one head, one token at a time, in the paper's steps and with Python loops.
 
-The cache is a list of (key before rotation, value). Before a token is added to a full cache, the
-entry right after the sinks is dropped. The keys are then rotated by their place in the cache, and
-the query by the last place: positions=cache. With positions=original everything keeps its own.
+The cache is a list of (position, key before rotation, value). Before a token is added to a full
+cache, the entry right after the sinks is dropped. Then, with positions=cache, each key is rotated
+by its index in the cache and the query by the last index; with positions=original, each is rotated
+by its position in the text.
 """
 
 import math
@@ -26,12 +27,12 @@ def attend(queries, keys, values, sinks, window, base=None, positions="cache"):
             del cache[sinks]
         cache.append((t, k, v))
         scores = []
-        for place, (position, key, _) in enumerate(cache):
-            at, own = (place, len(cache) - 1) if positions == "cache" else (position, t)
-            if base is None:
+        for index, (position, key, _) in enumerate(cache):
+            key_at, query_at = (index, len(cache) - 1) if positions == "cache" else (position, t)
+            if base is None:  # no RoPE
                 rotated, query = key, q
             else:
-                rotated, query = rotate(key, at, base), rotate(q, own, base)
+                rotated, query = rotate(key, key_at, base), rotate(q, query_at, base)
             scores.append(sum(a * b for a, b in zip(query, rotated)) / math.sqrt(len(q)))
         weights = [math.exp(s - max(scores)) for s in scores]
         total = sum(weights)

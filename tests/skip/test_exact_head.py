@@ -75,6 +75,10 @@ def test_norm_search_skips_the_two_short_rows_of_the_example(dtype):
     assert (token, read, multiply_adds) == (0, 2, 4)
 
 
+def test_norm_search_with_a_single_block_reads_every_row():
+    assert norm_search(W4, 4)(H2) == norm_search(W4, 2048)(H2) == (0, 4)
+
+
 def test_bias_is_one_more_column_of_the_rows():
     """The bias 0.5 of row 1 makes its logit 2.1: it wins, though row 0 is longer."""
     W, x = np.c_[W4, [0, 0.5, 0, 0]], np.append(H2, 1)

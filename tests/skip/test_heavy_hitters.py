@@ -26,7 +26,7 @@ SMALL = {"heavy": 3, "recent": 4}
 STEPS = (12, *[1] * 28)
 
 
-def test_worked_example_of_the_dossier():
+def test_worked_example_by_hand():
     """Attention rows of five tokens, one head:
 
         [1] [.7 .3] [.6 .1 .3] [.5 .05 .35 .1] [.4 .05 .3 .05 .2]

@@ -376,7 +376,7 @@ def test_counted_cost_equals_the_formula_on_the_card(family, options):
         assert saved == attention * per_attention + ffn * per_ffn, f"at {S} cached tokens"
         cache = before.total().cache_bytes - after.total().cache_bytes
         assert cache == attention * 2 * S * K * d * 4
-    assert after.events == {"sub-layers dropped": attention + ffn}
+    assert after.events == {"sub-layer runs skipped": attention + ffn}
 
 
 def counted(lm, ids, state):
@@ -389,7 +389,7 @@ def test_the_event_counts_every_token_of_a_batch():
     _, lm = models(drop="1,4")
     with counting(lm) as counts:
         lm.logits(np.stack([IDS, OTHER]))
-    assert counts.events == {"sub-layers dropped": 4 * 80}
+    assert counts.events == {"sub-layer runs skipped": 4 * 80}
 
 
 # Choosing ----------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ def test_a_block_with_a_table_can_be_dropped(family, names):
     close(in_chunks(later, IDS, (5, 1, 34)), lm.logits(IDS), "chunks differ")
     with counting(later) as counts:
         later.logits(IDS)
-    assert counts.events == {"sub-layers dropped": 40 * len(dropped(lm))}
+    assert counts.events == {"sub-layer runs skipped": 40 * len(dropped(lm))}
 
 
 def test_heads_wider_than_the_model_are_dropped_from_a_table():
@@ -561,7 +561,7 @@ def test_ffn_skip_does_not_count_dropped_ffns():
     # of FFNs 1, 3 and 5, the first is measured and the next two are skipped
     assert counts.events["skippable FFNs"] == 3 * 40
     assert counts.events["FFNs skipped"] == 2 * 40
-    assert counts.events["sub-layers dropped"] == 2 * 40
+    assert counts.events["sub-layer runs skipped"] == 2 * 40
 
 
 TOGETHER = {

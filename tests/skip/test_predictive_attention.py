@@ -427,7 +427,10 @@ def test_padding_counts_as_one_key():
         ({"share": 0.0}, "share must be a number, above 0 and at most 1; got 0.0."),
         ({"share": 1.1}, "share must be a number, above 0 and at most 1; got 1.1."),
         ({"min_keys": 0}, "min_keys must be an integer, at least 1; got 0."),
-        ({"codes": "leading-one"}, "only roughly keeps their order; use threshold=0 and select by"),
+        (
+            {"codes": "leading-one"},
+            "codes=leading-one needs threshold=0 and a share below 1, got threshold=0.05 share=1",
+        ),
     ],
 )
 def test_bad_option_is_refused(options, words):

@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from literal_prefix_cache import Least, Prefixes
+from literal_prefix_cache import LeastRecentlyUsed, Prefixes
 from tiny import FAMILIES, decode, tiny_lm, tiny_model
 
 import minitx
@@ -364,7 +364,8 @@ def test_a_prefix_longer_than_the_limit_keeps_its_head():
 
 @pytest.mark.parametrize("room", [1, 2, 5, 9])
 def test_eviction_is_that_of_the_literal_version(room):
-    rng, store, literal = np.random.default_rng(room), PrefixStore(room * 1e-6), Least(room)
+    rng = np.random.default_rng(room)
+    store, literal = PrefixStore(room * 1e-6), LeastRecentlyUsed(room)
     found = 0
     for _ in range(300):
         names = texts(bytes(rng.integers(97, 100, rng.integers(1, 6)).tolist()))

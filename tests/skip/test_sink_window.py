@@ -67,7 +67,7 @@ def test_equals_the_literal_version(positions, sinks, window, sizes):
 
 
 def test_nothing_changes_before_the_first_eviction_and_everything_after():
-    """The dossier's check: exact up to sinks + window tokens, different from the next one on."""
+    """Exact up to sinks + window tokens, different from the next one on."""
     dense, lm = tiny_lm(dtype=np.float64), apply(tiny_lm(dtype=np.float64), {"sink_window": SMALL})
     error = abs(lm.logits(IDS) - dense.logits(IDS)).max(-1)
     assert error[:7].max() < 1e-12 and error[7:].min() > 1e-6
@@ -104,7 +104,7 @@ def test_rows_are_really_freed(family):
 
 
 def test_counted_cost_is_the_predicted_one():
-    """A decoded token: 2 H d (sinks + window), and H d sinks for seeing the sinks from nearer."""
+    """A decoded token: 2 H d (sinks + window), and H d sinks to score the sinks again."""
     for positions, extra in (("original", 0), ("cache", 2)):
         lm = apply(tiny_lm(), {"sink_window": SMALL | {"positions": positions}})
         c, state = lm.model.config, lm.model.new_state()

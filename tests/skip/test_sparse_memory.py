@@ -621,6 +621,16 @@ def test_kd_tree_checks_limit_the_points_looked_at():
             assert n == max(checks, 8) if checks <= 32 else n <= 300
 
 
+def test_kd_tree_search_ends_once_it_is_exact_even_if_more_checks_are_allowed():
+    rng = np.random.default_rng(4)
+    keys = rng.standard_normal((300, 2))
+    forest = KDTrees(None, 8, None, 1, 0).build(keys)
+    for q in rng.standard_normal((5, 2)):
+        exact = KDTrees(None, 8, None, 1, 0).search(forest, keys, q)
+        assert KDTrees(None, 8, 299, 1, 0).search(forest, keys, q) == exact
+        assert 8 <= len(exact) < 200, "in the plane, most points need not be looked at"
+
+
 def test_kd_trees_prune_nothing_at_the_width_of_attention_heads():
     """Why this index is not recommended: at width 32 an exact search looks at every point."""
     narrow, wide, head = (measure_pruning(d, queries=6) for d in (2, 8, 32))
@@ -635,7 +645,7 @@ def test_kd_trees_prune_nothing_at_the_width_of_attention_heads():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize("slots", [20, None])
+@pytest.mark.parametrize("slots", [20, 3, None])
 def test_decoded_token_costs_what_the_card_says(family, slots):
     lm = apply(tiny_lm(family), {"sparse_memory": {"keep": 5, "slots": slots}})
     c, state = lm.model.config, lm.model.new_state()
@@ -643,7 +653,8 @@ def test_decoded_token_costs_what_the_card_says(family, slots):
     lm.model(IDS[:29], state)
     with counting(lm) as counts:
         lm.model(IDS[29:30], state)
-    path, n, r = "model.stack.blocks.0.attn.attend", slots or 30, 5
+    path, n = "model.stack.blocks.0.attn.attend", slots or 30
+    r = min(n, 5)
     assert counts.entries[path + ".selector"].multiply_adds == H * n * d
     assert counts.entries[path + ".selector"].cache_bytes == K * n * d * 4
     assert counts.entries[path].multiply_adds == H * 2 * r * d

@@ -49,8 +49,8 @@ def dota(
     bits: Annotated[int | None, "bits of the detector's integers; None: floats", between(2, 8)] = 4,
     parallel_queries: Annotated[
         int,
-        "only for the reported event 'key loads': how many queries the accelerator runs at once; "
-        "does not change the result",
+        "only for the event 'key loads' (keys that an accelerator fetches from memory if it runs "
+        "so many queries at once and they share a fetch); does not change the result",
         between(1, 8),
     ] = 4,
 ):
@@ -63,26 +63,26 @@ def dota(
     Kind:      approximate; exact for a query that sees at most keep keys.
     Idea:      To rank keys, scores of low rank in few bits will do. A tiny detector learns to
                estimate them while the model learns to have scores that can be estimated.
-    Offline:   per block draw p (D model width, rank) of sqrt(3 / rank) * {-1, 0, +1} with
-               probabilities 1/6, 2/3, 1/6. Learn w_q for each of H query heads and w_k for each of
-               K key heads, both (rank, rank), so that estimate ~ score = q . k / sqrt(d):
+    Offline:   for each block draw p (D model width, rank): sqrt(3 / rank) times -1, 0 or +1,
+               with probabilities 1/6, 2/3, 1/6. Learn w_q for each of H query heads and w_k for
+               each of K key heads, both (rank, rank), so that estimate ~ score = q . k / sqrt(d):
                trained:   loss = L_model + weight * mean (score - estimate)^2; the model learns too
-               post-hoc:  alternate two linear least squares on calibration stories, w_q with w_k
-                          fixed (at first w_k = I) and the reverse; the model stays as it is
+               post-hoc:  least squares over all pairs of a query and a visible key in calibration
+                          stories: w_q with w_k = I, then w_k, w_q, w_k, w_q in turn (fit.py)
     Online:    x (T tokens, D): the input of the block's own q and k matrices
                y  = x p
                q~ = rotate(y w_q);   k~ = rotate(y w_k)
                rotate: RoPE with the model's lowest rank/2 frequencies (nothing without RoPE)
-               y, w_q, w_k and the rotated q~ and k~ are quantized to integers of `bits` bits, with
-               a scale for each row (w_q, w_k: for each head)
+               y, w_q, w_k and the rotated q~ and k~ are quantized to integers of `bits` bits:
+               rint(row / scale), scale = max|row| / (2^(bits-1) - 1) (w_q, w_k: one per head)
                estimate[i, j] = q~_i . k~_j             (paper: S~)
                keep the min(keep, i+1) keys j <= i with the largest estimates;
                exact scores, softmax and weighted sum over those only
     Saves:     S rank + 2 keep d instead of 2 S d multiply-adds per query head and decoded token
                with S cached keys, for D rank + rank^2 (H + K) more per block. Prompts: nothing.
     In NumPy:  slower than dense at every context tried, up to 8,000 keys.
-    Not for:   use together with the technique first_layer, whose table replaces the norm that the
-               detector reads; with fit=trained also fold_norms, which changes that norm's output.
+    Not for:   use together with first_layer, whose table replaces the norm that the detector reads,
+               or, with fit=trained, with fold_norms, which changes that norm's output.
     Proof:     tests/skip/test_dota.py; literal version: tests/skip/literal_dota.py
     Tutorial:  tutorials/07_four_ways_to_find_keys.py
     """
@@ -117,7 +117,9 @@ class DetectedKeys(Part):
     def __call__(self, q, k, known, visible: Visible):
         """q~ and k~ come from ``DetectingAttention``; q and k are not read."""
         queries, positions, keys, scales = known
-        first = int(np.searchsorted(positions, visible.own[0]))  # index of the block's first query
+        first = int(
+            np.searchsorted(positions, visible.own[0])
+        )  # index of the first of these queries
         queries = queries[..., first : first + visible.T, :]
         estimates = estimate(queries, keys[..., : visible.S, :], scales[..., : visible.S])
         kept = top_k(visible.hide(estimates), np.minimum(self.keep, visible.count))
@@ -146,9 +148,9 @@ def estimate(queries, keys, scales):
     K, S = keys.shape[-3], keys.shape[-2]
     ledger.count(queries.size * S, cache_bytes=keys.nbytes + scales.nbytes)
     # Integers are multiplied as floats, since BLAS has no integers; their sums are exact.
-    p = queries.reshape(*lead, K, -1, rank) @ keys.astype(queries.dtype).swapaxes(-1, -2)
-    p *= scales[..., None, :]  # integers of different keys are not comparable
-    return p.reshape(*lead, K, H // K, T, S)
+    estimates = queries.reshape(*lead, K, -1, rank) @ keys.astype(queries.dtype).swapaxes(-1, -2)
+    estimates *= scales[..., None, :]  # integers of different keys are not comparable
+    return estimates.reshape(*lead, K, H // K, T, S)
 
 
 @part
@@ -265,9 +267,9 @@ def fitted_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
 # - Rotation: detector.py (narrow_rope) for models that rotate only some columns. post-hoc without
 #   rotation: one least squares and an SVD (fit.py).
 # - A stage of a training recipe with "detector": {"k": rank, "weight": ...} trains detectors, and
-#   writes dota.safetensors beside the weights.
-# - Scales: max|row| / (2^(bits-1) - 1) for each row of y, q~ and k~. Ours: one scale for all keys
-#   would change when a larger key arrives, and with it earlier selections. Ties among estimates
+#   writes dota.safetensors beside the weights (stories: see its recipe.json).
+# - A scale for each row is ours: one scale for all keys would change when a larger key arrives, and
+# with it earlier selections. Ties among estimates
 #   are common at 2 bits and go to the lower index.
 # - The cost is below dense attention's only if rank is well under 2 d and keep well under S. Cache
 #   reads per token: S (rank + 4) bytes for each key head (S (4 rank + 4) with bits=None) and

@@ -82,7 +82,7 @@ def narrow_rope(rope: Part, rank: int, head_width: int) -> Part:
 
 
 def check_rank(rank: int, config: Config, what: str) -> None:
-    """Refuse a rank that RoPE cannot rotate, or with which an estimate costs as much as a score."""
+    """Refuse a rank that RoPE cannot rotate, or with which an estimate costs more than a score."""
     low, even = (2, "an even integer") if config.rope_width else (1, "an integer")
     if not low <= rank <= config.head_width or rank % low:
         raise MinitxError(
@@ -138,8 +138,8 @@ class QuantizedDetector(Part):
     def heads(self, y, w, s, tokens: Tokens):
         """q~ or k~ (..., heads, T, rank), and scales (..., heads, T).
 
-        Multiply by the scales after rounding: until then the products are exact sums of integers,
-        so a prompt and a single token round alike."""
+        Scales are multiplied last. The product y w is an exact sum of integers and the rotation
+        works on each token by itself, so a prompt and a single token round alike."""
         y, y_scale = y
         z = self.rope(split_heads(ops.linear(y, w), len(s)), tokens)
         z, z_scale = quantize(z, self.bits)

@@ -1,9 +1,11 @@
 """The baseline of exact_head: bound each logit by lengths alone.
 
-Cauchy-Schwarz: z[v] = W[v] . h <= |W[v]| |h|. Sort the rows of W by length, multiply them from the
-longest on, and stop once the next row is too short for its bound to reach the best logit so far:
-no later row can win. Exact, and hardly ever worth it: the rows of a trained head are of similar
-length, so nearly all are read. It keeps a sorted copy of W. (LEMP, SIGMOD 2015, after a survey.)
+Cauchy-Schwarz: z[v] = W[v] . h <= |W[v]| |h|. Sort the rows of W by length, multiply them block by
+block from the longest on, and stop once the next row is too short for its bound to reach the best
+logit so far: no later row can win. Exact, and hardly ever worth it: the rows of a trained head are
+of similar length, so nearly all are read. If there are no more rows than one block has (2,048 by
+default; the shipped models have 1,022), all are. It keeps a sorted copy of W. (LEMP, SIGMOD 2015,
+after a survey.)
 """
 
 import math
@@ -29,12 +31,13 @@ class NormSearch(Part):
     ids: np.ndarray  # (V,): the token of each row
     norms: np.ndarray  # (V / block,): length of each block's first row, its longest
     block: int
-    tie: float  # slack between two logits, relative to the largest possible logit
+    tie: float  # how close two logits may be before rounding decides: a share of the largest
 
     def __call__(self, x) -> tuple[int | None, int]:
+        """(argmax token, or None if rounding may decide; rows multiplied), for x (D,)."""
         length = norm(x)
         slack = self.tie * length * float(self.norms[0])
-        if not representable(slack):
+        if not representable(slack):  # over- or underflow: leave it to the dense head
             return None, 0
         best, found = -math.inf, []
         for i, longest in enumerate(self.norms.tolist()):

@@ -26,15 +26,16 @@ def preview_slack(rows) -> float:
     """How far a logit may exceed its computed upper bound.
 
     Each of the D numbers of g = R^T h may err by D eps / 2 of |h|, so g as a vector by sqrt(D)
-    times as much. All else that is rounded (P, B, low, z in the dense head) is less than 8 D eps.
+    times as much. That moves P by at most sqrt(D) D eps / 2, and tail |g[rank:]| by as much again.
+    All else that is rounded (P, B, low, z in the dense head) is less than 8 D eps.
     """
     D = rows.shape[1]
     return (math.sqrt(D) + 8) * D * float(np.finfo(rows.dtype).eps)
 
 
 def unique_argmax(z, ids, slack: float) -> int | None:
-    """The token of the largest of the logits z (the first of ``ids`` are their tokens); None if
-    another is so close that rounding may decide, which is left to the dense head."""
+    """The token of the largest of the logits z: ids[i] is the token of z[i], and ids may be longer.
+    None if another is so close that rounding may decide, which is left to the dense head."""
     near = np.flatnonzero(z >= float(z.max()) - slack)
     return int(ids[near[0]]) if len(near) == 1 else None
 

@@ -31,8 +31,8 @@ def ffn_skip(
     *,
     choose: Annotated[
         Literal["similarity", "random", "static"],
-        "which FFNs are skipped. Baselines: random skips any FFN that is not cold with equal "
-        "probability, static always the last of these",
+        "which FFNs are skipped. Baselines: random skips each FFN from cold_start to cold_end - 1 "
+        "with equal probability, static the last of these",
     ] = "similarity",
     threshold: Annotated[
         float, "cosine from which the next FFNs are skipped; above 1: none"
@@ -48,7 +48,8 @@ def ffn_skip(
     ] = None,
     cold_end: Annotated[
         int | None,
-        "layers from this one on are never skipped; default: L - 1; L below 4 layers (none)",
+        "layers from this one on are never skipped; default: L - 1, so the last layer always runs "
+        "(L, so none, in models of fewer than 4 layers)",
         at_least(0),
     ] = None,
     rate: Annotated[
@@ -80,8 +81,8 @@ def ffn_skip(
                Parallel blocks (attention and FFN both read the block's input): a is that input;
                the attention output is added to y only after the cosine.
     Saves:     3 D F multiply-adds per FFN skipped (2 D F without a gate), less 3 D per cosine.
-    In NumPy:  no faster than dense on stories (0.97x to 1.04x) at 0.74 of the multiply-adds: its
-               FFNs are small, and skipping one takes a few NumPy calls.
+    In NumPy:  no faster than dense on stories (0.97x to 1.04x at 0.74 of the multiply-adds: Notes):
+               its FFNs are small, and skipping one takes a few NumPy calls.
     Not for:   models of one or two layers (the defaults skip nothing) or without residual
                connections (config.skipless). Batches and prompts: the weights of an FFN are read
                unless every token skips it.
@@ -103,7 +104,7 @@ def ffn_skip(
     def change(ffn: Part, index: int) -> Part:
         if index not in region:
             return ffn
-        is_last = index == cold_end - 1  # no FFN after it can be skipped: nothing to measure
+        is_last = index == cold_end - 1  # a run_skip set here is never read: save the cosine
         return SkippableFFN(ffn, threshold, 0 if is_last else skip, warm_up)
 
     return wrap(lm, "ffn", change)
@@ -149,16 +150,16 @@ class SkippableFFN(Part):
         if not skippable.any():
             return self.inner(x, layer)
         counters, where = self.counters(x, layer), layer.tokens.positions
-        left = counters[..., where]  # (..., T): how many FFNs each token has still to skip
-        skipped = left > 0
-        left = left - skipped
+        run_skip = counters[..., where]  # (..., T): how many FFNs each token has still to skip
+        skipped = run_skip > 0
+        run_skip = run_skip - skipped
         f = run_except(self.inner, x, layer, skipped, skippable)  # (..., T, D)
         if self.skip:
             measured = skippable & ~skipped
             a = x[measured]  # (tokens, D)
             similar = cosine(a, a + f[measured]) >= self.threshold
-            left[measured] = np.where(similar, self.skip, 0)
-        counters[..., where] = left
+            run_skip[measured] = np.where(similar, self.skip, 0)
+        counters[..., where] = run_skip
         return f
 
     def counters(self, x, layer: Layer):

@@ -23,7 +23,8 @@ def make_plan(choose: str, rate: float, region: range, L: int, context: int, see
     """(layers of the region, context) booleans: which FFNs are skipped at which positions, so that
     a token skips rate * L of all L FFNs on average.
 
-    random: each FFN of the region with the same probability. static: the last FFNs of the region.
+    random: each FFN of the region with the same probability. static: with rate * L = n + f, the
+    last n FFNs of the region always, and the one before them at a share f of the positions.
     """
     if rate * L > len(region):
         raise MinitxError(
@@ -32,7 +33,7 @@ def make_plan(choose: str, rate: float, region: range, L: int, context: int, see
         )
     if choose == "random":
         p = np.full(len(region), rate * L / max(len(region), 1))
-    else:  # from the last one down; the fraction of rate * L is the chance of one more FFN
+    else:
         p = np.clip(rate * L - np.arange(len(region))[::-1], 0, 1)
     return np.random.default_rng(seed).random((len(region), context)) < p[:, None]
 

@@ -57,24 +57,28 @@ def sparse_memory(
                (SAM), NIPS 2016, arXiv 1610.09027.
     Fidelity:  the paper's text for reads, eviction, undoing and the indexes. Its memory belongs to
                an LSTM. That keys and values are the memory is ours, after Memorizing Transformers
-               (arXiv 2203.08913); slots that were read are never written to (alpha = 1, gamma = 0).
+               (arXiv 2203.08913); slots that were read are never written to (the paper's write gate
+               alpha is fixed to 1, its gamma to 0).
     Kind:      approximate; exact if keep and slots reach the context, with index=linear.
     Idea:      Few keys get most of the attention, so attend to the best ones only. And a key that
                nobody has attended to for a long time can make room for a new one.
     Offline:   nothing (linear); random hyperplanes (lsh); for lsh and kd-tree a bound on the length
                of keys, from the weights.
-    Online:    each key head has slots; a slot holds a key, its value, and when it was last accessed
-               (last, a token). For token t:
-               write   into a free slot, or else into the one with the smallest last; its last = t
+    Online:    each key head has slots; a slot holds a key, its value, and ``last``, the number of
+               the token that last accessed it. For token t:
+               write   into a free slot, or else into the one with the smallest last (ties: the
+                       oldest key); its last = t
                search  candidates: all slots, or those that the index finds
-               read    softmax over the keep candidates with the largest q . k, for each query head
-               access  last = t for slots whose weight is above threshold in one of its query heads
-    Saves:     per decoded token and query head n d + 2 r d multiply-adds instead of 2 S d, with
-               n = min(S, slots), r = min(S, keep). Not memory: the KV cache keeps every row, so
-               that an eviction can be undone. Prompts save nothing.
+               read    for each query head that shares this key head: softmax over the ``keep``
+                       candidates with the largest q . k
+               access  last = t for slots whose weight is above threshold in any of these heads
+    Saves:     per decoded token and query head n d + 2 r d multiply-adds instead of 2 S d (S cached
+               tokens, d head width), with n = min(S, slots), r = min(n, keep). Not memory: the KV
+               cache keeps every row, so that an eviction can be undone. Prompts save nothing.
     In NumPy:  slower than dense up to S = 4,096; with slots=256 it breaks even at about 8,000.
     Not for:   batches of different lengths, if keys can be evicted or with index=kd-tree: they run
-               one by one. slots near keep: recency decides who goes, not importance.
+               one by one. slots not much above keep: then recency, not importance, decides what
+               is evicted.
     Proof:     tests/skip/test_sparse_memory.py; literal version:
                tests/skip/literal_sparse_memory.py
     Tutorial:  tutorials/07_four_ways_to_find_keys.py
@@ -105,9 +109,15 @@ def sparse_memory(
 class SlotMemory:
     """M memories of N slots each: one per key head, and per sequence of a batch.
 
-    token, last: (M, N), the token in each slot, and the token that last accessed it; -1 for a free
-    slot. rows: the keys (M, N, d) and what the index stores per key (M, N, any), by slot. source:
-    the same by token, of every token. Values stay in the KV cache.
+        token    (M, N)               the token in each slot; -1 if the slot is free
+        last     (M, N)               the token that last accessed the slot; -1 if it is free
+        rows     (M, N, d)            the key in each slot
+                 (M, N, any), ...     and each array that the index stores per key (its codes)
+        source   (M, S, d), ...       the same arrays for every token
+        built    M                    the k-d trees of each memory; None with another index
+        journal  one ``Change`` per token, to undo it
+
+    Values stay in the KV cache.
     """
 
     def __init__(self, source: tuple, index: Part, keep: int, slots: int, threshold: float):
@@ -117,9 +127,9 @@ class SlotMemory:
         self.rows = tuple(np.zeros((M, slots, a.shape[2]), a.dtype) for a in source)
         self.token = np.full((M, slots), -1)
         self.last = np.full((M, slots), -1)
-        self.built = [index.empty()] * M if index.has_history else None  # k-d trees
+        self.built = [index.empty()] * M if index.has_history else None
         self.count = 0  # tokens written
-        self.journal: list[Change] = []  # one entry per token
+        self.journal: list[Change] = []
 
     def write(self, t: int) -> None:
         """Put token t into a free slot, or else into the least recently accessed one; ties go to
@@ -145,8 +155,8 @@ class SlotMemory:
         """The slots (M, G, 1, n), booleans, that the newest token attends to; q (M, G, 1, d)."""
         t, n = self.count - 1, min(self.count, self.slots)
         keys, *codes = (a[:, :n] for a in self.rows)
-        order = self.token if self.count > self.slots else None
-        visible = Visible(1, n)
+        order = self.token if self.count > self.slots else None  # None: slot i holds token i
+        visible = Visible(1, n)  # one query, which may see all n slots
         kept, scores = top_k_of_candidates(
             self.index, self.keep, q, keys, codes, visible, self.built, order
         )
@@ -192,8 +202,8 @@ class SlotMemory:
         (M, G, T, d)."""
         kept = np.zeros((*q.shape[:-1], visible.S), bool)
         first = int(visible.own[0])
-        for t in range(self.count, first):  # tokens whose query skipped this layer
-            self.write(t)
+        for t in range(self.count, first):  # tokens whose query skipped this layer: early_exit
+            self.write(t)  # has only stored their keys and values
         at_once = self.tokens_without_eviction(visible)
         if at_once:
             found = self.run_without_eviction(q[:, :, :at_once], first)
@@ -227,7 +237,8 @@ class SlotMemory:
         written = t == np.arange(S)  # (T, S)
         accessed = self.is_accessed(scores, kept)  # (M, T, S)
         last = np.concatenate([before, np.where(accessed | written, t, -1)], 1)
-        np.maximum.accumulate(last, 1, out=last)  # (M, T + 1, S): before and after each token
+        np.maximum.accumulate(last, 1, out=last)  # a slot keeps its latest access
+        # Now last[:, i] (M, S) is ``last`` before the i-th of these tokens, last[:, -1] after all.
         self.last[:, :S] = last[:, -1]
         for i in range(S - first):
             where = np.nonzero(accessed[:, i])
@@ -242,7 +253,7 @@ class Change(NamedTuple):
     token: np.ndarray  # (M,): the token that was there before; -1: none
     last: np.ndarray  # (M,): and when that was last accessed
     built: list | None  # the k-d trees before
-    accessed: list  # [], or [(memories, slots), their ``last`` before]
+    accessed: list  # [], filled in after the read: [(memories, slots), their ``last`` before]
 
 
 # Online: in attention ----------------------------------------------------------------------------
@@ -266,17 +277,17 @@ class SparseMemory(Part):
 
     @property
     def has_history(self) -> bool:
-        """Does it depend on earlier reads which keys are left?"""
+        """True if eviction or the index depends on the order of earlier reads and writes."""
         return self.slots < self.context or self.index.has_history
 
-    one_sequence = has_history
+    one_sequence = has_history  # True: no batches of different lengths (tree.Part)
 
     def keeps_all(self, S: int) -> bool:
         return type(self.index) is LinearScan and S <= self.keep and self.context <= self.slots
 
     def remember(self, k, layer: Layer):
-        """The index's codes of all keys k (..., K, S, d), each (..., K, S, any); or the SlotMemory,
-        if there is one."""
+        """What is known of the keys k (..., K, S, d): the SlotMemory, if there is one, or else the
+        index's codes of all keys, each (..., K, S, any)."""
         codes = per_key(self.index, k, self.index.precompute, layer)
         if not self.has_history:
             return codes
@@ -295,6 +306,8 @@ class SparseMemory(Part):
         return memory
 
     def __call__(self, q, k, known, visible: Visible):
+        """The keys (..., K, G, T, S), booleans, that the queries q (..., H, T, d) attend to.
+        known: what ``remember`` returned."""
         *lead, H, T, d = q.shape
         K = k.shape[-3]
         q = q.reshape(*lead, K, H // K, T, d) * self.scale  # (..., K, G, T, d)
@@ -313,19 +326,21 @@ class SparseMemory(Part):
 # - The paper keeps slots in a linked list, O(1) per access. In NumPy an argmin over the slots is
 #   faster; a test shows that the two evict the same slots.
 # - The journal replaces the paper's rollback for back-propagation: ``rewind`` undoes tokens bit for
-#   bit, for rejected draft tokens. An entry has at most 2 + G keep numbers per key head.
+#   bit, for rejected draft tokens. An entry has at most 3 + 3 * G * keep numbers per key head.
 # - Not here: what the paper trains (an LSTM that writes and erases). No figure of the paper is
 #   about a transformer.
-# - Several query heads share a memory: keep slots well above keep times G.
+# - G query heads share a memory: choose slots well above G * keep.
 # - If an index finds fewer than keep candidates, the latest tokens are added (nearest.py).
 # - If the weights do not tell the bound R of the key lengths (a first_layer table, say), lsh hashes
 #   directions as with augment=false, and k-d trees are rebuilt when a longer key comes.
-# - Memory: the slots take slots (d + 4) numbers per key head on top of the KV cache.
-# - Work that is counted: the scores. For lsh, c d for c candidates instead of n d, plus
-#   tables bits d to hash a query and tables bits (d + 1) to hash a key, and tables bytes read per
-#   slot (2 tables for bits > 8). Not counted: sorting, and finding the slot to evict.
-# - A prompt is scored in full: n d per query and head for the choice, then all of it again.
-# - In NumPy: choosing keys costs more time than it saves up to contexts of 4,096, and a prompt runs
+# - Memory: slots * (d + 2) numbers per key head on top of the KV cache (key, token, last), and the
+#   codes of the index twice, by slot and by token.
+# - Multiply-adds that are counted: n * d for the scores. For lsh, c * d for c candidates instead,
+#   plus tables * bits * d to hash a query and tables * bits * (d + 1) to hash a key; and per slot,
+#   as many bytes read as there are tables (twice as many for bits > 8). Not counted: sorting, and
+#   finding the slot to evict.
+# - A prompt is scored in full: n * d per query and head to select, then again to attend.
+# - In NumPy: selecting keys costs more time than it saves up to contexts of 4,096. A prompt runs
 #   token by token once the slots are full. With slots=256 the time per token grows slowly and
 #   breaks even near 8,000 keys. lsh was slower at every context that was tried; k-d trees are
 #   plain Python, for looking at.

@@ -2,8 +2,9 @@
 
 A k-d tree halves the points again and again along one coordinate. A search goes down to the query's
 own leaf, then visits the other boxes in the order of their distance (best bin first, one queue for
-all trees). It ends when ``checks`` points have been looked at or, with checks=None, when no other
-box can hold a nearer point, which makes it exact. Points are augmented keys (inner_product.py).
+all trees). Once it has looked at ``keep`` points, it ends when it has looked at ``checks`` of them,
+or when no other box can hold a nearer point than the ``keep`` nearest so far. With checks=None only
+the second ends it, so it is exact. Points are augmented keys (inner_product.py).
 
 Here to look at, not to be fast: at the width of attention heads a k-d tree hardly prunes anything
 (``measure_pruning``), and a search that is cut off finds few of the best keys. Plain Python, in
@@ -47,13 +48,13 @@ class KDTrees(Part):
     """The index. Trees are rebuilt after as many insertions as they had points (in a full memory:
     every ``slots`` insertions, as in the paper), and when a key is longer than R."""
 
+    has_history = True  # the trees of a sequence, beyond its keys and values (tree.Part)
+
     R: np.ndarray | None = table()  # (K,): bounds of the key lengths; None: the longest so far
     keep: int  # points wanted: the search goes on until it has that many
-    checks: int | None
+    checks: int | None  # points to look at; None: until the search is exact
     trees: int
     seed: int
-
-    has_history = True
 
     def precompute(self, k) -> tuple:
         return ()
@@ -74,7 +75,9 @@ class KDTrees(Part):
         products = np.asarray(keys, np.float64) @ x[:-1]
         distance = (forest.R**2 + x @ x - 2 * products).tolist()
         x, number = x.tolist(), count()  # number: breaks ties between equally near boxes
-        boxes = [(0.0, next(number), root, {}) for root in forest.roots]  # a heap, nearest first
+        # A heap, nearest first: (squared distance ``bound`` from the query to the box, number, its
+        # node, offsets: the part of ``bound`` that each dimension contributes).
+        boxes = [(0.0, next(number), root, {}) for root in forest.roots]
         nearest: list[float] = []  # heap of the ``keep`` smallest distances, negated
         seen: dict[int, None] = {}
         while boxes:
@@ -90,8 +93,8 @@ class KDTrees(Part):
                 box = away, next(number), far, {**offsets, node.dim: gap * gap}
                 heapq.heappush(boxes, box)
                 node = near
-            for slot in node:
-                if slot not in seen:  # in another tree
+            for slot in node:  # a leaf
+                if slot not in seen:  # else another tree has led to it
                     seen[slot] = None
                     push = heapq.heappush if len(nearest) < self.keep else heapq.heappushpop
                     push(nearest, -distance[slot])

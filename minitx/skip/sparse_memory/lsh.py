@@ -6,8 +6,10 @@ More bits make buckets smaller, more tables give a key more chances to be found.
 the augmented key (inner_product.py), whose angle to the query decreases with q . k.
 
 In practice it misses many of the best keys: the bound R is several times the length of most keys,
-so all angles are near 90 degrees. With augment=false only directions are hashed: on a text of
-``stories`` that found more of the best keys, from somewhat more candidates.
+so all angles are near 90 degrees. With augment=false the keys themselves are hashed, that is, only
+their directions: on a text of ``stories`` that found more of the best keys, from somewhat more
+candidates. The default is augment=true because only that is right for any keys: hashed as it is, a
+long key with the largest q . k may be harder to find than a short one at a smaller angle.
 """
 
 import numpy as np
@@ -21,10 +23,10 @@ from minitx.tree import Part, part, table
 class LSH(Part):
     """Hash tables over the keys. R=None: keys are hashed as they are, without augmentation."""
 
-    planes: np.ndarray = table()  # (tables * bits, d + 1): normal vectors
+    planes: np.ndarray = table()  # (tables * bits, d + 1): normal vectors (``table``: no weight)
     R: np.ndarray | None = table()  # (K,): bounds of the key lengths
-    bits: int
-    tables: int
+    bits: int  # per hash table
+    tables: int  # hash tables
 
     def precompute(self, k) -> tuple:
         """The bucket of each key k (..., K, n, d) in each table: (..., K, n, tables)."""

@@ -75,10 +75,10 @@ def add_latest(candidates, keep: int, may_see, order=None):
     if (missing <= 0).all():
         return candidates
     others = may_see & ~candidates
-    if order is not None:  # sort the keys by age
+    if order is not None:  # sort the keys from the oldest to the latest
         by_age = np.broadcast_to(order.argsort(-1)[..., None, None, :], others.shape)
         others = np.take_along_axis(others, by_age, -1)
-    others &= others[..., ::-1].cumsum(-1)[..., ::-1] <= missing
+    others &= others[..., ::-1].cumsum(-1)[..., ::-1] <= missing  # the last ``missing`` of them
     if order is None:
         return candidates | others
     found = candidates.copy()
