@@ -43,7 +43,7 @@ def lut_centroid(
     stories: Annotated[int, "calibration stories", between(1, 1000)] = 16,
     seed: Annotated[int, "seed of k-means", at_least(0)] = 0,
 ):
-    """Replace input segments by their nearest k-means centroids and look up the products.
+    """Replace input segments by their nearest k-means centroids and look up their products.
 
     Paper:     Blalock and Guttag, "Multiplying Matrices Without Multiplying" (MADDNESS), ICML 2021,
                arXiv 2106.10860; Tang et al., "LUT-NN", 2023, arXiv 2302.03213; "PECAN", 2022,
@@ -132,8 +132,8 @@ class Codebook(Part):
         return cls(centroids.astype(rows.dtype), half_squares.astype(rows.dtype))
 
     def __call__(self, x):
-        """x (n, in) -> codes (n, segments): the index of each segment's nearest centroid. Ties go to
-        the lower index.
+        """x (n, in) -> codes (n, segments): the index of each segment's nearest centroid. Ties go
+        to the lower index.
 
         |x - m|^2 is smallest for the centroid m for which x.m - |m|^2 / 2 is largest. Added up
         number by number instead of by BLAS, so that a token has the same code alone and in a batch.
