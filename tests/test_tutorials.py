@@ -113,7 +113,7 @@ PRINTS = {
         r"  3 +7\d% +2\d%$",
         r"  warm_up = 25 +34% +0\.80 ",
         r"multiply-adds: an FFN \(3 D F\) 135,168, a cosine \(3 D\) 384$",
-        r"  by cosine +[01]\.\d\d #+$",
+        r"  layers 6 to 8 +[01]\.\d\d #+$",
     ],
     "06": [
         r"all six keys: 15\.515\. The two best, 93\.6% of the weight: 15\.379$",
@@ -163,7 +163,7 @@ PRINTS = {
     "09": [
         r"  input 1    5\.0     0\.3   0\.2  -0\.7     0\.3   0\.2   0\.7     1\.5   1\.0   3\.5$",
         r"wanda     drops \[0\.9 0\.4 0\.2\], errors of the outputs \[0\.9 0\.4 0\.4\]$",
-        r"  random +0\.9\d\d +3\.\d{3} +5\.\d{3}$",
+        r"  random weights +0\.9\d\d +3\.\d{3} +5\.\d{3}$",
         r"  magnitude +0\.77\d +0\.78\d +0\.8[45]\d$",
         r"2 of 4    \[0\.9 0\.8 0\.  0\.  0\.3 0\.2 0\.  0\. \] ",
         r"  packed zeros +1\.00 +0\.58 +0\.\d\d$",
@@ -173,7 +173,7 @@ PRINTS = {
         r"\(x column\) row  \[10\. 10\.  5\.\]  3 \+ 3 multiply-adds$",
         r"  ffn\.down\.w +\(352, 128\) +80% +75%$",
         r"  low rank, weighted +0\.9\d\d +1\.\d{3} +2\.\d{3}$",
-        r"  random +3\.\d{3} #{50}$",
+        r"  random weights +3\.\d{3} #{50}$",
         r"  neurons +0\.75 +0\.73 +\d\.\d\d +0\.9\d\d$",
         r"  half of the columns +0\.\d\d$",
     ],

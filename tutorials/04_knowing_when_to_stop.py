@@ -1,9 +1,9 @@
 """Tutorial 4: when does a model know the answer? And may it stop there?
 
-A model runs each token through all its layers (called blocks in tutorial 1), easy or hard. Perhaps
-the word that it will say is settled long before the last one. Then the remaining layers are work
-for nothing, and the token could exit early. We look for the layer at which a model knows, for signs
-by which it could notice that by itself, and for what goes wrong when a token stops.
+A model runs each token, easy or hard, through all its layers (blocks in tutorial 1). Perhaps the
+word that it will say is settled long before the last one. Then the remaining layers are work for
+nothing, and the token could exit early. We look for the layer at which a model knows, for signs by
+which it could notice that by itself, and for what goes wrong when a token stops.
 
 Letters: L layers, D width (a token is D numbers between two layers), V vocabulary.
 """
@@ -69,9 +69,9 @@ print_table(["layer", "h", "logits", "exponentials", "probabilities", "says", "g
 
 # %% 2. One question, layer by layer
 # Now the trained model, with its 8 layers. The technique `early_exit` replaces the model by a copy
-# whose tokens may exit. With the settings below, each exits at the first chance, and `first=i` says
-# that this is after layer i. So we see what the head makes of the hidden states there. Look for the
-# layer from which on the answer is known.
+# whose tokens may exit. measure="random" with threshold=0 lets every token exit at the first chance
+# (section 5 says what it is for), and `first=i` says that this is after layer i. So we see what the
+# head makes of the hidden states there. Look for the layer from which on the answer is known.
 def exiting(**options):
     return apply(lm, {"early_exit": options})  # a changed copy; lm itself stays as it is
 
@@ -206,8 +206,8 @@ assert by_gap.mean_loss > random.mean_loss and by_gap.accuracy["1 hop"] < bold.a
 
 # %% ... is it sure too early?
 # The first suspicion: after layer 2 it is sure, and wrong. So take all tokens with a gap of at
-# least 0.95 after layer 2, in the model as it is. For how many does the last layer say another
-# word?
+# least 0.95 in the model that stops after layer 2. For how many does the last layer of the model as
+# it is say another word? (After layer 2 both have the same hidden states.)
 total = sure = wrong = 0
 for story in held_out:
     text = lm.encode(story.text)
@@ -242,11 +242,10 @@ print_table(["value in layer 3", "", "logits", "the reader finds"], table)
 # after that on, the values are out of date.
 
 # %% ... and in the model
-# In "Tom went to the park", the token "park" is sure that a full stop follows, and exits after
-# layer
-# 2. But the later question needs to find out who went there, and perhaps it is layer 3 that adds
-# this to the hidden state of "park". We can test that. Let the same tokens exit by the same rule,
-# but give the cache the real keys and values: then the answers must come back. The option
+# In "Tom went to the park", the token "park" is sure that a full stop follows, so it exits after
+# layer 2. But the later question needs to find out who went there, and perhaps it is layer 3 that
+# adds this to the hidden state of "park". We can test that. Let the same tokens exit by the same
+# rule, but give the cache the real keys and values: then the answers must come back. The option
 # kv_fill="deferred" does it. A skipped layer is not run at the exit, but later, as soon as another
 # token enters that layer and reads its cache.
 title("... and in the model: is it the KV cache?")
@@ -279,8 +278,8 @@ assert min(by_deferred.accuracy["1 hop"], from_three.accuracy["1 hop"]) > 0.95
 # %% 7. The price in multiply-adds
 # The cheaper cure: every token runs 4 layers, and only then may exit. Are the signs worth their
 # price now? We ask for the loss of random exits at the same work. For that we measure three random
-# baselines (and dense, with loss 0), and take the straight line between two of them. Compare the
-# last two columns.
+# baselines (and dense, with loss 0), and draw a straight line between neighbouring ones. Compare
+# the last two columns.
 title("7. First exit after layer 4: loss, and that of random exits at the same work")
 random_work, random_loss = [1.0], [0.0]
 for threshold in (0.9, 0.7, 0.5):
@@ -347,10 +346,11 @@ for n in (10, 20, 30):
 
 
 # %% ... if some words do change
-# Now the loss of a story is a number between 0 and 1: the share of its words that are not those of
-# the dense model. A threshold is bad if the true mean loss is delta = 10% or more. On n stories we
-# find a mean loss r. How likely is a mean of r or less, if the threshold is bad? Hoeffding's
-# inequality says: for r below delta, the p-value is at most
+# Now each story gets a number between 0 and 1, its changed words: the share of its words that are
+# not those of the dense model. (The paper of this method calls it a loss.) A threshold is bad if
+# the true mean of changed words is delta = 10% or more. On n stories we find the mean r. How likely
+# is a mean of r or less, if the threshold is bad? Hoeffding's inequality (in its sharper form, with
+# the KL divergence) says that for r below delta the p-value is at most
 #
 #     exp(-n KL)   with   KL = r ln(r / delta) + (1 - r) ln((1 - r) / (1 - delta))
 #
@@ -364,32 +364,36 @@ def p_value(r, n):
 
 means = (0.01, 0.02, 0.03, 0.04)
 row = ["p-value at most", *(f"{p_value(r, 80):.3f}" for r in means)]
-print_table(["mean loss of 80 stories", *(f"{r:.0%}" for r in means)], [row])
-# So with 80 stories, a mean loss of 2% is enough to call a threshold safe, and 3% is not.
+print_table(["changed words in 80 stories", *(f"{r:.0%}" for r in means)], [row])
+# So with 80 stories, a mean of 2% changed words is low enough to call a threshold safe, and 3% is
+# not.
 
 # %% ... a threshold that passes, and one that fails
 # We test thresholds of the exit probe on 80 new stories (the probe was trained on the first 24),
 # from the safest threshold to the boldest, and stop at the first that fails. Why stop? Each bad
 # threshold has a chance of up to 5% to pass by luck. Whoever goes on and tests 20 bad ones is
 # fooled by at least one of them with a probability of up to 1 - 0.95^20 = 64%.
+# Of each story we take the first 64 tokens, so that all fit into one array; the guarantee is for
+# these.
 fresh = np.array([lm.encode(story.text)[:64] for story in calibration_stories(104)[24:]])
 dense_words = lm.logits(fresh).argmax(-1)  # (80, 64) all stories at once
 table, safe = [], None
 for threshold in (0.9, 0.8, 0.7, 0.6):
     changed = exiting(measure="probe", threshold=threshold, first=4)
-    losses = (changed.logits(fresh).argmax(-1) != dense_words).mean(1)  # (80,)
-    r = losses.mean()
+    changed_words = (changed.logits(fresh).argmax(-1) != dense_words).mean(1)  # (80,)
+    r = changed_words.mean()
     p = p_value(r, len(fresh))
     table.append([threshold, f"{r:.1%}", f"{p:.4f}", "passes" if p <= LIMIT else "fails: stop"])
     if p > LIMIT:
         break
     safe = changed
-print_table(["threshold", "mean loss", "p-value", ""], table)
+print_table(["threshold", "changed words", "p-value", ""], table)
 assert safe is not None and p > LIMIT
 assert hoeffding_bentkus(r, len(fresh), DELTA) <= p  # of minitx: the smaller one of two bounds
 
 # %% ... and what has been shown
-# One more look at the last threshold that passed, on stories that had no part in the choice:
+# One more look at the last threshold that passed, on stories that had no part in the choice (again
+# their first 64 tokens):
 others = np.array([lm.encode(story.text)[:64] for story in held_out])
 share = (safe.logits(others).argmax(-1) != lm.logits(others).argmax(-1)).mean()
 print(f"{share:.1%} of the words in held-out stories change.")
@@ -400,12 +404,16 @@ assert share < DELTA
 # minitx.lab.learn_then_test.calibrate does what the last two cells do, for any technique.)
 
 # %% Try this
+# An assertion may fail when you change things; delete it then.
+#
 # 1. In section 1, change the last row of `hidden` to (1, 4), so that layer 3 says "kitchen". Which
 #    thresholds on the gap would let the token exit with "park"?
-# 2. Section 6 with first=1: does deferring bring back the answers, and the loss? Predict before you
-#    try. Why is the loss larger than with first=2, although the cache is right?
+# 2. In section 6, set first=1 in the two lines that make `backfilled` and `deferred`. (In the
+#    table, the row "gap, threshold 0.95" stays that of first=2.) Does deferring bring back the
+#    answers, and the loss? Predict before you try. Why is the loss larger than with first=2,
+#    although the cache is right? To find out, put stop_after[0] into the last cell of section 5.
 # 3. A check costs V D, a layer about 12 D^2. From which V on does a check cost more than a layer if
-#    D = 4096? Then add every=2 in section 7 (check after every other layer only). Does the gap save
-#    more or less than before?
-# 4. By section 9, how many stories without any change does it take if delta is 1%? And with a mean
-#    loss of 0.5%?
+#    D = 4096? Then, in section 7, add every=2 (check after every other layer only) to the random
+#    exits and to all three of MODELS. Does the gap save more or less than before?
+# 4. In section 9, set DELTA = 0.01. How many stories without any change does it take now? And how
+#    many if 0.5% of the words change? (Its first two cells are enough; 80 stories no longer are.)

@@ -7,7 +7,7 @@ share, the scale. First we do it to four numbers by hand, then to a trained mode
 it breaks.
 
 You need matrix products, and attention with a KV cache as in tutorial 2. Letters: b bits per code,
-q the largest code, g weights in a group that shares a scale, S tokens in the KV cache.
+m the largest code, g weights in a group that shares a scale, S tokens in the KV cache.
 """
 
 # %% A model, and held-out stories to judge it by
@@ -59,23 +59,23 @@ assert np.all(abs(restored - w) <= scale / 2 + 1e-12)
 
 
 # %% ... and in fewer bits
-# With b bits the codes go from -q to q, where q = 2^(b - 1) - 1: 127, 7, 3 and 1 for 8, 4, 3 and 2
+# With b bits the codes go from -m to m, where m = 2^(b - 1) - 1: 127, 7, 3 and 1 for 8, 4, 3 and 2
 # bits. In the picture, "|" are the values that there are, and "o" our four weights, each of which
 # must move to the nearest "|". Look at how soon the values become few.
 def quantize_group(w, bits):
     """Codes and scale of weights that share one scale."""
-    q = 2 ** (bits - 1) - 1
-    scale = abs(w).max() / q
+    m = 2 ** (bits - 1) - 1
+    scale = abs(w).max() / m
     return np.rint(w / scale).astype(int), scale
 
 
-title("The values that 4, 3 and 2 bits have between -0.7 and 0.7")
+title("... and the values that 4, 3 and 2 bits have between -0.7 and 0.7")
 for bits in (4, 3, 2):
     codes, scale = quantize_group(w, bits)
     line = [" "] * 85
-    q = 2 ** (bits - 1) - 1
-    for code in range(-q, q + 1):
-        line[round(42 + 42 * code / q)] = "|"
+    m = 2 ** (bits - 1) - 1
+    for code in range(-m, m + 1):
+        line[round(42 + 42 * code / m)] = "|"
     print(f"  {bits} bits  {''.join(line)}")
     line = [" "] * 85
     for weight in w:
@@ -149,13 +149,15 @@ def judge(name, model, size):
 # %% ... a trained model in 8 bits, and in 4
 # The technique `quantize` does this to every matrix of the model: each column (the weights of one
 # output) is cut into groups of at most 64. Zero points come with symmetric=False. Norms stay as
-# they are, and so does the embedding table, unless we say embeddings=True. Where do you expect the
+# they are, and so does the embedding table, unless we say embeddings=True. The bytes are those of
+# all arrays: the weights, and 131,072 bytes of tables for rotary positions. Where do you expect the
 # first damage?
 title("4. load('stories', quantize=...)")
 int8 = minitx.load("stories", quantize={"bits": 8})
 int4 = minitx.load("stories", quantize={"bits": 4})
 int4_zero = minitx.load("stories", quantize={"bits": 4, "symmetric": False})
 int4_all = minitx.load("stories", quantize={"bits": 4, "embeddings": True})
+assert nbytes(lm.model) == 4 * count + 131_072
 table = [
     judge("float32", lm, nbytes(lm.model)),
     judge("8 bits", int8, nbytes(int8.model)),
@@ -167,8 +169,9 @@ print_table(["", "bytes", "loss", *HOPS], table)
 assert abs(losses["8 bits"] - losses["float32"]) < 0.001
 assert losses["4 bits, embedding too"] - losses["float32"] < 0.015
 # 8 bits cannot be told from float32, in a third of the bytes. 4 bits cost less than 0.01 of loss
-# and hardly an answer. Zero points help a little: they make use of the 16th code. (In thousandths,
-# the loss depends on which stories one reads.)
+# and hardly an answer. Zero points lower the loss a little, because they make use of the 16th code;
+# that an answer of 2 hops is lost is chance. (In thousandths, the loss depends on which stories one
+# reads.)
 
 
 # %% 5. How few?
@@ -179,8 +182,8 @@ def round_weights(w, bits, g):
     """The matrix w (in, out) after quantizing and dequantizing it."""
     inputs, outputs = w.shape
     groups = w.reshape(-1, g or inputs, outputs)  # (groups in a column, weights, columns)
-    q = 2 ** (bits - 1) - 1
-    scales = abs(groups).max(1, keepdims=True) / q  # one for each group and column
+    m = 2 ** (bits - 1) - 1
+    scales = abs(groups).max(1, keepdims=True) / m  # one for each group and column
     return (np.rint(groups / scales) * scales).reshape(inputs, outputs)
 
 
@@ -234,8 +237,9 @@ assert zeros / count > 0.7
 # An error in a weight is multiplied by the weight's input. So weights with large inputs should be
 # rounded more carefully. AWQ (activation-aware weight quantization) does it with a trick: multiply
 # those weights by c before rounding, and divide their input by c. The product is the same, but
-# relative to the weight the rounding is finer. Here c = (mean |input|)^ratio, so ratio 0 is plain
-# rounding. The output is 10 * 0.14 + 1 * 0.70 = 2.10. Which ratio gets it right?
+# relative to the weight the rounding is finer. Each input has its own c = (mean |input|)^ratio, so
+# ratio 0 is plain rounding. (Here there is one row, so the mean is |x| itself.) The output is
+# 10 * 0.14 + 1 * 0.70 = 2.10. Which ratio gets it right?
 title("6. Activation-aware scaling, two weights in 4 bits")
 x = np.array([10.0, 1.0])  # two inputs, the first one large
 w = np.array([0.14, 0.70])
@@ -250,7 +254,9 @@ for ratio in (0, 0.35, 0.7, 1):
 print_table(["ratio", "c", "scale", "codes", "output"], table)
 # With plain rounding, 0.14 becomes 0.1, and ten times the difference is lost. With c = 5 the two
 # weights are equally large. With more, the first one becomes an outlier, and the other one suffers.
-# So AWQ tries several ratios on calibration text and keeps the best, for each matrix.
+# So AWQ tries several ratios on calibration text and keeps the best, for each matrix. The division
+# of the inputs by c is not free when the model runs: `quantize` does it before each product. The
+# authors divide the gain of the norm before by c instead, once and for all.
 
 # %% ... on the model
 # That pays where some inputs are much larger than the others. Large language models have such
@@ -260,11 +266,13 @@ aware = minitx.load("stories", quantize={"bits": 4, "awq": True})
 judge("4 bits, awq", aware, nbytes(aware.model))
 print(f"loss in 4 bits {losses['4 bits']:.4f}, with awq {losses['4 bits, awq']:.4f}")
 
+# What enters block 1: a row of the embedding table for each token. (None: rotary positions come
+# later, in attention.) Layer.once(T) stands for a KV cache that is used for one pass over T tokens.
 ratios, x = [], lm.model.embed(ids, None)
 for block in lm.model.stack.blocks:
     size = abs(block.attn.norm(x)).mean(0)  # mean |input| for each input
     ratios.append(size.max() / np.median(size))
-    x = block(x, Layer.once(len(ids)))
+    x = block(x, Layer.once(len(ids)))  # what enters the next block
 print(f"the largest input of a block is {min(ratios):.1f} to {max(ratios):.1f} times the median")
 assert max(ratios) < 3 and abs(losses["4 bits, awq"] - losses["4 bits"]) < 0.005
 # All inputs are of about the same size, so awq finds little to do in this model.
@@ -291,18 +299,20 @@ assert losses["cache in 4 bits"] - losses["float32"] < 0.005
 # questions are looked up in this cache, and they are still found.
 
 # %% 8. The price: one product
-# So far we counted bytes. Now the time. NumPy takes products of floats from a fast library, BLAS,
-# but for integers it has only a plain loop, and in int8 the products overflow. So either the codes
-# become floats first, which is more work, or a slow product multiplies integers.
+# So far we counted bytes. Now the time. The codes are stored as int8, but they cannot be multiplied
+# as int8: 127 is the largest number there, and products overflow (see the first line that is
+# printed). So each product has to convert them first. Either to floats, for which NumPy has a fast
+# library, BLAS: how much longer does that take than the product of floats alone? Or to int32, for
+# which NumPy has only a plain loop: how long does that take, even without the conversion?
 title("8. The price, in time: one row times a matrix of 1024 x 1024")
 product = np.array([100], np.int8) @ np.array([100], np.int8)
 print(f"100 * 100 in int8 is {product}")
 
 rng = np.random.default_rng(0)
-codes = rng.integers(-127, 128, (1024, 1024)).astype(np.int8)
+codes = rng.integers(-127, 128, (1024, 1024)).astype(np.int8)  # as they are stored
 x = rng.integers(-127, 128, (1, 1024))
 floats, float_x = codes.astype(np.float32), x.astype(np.float32)
-integers, integer_x = codes.astype(np.int32), x.astype(np.int32)
+integers, integer_x = codes.astype(np.int32), x.astype(np.int32)  # four times the bytes of codes
 
 
 def dequantize_and_multiply():
@@ -321,7 +331,7 @@ print(f"the product of integers (int32): {times[2] / times[0]:.0f} times as long
 # them were all that takes time. Then what is measured here: one token, with 63 before it, and a
 # prompt of 300 tokens in one pass. `quantize` has several ways to run: "stream" dequantizes each
 # matrix for every pass, "load" once for all, and keeps the floats.
-title("8. The price, in time: the model (float32 = 1)")
+title("... and of the model (float32 = 1)")
 int4_load = minitx.load("stories", quantize={"bits": 4, "run": "load"})
 
 
@@ -351,7 +361,7 @@ say(
 # product itself must dequantize, in the processor's registers (a fused kernel), so that only codes
 # travel. Then the bytes give the speedup. For 8 billion weights, and a memory of 1,000 GB per
 # second:
-title("8 billion weights: the least time for one token")
+title("... and of 8 billion weights: the least time for one token")
 table = []
 for bits in (16, 8 + 16 / 64, 4 + 16 / 64):  # float16; codes with a float16 scale for 64 weights
     gigabytes = 8 * bits / 8  # 8 billion weights, 8 bits to a byte
@@ -363,17 +373,17 @@ say(
 )
 
 # %% Try this
-# An assertion guards what the text says of the original numbers. If it stops you, remove it.
+# An assertion may fail when you change things; delete it then.
 #
 # 1. In section 1, find four weights, the largest 0.70, that 2 bits restore without any error. Then
-#    four that have the largest mean error in 4 bits that is possible. How large can it be?
+#    four, 0.70 among them again, with the largest mean error that is possible in 4 bits.
 # 2. A smaller scale, and what is too large gets the largest code (clipping): in round_weights,
-#    multiply `scales` by a factor below 1, and use np.rint(groups / scales).clip(-q, q). With the
+#    multiply `scales` by a factor below 1, and use np.rint(groups / scales).clip(-m, m). With the
 #    factor 0.6, the loss of 2 bits in groups of 32 falls from 4.0 to about 1.9. How many weights
 #    are 0 then? Which factor is best for 3 bits, and why is it closer to 1?
 # 3. In section 6, exchange the two inputs: x = np.array([1.0, 10.0]). Which ratio is best now?
 #    As AWQ tries ratio 0 too, it never increases the error of a matrix on its calibration text. How
 #    can the loss of the model be larger nevertheless?
 # 4. Which matrices need their bits most? In rounded_model, round only those whose path contains
-#    ".q.", ".v.", "attn.out", ".gate." or ".down.", to 2 bits. Dividing the loss that is added by
-#    the number of weights that were rounded makes the comparison fair.
+#    ".q.", ".v.", "attn.out", ".gate." or ".down.", to 2 bits. Divide what is added to the loss of
+#    float32 by the number of weights that were rounded: then the comparison is fair.

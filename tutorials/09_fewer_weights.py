@@ -114,7 +114,7 @@ headings = ["", *(f"{share:.0%} gone" for share in SHARES)]
 magnitude_models = [prune(share, "magnitude") for share in SHARES]
 wanda_models = [prune(share, "wanda") for share in SHARES]
 loss = {
-    "random": [loss_of(zero_at_random(share)) for share in SHARES],
+    "random weights": [loss_of(zero_at_random(share)) for share in SHARES],
     "magnitude": [loss_of(model) for model in magnitude_models],
     "wanda": [loss_of(model) for model in wanda_models],
 }
@@ -128,8 +128,8 @@ def print_losses(*names):
     print(f"(nothing gone: {dense_loss:.3f})")
 
 
-print_losses("random", "magnitude", "wanda")
-assert loss["magnitude"][1] < dense_loss + 0.02 and loss["random"][1] > 3
+print_losses("random weights", "magnitude", "wanda")
+assert loss["magnitude"][1] < dense_loss + 0.02 and loss["random weights"][1] > 3
 assert abs(loss["magnitude"][1] - loss["wanda"][1]) < 0.01
 # Nearly a third of the weights can go, if they are the right ones; half hurts. Wanda is hardly
 # better than magnitude here. Its norms matter where inputs differ in size, as in large language
@@ -157,7 +157,8 @@ print(f"stories: loss {loss['wanda'][2]:.3f} freely, {loss_of(two_of_four):.3f} 
 # after another; but each product must unpack them first. Look at the last column.
 title("4. Half of the weights are zero: what is saved (1 = the original model)")
 original = count_last(lm, ids).total().multiply_adds
-packed = minitx.load("stories", prune={"method": "magnitude"}, pack_zeros=True)
+half = {"sparsity": 0.5, "method": "magnitude"}
+packed = minitx.load("stories", prune=half, pack_zeros=True)
 table = []
 for name, model in (("zeros", magnitude_models[2]), ("packed zeros", packed)):
     work = count_last(model, ids).total().multiply_adds / original
@@ -183,22 +184,26 @@ print("norms of the activations  ", activation_norms)
 print("norms of the rows         ", row_norms)
 print("scores, their product     ", scores)
 
-keep = [0, 2]  # neuron 1 has the lowest score
+keep = [0, 2]  # the first and the third; the second, neuron 2, has the lowest score
 outputs = hidden @ W_down
 smaller = hidden[:, keep] @ W_down[keep]
 error = np.linalg.norm(smaller - outputs)
 print("outputs of the two tokens ", *outputs.round(2))
-print("the same without neuron 1 ", *smaller.round(2))
+print("the same without neuron 2 ", *smaller.round(2))
 print(f"error                      {error:.2f}")
 assert np.isclose(error, scores[1])
-# Again the error is the score. And this time the arrays are smaller: neuron 1 is gone from W_down,
+# Again the error is the score. And this time the arrays are smaller: neuron 2 is gone from W_down,
 # and its columns from the matrices that computed its activation. What is left is a plain model.
 
 # %% 6. Neurons and heads of the trained model
-# The technique `prune_structure` removes the neurons with the lowest scores from every block, and
-# if asked attention heads, in the same way. In a block of this model, 3 D F weights belong to
-# neurons (two columns before each, and its row of W_down) and 3 D^2 to attention, so neurons have
-# 73 %. For 30 % of all weights, 30 / 73 of the neurons must go.
+# The technique `prune_structure` removes the neurons with the lowest scores from every block. In a
+# block of this model, 3 D F weights belong to neurons (two columns before each, and its row of
+# W_down) and 3 D^2 to attention (D^2 each to W_q and W_o, half of that each to W_k and W_v), so
+# neurons have 73 %. For 30 % of the blocks' weights, 30 / 73 of the neurons must go.
+#
+# If asked, it removes attention heads, too. A head is scored like a neuron: how large is what it
+# adds to the outputs, its weighted sum of the values times its rows of W_o? In this model two heads
+# share their keys and values, so these go together, with their keys and values.
 title("6. The loss after removing neurons")
 c = lm.model.config
 in_neurons = 3 * c.width * c.hidden / (3 * c.width * c.hidden + 3 * c.width**2)
@@ -211,11 +216,11 @@ def prune_neurons(share):
 
 smaller_models = [prune_neurons(share) for share in SHARES]
 loss["neurons"] = [loss_of(model) for model in smaller_models]
-print_losses("random", "wanda", "neurons")
+print_losses("random weights", "wanda", "neurons")
 options = {"neurons": 0, "heads": 0.5, "stories": CALIBRATION}
 heads = minitx.load("stories", prune_structure=options)
 print(f"half of the heads gone: loss {loss_of(heads):.3f}, and half of the KV cache")
-assert loss["wanda"][1] < loss["neurons"][1] < loss["random"][1]
+assert loss["wanda"][1] < loss["neurons"][1] < loss["random weights"][1]
 # A neuron takes good weights along with bad ones, so the loss is higher than with zeros in the best
 # places. And of only 4 heads in a block, each is needed.
 
@@ -240,9 +245,12 @@ assert np.allclose(column @ row, largest)
 x = np.array([1.0, 1.0, 1.0])
 print("x W            ", (x @ W).round(2), " 9 multiply-adds")
 print("(x column) row ", ((x @ column) @ row).round(2), " 3 + 3 multiply-adds")
-share = singular_values[0] ** 2 / (singular_values**2).sum()
-print(f"share of the squares that is kept: 81 / (81 + 0.81) = {share:.0%}")
-assert np.isclose(np.linalg.norm(W - column @ row), 0.9)  # what is missing is the second one
+squares = singular_values**2
+share = squares[0] / squares.sum()
+sizes = f"{squares[0]:.3g} / ({squares[0]:.3g} + {squares[1]:.3g})"
+print(f"share of the squares that is kept: {sizes} = {share:.0%}")
+missing = np.linalg.norm(W - column @ row)
+assert np.isclose(missing, singular_values[1])  # what is missing is the second one
 
 # %% 8. Are trained matrices of low rank?
 # A matrix (in, out) at rank r becomes (in, r) and (r, out): r (in + out) weights instead of in *
@@ -270,9 +278,11 @@ print_table(["matrix of block 5", "shape", "trained", "random"], table)
 
 # %% ... low rank in the trained model
 # The technique `low_rank` factorizes every matrix for which two factors are smaller. "plain" is the
-# truncated SVD of the weights. "weighted" minimizes the error of the outputs on calibration
-# stories, as Wanda does for single weights: what never occurs in the inputs need not be kept.
-title("8. The loss with factors instead of matrices")
+# truncated SVD of the weights. "weighted" has the outputs in mind, like Wanda's score: it minimizes
+# their error on calibration stories, for what never occurs in the inputs need not be kept. To do
+# so, it takes a square matrix C with C C^T = X^T X, truncates the SVD of C^T W instead of W, and
+# multiplies the left factor by the inverse of C^T.
+title("... and the loss with factors instead of matrices")
 
 
 def low_rank(share, weighted):
@@ -283,15 +293,16 @@ def low_rank(share, weighted):
 loss["low rank, plain"] = [loss_of(low_rank(share, False)) for share in SHARES]
 weighted_models = [low_rank(share, True) for share in SHARES]
 loss["low rank, weighted"] = [loss_of(model) for model in weighted_models]
-print_losses("random", "low rank, plain", "low rank, weighted")
+print_losses("random weights", "low rank, plain", "low rank, weighted")
 assert loss["neurons"][1] < loss["low rank, weighted"][1] < loss["low rank, plain"][1]
 # It takes many inputs to know which directions never occur: exercise 3 gives it more stories.
 
 # %% 9. All together
-# The same share gone, 30 % of all matrices' weights, in five ways. The longer the bar, the more the
-# model has lost.
+# The same share gone, 30 % of the blocks' weights, in five ways and at random. The longer the bar,
+# the more the model has lost.
 title(f"9. The loss with 30 % of the weights gone (nothing gone: {dense_loss:.3f})")
-names = ("magnitude", "wanda", "neurons", "low rank, weighted", "low rank, plain", "random")
+names = ["magnitude", "wanda", "neurons"]
+names += ["low rank, weighted", "low rank, plain", "random weights"]
 bar_chart(names, [loss[name][1] for name in names], "{:.3f}", width=50)
 lines = {name: [dense_loss, *loss[name]] for name in names}
 save_lines("09_loss_by_weights_gone", (0, *SHARES), lines, "share of the weights gone", "loss")
@@ -299,7 +310,7 @@ save_lines("09_loss_by_weights_gone", (0, *SHARES), lines, "share of the weights
 # %% ... and the price: counts, then time
 # What each saves for one token, with 63 before it. The last line is for comparison: all weights
 # stay, in 8 bits (tutorial 8). The original model is 1 in all columns but the loss.
-title("What is saved for it (1 = the original model)")
+title("... and what 30 % fewer weights save (1 = the original model)")
 candidates = {
     "wanda": wanda_models[1],
     "neurons": smaller_models[1],
@@ -314,17 +325,17 @@ for name, model in candidates.items():
     table.append([name, f"{work:.2f}", f"{memory:.2f}", f"{speed:.2f}", f"{loss_of(model):.3f}"])
 print_table(["", "multiply-adds", "memory", "speed", "loss"], table)
 say(
-    "Zeros keep the model good and save nothing; neurons save work and memory, and the model gets",
-    "worse; low rank saves as much, and two products instead of one take the time that was",
-    "saved. In narrow matrices a call costs more than its multiply-adds. If it is memory that you",
-    "lack, fewer bits give more for less.",
+    "Zeros keep the model good and save nothing. Neurons save work and memory, and the model gets",
+    "worse; but they save little time, because a matrix as narrow as this takes more time to",
+    "call than to multiply. Low rank saves as much, and two products instead of one take the time",
+    "that was saved. If it is memory that you lack, fewer bits give more for less.",
 )
 
 # %% ... in a wide matrix
-# In wide matrices calls do not count, and the multiply-adds that are gone are time that is gone. A
+# In wide matrices calls hardly count, and the multiply-adds that are gone are time that is gone. A
 # row times a matrix of 1024 x 4096, and what remains of it with half of the weights gone, in the
 # three ways.
-title("One row times a matrix of 1024 x 4096, half of the weights gone (time, whole matrix = 1)")
+title("... and in a matrix of 1024 x 4096, half of its weights gone (time, whole matrix = 1)")
 x = rng.standard_normal((1, 1024)).astype(np.float32)
 W = rng.standard_normal((1024, 4096)).astype(np.float32)
 zeros = np.where(rng.random(W.shape) < 0.5, W, 0)
@@ -345,7 +356,7 @@ for name, time in zip(("half zeros", "half of the columns", f"rank {r}"), times[
 # further, so that the others make up for them. That wins back part of the loss.
 
 # %% Try this
-# An assertion guards what the text says of the original numbers. If it stops you, remove it.
+# An assertion may fail when you change things; delete it then.
 #
 # 1. In section 1, change X so that all three norms are equal. What does Wanda choose now, and why?
 #    Then make Wanda drop the -0.7.
@@ -357,4 +368,5 @@ for name, time in zip(("half zeros", "half of the columns", f"rank {r}"), times[
 # 4. In section 7, make the second product as large as the first (1 instead of 0.1). What is
 #    the share that rank 1 keeps? What must a matrix look like for rank 1 to be as bad as possible?
 # 5. With 4 bits the model has 1,498,624 bytes. Combine two flags, quantize={"bits": 8} and
-#    prune_structure={"neurons": ...}, to come as low. Which of the two models has the lower loss?
+#    prune_structure={"neurons": ..., "stories": CALIBRATION}, to come as low. Which of the two
+#    models has the lower loss?
