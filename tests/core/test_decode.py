@@ -1,5 +1,6 @@
 """The token loop against the plain definition without a cache; the choice of a token against a
-slow twin that sorts everything, by hand, by its frequencies, and at the ends of every range."""
+literal version that sorts everything, by hand, by its frequencies, and at the ends of every
+range."""
 
 import math
 import random
@@ -111,7 +112,7 @@ def test_tiny_temperature_is_greedy(coldest):
 def test_huge_temperature_is_uniform():
     logits = np.array([3e38, -3e38, 0, 7], np.float32)
     np.testing.assert_allclose(probabilities(logits, temperature=1e300), [0.25] * 4)
-    # ... but does not change which are the likeliest.
+    # ... but does not change which are the most likely.
     found = probabilities(logits, temperature=1e308, top_k=2)
     np.testing.assert_allclose(found, [0.5, 0, 0, 0.5])
 

@@ -25,10 +25,10 @@ TINY |= dict(hidden=12, context=40, rope_width=4, tied=True)
 PLAN = bench.Repeats(decode=6, prefill=10, rounds=3, least=0.0)
 
 
-class Twin:
+class OtherFramework:
     """Stands in for transformers: minitx itself, with one way to decode that is twice the work."""
 
-    versions = {"twin": "1"}
+    versions = {"other": "1"}
     off = 0.0
 
     def __init__(self, model):
@@ -161,7 +161,7 @@ def test_bench_clock_in_ticks_gives_finite_speeds(monkeypatch):
     for name in ("process_time", "perf_counter"):
         monkeypatch.setattr(bench.time, name, Ticking(every=4))
     monkeypatch.setattr(bench, "BEYOND_CACHES", 1_000_000)
-    found = bench.measure_all((Config(**TINY),), PLAN, Twin, bar=False)
+    found = bench.measure_all((Config(**TINY),), PLAN, OtherFramework, bar=False)
     (shape,) = found["shapes"]
     for name, seconds in shape["seconds"].items():
         assert min(seconds) > 0, f"{name} took no time at all: {seconds}"
@@ -208,14 +208,16 @@ def test_bench_command_prints_tables(tiny, capsys):
 
 
 def test_bench_compares_with_another_framework():
-    found = bench.measure_all((Config(**TINY),), PLAN, Twin, bar=False) | {"not_compared": None}
-    assert found["versions"]["twin"] == "1"
+    found = bench.measure_all((Config(**TINY),), PLAN, OtherFramework, bar=False) | {
+        "not_compared": None
+    }
+    assert found["versions"]["other"] == "1"
     (shape,) = found["shapes"]
     assert shape["agreement"] == {"logits_relative_difference": 0.0, "same_greedy_tokens": 6}
     assert shape["decode"]["transformers_way"].startswith("transformers decode, ")
     assert shape["decode"]["ratio"]["median"] > 0
     text = as_text(found)
-    assert "at least 6 of 6 greedy tokens match" in text and "twin 1" in text
+    assert "at least 6 of 6 greedy tokens match" in text and "other 1" in text
 
 
 def test_ratio_is_to_the_faster_way_per_round():
@@ -227,7 +229,7 @@ def test_ratio_is_to_the_faster_way_per_round():
 
 
 def test_bench_refuses_different_logits():
-    class Wrong(Twin):
+    class Wrong(OtherFramework):
         off = 0.01
 
     with pytest.raises(MinitxError, match="At 8 x 2 the logits .* differ by .*cannot be compared"):

@@ -42,7 +42,7 @@ def with_config(reference, **changes):
 
 
 def with_part(reference, kind, make):
-    """Compare the reference's model with ``make(part)`` in the place of the second of its kind."""
+    """Compare the reference's model with ``make(part)`` instead of the second part of its kind."""
 
     def made(dtype):
         found = []
