@@ -206,8 +206,8 @@ assert by_gap.mean_loss > random.mean_loss and by_gap.accuracy["1 hop"] < bold.a
 
 # %% ... is it sure too early?
 # The first suspicion: after layer 2 it is sure, and wrong. So take all tokens with a gap of at
-# least 0.95 in the model that stops after layer 2. For how many does the last layer of the model as
-# it is say another word? (After layer 2 both have the same hidden states.)
+# least 0.95 in the model that stops after layer 2. For how many does the unchanged model, after
+# its last layer, say another word? (After layer 2 both have the same hidden states.)
 total = sure = wrong = 0
 for story in held_out:
     text = lm.encode(story.text)
@@ -268,8 +268,8 @@ assert min(by_deferred.accuracy["1 hop"], from_three.accuracy["1 hop"]) > 0.95
 # are.
 #
 # So a token may be easy for itself and needed by others. Random exits spoil the cache as well, but
-# after layer 2 they take one token in ten. The gap takes half of them, and always the same: the
-# place at the end of a fact is among them, because a full stop is sure to follow.
+# after layer 2 they take one token in ten. The gap takes half of all tokens, and always the same:
+# the place at the end of a fact is among them, because a full stop is sure to follow.
 #
 # Deferring is no bargain here. As soon as one token runs all layers, it takes along all earlier
 # ones that had been deferred. Hardly a layer is saved in the end, and the checks come on top.
@@ -372,7 +372,8 @@ print_table(["changed words in 80 stories", *(f"{r:.0%}" for r in means)], [row]
 # We test thresholds of the exit probe on 80 new stories (the probe was trained on the first 24),
 # from the safest threshold to the boldest, and stop at the first that fails. Why stop? Each bad
 # threshold has a chance of up to 5% to pass by luck. Whoever goes on and tests 20 bad ones is
-# fooled by at least one of them with a probability of up to 1 - 0.95^20 = 64%.
+# fooled by at least one of them with a probability of up to 1 - 0.95^20 = 64% (if their tests were
+# independent).
 # Of each story we take the first 64 tokens, so that all fit into one array; the guarantee is for
 # these.
 fresh = np.array([lm.encode(story.text)[:64] for story in calibration_stories(104)[24:]])

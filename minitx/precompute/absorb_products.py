@@ -31,18 +31,22 @@ def absorb_products(
     Fidelity:  a reconstruction from summaries; the algebra, with biases and shared heads, is ours.
     Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
                2e-6 of the largest one).
-    Idea:      n is a token's normalized input, inputs (S, D) those of all tokens. In the scores
+    Idea:      n is a token's normalized input, inputs (S, D) those of S tokens. In the scores
                n W_q W_k^T inputs^T  and in the output  p inputs W_v W_o  (p: attention weights)
                two matrices meet directly, so their product can be made in advance.
-    Offline:   for query head i, whose key head is j = i // G  (W_q,i: the columns of head i):
-                   QK_i = W_q,i W_k,j^T    (D, D),  bias b_q,i W_k,j^T
-                   OV_i = W_v,j W_o,i      (D, D),  bias of all heads  b_o + sum_i b_v,j W_o,i
-    Online:    p_i = softmax(n QK_i inputs^T / sqrt(d));   out = sum_i (p_i inputs) OV_i
+    Offline:   for query head i of H, whose key/value head of K is j = i // G,  G = H / K
+               (W_q,i, W_k,j, W_v,j: the d columns of that head; W_o,i: its d rows):
+                   QK_i = W_q,i W_k,j^T    (D, D)       c_i  = b_q,i W_k,j^T
+                   OV_i = W_v,j W_o,i      (D, D)       b_o* = b_o + sum_i b_v,j W_o,i
+    Online:    p_i = softmax((n QK_i + c_i) inputs^T / sqrt(d))      b_k cancels in the softmax
+               out = sum_i (p_i inputs) OV_i + b_o*
                The inputs are cached, as one head that serves as keys and as values.
-               pairs=qk, pairs=ov: one of the two products; values, or keys, as usual.
-    Saves:     nothing unless d > D/2, which means a single head. Per token 2 H D^2 + 2 S H D
-               multiply-adds instead of 2 D (H + K) d + 2 S H d; 2 H D^2 weights instead of
-               2 D (H + K) d; D cached numbers (one pair: D + K d) instead of 2 K d.
+               pairs=qk: inputs serve as keys, values are cached as usual;
+               pairs=ov: keys are cached as usual, inputs serve as values.
+    Saves:     no multiply-adds or weights unless d > D/2, which means a single head; the cache
+               halves if K d = D. Per token 2 H D^2 + 2 S H D multiply-adds (S: cached tokens)
+               instead of 2 D (H + K) d + 2 S H d; 2 H D^2 weights instead of 2 D (H + K) d;
+               D cached numbers (one pair: D + K d) instead of 2 K d.
     In NumPy:  slower: decoding 0.85x to 1.0x, prompts 0.7x to 0.9x on the shipped models.
     Not for:   W_q W_k^T with rotary positions, since RoPE stands between the two. Techniques that
                need the separate matrices (fuse_projections, slim_attention, shrink).
@@ -132,13 +136,14 @@ class OneKeyHead(Part):
 
 @part
 class SplitThenRotate(Part):
-    """RoPE for keys that come side by side as one head: split into heads first (pairs=ov)."""
+    """RoPE for keys that come side by side as one head: split into heads first (pairs=ov). Only
+    used if K > 1, so a single head can only mean keys that are not split yet."""
 
     rope: Part
     heads: int  # K, of keys
 
     def __call__(self, x, tokens: Tokens):
-        if x.shape[-3] == 1:  # keys; queries are split already, into at least as many heads
+        if x.shape[-3] == 1:  # keys; the queries are in H >= K heads already
             x = split_heads(x[..., 0, :, :], self.heads)  # (..., K, T, d)
         return self.rope(x, tokens)
 
@@ -200,9 +205,10 @@ def by_head(m: Linear, heads: int) -> tuple[np.ndarray, np.ndarray]:
 #
 # - With several heads this is a way to see what attention computes, not to compute it faster: a
 #   head has 2 D d weights in two matrices (fewer if heads share keys) and D^2 in one.
-# - It pays where a small latent stands in for n: in latent attention (DeepSeek-V2), and there while
-#   decoding, not for a prompt. ``minitx cost absorb-products latent=512`` counts that.
+# - It pays where a small latent is cached instead of n: in latent attention (DeepSeek-V2), and
+#   there while decoding, not for a prompt. With a latent of 512 numbers:
+#   minitx cost absorb-products latent=512 --config weights/stories/config.json
 # - With a vocabulary smaller than D, n QK_i n^T of block 0 could be a table (V, V). Not built here.
-# - fold_norms goes first, so what is multiplied is folded already. Arithmetic is float64, rounded
-#   once.
+# - fold_norms goes first, so the norm's gain is in W_q, W_k and W_v already. Arithmetic is float64,
+#   rounded once.
 # - Speed: minitx compare -m stories-relu --absorb-products, and with stories; one BLAS thread.

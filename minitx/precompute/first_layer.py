@@ -41,18 +41,22 @@ def first_layer(lm):
     Offline:   for every token t:  x = embedding[t];  n = norm(x)
                    q = n W_q,  k = n W_k,  v = n W_v    biases included, no rotation yet
                    s = x                                serial block
-                   s = x + FFN(x)                       parallel block; the FFN with its own norm
+                   s = x + FFN(x)                       parallel block; FFN includes its norm
                    table[t] = [s, q, k, v]              (V, D + (H + 2 K) d)
+               for V tokens, width D, H query heads and K key/value heads of width d. The table
+               replaces the embedding; block 0 gets its rows as the hidden state.
     Online:    s, q, k, v = table[t]
-               y = s + attention(rope(q), rope(k), v) W_o;   serial: y + FFN(y)
+               y = s + attention(rope(q), rope(k), v) W_o
+               output of block 0: y in a parallel block, y + FFN(y) in a serial one
     Saves:     D (H + 2 K) d multiply-adds per token, and in a parallel block the FFN's 2 D F
-               (3 D F with a gate): at most 1/L of the work. Those weights go; the table has
-               V (H + 2 K) d numbers more than the embedding, V D more still if the head is tied.
-               Reads less than it did up to D tokens in a pass (more in a parallel block).
+               (3 D F with a gate; F hidden neurons): at most 1/L of the work of L blocks. Those
+               weights go; the table has V (H + 2 K) d numbers more than the embedding; with a tied
+               head the old embedding stays as well, V D numbers. A pass over fewer than D tokens
+               reads fewer numbers than before.
     In NumPy:  faster for parallel blocks: decoding and prompts 1.2x on stories-parallel, 1.0x on
                stories and stories-relu.
-    Not for:   an attention that another technique has wrapped. A table is of these weights:
-               change them and it is wrong.
+    Not for:   an attention that another technique has replaced. If weights change, the table has
+               to be made again.
     Proof:     tests/precompute/test_first_layer.py; literal version:
                tests/precompute/literal_first_layer.py
     Tutorial:  tutorials/03_before_the_first_token.py
@@ -65,11 +69,11 @@ def first_layer(lm):
 
 @part
 class FirstLayerTable(Part):
-    """Token ids to rows [s, q, k, v]."""
+    """Token ids to rows [s, q, k, v]. It takes the embedding's field in the tree."""
 
     w: np.ndarray  # (V, D + H*d + 2*K*d)
 
-    def __call__(self, ids, where):
+    def __call__(self, ids, positions):  # positions are unused
         return ops.rows(self.w, ids)  # (..., T, D + H*d + 2*K*d)
 
 
@@ -128,7 +132,7 @@ class Split(Part):
 
 @part
 class InTable(Part):
-    """Instead of the norm and the projections, whose results are in the table."""
+    """Instead of the norm and of the projections, whose results are in the table."""
 
     def __call__(self, x):
         raise MinitxError(
@@ -136,7 +140,7 @@ class InTable(Part):
             "be called on their own; leave first_layer out."
         )
 
-    q = __call__
+    q = kv = __call__  # for Attention.attend_from and Attention.backfill
 
 
 # Offline -----------------------------------------------------------------------------------------
@@ -172,7 +176,7 @@ def token_table(embedding, norm: Part, qkv: Part, ffn: Part | None) -> np.ndarra
         s = x if ffn is None else x + ffn(x, None)  # an FFN needs no cache
         return np.concatenate([s, *qkv(norm(x))], axis=-1)
 
-    with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
+    with np.errstate(over="ignore"):  # exp overflows harmlessly in silu: x / Inf = 0
         return in_pieces(rows, embedding)
 
 
@@ -204,12 +208,12 @@ def in_float64(node: Part) -> Part:
 
 
 # Learned positions -------------------------------------------------------------------------------
-# x = tokens[t] + positions[p]: no table over tokens alone can hold the projections. But a norm
-# is linear up to one scalar r(x) per token, with gain g and bias b:
+# x = tokens[t] + positions[p]: no table over tokens alone can hold the projections x W. But a norm
+# with gain g and bias b is linear up to one scalar r(x) per token:
 #
 #     [q, k, v] = r(x) * (y(tokens[t]) + y(positions[p])) + c
 #     r(x) = 1 / sqrt(mean(x^2) + eps),  y(x) = (x * g) W,  c = b W + bias of W
-#     (a LayerNorm: x - mean(x) instead of x)
+#     (a LayerNorm: x - mean(x) instead of x, in both r and y)
 #
 # Two tables of rows [x, y(x)], one over tokens and one over positions, are added row by row. c and
 # y come from calling the parts: c = qkv(norm(0)),  y(x) = (qkv(norm(x)) - c) / r(x).
@@ -243,7 +247,8 @@ def added_tables(tokens, positions, norm: Part, qkv: Part) -> AddedTables:
     def project(x):
         return np.concatenate(qkv(norm(x)), axis=-1)  # (..., H*d + 2*K*d)
 
-    # A LayerNorm gives the same for every constant row, an RMSNorm does not.
+    # A LayerNorm gives the same for every constant row, an RMSNorm does not. This compares
+    # behaviour, not type: it also works for norms that fold_norms has replaced.
     scale = layer_scale if np.array_equal(norm(one), norm(zero)) else rms_scale
     eps = getattr(norm, "eps", 0.0)
     c = project(zero)
@@ -251,7 +256,7 @@ def added_tables(tokens, positions, norm: Part, qkv: Part) -> AddedTables:
     def rows(x):
         return np.concatenate([x, (project(x) - c) / scale(x, eps)], axis=-1)
 
-    # This holds only for such a norm and linear projections: test it on a few rows.
+    # The sum holds only for such a norm and linear projections: test it on a few rows.
     e, p = (table[: min(len(tokens), len(positions), 8)] for table in (tokens, positions))
     x = e.astype(np.float64) + p
     expected, found = project(x), (rows(e) + rows(p))[:, width:] * scale(x, eps) + c
@@ -282,10 +287,13 @@ def layer_scale(x, eps):
 #
 # - W_o and the FFN of a serial block stay: their input has seen other tokens.
 # - With A = (H + 2 K) d, a pass over B tokens reads D A weights less and B A numbers of the table
-#   more: less in all while B < D (in a parallel block B < D + 2 D F / A).
-# - Learned positions: a token takes D + A multiplications and no product. 2 B A numbers are read
-#   and (V + context) A kept, instead of B A and V A. The FFN of a parallel block stays, because
-#   the two parts of x do not add up after its activation.
-# - An FFN that another technique has wrapped stays out of the table and runs as before: it may have
-#   a state of its own.
+#   more: less in all while B < D. In a parallel block while B < D + 2 D F / A, or D + 3 D F / A
+#   with a gate.
+# - Learned positions: a token takes D multiplications for mean(x^2) and A for the scaling by r(x),
+#   and no matrix product. 2 B A numbers are read and (V + context) A stored, instead of B A and
+#   V A.
+#   The FFN of a parallel block stays, because its activation is not linear: FFN(tokens[t]) and
+#   FFN(positions[p]) do not add up to FFN(x).
+# - An FFN that another technique has replaced stays out of the table and runs as before: it may
+#   have a state of its own.
 # - Speed: minitx compare -m stories --first-layer, and with stories-parallel; one BLAS thread.

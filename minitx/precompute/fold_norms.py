@@ -40,12 +40,13 @@ def fold_norms(lm):
                    c* = c + b W
                    W* = diag(g) W
     Online:    z = n(x) W* + c*    instead of    z = (n(x) * g + b) W + c
-               n(x) = x / rms(x); in a LayerNorm (x - mean(x)) / std(x)
-    Saves:     D weights per RMSNorm and D multiplications per norm and token; another D weights
-               and D additions per LayerNorm. No multiply-add of a product.
+               n(x) = x / rms(x),  rms(x) = sqrt(mean(x^2) + eps);  a LayerNorm does the same
+               with x - mean(x) instead of x
+    Saves:     D weights per RMSNorm (D: its width) and D multiplications per norm and token;
+               another D weights and D additions per LayerNorm. No matrix product gets smaller.
     In NumPy:  about as fast as before: 1.0x to 1.1x decoding on the shipped models.
-    Not for:   the last norm before a tied head, whose gain would change the embedding too: it
-               stays as it is.
+    Not for:   the last norm before a tied head. That head's matrix is the embedding; folding the
+               gain into it would change the embedding, so this norm keeps its gain.
     Proof:     tests/precompute/test_fold_norms.py; literal version:
                tests/precompute/literal_fold_norms.py
     Tutorial:  tutorials/03_before_the_first_token.py
@@ -60,7 +61,7 @@ def fold_norms(lm):
 
 @part
 class WeightlessRMSNorm(Part):
-    """x / rms(x)"""
+    """x / sqrt(mean(x^2) + eps)"""
 
     eps: float
 
@@ -70,7 +71,7 @@ class WeightlessRMSNorm(Part):
 
 @part
 class WeightlessLayerNorm(Part):
-    """(x - mean(x)) / std(x)"""
+    """y / sqrt(mean(y^2) + eps) with y = x - mean(x)"""
 
     eps: float
 
@@ -81,19 +82,20 @@ class WeightlessLayerNorm(Part):
 # Offline -----------------------------------------------------------------------------------------
 
 
-def fold(node: Part, reader: str, *kinds: type, optional: bool = False) -> Part:
-    """The node with its ``norm`` folded into the part that reads it (the field ``reader``)."""
-    norm, inner = node.norm, getattr(node, reader)
-    if optional and type(inner) not in kinds:
+def fold(node: Part, field: str, *kinds: type, optional: bool = False) -> Part:
+    """The node with its ``norm`` folded into the part that reads it, which is in this field and has
+    one of these types."""
+    norm, reader = node.norm, getattr(node, field)
+    if optional and type(reader) not in kinds:
         return node  # a tied head
-    need(inner, *kinds)
+    need(reader, *kinds)
     need(norm, RMSNorm, LayerNorm)
     gain = norm.gain.astype(np.float64)
     if type(norm) is RMSNorm:
         weightless, bias = WeightlessRMSNorm(norm.eps), None
     else:
         weightless, bias = WeightlessLayerNorm(norm.eps), norm.bias.astype(np.float64)
-    return replace(node, norm=weightless, **{reader: fold_into(inner, gain, bias)})
+    return replace(node, norm=weightless, **{field: fold_into(reader, gain, bias)})
 
 
 def fold_into(reader: Part, gain, bias) -> Part:
@@ -101,7 +103,7 @@ def fold_into(reader: Part, gain, bias) -> Part:
     if type(reader) in (Linear, Head):
         w = reader.w.astype(np.float64)
         b = reader.b
-        if bias is not None:  # by the W of before
+        if bias is not None:  # times the original W, not diag(gain) W
             b = (bias @ w + (0 if b is None else b)).astype(reader.w.dtype)
         return replace(reader, w=(gain[:, None] * w).astype(reader.w.dtype), b=b)
     maps = {name: child for name, child in vars(reader).items() if isinstance(child, Part)}
@@ -115,6 +117,7 @@ def fold_into(reader: Part, gain, bias) -> Part:
 # - Arithmetic is float64, rounded once. A LayerNorm's bias may give a matrix a bias that had none.
 # - Left out of the paper: dividing by rms(x) after the product instead of before it, so that norm
 #   and product run in parallel. That, in a fused kernel, is what the paper measures on GPUs; NumPy
-#   does one thing at a time. Also left out: norms that cancel each other (no model here has two in
-#   a row) and 1 / rms(x) merged into the rotary tables. ``minitx cost fold-norms`` counts them.
+#   does one thing at a time. Also left out: two RMSNorms in a row, of which the second changes
+#   nothing (no model here has them), and 1 / rms(x) merged into the rotary tables. What these would
+#   save: minitx cost fold-norms --config weights/stories/config.json
 # - Speed: minitx compare -m stories --fold-norms, and with stories-relu; one BLAS thread.

@@ -39,8 +39,8 @@ def function_tables(
                SwiGLU = table[bits of float16(x W_gate)] * (x W_up)
     Saves:     exp and division (SiLU), erf or tanh (GELU) of each hidden neuron; the ledger counts
                no multiply-adds for them. It costs 256 KiB (float32), and 4 bytes read per neuron.
-    In NumPy:  SiLU is computed about as fast as it is rounded and gathered, ReLU much faster. Only
-               GELU by erf, which takes many steps here, gains time.
+    In NumPy:  a read costs about as much as SiLU and much more than ReLU, so only GELU by erf,
+               which takes many steps here, gains time.
     Not for:   the exp of softmax. FFNs with gate and up in one product (fuse_projections).
     Proof:     tests/precompute/test_function_tables.py; literal version:
                tests/precompute/literal_function_tables.py
@@ -72,7 +72,7 @@ def function_tables(
         ffn = swap(ffn, SwiGLU, swiglu, optional=True)
         return swap(ffn, Activated, activated, optional=True)
 
-    changed = wrap(lm, "ffn", change)
+    changed = wrap(lm, "ffn", change)  # change(ffn, block number) for the FFN of each block
     if not any(type(node) in (SwiGLU, TableSwiGLU, Activated) for _, node in walk(changed)):
         raise NoSuchPart(SwiGLU, Activated)
     return changed
@@ -88,7 +88,7 @@ class FunctionTable(Part):
     @classmethod
     def make(cls, f: Callable, dtype) -> "FunctionTable":
         inputs = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(dtype)
-        values, numbers = inputs.copy(), ~np.isnan(inputs)  # NaN stays the same NaN
+        values, numbers = inputs.copy(), ~np.isnan(inputs)  # a NaN input is its own value
         with np.errstate(all="ignore"):  # exp of large numbers, Inf / Inf
             values[numbers] = f(inputs[numbers])
         return cls(values, f.__name__)
@@ -113,5 +113,5 @@ class TableSwiGLU(Part):
 
 # Notes:
 #
-# - Beyond 65,504, the largest float16, an input counts as Inf; below 6e-8 as 0.
-# - The exp of softmax is no table: attention computes it in place, block by block.
+# - Rounding to the nearest float16: an input from 65,520 on counts as Inf, one up to 3e-8 as 0.
+# - The exp of softmax is not looked up: attention computes it in place, block by block.

@@ -21,18 +21,22 @@ def fuse_projections(lm):
                into W_q is plain algebra.
     Fidelity:  our own formulation.
     Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
-               8e-7 of the largest one), as BLAS may sum a wider product in another order.
+               8e-7 of the largest one), since 1/sqrt(d) is multiplied in earlier, and BLAS may sum
+               a wider product in another order.
     Idea:      Matrices that read the same input can stand side by side: one call, one pass
                over the input, and the result is split by columns.
     Offline:   W_qkv = [W_q / sqrt(d), W_k, W_v]    (D, (H + 2 K) d)     biases alike
                W_gu  = [W_gate, W_up]               (D, 2 F)
+               for width D, H query heads and K key/value heads of width d, F hidden neurons.
                RoPE is linear, so 1/sqrt(d) may come before it.
     Online:    q, k, v  = split(x W_qkv);   attention weights softmax(q k^T), without a scale
                gate, up = split(x W_gu)
-    Saves:     3 of 7 products of a llama block and H T S multiplications by 1/sqrt(d); no
-               multiply-add and no weight.
-    In NumPy:  faster where a call costs more than its product: one row, a narrow model.
-               Decoding 1.1x on stories, 0.9x to 1.0x on stories-parallel (no gate); prompts 1.0x.
+    Saves:     3 of the 7 matrix-product calls in a llama block; the multiply-adds and weights
+               stay. No score is multiplied by 1/sqrt(d): H T S multiplications less for T new
+               tokens and S cached ones.
+    In NumPy:  faster where a call costs more than its product: one row, a narrow model. Decoding
+               1.1x on stories; on stories-parallel, where only q, k, v are fused, 0.9x to 1.0x;
+               prompts 1.0x.
     Not for:   projections that another technique has replaced. An FFN without a gate stays.
     Proof:     tests/precompute/test_fuse_projections.py; literal version:
                tests/precompute/literal_fuse_projections.py
@@ -47,7 +51,8 @@ def fuse_projections(lm):
 
 @part
 class FusedQKV(Part):
-    """Queries, keys and values from one product, split by columns."""
+    """Queries, keys and values from one product, split by columns. Some techniques compute the
+    queries at another time than the keys and values: ``q`` and ``kv``."""
 
     all: Part
     q_width: int  # H * d
@@ -89,7 +94,8 @@ def fuse_attention(attn: Attention) -> Attention:
     q, k, v = attn.qkv.q, attn.qkv.k, attn.qkv.v
     for linear in (q, k, v):
         need(linear, Linear)
-    q = Linear(*(None if a is None else a * attn.attend.scale for a in (q.w, q.b)))
+    scale = attn.attend.scale  # 1 / sqrt(d)
+    q = Linear(q.w * scale, None if q.b is None else q.b * scale)
     fused = FusedQKV(side_by_side(q, k, v), q.w.shape[1], k.w.shape[1])
     return replace(attn, qkv=fused, attend=Attend(1.0))
 

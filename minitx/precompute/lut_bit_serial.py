@@ -1,4 +1,4 @@
-"""Bit-serial lookup (T-MAC): the inputs' signed sums are in a table, the weights' bits index it.
+"""Bit-serial lookup (T-MAC): tables hold signed sums of inputs, the weights' bits index them.
 
 The card and the options, the part that runs (online), the indices (offline), notes.
 """
@@ -32,7 +32,7 @@ def lut_bit_serial(
     lm,
     *,
     bits: Annotated[int, "bits of a weight", between(1, 8)] = 4,
-    group: Annotated[int, "inputs of one table (paper: g)", between(1, 8)] = 4,
+    group: Annotated[int, "inputs that share a table (paper: g)", between(1, 8)] = 4,
     layers: Annotated[
         int | None, "blocks changed, the last ones; default: all", at_least(0)
     ] = None,
@@ -46,15 +46,20 @@ def lut_bit_serial(
     Kind:      approximate: quantizes the weights. The product with them is exact.
     Idea:      One bit of each weight only says which inputs to add up. A few inputs have few such
                sums: compute all of them once per token, for all outputs.
-    Offline:   W (in, out) = scale[o] (u - zero[o]) for each output o, u integers of `bits` bits
-               index[i, g, o] = bits i of the `group` integers u in group g of output o
+    Offline:   quantize W (in, out): w = scale[o] (u - zero[o]) for each output o,
+               u        = round(w / scale[o]) + zero[o]               integers from 0 to 2^bits - 1
+               scale[o] = (max(W[:, o], 0) - min(W[:, o], 0)) / (2^bits - 1)
+               zero[o]  = round(-min(W[:, o], 0) / scale[o])
+               bit j of index[i, g, o] is bit i of the j-th integer u of group g and output o
     Online:    sums[g, m] = sum over inputs j of group g of (x_j if bit j of m is 1, else -x_j)
                s[i, o]    = sum over g of sums[g, index[i, g, o]]
-               dot[o]     = sum over i of 2^i (s[i, o] + sum(x)) / 2              = x u
+               dot[o]     = sum over i of 2^i (s[i, o] + sum(x)) / 2                       = x u
+                            since a bit is (sign + 1) / 2: sum bit x = (sum sign x + sum x) / 2
                y[o]       = scale[o] (dot[o] - zero[o] sum(x)) + b[o]
-    Saves:     of in * out multiply-adds, 2 out multiplications and bits * in * out / group reads
-               and additions are left: no fewer at bits = group = 4, but a byte shuffle reads 16
-               entries at once. Weights take bits / 32 of float32.
+    Saves:     in * out multiply-adds become bits * in * out / group reads and as many additions
+               (in * out at bits = group = 4; the paper's SIMD kernels read 16 entries with one
+               byte-shuffle instruction) and 2 out multiplications. Weights take bits / 32 of
+               float32 if packed; here an index takes a byte: bits / (4 group), 1/4 by default.
     In NumPy:  0.1x the speed of dense: gathering entries is far slower than BLAS.
     Not for:   q k^T and p v, where both sides change.
     Proof:     tests/precompute/test_lut_bit_serial.py; literal version:
@@ -72,7 +77,7 @@ def lut_bit_serial(
 
 @part
 class BitSerialLinear(Part):
-    """x @ w + b with the weights quantized to few bits and x as it is."""
+    """x @ w + b with the weights quantized to few bits; x stays in float."""
 
     index: np.ndarray  # (bits, groups, out)
     scale: np.ndarray  # (out,)
@@ -107,7 +112,7 @@ class BitSerialLinear(Part):
 def integer_product(rows, index, group: int):
     """``rows @ u`` (n, out), for rows (n, groups * group) and the index (bits, groups, out) of u.
 
-    A bit is (sign + 1) / 2, so the bits' sum of inputs is (signed sum + sum of all inputs) / 2.
+    A bit is (sign + 1) / 2, so sum(bit x) = (sum(sign x) + sum(x)) / 2.
     """
     total = rows.sum(1)[:, None]
     bits, groups, out = index.shape
@@ -123,8 +128,8 @@ def integer_product(rows, index, group: int):
 
 
 def signed_sums(rows, group: int):
-    """The tables of rows (n, groups * group): (n, groups, 2^group), entry m the sum of +x_j where
-    bit j of m is 1 and -x_j where it is 0. Half of them are computed; the others are their
+    """rows (n, groups * group) -> tables (n, groups, 2^group). Entry m is the sum over j of
+    x_j where bit j of m is 1, else -x_j. Half of them are computed; the others are their
     negatives, ``sums[~m] = -sums[m]``."""
     x = rows.reshape(len(rows), -1, group)
     sums = np.zeros((*x.shape[:2], 1), rows.dtype)
@@ -167,6 +172,6 @@ def table_index(u, bits: int, group: int):
 #
 # - On ``stories`` (minitx sweep lut-bit-serial bits=4,2 --stories 20): loss above dense +0.0029 at
 #   4 bits and +1.54 at 2 (one scale per output is too coarse); speed 0.09x and 0.14x.
-# - A group's index takes a byte here, whatever its bits; packed, weights take bits / 8 bytes.
 # - T-MAC also quantizes the tables to int8, which is approximate. Left out.
-# - T-MAC's kernels compute the sign of an entry as they read, so that half a table is stored too.
+# - T-MAC's kernels apply the sign of an entry as they read it, so they store only half of each
+#   table.

@@ -20,6 +20,8 @@ from minitx.shared.table_lookup import (
 from minitx.technique import at_least, between, technique
 from minitx.tree import Part, part
 
+ROWS = 1024  # most inputs that centroids are learned from
+
 
 @technique(
     level="matrices",
@@ -32,31 +34,31 @@ from minitx.tree import Part, part
 def lut_centroid(
     lm,
     *,
-    centroids: Annotated[int, "centroids of each input part", between(1, 65536)] = 16,
-    length: Annotated[int, "numbers in an input part", between(1, 4096)] = 4,
+    centroids: Annotated[int, "centroids of each input segment", between(1, 65536)] = 16,
+    length: Annotated[int, "numbers in an input segment", between(1, 4096)] = 4,
     layers: Annotated[
         int | None, "blocks changed, the last ones; default: all", at_least(0)
     ] = None,
     head: Annotated[bool, "replace the output head too"] = False,
     stories: Annotated[int, "calibration stories", between(1, 1000)] = 16,
-    seed: Annotated[int, "of k-means", at_least(0)] = 0,
+    seed: Annotated[int, "seed of k-means", at_least(0)] = 0,
 ):
-    """Replace each input part by its nearest k-means centroid and look up the centroid's products.
+    """Replace input segments by their nearest k-means centroids and look up their products.
 
     Paper:     Blalock and Guttag, "Multiplying Matrices Without Multiplying" (MADDNESS), ICML 2021,
                arXiv 2106.10860; Tang et al., "LUT-NN", 2023, arXiv 2302.03213; "PECAN", 2022,
                arXiv 2208.13571.
     Fidelity:  a reconstruction from abstracts and summaries: the plain form of product
                quantization, which the papers improve (Notes).
-    Kind:      approximate: the whole error is that of the inputs: y = nearest(x) W, exactly.
-    Idea:      Round each part of an input to one of a few vectors, whose products are known.
-    Offline:   cut calibration inputs x into parts x_c of `length` numbers, c = 0, 1, ...
+    Kind:      approximate: replaces x by its nearest centroids. The product with those is exact.
+    Idea:      Round each segment of an input to one of a few vectors, whose products are known.
+    Offline:   cut calibration inputs x into segments x_c of `length` numbers, c = 0, 1, ...
                centroid[c, j] = k-means of x_c, j < centroids
-               table[c, j]    = centroid[c, j] @ W[rows of part c]      W (in, out), a row (out,)
+               table[c, j]    = centroid[c, j] @ W[rows of segment c]     W (in, out), a row (out,)
     Online:    code[c] = argmin over j of |x_c - centroid[c, j]|^2
-               y       = b + sum over c of table[c, code[c]]            one row per part
-    Saves:     of in * out multiply-adds, in * centroids multiplications and in * out / length
-               reads and additions are left. Tables take centroids / length times the weights.
+               y       = b + sum over c of table[c, code[c]]              one row per segment
+    Saves:     in * out multiply-adds become in * out / length reads and as many additions, and
+               in * centroids multiplications. Tables take centroids / length times the weights.
     In NumPy:  0.3x the speed of dense: gathering rows is slower than BLAS.
     Not for:   models that were not trained for it: ``stories`` breaks down at the defaults (Notes).
                q k^T and p v, where both sides change; models without a tokenizer. On text unlike
@@ -79,20 +81,20 @@ def lut_centroid(
 
 @part
 class CentroidLinear(Part):
-    """x @ w + b with each part of x replaced by its nearest centroid, by reading rows of tables."""
+    """x @ w + b, each segment of x replaced by its nearest centroid: reads rows of tables."""
 
     codebook: "Codebook"
-    tables: np.ndarray  # (parts, centroids, out)
+    tables: np.ndarray  # (segments, centroids, out)
     b: np.ndarray | None = None
 
     @classmethod
     def of(cls, codebook: "Codebook", w, b) -> "CentroidLinear":
         """From w (in, out) and a bias (out,) or None."""
-        parts, _, length = codebook.centroids.shape
-        padded = np.zeros((parts * length, w.shape[1]))
+        segments, _, length = codebook.centroids.shape
+        padded = np.zeros((segments * length, w.shape[1]))
         padded[: len(w)] = w
-        # (parts, centroids, length) @ (parts, length, out)
-        tables = codebook.centroids.astype(np.float64) @ padded.reshape(parts, length, -1)
+        # (segments, centroids, length) @ (segments, length, out)
+        tables = codebook.centroids.astype(np.float64) @ padded.reshape(segments, length, -1)
         return cls(codebook, tables.astype(w.dtype), b)
 
     def __call__(self, x):
@@ -113,51 +115,52 @@ class CentroidLinear(Part):
 
 @part
 class Codebook(Part):
-    """The centroids of each part of a matrix's inputs."""
+    """The centroids of each segment of a matrix's inputs."""
 
-    centroids: np.ndarray  # (parts, centroids, length)
-    half_squares: np.ndarray  # (parts, centroids): |centroid|^2 / 2
+    centroids: np.ndarray  # (segments, centroids, length)
+    half_squares: np.ndarray  # (segments, centroids): |centroid|^2 / 2
 
     @classmethod
     def of(cls, rows, count: int, length: int, seed: int) -> "Codebook":
-        """Learned from rows (n, in), at most ROWS of them, evenly spread. The last part is padded
-        with zeros."""
-        parts = -(-rows.shape[1] // length)
+        """Learned from rows (n, in), at most ROWS of them, evenly spread. The last segment
+        is padded with zeros."""
+        segments = -(-rows.shape[1] // length)
         some = rows[:: -(-len(rows) // ROWS)]
-        cut = as_rows(some, parts * length).reshape(-1, parts, length)
+        cut = as_rows(some, segments * length).reshape(-1, segments, length)
         centroids = kmeans(cut.swapaxes(0, 1), count, seed)
         half_squares = (centroids**2).sum(-1) / 2
         return cls(centroids.astype(rows.dtype), half_squares.astype(rows.dtype))
 
     def __call__(self, x):
-        """The nearest centroid of each part: x (n, in) -> (n, parts). Ties go to the lower index.
+        """x (n, in) -> codes (n, segments): the index of each segment's nearest centroid. Ties go
+        to the lower index.
 
-        |x - c|^2 is smallest where x.c - |c|^2 / 2 is largest. Added up column by column instead of
-        by BLAS, so that a token has the same code alone and in a batch.
+        |x - m|^2 is smallest for the centroid m for which x.m - |m|^2 / 2 is largest. Added up
+        number by number instead of by BLAS, so that a token has the same code alone and in a batch.
         """
-        parts, _, length = self.centroids.shape
-        cut = as_rows(x, parts * length).reshape(-1, parts, length)
-        near = np.repeat(-self.half_squares[None], len(cut), 0)  # (n, parts, centroids)
+        segments, _, length = self.centroids.shape
+        cut = as_rows(x, segments * length).reshape(-1, segments, length)
+        near = np.repeat(-self.half_squares[None], len(cut), 0)  # (n, segments, centroids)
         for j in range(length):
             near += cut[:, :, j, None] * self.centroids[:, :, j]
         return near.argmax(-1)
 
     def reconstruct(self, x):
-        """x (n, in) with each part replaced by its nearest centroid."""
-        parts, _, length = self.centroids.shape
-        nearest = self.centroids[np.arange(parts), self(x)]  # (n, parts, length)
-        return nearest.reshape(len(x), parts * length)[:, : x.shape[1]]
+        """x (n, in) with each segment replaced by its nearest centroid."""
+        segments, _, length = self.centroids.shape
+        nearest = self.centroids[np.arange(segments), self(x)]  # (n, segments, length)
+        return nearest.reshape(len(x), segments * length)[:, : x.shape[1]]
 
 
 def sum_rows(tables, codes, columns=slice(None)):
     """``y[i] = sum over c of tables[c, codes[i, c]]``, only these columns (a slice or indices).
 
-    tables (parts, centroids, out); codes (n, parts) -> (n, columns).
+    tables (segments, centroids, out); codes (n, segments) -> (n, columns).
     """
-    parts, centroids, out = tables.shape
-    entries = tables.reshape(parts * centroids, out)[:, columns]
-    index = codes + np.arange(parts) * centroids  # (n, parts)
-    step = max(1, READS // (parts * out))
+    segments, centroids, out = tables.shape
+    entries = tables.reshape(segments * centroids, out)[:, columns]
+    index = codes + np.arange(segments) * centroids  # (n, segments)
+    step = max(1, READS // (segments * out))
     y = np.empty((len(codes), entries.shape[1]), tables.dtype)
     for i in range(0, len(codes), step):
         entries[index[i : i + step]].sum(1, out=y[i : i + step])
@@ -166,15 +169,14 @@ def sum_rows(tables, codes, columns=slice(None)):
 
 # Offline: centroids ------------------------------------------------------------------------------
 
-ROWS = 1024  # most inputs that centroids are learned from
 ROUNDS = 10  # of k-means; later ones move the centroids little
 
 
 def learn_codebooks(
     lm, nodes: list[Part], centroids: int, length: int, stories: int, seed: int
 ) -> Callable[[Part], Codebook]:
-    """Run the calibration stories; a function from a matrix to the codebook of its inputs. Matrices
-    that read the same inputs (q, k and v; gate and up) share one."""
+    """Run the calibration stories. Returns a function from a matrix to the codebook of its inputs.
+    Matrices that read the same inputs (q, k and v; gate and up) share one."""
     from minitx.training.calibration import Rows, texts_for, watch_inputs
 
     texts = texts_for("lut_centroid", lm, stories)
@@ -194,8 +196,8 @@ def learn_codebooks(
 
 
 def kmeans(points, count: int, seed: int):
-    """k-means (Lloyd's method): points (parts, n, length) -> centroids (parts, count, length) of
-    each part, in float64.
+    """k-means (Lloyd's method): points (segments, n, length) -> centroids (segments, count,
+    length), in float64.
 
     The first centroids are drawn from the points, each with a probability that grows with its
     squared distance from those drawn before (k-means++), so no two are equal while there are
@@ -205,47 +207,52 @@ def kmeans(points, count: int, seed: int):
     points = np.asarray(points, np.float64)
     centroids = first_centroids(points, count, np.random.default_rng(seed))
     for _ in range(ROUNDS):
-        mine = nearest(points, centroids)[:, None, :] == np.arange(count)[:, None]
-        mine = mine.astype(np.float64)  # (parts, count, n): 1 where a point is a centroid's
-        size = mine.sum(-1, keepdims=True)
-        means = mine @ points / np.maximum(size, 1)
+        # (segments, count, n): 1 where the point is nearest to the centroid
+        assigned = nearest(points, centroids)[:, None, :] == np.arange(count)[:, None]
+        assigned = assigned.astype(np.float64)
+        size = assigned.sum(-1, keepdims=True)
+        means = assigned @ points / np.maximum(size, 1)
         centroids = np.where(size > 0, means, centroids)
     return centroids
 
 
 def first_centroids(points, count: int, rng):
-    """k-means++: ``count`` points of each part, (parts, n, length) -> (parts, count, length)."""
-    parts = np.arange(len(points))
-    drawn = [points[parts, rng.integers(0, points.shape[1], len(points))]]
+    """k-means++: ``count`` points of each segment, (segments, n, length) -> (segments, count,
+    length)."""
+    segments = np.arange(len(points))
+    drawn = [points[segments, rng.integers(0, points.shape[1], len(points))]]
     distance = None  # squared, of each point from the nearest one drawn
     while len(drawn) < count:
-        from_last = ((points - drawn[-1][:, None]) ** 2).sum(-1)  # (parts, n)
+        from_last = ((points - drawn[-1][:, None]) ** 2).sum(-1)  # (segments, n)
         distance = from_last if distance is None else np.minimum(distance, from_last)
-        below = distance.cumsum(-1)
-        at = rng.random(len(points)) * below[:, -1]
-        drawn.append(points[parts, (below > at[:, None]).argmax(-1)])
+        # draw a point with probability proportional to its distance: invert the cumulative sum
+        cumulative = distance.cumsum(-1)
+        threshold = rng.random(len(points)) * cumulative[:, -1]
+        drawn.append(points[segments, (cumulative > threshold[:, None]).argmax(-1)])
     return np.stack(drawn, 1)
 
 
 def nearest(points, centroids):
-    """The index (parts, n) of the centroid that is nearest to each point."""
+    """The index (segments, n) of the centroid that is nearest to each point."""
     near = points @ centroids.swapaxes(-1, -2) - (centroids**2).sum(-1)[:, None] / 2
     return near.argmax(-1)
 
 
 # Notes:
 #
-# - On ``stories`` (minitx sweep lut-centroid ... --stories 20), loss above dense in nats per token:
+# - On ``stories`` (minitx sweep lut-centroid centroids=16,64 --stories 20, and for the last line
+#   centroids=256 length=2), loss above dense in nats per token:
 #
-#       centroids  length  multiply-adds   memory     loss   same choice   speed
+#       centroids  length  multiply-adds   memory     loss   argmax agrees  speed
 #          16         4        0.19x        3.8x    +2.7678      44 %      0.29x
 #          64         4        0.45x       14.8x    +0.3913      75 %      0.21x
 #         256         2        1.50x      116.5x    +0.0064      93 %      0.10x
 #
-# - A token with NaN has code 0 like any other: its outputs are finite. The other tables pass it on.
-# - A part with no more different values than centroids is reconstructed exactly, up to rounding.
+# - A segment with NaN gets code 0, so the outputs are finite; lut_product, lut_bit_serial and
+#   function_tables give NaN.
+# - A segment with no more different values than centroids is reconstructed exactly, up to rounding.
 # - Left out: LUT-NN's fine-tuning of the centroids by back-propagation (softmax over distances with
 #   a learned temperature) and its int8 tables; MADDNESS's decision tree, which finds a code with 4
 #   comparisons instead of 16 distances, and its ridge regression of the table.
-# - LUT-NN uses 16 centroids (8 as well), and parts of 9 for 3x3 and of 4 for 1x1 convolutions, of
-#   16 or 32 for BERT (from its repository).
+# - LUT-NN uses 16 centroids (8 as well), and segments of 9 numbers for 3x3 convolutions, of 4 for
+#   1x1 ones, of 16 or 32 for BERT (from its repository).

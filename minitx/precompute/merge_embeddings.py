@@ -19,7 +19,7 @@ def merge_embeddings(
     lm,
     *,
     max_bytes: Annotated[int, "refuse a table larger than this; default 256 MiB", at_least(1)] = 256
-    << 20,
+    * 2**20,
 ):
     """Precompute the sum of token embedding and position embedding for every pair.
 
@@ -28,19 +28,20 @@ def merge_embeddings(
     Kind:      exact, bit for bit: it is the same addition, made earlier.
     Idea:      Rows that are added whenever they are read can be added in advance.
     Offline:   merged[t, p] = tokens[t] + positions[p]    (V, context, D)
+               for V tokens, each at every position of the context, and width D
     Online:    x = merged[t, p]    for token t at position p
     Saves:     D additions per token and one of two rows that are read. Costs V * context * D
                numbers instead of (V + context) D; a tied head keeps its V D too.
-    In NumPy:  no faster: decoding 1.0x, prompts 0.9x on stories-relu, whose table is 168 MB. Its
+    In NumPy:  no faster: decoding 1.0x, prompts 0.9x on stories-relu, whose table is 167 MB. Its
                rows come from memory; the two small tables stay in the CPU's caches.
-    Not for:   rotary positions, where nothing is added to the embedding. Any but tiny tables.
+    Not for:   rotary positions, where nothing is added to the embedding. Tables that are not tiny.
                first_layer, which has its own tables for tokens and positions.
     Proof:     tests/precompute/test_merge_embeddings.py; literal version:
                tests/precompute/literal_merge_embeddings.py
     Tutorial:  tutorials/03_before_the_first_token.py
     """
     if not any(type(node) is PositionEmbedding for _, node in walk(lm)):
-        check_positions(lm)
+        check_positions(lm)  # swap raises for anything else
 
     def merge(embed: PositionEmbedding) -> Part:
         need(embed.tokens, TokenEmbedding)
@@ -58,7 +59,9 @@ class MergedEmbedding(Part):
     w: np.ndarray  # (V, context, D)
 
     def __call__(self, ids, where):
-        where = np.arange(self.w.shape[1])[where]  # (T,) of a slice; ragged batch: (B, T)
+        """where: a slice of positions, or an array (B, T) if the texts of a batch have different
+        positions."""
+        where = np.arange(self.w.shape[1])[where]  # (T,) or (B, T)
         return ops.rows(self.w, (ids, where))  # (..., T, D)
 
 
@@ -86,4 +89,4 @@ def check_size(size: int, tokens: int, positions: int, width: int, max_bytes: in
 #   merged into the positions (BERT), a norm right after the token table merged into it (BLOOM), a
 #   factor sqrt(D) (Gemma, whose tied head needs the table without it).
 # - The norm of block 0 reads the sum and stays; first_layer takes it into its tables.
-# - Speed: minitx compare -m stories-relu --merge-embeddings max_bytes=1000000000
+# - Speed: minitx compare -m stories-relu --merge-embeddings

@@ -1,4 +1,4 @@
-"""Skipless transformers without W_q and W_o.
+"""Skipless transformers (without residual adds and norms) lose their W_q and W_o.
 
 The card and the option, the parts that run (online), the merged matrices (offline), notes.
 """
@@ -46,20 +46,22 @@ def remove_weights(
     Fidelity:  the paper's text. Biases, learned positions and parallel blocks are our extension.
     Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
                2e-6 of the largest one), the more the worse W_q is conditioned.
-    Idea:      Without residual adds and norms, matrices follow each other directly: W_down of
-               one block and W_q of the next, W_o and W_up. Each such pair is one matrix.
-    Offline:   W_down* = W_down W_q,  b_down* = b_down W_q + b_q    W_q, b_q of the next block
-               embedding* = embedding W_q + b_q                            W_q, b_q of block 0
+    Idea:      Skipless: without residual adds and norms. Then matrices follow each other directly:
+               W_down of one block and W_q of the next, W_o and W_up. Each such pair is one matrix.
+    Offline:   W_down* = W_down W_q,  b_down* = b_down W_q + b_q    W_q, b_q of the next block;
+                                                the last block's W_down, b_down stay as they are
+               embedding* = embedding W_q + b_q                     W_q, b_q of block 0
                W_k*    = W_q^-1 W_k,  b_k*    = b_k - b_q W_k*      W_v and b_v alike
                W_up*   = W_o W_up,    b_up*   = b_o W_up + b_up     W_gate and b_gate alike
                matrix=k, matrix=v: the same with W_k or W_v in the role of W_q.
-    Online:    q = x;  k = x W_k* + b_k*;  v = x W_v* + b_v*
+    Online:    q = x;  k = x W_k* + b_k*;  v = x W_v* + b_v*       then RoPE and the KV cache
                x = act(attention(q, k, v) W_up* + b_up*) W_down* + b_down*
-    Saves:     2 L D^2 weights, and as many multiply-adds per token; half of that in parallel
-               blocks, which keep W_o. A tied head keeps its own table: V D weights more.
+    Saves:     2 L D^2 weights (L blocks of width D), and as many multiply-adds per token; half of
+               that in parallel blocks, which keep W_o. A tied head keeps the old embedding: V D
+               weights more for V tokens.
     In NumPy:  faster, since whole products go: decoding and prompts 1.1x on stories-skipless.
-    Not for:   models with residual adds or norms, which is nearly all of them: both tie input and
-               output of a block to one basis. Matrices that are not square, or not invertible.
+    Not for:   models with residual adds or norms, so nearly all: both tie input and output of a
+               block to one basis. Matrices that are not square, or not invertible.
     Proof:     tests/precompute/test_remove_weights.py; literal version:
                tests/precompute/literal_remove_weights.py
     """
@@ -158,7 +160,8 @@ def merge_block(block: Part, matrix: str, base: "Basis", next_base: "Basis | Non
     else:  # parallel: W_up reads x, and W_o and W_down both write the next x
         expand = change_inputs(ffn.expand, base.reading)
         if next_base is not None:
-            out = change(out, lambda w, b: next_base.writing(w, b, offset=False))  # only once
+            # W_o and W_down both write x; the offset is added by one of them, W_down.
+            out = change(out, lambda w, b: next_base.writing(w, b, offset=False))
     if next_base is not None:
         down = change(down, next_base.writing)
     return replace(
@@ -170,8 +173,8 @@ def merge_block(block: Part, matrix: str, base: "Basis", next_base: "Basis | Non
 
 def after(out: Linear, w, b):
     """Weights and bias that compute (x W_o + b_o) w + b from x. A bias may be None."""
-    w_o, b_o = wide(out.w), wide(out.b)
-    return w_o @ w, b if b_o is None else b_o @ w + (0 if b is None else b)
+    w_o, b_o = as_float64(out.w), as_float64(out.b)
+    return w_o @ w, (b if b_o is None else b_o @ w + (0 if b is None else b))
 
 
 class Basis:
@@ -197,13 +200,13 @@ class Basis:
         return new, b
 
 
-LARGEST_CONDITION = 1e6  # beyond it float32 keeps no digit worth having
+LARGEST_CONDITION = 1e6  # our choice: beyond it float32 keeps three digits or fewer
 
 
 def basis_of(qkv: QKV, matrix: str, number: int) -> Basis:
     """The basis in which W_q (or W_k, W_v) of block ``number`` is the identity."""
     removed = getattr(qkv, matrix)
-    w = wide(removed.w)
+    w = as_float64(removed.w)
     if w.shape[0] != w.shape[1]:
         advice = "" if matrix == "q" else "; try matrix=q, since queries are not shared"
         raise MinitxError(
@@ -217,7 +220,7 @@ def basis_of(qkv: QKV, matrix: str, number: int) -> Basis:
             f"{condition:.0e}, expected at most {LARGEST_CONDITION:.0e}; try another matrix (q, k "
             "or v)."
         )
-    return Basis(w, wide(removed.b), condition)
+    return Basis(w, as_float64(removed.b), condition)
 
 
 def remaining_projections(qkv: QKV, matrix: str, base: Basis) -> Part:
@@ -232,9 +235,9 @@ def new_embedding(embed: Part, base: Basis) -> Part:
     """The embedding in the basis of block 0. A tied head keeps the old table."""
     if type(embed) is PositionEmbedding:  # token + position: the offset goes into one of the two
         need(embed.tokens, TokenEmbedding)
-        w, _ = base.writing(wide(embed.w), None, offset=False)
+        w, _ = base.writing(as_float64(embed.w), None, offset=False)
         return replace(embed, tokens=new_embedding(embed.tokens, base), w=w.astype(embed.w.dtype))
-    w, b = base.writing(wide(embed.w), None)
+    w, b = base.writing(as_float64(embed.w), None)
     return replace(embed, w=(w if b is None else w + b).astype(embed.w.dtype))
 
 
@@ -250,12 +253,12 @@ def change_inputs(expand: Part, how) -> Part:
 
 def change(linear: Linear, how) -> Linear:
     """``how(w, b)`` in float64, rounded to the dtype of w."""
-    w, b = how(wide(linear.w), wide(linear.b))
+    w, b = how(as_float64(linear.w), as_float64(linear.b))
     dtype = linear.w.dtype
     return Linear(w.astype(dtype), None if b is None else b.astype(dtype))
 
 
-def wide(array):
+def as_float64(array):
     return None if array is None else array.astype(np.float64)
 
 

@@ -41,11 +41,12 @@ def separate_magnitudes(
                rows[j, o], values[j, o] = the k weights with the largest |w|, taken out of W
                scale[o] = max|w| of the rest / (2^(bits-1) - 1);  code = round(w / scale[o])
     Online:    W' = code * scale;  W'[rows[j, o], o] = values[j, o];  y = x W' + b
-    Saves:     memory: bits + (32 + k (32 + i)) / in bits per weight instead of 32, where a row
-               number takes i = 8 bits up to 256 inputs and 16 beyond. No multiply-adds.
-    In NumPy:  0.1x the speed of dense when decoding: every call builds W' first. A pass over many
+    Saves:     memory. An output takes in * bits + 32 bits for its scale + k (32 + i) bits for the
+               large weights instead of 32 * in; a row number takes i = 8 bits up to 256 inputs,
+               16 beyond. No multiply-adds.
+    In NumPy:  0.1x the speed of dense when decoding: every call builds W' first. One call with many
                tokens builds it once.
-    Not for:   the head. Where every weight may have one bit more: that buys more (Notes).
+    Not for:   the head. Where memory allows one bit more for every weight: that gains more (Notes).
     Proof:     tests/precompute/test_separate_magnitudes.py; literal version:
                tests/precompute/literal_separate_magnitudes.py
     """
@@ -84,6 +85,7 @@ class OutlierLinear(Part):
         """The weights (in, out) as they are multiplied."""
         largest = 2 ** (self.planes.shape[1] - 1) - 1
         codes = unpack(self.planes, len(self.scale)).view(np.int8)
+        # codes up to 254 wrap in int8; the subtraction wraps back, to -largest .. largest
         w = (codes - np.int8(largest)).astype(self.scale.dtype) * self.scale
         np.put_along_axis(w, self.rows.astype(np.intp), self.values, axis=0)
         return w
@@ -127,6 +129,15 @@ def unpack(planes, outputs: int):
 #
 # - W' is built in every call so that it takes no memory in between.
 # - At the same memory the weights are a little nearer to the dense ones than with a scale for each
-#   group of inputs (``minitx cost separate-magnitudes`` names the group size that takes as much).
-# - On ``stories`` (minitx sweep separate-magnitudes bits=4,5 --stories 20): loss above dense
-#   +0.0049 and +0.0008, memory 0.23x and 0.26x.
+#   group of inputs. The group size that takes as much memory:
+#   minitx cost separate-magnitudes --config weights/stories/config.json
+# - On ``stories`` (minitx sweep separate-magnitudes bits=4,5 share=0.01,0 --stories 20):
+#
+#       bits  share   memory   loss above dense
+#         4    0      0.219x       +0.0053
+#         4    0.01   0.230x       +0.0049
+#         5    0      0.247x       +0.0019
+#         5    0.01   0.258x       +0.0008
+#
+#   From 4 bits without large weights in float, one bit more takes off 0.0034 for 0.028x of memory;
+#   1 % in float takes off 0.0004 for 0.011x.

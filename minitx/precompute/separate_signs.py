@@ -20,7 +20,9 @@ def separate_signs(
     lm,
     *,
     bits: Annotated[
-        int | None, "quantize weights to so many bits, sign included; default: not", between(2, 8)
+        int | None,
+        "quantize weights to so many bits, sign included; default: keep floats",
+        between(2, 8),
     ] = None,
     matrices: Annotated[
         Literal["all", "ffn", "attention"], "the matrices to change; never the head"
@@ -34,18 +36,20 @@ def separate_signs(
     Fidelity:  our own: plain algebra.
     Kind:      exact; the difference of two sums rounds more coarsely than one sum. With bits= it is
                approximate: inputs take 8 bits, weights `bits`; the split itself stays exact.
-    Idea:      Unsigned numbers need no zero points, and their sum only rises: it is largest at its
-               end, and a bound on it is known before any input.
-    Offline:   W+ = max(W, 0),  W- = max(-W, 0),  W = W+ - W-
-               with bits=, of the integers round(W / scale), scale per output: bits - 1 bits each
+    Idea:      Without signs, a sum of products only rises: it is largest at its end, and a bound on
+               it is known before any input.
+    Offline:   W+ = max(W, 0),  W- = max(-W, 0),  so W = W+ - W-                     W (in, out)
+               with bits=, split the integers round(W / scale[o]) instead; each half takes bits - 1
+               bits. scale[o] = max|W[:, o]| / (2^(bits-1) - 1) for each output o
     Online:    y    = x W+ - x W- + b
-               with bits=, x = x+ - x- is split too:
+               with bits=, split the inputs' integers too: round(x / scale_x) = x+ - x-,
+               scale_x = max|x| / 127, one per token
                up   = x+ W+ + x- W-
                down = x+ W- + x- W+
-               y    = (up - down) * scale + b
+               y    = (up - down) * scale_x * scale + b
     Saves:     nothing here: zeros are multiplied too, 2 products instead of one, 4 with bits=.
                Hardware that skips zeros does the same multiply-adds as before.
-    In NumPy:  0.5x the speed of dense and twice the memory; with bits=8, 0.2x and 0.6x.
+    In NumPy:  0.5x the speed of dense, 2x its memory; with bits=8, 0.2x the speed, 0.6x the memory.
     Not for:   the head.
     Proof:     tests/precompute/test_separate_signs.py; literal version:
                tests/precompute/literal_separate_signs.py
@@ -106,7 +110,7 @@ class UnsignedLinear(Part):
         return self(x)[..., columns]
 
     def sums(self, x_plus, x_minus):
-        """(up, down) (..., out): integers >= 0, for inputs (..., in) of such.
+        """(up, down), each (..., out), from x+ and x- (..., in): all integers >= 0.
 
         Multiplied in float32, which holds integers up to 2^24 exactly and for which there is a fast
         BLAS, or in float64 where the sums can be larger.
@@ -129,8 +133,8 @@ def split_signs(w) -> tuple[np.ndarray, np.ndarray]:
 # Notes:
 #
 # - up and down never exceed 127 sum|W|, which is known before any input: unsigned accumulators of
-#   log2(127 sum|W| + 1) bits cannot overflow, in whatever order they add (minitx cost
-#   separate-signs).
-# - Two matrices of bits - 1 bits take more memory than one of `bits`; at bits=2 as much: two masks,
-#   with nothing left to multiply.
+#   log2(127 sum|W| + 1) bits cannot overflow, in whatever order they add. The
+#   worst case over all weights: minitx cost separate-signs --config weights/stories/config.json
+# - Two matrices of bits - 1 bits take more memory than one of `bits`. At bits=2 they take as much,
+#   and are two masks of zeros and ones, with nothing left to multiply.
 # - For inputs >= 0, x W+ + b is an upper bound of y after half the work.

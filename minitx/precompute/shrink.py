@@ -1,4 +1,5 @@
-"""MatShrink: of two matrices in a row, a square block becomes the identity and is not stored.
+"""MatShrink: of two matrices multiplied one after the other, a square block of one becomes the
+identity and is not stored.
 
 The card and the options, the parts that run (online), the change of basis (offline), notes.
 """
@@ -34,23 +35,25 @@ def shrink(
 
     Paper:     MatShrink, by Graef and others, a draft of May 2026 in the repository of "Transformer
                tricks", marked there as work in progress.
-    Fidelity:  the paper's text; where it has the identity in W_q, it is in W_k here, of which each
-               group of query heads has one.
+    Fidelity:  the paper's text; it puts the identity into W_q, here it is in W_k, which a group of
+               query heads shares.
     Kind:      exact in real arithmetic; float32 rounds differently (measured: logits differ by
                2e-6 of the largest one), more the worse the blocks are conditioned.
     Idea:      W_v W_o = (W_v block) (block^-1 W_o) for any invertible block. If it consists of d
                columns of W_o, these become the identity: nothing to store or to multiply.
-    Offline:   vo: key/value head j has W_v,j (D, d), its query heads W_o,1 .. W_o,G (d, D);
+    Offline:   vo: key/value head j of K has W_v,j (D, d), its query heads W_o,1 .. W_o,G (d, D);
                p are d columns of W_o,1, rest its others:
                    block  = W_o,1[:, p]
                    W_v,j* = W_v,j block,        W_o,g* = block^-1 W_o,g   for g = 1 .. G
-               qk: the r columns of each head that are not rotated (d with learned positions);
-               p are r rows of W_k,j, rest its others:
+               qk: here W_k,j (D, r) and W_q,g (D, r) are the columns that are not rotated (r = d
+               with learned positions); p are r rows of W_k,j, rest its others:
                    block  = W_k,j[p]
                    W_k,j* = W_k,j block^-1,     W_q,g* = W_q,g block^T    for g = 1 .. G
-               biases of v, k and q alike
-    Online:    out[p] += u;  out[rest] += u W_o,1*[:, rest]      u: attention output of head g = 1
-               k_j = x[p] + x[rest] W_k,j*[rest]
+               biases of v, k and q alike; b_o stays
+    Online:    u_g: attention output of query head g
+               out[p] += u_1;  out[rest] += u_1 W_o,1*[:, rest]
+               the other heads as before: out += u_g W_o,g*
+               k_j = x[p] + x[rest] W_k,j*[rest] + b_k,j*      x: the normalized input
     Saves:     K d^2 weights and multiply-adds per token and layer (vo), K r^2 (qk).
     In NumPy:  slower: decoding and prompts 0.85x to 0.95x on the shipped models. Each head has its
                own columns, so one product becomes one per head, with a gather after it.
@@ -64,9 +67,11 @@ def shrink(
         nonlocal changed
         check_parts(attn)
         if pairs != "vo" and unrotated_columns(attn):
-            attn, changed = shrink_keys(attn, columns, number), True
+            attn = shrink_keys(attn, columns, number)
+            changed = True
         if pairs != "qk":
-            attn, changed = shrink_output(attn, columns, number), True
+            attn = shrink_output(attn, columns, number)
+            changed = True
         return attn
 
     lm = wrap(lm, "attn", change)
@@ -84,10 +89,12 @@ def shrink(
 @part
 class ShrunkOutput(Part):
     """The output projection. The first query head u of each group is added to d output columns as
-    it is; its product with ``rest`` goes to the others."""
+    it is; its product with ``rest`` goes to the other columns. ``gather[j, c]``: where the
+    contribution of key/value head j to output column c is in the concatenated [u, u rest] of all
+    heads."""
 
     rest: np.ndarray  # (K, d, D - d)
-    gather: np.ndarray = table()  # (K, D): index of each output column in [u, u rest] of all heads
+    gather: np.ndarray = table()  # (K, D)
     other_heads: Part | None = None  # the projection of the other query heads, (H - K) d -> D
     b: np.ndarray | None = None  # (D,)
     group: int = 1  # G
@@ -144,7 +151,7 @@ def per_head(x, w):
 # Offline -----------------------------------------------------------------------------------------
 # In float64, rounded once.
 
-LARGEST_CONDITION = 1e6  # beyond it float32 keeps no digit worth having
+LARGEST_CONDITION = 1e6  # our choice: beyond it float32 keeps three digits or fewer
 
 
 def shrink_output(attn: Attention, columns: str, number: int) -> Attention:
@@ -166,6 +173,7 @@ def shrink_output(attn: Attention, columns: str, number: int) -> Attention:
     b_v = None if b_v is None else np.einsum("jd,jde->je", b_v, blocks)
     w_o = np.linalg.solve(blocks[:, None], w_o)
     rest = np.stack([w_o[j, 0][:, orders[j, d:]] for j in range(K)])  # (K, d, D - d)
+    # The inverse permutation, plus the offset of the head.
     gather = np.argsort(orders, axis=1) + D * np.arange(K)[:, None]  # (K, D)
     dtype = attn.out.w.dtype
     other_heads = Linear(w_o[:, 1:].reshape(-1, D).astype(dtype)) if G > 1 else None
@@ -272,8 +280,9 @@ def check_parts(attn: Part) -> None:
 # - The savings are d / D of one matrix (D, K d). An order of columns, K D small integers, is kept
 #   for each. Only the first query head of a group gets an identity; the others stay whole.
 # - Scores stay the same (q k^T = W_q block^T block^-T W_k^T), though queries and keys do not.
-# - The paper's prose and Algorithm 1 pivot the transpose of the matrix, which only reorders the
-#   naive block; its experiments pivot the matrix itself, as here (a test compares the three).
+# - The paper's prose and Algorithm 1 pivot the transpose, the rows of W_o,1: that permutes the rows
+#   of the first d columns but chooses no other columns. Its experiments pivot the matrix itself, as
+#   here (a test compares the three).
 # - With full RoPE only one complex number per pair of columns commutes with the rotation.
 # - The change of basis fills the zeros of a pruned W_v and W_o again.
 # - The paper also shrinks the pairs of latent attention (MLA), which minitx does not have.

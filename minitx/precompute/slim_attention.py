@@ -32,19 +32,22 @@ def slim_attention(
                ours; the paper has one for prompts and one for single tokens.
     Kind:      exact in real arithmetic; float32 rounds differently, more the worse W_k is
                conditioned (measured: values are off by 4e-7 at a condition number of 1e2, 2e-5 at
-               1e4, 1e-3 at 1e6; from W_v itself by 2e-7).
+               1e4, 1e-3 at 1e6; values computed with W_v itself by 2e-7).
     Idea:      A square W_k can be inverted: the keys  n W_k  of a normalized input n give n back,
                and so the values  n W_v = keys W_k^-1 W_v.
     Offline:   W_kv = W_k^-1 W_v       (H d, H d); if H d > D, the solution of least norm
                b_o* = b_o + (b_v - b_k W_kv) W_o
-    Online:    keys = n W_k + b_k      (S, H d), cached before rotation; then for head i, whose
-                                       d columns are keys_i and W_kv,i:
+               for H heads of width d, hidden states of width D
+    Online:    keys = n W_k + b_k      (S, H d) for S tokens, cached before rotation (no b_k with
+                                       learned positions); keys_i, W_kv,i: the d columns of head i
                p_i = softmax(rope(q_i) rope(keys_i)^T / sqrt(d))      rotates all keys in each step
                o_i = (p_i keys) W_kv,i   or   p_i (keys W_kv,i),   whichever is less work
-    Saves:     half of the KV cache: H d numbers per token instead of 2 H d. No multiply-adds: a
-               token takes (H + 1) S H d instead of 2 S H d, and (H d)^2 for W_kv instead of D H d.
-    In NumPy:  no faster: decoding 1.0x with learned positions (stories-relu), 0.8x with RoPE
-               (stories-parallel); prompts 1.0x.
+               out = [o_1, ..., o_H] W_o + b_o*
+    Saves:     half of the KV cache: H d numbers per token instead of 2 H d. It costs multiply-adds:
+               a token takes (H + 1) S H d instead of 2 S H d, and (H d)^2 for W_kv instead of D H d
+               for W_v.
+    In NumPy:  no faster: decoding 1.0x with learned positions (stories-relu, which the default
+               refuses: max_condition=1e5), 0.8x with RoPE (stories-parallel); prompts 1.0x.
     Not for:   shared keys (K < H) or H d < D, which hold less than the input; an ill-conditioned
                W_k; weights that are no plain matrices; attention that selects its keys.
     Proof:     tests/precompute/test_slim_attention.py; literal version:
@@ -101,6 +104,8 @@ class AttendKeys(Part):
         values_first = S * inner * inner + T * S * inner  # keys W_kv, then p_i times these values
         keys_first = H * T * S * inner + T * inner * inner  # p_i keys, then times W_kv
         if T <= fast.ROWS and keys_first < values_first:
+            # No mask means causal attention of the T newest tokens. ops.attention makes that mask
+            # itself, block by block; sum_keys_first is one block and has to be given it.
             return self.sum_keys_first(q, k, raw, fast.newest_mask(T) if mask is None else mask)
         return ops.attention(q, k, self.values(raw), self.scale, mask)
 
@@ -140,7 +145,7 @@ def slim(attn: Attention, number: int, max_condition: float) -> Attention:
             "raise max_condition."
         )
     if type(attn.rope) is NoRope:
-        b_k = np.zeros_like(b_k)
+        b_k = np.zeros_like(b_k)  # dropped without RoPE: see Notes
         b[inner : 2 * inner] = 0
     dtype = attn.out.w.dtype
     b_out = (b_v - b_k @ w_kv) @ attn.out.w.astype(np.float64)
@@ -155,7 +160,7 @@ def slim(attn: Attention, number: int, max_condition: float) -> Attention:
             attn.rope,
             np.ascontiguousarray(split_heads(w_kv, attn.heads), dtype),
             attn.attend.scale,
-            float(f"{condition:.3g}"),
+            float(f"{condition:.3g}"),  # for the tree, which shows it
         ),
         out=replace(attn.out, b=b_out.astype(dtype) if b_out.any() else None),
         kv_heads=1,  # one head of keys, H*d wide: the values of each head come from all of it
@@ -163,8 +168,8 @@ def slim(attn: Attention, number: int, max_condition: float) -> Attention:
 
 
 def projections(attn: Attention) -> tuple[np.ndarray, np.ndarray]:
-    """[W_q, W_k, W_v] (D, 3*H*d) and their biases (3*H*d,) in float64, from three matrices or from
-    a fused one; MinitxError for anything else."""
+    """[W_q, W_k, W_v] (D, 3*H*d) and their biases (3*H*d,) in float64. QKV has three Linears, the
+    FusedQKV of fuse_projections has one; anything else is refused."""
     maps = [child for _, child in children(attn.qkv)]
     for child in maps:
         if type(child) is not Linear and type(attn.qkv) is QKV:
@@ -210,9 +215,11 @@ def solve(w_k, w_v) -> tuple[np.ndarray, float]:
 #   a query, which the softmax cancels. b_v and b_k W_kv go through W_o into its bias, because
 #   attention weights sum to 1.
 # - W_q and W_k are one matrix here (QueriesAndKeys), also if fuse_projections has made them one.
-# - The ledger counts a read of the cache once if the keys serve both products: they stay in the
-#   CPU's caches between them.
+# - The ledger (which counts multiply-adds and bytes read) counts a read of the cache once if the
+#   keys serve both products: they stay in the CPU's caches between them.
 # - With quantize_cache the rounding errors of the keys return in the values, multiplied by up to
 #   the condition number.
-# - Speed: minitx compare -m stories-relu --slim-attention max_condition=1e6; with stories-parallel;
-#   one BLAS thread. The longer the text, the slower with RoPE, which rotates all keys anew.
+# - Speed: minitx compare -m stories-relu --slim-attention max_condition=1e5; with stories-parallel;
+#   one BLAS thread. The longer the text, the slower with RoPE, which rotates all keys anew. For
+#   stories-relu the command prints "approximate", since rounding flips an argmax here and there (KL
+#   divergence 6e-9 nats per token).

@@ -1,7 +1,8 @@
 """What the lookup-table techniques share: which matrices they replace, and sums of table entries.
 
-Sums are taken in the same order for any number of tokens, so a token gives the same bits alone and
-in a batch; and for a few tokens at a time, so that the entries on their way stay in the cache.
+Sums are taken in the same order for any number of tokens, so a token gives exactly the same
+outputs alone and in a batch; and for a few tokens at a time, so that the gathered entries fit in
+the CPU's cache.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from minitx.shared.linears import linears
 from minitx.technique import need
 from minitx.tree import Part, part, rebuild
 
-READS = 1 << 16  # table entries gathered at a time
+READS = 1 << 16  # table entries gathered at a time: few enough for the CPU's cache
 
 # Which matrices ----------------------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ def last_blocks(name: str, count: int, layers: int | None) -> int:
 
 
 def constant_matrices(name: str, lm, layers: int | None, head: bool) -> list[Part]:
-    """Every ``Linear`` of the last ``layers`` blocks (None: of all), and the head if wanted. The
+    """Every ``Linear`` of the last ``layers`` blocks (None: of all), and the head if ``head``. The
     other products of a block, q k^T and p v, have no constant side."""
     stack = lm.model.stack
     need(stack, Stack)

@@ -37,7 +37,7 @@ def activated(x, w):
 
 
 def ffn(x, w):
-    """With its own norm."""
+    """The FFN, its norm included."""
     n = normed(x, w["norm"], w["gain_2"], w["bias_2"], w["eps"])
     return project(activated(n, w), w["w_down"], w["b_down"])
 
@@ -90,8 +90,8 @@ def block_0(table, ids, w, heads, kv_heads, width, rotated, base, parallel):
 
 
 def split_qkv(t, position, w):
-    """[q, k, v] = (Y(E[t]) + Y(P[p])) r + c of token t at a learned position p; Y(x) = (x g) W, and
-    a LayerNorm subtracts the mean of x first."""
+    """[q, k, v] = r(x) (y(tokens[t]) + y(positions[p])) + c of token t at learned position p, with
+    y(x) = (x * g) W; a LayerNorm: x - mean(x) instead of x, in both r and y."""
 
     def less_mean(x):
         return [a - sum(x) / len(x) for a in x] if w["norm"] == "layer" else x

@@ -30,7 +30,7 @@ def norm_then_project(x, gain, bias, w, c, kind, eps):
 
 
 def fold(gain, bias, w, c):
-    """W* = diag(g) W and c* = c + b W, by the W of before."""
+    """W* = diag(g) W and c* = c + b W (the original W)."""
     new_c = project(bias, w, c)
     new_w = [[gain[i] * w[i][j] for j in range(len(w[i]))] for i in range(len(w))]
     return new_w, new_c

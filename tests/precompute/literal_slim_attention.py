@@ -18,7 +18,7 @@ def rope(x, position, width, base=10000.0):
 
 
 def w_kv(w_k, w_v):
-    """W_kv with K W_kv = V for every input: by the inverse, or the right inverse of a wide W_k."""
+    """W_kv with W_k W_kv = W_v: by the inverse, or the right inverse of a W_k with more columns."""
     D, E = w_k.shape
     if D == E:
         return np.linalg.inv(w_k) @ w_v
@@ -49,7 +49,7 @@ def attend(rows, w, heads, rope_width, rope_base=10000.0):
             total = sum(weight)
             u = np.zeros(E)
             for p, k in zip(weight, cache):
-                u += p / total * (k - w["b_k"])  # V = (K - b_k) W_kv
+                u += p / total * (k - w["b_k"])  # values without b_v = (keys - b_k) W_kv
             o.append(u @ kv[:, own])
         found.append(np.concatenate(o) @ w["W_o"] + c)
     return np.array(found), np.array(cache)

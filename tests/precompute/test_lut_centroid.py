@@ -15,8 +15,8 @@ RNG = np.random.default_rng(3)
 
 
 def test_worked_example_by_hand():
-    """Three centroids of two numbers, one part. x = .8 .3 is nearest to 1 0, whose product with W
-    is its first row: y = 2 1. The dense product is .8 * (2 1) + .3 * (1 -3) = 1.9 -.1."""
+    """One segment, three centroids of two numbers. x = .8 .3 is nearest to 1 0, whose product with
+    W is the first row of W: y = 2 1. The dense product is .8 * (2 1) + .3 * (1 -3) = 1.9 -.1."""
     centroids = np.array([[[1.0, 0], [0, 1], [-1, -1]]])
     codebook = Codebook(centroids, (centroids**2).sum(-1) / 2)
     w, x = np.array([[2.0, 1], [1, -3]]), np.array([[0.8, 0.3]])
@@ -40,7 +40,7 @@ def test_lut_centroid_equals_the_literal_version():
 
 
 def test_the_whole_error_is_that_of_the_reconstruction():
-    """80 inputs, two parts of 3: smaller errors with more centroids, none with one for each."""
+    """80 inputs, two segments of 3: smaller errors with more centroids, none with one for each."""
     x, w = RNG.normal(size=(80, 6)), RNG.normal(size=(6, 5))
     errors = []
     for centroids in (2, 8, 32, 80):
@@ -58,16 +58,16 @@ def test_kmeans_finds_clusters_and_is_deterministic():
     found = kmeans(points, 3, 0)
     assert found.shape == (2, 3, 2)
     np.testing.assert_array_equal(found, kmeans(points, 3, 0))
-    for part, expected in zip(found, centers):
-        distance = abs(part[:, None] - expected).max(-1)
+    for segment, expected in zip(found, centers):
+        distance = abs(segment[:, None] - expected).max(-1)
         assert (distance.min(0) < 0.2).all(), "a cluster has no centroid"
 
 
 def test_kmeans_of_few_different_points_finds_each_of_them():
     points = np.repeat(RNG.normal(size=(2, 5, 3)), 7, axis=1)
     found = kmeans(points, 8, 1)
-    for part, given in zip(found, points):
-        assert abs(part[None] - given[:, None]).max(-1).min(1).max() < 1e-15
+    for segment, given in zip(found, points):
+        assert abs(segment[None] - given[:, None]).max(-1).min(1).max() < 1e-15
 
 
 def test_queries_keys_and_values_share_their_centroids():

@@ -95,8 +95,8 @@ def test_shrink_pivots_equal_the_literal_version():
 
 
 def test_shrink_pivoting_improves_the_condition_number_and_pivoting_the_transpose_does_not():
-    """Over random draws. The paper's Algorithm 1 pivots the transpose, which only reorders the
-    naive block: its condition number stays the same."""
+    """Over random draws. The paper's Algorithm 1 pivots the transpose, which permutes the rows of
+    the first columns but chooses no other columns: the condition number stays the same."""
     rng = np.random.default_rng(2)
     first, pivoted = [], []
     for _ in range(100):

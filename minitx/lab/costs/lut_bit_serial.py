@@ -26,7 +26,7 @@ def cost(
     shape: Shape,
     *,
     bits: Annotated[int, "bits of a weight", between(1, 8)] = 4,
-    group: Annotated[int, "inputs of one table", between(1, 8)] = 4,
+    group: Annotated[int, "inputs that share a table", between(1, 8)] = 4,
 ) -> LookupCost:
     work = over_blocks(shape, lambda i, o: lut_bit_serial(i, o, bits, group))
     return LookupCost(

@@ -10,20 +10,20 @@ from minitx.technique import between
 
 def lut_centroid(inputs: int, outputs: int, centroids: int, length: int, entry: int) -> Work:
     """One matrix; its centroids are float32, its table entries take ``entry`` bytes."""
-    parts = -(-inputs // length)
+    segments = -(-inputs // length)
     return Work(
-        multiplications=parts * length * centroids,  # distances to all centroids
-        additions=parts * outputs,
-        reads=parts * outputs,
-        table_bytes=parts * centroids * (outputs * entry + 4 * length),
+        multiplications=segments * length * centroids,  # distances to all centroids
+        additions=segments * outputs,
+        reads=segments * outputs,
+        table_bytes=segments * centroids * (outputs * entry + 4 * length),
     )
 
 
 def cost(
     shape: Shape,
     *,
-    centroids: Annotated[int, "centroids of each input part", between(1, 65536)] = 16,
-    length: Annotated[int, "numbers in an input part", between(1, 4096)] = 32,
+    centroids: Annotated[int, "centroids of each input segment", between(1, 65536)] = 16,
+    length: Annotated[int, "numbers in an input segment", between(1, 4096)] = 32,
     entry: Annotated[int, "bytes of a table entry; minitx keeps 4", between(1, 8)] = 1,
 ) -> LookupCost:
     """The defaults are LUT-NN's for BERT."""

@@ -1,4 +1,4 @@
-"""LUTIN: dot products of short vectors of low-bit integers come from one table for all matrices.
+"""LUTIN: one table, shared by all matrices, holds the dot products of short low-bit vectors.
 
 The card and the options, the part that runs (online), then the table and the weight codes
 (offline). bit_search.py finds the fewest bits that are accurate enough.
@@ -37,35 +37,40 @@ def lut_product(
     length: Annotated[int, "integers packed into one code (paper: d)", between(1, 16)] = 2,
     layout: Annotated[
         Literal["vertical", "horizontal"],
-        "contiguous in memory are the products of an input code, or of a weight code",
+        "vertical: one row of the table per input code; horizontal: one per weight code",
     ] = "vertical",
     layers: Annotated[
         int | None, "blocks changed, the last ones; default: all", at_least(0)
     ] = None,
     head: Annotated[bool, "replace the output head too"] = False,
-    limit: Annotated[float, "largest table, in MiB", above(0)] = 256.0,
+    limit: Annotated[float, "MiB that the table may take; more is an error", above(0)] = 256.0,
     search: Annotated[bool, "find input_bits, weight_bits and length by calibration"] = False,
     drop: Annotated[float, "search: accuracy that may be lost", between(0, 1)] = 0.01,
-    cache: Annotated[int, "search: largest table, in bytes", at_least(1)] = 65536,
+    cache: Annotated[
+        int, "search: bytes of CPU cache that the table has to fit in", at_least(1)
+    ] = 65536,
     stories: Annotated[int, "search: calibration stories", between(1, 1000)] = 16,
 ):
     """Replace matrix products by reads from one table of all short integer dot products.
 
     Paper:     Lin et al., "LUTIN", ISLPED 2024, doi 10.1145/3665314.3670804.
     Fidelity:  a reconstruction from the abstract and a reader's notes. They name ba, bw, d, the two
-               layouts and the two-stage search; that this is the table is our reading, unconfirmed.
+               layouts and the two-stage search; that the table holds all dot products of two codes
+               is our guess, unconfirmed.
     Kind:      approximate: quantizes inputs and weights. The integer product itself is exact.
     Idea:      Short vectors of few-bit integers have few dot products: compute all of them once.
-    Offline:   table[cx, cw] = dot(integers of code cx, integers of code cw)   for all matrices
-               W (in, out): a scale ws[o] per output o, integers round(W / ws);
-               cw[g, o] = the g-th group of `length` integers of output o, packed into a code
-    Online:    xs     = max|x| / (2^(input_bits-1) - 1)                        one scale per token
-               cx[g]  = the g-th group of `length` integers round(x / xs), packed into a code
-               acc[o] = sum over g of table[cx[g], cw[g, o]]                   an integer
-               y[o]   = xs ws[o] acc[o] + b[o]
-    Saves:     of in * out multiply-adds, in + 2 out multiplications and in * out / length reads
-               and additions are left. Codes of 4 bits take 1/8 of float32 weights; the table has
-               2^(length * (input_bits + weight_bits)) entries.
+    Offline:   code     = sum over j < length of (integer j + 2^(bits-1)) << (bits * j)
+               table[cx, cw] = dot(integers of code cx, integers of code cw)   for all matrices
+               ws[o]    = max|W[:, o]| / (2^(weight_bits-1) - 1)     W (in, out), o an output
+               cw[g, o] = code of group g: `length` integers round(W[:, o] / ws[o])
+    Online:    xs       = max|x| / (2^(input_bits-1) - 1)            one scale per token
+               cx[g]    = code of group g: `length` integers round(x / xs)
+               acc[o]   = sum over g of table[cx[g], cw[g, o]]       an integer
+               y[o]     = xs ws[o] acc[o] + b[o]
+    Saves:     in * out multiply-adds become in * out / length reads and as many additions, and
+               in + 2 out multiplications (for the scales). Weights take weight_bits / 32 of float32
+               if length * weight_bits is 8 or 16; else their codes are rounded up to whole bytes.
+               The table has 2^(length * (input_bits + weight_bits)) entries.
     In NumPy:  0.2x the speed of dense: gathering entries is far slower than BLAS.
     Not for:   q k^T and p v, where both sides change. search=true: models without a tokenizer.
     Proof:     tests/precompute/test_lut_product.py; literal version:
@@ -178,7 +183,8 @@ def groups(inputs: int, length: int) -> int:
 class ProductTable(Part):
     """The dot product of every input code with every weight code."""
 
-    entries: np.ndarray = table()  # (input codes, weight codes); horizontal: its transpose
+    # (input codes, weight codes); horizontal: transposed. table(): computed, so not a weight
+    entries: np.ndarray = table()
     input_bits: int = 0
     weight_bits: int = 0
     length: int = 0
@@ -197,6 +203,8 @@ class ProductTable(Part):
 
     def sums(self, cx, cw):
         """acc (n, out) of input codes cx (n, groups) and weight codes cw (groups, out): exact."""
+        # sum_entries: acc[n, o] = sum over g of flat[start of row + column]; the code that selects
+        # the row is multiplied by the width of a row
         flat, width = self.entries.reshape(-1), self.entries.shape[1]
         if self.layout == "vertical":
             return sum_entries(flat, cx * width, cw, np.int32)
@@ -231,16 +239,16 @@ def check_size(size: int, limit: float) -> None:
 # Notes:
 #
 # - On ``stories`` (minitx sweep lut-product length=2,1 --stories 20): loss above dense +0.0384 and
-#   83 % same choices at both; memory 0.23x and 0.33x (a code takes a byte or more), speed 0.18x and
-#   0.11x.
-# - One scale per token, not per batch: a batch would give other results than its rows alone, and a
-#   single outlier token would spoil the others.
-# - What "vertical" and "horizontal" mean in memory is our reading. The sums are the same bits.
-# - Why not put the weights into the table? table[g, cx, o] = dot(group g of code cx, the weights of
-#   that group and output) needs no weight codes, no rounding of weights, and reads whole rows. But
-#   it takes 2^(length * input_bits) / length entries a weight: 720 MiB instead of 6 for ``stories``
-#   at 4 bits and pairs, 288 MiB instead of 9 for one 768 x 3072 matrix even at one byte an entry.
-#   It ran at 0.3x of dense, so it is no technique here.
+#   argmax agrees at 83 % at both; memory 0.23x and 0.33x (a code takes at least a byte), speed
+#   0.18x and 0.11x.
+# - One scale per token, not per batch: with one per batch, a token's outputs would depend on
+#   the other tokens, and one outlier would spoil them all.
+# - What "vertical" and "horizontal" mean in memory is our guess. Both give exactly the same sums.
+# - Why not put the weights into the table? table[g, cx, o] = dot(the integers of code cx, the float
+#   weights of group g and output o) needs no weight codes and no rounding of weights, and reads
+#   whole rows. But it takes 2^(length * input_bits) / length entries a weight: 720 MiB instead of 6
+#   for ``stories`` at 4 bits and pairs, 288 MiB instead of 9 for one 768 x 3072 matrix even at one
+#   byte an entry. It ran at 0.3x of dense, so it is no technique here.
 # - Table sizes at (input_bits, weight_bits, length): (4, 4, 1) 256 B; (3, 4, 2) 16 KiB; (4, 4, 2)
 #   and (2, 2, 4) 64 KiB; (8, 8, 1) 128 KiB; (3, 3, 3) 256 KiB; (4, 4, 3) 32 MiB. The two with
 #   entries beyond 127 take 16 bits an entry.

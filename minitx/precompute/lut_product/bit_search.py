@@ -1,8 +1,9 @@
 """The two stages of LUTIN's search: the fewest bits that are accurate enough, then the longest
 codes whose table still fits the cache.
 
-The two stages, the start at 8 and 8 bits, and that the inputs' bits are lowered first are the
-paper's. Its stopping rule is not known; ours is the share of right next tokens (accuracy).
+The paper's: the two stages, the start at 8 and 8 bits, and that the inputs' bits are lowered first.
+Its stopping rule is not known; ours: stop before the share of correctly predicted next tokens (the
+accuracy) falls by more than ``drop``.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ class Search:
     weight_bits: int
     length: int
     floor: float  # the accuracy to keep
-    cache: int  # the largest table, in bytes
+    cache: int  # bytes that the table has to fit in
     tried: tuple[tuple[int, int, float], ...]  # (input bits, weight bits, accuracy) in order
 
     @property
@@ -68,8 +69,8 @@ def find_bits(lm, nodes: list[Part], drop: float, cache: int, stories: int) -> S
 
 
 def two_stages(accuracy: Callable[[int, int], float], floor: float, cache: int) -> Search:
-    """Search with ``accuracy(input_bits, weight_bits)``. The length has no part in it: the table is
-    exact at every length.
+    """Search with ``accuracy(input_bits, weight_bits)``. The accuracy does not depend on the
+    length: the table is exact at every length.
 
     MinitxError if 8 and 8 bits are not accurate enough, or if not even length 1 fits the cache.
     """
@@ -109,7 +110,8 @@ def next_token_accuracy(lm, texts: list[list[int]]) -> float:
 
 @part
 class IntegerLinear(Part):
-    """The same bits as ``ProductTableLinear`` at any length, much sooner: it multiplies."""
+    """Gives exactly the outputs of ``ProductTableLinear``, at any length, but faster: by an integer
+    matrix product."""
 
     w: np.ndarray  # (in, out) integers in float64, which holds all their sums exactly
     scale: np.ndarray  # (out,)

@@ -10,7 +10,7 @@ from minitx.lab.costs.lut_centroid import lut_centroid
 
 
 def test_matrix_by_hand():
-    """Parts of 32: 24 parts. 768 * 16 multiplications for the distances; 24 * 3,072 reads; a table
+    """24 segments of 32. 768 * 16 multiplications for the distances; 24 * 3,072 reads; a table
     of 24 * 16 * 3,072 bytes beside 768 * 16 centroid numbers of 4 bytes."""
     work = lut_centroid(768, 3072, 16, 32, 1)
     assert (work.multiplications, work.additions, work.reads) == (12_288, 73_728, 73_728)
