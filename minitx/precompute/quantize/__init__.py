@@ -74,7 +74,7 @@ def quantize(
                1/g more), also read for each product; load keeps float32 too. No multiply-adds.
     In NumPy:  never faster than float32, since NumPy has no fast product of small integers. load
                takes the dense model's time; the others take longer, above all for single tokens.
-    Not for:   run=integers with groups above 1,040 inputs (asymmetric 518; 4 bits 18,872 and 8,806):
+    Not for:   run=integers with groups above 1,040 inputs (asymmetric 518; 4 bits 18,872, 8,806):
                sums may pass 2^24, where float32 rounds. Matrices that another technique stores.
     Proof:     tests/precompute/test_quantize.py;
                literal version: tests/precompute/literal_quantize.py
