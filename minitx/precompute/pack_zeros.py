@@ -35,7 +35,7 @@ def pack_zeros(
     Saves:     memory: with a share p of zeros 4 (1 - p) + 1/8 bytes per weight instead of 4, which
                is less if p > 1/32. That much is read for each product. No multiply-adds.
     In NumPy:  slower: each call unpacks the matrix anew, which takes many times as long as the
-               product with one token, but less than that with a prompt of some hundred tokens.
+               product with one token, but less than a product with some hundred tokens.
     Not for:   matrices without zeros: prune first.
     Proof:     tests/precompute/test_pack_zeros.py;
                literal version: tests/precompute/literal_pack_zeros.py

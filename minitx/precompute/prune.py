@@ -124,7 +124,8 @@ def lowest_mask(scores, count: int, axis: int):
 
 
 def selector(scope: str, sparsity: float) -> Callable:
-    """A function from the scores (in, out) of one matrix to a mask (see above)."""
+    """A function from the scores (in, out) of one matrix to a mask (in, out), True for
+    weights that become 0."""
     if scope == "matrix":
         return lambda s: lowest_mask(s.ravel(), share_of(s.size, sparsity), 0).reshape(s.shape)
     if scope == "output":

@@ -45,17 +45,17 @@ def prune_structure(
                weights:     |W_gate[:, u]| |W_up[:, u]| |W_down[u]|  of a neuron,
                             |W_v|^2 |W_o|^2  of a head (its own columns and rows)
                             Frobenius norms. Up to biases and powers of |x| they bound |h_u W_u|,
-                            for heads |h_u W_u|^2 (squared, so that scores of a group add up).
+                            for heads |h_u W_u|^2 (squared, so that scores of a group add up)
                The units with the highest scores stay, equally many in every block (at least one);
                ties go to the lower index.
     Online:    the same equations with fewer columns and rows.
-    Saves:     multiply-adds per token: 3 D per removed neuron (D: model width; 2 D without a gate),
-               2 D d + 2 d S per query head (S: cached tokens), 2 D d per key/value head, and its
-               2 d cached numbers per token. As many weights, but for the 2 d S.
+    Saves:     multiply-adds per token and removed neuron 3 D (2 D without a gate), query head
+               2 D d + 2 d S (S: cached tokens), key/value head 2 D d and 2 d cached numbers; and
+               the weights.
     In NumPy:  faster: in proportion where matrices are large, less in a narrow model, where the
                overhead of calls stays.
-    Not for:   parts trained for the original sizes, such as the networks that dota trains to
-               select keys: train them after pruning.
+    Not for:   models with parts trained for the original sizes, such as dota's networks that
+               select keys.
     Proof:     tests/precompute/test_prune_structure.py;
                literal version: tests/precompute/literal_prune_structure.py
     Tutorial:  tutorials/09_fewer_weights.py

@@ -54,8 +54,8 @@ def quantize(
     Fidelity:  the authors' code (llama2.c, AWQ). Ours: groups of equal size where group_size does
                not divide the inputs; AWQ's c is judged matrix by matrix (Notes of awq.py).
     Kind:      approximate: each weight is off by up to half a scale.
-    Idea:      Weights of one group are of similar size: an int8 or 4-bit code times the group's
-               float scale comes close to each of them.
+    Idea:      Weights of one group are of similar size: an integer times the group's scale is close
+               to each of them.
     Offline:   for each output and each group of g <= group_size consecutive inputs:
                symmetric:   scale = max|w| / q,  q = 127 or 7;    code = rint(w / scale)
                asymmetric:  scale = (high - low) / (2^bits - 1),  low = min(w, 0), high = max(w, 0)
@@ -71,13 +71,11 @@ def quantize(
                integers  quantize x to int8 too, symmetric, a scale s_x for each group (W8A8):
                          y = sum over groups: scale s_x (sum(code_x code) - zero point sum(code_x))
     Saves:     memory: bits/8 + 4/g bytes per weight instead of 4 (half_scales: 2/g; asymmetric:
-               1/g more), and that much is read for each product. load keeps float32 weights beside
-               the codes. No multiply-adds.
+               1/g more), also read for each product; load keeps float32 too. No multiply-adds.
     In NumPy:  never faster than float32, since NumPy has no fast product of small integers. load
                takes the dense model's time; the others take longer, above all for single tokens.
-    Not for:   run=integers with groups of more than 1,040 inputs (asymmetric: 518; 4 bits: more),
-               whose integer sums may pass 2^24, beyond which float32 rounds integers. A matrix that
-               another technique stores in its own way.
+    Not for:   run=integers with groups above 1,040 inputs (asymmetric 518; 4 bits 18,872, 8,806):
+               sums may pass 2^24, where float32 rounds. Matrices that another technique stores.
     Proof:     tests/precompute/test_quantize.py;
                literal version: tests/precompute/literal_quantize.py
     Tutorial:  tutorials/08_fewer_bits.py
