@@ -67,6 +67,7 @@ def test_gallery_lists_every_technique_with_its_card_test_and_tutorial():
             links += f", [tutorial]({tutorial})"
         expected.append((t.flag, t.path, t.card.summary, links))
     assert sorted(rows) == sorted(expected)
+    assert f"{len(expected)} so far" in README
 
 
 def test_every_link_leads_to_a_file():

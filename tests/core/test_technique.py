@@ -126,6 +126,7 @@ def test_options_are_parsed_from_words(made_up):
     assert read(["share=2"]) == {"share": 2.0}
     assert type(find("inner").checked({"share": 2})["share"]) is float
     for words, message in (
+        (["times"], "inner: expected times=VALUE, got 'times'"),
         (["times=x"], "inner: times must be an integer; got 'x'"),
         (["mode=c"], "inner: mode must be one of a, b; got 'c'"),
         (["colour=red"], "no option 'colour'"),
@@ -227,6 +228,11 @@ def test_list_and_explain(capsys):
     assert main(["explain", "fold-norms"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("--fold-norms (weights, exact)\n") and "arXiv 2407.09577" in text
+    assert "File:      minitx/precompute/fold_norms.py\n" in text and "No options." in text
+    assert "Letters:   B batch, T new tokens," in text and "Proof:     tests/precompute/" in text
+    assert main(["explain", "sink-window"]) == 0
+    text = capsys.readouterr().out
+    assert "\n  sinks=4\n" in text and " (an integer, at least 0)\n" in text
     assert main(["explain", "fold_norms", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["exact"] is True and found["options"] == {} and found["Fidelity"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from literal_early_exit import dense_after, run_deferred
 from literal_early_exit import run as literal
-from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
+from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_lm, tiny_model
 
 from minitx.errors import MinitxError
 from minitx.ledger import counting
@@ -521,3 +521,19 @@ def test_bad_options_are_refused(options, message):
     with pytest.raises(MinitxError, match=f"early_exit: {message}") as refused:
         models(**options)
     assert "\n" not in str(refused.value)
+
+
+def test_exit_probe_is_trained_once_for_settings_of_one_model(monkeypatch):
+    trained = []
+
+    def train(lm, texts):
+        trained.append(1)
+        return np.zeros(lm.model.config.width), 0.0
+
+    monkeypatch.setattr("minitx.skip.early_exit.exit_probe.train_exit_probe", train)
+    monkeypatch.setattr("minitx.training.calibration.texts_for", lambda *_: [])
+    for threshold in (0.5, 0.9):
+        apply(tiny_lm(), {"early_exit": {"measure": "probe", "threshold": threshold}})
+    assert len(trained) == 1, "a sweep over thresholds trains the probe again"
+    apply(tiny_lm("gpt2"), {"early_exit": {"measure": "probe"}})
+    assert len(trained) == 2, "another model needs another probe"

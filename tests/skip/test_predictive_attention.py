@@ -428,6 +428,10 @@ def test_padding_counts_as_one_key():
         ({"share": 1.1}, "share must be a number, above 0 and at most 1; got 1.1."),
         ({"min_keys": 0}, "min_keys must be an integer, at least 1; got 0."),
         (
+            {"codes": "leading-one", "threshold": 0.0},
+            "codes=leading-one needs threshold=0 and a share below 1, got threshold=0 share=1",
+        ),
+        (
             {"codes": "leading-one"},
             "codes=leading-one needs threshold=0 and a share below 1, got threshold=0.05 share=1",
         ),
