@@ -16,12 +16,41 @@ from minitx.errors import MinitxError
 class Parser(argparse.ArgumentParser):
     """Reports errors like all bad input: one sentence, without the usage text."""
 
+    takes_techniques = False
+    flags: list[list[str]] = []  # those that were given, for the help
+
     def error(self, message):
         raise MinitxError(f"{message} ({self.prog} --help says more).")
+
+    def format_help(self):
+        """The usual help; then the options of the techniques that were given, or a list of all."""
+        text = super().format_help()
+        return f"{text}\n{technique_help(self.flags)}" if self.takes_techniques else text
+
+
+def technique_help(flags: list[list[str]]) -> str:
+    from minitx.technique import find, techniques
+
+    lines = []
+    for flag, *_ in flags:
+        technique = find(flag[2:])
+        lines += [
+            f"{technique.flag}: {technique.card.summary}",
+            commands.options_text(technique),
+            "",
+        ]
+    if lines:
+        return "\n".join(lines)
+    known = techniques()
+    width = max(len(t.flag) for t in known)
+    lines = [f"  {t.flag:{width}}  {t.card.summary}" for t in known]
+    ask = "Techniques, each with its options (--NAME --help or minitx explain NAME lists them):"
+    return "\n".join([ask, *lines, ""])
 
 
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
+    Parser.flags = flags
     args, unknown = parser().parse_known_args(words)
     if flags and not hasattr(args, "techniques"):
         raise MinitxError(f"{args.parser.prog} takes no techniques; remove {flags[0][0]}.")
@@ -281,7 +310,7 @@ def add_model(command: Parser, techniques: bool = True) -> None:
     if not techniques:
         return
     command.set_defaults(techniques={})
-    command.epilog = "Techniques: --NAME [option=value ...]; minitx list shows them all."
+    command.takes_techniques = True
 
 
 def add_stories(command: Parser, default: int) -> None:

@@ -148,11 +148,18 @@ def explain(args) -> None:
             print(textwrap.indent(line, HANGING * " "))
     print(f"{'File:':{HANGING}}{technique.path}")
     print(f"{'Letters:':{HANGING}}{LEGEND}\n")
-    if not technique.options:
-        print("No options.")
+    print(options_text(technique))
+
+
+def options_text(technique) -> str:
+    """One entry per option: its default, its meaning and its range."""
+    lines = []
     for option in technique.options.values():
-        print(f"  {option.name}={option.default}")
-        print(f"      {option.meaning} ({option.expected()})")
+        lines.append(f"  {option.name}={option.default}")
+        lines.append(
+            textwrap.indent(textwrap.fill(f"{option.meaning} ({option.expected()})", 90), 6 * " ")
+        )
+    return "\n".join(lines) or "No options."
 
 
 def check(args) -> int:

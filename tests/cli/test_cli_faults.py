@@ -17,6 +17,7 @@ import minitx
 from minitx import cli
 from minitx.checkpoints.huggingface import write_model
 from minitx.cli import main
+from minitx.technique import techniques
 from minitx.tree import map_weights
 
 ROOT = Path(__file__).parent.parent.parent
@@ -112,6 +113,22 @@ def test_help_and_version(capsys, words):
         assert all(re.search(rf"^ +{name} +\w+", out, re.M) for name in COMMANDS)
     else:
         assert out.startswith(f"usage: minitx {words[0]}")
+
+
+def test_help_lists_techniques_and_the_options_of_those_given(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = capsys.readouterr().out
+    for technique in techniques():
+        assert f"  {technique.flag} " in text and technique.card.summary in text, technique.name
+    with pytest.raises(SystemExit):
+        main(["compare", "--elsa", "--help"])
+    text = capsys.readouterr().out
+    assert "--elsa: Select keys by comparing sign hashes" in text and "  bits=None\n" in text
+    assert "--fold-norms" not in text
+    with pytest.raises(SystemExit):
+        main(["stories", "--help"])
+    assert "--elsa" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
