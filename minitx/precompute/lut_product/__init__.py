@@ -55,11 +55,12 @@ def lut_product(
 
     Paper:     Lin et al., "LUTIN", ISLPED 2024, doi 10.1145/3665314.3670804.
     Fidelity:  a reconstruction from the abstract and a reader's notes. They name ba, bw, d, the two
-               layouts and the two-stage search; that the table holds all dot products of two codes
-               is our guess, unconfirmed.
+               layouts and the two-stage search. Unconfirmed guesses of ours: that the table holds
+               all dot products of two codes, and when the search stops.
     Kind:      approximate: quantizes inputs and weights. The integer product itself is exact.
     Idea:      Short vectors of few-bit integers have few dot products: compute all of them once.
-    Offline:   code     = sum over j < length of (integer j + 2^(bits-1)) << (bits * j)
+    Offline:   code of v = sum over j of (v[j] + 2^(bits-1)) << (bits * j),  v: `length` integers,
+               bits: input_bits for x, weight_bits for W; the last group is filled with v[j] = 0
                table[cx, cw] = dot(integers of code cx, integers of code cw)   for all matrices
                ws[o]    = max|W[:, o]| / (2^(weight_bits-1) - 1)     W (in, out), o an output
                cw[g, o] = code of group g: `length` integers round(W[:, o] / ws[o])
@@ -68,8 +69,8 @@ def lut_product(
                acc[o]   = sum over g of table[cx[g], cw[g, o]]       an integer
                y[o]     = xs ws[o] acc[o] + b[o]
     Saves:     in * out multiply-adds become in * out / length reads and as many additions, and
-               in + 2 out multiplications (for the scales). Weights take weight_bits / 32 of float32
-               if length * weight_bits is 8 or 16; else their codes are rounded up to whole bytes.
+               in + 2 out multiplications (for the scales). A code takes 1, 2 or 4 bytes: weights
+               take weight_bits / 32 of float32 only if length * weight_bits is 8, 16 or 32.
                The table has 2^(length * (input_bits + weight_bits)) entries.
     In NumPy:  0.2x the speed of dense: gathering entries is far slower than BLAS.
     Not for:   q k^T and p v, where both sides change. search=true: models without a tokenizer.
@@ -203,8 +204,8 @@ class ProductTable(Part):
 
     def sums(self, cx, cw):
         """acc (n, out) of input codes cx (n, groups) and weight codes cw (groups, out): exact."""
-        # sum_entries: acc[n, o] = sum over g of flat[start of row + column]; the code that selects
-        # the row is multiplied by the width of a row
+        # Vertical: the input code selects the row and the weight code the column; horizontal: the
+        # other way round. sum_entries adds the two: flat[row * width + column], summed over g.
         flat, width = self.entries.reshape(-1), self.entries.shape[1]
         if self.layout == "vertical":
             return sum_entries(flat, cx * width, cw, np.int32)
@@ -246,9 +247,9 @@ def check_size(size: int, limit: float) -> None:
 # - What "vertical" and "horizontal" mean in memory is our guess. Both give exactly the same sums.
 # - Why not put the weights into the table? table[g, cx, o] = dot(the integers of code cx, the float
 #   weights of group g and output o) needs no weight codes and no rounding of weights, and reads
-#   whole rows. But it takes 2^(length * input_bits) / length entries a weight: 720 MiB instead of 6
-#   for ``stories`` at 4 bits and pairs, 288 MiB instead of 9 for one 768 x 3072 matrix even at one
-#   byte an entry. It ran at 0.3x of dense, so it is no technique here.
+#   whole rows. But it takes 2^(length * input_bits) / length entries a weight, 128 at 4 bits and
+#   pairs: 720 MiB of float32 instead of 6 for ``stories``, and even at one byte an entry 288 MiB
+#   instead of 9 (float32) for one 768 x 3072 matrix. It ran at 0.3x of dense, so it is no technique here.
 # - Table sizes at (input_bits, weight_bits, length): (4, 4, 1) 256 B; (3, 4, 2) 16 KiB; (4, 4, 2)
 #   and (2, 2, 4) 64 KiB; (8, 8, 1) 128 KiB; (3, 3, 3) 256 KiB; (4, 4, 3) 32 MiB. The two with
 #   entries beyond 127 take 16 bits an entry.

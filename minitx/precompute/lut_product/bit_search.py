@@ -103,7 +103,7 @@ def two_stages(accuracy: Callable[[int, int], float], floor: float, cache: int) 
 
 
 def next_token_accuracy(lm, texts: list[list[int]]) -> float:
-    """The share of tokens that have the largest logit after the tokens before them."""
+    """The share of positions at which the argmax of the logits is the actual next token."""
     right = [lm.logits(ids[:-1]).argmax(-1) == ids[1:] for ids in texts]
     return float(np.concatenate(right).mean())
 
