@@ -249,7 +249,8 @@ def check_size(size: int, limit: float) -> None:
 #   weights of group g and output o) needs no weight codes and no rounding of weights, and reads
 #   whole rows. But it takes 2^(length * input_bits) / length entries a weight, 128 at 4 bits and
 #   pairs: 720 MiB of float32 instead of 6 for ``stories``, and even at one byte an entry 288 MiB
-#   instead of 9 (float32) for one 768 x 3072 matrix. It ran at 0.3x of dense, so it is no technique here.
+#   instead of 9 (float32) for one 768 x 3072 matrix. It ran at 0.3x of dense, so it is no technique
+#   here.
 # - Table sizes at (input_bits, weight_bits, length): (4, 4, 1) 256 B; (3, 4, 2) 16 KiB; (4, 4, 2)
 #   and (2, 2, 4) 64 KiB; (8, 8, 1) 128 KiB; (3, 3, 3) 256 KiB; (4, 4, 3) 32 MiB. The two with
 #   entries beyond 127 take 16 bits an entry.
