@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     """Reports errors like all bad input: one sentence, without the usage text."""
 
     takes_techniques = False
-    flags: list[list[str]] = []  # those that were given, for the help
+    flags: tuple = ()  # the techniques that were given, for the help
 
     def error(self, message):
         raise MinitxError(f"{message} ({self.prog} --help says more).")
@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
         return f"{text}\n{technique_help(self.flags)}" if self.takes_techniques else text
 
 
-def technique_help(flags: list[list[str]]) -> str:
+def technique_help(flags) -> str:
+    """The options of the techniques that were given; if none was, a list of all."""
     from minitx.technique import find, techniques
 
     lines = []
@@ -50,8 +51,7 @@ def technique_help(flags: list[list[str]]) -> str:
 
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
-    Parser.flags = flags
-    args, unknown = parser().parse_known_args(words)
+    args, unknown = parser(flags).parse_known_args(words)
     if flags and not hasattr(args, "techniques"):
         raise MinitxError(f"{args.parser.prog} takes no techniques; remove {flags[0][0]}.")
     if flags:
@@ -98,7 +98,8 @@ def read_flags(flags: list[list[str]]) -> dict[str, dict]:
     return found
 
 
-def parser() -> Parser:
+def parser(flags=()) -> Parser:
+    """The parser of the whole command line. flags: the techniques that were given, for the help."""
     top = Parser(
         prog="minitx",
         description="A transformer in NumPy, with techniques that skip or precompute work.",
@@ -286,6 +287,8 @@ def parser() -> Parser:
         "-n", "--count", type=count, default=3, metavar="N", help="number of stories (default 3)"
     )
     add_json(stories)
+    for command in names.choices.values():
+        command.flags = flags
     return top
 
 

@@ -289,8 +289,8 @@ def stories(args) -> None:
 
     found = islice(endless(args.split, args.grade, args.seed), args.count)
     if args.json:
-        told = [{"text": s.text, "answers": [[a.kind, a.value] for a in s.answers]} for s in found]
-        print(json.dumps(told, indent=1))
+        texts = [{"text": s.text, "answers": [[a.kind, a.value] for a in s.answers]} for s in found]
+        print(json.dumps(texts, indent=1))
     else:
         for story in found:
             print(story.text, end="\n\n")

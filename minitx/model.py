@@ -392,7 +392,7 @@ class TiedHead(Part):
     w: np.ndarray  # (V, D), the same array as the embedding
 
     def __call__(self, x):
-        return ops.scores(x, self.w)  # (..., V)
+        return ops.logits(x, self.w)  # (..., V)
 
     def argmax(self, x) -> int:
         """The token with the largest logit for one row x (D,)."""

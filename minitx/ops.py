@@ -41,7 +41,7 @@ def linear(x, w, b=None):
     return y if b is None else y + b
 
 
-def scores(x, table):
+def logits(x, table):
     """``x @ table.T``: x (..., D), table (V, D) -> (..., V)."""
     return linear(x, table.T)  # the transpose is column-major
 

@@ -74,7 +74,7 @@ def run(lm, ids, sizes, state=None) -> np.ndarray:
 
 
 def greedy(lm, prompt, n=NEW):
-    """So many new tokens, past the end of a text too."""
+    """``n`` greedy tokens, past the end of a text too."""
     from minitx.decode import Sampler
 
     return list(decode(lm.decode, lm.model, prompt, Sampler(), n))
@@ -382,7 +382,7 @@ def test_all_compatible_exact_techniques_together_equal_dense(family, reverse):
 
 
 def sampled(count: int, size: int, seed: int) -> list:
-    """Families with so many different sets of techniques, always the same."""
+    """``count`` different sets of ``size`` techniques with a family each, always the same."""
     draw = random.Random(seed)
     sets = list(itertools.combinations(ALL, size))
     return [(draw.choice(list(FAMILIES)), chosen) for chosen in draw.sample(sets, count)]

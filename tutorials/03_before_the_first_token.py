@@ -179,7 +179,7 @@ print(f"{len(text)} tokens: {len(text)} products if computed, {len(text)} reads 
 
 # %% 6. The first layer of `stories` as a table
 # The technique first_layer does this with the queries, keys and values of block 0. A row of its
-# table holds the embedding (it is needed as well), q, k and v. The chart shows the work for one
+# table holds the embedding (which is read too), q, k and v. The chart shows the work for one
 # more token, the others being in the KV cache (the stored keys and values of earlier tokens): "#"
 # is still done, "." is saved.
 title("6. load('stories', first_layer=True)")

@@ -371,7 +371,7 @@ print_table(["changed words in 80 stories", *(f"{r:.0%}" for r in means)], [row]
 # %% ... a threshold that passes, and one that fails
 # We test thresholds of the exit probe on 80 new stories (the probe was trained on the first 24),
 # from the safest threshold to the boldest, and stop at the first that fails. Why stop? Each bad
-# threshold has a chance of up to 5% to pass by luck. Whoever goes on and tests 20 bad ones is
+# threshold has a chance of up to 5% to pass by luck. Testing 20 bad ones, you are
 # fooled by at least one of them with a probability of up to 1 - 0.95^20 = 64% (if their tests were
 # independent).
 # Of each story we take the first 64 tokens, so that all fit into one array; the guarantee is for

@@ -222,7 +222,7 @@ heads = minitx.load("stories", prune_structure=options)
 print(f"half of the heads gone: loss {loss_of(heads):.3f}, and half of the KV cache")
 assert loss["wanda"][1] < loss["neurons"][1] < loss["random weights"][1]
 # A neuron takes good weights along with bad ones, so the loss is higher than with zeros in the best
-# places. And of only 4 heads in a block, each is needed.
+# places. And with only 4 heads in a block, none is redundant.
 
 # %% 7. Low rank: one matrix as two thin ones, by hand
 # The third way: all rows of the matrix below are nearly multiples of one row. Such a matrix has

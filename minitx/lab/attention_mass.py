@@ -27,8 +27,8 @@ class KeyTotals:
     best: float = 0.0  # on as many keys with the largest weights
 
     def add_dense(self, tokens: int, heads: int) -> None:
-        """Add what is missing for sequences of so many tokens and heads in all: queries for which
-        no selector was called keep all their keys."""
+        """Add the queries for which no selector was called, of sequences with ``tokens`` tokens
+        over ``heads`` heads: they keep all their keys."""
         rows, pairs = tokens * heads, tokens * (tokens + 1) // 2 * heads
         missing = rows - self.rows
         self.mass += missing

@@ -121,7 +121,7 @@ class Runner:
         return self.x[at][None]
 
     def kept(self, queries: int) -> float:
-        """The share of keys that so many of these queries keep, over all heads."""
+        """The share of the keys that these queries keep, over all heads."""
         with counting(self.attn) as counts:
             for number in range(queries):
                 self.step(number)

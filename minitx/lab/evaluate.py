@@ -230,11 +230,11 @@ def encode(tokenizer, stories: Iterable[Story], longest: int | None = None) -> l
 def chains(tokenizer, split: str, grade, tokens: int) -> Iterator[Encoded]:
     """An endless stream of chains of ``tokens`` tokens: stories one after another, each preceded by
     ``<|endoftext|>``, the last one truncated (as in training/data.py)."""
-    told = stories(split, grade, 0)
+    endless = stories(split, grade, 0)
     while True:
         ids, kinds, nats = [], [], 0.0
         while len(kinds) < tokens:
-            (story,) = encode(tokenizer, [next(told)], tokens - len(kinds))
+            (story,) = encode(tokenizer, [next(endless)], tokens - len(kinds))
             ids += story.ids[bool(ids) :]  # its first token ends the previous story
             kinds += story.kinds
             nats += story.nats

@@ -34,7 +34,7 @@ def pack_zeros(
     Online:    W = 0;  W[mask] = values;  y = x W + b
     Saves:     memory: with a share p of zeros 4 (1 - p) + 1/8 bytes per weight instead of 4, which
                is less if p > 1/32. That much is read for each product. No multiply-adds.
-    In NumPy:  slower: each call unpacks the matrix anew, which takes many times as long as the
+    In NumPy:  slower: each call unpacks the matrix again, which takes many times as long as the
                product with one token, but less than a product with some hundred tokens.
     Not for:   matrices without zeros: prune first.
     Proof:     tests/precompute/test_pack_zeros.py;

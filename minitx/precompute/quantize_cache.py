@@ -43,7 +43,7 @@ def quantize_cache(
                read: k = scale * code, for all S cached tokens of the layer; then attention
     Saves:     memory: 2 K (d*bits/8 + 4 d/g) bytes per token and layer instead of 8 K d, with K
                key/value heads. No multiply-adds.
-    In NumPy:  slower: all S tokens are dequantized anew for each new token, in every layer, which
+    In NumPy:  slower: all S tokens are dequantized again for each new token, in every layer, which
                takes longer than attention itself. Use it where the cache of long contexts or large
                batches does not fit in memory.
     Not for:   a cache that another technique stores in its own way.

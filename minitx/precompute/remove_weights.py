@@ -300,6 +300,6 @@ def check_skipless(block: Part) -> None:
 #
 #   W_o stays: removing it too would take a second basis for the same hidden state. The paper's
 #   figure 3 drops both, which is another function (a test shows it).
-# - The paper's versions with residual adds (figure 4) are models to train anew, not rewrites.
+# - The paper's versions with residual adds (figure 4) need training from scratch.
 # - Arithmetic is float64, rounded once. The condition number of each removed matrix is in the tree:
 #   it tells how many digits float32 may lose.

@@ -21,7 +21,7 @@ def separate_signs(
     *,
     bits: Annotated[
         int | None,
-        "quantize weights to so many bits, sign included; default: keep floats",
+        "bits per quantized weight, sign included; default: keep floats",
         between(2, 8),
     ] = None,
     matrices: Annotated[

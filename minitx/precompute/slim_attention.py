@@ -220,6 +220,6 @@ def solve(w_k, w_v) -> tuple[np.ndarray, float]:
 # - With quantize_cache the rounding errors of the keys return in the values, multiplied by up to
 #   the condition number.
 # - Speed: minitx compare -m stories-relu --slim-attention max_condition=1e5; with stories-parallel;
-#   one BLAS thread. The longer the text, the slower with RoPE, which rotates all keys anew. For
-#   stories-relu the command prints "approximate", since rounding flips an argmax here and there (KL
-#   divergence 6e-9 nats per token).
+#   one BLAS thread. The longer the text, the slower with RoPE, which rotates all keys again for
+#   each token. For stories-relu the command prints "approximate", since rounding flips an argmax
+#   here and there (KL divergence 6e-9 nats per token).

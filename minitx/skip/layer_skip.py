@@ -174,7 +174,7 @@ def by_similarity(lm, units: list[Unit], count: int, texts) -> list[Unit]:
 
 
 def by_loss(lm, units: list[Unit], count: int, texts) -> list[Unit]:
-    """Greedy: after each removal, the loss without each of the remaining units is measured anew."""
+    """Greedy: after each removal, measure the loss without each of the remaining units again."""
     plan: list[Unit] = []
     for _ in range(count):
         rest = [unit for unit in units if unit not in plan]

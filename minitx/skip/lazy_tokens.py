@@ -116,7 +116,7 @@ class LazyStack(Part):
 
     inner: Part  # the dense stack
     keep: float
-    cuts: tuple  # a group ends after so many layers
+    cuts: tuple  # the numbers of layers after which a group ends
     random: np.ndarray | None = table(default=None)  # (L, context) scores of the baseline
 
     @property

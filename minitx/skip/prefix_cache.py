@@ -257,7 +257,7 @@ class PrefixStore(Part):
             self.blocks.move_to_end(key)
 
     def evict(self, nbytes: int) -> None:
-        """Evict the least recently used blocks until so many bytes fit."""
+        """Evict the least recently used blocks until this many bytes fit."""
         while self.held + nbytes > self.limit:
             _, block = self.blocks.popitem(last=False)
             self.total[0] -= block.nbytes

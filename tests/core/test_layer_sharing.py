@@ -1,6 +1,6 @@
 """Layer sharing: the same block in several places of the stack, as in ALBERT and Universal
-Transformers. Parts remember nothing, and each place has its own state, so nothing else is needed;
-these tests hold the core to that.
+Transformers. Parts are stateless and each place has its own state, so this works without further
+code; these tests hold the core to that.
 """
 
 from dataclasses import replace

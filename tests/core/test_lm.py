@@ -191,7 +191,7 @@ def test_end_of_text_stops_generation_and_is_not_returned():
     lm, calls = says([*text, END, 7, 8])
     assert lm.generate(IDS, 9) == list(lm.tokens(IDS, 9)) == text
     assert lm.generate("x", 9) == "".join(lm.stream("x", 9)) == "once"
-    assert calls[: len(text) + 2] == [(IDS, 9), *text, END]  # nothing is asked for behind the end
+    assert calls[: len(text) + 2] == [(IDS, 9), *text, END]  # nothing is requested after the end
     assert says([END])[0].generate("x") == ""
 
 

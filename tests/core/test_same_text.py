@@ -3,7 +3,7 @@ word. (That the numbers agree too is for test_contract.py, in float64.)
 
 Each story's beginning with what the dense model makes of it is read in one pass: every word of it
 has to be the most likely for the changed model too, which is what greedy decoding would choose.
-Some are told anew, one token after another; all of them, if it is the token loop that a technique
+Some are generated again, token by token; all of them, if it is the decoding loop that a technique
 swaps. Some are so slow in NumPy that fewer stories are read with them.
 """
 

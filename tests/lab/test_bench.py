@@ -305,14 +305,14 @@ def test_importing_minitx_adds_little_to_numpy():
 
 @pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (6,), (3, 6), (2, 1, 6)])
 @pytest.mark.parametrize("large", [0, 10**9])
-def test_scores_equal_products_with_every_row(monkeypatch, shape, large):
+def test_logits_equal_products_with_every_row(monkeypatch, shape, large):
     monkeypatch.setattr(fast, "LARGE", large)
     x, table = draw(*shape), draw(9, 6, seed=1)
-    found = ops.scores(x, table)
+    found = ops.logits(x, table)
     assert found.shape == (*shape[:-1], 9) and np.allclose(found, x @ table.T, rtol=1e-13)
-    single = ops.scores(x.astype(np.float32), table.astype(np.float32))
+    single = ops.logits(x.astype(np.float32), table.astype(np.float32))
     assert single.dtype == np.float32 and np.allclose(single, found, rtol=1e-4, atol=1e-5)
-    check(ops.scores, x, table)
+    check(ops.logits, x, table)
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (6,), (2, 1, 6), (3, 6), (2, 2, 6), (5, 6)])

@@ -1,4 +1,4 @@
-"""``minitx first-token``: what its prompts share, what it counts, and when it begins anew."""
+"""``minitx first-token``: what its prompts share, what it counts, when caches are cleared."""
 
 import json
 
@@ -73,7 +73,10 @@ def test_times_for_new_prompt_and_shared_prefix(monkeypatch):
     found = first_token(dense, changed, "", PLAN, bar=False)
     assert (found.new.dense, found.new.changed, found.new.ratio) == (25, 25, (1, 1, 1))
     assert (found.known.dense, found.known.changed, found.known.ratio) == (25, 5, (5, 5, 5))
-    rounds = [(False, 25), (True, 25)] + [(False, 25), (True, 5)] * 2  # every round begins anew
+    rounds = [(False, 25), (True, 25)] + [
+        (False, 25),
+        (True, 5),
+    ] * 2  # every round starts with empty caches
     assert seen == rounds * 2, "dense and changed take turns"
 
 

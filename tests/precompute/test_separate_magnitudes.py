@@ -73,7 +73,7 @@ def test_outputs_are_products_with_the_rebuilt_weights():
 
 
 def rounded(w, bits, groups):
-    """Plain rounding, a scale for each of so many groups of inputs."""
+    """Plain rounding, a scale for each of ``groups`` groups of inputs."""
     found = []
     for piece in np.array_split(w, groups):
         scale = abs(piece).max(0) / (2 ** (bits - 1) - 1)

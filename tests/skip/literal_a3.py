@@ -105,7 +105,7 @@ def filter_by_score(scores, threshold):
 
 
 def fixed_point(x, integer_bits, fraction_bits):
-    """The nearest number with so many integer and fraction bits."""
+    """The nearest number with these integer and fraction bits."""
     code = round(x * 2**fraction_bits)
     largest = 2 ** (integer_bits + fraction_bits) - 1
     return max(-largest, min(largest, code)) / 2**fraction_bits

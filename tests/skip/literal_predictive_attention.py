@@ -9,7 +9,7 @@ from fractions import Fraction
 
 
 def integer_code(x, bits):
-    """(codes, scale) of one vector: integers of so many bits, symmetric around 0."""
+    """(codes, scale) of one vector: integers of ``bits`` bits, symmetric around 0."""
     largest = 2 ** (bits - 1) - 1
     peak = max(abs(number) for number in x)
     scale = peak / largest if peak else 1.0

@@ -6,10 +6,10 @@ import math
 import literal_a3 as literal
 import numpy as np
 import pytest
-from qkv import random_qkv, run
+from qkv import check_long_prompt, check_padded_batch, random_qkv, run
 from tiny import stored, tiny_lm
 
-from minitx import fast, ops
+from minitx import ops
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.shared.sparse_attention import SparseAttention
@@ -186,28 +186,18 @@ def test_attention_equals_the_literal_version(settings, K):
 
 @each_setting
 def test_prompt_longer_than_a_block_equals_the_literal_version(settings):
-    """Three blocks of queries; the last query of each is compared."""
-    S = 2 * fast.ROWS + 9
-    q, k, v = random_qkv(3, S=S)
-    found = run(a3_part(**settings), q, k, v, (S,))
-    np.testing.assert_allclose(found, run(a3_part(**settings), q, k, v, (1,) * S), atol=1e-12)
-    for end in (fast.ROWS, fast.ROWS + 1, S):
-        last = q[:, end - 1 : end], k[:, :end], v[:, :end]
-        expected, _ = literal.attention(*(x.tolist() for x in last), 0.5, **settings)
-        np.testing.assert_allclose(found[:, end - 1 : end], expected, atol=1e-12)
+    check_long_prompt(
+        a3_part(**settings), lambda q, k, v: literal.attention(q, k, v, 0.5, **settings)[0]
+    )
 
 
 @each_setting
 @pytest.mark.parametrize("sizes", [(30,), (1,) * 30, (2, 20, 1, 7)])
 def test_padded_batch_equals_each_row_alone(settings, sizes):
-    start = np.array([0, 5, 18])
-    q, k, v = random_qkv(1, lead=(3,))
-    found = run(a3_part(**settings), q, k, v, sizes, Layer(30, start))
-    assert np.isfinite(found).all()
-    for i, first in enumerate(start):
-        row = (x[i, :, first:].tolist() for x in (q, k, v))
-        expected, _ = literal.attention(*row, 0.5, **settings)
-        np.testing.assert_allclose(found[i, :, first:], expected, atol=1e-12)
+    def literal_attention(q, k, v):
+        return literal.attention(q, k, v, 0.5, **settings)[0]
+
+    check_padded_batch(a3_part(**settings), literal_attention, (0, 5, 18), sizes)
 
 
 @pytest.mark.parametrize("rebuild", [0, 4])

@@ -187,7 +187,7 @@ def test_no_logit_exceeds_its_bound(dtype):
         assert P.dtype == u.dtype == dtype
         assert (u + slack >= z).all(), "a logit above its bound"
         top = int(P.argmax())
-        assert ops.scores(x, W[top : top + 1])[0] <= z.max() + slack, "low above the largest logit"
+        assert ops.logits(x, W[top : top + 1])[0] <= z.max() + slack, "low above the largest logit"
         small = 2e-2 if dtype == np.float32 else 1e-10
         assert slack < small * search.longest * np.linalg.norm(x), "slack that hides the bound"
 

@@ -2,7 +2,7 @@
 
 A sum of n products of a signed b-bit weight and a signed i-bit input, both symmetric around 0, is
 at most n (2^(b - 1) - 1) (2^(i - 1) - 1). An accumulator of 1 + log2(that + 1) bits, rounded up, is
-enough in any order and for any weights. With the weights at hand, the sum of their magnitudes
+enough in any order and for any weights. If the weights are known, the sum of their magnitudes
 replaces n (2^(b - 1) - 1), which takes fewer bits (A2Q's bound by the l1 norm, Colbert et al.,
 2023, arXiv 2308.13504).
 """

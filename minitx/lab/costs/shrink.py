@@ -72,8 +72,8 @@ class ShrinkCost:
             found.append("one query head in each group gains an identity; the others stay whole")
         if not self.unrotated:
             found.append(
-                "queries and keys are not shrunk; unrotated=NUMBER counts so many columns of each "
-                "head, which must not be rotated"
+                "queries and keys are not shrunk; unrotated=NUMBER counts that many columns of "
+                "each head, which must not be rotated"
             )
         return found
 

@@ -173,7 +173,7 @@ def unpack(bits: int, length: int):
 
 
 def groups(inputs: int, length: int) -> int:
-    """How many groups of ``length`` hold so many inputs."""
+    """The number of groups of ``length`` that hold all inputs."""
     return -(-inputs // length)
 
 

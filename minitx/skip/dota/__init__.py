@@ -50,7 +50,7 @@ def dota(
     parallel_queries: Annotated[
         int,
         "only for the event 'key loads' (keys that an accelerator fetches from memory if it runs "
-        "so many queries at once and they share a fetch); does not change the result",
+        "this many queries at once and they share a fetch); does not change the result",
         between(1, 8),
     ] = 4,
 ):

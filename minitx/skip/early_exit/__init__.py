@@ -66,7 +66,7 @@ def early_exit(
     first: Annotated[
         int, "layers that every token runs; measure=saturation: at least 2", at_least(1)
     ] = 1,
-    every: Annotated[int, "check the confidence after every so many layers", at_least(1)] = 1,
+    every: Annotated[int, "layers from one check of the confidence to the next", at_least(1)] = 1,
     warm_up: Annotated[int, "first tokens, prompt included, that run all layers", at_least(0)] = 0,
     seed: Annotated[int, "of measure=random", at_least(0)] = 0,
 ):

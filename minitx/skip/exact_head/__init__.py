@@ -138,11 +138,11 @@ class PreviewSearch(Part):
             return None, 0
         P, u = self.bounds(x)
         top = int(P.argmax())
-        low = float(ops.scores(x, self.rows[top : top + 1])[0])
+        low = float(ops.logits(x, self.rows[top : top + 1])[0])
         candidates = np.flatnonzero(u >= low - self.slack * largest)  # top is one of them
-        if len(candidates) > len(self.rows) // 8 + 1:  # gathering so many rows costs more than BLAS
+        if len(candidates) > len(self.rows) // 8 + 1:  # gathering more rows costs more than BLAS
             return None, 0
-        z = ops.scores(x, self.rows[candidates])  # (candidates,)
+        z = ops.logits(x, self.rows[candidates])  # (candidates,)
         return unique_argmax(z, candidates, self.tie * largest), len(candidates)
 
     def bounds(self, x):
@@ -197,7 +197,9 @@ def share_of_dense(lm, texts: Sequence, **options) -> float:
                 model.head.argmax(x)
                 tokens += 1
     if not tokens:
-        raise MinitxError("exact_head: there is no text to measure on; give at least one token.")
+        raise MinitxError(
+            "exact_head: expected at least one token of text to measure on, got none."
+        )
     config = lm.model.config
     return counts.total("model.head").multiply_adds / (tokens * config.vocab_size * config.width)
 

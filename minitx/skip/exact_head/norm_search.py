@@ -44,7 +44,7 @@ class NormSearch(Part):
             if longest * length < best - slack:
                 break
             block = self.rows[i * self.block : (i + 1) * self.block]
-            found.append(ops.scores(x, block))
+            found.append(ops.logits(x, block))
             best = max(best, float(found[-1].max()))
         z = np.concatenate(found)  # (rows read,)
         return unique_argmax(z, self.ids, slack), len(z)

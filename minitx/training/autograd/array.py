@@ -83,7 +83,7 @@ class Traced(np.lib.mixins.NDArrayOperatorsMixin):
     def __array__(self, *args, **options):
         raise MinitxError(
             "Expected a plain array, got a traced one: converting it would lose its gradient. Use "
-            "x.value if no gradient is needed, or only operations that have a gradient rule."
+            "x.value where you need no gradient, or only operations that have a gradient rule."
         )
 
     def __setitem__(self, index, new):
