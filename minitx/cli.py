@@ -6,10 +6,11 @@ commands.py does the work.
 
 import os
 import sys
+import warnings
 
 from minitx import commands
 from minitx.arguments import read_arguments
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, MinitxWarning
 
 BAD_INPUT = 2
 INTERRUPTED, CLOSED_PIPE = 130, 141  # as in a shell: 128 + the signal number
@@ -22,7 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     try:
         args = read_arguments(arguments)
-        status = args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", MinitxWarning)
+            warnings.showwarning = show_warning
+            status = args.run(args) or 0
         if sys.stdout:
             sys.stdout.flush()  # now, while an error can still be reported
         return status
@@ -38,6 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"{error.filename or 'output'}: {error.strerror or error}.", BAD_INPUT)
     except MemoryError:
         return fail("there is not enough memory for this.", BAD_INPUT)
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Notes of minitx as one line on stderr; other warnings as Python prints them."""
+    if issubclass(category, MinitxWarning):
+        commands.print_figures(f"minitx: note: {message}")
+    elif sys.stderr:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def fail(message: str, status: int) -> int:

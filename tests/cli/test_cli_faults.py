@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from test_training import write as write_recipe
 from tiny import tiny_model
 
 import minitx
-from minitx import cli
+from minitx import cli, commands
 from minitx.checkpoints.huggingface import write_model
 from minitx.cli import main
+from minitx.errors import MinitxWarning
 from minitx.technique import techniques
 from minitx.tree import map_weights
 
@@ -213,3 +215,15 @@ class TestProcess:
         monkeypatch.setenv("PYTHONIOENCODING", "ascii")
         out, err = (process := start("generate", "Zoë", "-m", "toy", "-n", "3")).communicate()
         assert process.returncode == 0 and out.startswith(b"Zo?") and b"Traceback" not in err
+
+
+# Warnings ----------------------------------------------------------------------------------------
+
+
+def test_a_warning_is_one_line_on_stderr_and_the_command_goes_on(run, monkeypatch):
+    def show(args):
+        warnings.warn("this check can never pay", MinitxWarning, stacklevel=2)
+        print("went on")
+
+    monkeypatch.setattr(commands, "show", show)
+    assert run("show", "-m", "toy") == (0, "went on\n", "minitx: note: this check can never pay\n")
