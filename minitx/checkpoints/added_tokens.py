@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
-from minitx.checkpoints.pre_tokenize import char_class, is_whitespace
+from minitx.checkpoints.pre_tokenize import WORD_CLASSES, fine_class, is_whitespace
 
 # The two zero-width joiners, and circled or squared letters: symbols with the Alphabetic property.
 _OTHER_WORD_CHARS = re.compile(
@@ -79,10 +79,14 @@ class _Matcher:
                 continue
             if token.single_word and _adjacent_to_word(text, start, stop):
                 continue
-            while token.lstrip and start > done and is_whitespace(text[start - 1]):
-                start -= 1
+            if token.lstrip:
+                while start > done and is_whitespace(text[start - 1]):
+                    start -= 1
+                start = max(start, done)  # the token before may have taken its whitespace
             while token.rstrip and stop < len(text) and is_whitespace(text[stop]):
                 stop += 1
+            if start >= stop:  # or even all of it
+                continue
             if done < start:
                 pieces.append(text[done:start])
             pieces.append(token.id)
@@ -98,7 +102,6 @@ def _adjacent_to_word(text: str, start: int, stop: int) -> bool:
 def _is_word_char(char: str) -> bool:
     r"""\w as Unicode defines it for regular expressions (UTS #18, annex C). Python's \w lacks
     combining marks and includes more numbers."""
-    category = unicodedata.category(char)
-    if char_class(char) == "A" or category[0] == "M" or category in ("Nd", "Nl", "Pc"):
-        return True
-    return _OTHER_WORD_CHARS.match(char) is not None
+    if unicodedata.category(char) in ("No", "Pc"):
+        return unicodedata.category(char) == "Pc"
+    return fine_class(char) in WORD_CLASSES or _OTHER_WORD_CHARS.match(char) is not None

@@ -52,9 +52,9 @@ _END = "<|endoftext|>"
 class Found:
     """The tokenizer of a folder.
 
-    file: what messages name; fields: those of a ``tokenizer.json``; added: the added tokens with
-    their final ids; named: the special tokens by their names ("eos_token"); splits_special: special
-    tokens in a text are not matched.
+    file: what messages name; fields: those of a ``tokenizer.json``; added: the added tokens in the
+    order in which they are added, with their ids; named: the special tokens by their names
+    ("eos_token"); splits_special: special tokens in a text are not matched.
     """
 
     file: Path
@@ -287,9 +287,10 @@ def _made(file: Path, fields: dict, config: dict, name: str) -> Found:
     named = {key: _content(token) for key, token in special.named.items()}
     if not made.keeps_post_processor or fields.get("post_processor") is None:
         fields["post_processor"] = _bos_and_eos_template(settings, named, added)
-    tokens = sorted(added.by_id.values(), key=lambda token: token.id)
-    fields["added_tokens"] = [vars(token) for token in tokens]
-    return Found(file, fields, tokens, named, settings.boolean("split_special_tokens", False))
+    fields["added_tokens"] = [vars(token) for token in added.history]
+    return Found(
+        file, fields, added.history, named, settings.boolean("split_special_tokens", False)
+    )
 
 
 def _bos_and_eos_template(
@@ -321,6 +322,7 @@ class _AddedVocabulary:
 
     file: Path
     vocab: dict
+    history: list[AddedToken] = field(default_factory=list)
     by_id: dict[int, AddedToken] = field(default_factory=dict)
     ids: dict[str, int] = field(default_factory=dict)
 
@@ -339,8 +341,10 @@ class _AddedVocabulary:
                     f"{'its id in the vocabulary' if id < size else 'the next free id'}, "
                     f"got {token.id}"
                 )
-            self.ids[token.content] = id
-            self.by_id[id] = replace(token, id=id)
+            token = replace(token, id=id)
+            if self.by_id.get(id) != token:
+                self.history.append(token)
+            self.ids[token.content], self.by_id[id] = id, token
 
 
 @dataclass
@@ -357,32 +361,34 @@ class _SpecialTokens:
     @classmethod
     def read(cls, folder: Path, config: dict, in_file: list[AddedToken], defaults: dict):
         file = folder / CONFIG
-        config = {"extra_special_tokens": config.get("additional_special_tokens")} | config
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+        more, extra = (extra, None) if isinstance(extra, dict) else ({}, extra)  # named, unnamed
         by_id: dict[int, AddedToken] = {}
         if "added_tokens_decoder" in config:
             decoder = JsonObject(file, config).object("added_tokens_decoder").fields
             by_id = {_index(file, id): _added_token(file, token) for id, token in decoder.items()}
-        else:
-            config = config | _special_tokens_map(folder, config)
-            by_id = _legacy_added_tokens(folder, config) | {token.id: token for token in in_file}
-        by_content = {token.content: token for token in by_id.values()}
+        else:  # older files
+            config = config | _special_tokens_map(folder)
+            new = config.get("extra_special_tokens")
+            if isinstance(new, list):
+                extra = [*(extra or []), *(token for token in new if token not in (extra or []))]
+            special = [*(config.get(key) for key in NAMED), *(extra or [])]
+            by_id = _legacy_added_tokens(folder, special) | {token.id: token for token in in_file}
+            if extra is None:
+                extra = config.get("additional_special_tokens")
+        if not isinstance(extra, list | None):
+            raise MinitxError(f"{file}: extra_special_tokens {abbreviate(extra)} must be a list.")
 
-        extra = config.get("extra_special_tokens") or []
-        named: dict[str, Special] = dict.fromkeys(NAMED) | defaults
-        for key, value in config.items():
-            if key in NAMED or (key.endswith("_token") and isinstance(value, str | dict)):
-                named[key] = _special(file, key, value)
-        if isinstance(extra, dict):
-            named |= {key: _special(file, key, value) for key, value in extra.items()}
-            extra = []
-        if not isinstance(extra, list):
-            raise MinitxError(f"{file}: extra_special_tokens {abbreviate(extra)} must be a list")
-        named = {key: value for key, value in named.items() if value is not None}
-        for key in NAMED:
-            if key in named:
-                named[key] = by_content.get(_content(named[key]), named[key])
+        named: dict[str, Special | None] = dict.fromkeys(NAMED) | defaults
+        named |= {key: value for key, value in config.items() if _is_named(key, value)} | more
+        by_content = {token.content: token for token in by_id.values()}
+        for key, value in named.items():
+            token = _special(file, key, value)
+            known = by_content.get(_content(token)) if key in NAMED and token is not None else None
+            named[key] = known or token
+        named = {key: token for key, token in named.items() if token is not None}
         listed = [replace(by_id[id], id=id) for id in sorted(by_id)]
-        return cls(listed, named, [_special(file, "extra_special_tokens", t) for t in extra])
+        return cls(listed, named, [_special(file, "extra_special_tokens", t) for t in extra or []])
 
     def to_add(self, there: _AddedVocabulary) -> list[AddedToken]:
         """The tokens to add, in order: all that are listed, then the others that are not there."""
@@ -398,28 +404,22 @@ class _SpecialTokens:
         return [token for token in found if token.content]
 
 
-def _special_tokens_map(folder: Path, config: dict) -> dict:
-    """The settings in special_tokens_map.json, which take precedence over ``config``'s."""
-    found = _optional_json(folder / "special_tokens_map.json")
-    if isinstance(found.get("extra_special_tokens"), list):
-        before = config.get("extra_special_tokens") or []
-        if isinstance(before, list):
-            new = [t for t in found["extra_special_tokens"] if t not in before]
-            found = found | {"extra_special_tokens": before + new}
-    elif not config.get("extra_special_tokens") and "extra_special_tokens" not in found:
-        found = found | {"extra_special_tokens": found.get("additional_special_tokens")}
-    return found
+def _special_tokens_map(folder: Path) -> dict:
+    """The settings in special_tokens_map.json, which take precedence over the others."""
+    file = folder / "special_tokens_map.json"
+    return {
+        key: _added_token(file, value | {"special": True}) if _has_content(value) else value
+        for key, value in _optional_json(file).items()
+    }
 
 
-def _legacy_added_tokens(folder: Path, config: dict) -> dict[int, AddedToken]:
-    """The tokens of added_tokens.json: text -> id."""
+def _legacy_added_tokens(folder: Path, special: list) -> dict[int, AddedToken]:
+    """The tokens of added_tokens.json (text -> id), some of which are special."""
     file = folder / "added_tokens.json"
-    extra = config.get("extra_special_tokens") or []
-    special = [config[key] for key in NAMED if config.get(key)] + list(extra)
-    special = {_content(_special(file, "a special token", token)) for token in special}
+    contents = {_content(token) for token in special if isinstance(token, Special)}
     return {
         _index(file, id): AddedToken(
-            content, None, special=content in special, normalized=content not in special
+            content, None, special=content in contents, normalized=content not in contents
         )
         for content, id in _optional_json(file).items()
     }
@@ -427,13 +427,26 @@ def _legacy_added_tokens(folder: Path, config: dict) -> dict[int, AddedToken]:
 
 def _special(file: Path, key: str, value) -> Special | None:
     """A special token: its text, or an object with its text and flags."""
-    if value is None or (isinstance(value, str) and _is_valid_unicode(value)):
+    if value is None or isinstance(value, AddedToken):
         return value
-    if isinstance(value, dict):
-        return _added_token(file, {"special": True} | value)
+    if isinstance(value, str) and _is_valid_unicode(value):
+        return value
+    if _has_content(value):
+        return _added_token(file, value)
     raise MinitxError(
         f"{file}: {key!r} is {abbreviate(value)}; expected the text of a token or an object."
     )
+
+
+def _has_content(value) -> bool:
+    return isinstance(value, dict) and "content" in value
+
+
+def _is_named(key: str, value) -> bool:
+    """Does the setting name a special token? Any "image_token" does, too."""
+    if key in NAMED or isinstance(value, Special):
+        return key.endswith("_token")
+    return key.endswith("_token") and _has_content(value) and value.get("__type") == "AddedToken"
 
 
 def _content(token: Special) -> str:

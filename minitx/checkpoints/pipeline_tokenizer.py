@@ -44,9 +44,10 @@ class Pipeline:
 class PipelineTokenizer(Tokenizer):
     """A tokenizer of these steps (the interface: ``tokenizer.py``).
 
-    added: tokens matched as literal strings before everything else; splits_special: the special
-    ones among them are not matched. bos, eos: ids, or None. fields: the ``tokenizer.json`` that
-    holds the same tokenizer, for writing it again.
+    added: tokens matched as literal strings before everything else. Of several with one id the last
+    one counts, but "special", and how a normalized one is decoded, hold from the first on.
+    splits_special: the special ones are not matched. bos, eos: ids, or None. fields: the
+    ``tokenizer.json`` that holds the same tokenizer, for writing it again.
     """
 
     def __init__(
@@ -60,17 +61,18 @@ class PipelineTokenizer(Tokenizer):
         fields: dict | None = None,
     ):
         self.pipeline, self.fields = pipeline, fields
-        self.added = sorted(added, key=lambda token: token.id)
+        self.added = [by_id for _, by_id in sorted({token.id: token for token in added}.items())]
         self.bos, self.eos, self.splits_special = bos, eos, splits_special
         self.adds_bos = bos is not None and pipeline.before[:1] == [bos]
-        special = {token.content: token.id for token in self.added if token.special}
+        special = {token.content: token.id for token in added if token.special}
         unmatched = frozenset(special.values() if splits_special else ())
         self._splitter = AddedTokenSplitter(self.added, pipeline.normalize, unmatched)
         self._tokens = {id: token for token, id in pipeline.model.vocab.items()}
         self.model_vocab_size = max(self._tokens, default=-1) + 1
-        for token in self.added:  # a normalized one is decoded from its normalized text
-            normalized = pipeline.normalize(token.content) if token.normalized else token.content
-            self._tokens[token.id] = normalized
+        self._tokens |= {token.id: token.content for token in self.added}
+        for token in added:
+            if token.normalized:
+                self._tokens[token.id] = pipeline.normalize(token.content)
         self.vocab_size = max(self._tokens, default=-1) + 1
         # By its text, as in the reference: one that normalization changes is not skipped.
         self.special_ids = frozenset(id for id, token in self._tokens.items() if token in special)

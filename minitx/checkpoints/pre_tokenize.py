@@ -35,6 +35,7 @@ _UNCASED, _MARK, LONG_S = "\x80", "\x81", "\x82"  # letters without case; combin
 LETTERS = rf"A-Za-z{_UNCASED}{LONG_S}"
 UPPER_OR_UNCASED, LOWER_OR_UNCASED = rf"A-Z{_UNCASED}", rf"a-z{_UNCASED}{LONG_S}"
 MARKS = _MARK
+WORD_CLASSES = (_UPPER, _LOWER, _UNCASED, _NUMBER, _MARK)
 
 _GPT2 = re.compile(
     rf"'(?:[stmd]|re|ve|ll)| ?[{LETTERS}]+| ?[0-9]+| ?[^\s{LETTERS}0-9]+|\s+(?!\S)|\s+", re.ASCII
@@ -87,13 +88,14 @@ def is_whitespace(char: str) -> bool:
 
 def char_class(char: str) -> str:
     """The class of a character: "A" letter, "0" number, tab whitespace, "!" anything else."""
-    found = _fine_class(char)
+    found = fine_class(char)
     if found in (_UPPER, _LOWER, _UNCASED):
         return "A"
     return _SYMBOL if found == _MARK else found
 
 
-def _fine_class(char: str) -> str:
+def fine_class(char: str) -> str:
+    """What stands for the class of a character: `LETTERS`, "0", a tab, `MARKS` or "!"."""
     if is_whitespace(char):
         return _SPACE
     category = unicodedata.category(char)
@@ -116,7 +118,7 @@ class _AsciiClasses(dict):
     """Code point -> what stands for its class, for ``str.translate``; filled on first use."""
 
     def __missing__(self, code: int) -> str | int:
-        self[code] = code if code < 128 else _fine_class(chr(code))
+        self[code] = code if code < 128 else fine_class(chr(code))
         return self[code]
 
 

@@ -160,6 +160,12 @@ def read_pre_tokenizer(file: Path, step) -> PreTokenizer:
     return in_turn([_read(step) for step in found])
 
 
+def needs_text_offsets(file: Path, step) -> bool:
+    """Does it matter to the pre-tokenizer where its first word stood before normalization?"""
+    found = steps(file, "pre_tokenizer", step, "pretokenizers")
+    return any(s.type == "Metaspace" and _read_metaspace(s).prepend == "first" for s in found)
+
+
 def in_turn(pre_tokenizers: list[PreTokenizer]) -> PreTokenizer:
     def split(words: list[str], at_start: bool) -> list[str]:
         for pre_tokenizer in pre_tokenizers:

@@ -21,7 +21,8 @@ from minitx.checkpoints.decoders import read_decoder
 from minitx.checkpoints.normalizers import read_normalizer
 from minitx.checkpoints.pipeline_tokenizer import Pipeline, PipelineTokenizer
 from minitx.checkpoints.post_processor import read_post_processor
-from minitx.checkpoints.pre_tokenizers import read_pre_tokenizer
+from minitx.checkpoints.pre_tokenizers import needs_text_offsets, read_pre_tokenizer
+from minitx.checkpoints.tokenizer_steps import steps
 from minitx.errors import MinitxError
 
 ADVICE = "the model alone can be loaded for token ids: tokenizer=False, or --no-tokenizer"
@@ -46,6 +47,7 @@ def _tokenizer(found: Found) -> PipelineTokenizer:
     file, fields = found.file, found.fields
     _reject_unknown_keys(file, fields)
     make_decoder, spells_bytes = read_decoder(file, fields.get("decoder"))
+    _need_offsets(file, fields)
     before, after = read_post_processor(file, fields.get("post_processor"))
     pipeline = Pipeline(
         normalize=read_normalizer(file, fields.get("normalizer")),
@@ -65,6 +67,14 @@ def _tokenizer(found: Found) -> PipelineTokenizer:
         splits_special=found.splits_special,
         fields=fields,
     )
+
+
+def _need_offsets(file: Path, fields: dict) -> None:
+    """Metaspace's "first" goes by where a word stood in the text, which most normalizers change."""
+    if needs_text_offsets(file, fields.get("pre_tokenizer")):
+        for step in steps(file, "normalizer", fields.get("normalizer"), "normalizers"):
+            if step.type != "NFC":
+                raise step.unsupported('no normalizer but NFC before a Metaspace "first"')
 
 
 def _bos_and_eos(found: Found, vocab: dict, before: list[int]) -> tuple[int | None, int | None]:
