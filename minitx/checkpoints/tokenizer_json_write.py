@@ -23,7 +23,7 @@ def write_tokenizer(tokenizer: PipelineTokenizer, folder) -> None:
             f"tokenizer must be a ByteLevelBPE to be written as tokenizer.json, got {kind}."
         )
     fields = _fields(tokenizer) if isinstance(tokenizer, ByteLevelBPE) else tokenizer.fields
-    fields = {"version": "1.0", "truncation": None, "padding": None} | fields
+    fields = {"version": "1.0"} | fields | {"truncation": None, "padding": None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,  # decoding must not remove spaces
@@ -40,8 +40,8 @@ def write_tokenizer(tokenizer: PipelineTokenizer, folder) -> None:
 
 
 def _name(tokenizer: PipelineTokenizer, id: int | None) -> str | None:
-    """The added token with this id. (To name another one would make it an added token.)"""
-    return {token.id: token.content for token in tokenizer.added}.get(id)
+    """The special token with this id. (Naming another one would make it special.)"""
+    return {token.id: token.content for token in tokenizer.added if token.special}.get(id)
 
 
 def _fields(tokenizer: ByteLevelBPE) -> dict:
