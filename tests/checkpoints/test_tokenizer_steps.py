@@ -3,10 +3,25 @@
 import pytest
 
 from minitx.checkpoints import decoders, normalizers, pre_tokenizers
+from minitx.checkpoints.added_tokens import AddedToken, AddedTokenSplitter
 from minitx.checkpoints.bpe import BPE
 from minitx.checkpoints.post_processor import read_post_processor
 
 SPACE = "\u2581"
+
+# Added tokens
+
+
+def test_added_tokens_share_no_whitespace():
+    """What one has stripped to its right is gone for the next, and may be all of it."""
+
+    def pieces(text, *tokens):
+        return AddedTokenSplitter(tokens, lambda text: text).split(text)
+
+    left, right = AddedToken("<l>", 1, lstrip=True), AddedToken("<r>", 2, rstrip=True)
+    assert pieces("a  <r>  <l>b", left, right) == ["a  ", 2, 1, "b"]
+    assert pieces("      ", AddedToken("  ", 3, lstrip=True, rstrip=True)) == [3]
+
 
 # Normalizers
 
