@@ -1,66 +1,107 @@
-"""Tables and paragraphs that fit a terminal of 100 columns."""
+"""Added tokens: literal strings such as "<|endoftext|>", split off before pre-tokenization.
+
+As in Hugging Face ``tokenizers``: tokens with ``normalized=False`` are matched first, in the raw
+text; the others are matched in the remaining pieces after normalization. The leftmost match wins;
+among matches at the same position, the longest.
+"""
+
+from __future__ import annotations
 
 import re
-import textwrap
+import unicodedata
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 
-COLUMNS = 100
-GAP = "  "  # between the columns of a table
+from minitx.checkpoints.pre_tokenize import WORD_CLASSES, fine_class, is_whitespace
+
+# The two zero-width joiners, and circled or squared letters: symbols with the Alphabetic property.
+_OTHER_WORD_CHARS = re.compile(
+    "[\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]"
+)
 
 
-def table(rows: list[list[str]], columns: int = COLUMNS) -> str:
-    """Rows of words as aligned columns: the first left-aligned, the others right-aligned.
+@dataclass(frozen=True)
+class AddedToken:
+    """One added token and its flags, as in ``tokenizer.json``."""
 
-    If that is wider than ``columns``, the headings (the first row) are broken into several lines;
-    if that is not enough, a long name in the first column stands on a line above its figures.
+    content: str
+    id: int
+    special: bool = True  # omitted by decode(..., skip_special=True)
+    lstrip: bool = False  # the match includes whitespace to its left
+    rstrip: bool = False  # and to its right
+    single_word: bool = False  # no match next to a word character
+    normalized: bool = False  # matched in the normalized text
+
+
+class AddedTokenSplitter:
+    """Splits text at added tokens: `split(text)` -> (normalized) text pieces and ids in order.
+
+    unmatched: ids of tokens whose text stays text.
     """
-    heading, *body = rows
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    if _total(widths) > columns and body:
-        below = [max(map(len, column)) for column in zip(*body)]
-        widths = [max(w, _longest_part(name)) for w, name in zip(below, heading)]
-    if _total(widths) > columns:
-        widths[0] = max(widths[0] - (_total(widths) - columns), 0)
-    lines = [_line(words, widths) for words in _broken(heading, widths)]
-    for name, *figures in body:
-        if len(name) > widths[0]:
-            lines.append(fit(name, columns))
-            name = ""
-        lines.append(_line([name, *figures], widths))
-    return "\n".join(lines)
+
+    def __init__(
+        self,
+        tokens: Iterable[AddedToken],
+        normalize: Callable[[str], str],
+        unmatched: Container[int] = (),
+    ):
+        self.normalize = normalize
+        tokens = list(tokens)
+        raw = {t.content: t for t in tokens if not t.normalized}
+        normalized = {normalize(t.content): t for t in tokens if t.normalized}
+        self._raw, self._normalized = _Matcher(raw, unmatched), _Matcher(normalized, unmatched)
+
+    def split(self, text: str) -> list[str | int]:
+        pieces: list[str | int] = []
+        for piece in self._raw.split(text):
+            if isinstance(piece, int):
+                pieces.append(piece)
+            else:
+                pieces += self._normalized.split(self.normalize(piece))
+        return pieces
 
 
-def _line(words: list[str], widths: list[int]) -> str:
-    name, *figures = (
-        word.rjust(w) if i else word.ljust(w) for i, (word, w) in enumerate(zip(words, widths))
-    )
-    return GAP.join([name, *figures]).rstrip()
+class _Matcher:
+    def __init__(self, tokens: dict[str, AddedToken], unmatched: Container[int]):
+        tokens.pop("", None)  # nothing is left of it after normalization
+        self.tokens, self.unmatched = tokens, unmatched
+        longest_first = sorted(tokens, key=len, reverse=True)  # "|" takes the first alternative
+        self.pattern = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
+
+    def split(self, text: str) -> list[str | int]:
+        if not self.pattern:
+            return [text] if text else []
+        pieces: list[str | int] = []
+        done = 0  # text[:done] is in `pieces`
+        for match in self.pattern.finditer(text):
+            token, (start, stop) = self.tokens[match.group()], match.span()
+            if token.id in self.unmatched:
+                continue
+            if token.single_word and _adjacent_to_word(text, start, stop):
+                continue
+            if token.lstrip:
+                while start > done and is_whitespace(text[start - 1]):
+                    start -= 1
+                start = max(start, done)  # the token before may have taken its whitespace
+            while token.rstrip and stop < len(text) and is_whitespace(text[stop]):
+                stop += 1
+            if start >= stop:  # or even all of it
+                continue
+            if done < start:
+                pieces.append(text[done:start])
+            pieces.append(token.id)
+            done = stop
+        return pieces + ([text[done:]] if done < len(text) else [])
 
 
-def _broken(heading: list[str], widths: list[int]) -> list[list[str]]:
-    """The lines of a heading, whose words are broken to fit; short ones stand at the bottom."""
-    cells = [textwrap.wrap(word, max(w, 1)) or [""] for word, w in zip(heading, widths)]
-    height = max(map(len, cells))
-    return [list(words) for words in zip(*([""] * (height - len(c)) + c for c in cells))]
+def _adjacent_to_word(text: str, start: int, stop: int) -> bool:
+    left, right = text[start - 1 : start] if start else "", text[stop : stop + 1]
+    return any(char and _is_word_char(char) for char in (left, right))
 
 
-def _longest_part(heading: str) -> int:
-    """The least width of a heading, which may be broken after a hyphen too."""
-    return max(map(len, re.split(r"\s+|(?<=-)", heading)))
-
-
-def _total(widths: list[int]) -> int:
-    return sum(widths) + len(GAP) * (len(widths) - 1)
-
-
-def fit(text: str, columns: int = COLUMNS, hanging: int | None = None) -> str:
-    """The text with its longer lines broken between words. hanging: by how many columns the second
-    and later lines of each are indented; default: as the first."""
-    return "\n".join(_fit_line(line, columns, hanging) for line in text.split("\n"))
-
-
-def _fit_line(line: str, columns: int, hanging: int | None) -> str:
-    if len(line) <= columns:
-        return line
-    later = re.match(" *", line)[0] if hanging is None else " " * hanging
-    options = dict(break_long_words=False, break_on_hyphens=False)
-    return textwrap.fill(line, columns, subsequent_indent=later, **options)
+def _is_word_char(char: str) -> bool:
+    r"""\w as Unicode defines it for regular expressions (UTS #18, annex C). Python's \w lacks
+    combining marks and includes more numbers."""
+    if unicodedata.category(char) in ("No", "Pc"):
+        return unicodedata.category(char) == "Pc"
+    return fine_class(char) in WORD_CLASSES or _OTHER_WORD_CHARS.match(char) is not None
