@@ -5,8 +5,8 @@
     with bar(12, "compare", unit="step") as progress:
         progress.update()
 
-A bar says what is done, ends at 100 % and is drawn only where somebody sees it: on stderr if that is
-a terminal. Into a file, a pipe or a notebook nothing is written.
+A bar says what is done, ends at 100 % and is drawn only where somebody sees it: on stderr, if that
+is a terminal. Nothing is written into a file, a pipe or a notebook.
 """
 
 import os
@@ -57,7 +57,10 @@ def _is_terminal() -> bool:
 
 
 def _columns() -> int:
-    return os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: a terminal without a size
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: it has no size
+    except OSError:
+        return 80
 
 
 def _bar_type() -> type:

@@ -9,11 +9,11 @@ from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
-from tqdm import tqdm
 
 from minitx import fast, ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import Attend
+from minitx.progress import bar
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
 from minitx.state import Layer
 from minitx.technique import at_least, between, swap, technique, wrap
@@ -287,8 +287,6 @@ def cosine_table(bits: int, bias: float) -> np.ndarray:
 
 # Offline: thresholds -----------------------------------------------------------------------------
 
-PROGRESS_AFTER = 1.0  # seconds before a progress bar appears
-
 
 def learn_thresholds(lm, p: float, texts, min_visible: int = 1) -> np.ndarray:
     """Thresholds (L, H) in float64, from the queries and keys of the dense model on these texts
@@ -300,7 +298,7 @@ def learn_thresholds(lm, p: float, texts, min_visible: int = 1) -> np.ndarray:
         return swap(attn, Attend, lambda dense: SampledAttend(dense, p, min_visible, found[index]))
 
     model = wrap(lm.model, "attn", change)
-    for ids in tqdm(texts, desc="elsa", unit="story", delay=PROGRESS_AFTER):
+    for ids in bar(texts, "elsa: learn thresholds", unit="text", delay=1.0):
         model.hidden(ids)
     if not any(map(np.size, found[0])):
         raise MinitxError(

@@ -6,16 +6,15 @@ CALM's early-exit classifier (Schuster et al., 2022, arXiv 2207.07061); the mode
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from minitx.errors import MinitxError
+from minitx.progress import bar
 from minitx.skip.early_exit.confidence import sigmoid
 from minitx.training.layerskip import record
 
 TEXTS = 24  # stories: about 5,000 tokens, which keeps it near a second for the shipped models
 NEWTON_STEPS = 8  # each about doubles the number of correct digits
 RIDGE = 1.0  # L2 penalty on the weights of the standardized features
-SHOWN_AFTER = 2.0  # seconds before a progress bar appears
 
 
 def train_exit_probe(lm, texts: Sequence) -> tuple[np.ndarray, float]:
@@ -41,7 +40,7 @@ def examples(lm, texts: Sequence) -> tuple[np.ndarray, np.ndarray]:
     token the same as after the last layer?"""
     model, recorded = record(lm.model)
     states, same = [], []
-    for text in tqdm(texts, desc="exit probe", unit="text", delay=SHOWN_AFTER):
+    for text in bar(texts, "early exit: train the probe", unit="text", delay=1.0):
         recorded.clear()
         model.hidden(lm.encode(text))
         predicted = [model.head(model.norm(h)).argmax(-1) for h in recorded]  # L times (T,)
