@@ -228,6 +228,6 @@ def test_bad_options_are_refused(options, message):
 
 def test_model_without_a_tokenizer_is_factorized_by_its_weights():
     lm = tiny_lm(tokenizer=None)
-    with pytest.raises(MinitxError, match="low_rank learns from calibration stories"):
+    with pytest.raises(MinitxError, match="low_rank learns from calibration text"):
         factorized(lm)
     assert nbytes(factorized(lm, weighted=False)) < nbytes(lm)
