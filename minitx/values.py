@@ -65,7 +65,7 @@ def between(low: float, high: float) -> Range:
     return Range(low, high)
 
 
-SEEDS = Range(0, 2**63 - 1, implied=True)  # of a random generator
+SEEDS = Range(0, 2**64 - 1, implied=True)  # of a random generator
 ANY_NUMBER = Range(-MOST, MOST, implied=True)
 
 
@@ -85,14 +85,15 @@ def as_number(value: Any, kind: type) -> Any:
 
 
 def need_seed(seed: Any, name: str = "seed") -> int:
-    """The seed of a random generator as a Python integer: unsigned integers of NumPy would wrap
-    around when something is added to them."""
+    """The seed of a random generator as a Python integer: one of NumPy's would wrap around when
+    something is added to it."""
     try:
         found = as_number(seed, int)
     except ValueError:
-        found = -1
-    if found not in SEEDS:
-        raise MinitxError(f"{name} must be an integer, {SEEDS}; got {abbreviate(seed)}.")
+        found = None
+    if found is None or found not in SEEDS:
+        expected = SEEDS.in_words() if found is not None and found > 0 else SEEDS
+        raise MinitxError(f"{name} must be an integer, {expected}; got {abbreviate(seed)}.")
     return found
 
 
