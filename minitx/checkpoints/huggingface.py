@@ -25,7 +25,7 @@ from minitx.checkpoints.hf_config import read_config
 from minitx.checkpoints.hf_config_write import config_fields
 from minitx.checkpoints.hf_weights import NAME_MAPS, TensorMap, is_buffer, tensor_maps
 from minitx.checkpoints.safetensors import TensorInfo, read_header, read_tensor
-from minitx.checkpoints.safetensors_write import write_safetensors
+from minitx.checkpoints.safetensors_write import need_stored_dtype, write_safetensors
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Transformer
@@ -170,6 +170,7 @@ def write_model(model: Transformer, folder, dtype: str = "F16") -> None:
     technique has changed the model's parts, if no architecture of transformers computes the same,
     or if a weight is not finite or overflows ``dtype``.
     """
+    need_stored_dtype(dtype)
     folder = Path(folder)
     fields = config_fields(model.config)
     weights = _plain_weights(model)

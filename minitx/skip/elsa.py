@@ -17,7 +17,7 @@ from minitx.model import Attend
 from minitx.progress import bar
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
 from minitx.state import Layer
-from minitx.technique import at_least, between, swap, technique, wrap
+from minitx.technique import SEEDS, at_least, between, swap, technique, wrap
 from minitx.tree import Part, float_type, part, table
 
 
@@ -40,7 +40,7 @@ def elsa(
     stories: Annotated[
         int,
         "calibration stories (with calibrate: passages of the text) to learn thresholds from",
-        at_least(1),
+        at_least(1, limit=1000),
     ] = 8,
     min_visible: Annotated[
         int,
@@ -48,7 +48,7 @@ def elsa(
         "and the sample says little",
         at_least(1),
     ] = 1,
-    seed: Annotated[int, "of the random projection", at_least(0)] = 0,
+    seed: Annotated[int, "of the random projection", SEEDS] = 0,
 ):
     """Select keys by comparing sign hashes, then score only those.
 

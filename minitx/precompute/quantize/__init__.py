@@ -49,7 +49,9 @@ def quantize(
     half_scales: Annotated[bool, "store scales as float16"] = False,
     awq: Annotated[bool, "activation-aware scaling (AWQ) before rounding"] = False,
     stories: Annotated[
-        int, "calibration stories (with calibrate: passages of the text) for awq", at_least(1)
+        int,
+        "calibration stories (with calibrate: passages of the text) for awq",
+        at_least(1, limit=1000),
     ] = 16,
 ):
     """Quantize weights to int8 or int4 with per-group scales.
