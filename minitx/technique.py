@@ -143,6 +143,7 @@ class Technique:
     after: tuple[str, ...] = ()  # techniques of the same level that are applied first
     demo: dict = field(default_factory=dict)  # options with which it acts on the tiny test models
     event: str | tuple[str, str] | None = None  # the event that it counts when it acts
+    presets: dict[str, dict] = field(default_factory=dict)  # named settings: preset=NAME
 
     def acted(self, events: dict[str, int]) -> bool:
         """Do the counted events show that it acted?"""
@@ -172,12 +173,14 @@ class Technique:
         return read_card(self.function.__doc__ or "")
 
     def checked(self, given: dict) -> dict:
-        """The options, checked and converted; MinitxError for an unknown name or a bad value."""
+        """The options, checked and converted, those of ``preset=NAME`` in its place; MinitxError
+        for an unknown name or a bad value."""
         options = self.options
         found = {}
-        for name, value in given.items():
+        for name, value in self.with_preset(given).items():
             if name not in options:
-                known = f"choose from {', '.join(options)}" if options else "it takes none"
+                names = [PRESET, *options] if self.presets else options
+                known = f"choose from {', '.join(names)}" if names else "it takes none"
                 raise MinitxError(f"{self.name} has no option {abbreviate(name)}; {known}.")
             try:
                 found[name] = options[name].check(value)
@@ -189,14 +192,32 @@ class Technique:
         expected = self.options[name].expected(given=value)
         return MinitxError(f"{self.name}: {name} must be {expected}; got {abbreviate(value)}.")
 
+    def with_preset(self, given: dict) -> dict:
+        """The options with those of the preset that they name, which the others override."""
+        if PRESET not in given or not self.presets:
+            return given  # ``checked`` refuses a preset by name if there are none
+        known, name = {"default": {}} | self.presets, given[PRESET]
+        if not isinstance(name, str) or name not in known:
+            near = get_close_matches(name, known, n=1) if isinstance(name, str) else []
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise MinitxError(
+                f"{self.name}: {PRESET} must be one of {', '.join(known)}{hint}; got "
+                f"{abbreviate(name)}."
+            )
+        return known[name] | {option: x for option, x in given.items() if option != PRESET}
+
     def read(self, words: Iterable[str]) -> dict:
-        """Parse options like ``threshold=0.95``."""
+        """Parse options like ``threshold=0.95``, and check them."""
+        return self.checked(self.parse(words))
+
+    def parse(self, words: Iterable[str]) -> dict:
+        """Parse options like ``threshold=0.95``; a preset stays a name."""
         found = {}
         for word in words:
             name, equals, text = word.partition("=")
             name = name.replace("-", "_")
             if name not in self.options:
-                found[name] = text  # ``checked`` refuses it by name
+                found[name] = text  # a preset; ``checked`` refuses others by name
                 continue
             if not equals:
                 raise MinitxError(f"{self.name}: expected {name}=VALUE, got {abbreviate(word)}.")
@@ -204,7 +225,7 @@ class Technique:
                 found[name] = self.options[name].read(text)
             except ValueError:
                 raise self.bad_value(name, text) from None
-        return self.checked(found)
+        return found
 
 
 def as_words(options: dict) -> str:
@@ -212,6 +233,7 @@ def as_words(options: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 
+PRESET = "preset"  # stands beside the options: --early-exit preset=paper
 REGISTRY: dict[str, Technique] = {}
 
 
@@ -223,6 +245,7 @@ def technique(
     after: tuple[str, ...] = (),
     demo: dict | None = None,
     event: str | tuple[str, str] | None = None,
+    presets: dict[str, dict] | None = None,
 ):
     """Decorator that registers a function as a technique. Its file or folder has the same name.
 
@@ -233,11 +256,15 @@ def technique(
     demo: options with which it acts on the tiny test models (default: the defaults), and event: the
     event that it then counts, or a pair where the first is counted less often than the second
     ("keys kept", "keys seen"). A technique without an event has acted if the logits changed
-    (approximate) or the tree did (exact)."""
+    (approximate) or the tree did (exact).
+
+    presets: named settings beside the defaults, such as ``{"aggressive": {"threshold": 0.5}}``,
+    used as ``preset=aggressive``; further options override those of the preset. The function itself
+    never sees the name."""
 
     def register(f):
         REGISTRY[f.__name__] = Technique(
-            f.__name__, level, exact, neutral, f, after, demo or {}, event
+            f.__name__, level, exact, neutral, f, after, demo or {}, event, presets or {}
         )
         return f
 

@@ -132,7 +132,7 @@ def read_json(path, limit: int = MAX_JSON_BYTES) -> dict:
 
 
 def read_npz(path, limit: int) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz`` file that takes at most ``limit`` bytes unpacked. MinitxError if the
+    """All arrays of an ``.npz`` file, at most ``limit`` bytes unpacked. MinitxError if the
     file cannot be read, ValueError if its contents are damaged or larger. Nothing is unpickled."""
     with open_file(path) as file:
         try:

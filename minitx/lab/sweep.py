@@ -45,13 +45,16 @@ class Point:
 
 
 def settings(technique: Technique, words: Sequence[str]) -> list[dict]:
-    """All combinations of values like ``threshold=0.9,0.95``; MinitxError for bad ones."""
+    """All combinations of values like ``threshold=0.9,0.95`` or ``preset=default,paper``;
+    MinitxError for bad ones."""
     names, values = [], []
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or not text:
             raise MinitxError(f"Expected option=value or option=value,value, got {word!r}.")
-        found = [technique.read([f"{name}={one}"]) for one in text.split(",")]
+        found = [technique.parse([f"{name}={one}"]) for one in text.split(",")]
+        for options in found:
+            technique.checked(options)
         names.append(next(iter(found[0])))
         values.append([options[names[-1]] for options in found])
     if len(set(names)) < len(names):
