@@ -4,6 +4,7 @@ The three model families differ only in which parts are selected here.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -108,7 +109,17 @@ def _embedding(c: Config, get: Get) -> tuple[Part, np.ndarray]:
 def _rope(c: Config, dtype) -> Part:
     if not c.rope_width:
         return NoRope()
-    return Rope(*ops.rope_tables(c.rope_width, c.context, c.rope_base, dtype))
+    return Rope(*ops.rope_tables(c.rope_width, c.context, c.rope_base, dtype, _rope_scaling(c)))
+
+
+def _rope_scaling(c: Config) -> Callable | None:
+    """What is done to the rotary frequencies, if anything."""
+    if c.rope_trained_context:
+        turns = dict(low=c.rope_low_turns, high=c.rope_high_turns, context=c.rope_trained_context)
+        return partial(ops.llama3_rope_scaling, factor=c.rope_factor, **turns)
+    if c.rope_factor != 1:
+        return partial(ops.linear_rope_scaling, factor=c.rope_factor)
+    return None
 
 
 def _norm(c: Config, path: str, get: Get) -> Part:

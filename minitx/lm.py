@@ -58,10 +58,11 @@ class LM(Part):
         """The completion of a prompt: text for text, a list of ids for ids, a list for a batch.
 
         It ends before the model's end-of-text token, or after ``max_new_tokens`` (default: fill the
-        context). The prompt is not repeated in the result. For sampling options see
-        ``decode.Sampler``. The prompts of a batch may differ in length (the longest one limits the
-        number of new tokens); row i equals what it would be alone, except for rounding in the last
-        bits of the logits, and is sampled with seed ``seed + i``.
+        context, or the limit in the folder's generation_config.json). The prompt is not repeated in
+        the result. For sampling options see ``decode.Sampler``. The prompts of a batch may differ
+        in length (the longest one limits the number of new tokens); row i equals what it would be
+        alone, except for rounding in the last bits of the logits, and is sampled with seed
+        ``seed + i``.
         """
         options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         if _is_batch(prompt):
@@ -149,7 +150,7 @@ class LM(Part):
         """The number of new tokens after a prompt of ``length``; refused if they do not fit."""
         room = self.model.config.context - length
         if wanted is None:
-            return room
+            return self.model.config.new_tokens(length)
         if not isinstance(wanted, Integral) or wanted < 0:
             raise MinitxError(f"max_new_tokens must be an integer >= 0, got {wanted!r}.")
         if wanted > room:
@@ -231,7 +232,7 @@ def _short(value) -> str:
 
 def load(
     name_or_path: str | Path,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | bool | None = None,
     dtype=np.float32,
     calibrate=None,
     **techniques,
@@ -239,11 +240,12 @@ def load(
     """Load a shipped model by name (``stories``), a Hugging Face folder, a llama2.c ``.bin`` file,
     or a folder that ``minitx precompute`` wrote.
 
-    tokenizer: the folder or file of the tokenizer, if it is not beside the model; without one, a
-    model still works on ids. dtype: float32, or float64 for tests. techniques: by name, True or a
-    dict of options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``. calibrate:
-    what techniques that calibrate read instead of stories: a text (``minitx.text.read_text`` reads
-    one from a file), or token ids, one list or several.
+    tokenizer: the folder or file of the tokenizer, if it is not beside the model. False: none, so
+    that the model works on ids only, whatever tokenizer files there are. dtype: float32, or float64
+    for tests. techniques: by name, True or a dict of options: ``load("stories", fold_norms=True,
+    ffn_skip={"threshold": 0.95})``. calibrate: what techniques that calibrate read instead of
+    stories: a text (``minitx.text.read_text`` reads one from a file), or token ids, one list or
+    several.
     Raises MinitxError if there is no such model or technique, or if a file is damaged.
     """
     from minitx.checkpoints.find import name_of, read_language_model

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from minitx.checkpoints.wrong_file import not_json
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.errors import abbreviate as abbreviate
@@ -30,35 +31,23 @@ MAX_TEXT_BYTES = 2**28
 MAX_ROPE_TABLE = 2**24  # a context of 131072 tokens at head width 128
 
 
-def parse_json(text: bytes):
-    """Strict JSON from UTF-8 bytes: no duplicate keys, no NaN, no integers over 20 digits.
+def parse_json(text: bytes, object_pairs_hook=None):
+    """The JSON value in UTF-8 bytes, as ``json.loads`` reads it. Raises only ValueError.
 
-    Raises only ValueError.
+    Every legal number is a value, whatever its size: whether it makes sense is judged by whoever
+    uses the field. Of equal keys the last one counts, unless ``object_pairs_hook`` objects.
     """
-
-    def reject_duplicates(pairs):
-        found = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {key!a} occurs twice")
-            found[key] = value
-        return found
-
-    def reject_constant(constant):
-        raise ValueError(f"{constant} is not JSON")
-
-    def bounded_int(digits):  # 20 digits hold any 64-bit integer; a million would take minutes
-        return int(digits) if len(digits) <= 20 else reject_constant(digits[:20] + "...")
-
     try:
         return json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=reject_duplicates,
-            parse_constant=reject_constant,
-            parse_int=bounded_int,
+            text.decode("utf-8"), object_pairs_hook=object_pairs_hook, parse_int=_parse_int
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _parse_int(digits: str) -> int | float:
+    """Converting a million digits to an int would take minutes; to a float (Inf) it takes none."""
+    return int(digits) if len(digits) <= 300 else float(digits)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -120,12 +109,11 @@ def _need_regular(path, mode: int) -> None:
 
 def read_json(path, limit: int = MAX_JSON_BYTES) -> dict:
     """The JSON object in the file ``path``; MinitxError if it is missing or not an object."""
+    text = read(path, limit)
     try:
-        content = parse_json(read(path, limit))
-    except MinitxError:
-        raise
+        content = parse_json(text)
     except ValueError as error:
-        raise MinitxError(f"{path}: is not valid JSON ({error}).") from None
+        raise not_json(path, text, error) from None
     if not isinstance(content, dict):
         raise MinitxError(f"{path}: expected a JSON object, got a {type(content).__name__}.")
     return content

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.checkpoints.common import abbreviate, open_file, parse_json
+from minitx.checkpoints.wrong_file import ENOUGH, wrong_file
 from minitx.errors import MinitxError
 
 # Bytes per value of every dtype, so that offsets can be checked even for tensors that are never
@@ -69,7 +70,8 @@ def read_header(path) -> SafetensorsHeader:
     with open_file(path) as file:
         status = os.fstat(file.fileno())
         size = status.st_size
-        length = _header_length(path, file.read(8), size)
+        length = _header_length(path, file.read(ENOUGH), size)
+        file.seek(8)
         text = file.read(length)
     entries = _parse_header(path, text)
     metadata = check_metadata(path, entries.pop("__metadata__", {}))
@@ -149,15 +151,17 @@ def widen(flat: np.ndarray, dtype: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------- checking
 
 
-def _header_length(path, first: bytes, size: int) -> int:
-    """The length of the header, checked against the file size."""
-    if len(first) < 8:
-        raise MinitxError(f"{path}: expected at least 8 bytes, got {size}; is the file truncated?")
-    length = int.from_bytes(first, "little")
+def _header_length(path, start: bytes, size: int) -> int:
+    """The length of the header, from the start of the file, checked against the file size."""
+    if len(start) < 8:
+        raise wrong_file(path, start) or MinitxError(
+            f"{path}: expected at least 8 bytes, got {size}; is the file truncated?"
+        )
+    length = int.from_bytes(start[:8], "little")
     if length > size - 8:
-        raise MinitxError(
+        raise wrong_file(path, start) or MinitxError(
             f"{path}: expected a header of {length} bytes, got {size - 8}; "
-            "the file is truncated or not safetensors."
+            "the file is truncated (download it again) or not safetensors."
         )
     if length > MAX_HEADER_BYTES:
         raise MinitxError(
@@ -166,10 +170,20 @@ def _header_length(path, first: bytes, size: int) -> int:
     return length
 
 
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    """The format allows each key once: of two entries for a tensor, which one counts?"""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!a} occurs twice")
+        found[key] = value
+    return found
+
+
 def _parse_header(path, text: bytes) -> dict:
     """The header as a dict."""
     try:
-        entries = parse_json(text)
+        entries = parse_json(text, object_pairs_hook=_without_duplicates)
     except ValueError as error:
         raise MinitxError(f"{path}: the header is not valid JSON ({error}).") from None
     if not isinstance(entries, dict):
@@ -212,8 +226,8 @@ def _check_entry(path, name: str, entry, data_begin: int, size: int) -> TensorIn
     begin, end = (data_begin + offset for offset in offsets)
     if end > size:
         raise MinitxError(
-            f"{where} ends at byte {end}, but the file has {size} bytes; the file is truncated or "
-            "its header is corrupt."
+            f"{where} ends at byte {abbreviate(end)}, but the file has {size} bytes; the file is "
+            "truncated (download it again) or its header is corrupt."
         )
     # Python integers do not overflow, so a product of huge dimensions cannot wrap around.
     if math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
