@@ -73,6 +73,13 @@ class Llama2cTokenizer(Tokenizer):
         raw = _RAW_BYTE.fullmatch(token)
         return bytes([int(raw[1], 16)]) if raw else token
 
+    def _check_id(self, id: int) -> None:
+        if not 0 <= id < self.vocab_size:
+            raise MinitxError(
+                f"token id {id} is outside the tokenizer's vocabulary of {self.vocab_size}; "
+                "use the tokenizer that belongs to the model"
+            )
+
     def _encode(self, data: bytes, special: bool) -> list[int]:
         ids = [_BOS] if special else []
         if data:
