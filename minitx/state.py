@@ -276,7 +276,8 @@ class State:
 
     layers: one ``Layer`` per block. position: tokens processed so far, padding included. tokens:
     those of this step. prompt: the length of the prompt, if known (for techniques that treat prompt
-    and generated tokens differently). start: (B,) the first real position of each sequence of a
+    and generated tokens differently). batch: the shape of the batch, () for one sequence; None
+    before the first tokens. start: (B,) the first real position of each sequence of a
     batch padded on the left, else None. remember=False: for a single pass over whole sequences
     (training), after which nothing is kept.
     """
@@ -286,6 +287,7 @@ class State:
         self.start = start
         self.capacity = capacity
         self.prompt: int | None = None
+        self.batch: tuple | None = None if start is None else start.shape
         self.tokens = Tokens(slice(0, 0), start)
         self.shared = Memory()
         self.layers = [Layer(capacity, start, remember, self.shared, i) for i in range(layers)]
@@ -301,6 +303,17 @@ class State:
             )
         self.tokens = Tokens(slice(self.position, end), self.start)
         return self.tokens
+
+    def need_batch(self, shape: tuple) -> None:
+        """Refuse ids (*shape, T) if the tokens before them were a batch of another shape: () for
+        one sequence, (B,) for B of them."""
+        if self.batch is None:
+            self.batch = shape
+        if shape != self.batch:
+            raise MinitxError(
+                f"The state belongs to a batch of shape {self.batch} and the ids to one of shape "
+                f"{shape} (() is a single sequence); use a new state."
+            )
 
     @property
     def cache_bytes(self) -> int:

@@ -2,8 +2,9 @@
 
 The contract runs a small sample (``sample``) that is always the same. To search further:
 
-    python tests/random_sets.py 1000 7        1,000 sets, drawn with the seed 7; prints what fails
-    python tests/random_sets.py case 7-12     one of them again
+    python tests/random_sets.py 1000 7            1,000 sets, drawn with seed 7; prints what fails
+    python tests/random_sets.py 1000 7 a3 dota    each with one of these techniques
+    python tests/random_sets.py case 7-12 [...]   one of them again
 """
 
 import random
@@ -11,16 +12,15 @@ import sys
 import traceback
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from tiny import KINDS, TOKENIZER, in_chunks, tiny_model
+from tiny import TOKENIZER, in_chunks, tiny_model
 
 from minitx import fast
 from minitx.errors import MinitxError, MinitxWarning
 from minitx.lm import LM, load
-from minitx.technique import Option, Technique, apply, decides, techniques
+from minitx.technique import Option, Technique, apply, decides, find, techniques
 
 # Kinds of blocks that no family has by itself.
 GROUPED = dict(width=24, heads=4, kv_heads=2, head_width=8)
@@ -57,10 +57,12 @@ class Case(NamedTuple):
 # Drawing -----------------------------------------------------------------------------------------
 
 
-def draw_case(seed: int, number: int, models=(*MODELS, *SHIPPED)) -> Case:
+def draw_case(seed: int, number: int, one_of=(), models=(*MODELS, *SHIPPED)) -> Case:
     rng = random.Random(f"{seed}-{number}")
     model = rng.choice(list(models))
     chosen = rng.sample(techniques(), rng.choice((1, 2, 2, 2, 3)))
+    if one_of and not {t.name for t in chosen} & set(one_of):
+        chosen[0] = find(rng.choice(one_of))
     wanted = {t.name: draw_options(t, rng) for t in chosen}
     tokens = rng.choice((258, 258, 4, 1))  # few different ones: many equal keys
     ids = np.array([rng.randrange(tokens) + 5 * (tokens < 9) for _ in range(40)])
@@ -199,11 +201,11 @@ def report(case: Case) -> str:
         return traceback.format_exc(limit=-4)
 
 
-def main(count: str, seed: str = "0") -> None:
+def main(count: str, seed: str = "0", *one_of: str) -> None:
     numbers = range(int(count)) if count != "case" else [int(seed.partition("-")[2])]
     refused = 0
     for number in numbers:
-        case = draw_case(int(seed.partition("-")[0]), number)
+        case = draw_case(int(seed.partition("-")[0]), number, one_of)
         found = report(case)
         refused += found.startswith("refused")
         if found and (count == "case" or not found.startswith("refused")):
