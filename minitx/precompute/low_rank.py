@@ -38,7 +38,7 @@ def low_rank(
         float, "added to the diagonal of X^T X, in units of its mean, if weighted", above(0, 100)
     ] = 0.01,
     matrices: Annotated[Literal["all", "ffn", "attention"], "which are factorized"] = "all",
-    stories: Annotated[int, "calibration stories, if weighted", at_least(1)] = 16,
+    stories: Annotated[int, "calibration stories, if weighted", at_least(1, limit=1000)] = 16,
 ):
     """Factorize each weight matrix by truncated SVD.
 

@@ -17,7 +17,7 @@ from minitx.shared.table_lookup import (
     replace_matrices,
     weight_and_bias,
 )
-from minitx.technique import at_least, between, technique
+from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, part
 
 ROWS = 1024  # most inputs that centroids are learned from
@@ -41,7 +41,7 @@ def lut_centroid(
     ] = None,
     head: Annotated[bool, "replace the output head too"] = False,
     stories: Annotated[int, "calibration stories", between(1, 1000)] = 16,
-    seed: Annotated[int, "seed of k-means", at_least(0)] = 0,
+    seed: Annotated[int, "seed of k-means", SEEDS] = 0,
 ):
     """Replace input segments by their nearest k-means centroids and look up their products.
 

@@ -29,7 +29,7 @@ def prune(
         "each M consecutive inputs of an output",
     ] = "output",
     matrices: Annotated[Literal["all", "ffn", "attention"], "which matrices are pruned"] = "all",
-    stories: Annotated[int, "calibration stories for wanda", at_least(1)] = 16,
+    stories: Annotated[int, "calibration stories for wanda", at_least(1, limit=1000)] = 16,
 ):
     """Zero the least important weights (magnitude, Wanda, or N:M).
 

@@ -29,7 +29,7 @@ def prune_structure(
     score: Annotated[
         Literal["activations", "weights"], "by calibration activations, or by weight norms"
     ] = "activations",
-    stories: Annotated[int, "calibration stories for activations", at_least(1)] = 16,
+    stories: Annotated[int, "calibration stories for activations", at_least(1, limit=1000)] = 16,
 ):
     """Remove the least important FFN neurons and attention heads from every block.
 

@@ -17,7 +17,7 @@ from minitx.model import Attend
 from minitx.shared.shapes_seen import score_shapes
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
 from minitx.state import Layer
-from minitx.technique import at_least, between, swap, technique, wrap
+from minitx.technique import SEEDS, at_least, between, swap, technique, wrap
 from minitx.tree import Part, float_type, part, table
 
 
@@ -39,14 +39,16 @@ def elsa(
         "subtracted from estimated angles, in radians; default: simulated for d and k",
         between(0, math.pi),
     ] = None,
-    stories: Annotated[int, "calibration stories to learn thresholds from", at_least(1)] = 8,
+    stories: Annotated[
+        int, "calibration stories to learn thresholds from", at_least(1, limit=1000)
+    ] = 8,
     min_visible: Annotated[
         int,
         "learn only from queries that see at least this many keys: with fewer, p/n is close to 1 "
         "and the sample says little",
         at_least(1),
     ] = 1,
-    seed: Annotated[int, "of the random projection", at_least(0)] = 0,
+    seed: Annotated[int, "of the random projection", SEEDS] = 0,
 ):
     """Select keys by comparing sign hashes, then score only those.
 

@@ -12,7 +12,7 @@ from minitx import fast, ledger, ops
 from minitx.model import Attend, Attention
 from minitx.shared.random_baseline import random_scores
 from minitx.state import Layer
-from minitx.technique import at_least, blocks_of, need, technique, wrap
+from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, table
 
 
@@ -34,7 +34,7 @@ def heavy_hitters(
     choose: Annotated[
         Literal["attention", "random"], "accumulated attention, or a random baseline"
     ] = "attention",
-    seed: Annotated[int, "of choose=random", at_least(0)] = 0,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Evict the cache rows with the least accumulated attention (H2O).
 

@@ -14,7 +14,7 @@ from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Stack
 from minitx.state import Layer
-from minitx.technique import at_least, blocks_of, need, technique, wrap
+from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, walk
 
 
@@ -42,8 +42,8 @@ def layer_skip(
         Literal["influence", "angular", "similarity", "greedy", "random", "last"] | None,
         "how they are selected; default: influence for layers, similarity for sub-layers",
     ] = None,
-    stories: Annotated[int, "calibration stories", at_least(1)] = 16,
-    seed: Annotated[int, "of choose=random", at_least(0)] = 0,
+    stories: Annotated[int, "calibration stories", at_least(1, limit=1000)] = 16,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Drop a fixed list of layers, or of attention and FFN sub-layers.
 

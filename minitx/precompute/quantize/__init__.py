@@ -44,7 +44,7 @@ def quantize(
     ] = "stream",
     half_scales: Annotated[bool, "store scales as float16"] = False,
     awq: Annotated[bool, "activation-aware scaling (AWQ) before rounding"] = False,
-    stories: Annotated[int, "calibration stories for awq", at_least(1)] = 16,
+    stories: Annotated[int, "calibration stories for awq", at_least(1, limit=1000)] = 16,
 ):
     """Quantize weights to int8 or int4 with per-group scales.
 

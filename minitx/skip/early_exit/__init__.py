@@ -28,7 +28,7 @@ from minitx.skip.early_exit.confidence import (
 )
 from minitx.skip.early_exit.kv_fill import CopyExitState, DeferLayers
 from minitx.state import State
-from minitx.technique import at_least, blocks_of, need, owner, swap, technique
+from minitx.technique import SEEDS, at_least, blocks_of, need, owner, swap, technique
 from minitx.tree import Part, part
 
 
@@ -68,7 +68,7 @@ def early_exit(
     ] = 1,
     every: Annotated[int, "layers from one check of the confidence to the next", at_least(1)] = 1,
     warm_up: Annotated[int, "first tokens, prompt included, that run all layers", at_least(0)] = 0,
-    seed: Annotated[int, "of measure=random", at_least(0)] = 0,
+    seed: Annotated[int, "of measure=random", SEEDS] = 0,
 ):
     """Stop at the first confident layer and backfill the KV cache.
 

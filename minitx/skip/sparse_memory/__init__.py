@@ -19,7 +19,7 @@ from minitx.skip.sparse_memory.kd_trees import KDTrees
 from minitx.skip.sparse_memory.lsh import random_lsh
 from minitx.skip.sparse_memory.nearest import LinearScan, top_k_of_candidates
 from minitx.state import Layer
-from minitx.technique import at_least, between, swap, technique
+from minitx.technique import SEEDS, at_least, between, swap, technique
 from minitx.tree import Part, float_type, part, walk
 
 
@@ -44,13 +44,13 @@ def sparse_memory(
         Literal["linear", "lsh", "kd-tree"], "what proposes the keys to score; linear: all slots"
     ] = "linear",
     bits: Annotated[int, "index=lsh: sign bits per hash table", between(1, 16)] = 8,
-    tables: Annotated[int, "index=lsh: hash tables", at_least(1)] = 40,
+    tables: Annotated[int, "index=lsh: hash tables", at_least(1, limit=1024)] = 40,
     augment: Annotated[bool, "index=lsh: hash lengths too, not only directions"] = True,
-    trees: Annotated[int, "index=kd-tree: randomized trees", at_least(1)] = 4,
+    trees: Annotated[int, "index=kd-tree: randomized trees", at_least(1, limit=64)] = 4,
     checks: Annotated[
         int | None, "index=kd-tree: keys to look at; None: until the search is exact", at_least(1)
     ] = 32,
-    seed: Annotated[int, "of the hyperplanes (lsh) or split dimensions (kd-tree)", at_least(0)] = 0,
+    seed: Annotated[int, "of the hyperplanes (lsh) or split dimensions (kd-tree)", SEEDS] = 0,
 ):
     """Attend to the top-k keys of a fixed-size memory with LRU eviction.
 
