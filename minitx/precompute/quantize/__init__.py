@@ -246,9 +246,7 @@ def quantize_matrix(
         codes = int4.join_nibbles(codes[:, 0::2], codes[:, 1::2])
     if channel_scales is not None:
         channel_scales = channel_scales.astype(w.dtype)
-    return QuantizedMatrix(
-        codes, scales, zero_points, channel_scales, inputs, bits, w.dtype.name
-    )
+    return QuantizedMatrix(codes, scales, zero_points, channel_scales, inputs, bits, w.dtype.name)
 
 
 def equal_groups(inputs: int, group_size: int | None, bits: int) -> tuple[int, int]:
