@@ -151,8 +151,8 @@ class LM(Part):
         wanted = number("max_new_tokens", wanted)
         if wanted > room:
             raise MinitxError(
-                f"A prompt of {length} tokens plus {abbreviate(wanted)} new ones exceeds the context "
-                f"of {length + room}; use a shorter prompt or at most {room} new tokens."
+                f"A prompt of {length} tokens plus {abbreviate(wanted)} new ones exceeds the "
+                f"context of {length + room}; use a shorter prompt or at most {room} new tokens."
             )
         return wanted
 

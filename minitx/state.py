@@ -70,10 +70,12 @@ class Tokens:
 
 
 class Memory:
-    """What techniques remember of a sequence, keyed by the part that owns it."""
+    """What techniques remember of a sequence, keyed by the part that owns it. step: the position at
+    which the current step began, if all blocks share this memory."""
 
     def __init__(self):
         self.kept: dict[Any, Any] = {}
+        self.step = 0
 
     def recall(self, owner: Any, make: Callable[[], Any]) -> Any:
         """The memory of ``owner``, made by ``make()`` the first time. It needs a method
@@ -126,7 +128,7 @@ class Layer:
 
     def take(self, T: int) -> "Layer":
         """Advance to the next T tokens; returns the layer. For running a block by hand."""
-        first = self.tokens.end
+        first = self.shared.step = self.tokens.end
         self.tokens = Tokens(slice(first, first + T), self.start)
         return self
 
@@ -302,6 +304,7 @@ class State:
                 f"{self.capacity}; use a shorter prompt or fewer new tokens."
             )
         self.tokens = Tokens(slice(self.position, end), self.start)
+        self.shared.step = self.position
         return self.tokens
 
     def need_batch(self, shape: tuple) -> None:
