@@ -365,9 +365,9 @@ def _warn_unused(chosen: Iterable[str]) -> None:
 def _check_rows(lm: LM, put: dict[type, str]) -> None:
     """Refuse a technique that needs every cache row together with one that frees rows."""
     parts = [node for _, node in walk(lm.model)]
-    freeing = next((node for node in parts if node.frees_rows), None)
-    needing = next((node for node in parts if node.needs_all_rows), None)
-    if freeing is not None and needing is not None:
+    freeing = [node for node in parts if node.frees_rows]
+    pairs = ((a, b) for a in parts if a.needs_all_rows for b in freeing if a is not b)
+    for needing, freeing in pairs:
         raise MinitxError(
             f"{owner(needing, put)} needs a cache row for every token, but {owner(freeing, put)} "
             "frees some; use one of the two."

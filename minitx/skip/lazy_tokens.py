@@ -111,6 +111,7 @@ class LazyStack(Part):
     # Declared for techniques that are combined with this one (tree.Part):
     decides = "step"  # the last token of a step selects for all
     frees_rows = True  # deep layers have no row for a pruned token
+    needs_all_rows = True  # but of the others every row: it knows which row it has stored where
     has_history = True  # the auxiliary cache
     one_sequence = True  # no batches of different lengths
 

@@ -29,7 +29,7 @@ from minitx.skip.early_exit.confidence import (
 from minitx.skip.early_exit.kv_fill import CopyExitState, DeferLayers
 from minitx.state import State
 from minitx.technique import SEEDS, at_least, blocks_of, need, owner, swap, technique
-from minitx.tree import Part, part
+from minitx.tree import Part, part, walk
 
 
 @technique(
@@ -156,6 +156,13 @@ class ExitingStack(Part):
     @property
     def blocks(self) -> tuple:
         return self.inner.blocks
+
+    @property
+    def one_sequence(self) -> bool:
+        """True: no batches in which sequences exit at different layers. There, a token that has
+        exited runs on with those of the others and its result is dropped; a part that remembers
+        more of what ran than keys and values would remember that too."""
+        return any(node.has_history for _, node in walk(self.inner))
 
     def __call__(self, x, state: State):
         """x (..., T, D) -> (..., T, D): the hidden state of each token after its last layer."""
