@@ -36,6 +36,7 @@ from minitx.model import (
     Transformer,
 )
 from minitx.tree import Part
+from minitx.values import need_float_dtype, need_seed
 
 Get = Callable[[str, tuple], np.ndarray]  # get(path in the tree, shape) -> that weight
 Init = Callable[[Config, np.random.Generator, type], Get]  # draws all weights of a model
@@ -92,7 +93,8 @@ def random_model(
 ) -> Transformer:
     """A model with seeded random weights. Training starts skipless models from another ``init``:
     see training/skipless_init.py."""
-    return build(config, init(config, np.random.default_rng(seed), dtype))
+    rng = np.random.default_rng(need_seed(seed))
+    return build(config, init(config, rng, need_float_dtype(dtype).type))
 
 
 def _embedding(c: Config, get: Get) -> tuple[Part, np.ndarray]:

@@ -34,7 +34,7 @@ from minitx.checkpoints.hf_weights import (
     why_missing,
 )
 from minitx.checkpoints.safetensors import TensorInfo, read_header, read_tensor
-from minitx.checkpoints.safetensors_write import write_safetensors
+from minitx.checkpoints.safetensors_write import need_stored_dtype, write_safetensors
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Transformer
@@ -237,6 +237,7 @@ def write_model(model: Transformer, folder, dtype: str = "F16") -> None:
     technique has changed the model's parts, if no architecture of transformers computes the same,
     or if a weight is not finite or overflows ``dtype``.
     """
+    need_stored_dtype(dtype)
     folder = Path(folder)
     fields = config_fields(model.config)
     weights = _plain_weights(model)

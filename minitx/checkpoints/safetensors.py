@@ -14,12 +14,12 @@ Format: https://github.com/huggingface/safetensors (README, "Format").
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from minitx.checkpoints.common import abbreviate, parse_json, unreadable
+from minitx.checkpoints.common import abbreviate, open_file, parse_json
 from minitx.checkpoints.wrong_file import ENOUGH, wrong_file
 from minitx.errors import MinitxError
 
@@ -42,12 +42,14 @@ MAX_DIMENSIONS = 32  # NumPy 1's limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The header entry of one tensor; ``begin`` and ``end`` count from the start of the file."""
+    """The header entry of one tensor; ``begin`` and ``end`` count from the start of the file.
+    ``version`` tells whether the file is still the one whose header was read."""
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    version: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,18 @@ def read_header(path) -> SafetensorsHeader:
     not valid JSON as above, or if its tensors overlap, leave gaps or do not fill the file.
     """
     path = Path(path)
-    try:
-        if not path.is_file():
-            raise MinitxError(f"{path}: there is no such file; expected a .safetensors file.")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = _header_length(path, file.read(ENOUGH), size)
-            file.seek(8)
-            text = file.read(length)
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with open_file(path) as file:
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        length = _header_length(path, file.read(ENOUGH), size)
+        file.seek(8)
+        text = file.read(length)
     entries = _parse_header(path, text)
     metadata = check_metadata(path, entries.pop("__metadata__", {}))
     data_begin = 8 + length
     tensors = {
-        name: _check_entry(path, name, entry, data_begin, size) for name, entry in entries.items()
+        name: replace(_check_entry(path, name, entry, data_begin, size), version=_version(status))
+        for name, entry in entries.items()
     }
     _check_contiguous(path, tensors, data_begin, size)
     return SafetensorsHeader(tensors, metadata)
@@ -125,13 +124,20 @@ def read_as_stored(path) -> dict[str, np.ndarray]:
 def _read_flat(path, name: str, info: TensorInfo, dtypes: dict[str, str]) -> np.ndarray:
     """The values of one tensor as stored, flat."""
     count = math.prod(info.shape)
-    try:
-        flat = np.fromfile(path, dtypes[info.dtype], count, offset=info.begin)
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if flat.size != count:  # the file has shrunk since its header was checked
-        raise MinitxError(f"{path}: tensor {name!a} ends early; the file is truncated.")
+    with open_file(path) as file:
+        changed = info.version and _version(os.fstat(file.fileno())) != info.version
+        file.seek(info.begin)
+        flat = np.fromfile(file, dtypes[info.dtype], 0 if changed else count)
+    if flat.size != count or changed:
+        raise MinitxError(
+            f"{path}: changed while it was read, at tensor {abbreviate(name)}; try again later."
+        )
     return flat
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def widen(flat: np.ndarray, dtype: str) -> np.ndarray:
