@@ -276,7 +276,10 @@ def test_any_value_in_any_field_is_rejected_or_loads(tmp_path, name):
         ("[1]", "expected a JSON object, got a list"),
         ('{"model_type": "llama", "rms_norm_eps": NaN}', "'rms_norm_eps' is nan; expected a pos"),
         ('{"model_type": "llama", "rms_norm_eps": 1e400}', "'rms_norm_eps' is inf; expected"),
-        ('{"model_type": "llama", "vocab_size": 1' + "0" * 99 + "}", "'vocab_size' is 10000"),
+        (
+            '{"model_type": "llama", "vocab_size": 1' + "0" * 99 + "}",
+            "'vocab_size' is an integer of",
+        ),
         ('{"model_type": "llama", "vocab_size": 1' + "0" * 99_999 + "}", "'vocab_size' is inf"),
         ("[" * 100_000, "nested too deeply"),
     ],
