@@ -2,7 +2,7 @@
 
     out/precomputed.json          its origin, and the tree of parts (parts.py)
     out/precomputed.safetensors   its arrays, in their in-memory dtypes
-    out/tokenizer.json (or .bin)  a copy of the tokenizer file
+    out/tokenizer.json (or .bin)  its tokenizer
 
 The folder is self-contained: loading needs neither the original checkpoint nor calibration text.
 """
@@ -20,6 +20,7 @@ from minitx.checkpoints.common import abbreviate, fingerprint, need_float_dtype,
 from minitx.checkpoints.parts import deserialize, serialize
 from minitx.checkpoints.safetensors import read_as_stored
 from minitx.checkpoints.safetensors_write import write_safetensors
+from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.errors import MinitxError
 from minitx.model import Transformer
 from minitx.tree import Part, float_type, walk
@@ -44,8 +45,8 @@ class Origin:
 def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> None:
     """Write the model and its decoding loop into the new ``folder``, which appears atomically.
 
-    tokenizer: the tokenizer file to copy, or None. Raises MinitxError if the folder exists, or if a
-    part cannot be serialized.
+    tokenizer: the file that lm's tokenizer was read from, or None. Raises MinitxError if the folder
+    exists, or if a part cannot be serialized.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
@@ -66,12 +67,20 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
         text = json.dumps(content | indices | {"entries": entries}, indent=1)
         (temporary / JSON_FILE).write_text(text + "\n", encoding="utf-8")
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, temporary / f"tokenizer{tokenizer.suffix}")
+            _write_tokenizer(lm.tokenizer, tokenizer, temporary)
         os.rename(temporary, folder)
     except OSError as error:
         raise MinitxError(f"{folder}: cannot be written ({error.strerror or error}).") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tokenizer(tokenizer, file: Path, folder: Path) -> None:
+    """The tokenizer that was read from `file`, in one file that needs no other to mean the same."""
+    if file.suffix == ".bin":
+        shutil.copyfile(file, folder / "tokenizer.bin")
+    else:
+        write_tokenizer(tokenizer, folder)
 
 
 def is_precomputed(folder: Path) -> bool:
