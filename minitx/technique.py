@@ -20,12 +20,11 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate, did_you_mean, nearest
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major, to_row_major
 from minitx.model import FFN, Attention, Block, Stack
@@ -207,8 +206,10 @@ class Technique:
         found = {}
         for name, value in given.items():
             if name not in options:
-                known = f"choose from {', '.join(options)}" if options else "it takes none"
-                raise MinitxError(f"{self.name} has no option {name!r}; {known}.")
+                known = f"choose from {', '.join(options)}." if options else "it takes none."
+                if near := nearest(name, options):
+                    known = f"did you mean {near!r}?"
+                raise MinitxError(f"{self.name} has no option {abbreviate(name)}; {known}")
             try:
                 found[name] = options[name].check(value)
             except ValueError:
@@ -288,9 +289,9 @@ def find(name: str) -> Technique:
     """The technique of that name (``ffn_skip`` or ``ffn-skip``)."""
     known, key = names(), name.replace("-", "_")
     if key not in known:
-        near = get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
-        raise MinitxError(f"There is no technique {name!r}; {hint}")
+        raise MinitxError(
+            f"There is no technique {abbreviate(name)}; {did_you_mean(key, sorted(known))}"
+        )
     importlib.import_module(known[key])
     return REGISTRY[key]
 

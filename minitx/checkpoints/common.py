@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.config import Config
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate  # noqa: F401 (used by the other readers)
 
 # Most values in one rotary table (cos or sin) that a config file alone can make us compute.
 MAX_ROPE_TABLE = 2**24  # a context of 131072 tokens at head width 128
@@ -93,12 +93,6 @@ def atomic_write(path):
             reason = error.strerror or error
             raise MinitxError(f"{path}: cannot be written ({reason}).") from None
         raise
-
-
-def abbreviate(value) -> str:
-    """A value as one ASCII line of at most 60 characters, for an error message."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def need_finite(path, name: str, array: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from itertools import islice
 import numpy as np
 
 from minitx.errors import MinitxError
+from minitx.lab.layout import table
 from minitx.technique import blocks_of
 from minitx.training.data import ORDINARY, PADDING, StoryEncoder
 from minitx.training.layerskip import record
@@ -296,14 +297,3 @@ def hops_name(hops: int) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows of words as aligned columns: the first left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            word.rjust(w) if i else word.ljust(w) for i, (word, w) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    )

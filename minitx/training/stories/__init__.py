@@ -22,7 +22,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate, one_of
 from minitx.training.stories.generator import StoryGenerator
 from minitx.training.stories.grades import GRADES, HOPS, KINDS, Grade, grade_from
 from minitx.training.stories.grammar import vocabulary
@@ -59,7 +59,7 @@ def stories(split: str, grade: Grade | str | dict, seed: int) -> Iterator[Story]
     Raises ``MinitxError`` for an unknown split or grade, or a seed that is not an integer >= 0.
     """
     if split not in SPLITS:
-        raise MinitxError(f"Unknown split {split!r}; expected one of {', '.join(SPLITS)}.")
+        raise MinitxError(f"Unknown split {abbreviate(split)}; {one_of(split, SPLITS)}")
     if type(seed) is not int or seed < 0:
         raise MinitxError(f"The seed of stories must be an integer >= 0, got {seed!r}.")
     return _sample(split, grade_from(grade), random.Random(seed).random)
