@@ -87,7 +87,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
     args, unknown = parser(flags).parse_known_args(words)
     if flags and not hasattr(args, "techniques"):
-        raise MinitxError(f"{args.parser.prog} takes no technique flags; remove {flags[0][0]}.")
+        raise MinitxError(f"{args.parser.prog} takes no techniques; remove {flags[0][0]}.")
     if flags:
         args.techniques = read_flags(flags)
     if not unknown:

@@ -208,7 +208,7 @@ class Technique:
             if name not in options:
                 known = f"choose from {', '.join(options)}." if options else "it takes none."
                 if near := nearest(name, options):
-                    known = f"did you mean {near!r}?"
+                    known += f" Did you mean {near!r}?"
                 raise MinitxError(f"{self.name} has no option {abbreviate(name)}; {known}")
             try:
                 found[name] = options[name].check(value)
