@@ -184,7 +184,10 @@ def explain(args) -> None:
         found = {"name": technique.name, "level": technique.level, "exact": technique.exact}
         print(
             json.dumps(
-                found | {"options": options, "summary": card.summary} | card.sections, indent=1
+                found
+                | {"options": options, "presets": technique.presets, "summary": card.summary}
+                | card.sections,
+                indent=1,
             )
         )
         return
@@ -201,13 +204,19 @@ def explain(args) -> None:
 
 
 def options_text(technique) -> str:
-    """One entry per option: its default, its meaning and its range."""
+    """One entry per option: its default, its meaning and its range; then the presets."""
+    from minitx.technique import as_words
+
     lines = []
     for option in technique.options.values():
         lines.append(f"  {option.name}={option.default}")
         lines.append(
             textwrap.indent(textwrap.fill(f"{option.meaning} ({option.expected()})", 90), 6 * " ")
         )
+    if technique.presets:
+        width = max(map(len, technique.presets))
+        lines.append("Presets (preset=NAME; further options override those of the preset):")
+        lines += [f"  {name:{width}}  {as_words(o)}" for name, o in technique.presets.items()]
     return "\n".join(lines) or "No options."
 
 

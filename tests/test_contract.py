@@ -2,12 +2,13 @@
 
 On small random models of three families and a skipless one. Where a technique refuses a family it
 says so in one sentence, and each of its settings fits one family at least. The settings are
-*neutral* (nothing changes), *default*, and *demo*, at which it provably acts here.
+*neutral* (nothing changes), *default*, *demo*, at which it provably acts here, and its presets.
 """
 
 import hashlib
 import itertools
 import random
+import re
 from functools import cache
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def settings(t) -> dict[str, dict]:
         del found["neutral"]
     if t.demo == {}:
         del found["default"]
-    return found
+    return found | {f"preset={name}": {"preset": name} for name in t.presets}
 
 
 @cache
@@ -304,6 +305,17 @@ def test_options_are_declared_and_defaults_are_valid(name):
     assert t.checked(t.demo) == t.demo
     assert t.exact or t.neutral is not None
     assert t.event is not None or t.level not in ("scores", "stack", "head", "decode")
+
+
+@each
+def test_presets_are_named_settings_that_differ_from_the_defaults(name):
+    t = ALL[name]
+    defaults = {o.name: o.default for o in t.options.values()}
+    assert "preset" not in defaults, "the word preset=NAME names a preset"
+    for preset, options in t.presets.items():
+        assert re.fullmatch(r"[a-z][a-z0-9-]*", preset) and preset != "default", preset
+        assert t.checked(options) == options == t.checked({"preset": preset})
+        assert defaults | options != defaults, f"preset {preset} of {name} is the default"
 
 
 @each

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import ledger
-from minitx.digest import digest
+from minitx.calibration import calibration_ids, remembered
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
 from minitx.shared.random_baseline import random_scores
@@ -28,8 +28,8 @@ from minitx.skip.early_exit.confidence import (
 )
 from minitx.skip.early_exit.kv_fill import CopyExitState, DeferLayers
 from minitx.state import State
-from minitx.technique import at_least, blocks_of, need, owner, swap, technique
-from minitx.tree import Part, part
+from minitx.technique import SEEDS, at_least, blocks_of, need, owner, swap, technique
+from minitx.tree import Part, part, walk
 
 
 @technique(
@@ -68,7 +68,7 @@ def early_exit(
     ] = 1,
     every: Annotated[int, "layers from one check of the confidence to the next", at_least(1)] = 1,
     warm_up: Annotated[int, "first tokens, prompt included, that run all layers", at_least(0)] = 0,
-    seed: Annotated[int, "of measure=random", at_least(0)] = 0,
+    seed: Annotated[int, "of measure=random", SEEDS] = 0,
 ):
     """Stop at the first confident layer and backfill the KV cache.
 
@@ -115,7 +115,7 @@ def early_exit(
         if measure == "saturation":
             return Saturation()
         if measure == "probe":
-            return ExitProbe(*probe_from_stories(lm))
+            return ExitProbe(*trained_probe(lm))
         return RandomConfidence(random_scores(L, context, seed))
 
     def change(model: Transformer) -> Transformer:
@@ -156,6 +156,13 @@ class ExitingStack(Part):
     @property
     def blocks(self) -> tuple:
         return self.inner.blocks
+
+    @property
+    def one_sequence(self) -> bool:
+        """True: no batches in which sequences exit at different layers. There, a token that has
+        exited runs on with those of the others and its result is dropped; a part that remembers
+        more of what ran than keys and values would remember that too."""
+        return any(node.has_history for _, node in walk(self.inner))
 
     def __call__(self, x, state: State):
         """x (..., T, D) -> (..., T, D): the hidden state of each token after its last layer."""
@@ -232,20 +239,12 @@ def note_exits(exits, depth: int, L: int) -> None:
 # Offline -----------------------------------------------------------------------------------------
 
 
-PROBES: dict[bytes, tuple] = {}  # of the last model, by its digest: a sweep trains one probe
+def trained_probe(lm) -> tuple[np.ndarray, float]:
+    """w and b of the exit probe, trained on calibration texts."""
+    from minitx.skip.early_exit.exit_probe import TEXTS, train_exit_probe  # only for this measure
 
-
-def probe_from_stories(lm) -> tuple[np.ndarray, float]:
-    """w and b of the exit probe, trained on calibration stories."""
-    from minitx.skip.early_exit.exit_probe import TEXTS, train_exit_probe
-    from minitx.training.calibration import texts_for  # only for this measure
-
-    key = digest(lm.model)
-    if key not in PROBES:
-        texts = texts_for("early_exit", lm, TEXTS, "use measure=softmax or saturation")
-        PROBES.clear()
-        PROBES[key] = train_exit_probe(lm, texts)
-    return PROBES[key]
+    texts = calibration_ids("early_exit", lm, TEXTS, "use measure=softmax or saturation")
+    return remembered("early_exit", lm, texts, (), lambda: train_exit_probe(lm, texts))
 
 
 # Notes:
