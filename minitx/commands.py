@@ -270,29 +270,31 @@ def sweep(args) -> None:
     from minitx.lab.compare import Workload
     from minitx.technique import find
 
+    if args.png is not None:
+        lab.check_picture(args.png)
     technique = find(args.name)
     chosen = lab.settings(technique, args.settings)
     work = Workload(stories=args.stories, chains=args.chains)
     points = lab.sweep(load(args), technique, chosen, work, args.grade)
-    if args.png:
-        lab.picture(points, f"{technique.name} on {args.model}", args.png)
     print(json.dumps(lab.as_dict(points), indent=1) if args.json else fit(lab.as_text(points)))
+    if args.png is not None:
+        lab.picture(points, f"{technique.name} on {args.model}", args.png)
 
 
 def compare_attention(args) -> None:
     from minitx.lab import attention_report
     from minitx.lab.compare_attention import Grid
     from minitx.lab.compare_attention import compare_attention as measure
-    from minitx.lab.sweep import need_pyplot
+    from minitx.lab.sweep import check_picture
 
-    if args.png:
-        need_pyplot()  # before minutes of work for a picture that cannot be drawn
+    if args.png is not None:
+        check_picture(args.png)
     options = ("chains", "tokens", "grade", "rounds", "methods")
     plan = Grid(shares=args.share, **{name: getattr(args, name) for name in options})
     found = measure(minitx.load(args.model, args.tokenizer), plan)
-    if args.png:
-        attention_report.picture(found, args.png)
     print_report(found, args.json)
+    if args.png is not None:
+        attention_report.picture(found, args.png)
 
 
 def cost(args) -> None:
@@ -303,6 +305,7 @@ def cost(args) -> None:
 
 
 def precompute(args) -> None:
+    from minitx.checkpoints.common import need_new_folder
     from minitx.checkpoints.find import locate, tokenizer_path
     from minitx.checkpoints.precomputed import Origin, write_precomputed
 
@@ -311,10 +314,11 @@ def precompute(args) -> None:
             "Expected at least one technique to precompute, such as --fold-norms (minitx list "
             "shows them all)."
         )
+    need_new_folder(Path(args.out))
+    path = locate(args.model)
     began = time.perf_counter()
     lm = load(args)
     took = time.perf_counter() - began
-    path = locate(args.model)
     origin = Origin(args.model, flags_text(args))
     write_precomputed(lm, args.out, origin, tokenizer_path(path, args.tokenizer))
     size = sum(file.stat().st_size for file in Path(args.out).iterdir())

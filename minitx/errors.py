@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 LONGEST_MESSAGE, LONGEST_VALUE = 400, 60  # characters
 
+
 class MinitxError(ValueError):
     """Bad input. The message is one sentence: what was expected, what was found, what to do.
 

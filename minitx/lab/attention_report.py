@@ -9,7 +9,7 @@ from minitx.lab.attention_baselines import BASELINES
 from minitx.lab.attention_published import NOTES, PUBLISHED
 from minitx.lab.compare_attention import AttentionComparison, Point, Quality, bytes_read
 from minitx.lab.evaluate import hops_name, percent, table
-from minitx.lab.sweep import HEIGHT, WIDTH, letter, need_pyplot, scale
+from minitx.lab.sweep import HEIGHT, WIDTH, check_picture, letter, scale
 
 Series = dict[str, list[tuple[float, float]]]  # points (x, y) by the name of their method
 
@@ -190,7 +190,7 @@ def chart(series: Series, below: str) -> str:
 
 def picture(c: AttentionComparison, path) -> None:
     """The curves as a PNG file; needs the ``plot`` extra."""
-    pyplot = need_pyplot()
+    pyplot = check_picture(path)
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 5))
     draw(left, masses(c), "share of keys kept", "share of the attention mass kept")
     draw(middle, accuracies(c), "share of keys kept", "accuracy of answers")
