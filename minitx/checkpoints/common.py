@@ -221,6 +221,35 @@ def need_writable_folder(folder: Path) -> None:
         raise unwritable(folder, error) from None
 
 
+def need_writable_file(path: Path) -> None:
+    """See that a file of this name can be written: before long work, not after."""
+    try:
+        if path.is_dir():
+            raise MinitxError(f"{path} is a folder; give the name of a file.")
+        if path.exists() and not path.is_file():
+            raise MinitxError(f"{path} is not a regular file; give the name of a new one.")
+        if not path.parent.is_dir():
+            raise MinitxError(f"{path}: there is no folder {path.parent}; create it first.")
+        probe = temporary_name(path)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def need_new_folder(folder: Path) -> None:
+    """See that there is no such folder, and that it can be created: before long work."""
+    if os.path.lexists(folder):
+        raise MinitxError(f"{folder} already exists; give the name of a new folder.")
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    try:
+        probe = above / temporary_name(folder).name
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
 def need_finite(path, name: str, array: np.ndarray) -> np.ndarray:
     """Returns ``array`` if all its values are finite; raises MinitxError otherwise."""
     if not np.isfinite(array).all():

@@ -9,7 +9,7 @@ from minitx.checkpoints import auto_tokenizer
 from minitx.checkpoints.common import unreadable
 from minitx.checkpoints.precomputed import is_precomputed, read_origin, read_precomputed
 from minitx.decode import Autoregressive
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate, nearest
 from minitx.model import Transformer
 from minitx.tree import Part
 
@@ -33,9 +33,11 @@ def locate(name_or_path) -> Path:
     ``./name`` or a ``Path`` is always a path. Raises MinitxError if it does not exist."""
     path = _resolve(name_or_path, "model")
     if not _exists(path):
+        near = nearest(str(name_or_path), shipped())
+        hint = f" Did you mean {near!r}?" if near else ""
         raise MinitxError(
-            f"There is no model {str(name_or_path)!r}: expected a folder, a file, or one of the "
-            f"shipped models ({', '.join(sorted(shipped())) or 'none found'})."
+            f"There is no model {abbreviate(str(name_or_path))}: expected a folder, a file, or one "
+            f"of the shipped models ({', '.join(sorted(shipped())) or 'none found'}).{hint}"
         )
     return path
 

@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from minitx.calibration import Calibrated
-from minitx.checkpoints.common import abbreviate, fingerprint, need_float_dtype, read_json
+from minitx.checkpoints.common import (
+    abbreviate,
+    fingerprint,
+    need_float_dtype,
+    need_new_folder,
+    read_json,
+)
 from minitx.checkpoints.parts import deserialize, serialize
 from minitx.checkpoints.safetensors import read_as_stored
 from minitx.checkpoints.safetensors_write import write_safetensors
@@ -49,8 +55,7 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
     exists, or if a part cannot be serialized.
     """
     folder = Path(folder)
-    if os.path.lexists(folder):
-        raise MinitxError(f"{folder} already exists; give the name of a new folder.")
+    need_new_folder(folder)
     entries, arrays, indices = serialize(model=lm.model, decode=lm.decode)
     # In the same parent folder, where a rename is atomic.
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -7,13 +7,12 @@ not after an hour. Nothing is trained here.
 import json
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from minitx.checkpoints.common import read_json
 from minitx.config import Config
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate, did_you_mean
 from minitx.skip.dota.detector import check_rank
 from minitx.training.data import MAX_BRIDGES
 from minitx.training.stories.grades import KINDS, Grade, grade_from
@@ -127,10 +126,13 @@ def recipe_from(given: dict) -> Recipe:
     known = _checked(Recipe, given, "the recipe", RECIPE_RULES)
     stages = tuple(_stage(stage, f"stage {i + 1}") for i, stage in enumerate(known["stages"]))
     recipe = Recipe(**known | {"stages": stages})
-    names = [f.name for f in fields(Config)]
+    names = [f.name for f in fields(Config) if f.name not in ("bos", "eos")]
     for name in recipe.model:
-        if name not in names or name in ("bos", "eos"):
-            raise MinitxError(f"Unknown field {name!r} in the recipe's model{_hint(name, names)}.")
+        if name not in names:
+            raise MinitxError(
+                f"Unknown field {abbreviate(name)} in the recipe's model; "
+                f"{did_you_mean(name, names)}"
+            )
     try:
         config = Config(**{"vocab_size": 1} | recipe.model)
     except TypeError as error:
@@ -190,7 +192,8 @@ def _stage(given, where: str) -> Stage:
     for kind in known.get("until") or {}:
         if kind not in KINDS:
             raise MinitxError(
-                f"Unknown kind of answer {kind!r} in until of {where}{_hint(kind, KINDS)}."
+                f"Unknown kind of answer {abbreviate(kind)} in until of {where}; "
+                f"{did_you_mean(kind, KINDS)}"
             )
     return Stage(**known)
 
@@ -292,7 +295,9 @@ def _checked(cls, given, where: str, rules: dict[str, Rule]) -> dict:
         raise MinitxError(f"{_capitalized(where)} must be an object of fields, got {given!r}.")
     for name, value in given.items():
         if name not in rules:
-            raise MinitxError(f"Unknown field {name!r} in {where}{_hint(name, rules)}.")
+            raise MinitxError(
+                f"Unknown field {abbreviate(name)} in {where}; {did_you_mean(name, rules)}"
+            )
         is_valid, expected = rules[name]
         if not is_valid(value):
             raise MinitxError(f"Field {name!r} of {where} must be {expected}, got {value!r}.")
@@ -304,8 +309,3 @@ def _checked(cls, given, where: str, rules: dict[str, Rule]) -> dict:
 
 def _capitalized(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _hint(name: str, known) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"

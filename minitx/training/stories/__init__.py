@@ -22,7 +22,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-from minitx.errors import MinitxError, abbreviate
+from minitx.errors import MinitxError, abbreviate, one_of
 from minitx.training.stories.generator import StoryGenerator
 from minitx.training.stories.grades import GRADES, HOPS, KINDS, Grade, grade_from
 from minitx.training.stories.grammar import vocabulary
@@ -60,8 +60,7 @@ def stories(split: str, grade: Grade | str | dict, seed: int) -> Iterator[Story]
     Raises ``MinitxError`` for an unknown split or grade, or a seed that is not an integer >= 0.
     """
     if not isinstance(split, str) or split not in SPLITS:
-        expected = ", ".join(SPLITS)
-        raise MinitxError(f"Unknown split {abbreviate(split)}; expected one of {expected}.")
+        raise MinitxError(f"Unknown split {abbreviate(split)}; {one_of(str(split), SPLITS)}")
     seed = need_seed(seed, "The seed of stories")
     return _sample(split, grade_from(grade), random.Random(seed).random)
 

@@ -6,9 +6,8 @@ sentence or question that has weight 0, or is missing, never occurs.
 
 import math
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate, one_of
 
 # Kinds of sentences. "mention" contains an answer; "scene" and "chat" are distractors.
 SENTENCE_KINDS = (
@@ -151,11 +150,7 @@ def grade_from(source) -> Grade:
         return source
     if isinstance(source, str):
         if source not in GRADES:
-            near = get_close_matches(source, GRADES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise MinitxError(
-                f"Unknown grade {source!r}; expected one of {', '.join(GRADES)}.{hint}"
-            )
+            raise MinitxError(f"Unknown grade {abbreviate(source)}; {one_of(source, GRADES)}")
         return GRADES[source]
     if not isinstance(source, dict):
         raise MinitxError(f"A grade must be a name or an object of fields, got {source!r}.")
