@@ -10,7 +10,7 @@ import warnings
 
 from minitx import commands
 from minitx.arguments import read_arguments
-from minitx.errors import MinitxError, MinitxWarning
+from minitx.errors import MinitxError, MinitxWarning, one_line
 
 BAD_INPUT = 2
 INTERRUPTED, CLOSED_PIPE = 130, 141  # as in a shell: 128 + the signal number
@@ -53,7 +53,7 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
 
 def fail(message: str, status: int) -> int:
-    commands.print_figures(f"minitx: {message}")
+    commands.print_figures(f"minitx: {one_line(message)}")
     return status
 
 
