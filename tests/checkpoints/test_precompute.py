@@ -19,6 +19,7 @@ from minitx.checkpoints.precomputed import (
     JSON_FILE,
     Origin,
     read_precomputed,
+    signature,
     write_precomputed,
 )
 from minitx.errors import MinitxError
@@ -128,9 +129,12 @@ def test_unserializable_value_is_rejected(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def edited(folder, change):
+def edited(folder, change, sign=True):
+    """Change the JSON, and its fingerprint with it: so that the checks behind that are reached."""
     found = json.loads((folder / JSON_FILE).read_text())
     change(found)
+    if sign:
+        found["fingerprint"] = signature(found)
     (folder / JSON_FILE).write_text(json.dumps(found))
 
 
@@ -139,7 +143,7 @@ def first(found, part):
 
 
 EDITS = {
-    "version": lambda f: f.update(format=2),
+    "version": lambda f: f.update(format=1),
     "dtype": lambda f: f.update(dtype=4),
     "root": lambda f: f.update(model=10**6),
     "root is not a model": lambda f: f.update(model=0),
