@@ -346,7 +346,8 @@ def arrays_of(size=10):
 
 def test_checkpoint_round_trip(tmp_path):
     recipe, path = recipe_from(recipe_of(FIRST, SECOND)), tmp_path / "c.npz"
-    progress = Progress(1, 3, 9, 900, 1.5, [0.25], [{"stage": "first"}])
+    entry = {"stage": "first", "step": 6, "tokens": 600, "seconds": 1.0, "accuracy": {"who": 0.5}}
+    progress = Progress(1, 3, 9, 900, 1.5, [0.25], [entry | {"end": "steps"}])
     write_checkpoint(path, recipe, progress, arrays_of())
     got = {name: np.zeros(10, np.float32) for name in ("weights", "m", "v")}
     assert read_checkpoint(path, recipe, got) == progress
@@ -377,6 +378,37 @@ def test_damaged_checkpoint_is_refused(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(MinitxError, match="expected a training checkpoint"):
         read_checkpoint(path, recipe, arrays_of(500))
+
+
+PROGRESS = {
+    "stage": [99, -1, 3, True, 1.0, "1", None, [], {}, 2**63, 10**200],
+    "step": [7, -1, 6.0, "3", None, True, 10**30],
+    "total": [0, 100, -5, None, "9"],
+    "tokens": [-1, 1.5, "many", None],
+    "seconds": [-1.0, "1", None, [], 10**200],
+    "losses": [3, None, ["a"], [None], [10**200], {"a": 1}],
+    "log": [3, None, [3], [{}], [{"stage": "first"}], "text", {"a": 1}],
+    "errors": [3, [[1]], None],
+    "more": [1],
+}
+
+
+def test_checkpoint_with_an_impossible_progress_is_refused(tmp_path):
+    """``stage: 99`` is not a finished training."""
+    recipe, path = recipe_from(recipe_of(FIRST, SECOND)), tmp_path / "c.npz"
+    write_checkpoint(path, recipe, Progress(1, 3, 9, 900, 1.5), arrays_of())
+    read_checkpoint(path, recipe, arrays_of())
+    with np.load(path) as file:
+        kept = {name: file[name] for name in file.files}
+    whole = json.loads(kept["text"].tobytes())
+    for name, values in PROGRESS.items():
+        for value in values:
+            text = json.dumps(whole | {"progress": whole["progress"] | {name: value}})
+            kept["text"] = np.frombuffer(text.encode(), np.uint8)
+            np.savez(path, **kept)
+            with pytest.raises(MinitxError, match="delete (it|the file) to restart") as caught:
+                read_checkpoint(path, recipe, arrays_of())
+            assert str(path) in str(caught.value), f"{name}: {value!r}"
 
 
 def test_pickle_in_a_checkpoint_is_not_loaded(tmp_path):
