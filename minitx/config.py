@@ -59,10 +59,10 @@ class Config:
                 f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
                 "heads must be a multiple of kv_heads."
             )
-        if self.rope_base <= 0 or self.norm_eps < 0:
+        if not (self.rope_base > 1e-30 and 0 <= self.norm_eps < 1e6):  # or they over- or underflow
             raise MinitxError(
                 f"The configuration has rope_base = {self.rope_base:g} and norm_eps = "
-                f"{self.norm_eps:g}; expected a base above 0 and an epsilon of at least 0."
+                f"{self.norm_eps:g}; expected a base above 1e-30 and an epsilon from 0 to 1e6."
             )
         if self.rope_width % 2 or not 0 <= self.rope_width <= self.head_width:
             raise MinitxError(

@@ -194,6 +194,7 @@ def _run(model: Transformer, decode: Part) -> tuple[np.ndarray, list[int]]:
         warnings.simplefilter("ignore")
         state = model.new_state()
         logits = [model(step, state) for step in (ids[:-1], ids[-1:]) if step]
+        model(ids)  # without a cache
         new = list(decode(model, new_state(model, ids), ids, Sampler(), min(3, context - T)))
     for _, node in (*walk(model), *walk(decode)):
         node.forget()  # what it stored of this text

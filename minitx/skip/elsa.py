@@ -30,7 +30,7 @@ def elsa(
     threshold: Annotated[
         float | None, "one threshold t for all heads; nothing is learned, and p has no effect"
     ] = None,
-    bits: Annotated[int | None, "hash length k; default: the head width", between(1, 1024)] = None,
+    bits: Annotated[int | None, "hash length k; default: the head width", between(1, 512)] = None,
     angle_bias: Annotated[
         float | None,
         "subtracted from estimated angles, in radians; default: simulated for d and k",
