@@ -100,12 +100,13 @@ def test_small_limit_and_names_that_no_file_can_have(tmp_path):
 def test_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_bytes(b"12345")
-    real, contents = os.fstat, [b"12345", b"123"]
+    real, statuses = os.fstat, []
 
-    def shrinks(descriptor):  # once its size is known
-        status = real(descriptor)
-        path.write_bytes(contents.pop(0))
-        return status
+    def shrinks(descriptor):
+        statuses.append(real(descriptor))
+        if len(statuses) == 2:  # its size is known
+            path.write_bytes(b"123")
+        return statuses[-1]
 
     monkeypatch.setattr(common.os, "fstat", shrinks)
     with pytest.raises(MinitxError, match="changed while it was read"):
