@@ -1,10 +1,12 @@
 """The command line when something is wrong: one sentence and a status, never a traceback."""
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from tiny import tiny_model
 
 import minitx
 from minitx import cli, commands
+from minitx.arguments import read_arguments
 from minitx.checkpoints.huggingface import write_model
 from minitx.cli import main
-from minitx.errors import MinitxWarning
+from minitx.errors import MinitxError, MinitxWarning
 from minitx.technique import techniques
 from minitx.tree import map_weights
 
@@ -70,10 +73,10 @@ WRONG = [
     ),
     (["train", "good/recipe.json", "--time-limit", "-1"], "expected a number from 0 to .*got -1.0"),
     (["train", "good/recipe.json", "--time-limit", "nan"], "expected a number from 0 to .*got nan"),
-    (["train", "good/recipe.json", "--out", "notes.txt"], "notes.txt: cannot be created"),
+    (["train", "good/recipe.json", "--out", "notes.txt"], "notes.txt: cannot be written"),
     (["stories", "--grade", "\udcff"], "Unknown grade"),
     (["stories", "--split", "trian"], "expected one of train, calibration, evaluation"),
-    (["stories", "--seed", "-1"], "must be an integer >= 0, got -1"),
+    (["stories", "--seed", "-1"], "must be an integer, at least 0; got -1"),
     (["stories", "-n", "0"], "expected a number from 1 to .*got 0"),
     (["stories", "-n", "9" * 30], "expected a number from 1 to"),
 ]
@@ -88,6 +91,47 @@ def test_bad_input_is_one_sentence_and_status_2(run, workdir, words, message):
     assert (status, out) == (2, "")
     assert err.startswith("minitx: ") and err.count("\n") == 1 and err.endswith("\n")
     assert re.search(message, err), err
+
+
+NUMBERS = {
+    "generate x": ("-n", "-t", "--top-k", "--top-p", "--seed"),
+    "evaluate": ("--stories",),
+    "compare": ("--stories", "--chains"),
+    "first-token": ("--shared", "--own", "--prompts", "--rounds"),
+    "sweep elsa": ("--stories", "--chains"),
+    "compare-attention": ("--share", "--chains", "--tokens", "--rounds"),
+    "train x": ("--workers", "--time-limit"),
+    "stories": ("--seed", "--count"),
+}
+NASTY = (
+    "1e999999999", "-1e999999999", "9" * 5000, "9" * 10**5, "1/1e9", "1/" + "9" * 5000, "nan",
+    "9" * 5000 + "/1", "1/0", "inf", "", "x", "0x10", "1,", "\x1b[2J", "\n", "1e-999999999", "--",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NUMBERS)
+def test_number_of_any_length_is_read_or_refused_at_once(command):
+    """``--share 1e999999999`` is no integer of a billion digits."""
+    for flag in NUMBERS[command]:
+        for text in NASTY:
+            began = time.process_time()
+            try:
+                read_arguments([*command.split(), f"{flag}={text}"])
+            except MinitxError as error:
+                assert str(error).isprintable() and len(str(error)) <= 400
+            assert time.process_time() - began < 1, f"{flag} {text[:30]}"
+
+
+def test_endless_stdin_is_refused(workdir, monkeypatch):
+    monkeypatch.setattr("minitx.checkpoints.common.MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(commands.sys, "stdin", piped(b"x" * 1001))
+    with pytest.raises(MinitxError, match="at most 1,000 bytes on stdin"):
+        commands.read_stdin()
+
+
+def piped(content: bytes):
+    """What sys.stdin is when these bytes are piped in."""
+    return io.TextIOWrapper(io.BytesIO(content))
 
 
 def test_unknown_command_lists_the_commands(run):

@@ -418,6 +418,48 @@ def test_pickle_in_a_checkpoint_is_not_loaded(tmp_path):
         read_checkpoint(path, recipe_from(recipe_of(FIRST)), arrays_of())
 
 
+# Before the first step ----------------------------------------------------------------------------
+
+OBSTACLES = {
+    "a file where the folder should be": (lambda out: out.write_text("x"), "cannot be written"),
+    "a folder where a file should be": (
+        lambda out: (out / "config.json").mkdir(parents=True), "config.json: is no regular file",
+    ),
+    "another model": (lambda out: write_file(out / "config.json", "{}"), "contains a model"),
+    "another tokenizer": (lambda out: write_file(out / "tokenizer.json", "{}"), "contains a model"),
+    "another recipe": (lambda out: write_file(out / "recipe.json", "{}"), "is another recipe"),
+    "a broken link": (
+        lambda out: (out.mkdir(), (out / "checkpoint.npz").symlink_to("x")), "is no regular file",
+    ),
+}  # fmt: skip
+
+
+def write_file(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_cannot_be_written_is_refused_before_the_first_step(name, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("training has begun")
+
+    monkeypatch.setattr(train_module, "WorkerPool", never)
+    path, out = write(tmp_path / "in", recipe_of(FIRST)), tmp_path / "out"
+    make, words = OBSTACLES[name]
+    make(out)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(MinitxError, match=words):
+        train(path, out, bar=False)
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize("limit", [-1, float("nan"), "3", True, 10**400])
+def test_invalid_time_limit_is_refused(tmp_path, limit):
+    with pytest.raises(MinitxError, match="time_limit must be seconds >= 0"):
+        train(write(tmp_path, recipe_of(FIRST)), time_limit=limit, bar=False)
+
+
 @pytest.mark.parametrize("workers", [0, -1, 1.5, True])
 def test_invalid_number_of_workers_is_refused(tmp_path, workers):
     with pytest.raises(MinitxError, match="number of workers"):
