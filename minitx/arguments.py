@@ -7,7 +7,6 @@ import argparse
 import re
 import shutil
 import sys
-from fractions import Fraction
 
 import minitx
 from minitx import commands
@@ -425,8 +424,14 @@ def words(text: str) -> tuple[str, ...]:
 
 def shares(text: str) -> tuple[float, ...]:
     """Numbers like 0.25 or 1/4."""
+    return tuple(share(word) for word in words(text))
+
+
+def share(word: str) -> float:
+    """Not by ``Fraction``, for which 1e999999999 is an integer of a billion digits."""
+    part, slash, whole = word.partition("/")
     try:
-        return tuple(float(Fraction(word)) for word in words(text))
+        return float(part) / float(whole) if slash else float(part)
     except ZeroDivisionError:
         raise ValueError from None
 

@@ -93,10 +93,15 @@ def need_text(argument: str) -> str:
 
 def read_stdin() -> str:
     """The text on stdin, without its final line break."""
+    from minitx.checkpoints.common import MAX_TEXT_BYTES
+
     if not sys.stdin:
         raise MinitxError("There is no stdin to read the prompt from.")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)  # bounded: it may have no end
+        if len(content) > MAX_TEXT_BYTES:
+            raise MinitxError(f"Expected at most {MAX_TEXT_BYTES:,} bytes on stdin, got more.")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise MinitxError(
             f"Byte {error.start} on stdin is not valid UTF-8; give UTF-8 text."
