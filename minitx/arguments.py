@@ -238,14 +238,12 @@ def parser(flags=()) -> Parser:
         metavar="A,B",
         help="shares of the keys to keep (default 1/2,1/4,1/8)",
     )
-    chains = "number of token sequences, each a chain of stories (default 8)"
-    attention.add_argument("--chains", type=count, default=8, metavar="N", help=chains)
-    attention.add_argument(
-        "--tokens", type=count, metavar="N", help="tokens per chain (default: fill the context)"
-    )
-    attention.add_argument(
-        "--grade", default="full", help="difficulty of the stories (default full)"
-    )
+    chains = "token sequences: chains of stories, or windows of the text (default 8; of a text 2)"
+    attention.add_argument("--chains", type=count, metavar="N", help=chains)
+    tokens = "tokens per sequence (default: fill the context; of a text at most 512)"
+    attention.add_argument("--tokens", type=count, metavar="N", help=tokens)
+    attention.add_argument("--grade", help="difficulty of the stories (default full)")
+    add_text(attention)
     rounds = "timing rounds (default 15)"
     attention.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
     attention.add_argument("--png", metavar="FILE", help="also draw curves (needs minitx[plot])")

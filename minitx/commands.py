@@ -283,12 +283,17 @@ def compare_attention(args) -> None:
     from minitx.lab.compare_attention import Grid
     from minitx.lab.compare_attention import compare_attention as measure
     from minitx.lab.sweep import need_pyplot
+    from minitx.text import read_text
 
     if args.png:
         need_pyplot()  # before minutes of work for a picture that cannot be drawn
-    options = ("chains", "tokens", "grade", "rounds", "methods")
-    plan = Grid(shares=args.share, **{name: getattr(args, name) for name in options})
-    found = measure(minitx.load(args.model, args.tokenizer), plan)
+    text = None if args.text is None else read_text(args.text)
+    if args.grade and text:
+        raise MinitxError("--grade has no effect here: --text measures a text.")
+    options = {name: getattr(args, name) for name in ("tokens", "rounds", "methods")}
+    options |= dict(chains=args.chains or (8 if text is None else 2), grade=grade(args), text=text)
+    plan = Grid(shares=args.share, **options)
+    found = measure(minitx.load(args.model, args.tokenizer, **calibration(args)), plan)
     if args.png:
         attention_report.picture(found, args.png)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
