@@ -144,10 +144,11 @@ def calibration_ids(name: str, lm, count: int, instead: str = "") -> list[list[i
             f"{instead and f', or {instead}'}."
         )
     found = source.ids(lm, count)
-    if len(found) < count and source.name != STORIES:
+    if len(found) < count and isinstance(source, Passages):
         warnings.warn(
             f"{name} would calibrate on {count} passages of up to "
-            f"{max(map(len, found))} tokens, but {source.name} has {len(found)}; give more text.",
+            f"{max(map(len, found))} tokens, but {source.name} has only {len(found)}; give more "
+            "text.",
             MinitxWarning,
             stacklevel=2,
         )

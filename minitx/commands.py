@@ -35,8 +35,6 @@ def calibration(args) -> dict:
 
     if args.calibrate is None:
         return {}
-    if args.calibrate == "-" and getattr(args, "text", None) == "-":
-        raise MinitxError("Only one of --text and --calibrate can be read from stdin; give a file.")
     return {"calibrate": read_text(args.calibrate)}
 
 
@@ -56,12 +54,13 @@ def grade(args) -> str:
     return args.grade or "full"
 
 
-def check_measured(args) -> None:
-    """Refuse options that mean nothing with, or without, --text."""
-    of_stories = ("stories", "grade", "chains")
-    for name in of_stories if args.text is not None else ("tokens",):
+def check_measured(args, of_stories=("stories", "grade", "chains"), of_text=("tokens",)) -> None:
+    """Refuse options that mean nothing with, or without, --text; and stdin for two texts."""
+    if args.text == args.calibrate == "-":
+        raise MinitxError("Only one of --text and --calibrate can be read from stdin; give a file.")
+    for name in of_text if args.text is None else of_stories:
         if getattr(args, name, None):
-            other = "--text measures a text; use --tokens" if args.text else "it needs --text"
+            other = "it needs --text" if args.text is None else "--text measures a text"
             raise MinitxError(f"--{name} has no effect here: {other}.")
 
 
@@ -287,9 +286,8 @@ def compare_attention(args) -> None:
 
     if args.png:
         need_pyplot()  # before minutes of work for a picture that cannot be drawn
+    check_measured(args, of_stories=("grade",), of_text=())
     text = None if args.text is None else read_text(args.text)
-    if args.grade and text:
-        raise MinitxError("--grade has no effect here: --text measures a text.")
     options = {name: getattr(args, name) for name in ("tokens", "rounds", "methods")}
     options |= dict(chains=args.chains or (8 if text is None else 2), grade=grade(args), text=text)
     plan = Grid(shares=args.share, **options)
