@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         args = read_arguments(arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("always", MinitxWarning)
-            warnings.showwarning = show_warning
+            warnings.showwarning = show_once()
             status = args.run(args) or 0
         if sys.stdout:
             sys.stdout.flush()  # now, while an error can still be reported
@@ -42,6 +42,18 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"{error.filename or 'output'}: {error.strerror or error}.", BAD_INPUT)
     except MemoryError:
         return fail("there is not enough memory for this.", BAD_INPUT)
+
+
+def show_once():
+    """``show_warning``, once for each message: a sweep may repeat it for every setting."""
+    shown = set()
+
+    def show(message, *rest, **more) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            show_warning(message, *rest, **more)
+
+    return show
 
 
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -4,7 +4,7 @@ runs.
 The basis of ``minitx cost`` (cost.py): it needs no weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minitx.checkpoints.common import abbreviate, read_json
@@ -109,6 +109,8 @@ def read_shape(path, parallel: bool = False, encoders: bool = False) -> Shape:
     heads = size(c, "decoder_attention_heads", "num_attention_heads", "n_head", "num_heads")
     if c.positive_int("word_embed_proj_dim", width) != width:
         c.reject("word_embed_proj_dim", "these formulas do not cover")
+    if name == "t5":  # "gated-gelu" since version 1.1
+        kind = replace(kind, gated=c.string("feed_forward_proj", "relu").startswith("gated"))
     shape = Shape(
         kind=name,
         width=width,
