@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 
-from minitx import commands
+from minitx import progress
 from minitx.arguments import read_arguments
 from minitx.errors import MinitxError, MinitxWarning
 
@@ -47,13 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Notes of minitx as one line on stderr; other warnings as Python prints them."""
     if issubclass(category, MinitxWarning):
-        commands.print_figures(f"minitx: note: {message}")
+        progress.say(f"minitx: note: {message}")
     elif sys.stderr:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def fail(message: str, status: int) -> int:
-    commands.print_figures(f"minitx: {message}")
+    progress.close_all()
+    progress.say(f"minitx: {message}")
     return status
 
 

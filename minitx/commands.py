@@ -18,6 +18,7 @@ import numpy as np
 import minitx
 from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
+from minitx.progress import say
 from minitx.tree import nbytes, weights
 
 NOT_FINISHED = 3
@@ -46,12 +47,7 @@ def generate(args) -> None:
     if args.json:
         found = {"prompt": prompt, "text": text, "prompt_ids": ids, "ids": new, "seconds": took}
         print(json.dumps(found, indent=1))
-    print_figures(f"{len(new)} tokens in {took:.2f} s, {len(new) / took:.0f} tokens/s")
-
-
-def print_figures(text: str) -> None:
-    if sys.stderr:  # None if it is closed, and print would then take stdout
-        print(text, file=sys.stderr)
+    say(f"{len(new)} tokens in {took:.2f} s, {len(new) / took:.0f} tokens/s")
 
 
 def print_text(prompt: str, pieces: Iterable[str]) -> None:
@@ -99,9 +95,9 @@ def show(args) -> None:
         print(lm.model)
         if type(lm.decode) is not Autoregressive:  # a technique has replaced the decoding loop
             print(lm.decode)
-        print_figures(f"{total:,} weights, {nbytes(lm) / 1e6:.2f} MB in memory")
+        say(f"{total:,} weights, {nbytes(lm) / 1e6:.2f} MB in memory")
         if lm.folder and is_precomputed(lm.folder):
-            print_figures(read_origin(lm.folder))
+            say(read_origin(lm.folder))
 
 
 def list_techniques(args) -> None:
@@ -269,7 +265,7 @@ def precompute(args) -> None:
     origin = Origin(args.model, flags_text(args))
     write_precomputed(lm, args.out, origin, tokenizer_path(path, args.tokenizer))
     size = sum(file.stat().st_size for file in Path(args.out).iterdir())
-    print_figures(f"{args.out}: {size / 1e6:.2f} MB; offline work took {took:.2f} s")
+    say(f"{args.out}: {size / 1e6:.2f} MB; offline work took {took:.2f} s")
 
 
 def flags_text(args) -> str:

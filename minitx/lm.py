@@ -5,7 +5,7 @@ token, model.py computes its logits.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from minitx.decode import Autoregressive, Sampler, new_state
 from minitx.errors import MinitxError
 from minitx.memory_layout import to_column_major
 from minitx.model import Transformer
+from minitx.text import start_of
 from minitx.tree import Part, part
 
 Prompt = str | Sequence[int]
@@ -27,7 +28,9 @@ class LM(Part):
 
     tokenizer: has ``encode(text) -> ids`` and ``decode(ids) -> text`` (checkpoints/tokenizer.py);
     None for a model that is used with ids only. decode: the decoding loop, a part like any other.
-    folder: where the model was read from; further files of it may be there.
+    folder: where the model was read from; further files of it may be there. calibration: where
+    techniques take calibration ids from; None: stories. calibrated: what they were calibrated on
+    (calibration.py).
     """
 
     model: Transformer
@@ -35,11 +38,13 @@ class LM(Part):
     decode: Part = field(default_factory=Autoregressive)
     name: str = ""
     folder: Path | None = None
+    calibration: Any = None
+    calibrated: tuple = ()
 
     def logits(self, ids) -> np.ndarray:
         """Logits (T, V) of a sequence of ids (T,), or (B, T, V) of a batch (B, T); row t scores
         the token that follows ids[t]."""
-        return self.model(self._checked(ids))
+        return self.model(self.check_ids(ids))
 
     def generate(
         self,
@@ -85,7 +90,7 @@ class LM(Part):
     def pieces(self, tokens: Iterable[int], previous: int) -> Iterator[str]:
         """The text of a stream of ids, as ``stream`` yields it. ``previous``, the id before them,
         decides whether a leading space is written."""
-        self._need_tokenizer()
+        self.need_tokenizer()
         return _decoded(self.tokenizer, tokens, previous)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -93,23 +98,21 @@ class LM(Part):
         token if the model has one); ids are checked. An empty text starts from the beginning- or
         end-of-text token."""
         if not isinstance(prompt, str):
-            ids = self._checked(prompt)
+            ids = self.check_ids(prompt)
             if ids.ndim != 1:
                 raise MinitxError(
                     f"Expected one text or one list of token ids, got an array of shape "
                     f"{ids.shape}; for several prompts use generate."
                 )
             return ids.tolist()
-        self._need_tokenizer()
-        config = self.model.config
-        start = (config.eos if config.bos is None else (config.bos,))[:1]
-        return self._checked(self.tokenizer.encode(prompt) or start).tolist()
+        self.need_tokenizer()
+        return self.check_ids(self.tokenizer.encode(prompt) or start_of(self)).tolist()
 
     # Checks ---------------------------------------------------------------------------------------
 
-    def _checked(self, ids) -> np.ndarray:
-        """The ids as an array of integers; refused if empty, too long, or outside the
-        vocabulary."""
+    def check_ids(self, ids, any_length: bool = False) -> np.ndarray:
+        """The ids as an array of integers; refused if empty, outside the vocabulary, or longer than
+        the context (unless ``any_length``)."""
         try:
             array = np.asarray(ids)
         except ValueError:
@@ -135,7 +138,7 @@ class LM(Part):
                 f"Token id {bad} is outside the vocabulary of {config.vocab_size}; "
                 "is this the tokenizer that belongs to the model?"
             )
-        if array.shape[-1] > config.context:
+        if array.shape[-1] > config.context and not any_length:
             raise MinitxError(
                 f"The prompt has {array.shape[-1]} tokens but the context is {config.context}; "
                 "shorten it."
@@ -156,7 +159,8 @@ class LM(Part):
             )
         return int(wanted)
 
-    def _need_tokenizer(self) -> None:
+    def need_tokenizer(self) -> None:
+        """MinitxError for a model that has no tokenizer."""
         if self.tokenizer is None:
             raise MinitxError(
                 "This model has no tokenizer, so it takes token ids, not text; load it with "
@@ -226,14 +230,20 @@ def _short(value) -> str:
 
 
 def load(
-    name_or_path: str | Path, tokenizer: str | Path | None = None, dtype=np.float32, **techniques
+    name_or_path: str | Path,
+    tokenizer: str | Path | None = None,
+    dtype=np.float32,
+    calibrate=None,
+    **techniques,
 ) -> LM:
     """Load a shipped model by name (``stories``), a Hugging Face folder, a llama2.c ``.bin`` file,
     or a folder that ``minitx precompute`` wrote.
 
     tokenizer: the folder or file of the tokenizer, if it is not beside the model; without one, a
     model still works on ids. dtype: float32, or float64 for tests. techniques: by name, True or a
-    dict of options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``.
+    dict of options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``. calibrate:
+    what techniques that calibrate read instead of stories: a text (``minitx.text.read_text`` reads
+    one from a file), or token ids, one list or several.
     Raises MinitxError if there is no such model or technique, or if a file is damaged.
     """
     from minitx.checkpoints.find import name_of, read_language_model
@@ -242,8 +252,9 @@ def load(
     path = found.path
     folder = path if path.is_dir() else None
     lm = LM(found.model, found.tokenizer, found.decode, name_of(path), folder)
-    if not techniques:
+    lm = replace(lm, calibrated=found.calibrated)
+    if not techniques and calibrate is None:
         return to_column_major(lm)
     from minitx.technique import apply
 
-    return apply(lm, techniques)
+    return apply(lm, techniques, calibrate)

@@ -18,6 +18,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -25,8 +26,9 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from minitx.calibration import recording, source_of
 from minitx.checkpoints.common import abbreviate
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, MinitxWarning
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major, to_row_major
 from minitx.model import FFN, Attention, Block, Stack
@@ -343,9 +345,13 @@ def in_order(chosen: Iterable[Technique]) -> list[Technique]:
 # Applying techniques ------------------------------------------------------------------------------
 
 
-def apply(lm: LM, wanted: dict[str, dict | bool]) -> LM:
+def apply(lm: LM, wanted: dict[str, dict | bool], calibrate=None) -> LM:
     """Apply techniques to a language model: ``{name: options}``, True for the default options,
-    False to leave it out. MinitxError if one does not fit the model, or two cannot be combined."""
+    False to leave it out. calibrate: what techniques that calibrate read instead of stories: a text
+    or token ids (calibration.py); the result keeps it for techniques that are applied later.
+    MinitxError if one does not fit the model, or two cannot be combined."""
+    if calibrate is not None:
+        lm = replace(lm, calibration=source_of(lm, calibrate))
     chosen: dict[str, dict] = {}
     for name, options in wanted.items():
         if not isinstance(options, dict | bool):
@@ -361,18 +367,32 @@ def apply(lm: LM, wanted: dict[str, dict | bool]) -> LM:
     # For messages: which technique removed the last part of a type, and which introduced a type.
     taken: dict[type, str] = {}
     put: dict[type, str] = {}
+    before_all = lm.calibrated
     lm = replace(lm, model=to_row_major(lm.model))  # techniques work on row-major matrices
-    for t in in_order(map(find, chosen)):
-        before = kinds(lm)
-        try:
-            lm = t.function(lm, **chosen[t.name])
-        except NoSuchPart as error:
-            raise MinitxError(_why_not(t, error, taken, put)) from None
-        after = kinds(lm)
-        taken |= dict.fromkeys(before - after, t.name)
-        put |= dict.fromkeys(after - before, t.name)
+    with recording(lm) as calibrated:
+        for t in in_order(map(find, chosen)):
+            before = kinds(lm)
+            try:
+                lm = t.function(lm, **chosen[t.name])
+            except NoSuchPart as error:
+                raise MinitxError(_why_not(t, error, taken, put)) from None
+            after = kinds(lm)
+            taken |= dict.fromkeys(before - after, t.name)
+            put |= dict.fromkeys(after - before, t.name)
     _check_rows(lm, put)
-    return to_column_major(lm)
+    if calibrate is not None and not calibrated:
+        _warn_unused(chosen)
+    return to_column_major(replace(lm, calibrated=(*before_all, *calibrated)))
+
+
+def _warn_unused(chosen: Iterable[str]) -> None:
+    names = " and ".join(chosen)
+    does = "does not calibrate" if len(list(chosen)) == 1 else "do not calibrate"
+    warnings.warn(
+        f"{names} {does} at these settings; calibrate makes no difference.",
+        MinitxWarning,
+        stacklevel=3,
+    )
 
 
 def _check_rows(lm: LM, put: dict[type, str]) -> None:

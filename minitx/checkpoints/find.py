@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.checkpoints.common import unreadable
-from minitx.checkpoints.precomputed import is_precomputed, read_precomputed
+from minitx.checkpoints.precomputed import is_precomputed, read_origin, read_precomputed
 from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
 from minitx.model import Transformer
@@ -47,6 +47,7 @@ class LoadedModel:
     decode: Part  # the decoding loop
     tokenizer: object  # or None
     path: Path  # of the model
+    calibrated: tuple = ()  # what a precomputed model was calibrated on
 
 
 def read_language_model(name_or_path, tokenizer=None, dtype=np.float32) -> LoadedModel:
@@ -58,10 +59,11 @@ def read_language_model(name_or_path, tokenizer=None, dtype=np.float32) -> Loade
     where = tokenizer_path(path, tokenizer)
     if is_precomputed(path):
         model, decode = read_precomputed(path, dtype)
+        calibrated = read_origin(path).calibrated
     else:
-        model, decode = read_model_at(path, dtype), Autoregressive()
+        model, decode, calibrated = read_model_at(path, dtype), Autoregressive(), ()
     found = None if where is None else read_tokenizer_for(where, model)
-    return LoadedModel(model, decode, found, path)
+    return LoadedModel(model, decode, found, path, calibrated)
 
 
 def name_of(path: Path) -> str:

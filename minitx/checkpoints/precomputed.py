@@ -10,11 +10,12 @@ The folder is self-contained: loading needs neither the original checkpoint nor 
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from minitx.calibration import Calibrated
 from minitx.checkpoints.common import abbreviate, fingerprint, need_float_dtype, read_json
 from minitx.checkpoints.parts import deserialize, serialize
 from minitx.checkpoints.safetensors import read_as_stored
@@ -29,10 +30,12 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Origin:
-    """How the folder was made: the model that was loaded, and the flags."""
+    """How the folder was made: the model that was loaded, the flags, and what techniques were
+    calibrated on."""
 
     model: str
     flags: str
+    calibrated: tuple[Calibrated, ...] = ()
 
     def __str__(self) -> str:
         return f"made by: minitx precompute -m {self.model} {self.flags}"
@@ -55,6 +58,7 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
         temporary.mkdir()
         write_safetensors(temporary / ARRAYS_FILE, arrays, None, {"format": "minitx precomputed"})
         content = {"format": FORMAT_VERSION, "from": origin.model, "flags": origin.flags}
+        content["calibrated"] = [asdict(use) for use in origin.calibrated]
         content |= {
             "dtype": str(float_type(lm.model)),
             "arrays": fingerprint(temporary / ARRAYS_FILE),
@@ -77,7 +81,23 @@ def is_precomputed(folder: Path) -> bool:
 def read_origin(folder) -> Origin:
     """How the folder was made."""
     content = _read_content(Path(folder))
-    return Origin(content["from"], content["flags"])
+    return Origin(content["from"], content["flags"], _read_calibrated(folder, content))
+
+
+def _read_calibrated(folder, content: dict) -> tuple[Calibrated, ...]:
+    names = {field.name for field in fields(Calibrated)}
+    found = content.get("calibrated", [])  # older folders do not say
+    for use in found if isinstance(found, list) else [found]:
+        if (
+            not isinstance(use, dict)
+            or set(use) != names
+            or not all(isinstance(word, str) for word in use.values())
+        ):
+            raise MinitxError(
+                f"{Path(folder) / JSON_FILE}: 'calibrated' must be a list of objects with strings "
+                f"for {', '.join(sorted(names))}, got {abbreviate(use)}."
+            )
+    return tuple(Calibrated(**use) for use in found)
 
 
 def read_precomputed(folder, dtype=np.float32) -> tuple[Transformer, Part]:

@@ -32,9 +32,8 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from tqdm import tqdm
 
-from minitx import __version__
+from minitx import __version__, progress
 from minitx.build import random_model
 from minitx.config import Config
 from minitx.errors import MinitxError
@@ -128,8 +127,9 @@ def measure_all(shapes, plan: Repeats, rival: Callable | None, bar: bool = True)
     other framework (see ``Transformers``); None measures minitx only."""
     found = machine()  # before the run, which is load itself
     clock, processor = time.perf_counter(), time.process_time()
-    with tqdm(total=len(shapes) * (plan.rounds + 1), unit="round", disable=not bar) as progress:
-        measured = [measure(config, plan, rival, progress.update) for config in shapes]
+    rounds = len(shapes) * (plan.rounds + 1)
+    with progress.bar(rounds, "bench", unit="round", shown=bar) as shown:
+        measured = [measure(config, plan, rival, shown.update) for config in shapes]
     spent = time.process_time() - processor
     busy = spent / elapsed(time.perf_counter, clock)
     return {

@@ -27,8 +27,8 @@ from itertools import islice
 from statistics import median
 
 import numpy as np
-from tqdm import tqdm
 
+from minitx import progress
 from minitx.decode import Sampler, new_state
 from minitx.lab.bench import timed
 from minitx.lab.evaluate import (
@@ -155,14 +155,11 @@ def compare(
     else:
         encoded = encode(dense.tokenizer, found)
     beginning = context - NEW if plan.chains else PROMPT
-    with tqdm(
-        total=len(encoded) + min(plan.prompts, len(encoded)) * 2 + plan.rounds,
-        unit="run",
-        disable=not bar,
-    ) as progress:
-        reading = read(dense, changed, encoded, best_guess(found), progress.update)
+    runs = len(encoded) + min(plan.prompts, len(encoded)) * 2 + plan.rounds
+    with progress.bar(runs, "compare", unit="run", shown=bar) as shown:
+        reading = read(dense, changed, encoded, best_guess(found), shown.update)
         prompts = [text.ids[:beginning] for text in encoded[: plan.prompts]]
-        generation = generate(dense, changed, prompts, plan.rounds, progress.update)
+        generation = generate(dense, changed, prompts, plan.rounds, shown.update)
     sizes = [Size.of(lm, encoded[0].ids[:context]) for lm in (dense, changed)]
     return Comparison(techniques, reading, generation, *sizes)
 

@@ -19,8 +19,8 @@ from functools import lru_cache
 from itertools import islice
 
 import numpy as np
-from tqdm import tqdm
 
+from minitx import progress
 from minitx.errors import MinitxError
 from minitx.lab.attention_mass import KeyTotals, with_measured_selectors
 from minitx.lab.attention_methods import Method, chosen_methods, tune
@@ -135,23 +135,23 @@ def compare_attention(dense, plan: Grid = Grid(), bar: bool = True) -> Attention
     )
     steps = len(methods) * len(plan.shares)
     total = (steps + 1) * plan.chains + steps + len(plan.contexts)
-    with tqdm(total=total, unit="step", disable=not bar) as progress:
-        quality = measure(dense, dense, evaluation, progress.update)
+    with progress.bar(total, "dense", shown=bar) as shown:
+        quality = measure(dense, dense, evaluation, shown.update)
         apply, settings, points = cached_apply(dense), {}, []
         for method in methods:
-            progress.set_description(method.name)
+            shown.set_description(method.name)
             known: dict[float, float] = {}  # what is measured for one share may help another
             for share in plan.shares:
                 value, reached = calibrate(apply, method, share, calibration, known)
-                progress.update()
-                found = measure(dense, apply(method, value), evaluation, progress.update)
+                shown.update()
+                found = measure(dense, apply(method, value), evaluation, shown.update)
                 settings[method.name, share] = method, value
                 setting = f"{method.knob.name}={value:g}"
                 points.append(Point(method.name, share, setting, reached, found, ()))
-        progress.set_description("time")
+        shown.set_description("time")
         texts = [chain.ids[:-1] for chain in evaluation]
         timed = settings, texts, plan.contexts, plan.rounds
-        speeds = measure_speeds(dense, apply, *timed, progress.update)
+        speeds = measure_speeds(dense, apply, *timed, shown.update)
     points = [replace(p, speeds=tuple(speeds[p.method, p.share])) for p in points]
     c = dense.model.config
     shape = {"heads": c.heads, "kv_heads": c.kv_heads, "head_width": c.head_width}

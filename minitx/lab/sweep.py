@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from minitx import progress
 from minitx.checkpoints.common import atomic_write
 from minitx.errors import MinitxError
 from minitx.lab.compare import Comparison, Workload, compare
@@ -72,7 +73,7 @@ def sweep(
 ) -> list[Point]:
     """One point per setting, on an LM without other techniques."""
     points = []
-    for options in chosen:
+    for options in progress.bar(chosen, f"sweep {technique.flag}", unit="setting", shown=bar):
         changed = apply(dense, {technique.name: options})
         points.append(Point(options, compare(dense, changed, technique.flag, plan, grade, bar)))
     return points

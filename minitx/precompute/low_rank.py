@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Linear
+from minitx.shared.block_by_block import block_by_block
 from minitx.shared.linears import change_linears, linears
+from minitx.shared.observed_inputs import Moments
 from minitx.shared.share import share_of
 from minitx.technique import above, at_least, technique
 from minitx.tree import Part, part
@@ -38,7 +41,9 @@ def low_rank(
         float, "added to the diagonal of X^T X, in units of its mean, if weighted", above(0, 100)
     ] = 0.01,
     matrices: Annotated[Literal["all", "ffn", "attention"], "which are factorized"] = "all",
-    stories: Annotated[int, "calibration stories, if weighted", at_least(1)] = 16,
+    stories: Annotated[
+        int, "calibration stories (with calibrate: passages of the text), if weighted", at_least(1)
+    ] = 16,
 ):
     """Factorize each weight matrix by truncated SVD.
 
@@ -67,20 +72,20 @@ def low_rank(
     wanted = linears(lm.model, matrices)
     if rank is None and energy is None and share == 1:
         return lm
-    seen = {}
-    if weighted:
-        from minitx.training.calibration import matrix_inputs
+    texts = calibration_ids("low_rank", lm, stories, "use weighted=false") if weighted else []
 
-        seen = matrix_inputs("low_rank", lm, stories)
+    def change(block, seen):
+        def factorized(linear: Linear) -> Part:
+            w = linear.w.astype(np.float64)
+            c = root_of(seen[id(linear)].gram, damping) if weighted else np.eye(len(w))
+            u, s, v = np.linalg.svd(c.T @ w, full_matrices=False)
+            r = chosen_rank(s, w.shape, share, rank, energy)
+            return factors(linear, c, u[:, :r], s[:r], v[:r]) if pays(r, *w.shape) else linear
 
-    def change(linear: Linear) -> Part:
-        w = linear.w.astype(np.float64)
-        c = root_of(seen[id(linear)].gram, damping) if weighted else np.eye(len(w))
-        u, s, v = np.linalg.svd(c.T @ w, full_matrices=False)
-        r = chosen_rank(s, w.shape, share, rank, energy)
-        return factors(linear, c, u[:, :r], s[:r], v[:r]) if pays(r, *w.shape) else linear
+        return change_linears(block, wanted, factorized)
 
-    return change_linears(lm, wanted, change)
+    options = dict(label="low rank", wanted=wanted, after_changes=False)
+    return block_by_block(lm, texts, Moments, change, **options)
 
 
 # Offline -----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Linear
 from minitx.shared.block_by_block import block_by_block
@@ -29,7 +30,9 @@ def prune(
         "each M consecutive inputs of an output",
     ] = "output",
     matrices: Annotated[Literal["all", "ffn", "attention"], "which matrices are pruned"] = "all",
-    stories: Annotated[int, "calibration stories for wanda", at_least(1)] = 16,
+    stories: Annotated[
+        int, "calibration stories (with calibrate: passages of the text) for wanda", at_least(1)
+    ] = 16,
 ):
     """Zero the least important weights (magnitude, Wanda, or N:M).
 
@@ -60,9 +63,7 @@ def prune(
         return prune_globally(lm, wanted, sparsity)
     texts = []
     if method == "wanda":
-        from minitx.training.calibration import texts_for
-
-        texts = texts_for("prune", lm, stories)
+        texts = calibration_ids("prune", lm, stories, "use method=magnitude")
     select = selector(scope, sparsity)
 
     def change(block, seen):
@@ -73,7 +74,7 @@ def prune(
 
         return change_linears(block, wanted, pruned)
 
-    return block_by_block(lm, texts, InputNorms, change)
+    return block_by_block(lm, texts, InputNorms, change, label="prune", wanted=wanted)
 
 
 N_OF_M = {"2:4": (2, 4), "4:8": (4, 8)}

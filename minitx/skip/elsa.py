@@ -9,11 +9,12 @@ from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
-from tqdm import tqdm
 
 from minitx import fast, ledger, ops
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Attend
+from minitx.progress import bar
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
 from minitx.state import Layer
 from minitx.technique import at_least, between, swap, technique, wrap
@@ -36,7 +37,11 @@ def elsa(
         "subtracted from estimated angles, in radians; default: simulated for d and k",
         between(0, math.pi),
     ] = None,
-    stories: Annotated[int, "calibration stories to learn thresholds from", at_least(1)] = 8,
+    stories: Annotated[
+        int,
+        "calibration stories (with calibrate: passages of the text) to learn thresholds from",
+        at_least(1),
+    ] = 8,
     min_visible: Annotated[
         int,
         "learn only from queries that see at least this many keys: with fewer, p/n is close to 1 "
@@ -81,9 +86,7 @@ def elsa(
     bits = d if bits is None else bits
     bias = simulate_angle_bias(d, bits, seed) if angle_bias is None else angle_bias
     if threshold is None and p > 0:
-        from minitx.training.calibration import texts_for  # only where thresholds are learned
-
-        texts = texts_for(
+        texts = calibration_ids(
             "elsa", lm, stories, "give all heads one threshold, such as threshold=0.3"
         )
         thresholds = learn_thresholds(lm, p, texts, min_visible)  # (L, H)
@@ -287,8 +290,6 @@ def cosine_table(bits: int, bias: float) -> np.ndarray:
 
 # Offline: thresholds -----------------------------------------------------------------------------
 
-PROGRESS_AFTER = 1.0  # seconds before a progress bar appears
-
 
 def learn_thresholds(lm, p: float, texts, min_visible: int = 1) -> np.ndarray:
     """Thresholds (L, H) in float64, from the queries and keys of the dense model on these texts
@@ -300,11 +301,11 @@ def learn_thresholds(lm, p: float, texts, min_visible: int = 1) -> np.ndarray:
         return swap(attn, Attend, lambda dense: SampledAttend(dense, p, min_visible, found[index]))
 
     model = wrap(lm.model, "attn", change)
-    for ids in tqdm(texts, desc="elsa", unit="story", delay=PROGRESS_AFTER):
+    for ids in bar(texts, "elsa: learn thresholds", unit="text", delay=1.0):
         model.hidden(ids)
     if not any(map(np.size, found[0])):
         raise MinitxError(
-            f"elsa: min_visible is {min_visible}, but the longest calibration story has "
+            f"elsa: min_visible is {min_visible}, but the longest calibration text has "
             f"{max(map(len, texts))} tokens, and no query sees more keys; lower min_visible."
         )
     return np.array([np.concatenate(layer, -1).mean(-1, dtype=np.float64) for layer in found])

@@ -14,8 +14,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
+from minitx import progress
 from minitx.checkpoints.common import atomic_write
 from minitx.checkpoints.huggingface import ONE_FILE, write_model
 from minitx.checkpoints.tokenizer_json_write import write_tokenizer
@@ -108,22 +107,17 @@ class Run:
     def run_stage(self, pool: WorkerPool, should_stop) -> bool:
         """Train the rest of the current stage; False if stopped before its end."""
         p, stage = self.progress, self.recipe.stages[self.progress.stage]
-        with tqdm(
-            total=stage.steps,
-            initial=p.step,
-            desc=stage.name,
-            unit="step",
-            disable=not self.bar,
-            mininterval=1.0,
-        ) as bar:
+        with progress.bar(stage.steps, f"train: {stage.name}", shown=self.bar) as shown:
+            shown.initial = shown.n = p.step  # steps of an interrupted run
             while p.step < stage.steps:
                 self.step(pool, stage)
-                bar.update()
+                shown.update()
                 if (p.step % stage.every == 0 or p.step == stage.steps) and self.check(pool, stage):
                     break
-                bar.set_postfix_str(self.status(stage), refresh=False)
+                shown.set_postfix_str(self.status(stage), refresh=False)
                 if should_stop():
                     self.save()
+                    shown.close()  # unfinished: it stays where it is
                     return False
                 if time.monotonic() - self.saved > self.recipe.save_every:
                     self.save()

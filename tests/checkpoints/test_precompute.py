@@ -89,7 +89,7 @@ def test_loading_reads_no_calibration_text(tmp_path, monkeypatch):
     def fail(*_):
         raise AssertionError("calibration text was read")
 
-    monkeypatch.setattr("minitx.training.calibration.calibration_texts", fail)
+    monkeypatch.setattr("minitx.calibration.Stories.ids", fail)
     model, _ = read_precomputed(tmp_path / "out")
     np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
 

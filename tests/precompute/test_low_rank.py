@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, tiny_lm
 
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.model import Linear
 from minitx.precompute.low_rank import LowRank, break_even, chosen_rank, factors, pays, root_of
 from minitx.shared.linears import linears
+from minitx.shared.observed_inputs import Rows, watch_inputs
 from minitx.technique import apply
-from minitx.training.calibration import Rows, calibration_texts, watch_inputs
 from minitx.tree import nbytes, walk
 
 IDS = np.random.default_rng(3).integers(0, 258, 30)
@@ -170,7 +171,7 @@ def test_saved_work_and_bytes_are_those_of_the_formula(family, options):
 def test_weighted_has_the_least_output_error_and_plain_the_least_weight_error(family):
     """For every matrix of a model, on what the matrix reads."""
     lm = tiny_lm(family)
-    seen = watch_inputs(lm, Linear, calibration_texts(lm, 3), Rows)
+    seen = watch_inputs(lm, Linear, calibration_ids("test", lm, 3), Rows)
     whole = linears(lm.model, "ffn")
     found = {}
     for weighted in (True, False):

@@ -14,6 +14,7 @@ from minitx.model import FFN, Attention
 from minitx.precompute.lut_product import (
     ProductTable,
     ProductTableLinear,
+    bit_search,
     pack,
     quantize_weights,
     table_bytes,
@@ -28,7 +29,6 @@ from minitx.precompute.lut_product.bit_search import (
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.shared.table_lookup import constant_matrices, replace_matrices, weight_and_bias
 from minitx.technique import apply, swap
-from minitx.training import calibration
 from minitx.tree import nbytes, walk
 
 RNG = np.random.default_rng(3)
@@ -304,11 +304,11 @@ def calibrated(monkeypatch, two_thirds):
     """Those texts instead of calibration stories; returns a list of what is asked for."""
     asked = []
 
-    def texts_for(name, lm, count):
+    def calibration_ids(name, lm, count, instead):
         asked.append((name, count))
         return two_thirds
 
-    monkeypatch.setattr(calibration, "texts_for", texts_for)
+    monkeypatch.setattr(bit_search, "calibration_ids", calibration_ids)
     return asked
 
 

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, TOKENIZER, tiny_lm
 
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.model import QKV, Linear
 from minitx.precompute.prune import InputNorms, lowest_mask, prune_globally, selector
 from minitx.shared.linears import linears
+from minitx.shared.observed_inputs import Rows, watch_inputs
 from minitx.shared.share import share_of
 from minitx.technique import apply, swap
-from minitx.training.calibration import Rows, calibration_texts, watch_inputs
 from minitx.tree import nbytes, walk
 
 IDS = np.random.default_rng(3).integers(0, 258, 30)
@@ -157,7 +158,7 @@ def test_wanda_scores_the_second_block_by_outputs_of_the_pruned_first(family):
     reads. Inputs from the dense model would select other weights."""
     lm = tiny_lm(family)
     changed = pruned(lm, stories=3)
-    texts = calibration_texts(lm, 3)
+    texts = calibration_ids("test", lm, 3)
 
     def expected_masks(model, block):
         seen = watch_inputs(model, Linear, texts, Rows)

@@ -531,7 +531,7 @@ def test_exit_probe_is_trained_once_for_settings_of_one_model(monkeypatch):
         return np.zeros(lm.model.config.width), 0.0
 
     monkeypatch.setattr("minitx.skip.early_exit.exit_probe.train_exit_probe", train)
-    monkeypatch.setattr("minitx.training.calibration.texts_for", lambda *_: [])
+    monkeypatch.setattr("minitx.skip.early_exit.calibration_ids", lambda *_: [])
     for threshold in (0.5, 0.9):
         apply(tiny_lm(), {"early_exit": {"measure": "probe", "threshold": threshold}})
     assert len(trained) == 1, "a sweep over thresholds trains the probe again"

@@ -9,6 +9,7 @@ from qkv import random_qkv, run
 from tiny import END, TOKENIZER, tiny_lm, tiny_model
 
 from minitx import fast, ops
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.model import Attend
@@ -32,7 +33,6 @@ from minitx.skip.elsa import (
 )
 from minitx.state import Layer
 from minitx.technique import apply, find, swap, wrap
-from minitx.training.calibration import calibration_texts
 from minitx.training.stories import split_of
 from minitx.tree import Part, part
 
@@ -596,13 +596,13 @@ def test_learning_reads_only_calibration_stories(count):
 
 
 def test_calibration_texts_begin_as_stories_do_and_fit_the_context():
-    texts = calibration_texts(tiny_lm(), 2)
+    texts = calibration_ids("test", tiny_lm(), 2)
     assert [len(ids) for ids in texts] == [48, 48] and texts[0][0] == END
 
 
 def test_model_has_the_thresholds_learned_from_its_stories():
     lm = tiny_lm()
-    expected = learn_thresholds(lm, 1.0, calibration_texts(lm, 2), 5)
+    expected = learn_thresholds(lm, 1.0, calibration_ids("test", lm, 2), 5)
     changed = apply(lm, {"elsa": {"stories": 2, "min_visible": 5}})
     for t, block in zip(expected, changed.model.stack.blocks):
         np.testing.assert_allclose(block.attn.attend.selector.threshold, t, rtol=1e-6)

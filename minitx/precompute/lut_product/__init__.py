@@ -49,7 +49,9 @@ def lut_product(
     cache: Annotated[
         int, "search: bytes of CPU cache that the table has to fit in", at_least(1)
     ] = 65536,
-    stories: Annotated[int, "search: calibration stories", between(1, 1000)] = 16,
+    stories: Annotated[
+        int, "search: calibration stories (with calibrate: passages of the text)", between(1, 1000)
+    ] = 16,
 ):
     """Replace matrix products by reads from one table of all short integer dot products.
 

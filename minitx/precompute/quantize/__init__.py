@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Head, Linear, TiedHead, TokenEmbedding
 from minitx.precompute.quantize.awq import best_channel_scales
@@ -18,6 +19,9 @@ from minitx.precompute.quantize.products import (
     quantized_linear,
 )
 from minitx.shared import int4
+from minitx.shared.block_by_block import block_by_block
+from minitx.shared.linears import linears
+from minitx.shared.observed_inputs import Moments
 from minitx.technique import at_least, swap, technique
 from minitx.tree import Part, part
 
@@ -44,7 +48,9 @@ def quantize(
     ] = "stream",
     half_scales: Annotated[bool, "store scales as float16"] = False,
     awq: Annotated[bool, "activation-aware scaling (AWQ) before rounding"] = False,
-    stories: Annotated[int, "calibration stories for awq", at_least(1)] = 16,
+    stories: Annotated[
+        int, "calibration stories (with calibrate: passages of the text) for awq", at_least(1)
+    ] = 16,
 ):
     """Quantize weights to int8 or int4 with per-group scales.
 
@@ -86,19 +92,20 @@ def quantize(
     def quantized(w, channel_scales=None) -> QuantizedMatrix:
         return quantize_matrix(w, bits, group_size, symmetric, half_scales, channel_scales)
 
-    moments = {}
+    def change(linear: Linear, moments=None) -> Part:
+        scales = None if moments is None else best_channel_scales(linear.w, moments, quantized)
+        return quantized_linear(quantized(linear.w, scales), linear.b, run)
+
     if awq:
-        from minitx.training.calibration import matrix_inputs
+        linears(lm.model, "all")  # refuses a model that has none
+        texts = calibration_ids("quantize", lm, stories, "leave awq out")
 
-        moments = matrix_inputs("quantize", lm, stories)
+        def change_block(block, seen):
+            return swap(block, Linear, lambda w: change(w, seen[id(w)]), optional=True)
 
-    def change(linear: Linear) -> Part:
-        if awq:
-            scales = best_channel_scales(linear.w, moments[id(linear)], quantized)
-            return quantized_linear(quantized(linear.w, scales), linear.b, run)
-        return quantized_linear(quantized(linear.w), linear.b, run)
-
-    lm = swap(lm, Linear, change)
+        options = dict(label="quantize awq", after_changes=False)
+        lm = block_by_block(lm, texts, Moments, change_block, **options)
+    lm = swap(lm, Linear, change, optional=awq)
     return quantize_embeddings(lm, quantized, run) if embeddings else lm
 
 

@@ -7,12 +7,12 @@ accelerator's key loads.
 """
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
 
 from minitx import ledger
+from minitx.calibration import calibration_ids, remembered
 from minitx.errors import MinitxError
 from minitx.model import Attend, Attention, LayerNorm, RMSNorm
 from minitx.shared.sparse_attention import SparseAttention, Visible, top_k
@@ -246,14 +246,11 @@ def trained_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
     return found
 
 
-@lru_cache(maxsize=1)  # a sweep over keep needs one fit
 def fitted_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
-    from minitx.training.calibration import texts_for  # here, since training imports techniques
-
     rank = max(2, lm.model.config.head_width // 8 * 2) if rank is None else rank
     check_rank(rank, lm.model.config, "dota: rank")
-    texts = texts_for("dota", lm, STORIES, "train it with a detector")
-    return fit_detectors(lm.model, texts, rank)
+    texts = calibration_ids("dota", lm, STORIES, "train it with a detector")
+    return remembered("dota", lm, texts, (rank,), lambda: fit_detectors(lm.model, texts, rank))
 
 
 # Notes:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import ledger
-from minitx.digest import digest
+from minitx.calibration import calibration_ids, remembered
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
 from minitx.shared.random_baseline import random_scores
@@ -115,7 +115,7 @@ def early_exit(
         if measure == "saturation":
             return Saturation()
         if measure == "probe":
-            return ExitProbe(*probe_from_stories(lm))
+            return ExitProbe(*trained_probe(lm))
         return RandomConfidence(random_scores(L, context, seed))
 
     def change(model: Transformer) -> Transformer:
@@ -232,20 +232,12 @@ def note_exits(exits, depth: int, L: int) -> None:
 # Offline -----------------------------------------------------------------------------------------
 
 
-PROBES: dict[bytes, tuple] = {}  # of the last model, by its digest: a sweep trains one probe
+def trained_probe(lm) -> tuple[np.ndarray, float]:
+    """w and b of the exit probe, trained on calibration texts."""
+    from minitx.skip.early_exit.exit_probe import TEXTS, train_exit_probe  # only for this measure
 
-
-def probe_from_stories(lm) -> tuple[np.ndarray, float]:
-    """w and b of the exit probe, trained on calibration stories."""
-    from minitx.skip.early_exit.exit_probe import TEXTS, train_exit_probe
-    from minitx.training.calibration import texts_for  # only for this measure
-
-    key = digest(lm.model)
-    if key not in PROBES:
-        texts = texts_for("early_exit", lm, TEXTS, "use measure=softmax or saturation")
-        PROBES.clear()
-        PROBES[key] = train_exit_probe(lm, texts)
-    return PROBES[key]
+    texts = calibration_ids("early_exit", lm, TEXTS, "use measure=softmax or saturation")
+    return remembered("early_exit", lm, texts, (), lambda: train_exit_probe(lm, texts))
 
 
 # Notes:
