@@ -32,7 +32,8 @@ ROWS = 1024  # most inputs that centroids are learned from, evenly spread over t
     exact=False,
     neutral={"layers": 0},
     after=("low_rank",),
-    demo={"centroids": 4, "stories": 2},
+    demo={"centroids": 4, "stories": 2, "layers": None},
+    presets={"paper": {"layers": None}},
     event="table reads",
 )
 def lut_centroid(
@@ -40,9 +41,7 @@ def lut_centroid(
     *,
     centroids: Annotated[int, "centroids of each input segment", between(1, 65536)] = 16,
     length: Annotated[int, "numbers in an input segment", between(1, 4096)] = 4,
-    layers: Annotated[
-        int | None, "blocks changed, the last ones; default: all", at_least(0)
-    ] = None,
+    layers: Annotated[int | None, "blocks changed, the last ones; None: all", at_least(0)] = 1,
     head: Annotated[bool, "replace the output head too"] = False,
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", between(1, 1000)

@@ -35,7 +35,7 @@ each = pytest.mark.parametrize("name", PARTS)
 
 def with_tables(name, family="llama", dtype=np.float64, **options):
     if name == "lut_centroid":
-        options = {"stories": 2} | options
+        options = {"stories": 2, "layers": None} | options
     return apply(tiny_lm(family, dtype=dtype), {name: options})
 
 
