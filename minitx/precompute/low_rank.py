@@ -17,7 +17,6 @@ from minitx.shared.share import share_of
 from minitx.technique import above, at_least, technique
 from minitx.tree import Part, part
 
-
 ENERGY = 0.995  # the default
 
 

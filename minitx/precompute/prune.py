@@ -17,7 +17,6 @@ from minitx.shared.linears import change_linears, linears
 from minitx.shared.share import share_of
 from minitx.technique import at_least, technique
 
-
 SPARSITY = 0.3  # the default
 HALF = 0.5  # what 2:4 and 4:8 zero
 
