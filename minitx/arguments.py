@@ -310,6 +310,13 @@ def add_model(command: Parser, techniques: bool = True) -> None:
     command.add_argument(
         "--tokenizer", help="folder or file of the tokenizer, if it is not beside the model"
     )
+    command.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_const",
+        const=False,
+        help="load the model for token ids only, whatever tokenizer files are beside it",
+    )
     if not techniques:
         return
     command.set_defaults(techniques={})

@@ -152,7 +152,7 @@ def calibration_ids(name: str, lm, count: int, instead: str = "") -> list[list[i
             stacklevel=2,
         )
     if active is not None:
-        active.note(Calibrated(name, source.name, source.amount(found)))
+        active.note(Calibrated(name, source.name, source.amount(found)), found[0])
     return found
 
 
@@ -176,16 +176,17 @@ class Record:
     lm: Any
     found: list[Calibrated] = field(default_factory=list)
 
-    def note(self, new: Calibrated) -> None:
+    def note(self, new: Calibrated, first: list[int]) -> None:
+        """first: the ids of the first calibration text."""
         if new.source == STORIES and all(old.source != STORIES for old in self.found):
-            self._warn_general(new.technique)
+            self._warn_general(new.technique, first)
         if new not in self.found:
             self.found.append(new)
 
-    def _warn_general(self, name: str) -> None:
-        if not knows_stories(self.lm):
+    def _warn_general(self, name: str, story: list[int]) -> None:
+        if not knows_stories(self.lm, story):
             warnings.warn(
-                f"{name} is calibrated on stories, which this model has not learned; calibrate it "
+                f"{name} is calibrated on stories, which this model does not know; calibrate it "
                 "on text of the kind that it is used on: --calibrate FILE (in Python: calibrate=).",
                 MinitxWarning,
                 stacklevel=2,
@@ -206,11 +207,10 @@ def recording(lm) -> Iterator[list[Calibrated]]:
         active = outer
 
 
-def knows_stories(lm) -> bool:
-    """Has the model learned stories? Measured on one: its loss over the whole story, against the
-    entropy of that story, the least that any model can reach on average."""
+def knows_stories(lm, ids: list[int]) -> bool:
+    """Has the model learned stories? Measured on the first calibration story: its loss over the
+    whole story, against the entropy of that story, the least that any model reaches on average."""
     (story,) = _stories(1)
-    ids = lm.tokenizer.encode(story.text)[: lm.model.config.context]
     logits = lm.logits(ids[:-1]).astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     of_target = np.take_along_axis(logits, np.array(ids[1:])[:, None], -1)[:, 0]

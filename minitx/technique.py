@@ -23,16 +23,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
-from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import numpy as np
+
 from minitx.calibration import recording, source_of
-from minitx.checkpoints.common import abbreviate
-from minitx.errors import MinitxError, MinitxWarning
+from minitx.errors import MinitxError, MinitxWarning, abbreviate
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major, to_row_major
 from minitx.model import FFN, Attention, Block, Stack
 from minitx.tree import Part, rebuild, walk
+from minitx.values import ANY_NUMBER, Range, as_number
+
+# A technique's file imports what it declares its options with from here.
+from minitx.values import SEEDS as SEEDS
+from minitx.values import above as above
+from minitx.values import at_least as at_least
+from minitx.values import between as between
 
 # Techniques are applied from the inside out, whatever the order of the flags: one of an inner level
 # before one of an outer level. So the first-layer table is made from weights that are already
@@ -48,53 +55,10 @@ PACKAGES = ("minitx.precompute", "minitx.skip")
 
 
 @dataclass(frozen=True)
-class Range:
-    """The allowed values of a number: from ``low`` (excluded if ``open_low``) to ``high``; None
-    means unbounded."""
-
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-    open_high: bool = False  # ``high`` itself is not allowed
-
-    def __contains__(self, value) -> bool:
-        if self.low is not None and (value <= self.low if self.open_low else value < self.low):
-            return False
-        if self.high is not None and self.open_high:
-            return value < self.high
-        return self.high is None or value <= self.high
-
-    def __str__(self) -> str:
-        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        if self.high is None:
-            return low
-        if self.low is None:
-            return f"at most {self.high:g}"
-        if self.open_high:
-            return f"{low} and below {self.high:g}"
-        return (
-            f"{low} and at most {self.high:g}"
-            if self.open_low
-            else f"{self.low:g} to {self.high:g}"
-        )
-
-
-def at_least(low: float, below: float | None = None) -> Range:
-    return Range(low, below, open_high=below is not None)
-
-
-def above(low: float, high: float | None = None) -> Range:
-    return Range(low, high, open_low=True)
-
-
-def between(low: float, high: float) -> Range:
-    return Range(low, high)
-
-
-@dataclass(frozen=True)
 class Option:
     """One option of a technique, from its signature:
-    ``name: Annotated[int, "what it means", at_least(1)] = 4``."""
+    ``name: Annotated[int, "what it means", at_least(1)] = 4``. A number without a range is between
+    -2**40 and 2**40."""
 
     name: str
     type: Any  # int, float, bool, str, or Literal[...]; "| None" where None is allowed
@@ -123,27 +87,30 @@ class Option:
         return text.lower() == "true"
 
     def check(self, value: Any) -> Any:
-        """The value, converted (NumPy numbers to Python's, integers to float if a float is
-        expected); ValueError if it has the wrong type or is out of range."""
+        """The value, converted (NumPy's numbers, booleans and strings to Python's, integers to
+        float if a float is expected); ValueError if it has the wrong type or is out of range."""
         if value is None and type(None) in get_args(self.type):
             return value
-        choices = self.choices()
         kind = self._kind()
-        if kind in (int, float) and not isinstance(value, bool):
-            if isinstance(value, Integral if kind is int else Real):
-                value = kind(value)
-        if type(value) is not kind or choices and value not in choices or value != value:
+        if isinstance(value, np.bool_ | np.str_):
+            value = value.item()
+        if kind in (int, float):
+            value = as_number(value, kind)
+        if type(value) is not kind or self.choices() and value not in self.choices():
             raise ValueError
-        if self.range is not None and value not in self.range:
+        if kind in (int, float) and value not in (self.range or ANY_NUMBER):
             raise ValueError
         return value
 
-    def expected(self) -> str:
-        """The values that are allowed, in words: "an integer, at least 1"."""
+    def expected(self, given: Any = None) -> str:
+        """The values that are allowed, in words: "an integer, at least 1". An implied upper limit
+        is mentioned only where the value given exceeds it."""
         words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
         found = words[self._kind()]
         if choices := self.choices():
             found = f"one of {', '.join(map(str, choices))}"
+        elif isinstance(given, int | float) and given > (self.range or ANY_NUMBER).high:
+            found = f"{found}, {(self.range or ANY_NUMBER).in_words()}"
         elif self.range is not None:
             found = f"{found}, {self.range}"
         if type(None) in get_args(self.type):
@@ -214,7 +181,7 @@ class Technique:
             if name not in options:
                 names = [PRESET, *options] if self.presets else options
                 known = f"choose from {', '.join(names)}" if names else "it takes none"
-                raise MinitxError(f"{self.name} has no option {name!r}; {known}.")
+                raise MinitxError(f"{self.name} has no option {abbreviate(name)}; {known}.")
             try:
                 found[name] = options[name].check(value)
             except ValueError:
@@ -222,8 +189,8 @@ class Technique:
         return found
 
     def bad_value(self, name: str, value) -> MinitxError:
-        expected = self.options[name].expected()
-        return MinitxError(f"{self.name}: {name} must be {expected}; got {value!r}.")
+        expected = self.options[name].expected(given=value)
+        return MinitxError(f"{self.name}: {name} must be {expected}; got {abbreviate(value)}.")
 
     def with_preset(self, given: dict) -> dict:
         """The options with those of the preset that they name, which the others override."""
@@ -253,7 +220,7 @@ class Technique:
                 found[name] = text  # a preset; ``checked`` refuses others by name
                 continue
             if not equals:
-                raise MinitxError(f"{self.name}: expected {name}=VALUE, got {word!r}.")
+                raise MinitxError(f"{self.name}: expected {name}=VALUE, got {abbreviate(word)}.")
             try:
                 found[name] = self.options[name].read(text)
             except ValueError:
@@ -319,8 +286,8 @@ def find(name: str) -> Technique:
     known, key = names(), name.replace("-", "_")
     if key not in known:
         near = get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
-        raise MinitxError(f"There is no technique {name!r}; {hint}")
+        hint = f"did you mean {near[0]!r}?" if near else "minitx list shows all of them."
+        raise MinitxError(f"There is no technique {abbreviate(name)}; {hint}")
     importlib.import_module(known[key])
     return REGISTRY[key]
 
@@ -357,7 +324,7 @@ def apply(lm: LM, wanted: dict[str, dict | bool], calibrate=None) -> LM:
         if not isinstance(options, dict | bool):
             raise MinitxError(
                 f"{name} must be True, False or a dict of options ({{'option': value}}), got "
-                f"{options!r}."
+                f"{abbreviate(options)}."
             )
         if options is not False:
             found = find(name)
@@ -398,9 +365,9 @@ def _warn_unused(chosen: Iterable[str]) -> None:
 def _check_rows(lm: LM, put: dict[type, str]) -> None:
     """Refuse a technique that needs every cache row together with one that frees rows."""
     parts = [node for _, node in walk(lm.model)]
-    freeing = next((node for node in parts if node.frees_rows), None)
-    needing = next((node for node in parts if node.needs_all_rows), None)
-    if freeing is not None and needing is not None:
+    freeing = [node for node in parts if node.frees_rows]
+    pairs = ((a, b) for a in parts if a.needs_all_rows for b in freeing if a is not b)
+    for needing, freeing in pairs:
         raise MinitxError(
             f"{owner(needing, put)} needs a cache row for every token, but {owner(freeing, put)} "
             "frees some; use one of the two."

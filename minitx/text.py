@@ -25,7 +25,7 @@ class Text:
     """A text, and the name under which it is reported."""
 
     content: str
-    name: str = "the given text"
+    name: str = "the text"
 
 
 def as_text(text: "str | Text") -> Text:
@@ -37,7 +37,7 @@ def as_text(text: "str | Text") -> Text:
             f"Expected a text (str), got a {type(text).__name__}; minitx.text.read_text(FILE) "
             "reads one from a file."
         )
-    return Text(text)
+    return Text(text, f"the text {_shown(' '.join(text[:24].split()) + '...')!r}")
 
 
 # Reading -----------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class LoadedModel:
 def read_language_model(name_or_path, tokenizer=None, dtype=np.float32) -> LoadedModel:
     """The model and tokenizer for the arguments of ``minitx.load``.
 
-    Without ``tokenizer`` the tokenizer is looked up next to the model.
+    Without ``tokenizer`` the tokenizer is looked up next to the model; False means none.
     """
     path = locate(name_or_path)
     where = tokenizer_path(path, tokenizer)
@@ -62,8 +62,20 @@ def read_language_model(name_or_path, tokenizer=None, dtype=np.float32) -> Loade
         calibrated = read_origin(path).calibrated
     else:
         model, decode, calibrated = read_model_at(path, dtype), Autoregressive(), ()
-    found = None if where is None else read_tokenizer_for(where, model)
-    return LoadedModel(model, decode, found, path, calibrated)
+    return LoadedModel(model, decode, _tokenizer_of(where, model), path, calibrated)
+
+
+def _tokenizer_of(where: Path | None, model: Transformer):
+    """The tokenizer in this file, None for None; a refusal says how to do without it."""
+    if where is None:
+        return None
+    try:
+        return read_tokenizer_for(where, model)
+    except MinitxError as error:
+        raise MinitxError(
+            f"{error} To use the model without a tokenizer, on token ids: tokenizer=False "
+            "(--no-tokenizer)."
+        ) from None
 
 
 def name_of(path: Path) -> str:
@@ -88,7 +100,9 @@ def read_model_at(path: Path, dtype) -> Transformer:
 
 def tokenizer_path(path: Path, tokenizer=None) -> Path | None:
     """The tokenizer file for the model at ``path``: ``tokenizer`` if given, else the one next to
-    the model, or None."""
+    the model, or None. False: None, whatever is there."""
+    if tokenizer is False:
+        return None
     return tokenizer_beside(path) if tokenizer is None else _tokenizer_at(tokenizer)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from minitx import progress
 from minitx.checkpoints.common import atomic_write
 from minitx.errors import MinitxError
-from minitx.lab.compare import Comparison, Workload, compare
-from minitx.lab.evaluate import hops_name, percent, table
+from minitx.lab.compare import Comparison, Workload, compare_with, measure_dense, to_read
+from minitx.lab.evaluate import percent, table
 from minitx.technique import Technique, apply, as_words
 
 WIDTH, HEIGHT = 60, 15  # characters of the chart
@@ -40,9 +40,8 @@ class Point:
 
     @property
     def added_loss(self) -> float:
-        """Loss above the dense model, in nats per token of ordinary text."""
-        reading = self.comparison.reading
-        return reading.changed.loss - reading.dense.loss
+        """Loss above the dense model, in nats per token (of stories: of ordinary text)."""
+        return self.comparison.reading.added_loss
 
 
 def settings(technique: Technique, words: Sequence[str]) -> list[dict]:
@@ -71,11 +70,18 @@ def sweep(
     grade="full",
     bar: bool = True,
 ) -> list[Point]:
-    """One point per setting, on an LM without other techniques."""
+    """One point per setting, on an LM without other techniques. The dense model is measured
+    once."""
+    material = to_read(dense, plan, grade)
+    each = len(material.texts) + len(material.prompts(plan.prompts))
+    total = each * (1 + len(chosen)) + plan.rounds * len(chosen)
     points = []
-    for options in progress.bar(chosen, f"sweep {technique.flag}", unit="setting", shown=bar):
-        changed = apply(dense, {technique.name: options})
-        points.append(Point(options, compare(dense, changed, technique.flag, plan, grade, bar)))
+    with progress.bar(total, f"sweep {technique.flag}", unit="run", shown=bar) as shown:
+        known = measure_dense(dense, material, plan.prompts, shown.update)
+        for options in chosen:
+            changed = apply(dense, {technique.name: options})
+            run = technique.flag, plan.rounds, shown.update
+            points.append(Point(options, compare_with(known, changed, *run)))
     return points
 
 
@@ -102,15 +108,14 @@ def axis(points: Sequence[Point]) -> tuple[str, list[float]]:
 
 def as_table(points: Sequence[Point]) -> str:
     reading = points[0].comparison.reading
-    hops = list(reading.dense.by_hops)
-    names = map(hops_name, hops)
+    answers = reading.dense.accuracies()
     heading = ["setting", "multiply-adds", "memory", "cache", "loss above dense", "argmax agrees"]
-    rows = [[*heading, *names, "speed"]]
-    dense = [percent(reading.dense.by_hops[h]) for h in hops]
+    rows = [[*heading, *answers, "speed"]]
+    dense = answers.values()
     rows.append(["dense", "1.000x", "1.000x", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])
     for p in points:
         r = p.comparison.reading
-        accuracies = [percent(r.changed.by_hops[h]) for h in hops]
+        accuracies = r.changed.accuracies().values()
         same, speed = percent(r.agreement), f"{p.comparison.generation.speed[0]:.2f}x"
         sizes = [f"{x:.3f}x" for x in (p.cost, p.comparison.memory, p.comparison.cache)]
         rows.append([p.label, *sizes, f"{p.added_loss:+.4f}", same, *accuracies, speed])

@@ -50,7 +50,9 @@ def low_rank(
     ] = 0.01,
     matrices: Annotated[Literal["all", "ffn", "attention"], "which are factorized"] = "all",
     stories: Annotated[
-        int, "calibration stories (with calibrate: passages of the text), if weighted", at_least(1)
+        int,
+        "calibration stories (with calibrate: passages of the text), if weighted",
+        at_least(1, limit=1000),
     ] = 64,
 ):
     """Factorize each weight matrix by truncated SVD.

@@ -21,7 +21,7 @@ from minitx.shared.table_lookup import (
     replace_matrices,
     weight_and_bias,
 )
-from minitx.technique import at_least, between, technique
+from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, part
 
 ROWS = 1024  # most inputs that centroids are learned from, evenly spread over the texts
@@ -46,7 +46,7 @@ def lut_centroid(
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", between(1, 1000)
     ] = 16,
-    seed: Annotated[int, "seed of k-means", at_least(0)] = 0,
+    seed: Annotated[int, "seed of k-means", SEEDS] = 0,
 ):
     """Replace input segments by their nearest k-means centroids and look up their products.
 

@@ -43,7 +43,9 @@ def prune(
     ] = "output",
     matrices: Annotated[Literal["all", "ffn", "attention"], "which matrices are pruned"] = "all",
     stories: Annotated[
-        int, "calibration stories (with calibrate: passages of the text) for wanda", at_least(1)
+        int,
+        "calibration stories (with calibrate: passages of the text) for wanda",
+        at_least(1, limit=1000),
     ] = 16,
 ):
     """Zero the least important weights (magnitude, Wanda, or N:M).

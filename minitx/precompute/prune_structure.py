@@ -40,7 +40,7 @@ def prune_structure(
     stories: Annotated[
         int,
         "calibration stories (with calibrate: passages of the text) for activations",
-        at_least(1),
+        at_least(1, limit=1000),
     ] = 16,
 ):
     """Remove the least important FFN neurons and attention heads from every block.

@@ -14,7 +14,7 @@ from minitx.errors import MinitxError
 from minitx.model import Attend, Stack, Transformer
 from minitx.shared.random_baseline import random_scores
 from minitx.state import Layer, State, Tokens
-from minitx.technique import above, at_least, need, swap, technique, wrap
+from minitx.technique import SEEDS, above, at_least, need, swap, technique, wrap
 from minitx.tree import Part, part, table
 
 
@@ -40,7 +40,7 @@ def lazy_tokens(
     choose: Annotated[
         Literal["attention", "random"], "attention of the last token, or a random baseline"
     ] = "attention",
-    seed: Annotated[int, "of choose=random", at_least(0)] = 0,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Prune tokens that the last token ignores; revive them when a later token needs them.
 
@@ -111,6 +111,7 @@ class LazyStack(Part):
     # Declared for techniques that are combined with this one (tree.Part):
     decides = "step"  # the last token of a step selects for all
     frees_rows = True  # deep layers have no row for a pruned token
+    needs_all_rows = True  # but of the others every row: it knows which row it has stored where
     has_history = True  # the auxiliary cache
     one_sequence = True  # no batches of different lengths
 

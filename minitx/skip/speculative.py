@@ -41,7 +41,9 @@ def speculative(
         "half of this model's blocks; lookup: what followed the last tokens earlier in the text; "
         "auto: stories-draft if its vocabulary fits, else lookup",
     ] = "auto",
-    gamma: Annotated[int, "draft tokens per round; 0 is plain decoding", at_least(0)] = 4,
+    gamma: Annotated[
+        int, "draft tokens per round; 0 is plain decoding", at_least(0, limit=1024)
+    ] = 4,
 ):
     """A draft model proposes tokens; one forward pass verifies them all.
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitx import progress
-from minitx.checkpoints.common import atomic_write
+from minitx.checkpoints.common import atomic_write, read
 from minitx.checkpoints.huggingface import ONE_FILE, write_model
 from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.errors import MinitxError
@@ -215,7 +215,7 @@ class Run:
         source, copy = Path(recipe_path), self.out / "recipe.json"
         source = source / "recipe.json" if source.is_dir() else source
         if not copy.exists() or not copy.samefile(source):
-            content = source.read_bytes()
+            content = read(source)
             with atomic_write(copy) as file:
                 file.write(content)
         self.write_log()

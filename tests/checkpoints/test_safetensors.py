@@ -210,9 +210,10 @@ def test_invalid_file_is_one_line_error(write_file, case):
 
 
 def test_missing_file_or_folder_is_rejected(tmp_path):
-    for path in (tmp_path / "none.safetensors", tmp_path):
-        with pytest.raises(MinitxError, match="no such file"):
-            read_header(path)
+    with pytest.raises(MinitxError, match="no such file"):
+        read_header(tmp_path / "none.safetensors")
+    with pytest.raises(MinitxError, match="is a folder; expected a regular file"):
+        read_header(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- fuzz

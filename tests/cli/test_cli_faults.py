@@ -60,10 +60,10 @@ WRONG = [
     (["evaluate", "-m", "toy", "--stories", "-3"], "expected a number from 1 to .*got -3"),
     (["evaluate", "-m", "toy", "--stories", "9" * 30], "expected a number from 1 to"),
     (["evaluate", "-m", "toy", "--grade", "ful"], "Did you mean 'full'"),
-    (["train", "nowhere.json"], "nowhere.json: cannot be read"),
+    (["train", "nowhere.json"], "nowhere.json: there is no such file"),
     (["train", "notes.txt"], "notes.txt: is not valid JSON"),
     (["train", "nonsense.json"], "nonsense.json: .*'colour'"),
-    (["train", "toy"], "recipe.json: cannot be read"),
+    (["train", "toy"], "recipe.json: there is no such file"),
     (
         ["train", "good/recipe.json", "--workers", "0"],
         "number of workers must be an integer >= 1, got 0",

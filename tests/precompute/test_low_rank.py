@@ -245,6 +245,6 @@ def test_default_is_an_energy_of_0_995():
 
 def test_model_without_a_tokenizer_is_factorized_by_its_weights():
     lm = tiny_lm(tokenizer=None)
-    with pytest.raises(MinitxError, match="low_rank learns from calibration stories"):
+    with pytest.raises(MinitxError, match="low_rank learns from calibration text"):
         factorized(lm)
     assert nbytes(factorized(lm, share=0.75, weighted=False)) < nbytes(lm)

@@ -218,7 +218,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_wanda_without_a_tokenizer_and_odd_sizes_for_n_of_m_are_refused():
-    with pytest.raises(MinitxError, match="prune learns from calibration stories"):
+    with pytest.raises(MinitxError, match="prune learns from calibration text"):
         pruned(tiny_lm(tokenizer=None))
     assert pruned(tiny_lm(tokenizer=None), method="magnitude").tokenizer is None
     assert TOKENIZER is not None

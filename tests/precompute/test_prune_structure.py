@@ -389,7 +389,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_model_without_a_tokenizer_is_pruned_by_its_weights():
     lm = replace(make("llama"), tokenizer=None)
-    with pytest.raises(MinitxError, match="prune_structure learns from calibration stories"):
+    with pytest.raises(MinitxError, match="prune_structure learns from calibration text"):
         prune(lm, neurons=0.5)
     assert prune(lm, neurons=0.5, score="weights").model.config.hidden == 12
     assert type(prune(lm).model) is Transformer and prune(lm).model.config is lm.model.config

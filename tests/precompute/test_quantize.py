@@ -382,7 +382,7 @@ def test_integers_with_groups_too_long_for_exact_sums_are_refused():
 
 
 def test_awq_without_a_tokenizer_is_refused():
-    with pytest.raises(MinitxError, match="quantize learns from calibration stories"):
+    with pytest.raises(MinitxError, match="quantize learns from calibration text"):
         apply(tiny_lm(tokenizer=None), {"quantize": {"awq": True}})
 
 

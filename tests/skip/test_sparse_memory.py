@@ -305,7 +305,7 @@ def test_rewind_restores_every_earlier_state_bit_for_bit(index, slots, sizes):
         run(attend, *(x[:, :back_to] for x in (q, k, v)), (back_to,), once := Layer(30))
         assert_same_memory(memory, memory_of(once))
     layer.rewind(0)
-    assert_same_memory(memory, SlotMemory(memory.source, memory.index, 4, slots, 0.1))
+    assert_same_memory(memory, SlotMemory(memory.source, memory.heads, memory.index, 4, slots, 0.1))
 
 
 def test_journal_entries_are_small():

@@ -44,7 +44,9 @@ def lut_product(
         int | None, "blocks changed, the last ones; default: all", at_least(0)
     ] = None,
     head: Annotated[bool, "replace the output head too"] = False,
-    limit: Annotated[float, "MiB that the table may take; more is an error", above(0)] = 256.0,
+    limit: Annotated[
+        float, "MiB that the table may take; more is an error", above(0, limit=16384)
+    ] = 256.0,
     search: Annotated[bool, "find input_bits, weight_bits and length by calibration"] = False,
     drop: Annotated[float, "search: accuracy that may be lost", between(0, 1)] = 0.01,
     cache: Annotated[

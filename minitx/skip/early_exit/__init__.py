@@ -28,8 +28,8 @@ from minitx.skip.early_exit.confidence import (
 )
 from minitx.skip.early_exit.kv_fill import CopyExitState, DeferLayers
 from minitx.state import State
-from minitx.technique import at_least, blocks_of, need, owner, swap, technique
-from minitx.tree import Part, part
+from minitx.technique import SEEDS, at_least, blocks_of, need, owner, swap, technique
+from minitx.tree import Part, part, walk
 
 
 @technique(
@@ -68,7 +68,7 @@ def early_exit(
     ] = 1,
     every: Annotated[int, "layers from one check of the confidence to the next", at_least(1)] = 1,
     warm_up: Annotated[int, "first tokens, prompt included, that run all layers", at_least(0)] = 0,
-    seed: Annotated[int, "of measure=random", at_least(0)] = 0,
+    seed: Annotated[int, "of measure=random", SEEDS] = 0,
 ):
     """Stop at the first confident layer and backfill the KV cache.
 
@@ -156,6 +156,13 @@ class ExitingStack(Part):
     @property
     def blocks(self) -> tuple:
         return self.inner.blocks
+
+    @property
+    def one_sequence(self) -> bool:
+        """True: no batches in which sequences exit at different layers. There, a token that has
+        exited runs on with those of the others and its result is dropped; a part that remembers
+        more of what ran than keys and values would remember that too."""
+        return any(node.has_history for _, node in walk(self.inner))
 
     def __call__(self, x, state: State):
         """x (..., T, D) -> (..., T, D): the hidden state of each token after its last layer."""

@@ -15,7 +15,7 @@ from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.shared.cosine import cosine
 from minitx.state import Layer
-from minitx.technique import at_least, between, blocks_of, technique, wrap
+from minitx.technique import SEEDS, at_least, between, blocks_of, technique, wrap
 from minitx.tree import Part, part
 
 
@@ -58,7 +58,7 @@ def ffn_skip(
         "(cold_end - cold_start) / L",
         between(0, 1),
     ] = 0.2,
-    seed: Annotated[int, "of the baselines", at_least(0)] = 0,
+    seed: Annotated[int, "of the baselines", SEEDS] = 0,
 ):
     """Skip the next FFNs once an FFN hardly changes the hidden state.
 
