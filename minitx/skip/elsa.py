@@ -14,13 +14,20 @@ from tqdm import tqdm
 from minitx import fast, ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import Attend
+from minitx.shared.break_even import check_selection
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
 from minitx.state import Layer
 from minitx.technique import at_least, between, swap, technique, wrap
 from minitx.tree import Part, float_type, part, table
 
 
-@technique(level="scores", exact=False, neutral={"p": 0.0}, event=("keys kept", "keys seen"))
+@technique(
+    level="scores",
+    exact=False,
+    neutral={"p": 0.0},
+    event=("keys kept", "keys seen"),
+    presets={"aggressive": {"p": 2.0}},
+)
 def elsa(
     lm,
     *,
@@ -30,7 +37,11 @@ def elsa(
     threshold: Annotated[
         float | None, "one threshold t for all heads; nothing is learned, and p has no effect"
     ] = None,
-    bits: Annotated[int | None, "hash length k; default: the head width", between(1, 4096)] = None,
+    bits: Annotated[
+        int | None,
+        "hash length k; default: the head width, or if that is below 64, twice as many up to 64",
+        between(1, 4096),
+    ] = None,
     angle_bias: Annotated[
         float | None,
         "subtracted from estimated angles, in radians; default: simulated for d and k",
@@ -38,11 +49,12 @@ def elsa(
     ] = None,
     stories: Annotated[int, "calibration stories to learn thresholds from", at_least(1)] = 8,
     min_visible: Annotated[
-        int,
+        int | None,
         "learn only from queries that see at least this many keys: with fewer, p/n is close to 1 "
-        "and the sample says little",
+        "and the sample says little; default: 64, or half of the longest calibration text if that "
+        "is less",
         at_least(1),
-    ] = 1,
+    ] = None,
     seed: Annotated[int, "of the random projection", at_least(0)] = 0,
 ):
     """Select keys by comparing sign hashes, then score only those.
@@ -78,7 +90,7 @@ def elsa(
     """
     config, dtype = lm.model.config, float_type(lm.model)
     d, heads = config.head_width, (config.layers, config.heads)
-    bits = d if bits is None else bits
+    bits = min(2 * d, max(64, d)) if bits is None else bits
     bias = simulate_angle_bias(d, bits, seed) if angle_bias is None else angle_bias
     if threshold is None and p > 0:
         from minitx.training.calibration import texts_for  # only where thresholds are learned
@@ -86,10 +98,15 @@ def elsa(
         texts = texts_for(
             "elsa", lm, stories, "give all heads one threshold, such as threshold=0.3"
         )
+        if min_visible is None:
+            min_visible = min(64, max(1, max(map(len, texts)) // 2))
         thresholds = learn_thresholds(lm, p, texts, min_visible)  # (L, H)
     else:
         thresholds = np.full(heads, -math.inf if threshold is None else threshold)
     thresholds, cosines = thresholds.astype(dtype), cosine_table(bits, bias).astype(dtype)
+    hashing = -(-bits // d) * sum(factor_sizes(d)) * d  # of one vector
+    own_key = (hashing + d) / config.group  # hash and norm, once for the query heads that share it
+    check_selection("elsa", config, hashing + own_key, 1, f"use bits={d} or fewer")
 
     def change(attn: Part, index: int) -> Part:
         hashed = sign_hash(d, bits, seed, dtype)  # all layers share its arrays

@@ -23,14 +23,15 @@ from minitx.tree import Part, part, table
     after=("quantize_cache",),
     demo={"heavy": 4, "recent": 4},
     event="cache rows evicted",
+    presets={"aggressive": {"heavy": 64, "recent": 64}},
 )
 def heavy_hitters(
     lm,
     *,
     heavy: Annotated[
         int, "rows kept for the attention they received, per key head", at_least(0)
-    ] = 64,
-    recent: Annotated[int, "most recent rows, which are always kept", at_least(0)] = 64,
+    ] = 128,
+    recent: Annotated[int, "most recent rows, which are always kept", at_least(0)] = 128,
     choose: Annotated[
         Literal["attention", "random"], "accumulated attention, or a random baseline"
     ] = "attention",

@@ -22,8 +22,9 @@ from minitx.tree import Part, part
     level="scores",
     exact=False,
     neutral={"threshold": 0.0, "share": 1.0},
-    demo={"threshold": 0.2},
+    demo={"threshold": 0.2, "share": 1.0},
     event=("keys kept", "keys seen"),
+    presets={"aggressive": {"threshold": 0.2}, "threshold-only": {"threshold": 0.05, "share": 1.0}},
 )
 def predictive_attention(
     lm,
@@ -37,7 +38,7 @@ def predictive_attention(
     ] = 0.05,
     share: Annotated[
         float, "keep at most this share of the keys that a query sees; 1: all", above(0, 1)
-    ] = 1.0,
+    ] = 0.25,
     min_keys: Annotated[int, "share never leaves fewer keys than this", at_least(1)] = 4,
     codes: Annotated[
         Literal["integer", "leading-one"],

@@ -18,6 +18,7 @@ from minitx.decode import Sampler, TokenLoop
 from minitx.digest import digest
 from minitx.errors import MinitxError
 from minitx.model import Transformer
+from minitx.shared.break_even import warn
 from minitx.state import Layer, State
 from minitx.technique import at_least, owner, technique
 from minitx.tree import Part, part, walk
@@ -71,6 +72,12 @@ def prefix_cache(
     if not megabytes:
         return lm
     check(lm.model)
+    context = lm.model.config.context
+    if block >= context:
+        warn(
+            f"prefix_cache: a block of {block:,} tokens is as long as the context of {context:,}, "
+            "and the last token of a prompt always runs, so no block is ever reused; use fewer."
+        )
     return replace(lm, decode=PrefixCache(lm.decode, PrefixStore(megabytes), block))
 
 

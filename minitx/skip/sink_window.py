@@ -23,12 +23,13 @@ from minitx.tree import Part, part
     after=("quantize_cache",),
     demo={"sinks": 2, "window": 6},
     event="cache rows evicted",
+    presets={"aggressive": {"window": 124}},
 )
 def sink_window(
     lm,
     *,
     sinks: Annotated[int, "first tokens, which are never evicted", at_least(0)] = 4,
-    window: Annotated[int, "recent tokens that a query sees, itself included", at_least(1)] = 124,
+    window: Annotated[int, "recent tokens that a query sees, itself included", at_least(1)] = 252,
     positions: Annotated[
         Literal["cache", "original"] | None,
         "where the sinks seem to be; cache: right before the window (default with RoPE); original: "

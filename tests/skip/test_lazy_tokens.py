@@ -196,6 +196,7 @@ def test_cached_keys_are_those_of_the_literal_version(family):
 ALL = [dict(keep=1.0), dict(keep=0.999), dict(keep=0.999, choose="random")]  # ceil(0.999 n) = n
 
 
+@pytest.mark.filterwarnings("ignore:lazy_tokens.*prunes none")
 @kind
 @pytest.mark.parametrize("sizes", [(40,), (11, 1, 28), (1,) * 40], ids=["one", "chunks", "tokens"])
 @pytest.mark.parametrize("options", ALL, ids=str)

@@ -31,6 +31,7 @@ from minitx.tree import Part, float_type, part
     neutral={"keep": 10**9},
     demo={"keep": 4},
     event=("keys kept", "keys seen"),
+    presets={"aggressive": {"keep": 16}},
 )
 def dota(
     lm,
@@ -40,7 +41,7 @@ def dota(
         "source of the detectors: dota.safetensors (trained), a least-squares fit (post-hoc), "
         "or trained if that file exists (auto)",
     ] = "auto",
-    keep: Annotated[int, "keys that each query keeps", at_least(1)] = 16,
+    keep: Annotated[int, "keys that each query keeps", at_least(1)] = 128,
     rank: Annotated[
         int | None,
         "rank of the detectors of fit=post-hoc; default: a quarter of the head width",

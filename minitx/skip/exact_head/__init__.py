@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import ledger, ops
+from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Head, TiedHead
+from minitx.shared.break_even import head, warn
 from minitx.skip.exact_head.norm_search import norm_search
 from minitx.skip.exact_head.rounding import (
     norm,
@@ -44,8 +46,11 @@ def exact_head(
         int | None, "singular directions in the preview, of D; default D // 4", at_least(1)
     ] = None,
     block: Annotated[
-        int, "method=norms: rows per product; all are read if V is smaller", at_least(1)
-    ] = 2048,
+        int | None,
+        "method=norms: rows per product, and the least that are read; default: V // 16, at most "
+        "2048",
+        at_least(1),
+    ] = None,
 ):
     """Find the argmax token exactly without computing every logit.
 
@@ -79,8 +84,11 @@ def exact_head(
     """
     D = lm.model.config.width
     rank = max(1, D // 4) if rank is None else rank
+    block = min(2048, max(1, lm.model.config.vocab_size // 16)) if block is None else block
     if rank > D:
         raise MinitxError(f"exact_head: rank must be at most {D}, the model's width; got {rank}.")
+
+    check_search(lm.model.config, method, rank, block)
 
     def change(head: Part) -> "ExactHead":
         rows, biased = head_rows(head)
@@ -91,6 +99,20 @@ def exact_head(
         raise NoSuchPart(Head, TiedHead)
     lm = swap(lm, TiedHead, change, optional=True)
     return swap(lm, Head, change, optional=True)
+
+
+def check_search(c: Config, method: str, rank: int, block: int) -> None:
+    """Warn if the search takes as many multiply-adds as the dense head, however few rows it reads:
+    at least one, or one block."""
+    V, D, dense = c.vocab_size, c.width, head(c)
+    least = D * D + V * (rank + 1) + 2 * D if method == "svd" else min(block, V) * D
+    if least >= dense:
+        smaller = "a smaller rank" if method == "svd" else f"a block below {V:,}"
+        instead = f"use {smaller}" if V > D + 2 else "leave it out: the vocabulary is too small"
+        warn(
+            f"exact_head: the search takes at least {least:,} multiply-adds per token and the "
+            f"dense head {dense:,}, so it can never pay; {instead}."
+        )
 
 
 # Online ------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend, Attention
+from minitx.shared.break_even import check_selection
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
 from minitx.skip.sparse_memory.inner_product import key_norm_bound
 from minitx.skip.sparse_memory.kd_trees import KDTrees
@@ -28,11 +29,12 @@ from minitx.tree import Part, float_type, part, walk
     neutral={"keep": 1 << 40, "slots": None, "index": "linear"},
     demo={"keep": 3, "slots": 10},
     event="keys evicted",
+    presets={"aggressive": {"keep": 16}, "eviction": {"keep": 32, "slots": 256}},
 )
 def sparse_memory(
     lm,
     *,
-    keep: Annotated[int, "keys that a query attends to (paper: K)", at_least(1)] = 16,
+    keep: Annotated[int, "keys that a query attends to (paper: K)", at_least(1)] = 32,
     slots: Annotated[
         int | None, "keys that can be read, per key head (paper: N); default: all", at_least(1)
     ] = None,
@@ -93,7 +95,10 @@ def sparse_memory(
         if index == "linear":
             found = LinearScan()
         elif index == "lsh":
-            d, dtype = lm.model.config.head_width, float_type(lm.model)
+            c, dtype = lm.model.config, float_type(lm.model)
+            d, hashing = c.head_width, tables * bits * c.head_width  # multiply-adds of one vector
+            few = "use index=linear, or fewer tables or bits"
+            check_selection("sparse_memory", c, hashing * (1 + 1 / c.group), 0, few)
             found = random_lsh(d, bits, tables, R if augment else None, seed, dtype)
         else:
             found = KDTrees(R, keep, checks, trees, seed)
