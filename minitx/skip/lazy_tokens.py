@@ -52,7 +52,9 @@ def lazy_tokens(
                2024, arXiv 2407.14057.
     Fidelity:  a reconstruction from notes on the paper's full text. As there, generated tokens may
                be pruned too. Ours: the last token always stays; rewinding undoes revivals.
-    Kind:      approximate; exact at keep=1, which prunes nothing.
+    Kind:      approximate; exact at keep=1, which prunes nothing. No setting pays on the shipped
+               models: what a prompt saves, later tokens spend on reviving (0.97x multiply-adds for
+               464 + 48 tokens), and answers that need several facts of a story get lost.
     Idea:      To predict one token, later layers need only the tokens that it attends to. The
                others are not lost: their hidden states wait in an auxiliary cache, from which any
                later step may resume them at the layer that they had reached.

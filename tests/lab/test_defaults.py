@@ -68,7 +68,22 @@ class Figures:
 EXACT = (-1e-5, 1e-5)
 CHAINS = Text(chains=2)
 
-SKIP = {}
+SKIP = {
+    "a3": NoSaving((0.1, 0.3), "cache_bytes", (0.7, 1.0), text=Text(stories=2)),
+    "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAINS),
+    "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
+    "elsa": Default((0.005, 0.02), "cache_bytes", (0.7, 0.9), text=CHAINS),
+    "exact_head": Default(EXACT, "weight_bytes", (0.75, 0.85), model="stories-draft"),
+    "ffn_skip": Default((0.001, 0.01), "multiply_adds", (0.85, 0.92)),
+    "heavy_hitters": Default((-0.005, 0.01), "kv_cache", (0.49, 0.52), text=CHAINS),
+    "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
+    "lazy_tokens": NoSaving((0.0, 0.05), "multiply_adds", (0.95, 1.0), text=CHAINS),
+    "predictive_attention": Default((0.0, 0.015), "cache_bytes", (0.5, 0.6), text=CHAINS),
+    "prefix_cache": Default(EXACT, "multiply_adds", (0.75, 0.9), text=Text(again=True)),
+    "sink_window": Default((-0.005, 0.005), "kv_cache", (0.49, 0.51), text=CHAINS),
+    "sparse_memory": Default((0.0, 0.015), "cache_bytes", (0.65, 0.75), text=CHAINS),
+    "speculative": Default(EXACT, "weight_bytes", (0.4, 0.55)),
+}
 
 PRECOMPUTE = {}
 

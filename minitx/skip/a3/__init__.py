@@ -65,7 +65,9 @@ def a3(
                Approximation", HPCA 2020, arXiv 2002.10941, sections III and IV.
     Fidelity:  the paper's text. Causal attention and a growing cache are our extension.
                What is unconfirmed is in the Notes.
-    Kind:      approximate; exact at iterations=None threshold=0.
+    Kind:      approximate; exact at iterations=None threshold=0. No setting pays on the shipped
+               models: the default, the paper's conservative one, reads 0.89x the KV cache at 512
+               tokens and costs 0.14 nats; with more iterations the search reads more than dense.
     Idea:      A score is a sum of d products q[j] * key[j]. The most extreme products of all keys
                tell which keys may score high, and they are at the ends of the sorted columns.
     Offline:   nothing.
