@@ -97,7 +97,7 @@ def read_config(path) -> Config:
     Raises MinitxError if the file is missing or malformed, contradicts itself, or asks for a
     feature that minitx does not implement.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise MinitxError(f"{path}: there is no such file; a model folder needs a config.json.")
     return config_from(path, read_json(path))
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from minitx.lab.block_matrices import block_weights, embedding_weights
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import KINDS, Shape
 from minitx.technique import at_least
 
