@@ -5,17 +5,17 @@ token, model.py computes its logits.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import field
-from numbers import Integral
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minitx.decode import Autoregressive, Sampler, new_state
-from minitx.errors import MinitxError
+from minitx.decode import Autoregressive, Sampler, new_state, number
+from minitx.errors import MinitxError, abbreviate
 from minitx.memory_layout import to_column_major
 from minitx.model import Transformer
+from minitx.text import start_of
 from minitx.tree import Part, part
 
 Prompt = str | Sequence[int]
@@ -27,7 +27,9 @@ class LM(Part):
 
     tokenizer: has ``encode(text) -> ids`` and ``decode(ids) -> text`` (checkpoints/tokenizer.py);
     None for a model that is used with ids only. decode: the decoding loop, a part like any other.
-    folder: where the model was read from; further files of it may be there.
+    folder: where the model was read from; further files of it may be there. calibration: where
+    techniques take calibration ids from; None: stories. calibrated: what they were calibrated on
+    (calibration.py).
     """
 
     model: Transformer
@@ -35,17 +37,19 @@ class LM(Part):
     decode: Part = field(default_factory=Autoregressive)
     name: str = ""
     folder: Path | None = None
+    calibration: Any = None
+    calibrated: tuple = ()
 
     def logits(self, ids) -> np.ndarray:
         """Logits (T, V) of a sequence of ids (T,), or (B, T, V) of a batch (B, T); row t scores
         the token that follows ids[t]."""
-        return self.model(self._checked(ids))
+        return self.model(self.check_ids(ids))
 
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
         max_new_tokens: int | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -53,10 +57,12 @@ class LM(Part):
         """The completion of a prompt: text for text, a list of ids for ids, a list for a batch.
 
         It ends before the model's end-of-text token, or after ``max_new_tokens`` (default: fill the
-        context). The prompt is not repeated in the result. For sampling options see
-        ``decode.Sampler``. The prompts of a batch may differ in length (the longest one limits the
-        number of new tokens); row i equals what it would be alone, except for rounding in the last
-        bits of the logits, and is sampled with seed ``seed + i``.
+        context, or the limit in the folder's generation_config.json). The prompt is not repeated in
+        the result. It is decoded greedily, unless a temperature above 0 is given, or one of top_k,
+        top_p and seed, which imply a temperature of 1 (``decode.Sampler``). The prompts of a batch
+        may differ in length (the longest one limits the number of new tokens); row i equals what it
+        would be alone, except for rounding in the last bits of the logits, and is sampled with seed
+        ``seed + i``.
         """
         options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         if _is_batch(prompt):
@@ -85,7 +91,7 @@ class LM(Part):
     def pieces(self, tokens: Iterable[int], previous: int) -> Iterator[str]:
         """The text of a stream of ids, as ``stream`` yields it. ``previous``, the id before them,
         decides whether a leading space is written."""
-        self._need_tokenizer()
+        self.need_tokenizer()
         return _decoded(self.tokenizer, tokens, previous)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -93,23 +99,21 @@ class LM(Part):
         token if the model has one); ids are checked. An empty text starts from the beginning- or
         end-of-text token."""
         if not isinstance(prompt, str):
-            ids = self._checked(prompt)
+            ids = self.check_ids(prompt)
             if ids.ndim != 1:
                 raise MinitxError(
                     f"Expected one text or one list of token ids, got an array of shape "
                     f"{ids.shape}; for several prompts use generate."
                 )
             return ids.tolist()
-        self._need_tokenizer()
-        config = self.model.config
-        start = (config.eos if config.bos is None else (config.bos,))[:1]
-        return self._checked(self.tokenizer.encode(prompt) or start).tolist()
+        self.need_tokenizer()
+        return self.check_ids(self.tokenizer.encode(prompt) or start_of(self)).tolist()
 
     # Checks ---------------------------------------------------------------------------------------
 
-    def _checked(self, ids) -> np.ndarray:
-        """The ids as an array of integers; refused if empty, too long, or outside the
-        vocabulary."""
+    def check_ids(self, ids, any_length: bool = False) -> np.ndarray:
+        """The ids as an array of integers; refused if empty, outside the vocabulary, or longer than
+        the context (unless ``any_length``)."""
         try:
             array = np.asarray(ids)
         except ValueError:
@@ -120,13 +124,14 @@ class LM(Part):
         config = self.model.config
         if array.ndim == 0:
             raise MinitxError(
-                f"Expected a list of token ids, got {_short(ids)}; use lm.encode(text) to make one."
+                f"Expected a list of token ids, got {abbreviate(ids)}; use lm.encode(text) to make "
+                "one."
             )
         if array.size == 0:
             raise MinitxError("The prompt is empty; give at least one token.")
         if array.dtype.kind not in "iu":
             raise MinitxError(
-                f"Expected integer token ids, got {_short(ids)} of type {array.dtype}; use "
+                f"Expected integer token ids, got {abbreviate(ids)} of type {array.dtype}; use "
                 "lm.encode(text) to make ids from text."
             )
         if array.min() < 0 or array.max() >= config.vocab_size:
@@ -135,7 +140,7 @@ class LM(Part):
                 f"Token id {bad} is outside the vocabulary of {config.vocab_size}; "
                 "is this the tokenizer that belongs to the model?"
             )
-        if array.shape[-1] > config.context:
+        if array.shape[-1] > config.context and not any_length:
             raise MinitxError(
                 f"The prompt has {array.shape[-1]} tokens but the context is {config.context}; "
                 "shorten it."
@@ -146,17 +151,17 @@ class LM(Part):
         """The number of new tokens after a prompt of ``length``; refused if they do not fit."""
         room = self.model.config.context - length
         if wanted is None:
-            return room
-        if not isinstance(wanted, Integral) or wanted < 0:
-            raise MinitxError(f"max_new_tokens must be an integer >= 0, got {wanted!r}.")
+            return self.model.config.new_tokens(length)
+        wanted = number("max_new_tokens", wanted)
         if wanted > room:
             raise MinitxError(
-                f"A prompt of {length} tokens plus {wanted} new ones exceeds the context of "
-                f"{length + room}; use a shorter prompt or at most {room} new tokens."
+                f"A prompt of {length} tokens plus {abbreviate(wanted)} new ones exceeds the "
+                f"context of {length + room}; use a shorter prompt or at most {room} new tokens."
             )
-        return int(wanted)
+        return wanted
 
-    def _need_tokenizer(self) -> None:
+    def need_tokenizer(self) -> None:
+        """MinitxError for a model that has no tokenizer."""
         if self.tokenizer is None:
             raise MinitxError(
                 "This model has no tokenizer, so it takes token ids, not text; load it with "
@@ -174,10 +179,11 @@ class LM(Part):
     def _generate_batch(self, prompts, max_new_tokens, seed: int | None, options: dict) -> list:
         encoded = [self.encode(prompt) for prompt in prompts]
         limit = self._room(max(map(len, encoded)), max_new_tokens)
-        # The first sampler validates the options; only then is the seed known to be an integer.
-        choosers = [Sampler(seed=seed, **options)]
+        first = Sampler(seed=seed, **options)  # which checks and converts the options
+        choosers = [first]
         for row in range(1, len(encoded)):
-            choosers.append(Sampler(seed=None if seed is None else seed + row, **options))
+            seed = None if first.seed is None else first.seed + row
+            choosers.append(Sampler(first.temperature, first.top_k, first.top_p, seed))
         rows = self._rows(encoded, choosers, limit)
         return [
             "".join(self.pieces(row, ids[-1])) if isinstance(prompt, str) else row
@@ -219,21 +225,22 @@ def _is_batch(prompt) -> bool:
     return isinstance(prompt[0], Sequence | np.ndarray)
 
 
-def _short(value) -> str:
-    """A value as one short line, for a message."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def load(
-    name_or_path: str | Path, tokenizer: str | Path | None = None, dtype=np.float32, **techniques
+    name_or_path: str | Path,
+    tokenizer: str | Path | bool | None = None,
+    dtype=np.float32,
+    calibrate=None,
+    **techniques,
 ) -> LM:
     """Load a shipped model by name (``stories``), a Hugging Face folder, a llama2.c ``.bin`` file,
     or a folder that ``minitx precompute`` wrote.
 
-    tokenizer: the folder or file of the tokenizer, if it is not beside the model; without one, a
-    model still works on ids. dtype: float32, or float64 for tests. techniques: by name, True or a
-    dict of options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``.
+    tokenizer: the folder or file of the tokenizer, if it is not beside the model. False: none, so
+    that the model works on ids only, whatever tokenizer files there are. dtype: float32, or float64
+    for tests. techniques: by name, True or a dict of options: ``load("stories", fold_norms=True,
+    ffn_skip={"threshold": 0.95})``. calibrate: what techniques that calibrate read instead of
+    stories: a text (``minitx.text.read_text`` reads one from a file), or token ids, one list or
+    several.
     Raises MinitxError if there is no such model or technique, or if a file is damaged.
     """
     from minitx.checkpoints.find import name_of, read_language_model
@@ -242,8 +249,9 @@ def load(
     path = found.path
     folder = path if path.is_dir() else None
     lm = LM(found.model, found.tokenizer, found.decode, name_of(path), folder)
-    if not techniques:
+    lm = replace(lm, calibrated=found.calibrated)
+    if not techniques and calibrate is None:
         return to_column_major(lm)
     from minitx.technique import apply
 
-    return apply(lm, techniques)
+    return apply(lm, techniques, calibrate)

@@ -7,9 +7,9 @@ import numpy as np
 
 from minitx.checkpoints import auto_tokenizer
 from minitx.checkpoints.common import unreadable
-from minitx.checkpoints.precomputed import is_precomputed, read_precomputed
+from minitx.checkpoints.precomputed import is_precomputed, read_origin, read_precomputed
 from minitx.decode import Autoregressive
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate, nearest
 from minitx.model import Transformer
 from minitx.tree import Part
 
@@ -33,9 +33,11 @@ def locate(name_or_path) -> Path:
     ``./name`` or a ``Path`` is always a path. Raises MinitxError if it does not exist."""
     path = _resolve(name_or_path, "model")
     if not _exists(path):
+        near = nearest(str(name_or_path), shipped())
+        hint = f" Did you mean {near!r}?" if near else ""
         raise MinitxError(
-            f"There is no model {str(name_or_path)!r}: expected a folder, a file, or one of the "
-            f"shipped models ({', '.join(sorted(shipped())) or 'none found'})."
+            f"There is no model {abbreviate(str(name_or_path))}: expected a folder, a file, or one "
+            f"of the shipped models ({', '.join(sorted(shipped())) or 'none found'}).{hint}"
         )
     return path
 
@@ -48,21 +50,35 @@ class LoadedModel:
     decode: Part  # the decoding loop
     tokenizer: object  # or None
     path: Path  # of the model
+    calibrated: tuple = ()  # what a precomputed model was calibrated on
 
 
 def read_language_model(name_or_path, tokenizer=None, dtype=np.float32) -> LoadedModel:
     """The model and tokenizer for the arguments of ``minitx.load``.
 
-    Without ``tokenizer`` the tokenizer is looked up next to the model.
+    Without ``tokenizer`` the tokenizer is looked up next to the model; False means none.
     """
     path = locate(name_or_path)
     where = tokenizer_path(path, tokenizer)
     if is_precomputed(path):
         model, decode = read_precomputed(path, dtype)
+        calibrated = read_origin(path).calibrated
     else:
-        model, decode = read_model_at(path, dtype), Autoregressive()
-    found = None if where is None else read_tokenizer_for(where, model)
-    return LoadedModel(model, decode, found, path)
+        model, decode, calibrated = read_model_at(path, dtype), Autoregressive(), ()
+    return LoadedModel(model, decode, _tokenizer_of(where, model), path, calibrated)
+
+
+def _tokenizer_of(where: Path | None, model: Transformer):
+    """The tokenizer in this file, None for None; a refusal says how to do without it."""
+    if where is None:
+        return None
+    try:
+        return read_tokenizer_for(where, model)
+    except MinitxError as error:
+        raise MinitxError(
+            f"{error} To use the model without a tokenizer, on token ids: tokenizer=False "
+            "(--no-tokenizer)."
+        ) from None
 
 
 def name_of(path: Path) -> str:
@@ -87,7 +103,9 @@ def read_model_at(path: Path, dtype) -> Transformer:
 
 def tokenizer_path(path: Path, tokenizer=None) -> Path | None:
     """The tokenizer file for the model at ``path``: ``tokenizer`` if given, else the one next to
-    the model, or None."""
+    the model, or None. False: None, whatever is there."""
+    if tokenizer is False:
+        return None
     return tokenizer_beside(path) if tokenizer is None else _tokenizer_at(tokenizer)
 
 

@@ -22,7 +22,7 @@ import struct
 from pathlib import Path
 
 from minitx.checkpoints.bpe_merge import merge_best_first
-from minitx.checkpoints.common import abbreviate, unreadable
+from minitx.checkpoints.common import abbreviate, read
 from minitx.checkpoints.tokenizer import Tokenizer, need_valid_unicode
 from minitx.errors import MinitxError
 
@@ -117,10 +117,7 @@ def read_llama2c_tokenizer(path, vocab_size: int) -> Llama2cTokenizer:
     Raises MinitxError if the file is truncated, has trailing bytes or impossible lengths.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from None
+    data = read(path)
     try:
         return Llama2cTokenizer(*_parse(data, vocab_size))
     except MinitxError as error:

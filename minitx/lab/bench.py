@@ -32,14 +32,14 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from tqdm import tqdm
 
-from minitx import __version__
+from minitx import __version__, progress
 from minitx.build import random_model
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.fast import ONE_THREAD, THREAD_VARIABLES
 from minitx.lab.bench_report import as_text
+from minitx.lab.layout import fit
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major
 from minitx.model import Head, Linear, TiedHead, Transformer
@@ -101,7 +101,7 @@ def bench(as_json: bool = False, quick: bool = False) -> None:
     rival, reason = find_rival()
     result = measure_all(SHAPES, QUICK if quick else FULL, rival)
     result["not_compared"] = reason
-    print(json.dumps(result, indent=1) if as_json else as_text(result))
+    print(json.dumps(result, indent=1) if as_json else fit(as_text(result)))
 
 
 def _run_again(options: list[str]) -> None:
@@ -128,8 +128,9 @@ def measure_all(shapes, plan: Repeats, rival: Callable | None, bar: bool = True)
     other framework (see ``Transformers``); None measures minitx only."""
     found = machine()  # before the run, which is load itself
     clock, processor = time.perf_counter(), time.process_time()
-    with tqdm(total=len(shapes) * (plan.rounds + 1), unit="round", disable=not bar) as progress:
-        measured = [measure(config, plan, rival, progress.update) for config in shapes]
+    rounds = len(shapes) * (plan.rounds + 1)
+    with progress.bar(rounds, "bench", unit="round", shown=bar) as shown:
+        measured = [measure(config, plan, rival, shown.update) for config in shapes]
     spent = time.process_time() - processor
     busy = spent / elapsed(time.perf_counter, clock)
     return {

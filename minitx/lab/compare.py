@@ -1,76 +1,81 @@
 """``minitx compare``: what techniques save and cost, side by side with the dense model.
 
-Two measurements on the same held-out stories:
+Two measurements on the same texts, held-out stories or any text (reading.py):
 
-- reading: each story is read once with teacher forcing. Loss above the entropy of the text,
-  accuracy by hops, the mean KL divergence of the next-token distributions KL(dense || changed),
-  and how often the argmax agrees;
-- generation: the beginning of each story is continued greedily. Multiply-adds and bytes read are
+- reading: each text is read once with teacher forcing. Loss (of stories above their entropy, with
+  accuracy by hops; of any text per token and per byte), the mean KL divergence of the next-token
+  distributions KL(dense || changed), and how often the argmax agrees;
+- generation: the beginning of each text is continued greedily. Multiply-adds and bytes read are
   counted per new token, part by part; then both models are timed in turns. The speed ratio is the
   median over the rounds, with the minimum and maximum. Caches that outlive a sequence are cleared
   before each round (``minitx first-token`` measures those).
 
-Also reported: bytes of all arrays in memory, and bytes of KV cache per token.
-
-A story is read in one pass, unless a technique decides per step what to skip: then it is read as
-generation would run it, a prompt at once and the rest token by token. With chains, stories follow
-one another until the context is full, for techniques whose effect shows on long texts.
+Also reported: bytes of all arrays in memory, and bytes of KV cache per token. With chains, stories
+follow one another until the context is full, for techniques whose effect shows on long texts.
 
 The result is called identical if every argmax while reading and every continuation is the same;
 anything else is approximate, whatever a technique claims.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from statistics import median
 
 import numpy as np
-from tqdm import tqdm
 
+from minitx import progress
 from minitx.decode import Sampler, new_state
-from minitx.lab.bench import timed
-from minitx.lab.evaluate import (
-    Encoded,
-    Report,
-    Tally,
-    best_guess,
-    chains,
-    encode,
-    held_out,
-    hops_name,
-    percent,
-    report,
-    table,
+from minitx.lab.bench import elapsed, timed
+from minitx.lab.evaluate import Report, Tally, percent, table
+from minitx.lab.reading import (
+    NEW,
+    TOKENS,
+    Material,
+    TextReport,
+    hidden_as_generated,
+    logits_of,
+    pieces,
+    stories_to_read,
+    text_to_read,
+    warn_if_calibrated_otherwise,
+    warn_if_stories_are_unknown,
 )
 from minitx.ledger import Entry, Ledger, counting
-from minitx.technique import decides
+from minitx.text import Text
 from minitx.tree import nbytes, walk
 
-PROMPT, NEW = 32, 48  # tokens of a prompt, and new tokens generated after it
+LONGEST_TIMING = 20.0  # seconds after which no further round of timing begins
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How much to measure: stories to read (or chains of stories instead), prompts to continue, and
-    rounds of timing."""
+    """How much to measure: stories to read (or chains of stories, or a text instead and how many of
+    its tokens), prompts to continue, and rounds of timing, at most."""
 
     stories: int = 100
     prompts: int = 10
     rounds: int = 5
     chains: int = 0
+    text: str | Text | None = None
+    tokens: int = TOKENS
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Both models on the same stories."""
+    """Both models on the same texts."""
 
-    dense: Report
-    changed: Report
+    dense: Report | TextReport
+    changed: Report | TextReport
     divergence: float  # mean KL(dense || changed) in nats a token
     agreement: float  # share of tokens at which both would choose the same next one
     tokens: int
+
+    @property
+    def added_loss(self) -> float:
+        """Loss above the dense model, in nats per token (of stories: of ordinary text)."""
+        return self.changed.loss - self.dense.loss
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class Comparison:
     generation: Generation
     dense_size: Size
     size: Size
+    measured: str = ""  # on what
+    calibrated: tuple[str, ...] = ()  # what the techniques were calibrated on
 
     @property
     def identical(self) -> bool:
@@ -118,10 +125,14 @@ class Comparison:
     @property
     def multiply_adds(self) -> float:
         """Of the changed model, relative to the dense one."""
+        return self.relative("multiply_adds")
+
+    def relative(self, name: str) -> float:
+        """A field of ``Entry`` per new token, relative to the dense model."""
         changed, dense = (
             sum(part.values(), Entry()) for part in (self.generation.changed, self.generation.dense)
         )
-        return changed.multiply_adds / dense.multiply_adds
+        return getattr(changed, name) / max(getattr(dense, name), 1)
 
     @property
     def memory(self) -> float:
@@ -147,55 +158,84 @@ def compare(
     dense, changed, techniques: str, plan: Workload = Workload(), grade="full", bar=True
 ) -> Comparison:
     """Compare two LMs that share a tokenizer. Raises MinitxError without one."""
-    found = held_out(dense, plan.stories, grade)
-    context = dense.model.config.context
-    if plan.chains:
-        endless = chains(dense.tokenizer, "evaluation", grade, context)
-        encoded = list(islice(endless, plan.chains))
-    else:
-        encoded = encode(dense.tokenizer, found)
-    beginning = context - NEW if plan.chains else PROMPT
-    with tqdm(
-        total=len(encoded) + min(plan.prompts, len(encoded)) * 2 + plan.rounds,
-        unit="run",
-        disable=not bar,
-    ) as progress:
-        reading = read(dense, changed, encoded, best_guess(found), progress.update)
-        prompts = [text.ids[:beginning] for text in encoded[: plan.prompts]]
-        generation = generate(dense, changed, prompts, plan.rounds, progress.update)
-    sizes = [Size.of(lm, encoded[0].ids[:context]) for lm in (dense, changed)]
-    return Comparison(techniques, reading, generation, *sizes)
+    material = to_read(dense, plan, grade)
+    runs = 2 * (len(material.texts) + len(material.prompts(plan.prompts))) + plan.rounds
+    with progress.bar(runs, "compare", unit="run", shown=bar) as shown:
+        known = measure_dense(dense, material, plan.prompts, shown.update)
+        return compare_with(known, changed, techniques, plan.rounds, shown.update)
 
 
-def read(dense, changed, encoded: Sequence[Encoded], guess: dict, tick) -> Reading:
-    """Read one story after another: not every technique takes batches."""
-    tallies = Tally.empty(), Tally.empty()
-    divergence, same, tokens = 0.0, 0, 0
-    for story in encoded:
-        ids, targets, kinds = story.ids[:-1], np.array(story.ids[1:]), np.array(story.kinds)
-        both = [logits_as_generated(lm, ids) for lm in (dense, changed)]
-        for tally, logits in zip(tallies, both):
-            tally.floor += story.nats
-            tally.add(logits, targets, kinds)
-        p, q = map(log_softmax, both)
-        divergence += float((np.exp(p) * (p - q)).sum())
-        same += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
-        tokens += len(ids)
+def to_read(dense, plan: Workload, grade="full") -> Material:
+    if plan.text is not None:
+        return text_to_read(dense, plan.text, plan.tokens)
+    return stories_to_read(dense, plan.stories, grade, plan.chains)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What is measured of the dense model once, for all models that are compared with it."""
+
+    lm: object
+    material: Material
+    hidden: list[np.ndarray]  # its hidden states (T, D) of each text: logits would fill the memory
+    report: Report | TextReport
+    prompts: list[list[int]]
+    continuations: list[list[int]]
+    counts: Ledger  # of generating them
+    size: Size
+    tokens_per_second: float  # of generating them once, while their work is counted
+
+
+def measure_dense(dense, material: Material, prompts: int, tick) -> Dense:
+    tally, hidden = Tally.empty(), []
+    for text in material.texts:
+        hidden.append(hidden_as_generated(dense, text.ids[:-1]))
+        targets, kinds = np.array(text.ids[1:]), np.array(text.kinds)
+        for some in pieces(len(hidden[-1]), dense.model.config.vocab_size):
+            tally.add(logits_of(dense, hidden[-1][some]), targets[some], kinds[some])
+        tally.floor += text.nats
         tick()
-    ours = [report(tally, guess) for tally in tallies]
-    return Reading(*ours, max(divergence / tokens, 0.0), same / tokens, tokens)
+    found = material.report(tally)
+    warn_if_stories_are_unknown(material.source, found)
+    own = material.prompts(prompts)
+    began = time.process_time()
+    texts, counts = continue_all(dense, own, tick)
+    speed = sum(map(len, texts)) / elapsed(time.process_time, began)
+    size = Size.of(dense, material.texts[0].ids[: dense.model.config.context])
+    return Dense(dense, material, hidden, found, own, texts, counts, size, speed)
 
 
-def logits_as_generated(lm, ids) -> np.ndarray:
-    """Logits (T, V) of a text: in one pass if that makes no difference, otherwise a prompt at once
-    and the rest token by token, as generation runs it."""
-    if decides(lm.model) == "token":
-        return lm.logits(ids)
-    state, ids = lm.model.new_state(), np.array(ids)
-    state.prompt = min(PROMPT, len(ids))
-    found = [lm.model(ids[:PROMPT], state)]
-    found += [lm.model(ids[t : t + 1], state) for t in range(PROMPT, len(ids))]
-    return np.concatenate(found)
+def compare_with(known: Dense, changed, techniques: str, rounds: int, tick) -> Comparison:
+    """Compare a model with the dense one that is measured already."""
+    material = known.material
+    warn_if_calibrated_otherwise(changed, material.source)
+    reading = read(known, changed, tick)
+    generation = generate(known, changed, rounds, tick)
+    size = Size.of(changed, material.texts[0].ids[: known.lm.model.config.context])
+    calibrated = tuple(map(str, changed.calibrated))
+    return Comparison(techniques, reading, generation, known.size, size, material.name, calibrated)
+
+
+def read(known: Dense, changed, tick) -> Reading:
+    """Read one text after another: not every technique takes batches."""
+    tally = Tally.empty()
+    divergence, same, tokens = 0.0, 0, 0
+    for text, dense_hidden in zip(known.material.texts, known.hidden, strict=True):
+        targets, kinds = np.array(text.ids[1:]), np.array(text.kinds)
+        hidden = hidden_as_generated(changed, text.ids[:-1])
+        for some in pieces(len(hidden), known.lm.model.config.vocab_size):
+            dense_logits = logits_of(known.lm, dense_hidden[some])
+            logits = logits_of(changed, hidden[some])
+            tally.add(logits, targets[some], kinds[some])
+            p, q = log_softmax(dense_logits), log_softmax(logits)
+            divergence += float((np.exp(p) * (p - q)).sum())
+            same += int((dense_logits.argmax(-1) == logits.argmax(-1)).sum())
+        tally.floor += text.nats
+        tokens += len(targets)
+        tick()
+    changed_report = known.material.report(tally)
+    mean = max(divergence / tokens, 0.0)
+    return Reading(known.report, changed_report, mean, same / tokens, tokens)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -205,31 +245,38 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
-def generate(dense, changed, prompts: Sequence[list[int]], rounds: int, tick) -> Generation:
-    texts, ledgers = [], []
-    for lm in (dense, changed):
-        with counting(lm) as counts:
-            texts.append([])
-            forget(lm)
-            for prompt in prompts:
-                texts[-1].append(continuation(lm, prompt))
-                tick()
-        ledgers.append(counts)
-    same = sum(a == b for a, b in zip(*texts))
-    new = [sum(map(len, own)) or 1 for own in texts]  # tokens
-    seconds = [], []
-    for _ in range(rounds):
+def continue_all(lm, prompts: Sequence[list[int]], tick) -> tuple[list[list[int]], Ledger]:
+    """The greedy continuation of each prompt, and what they cost together."""
+    found = []
+    with counting(lm) as counts:
+        forget(lm)
+        for prompt in prompts:
+            found.append(continuation(lm, prompt))
+            tick()
+    return found, counts
+
+
+def generate(known: Dense, changed, rounds: int, tick) -> Generation:
+    dense, prompts = known.lm, known.prompts
+    texts, counts = continue_all(changed, prompts, tick)
+    both, ledgers = (known.continuations, texts), (known.counts, counts)
+    same = sum(a == b for a, b in zip(*both))
+    new = [sum(map(len, own)) or 1 for own in both]  # tokens
+    seconds, began = ([], []), time.monotonic()
+    for done in range(rounds):
+        if done and time.monotonic() - began > LONGEST_TIMING:
+            break
         for lm, found, tokens in zip((dense, changed), seconds, new):
             found.append(timed(partial(generate_all, lm, prompts), least=0) / tokens)
         tick()
     ratios = [a / b for a, b in zip(*seconds)]
-    costs = [per_token(counts, tokens) for counts, tokens in zip(ledgers, new)]
+    costs = [per_token(ledger, tokens) for ledger, tokens in zip(ledgers, new)]
     return Generation(
         same,
         len(prompts),
         max(map(len, prompts)),
         *costs,
-        dict(ledgers[1].events),
+        dict(counts.events),
         (median(ratios), min(ratios), max(ratios)),
         1 / median(seconds[0]),
     )
@@ -275,6 +322,8 @@ def as_text(c: Comparison) -> str:
         f"{c.techniques or 'no technique'}: {word}. The argmax agrees at {percent(r.agreement)} of "
         f"{r.tokens:,} tokens, {t.same} of {t.prompts} greedy continuations are the same; "
         f"KL divergence {r.divergence:.2g} nats per token.",
+        f"Measured on {c.measured}.",
+        *(f"{use[0].upper() + use[1:]}." for use in c.calibrated),
         "",
         quality(r),
         "",
@@ -300,12 +349,8 @@ def sizes(dense: Size, changed: Size) -> str:
 
 
 def quality(r: Reading) -> str:
-    names = {hops: hops_name(hops) for hops in r.dense.by_hops}
-    rows = [["", "loss", "above entropy", *names.values()]]
-    for name, found in (("dense", r.dense), ("changed", r.changed)):
-        accuracies = [percent(found.by_hops[hops]) for hops in names]
-        rows.append([name, f"{found.loss:.4f}", f"{found.gap:.4f}", *accuracies])
-    return table(rows)
+    dense, changed = r.dense.columns(), r.changed.columns()
+    return table([["", *dense], ["dense", *dense.values()], ["changed", *changed.values()]])
 
 
 def costs(t: Generation) -> str:

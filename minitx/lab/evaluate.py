@@ -3,7 +3,8 @@ with the entropy of the text.
 
 Teacher forcing: every story is read once, after ``<|endoftext|>``, and the model's prediction is
 compared with each token. No text is generated. Stories of similar length share a batch, padded at
-the end, which does not affect a causal model.
+the end, which does not affect a causal model. A model with a technique that decides per step reads
+one story after another as generation would, and any other text is read in windows (reading.py).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,9 +13,13 @@ from itertools import islice
 
 import numpy as np
 
+from minitx.calibration import STORIES
 from minitx.errors import MinitxError
-from minitx.technique import blocks_of
-from minitx.training.data import ORDINARY, PADDING, StoryEncoder
+from minitx.lab.layout import table
+from minitx.progress import bar
+from minitx.technique import blocks_of, decides
+from minitx.text import Text, start_of
+from minitx.training.data import END, ORDINARY, PADDING, StoryEncoder, end_id
 from minitx.training.layerskip import record
 from minitx.training.loss import token_losses
 from minitx.training.stories import HOPS, KINDS, Story, guess_baselines, stories
@@ -77,6 +82,21 @@ class Report:
     def as_dict(self) -> dict:
         return asdict(self) | {"gap": self.gap}
 
+    def columns(self) -> dict[str, str]:
+        """What a table shows of it, by heading."""
+        found = {"loss": f"{self.loss:.4f}", "above entropy": f"{self.gap:.4f}"}
+        return found | self.accuracies()
+
+    def accuracies(self) -> dict[str, str]:
+        """Right answers, by heading."""
+        return {hops_name(hops): percent(share) for hops, share in self.by_hops.items()}
+
+    @property
+    def accuracy(self) -> float:
+        """Of all kinds of answers together."""
+        right = sum(self.by_kind[kind] * n for kind, n in self.answers.items())
+        return right / max(sum(self.answers.values()), 1)
+
     def __str__(self) -> str:
         rows = [["answer", "hops", "count", "right", "best guess"]]
         for kind, accuracy in self.by_kind.items():
@@ -117,32 +137,52 @@ def share(tally: Tally, which: list[int]) -> float:
     return float(tally.right[which].sum() / tally.count[which].sum())
 
 
-def evaluate(model, tokenizer, read: Iterable[Story], batch_tokens: int = 4096) -> Report:
+def evaluate(
+    model,
+    tokenizer,
+    read: Iterable[Story],
+    batch_tokens: int = 4096,
+    end: int | None = None,
+    shown: bool = False,
+) -> Report:
     """Accuracy and loss of a model (or the ``model`` of an LM) on stories.
 
     model: any callable from ids (B, T) to logits (B, T, V). batch_tokens: the approximate size of a
-    batch in tokens. Raises MinitxError for no stories, or one longer than the context.
+    batch in tokens. end: the token around each story, default ``<|endoftext|>``. shown: a progress
+    bar. Raises MinitxError for no stories, or one longer than the context.
     """
     model, read = getattr(model, "model", model), list(read)
     total = Tally.empty()
-    for batch in batches(encode(tokenizer, read), context_of(model), batch_tokens):
-        total.floor += batch.floor
-        total.add(model(batch.ids), batch.targets, batch.kinds)
+    encoded = encode(tokenizer, read, end=end)
+    with bar(len(encoded), "evaluate", unit="story", shown=shown) as progress:
+        for batch in batches(encoded, context_of(model), batch_tokens):
+            total.floor += batch.floor
+            total.add(model(batch.ids), batch.targets, batch.kinds)
+            progress.update(len(batch.ids))
     return report(total, best_guess(read))
 
 
-def exit_profile(model, tokenizer, read: Iterable[Story], batch_tokens: int = 4096) -> list[Report]:
+def exit_profile(
+    model,
+    tokenizer,
+    read: Iterable[Story],
+    batch_tokens: int = 4096,
+    end: int | None = None,
+    shown: bool = False,
+) -> list[Report]:
     """One report per depth 1 .. L: the final norm and head applied to the hidden state after that
     many blocks, all recorded in one pass. The last one is the report of ``evaluate``."""
     model, read = getattr(model, "model", model), list(read)
     recorded, hidden = record(model)
-    totals = [Tally.empty() for _ in blocks_of(model)]
-    for batch in batches(encode(tokenizer, read), context_of(model), batch_tokens):
-        hidden.clear()
-        recorded.hidden(batch.ids)
-        for total, x in zip(totals, hidden):
-            total.floor += batch.floor
-            total.add(model.head(model.norm(x)), batch.targets, batch.kinds)
+    totals, encoded = [Tally.empty() for _ in blocks_of(model)], encode(tokenizer, read, end=end)
+    with bar(len(encoded), "evaluate", unit="story", shown=shown) as progress:
+        for batch in batches(encoded, context_of(model), batch_tokens):
+            hidden.clear()
+            recorded.hidden(batch.ids)
+            for total, x in zip(totals, hidden):
+                total.floor += batch.floor
+                total.add(model.head(model.norm(x)), batch.targets, batch.kinds)
+            progress.update(len(batch.ids))
     guess = best_guess(read)
     return [report(total, guess) for total in totals]
 
@@ -151,28 +191,88 @@ def exit_profile(model, tokenizer, read: Iterable[Story], batch_tokens: int = 40
 class Profile:
     """The reports of ``exit_profile``, for printing."""
 
-    depths: list[Report]
+    depths: list  # of Report, or of TextReport (reading.py)
 
     def __str__(self) -> str:
-        hops = list(self.depths[-1].by_hops)
-        rows = [["exit after", *(f"{h} hops" if h else "counts" for h in hops), "loss", "gap"]]
+        rows = [["exit after", *self.depths[-1].columns()]]
         for depth, r in enumerate(self.depths, 1):
-            accuracies = [percent(r.by_hops[h]) for h in hops]
-            name = f"{depth} of {len(self.depths)}"
-            rows.append([name, *accuracies, f"{r.loss:.4f}", f"{r.gap:+.4f}"])
+            rows.append([f"{depth} of {len(self.depths)}", *r.columns().values()])
         return f"{self.depths[-1]}\n\n{table(rows)}"
 
     def as_dict(self) -> dict:
         return self.depths[-1].as_dict() | {"depths": [r.as_dict() for r in self.depths]}
 
 
-def evaluate_model(lm, count: int = 500, grade="full", depths: bool = False, seed: int = 0):
+def evaluate_model(
+    lm, count: int = 500, grade="full", depths: bool = False, seed: int = 0, shown: bool = False
+):
     """The ``Report`` (with ``depths``, the ``Profile``) of an LM on ``count`` held-out stories of a
-    grade; a seed always gives the same stories."""
-    found = held_out(lm, count, grade, seed)
+    grade; a seed always gives the same stories. shown: a progress bar."""
+    from minitx.lab.reading import warn_if_calibrated_otherwise, warn_if_stories_are_unknown
+
+    read, end = held_out(lm, count, grade, seed), story_end(lm)
+    warn_if_calibrated_otherwise(lm, STORIES)
     if depths:
-        return Profile(exit_profile(lm, lm.tokenizer, found))
-    return evaluate(lm, lm.tokenizer, found)
+        found = Profile(exit_profile(lm, lm.tokenizer, read, end=end, shown=shown))
+    elif decides(lm.model) == "token":
+        found = evaluate(lm, lm.tokenizer, read, end=end, shown=shown)
+    else:
+        found = _evaluate_as_generated(lm, read, end, shown)
+    warn_if_stories_are_unknown(STORIES, found.depths[-1] if depths else found)
+    return found
+
+
+def _evaluate_as_generated(lm, read: list[Story], end: int, shown: bool) -> Report:
+    """For a technique that decides per step: each story as generation would run it."""
+    from minitx.lab.reading import add_up
+
+    total, encoded = Tally.empty(), encode(lm.tokenizer, read, end=end)
+    need_context(encoded, lm.model.config.context)
+    for story in bar(encoded, "evaluate", unit="story", shown=shown):
+        add_up(total, lm, story)
+    return report(total, best_guess(read))
+
+
+def evaluate_text(
+    lm, text: str | Text, tokens: int = 4096, depths: bool = False, shown: bool = False
+):
+    """The ``TextReport`` (with ``depths``, a ``Profile``) of an LM on the first ``tokens`` tokens
+    of a text. shown: a progress bar."""
+    from minitx.lab.reading import add_up, pieces, text_to_read, warn_if_calibrated_otherwise
+
+    material = text_to_read(lm, text, tokens)
+    warn_if_calibrated_otherwise(lm, material.source)
+    texts = bar(material.texts, "evaluate", unit="window", shown=shown)
+    if not depths:
+        total = Tally.empty()
+        for one in texts:
+            add_up(total, lm, one)
+        return material.report(total)
+    recorded, hidden = record(lm.model)
+    totals = [Tally.empty() for _ in blocks_of(lm)]
+    for one in texts:
+        hidden.clear()
+        recorded.hidden(one.ids[:-1])
+        targets, kinds = np.array(one.ids[1:]), np.array(one.kinds)
+        for total, x in zip(totals, hidden):
+            for some in pieces(len(x), lm.model.config.vocab_size):
+                logits = lm.model.head(lm.model.norm(x[some]))
+                total.add(logits, targets[some], kinds[some])
+    return Profile([material.report(total) for total in totals])
+
+
+def story_end(lm) -> int:
+    """The token before and after each story: ``<|endoftext|>`` if the tokenizer has it, else the
+    model's own beginning- or end-of-text token."""
+    try:
+        return end_id(lm.tokenizer)
+    except MinitxError:
+        if start := start_of(lm):
+            return start[0]
+        raise MinitxError(
+            f"Stories are read after {END} or another beginning- or end-of-text token, and this "
+            "model has none; measure it on text: --text FILE."
+        ) from None
 
 
 def held_out(lm, count: int, grade="full", seed: int = 0) -> list[Story]:
@@ -213,28 +313,44 @@ class Padded:
     floor: float  # entropy of these stories in nats
 
 
-def encode(tokenizer, stories: Iterable[Story], longest: int | None = None) -> list[Encoded]:
-    """The stories as ids; only the first ``longest`` targets of each, if given.
+def encode(
+    tokenizer, stories: Iterable[Story], longest: int | None = None, end: int | None = None
+) -> list[Encoded]:
+    """The stories as ids; only the first ``longest`` targets of each, if given. end: the token
+    around each story, default ``<|endoftext|>``.
 
     A truncated story counts the entropy of its whole pieces only, so its floor is slightly low.
     """
-    encoder = StoryEncoder(tokenizer)
+    encoder, stories = StoryEncoder(tokenizer, end), iter(stories)
     found = []
     for story in stories:
         ids, kinds, _ = encoder.story(story)
+        if not found and not encoder.splits_at_pieces(story, ids):
+            return _encode_whole(encoder, [story, *stories], longest)
         nats = story.nats if longest is None else _nats(encoder, story, longest)
         found.append(Encoded([encoder.end, *ids[:longest]], kinds[:longest], nats))
     return found
 
 
-def chains(tokenizer, split: str, grade, tokens: int) -> Iterator[Encoded]:
+def _encode_whole(encoder: StoryEncoder, stories, longest: int | None) -> list[Encoded]:
+    """For a tokenizer whose tokens reach across answers: all tokens count as ordinary text."""
+    found = []
+    for story in stories:
+        ids = [*encoder.tokenizer.encode(story.text, special=False), encoder.end]
+        share = min((longest or len(ids)) / len(ids), 1)  # of the entropy
+        ids = [encoder.end, *ids[:longest]]
+        found.append(Encoded(ids, [ORDINARY] * (len(ids) - 1), share * story.nats))
+    return found
+
+
+def chains(tokenizer, split: str, grade, tokens: int, end: int | None = None) -> Iterator[Encoded]:
     """An endless stream of chains of ``tokens`` tokens: stories one after another, each preceded by
     ``<|endoftext|>``, the last one truncated (as in training/data.py)."""
     endless = stories(split, grade, 0)
     while True:
         ids, kinds, nats = [], [], 0.0
         while len(kinds) < tokens:
-            (story,) = encode(tokenizer, [next(endless)], tokens - len(kinds))
+            (story,) = encode(tokenizer, [next(endless)], tokens - len(kinds), end)
             ids += story.ids[bool(ids) :]  # its first token ends the previous story
             kinds += story.kinds
             nats += story.nats
@@ -256,19 +372,24 @@ def batches(stories: list[Encoded], context: int | None, tokens: int) -> Iterabl
     """Batches of at most about ``tokens`` tokens, from the shortest stories to the longest."""
     if not stories:
         raise MinitxError("Expected at least one story to evaluate on, got none.")
+    need_context(stories, context)
     stories = sorted(stories, key=lambda story: len(story.kinds))
-    longest = len(stories[-1].kinds)
-    if context is not None and longest > context:
-        raise MinitxError(
-            f"A story has {longest} tokens but the model's context is {context}; "
-            "choose an easier grade or a model with a longer context."
-        )
     while stories:
         rows = 1
         while rows < len(stories) and (rows + 1) * len(stories[rows].kinds) <= tokens:
             rows += 1
         yield pad(stories[:rows])
         stories = stories[rows:]
+
+
+def need_context(stories: list[Encoded], context: int | None) -> None:
+    """MinitxError for a story that is longer than the context."""
+    longest = max(len(story.kinds) for story in stories)
+    if context is not None and longest > context:
+        raise MinitxError(
+            f"A story has {longest} tokens but the model's context is {context}; "
+            "choose an easier grade or a model with a longer context."
+        )
 
 
 def pad(stories: list[Encoded]) -> Padded:
@@ -296,14 +417,3 @@ def hops_name(hops: int) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows of words as aligned columns: the first left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            word.rjust(w) if i else word.ljust(w) for i, (word, w) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    )

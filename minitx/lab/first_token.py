@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 import numpy as np
-from tqdm import tqdm
 
+from minitx import progress
 from minitx.errors import MinitxError
 from minitx.lab.bench import elapsed
 from minitx.lab.compare import forget
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.ledger import counting
 from minitx.training.stories import stories
 
@@ -105,7 +105,7 @@ def first_token(
         work.append(done[1] / done[0])
         events.append({event: n for event, n in counts.events.items() if n})
     seconds: tuple[list, list] = [], []  # of pairs (dense, changed)
-    for _ in tqdm(range(plan.rounds), unit="round", disable=not bar):
+    for _ in progress.bar(range(plan.rounds), "first token", unit="round", shown=bar):
         forget(changed)
         for text in texts:
             pair = tuple(until_first(lm, text) for lm in (dense, changed))

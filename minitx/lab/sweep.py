@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from minitx.checkpoints.common import atomic_write
-from minitx.errors import MinitxError
-from minitx.lab.compare import Comparison, Workload, compare
-from minitx.lab.evaluate import hops_name, percent, table
+from minitx import progress
+from minitx.checkpoints.common import atomic_write, need_writable_file
+from minitx.errors import MinitxError, abbreviate
+from minitx.lab.compare import Comparison, Workload, compare_with, measure_dense, to_read
+from minitx.lab.evaluate import percent, table
 from minitx.technique import Technique, apply, as_words
 
 WIDTH, HEIGHT = 60, 15  # characters of the chart
@@ -39,19 +40,21 @@ class Point:
 
     @property
     def added_loss(self) -> float:
-        """Loss above the dense model, in nats per token of ordinary text."""
-        reading = self.comparison.reading
-        return reading.changed.loss - reading.dense.loss
+        """Loss above the dense model, in nats per token (of stories: of ordinary text)."""
+        return self.comparison.reading.added_loss
 
 
 def settings(technique: Technique, words: Sequence[str]) -> list[dict]:
-    """All combinations of values like ``threshold=0.9,0.95``; MinitxError for bad ones."""
+    """All combinations of values like ``threshold=0.9,0.95`` or ``preset=default,paper``;
+    MinitxError for bad ones."""
     names, values = [], []
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or not text:
             raise MinitxError(f"Expected option=value or option=value,value, got {word!r}.")
-        found = [technique.read([f"{name}={one}"]) for one in text.split(",")]
+        found = [technique.parse([f"{name}={one}"]) for one in text.split(",")]
+        for options in found:
+            technique.checked(options)
         names.append(next(iter(found[0])))
         values.append([options[names[-1]] for options in found])
     if len(set(names)) < len(names):
@@ -67,11 +70,18 @@ def sweep(
     grade="full",
     bar: bool = True,
 ) -> list[Point]:
-    """One point per setting, on an LM without other techniques."""
+    """One point per setting, on an LM without other techniques. The dense model is measured
+    once."""
+    material = to_read(dense, plan, grade)
+    each = len(material.texts) + len(material.prompts(plan.prompts))
+    total = each * (1 + len(chosen)) + plan.rounds * len(chosen)
     points = []
-    for options in chosen:
-        changed = apply(dense, {technique.name: options})
-        points.append(Point(options, compare(dense, changed, technique.flag, plan, grade, bar)))
+    with progress.bar(total, f"sweep {technique.flag}", unit="run", shown=bar) as shown:
+        known = measure_dense(dense, material, plan.prompts, shown.update)
+        for options in chosen:
+            changed = apply(dense, {technique.name: options})
+            run = technique.flag, plan.rounds, shown.update
+            points.append(Point(options, compare_with(known, changed, *run)))
     return points
 
 
@@ -98,15 +108,14 @@ def axis(points: Sequence[Point]) -> tuple[str, list[float]]:
 
 def as_table(points: Sequence[Point]) -> str:
     reading = points[0].comparison.reading
-    hops = list(reading.dense.by_hops)
-    names = map(hops_name, hops)
+    answers = reading.dense.accuracies()
     heading = ["setting", "multiply-adds", "memory", "cache", "loss above dense", "argmax agrees"]
-    rows = [[*heading, *names, "speed"]]
-    dense = [percent(reading.dense.by_hops[h]) for h in hops]
+    rows = [[*heading, *answers, "speed"]]
+    dense = answers.values()
     rows.append(["dense", "1.000x", "1.000x", "1.000x", "0.0000", "100.0 %", *dense, "1.00x"])
     for p in points:
         r = p.comparison.reading
-        accuracies = [percent(r.changed.by_hops[h]) for h in hops]
+        accuracies = r.changed.accuracies().values()
         same, speed = percent(r.agreement), f"{p.comparison.generation.speed[0]:.2f}x"
         sizes = [f"{x:.3f}x" for x in (p.cost, p.comparison.memory, p.comparison.cache)]
         rows.append([p.label, *sizes, f"{p.added_loss:+.4f}", same, *accuracies, speed])
@@ -153,7 +162,7 @@ def scale(values: Sequence[float], size: int):
 
 def picture(points: Sequence[Point], name: str, path) -> None:
     """The chart as a PNG file; needs the ``plot`` extra."""
-    pyplot = need_pyplot()
+    pyplot = check_picture(path)
     figure, axes = pyplot.subplots(figsize=(7, 5))
     what, costs = axis(points)
     axes.plot(costs, [p.added_loss for p in points], "o-")
@@ -168,6 +177,19 @@ def picture(points: Sequence[Point], name: str, path) -> None:
     with atomic_write(Path(path)) as file:
         figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
+
+
+def check_picture(path):
+    """pyplot, if a picture can be drawn and written to ``path``; MinitxError if not. Called before
+    the measurements, which may take minutes."""
+    pyplot, path = need_pyplot(), Path(path)
+    if path.suffix.lower() != ".png":
+        raise MinitxError(
+            f"A picture is written as PNG; expected a file name that ends in .png, got "
+            f"{abbreviate(str(path))}."
+        )
+    need_writable_file(path)
+    return pyplot
 
 
 def need_pyplot():

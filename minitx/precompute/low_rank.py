@@ -7,28 +7,39 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Linear
+from minitx.shared.block_by_block import block_by_block
 from minitx.shared.linears import change_linears, linears
+from minitx.shared.observed_inputs import Moments
 from minitx.shared.share import share_of
 from minitx.technique import above, at_least, technique
 from minitx.tree import Part, part
 
+ENERGY = 0.995  # the default
 
-@technique(level="matrices", exact=False, neutral={"share": 1.0})
+
+@technique(
+    level="matrices",
+    exact=False,
+    neutral={"share": 1.0},
+    demo={"share": 0.75},
+    presets={"aggressive": {"share": 0.75}},
+)
 def low_rank(
     lm,
     *,
     share: Annotated[
-        float,
+        float | None,
         "the two factors together have at most this share of the matrix's weights",
         above(0, 1),
-    ] = 0.75,
+    ] = None,
     rank: Annotated[int | None, "rank of every matrix, instead of share", at_least(1)] = None,
     energy: Annotated[
         float | None,
         "instead of share: the smallest rank whose squared singular values sum to this share of "
-        "the sum of all squared singular values",
+        "the sum of all squared singular values; default: 0.995, unless share or rank is given",
         above(0, 1),
     ] = None,
     weighted: Annotated[
@@ -38,7 +49,11 @@ def low_rank(
         float, "added to the diagonal of X^T X, in units of its mean, if weighted", above(0, 100)
     ] = 0.01,
     matrices: Annotated[Literal["all", "ffn", "attention"], "which are factorized"] = "all",
-    stories: Annotated[int, "calibration stories, if weighted", at_least(1)] = 16,
+    stories: Annotated[
+        int,
+        "calibration stories (with calibrate: passages of the text), if weighted",
+        at_least(1, limit=1000),
+    ] = 64,
 ):
     """Factorize each weight matrix by truncated SVD.
 
@@ -62,25 +77,29 @@ def low_rank(
                literal version: tests/precompute/literal_low_rank.py
     Tutorial:  tutorials/09_fewer_weights.py
     """
-    if rank is not None and energy is not None:
-        raise MinitxError("low_rank: got both rank and energy; give only one of them.")
+    options = {"share": share, "rank": rank, "energy": energy}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise MinitxError(f"low_rank: got {' and '.join(given)}; give only one of them.")
     wanted = linears(lm.model, matrices)
-    if rank is None and energy is None and share == 1:
+    if share == 1:
         return lm
-    seen = {}
-    if weighted:
-        from minitx.training.calibration import matrix_inputs
+    if not given:
+        energy = ENERGY
+    texts = calibration_ids("low_rank", lm, stories, "use weighted=false") if weighted else []
 
-        seen = matrix_inputs("low_rank", lm, stories)
+    def change(block, seen):
+        def factorized(linear: Linear) -> Part:
+            w = linear.w.astype(np.float64)
+            c = root_of(seen[id(linear)].gram, damping) if weighted else np.eye(len(w))
+            u, s, v = np.linalg.svd(c.T @ w, full_matrices=False)
+            r = chosen_rank(s, w.shape, share, rank, energy)
+            return factors(linear, c, u[:, :r], s[:r], v[:r]) if pays(r, *w.shape) else linear
 
-    def change(linear: Linear) -> Part:
-        w = linear.w.astype(np.float64)
-        c = root_of(seen[id(linear)].gram, damping) if weighted else np.eye(len(w))
-        u, s, v = np.linalg.svd(c.T @ w, full_matrices=False)
-        r = chosen_rank(s, w.shape, share, rank, energy)
-        return factors(linear, c, u[:, :r], s[:r], v[:r]) if pays(r, *w.shape) else linear
+        return change_linears(block, wanted, factorized)
 
-    return change_linears(lm, wanted, change)
+    how = dict(label="low rank", wanted=wanted, after_changes=False)
+    return block_by_block(lm, texts, Moments, change, **how)
 
 
 # Offline -----------------------------------------------------------------------------------------

@@ -4,11 +4,15 @@ The card and the options, the parts that run (online), centroids by k-means and 
 notes.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Annotated
 
 import numpy as np
 
+from minitx.calibration import calibration_ids
+from minitx.shared.block_by_block import block_by_block
+from minitx.shared.observed_inputs import watch_inputs
 from minitx.shared.table_lookup import (
     READS,
     as_rows,
@@ -17,10 +21,10 @@ from minitx.shared.table_lookup import (
     replace_matrices,
     weight_and_bias,
 )
-from minitx.technique import at_least, between, technique
+from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, part
 
-ROWS = 1024  # most inputs that centroids are learned from
+ROWS = 1024  # most inputs that centroids are learned from, evenly spread over the texts
 
 
 @technique(
@@ -28,20 +32,21 @@ ROWS = 1024  # most inputs that centroids are learned from
     exact=False,
     neutral={"layers": 0},
     after=("low_rank",),
-    demo={"centroids": 4, "stories": 2},
+    demo={"centroids": 4, "stories": 2, "layers": None},
+    presets={"paper": {"layers": None}},
     event="table reads",
 )
 def lut_centroid(
     lm,
     *,
-    centroids: Annotated[int, "centroids of each input segment", between(1, 65536)] = 16,
+    centroids: Annotated[int, "centroids of each input segment", between(1, ROWS)] = 16,
     length: Annotated[int, "numbers in an input segment", between(1, 4096)] = 4,
-    layers: Annotated[
-        int | None, "blocks changed, the last ones; default: all", at_least(0)
-    ] = None,
+    layers: Annotated[int | None, "blocks changed, the last ones; None: all", at_least(0)] = 2,
     head: Annotated[bool, "replace the output head too"] = False,
-    stories: Annotated[int, "calibration stories", between(1, 1000)] = 16,
-    seed: Annotated[int, "seed of k-means", at_least(0)] = 0,
+    stories: Annotated[
+        int, "calibration stories (with calibrate: passages of the text)", between(1, 1000)
+    ] = 16,
+    seed: Annotated[int, "seed of k-means", SEEDS] = 0,
 ):
     """Replace input segments by their nearest k-means centroids and look up their products.
 
@@ -51,6 +56,8 @@ def lut_centroid(
     Fidelity:  a reconstruction from abstracts and summaries: the plain form of product
                quantization, which the papers improve (Notes).
     Kind:      approximate: replaces x by its nearest centroids. The product with those is exact.
+               By default in the last 2 blocks only, whose price is small; in all of them a model
+               that was not trained for it breaks down (Notes).
     Idea:      Round each segment of an input to one of a few vectors, whose products are known.
     Offline:   cut calibration inputs x into segments x_c of `length` numbers, c = 0, 1, ...
                centroid[c, j] = k-means of x_c, j < centroids
@@ -60,8 +67,8 @@ def lut_centroid(
     Saves:     in * out multiply-adds become in * out / length reads and as many additions, and
                in * centroids multiplications. Tables take centroids / length times the weights.
     In NumPy:  0.3x the speed of dense: gathering rows is slower than BLAS.
-    Not for:   models that were not trained for it: ``stories`` breaks down at the defaults (Notes).
-               q k^T and p v, where both sides change; models without a tokenizer. On text unlike
+    Not for:   memory, which grows: by 0.35x for each block of stories that is changed. All blocks of
+               a model that was not trained for it. q k^T and p v, where both sides change; models without a tokenizer. On text unlike
                the calibration text, centroids may be worse.
     Proof:     tests/precompute/test_lut_centroid.py; literal version:
                tests/precompute/literal_lut_centroid.py
@@ -70,10 +77,29 @@ def lut_centroid(
     nodes = constant_matrices("lut_centroid", lm, layers, head)
     if not nodes:
         return lm
-    codebooks = learn_codebooks(lm, nodes, centroids, length, stories, seed)
-    return replace_matrices(
-        lm, nodes, lambda node: CentroidLinear.of(codebooks(node), *weight_and_bias(node))
-    )
+    texts = calibration_ids("lut_centroid", lm, stories)
+    step = -(-sum(map(len, texts)) // ROWS)
+    learn = Codebooks(centroids, length, seed)
+
+    def change(block, seen):
+        own = [node for node in nodes if id(node) in seen]
+        learn.forget()  # no other block reads the same inputs
+        return replace_matrices(block, own, lambda node: looked_up(node, learn(seen[id(node)])))
+
+    def sample() -> EveryRow:
+        return EveryRow(step)
+
+    wanted = {id(node) for node in nodes}
+    options = dict(label="lut centroid", wanted=wanted, after_changes=False)
+    changed = block_by_block(lm, texts, sample, change, **options)
+    if not head:
+        return changed
+    seen = watch_inputs(lm, type(lm.model.head), texts, sample, "lut centroid: head")
+    return replace(changed, model=replace(changed.model, head=change(lm.model.head, seen)))
+
+
+def looked_up(node: Part, codebook: "Codebook") -> "CentroidLinear":
+    return CentroidLinear.of(codebook, *weight_and_bias(node))
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -122,11 +148,9 @@ class Codebook(Part):
 
     @classmethod
     def of(cls, rows, count: int, length: int, seed: int) -> "Codebook":
-        """Learned from rows (n, in), at most ROWS of them, evenly spread. The last segment
-        is padded with zeros."""
+        """Learned from rows (n, in). The last segment is padded with zeros."""
         segments = -(-rows.shape[1] // length)
-        some = rows[:: -(-len(rows) // ROWS)]
-        cut = as_rows(some, segments * length).reshape(-1, segments, length)
+        cut = as_rows(rows, segments * length).reshape(-1, segments, length)
         centroids = kmeans(cut.swapaxes(0, 1), count, seed)
         half_squares = (centroids**2).sum(-1) / 2
         return cls(centroids.astype(rows.dtype), half_squares.astype(rows.dtype))
@@ -172,27 +196,39 @@ def sum_rows(tables, codes, columns=slice(None)):
 ROUNDS = 10  # of k-means; later ones move the centroids little
 
 
-def learn_codebooks(
-    lm, nodes: list[Part], centroids: int, length: int, stories: int, seed: int
-) -> Callable[[Part], Codebook]:
-    """Run the calibration stories. Returns a function from a matrix to the codebook of its inputs.
-    Matrices that read the same inputs (q, k and v; gate and up) share one."""
-    from minitx.training.calibration import Rows, texts_for, watch_inputs
+class EveryRow:
+    """Observer: stores every ``step``-th input row."""
 
-    texts = texts_for("lut_centroid", lm, stories)
-    read: dict[int, Rows] = {}
-    for kind in {type(node) for node in nodes}:
-        read |= watch_inputs(lm, kind, texts, Rows)
-    codebooks: dict[bytes, Codebook] = {}  # by the inputs they are learned from
+    def __init__(self, step: int):
+        self.step, self.seen, self.pieces = step, 0, []
 
-    def codebook_of(node: Part) -> Codebook:
-        rows = read[id(node)].all  # (n, in)
-        key = rows.tobytes()
-        if key not in codebooks:
-            codebooks[key] = Codebook.of(rows, centroids, length, seed)
-        return codebooks[key]
+    def add(self, rows) -> None:
+        self.pieces.append(rows[-self.seen % self.step :: self.step].copy())
+        self.seen += len(rows)
 
-    return codebook_of
+    @property
+    def all(self) -> np.ndarray:
+        return np.concatenate(self.pieces)  # (n, in)
+
+
+@dataclass
+class Codebooks:
+    """Learns codebooks. Matrices that read the same inputs (q, k and v; gate and up) share one."""
+
+    centroids: int
+    length: int
+    seed: int
+    learned: dict[bytes, Codebook] = field(default_factory=dict)  # by the inputs
+
+    def __call__(self, inputs: EveryRow) -> Codebook:
+        rows = inputs.all
+        key = sha256(rows.tobytes()).digest()
+        if key not in self.learned:
+            self.learned[key] = Codebook.of(rows, self.centroids, self.length, self.seed)
+        return self.learned[key]
+
+    def forget(self) -> None:
+        self.learned.clear()
 
 
 def kmeans(points, count: int, seed: int):

@@ -8,18 +8,26 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from minitx.calibration import calibration_ids
 from minitx.model import FFN, QKV, Activated, Attention, Linear, SwiGLU
 from minitx.shared.block_by_block import block_by_block
+from minitx.shared.observed_inputs import Moments
 from minitx.shared.share import share_of
 from minitx.technique import at_least, need, swap, technique
-from minitx.tree import Part
+from minitx.tree import Part, walk
 
 
-@technique(level="pruning", exact=False, neutral={"neurons": 0.0, "heads": 0.0}, after=("prune",))
+@technique(
+    level="pruning",
+    exact=False,
+    neutral={"neurons": 0.0, "heads": 0.0},
+    after=("prune",),
+    presets={"aggressive": {"neurons": 0.25}},
+)
 def prune_structure(
     lm,
     *,
-    neurons: Annotated[float, "share of the FFN neurons to remove", at_least(0, below=1)] = 0.25,
+    neurons: Annotated[float, "share of the FFN neurons to remove", at_least(0, below=1)] = 0.1,
     heads: Annotated[float, "share of the attention heads to remove", at_least(0, below=1)] = 0.0,
     heads_by: Annotated[
         Literal["groups", "queries"],
@@ -29,7 +37,11 @@ def prune_structure(
     score: Annotated[
         Literal["activations", "weights"], "by calibration activations, or by weight norms"
     ] = "activations",
-    stories: Annotated[int, "calibration stories for activations", at_least(1)] = 16,
+    stories: Annotated[
+        int,
+        "calibration stories (with calibrate: passages of the text) for activations",
+        at_least(1, limit=1000),
+    ] = 16,
 ):
     """Remove the least important FFN neurons and attention heads from every block.
 
@@ -60,17 +72,25 @@ def prune_structure(
                literal version: tests/precompute/literal_prune_structure.py
     Tutorial:  tutorials/09_fewer_weights.py
     """
-    texts, make = [], None
+    texts = []
     if score == "activations" and (neurons or heads):
-        from minitx.training.calibration import Moments, texts_for
-
-        texts, make = texts_for("prune_structure", lm, stories), Moments
+        texts = calibration_ids("prune_structure", lm, stories, "use score=weights")
 
     def change(block, seen):
         block = swap(block, FFN, lambda ffn: remove_neurons(ffn, neurons, seen))
         return swap(block, Attention, lambda attn: remove_heads(attn, heads, heads_by, seen))
 
-    return with_new_sizes(block_by_block(lm, texts, make, change))
+    wanted = judged_matrices(lm.model, neurons, heads)
+    return with_new_sizes(
+        block_by_block(lm, texts, Moments, change, label="prune structure", wanted=wanted)
+    )
+
+
+def judged_matrices(model: Part, neurons: float, heads: float) -> set[int]:
+    """The ids of the matrices whose inputs are the activations of the units: W_down and W_o."""
+    nodes = [node for _, node in walk(model)]
+    down = {id(node.down) for node in nodes if type(node) is FFN and neurons}
+    return down | {id(node.out) for node in nodes if type(node) is Attention and heads}
 
 
 def with_new_sizes(lm):

@@ -1,45 +1,73 @@
 """Change a model one block at a time, judging each block by the inputs that it really gets.
 
-Pruning a block changes the inputs of all later blocks. So the calibration texts run through the
-earlier blocks after these were changed, and what comes out is what the next block is judged by.
+The calibration texts run through one block after the other, and each block is changed as soon as
+its inputs are known. So only what one block's matrices read is in memory, not that of all blocks.
+
+Pruning a block changes the inputs of all later blocks. With ``after_changes``, the texts run
+through the earlier blocks as they were changed, and what comes out is what the next block is judged
+by.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 
 import numpy as np
 
 from minitx.model import Linear, Stack, Transformer
-from minitx.state import Layer
+from minitx.progress import bar
+from minitx.shared.observed_inputs import watched
+from minitx.state import Layer, Memory
 from minitx.technique import need
 from minitx.tree import Part
 
 
-def block_by_block(lm: Part, texts: list[list[int]], make: Callable, change: Callable) -> Part:
+def block_by_block(
+    lm: Part,
+    texts: list[list[int]],
+    make: Callable,
+    change: Callable,
+    *,
+    label: str,
+    wanted: Container[int] | None = None,
+    after_changes: bool = True,
+) -> Part:
     """A copy of ``lm`` with ``change(block, seen)`` instead of each block.
 
-    seen: what each ``Linear`` of the block gets as inputs when the texts run through the changed
-    earlier blocks. It maps the ``id`` of the Linear to an object from ``make()``, whose
-    ``add(rows)`` was called with the inputs (n, in) of each text. Empty if there are no texts.
+    seen: what each ``Linear`` of the block gets as inputs when the texts run through the earlier
+    blocks (the changed ones, or with after_changes=False the original ones). It maps the ``id`` of
+    the Linear to an object from ``make()``, whose ``add(rows)`` was called with the inputs (n, in)
+    of each text. Empty if there are no texts. wanted: ids of the Linears to watch; None: all.
+    label: of the progress bar.
     """
-    from minitx.training.calibration import watched
-
     model = lm.model
     need(model, Transformer)
     need(model.stack, Stack)
-    streams = [model.embed(np.asarray(ids), slice(0, len(ids))) for ids in texts]  # (T, D) each
+    streams = [Stream(model.embed, ids) for ids in texts]
     blocks = []
-    for block in model.stack.blocks:
+    for index, block in enumerate(bar(model.stack.blocks, label, unit="block", delay=1.0)):
         seen: dict[int, object] = {}
+        outputs = []
         if streams:
-            recorder, seen = watched(block, Linear, make)  # the block, recording inputs in seen
-            run(recorder, streams)  # its output is not used
+            recorder, seen = watched(block, Linear, make, wanted)
+            outputs = [stream.through(recorder, index) for stream in streams]
         blocks.append(change(block, seen))
-        streams = run(blocks[-1], streams)
+        if after_changes and blocks[-1] is not block:
+            outputs = [stream.through(blocks[-1], index) for stream in streams]
+        for stream, x in zip(streams, outputs):
+            stream.x = x
     return replace(lm, model=replace(model, stack=replace(model.stack, blocks=tuple(blocks))))
 
 
-def run(block: Part, streams: list) -> list:
-    """The residual streams (T, D) of whole texts after this block."""
-    with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
-        return [block(x, Layer.once(len(x))) for x in streams]
+class Stream:
+    """The residual stream x (T, D) of a whole text, on its way through the blocks."""
+
+    def __init__(self, embed: Part, ids: list[int]):
+        self.x = embed(np.asarray(ids), slice(0, len(ids)))
+        self.shared = Memory()  # what techniques remember of this text across blocks
+
+    def through(self, block: Part, index: int):
+        """What the block makes of it, (T, D)."""
+        T = len(self.x)
+        layer = Layer(T, None, False, self.shared, index).take(T)
+        with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
+            return block(self.x, layer)

@@ -11,10 +11,12 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 
 from minitx import ledger
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Stack
+from minitx.progress import bar
 from minitx.state import Layer
-from minitx.technique import at_least, blocks_of, need, technique, wrap
+from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, walk
 
 
@@ -42,8 +44,10 @@ def layer_skip(
         Literal["influence", "angular", "similarity", "greedy", "random", "last"] | None,
         "how they are selected; default: influence for layers, similarity for sub-layers",
     ] = None,
-    stories: Annotated[int, "calibration stories", at_least(1)] = 16,
-    seed: Annotated[int, "of choose=random", at_least(0)] = 0,
+    stories: Annotated[
+        int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
+    ] = 16,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Drop a fixed list of layers, or of attention and FFN sub-layers.
 
@@ -92,7 +96,8 @@ def layer_skip(
         plan = deepest(units, count)
     else:
         check_streams(lm, choose)
-        plan = CRITERIA[choose](lm, units, count, calibration(lm, stories))
+        texts = calibration_ids("layer_skip", lm, stories, "use choose=random, last or drop=")
+        plan = CRITERIA[choose](lm, units, count, texts)
     return drop_units(lm, plan)
 
 
@@ -176,9 +181,10 @@ def by_similarity(lm, units: list[Unit], count: int, texts) -> list[Unit]:
 def by_loss(lm, units: list[Unit], count: int, texts) -> list[Unit]:
     """Greedy: after each removal, measure the loss without each of the remaining units again."""
     plan: list[Unit] = []
-    for _ in range(count):
+    for n in range(count):
         rest = [unit for unit in units if unit not in plan]
-        losses = [loss(drop_units(lm, [*plan, unit]), texts) for unit in rest]
+        shown = bar(rest, f"{LABEL} {n + 1} of {count}", unit="candidate", delay=1.0)
+        losses = [loss(drop_units(lm, [*plan, unit]), texts) for unit in shown]
         plan += lowest(rest, 1, losses)
     return plan
 
@@ -204,6 +210,9 @@ def deepest(units: list[Unit], count: int) -> list[Unit]:
 def lowest(units: list[Unit], count: int, scores) -> list[Unit]:
     """The units with the lowest scores, the lowest first."""
     return [units[i] for i in np.argsort(scores, kind="stable")[:count]]
+
+
+LABEL = "layer skip: choose"  # of the progress bars
 
 
 # Offline: what they measure ----------------------------------------------------------------------
@@ -236,9 +245,13 @@ def similarity(lm, units: Sequence[Unit], texts) -> np.ndarray:
         return wrap(lm, kind, watched)
 
     watched = watch(watch(lm, "attn"), "ffn")
-    for ids in texts:
+    cosines: dict[Unit, list] = {unit: [] for unit in units}
+    for ids in bar(texts, LABEL, unit="text", delay=1.0):
         watched.model.hidden(ids)
-    return np.array([np.concatenate([cosine(x, x + f) for x, f in found[u]]).mean() for u in units])
+        for unit, passed in found.items():
+            cosines[unit] += [cosine(x, x + f) for x, f in passed]
+            passed.clear()
+    return np.array([np.concatenate(cosines[unit]).mean() for unit in units])
 
 
 def loss(lm, texts) -> float:
@@ -253,7 +266,7 @@ def hidden_states(lm, texts) -> Iterator[np.ndarray]:
     """For each text h (L + 1, T, D): the input of each layer, and the output of the last."""
     found: list = []
     watched = wrap(lm, "block", lambda block, index: Watched(block, found))
-    for ids in texts:
+    for ids in bar(texts, LABEL, unit="text", delay=1.0):
         found.clear()
         watched.model.hidden(ids)
         yield np.stack([found[0][0], *(after for _, after in found)])
@@ -277,12 +290,6 @@ def cosine(a, b) -> np.ndarray:
     a, b = a.astype(np.float64), b.astype(np.float64)
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.clip((a * b).sum(-1) / lengths, -1, 1)  # rounding may exceed 1
-
-
-def calibration(lm, stories: int) -> list[list[int]]:
-    from minitx.training.calibration import texts_for
-
-    return texts_for("layer_skip", lm, stories, "use choose=random, choose=last or drop=")
 
 
 # Checks ------------------------------------------------------------------------------------------

@@ -60,9 +60,11 @@ class StoryEncoder:
     """Encodes stories piece by piece. That gives the ids of the whole text, since pieces end at
     word boundaries. Most pieces occur many times, so their ids are cached."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, end: int | None = None):
+        """end: the token before and after each story; default: ``<|endoftext|>``, which the
+        tokenizer must then have."""
         self.tokenizer = tokenizer
-        self.end = end_id(tokenizer)
+        self.end = end_id(tokenizer) if end is None else end
         self.known: dict[str, list[int]] = {}
 
     def piece(self, text: str) -> list[int]:
@@ -71,6 +73,11 @@ class StoryEncoder:
                 self.known.clear()
             self.known[text] = self.tokenizer.encode(text, special=False)
         return self.known[text]
+
+    def splits_at_pieces(self, story: Story, ids: list[int]) -> bool:
+        """Are these ids, made piece by piece, those of the whole text? Not if a tokenizer puts a
+        space before every text, or if its tokens reach across words."""
+        return [*self.tokenizer.encode(story.text, special=False), self.end] == ids
 
     def story(self, story: Story) -> tuple[list[int], list[int], list[list[int]]]:
         """Ids of the story and its final ``<|endoftext|>``; the kind of each; and for each the

@@ -14,6 +14,7 @@ from minitx.model import FFN, Attention
 from minitx.precompute.lut_product import (
     ProductTable,
     ProductTableLinear,
+    bit_search,
     pack,
     quantize_weights,
     table_bytes,
@@ -28,7 +29,6 @@ from minitx.precompute.lut_product.bit_search import (
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.shared.table_lookup import constant_matrices, replace_matrices, weight_and_bias
 from minitx.technique import apply, swap
-from minitx.training import calibration
 from minitx.tree import nbytes, walk
 
 RNG = np.random.default_rng(3)
@@ -39,8 +39,11 @@ BITS = [(8, 8, 1), (4, 4, 1), (4, 4, 2), (3, 4, 2), (3, 3, 3), (2, 2, 4), (3, 2,
 IDS = np.random.default_rng(0).integers(0, 258, 30)
 
 
+FOUR_BITS = dict(input_bits=4, weight_bits=4, length=2, stories=2)
+
+
 def with_tables(family="llama", dtype=np.float64, **options):
-    return apply(tiny_lm(family, dtype=dtype), {"lut_product": {"stories": 2} | options})
+    return apply(tiny_lm(family, dtype=dtype), {"lut_product": FOUR_BITS | options})
 
 
 def parts(lm, kind):
@@ -304,11 +307,11 @@ def calibrated(monkeypatch, two_thirds):
     """Those texts instead of calibration stories; returns a list of what is asked for."""
     asked = []
 
-    def texts_for(name, lm, count):
+    def calibration_ids(name, lm, count, instead):
         asked.append((name, count))
         return two_thirds
 
-    monkeypatch.setattr(calibration, "texts_for", texts_for)
+    monkeypatch.setattr(bit_search, "calibration_ids", calibration_ids)
     return asked
 
 

@@ -9,6 +9,7 @@ import pytest
 from tiny import FAMILIES, tiny_lm
 
 import minitx
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.model import Linear
@@ -22,9 +23,9 @@ from minitx.precompute.order_products.accumulator import (
     limits,
 )
 from minitx.precompute.order_products.orderings import ORDERINGS, in_order
+from minitx.shared.observed_inputs import Rows, watch_inputs
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.technique import apply
-from minitx.training.calibration import Rows, calibration_texts, watch_inputs
 from minitx.tree import nbytes, walk
 
 rng = np.random.default_rng(0)
@@ -285,7 +286,7 @@ def test_on_stories_positives_first_overflows_and_no_order_saves_a_bit():
     """W_down of a ReLU model, whose inputs are not negative."""
     lm = minitx.load("stories-relu")
     down = lm.model.stack.blocks[-1].ffn.down
-    x = watch_inputs(lm, Linear, calibration_texts(lm, 1), Rows)[id(down)].all[::16]
+    x = watch_inputs(lm, Linear, calibration_ids("test", lm, 1), Rows)[id(down)].all[::16]
     x, codes = (
         quantize_symmetric(x, 8)[0].astype(int),
         quantize_symmetric(down.w.T, 8)[0].T.astype(int),

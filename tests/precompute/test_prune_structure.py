@@ -8,14 +8,15 @@ import pytest
 from tiny import FAMILIES, TOKENIZER, error
 
 from minitx.build import random_model
+from minitx.calibration import calibration_ids
 from minitx.checkpoints.huggingface import write_model
 from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import FFN, Attention, Linear, Transformer
 from minitx.precompute.prune_structure import contributions, head_scores, highest_scoring
+from minitx.shared.observed_inputs import Moments, Rows, watch_inputs
 from minitx.technique import apply, swap, wrap
-from minitx.training.calibration import Moments, Rows, calibration_texts, watch_inputs
 from minitx.tree import map_weights, nbytes, walk
 
 IDS = np.random.default_rng(3).integers(0, 258, 30)
@@ -95,7 +96,7 @@ def kept_neurons(before: FFN, after: FFN):
 def test_neurons_with_the_highest_scores_stay(family):
     """18 of 24 neurons; in the first block those with the highest scores on its inputs."""
     lm = make(family)
-    seen = watch_inputs(lm, Linear, calibration_texts(lm, 3), Moments)
+    seen = watch_inputs(lm, Linear, calibration_ids("test", lm, 3), Moments)
     down = parts(lm, FFN)[0].down
     for score in ("activations", "weights"):
         changed = prune(lm, neurons=0.25, score=score)
@@ -200,7 +201,7 @@ def test_heads_kept_in_every_block_equal_the_literal_version(family, by, score):
         if score == "activations":
             blocks = (*others[:number], *stack.blocks[number:])
             half = replace(lm, model=replace(lm.model, stack=replace(stack, blocks=blocks)))
-            seen = watch_inputs(half, Linear, calibration_texts(lm, 3), Rows)[id(out)].all
+            seen = watch_inputs(half, Linear, calibration_ids("test", lm, 3), Rows)[id(out)].all
             scores = literal.contributions(seen.tolist(), out.w.tolist(), 8)
         else:
             weights = block.attn.qkv.v.w.tolist(), out.w.tolist()
@@ -241,7 +242,7 @@ def test_neurons_kept_in_every_block_equal_the_literal_version(family, score):
         if score == "activations":
             blocks = (*others[:number], *stack.blocks[number:])
             half = replace(lm, model=replace(lm.model, stack=replace(stack, blocks=blocks)))
-            seen = watch_inputs(half, Linear, calibration_texts(lm, 3), Rows)[id(down)].all
+            seen = watch_inputs(half, Linear, calibration_ids("test", lm, 3), Rows)[id(down)].all
             scores = literal.contributions(seen.tolist(), down.w.tolist(), 1)
         else:
             maps = [node.w.tolist() for node in vars(expand).values() if type(node) is Linear]
@@ -316,7 +317,7 @@ def test_removing_units_equals_zeroing_their_rows(family, score, by):
 def test_heads_that_contribute_most_stay():
     lm = make("gpt_neox")
     attn = parts(lm, Attention)[0]
-    seen = watch_inputs(lm, Linear, calibration_texts(lm, 3), Moments)[id(attn.out)]
+    seen = watch_inputs(lm, Linear, calibration_ids("test", lm, 3), Moments)[id(attn.out)]
     scores = contributions(seen.gram, attn.out.w, 8).reshape(2, 3)
     rows = attn.out.w.reshape(2, 3, 8, -1)
     changed = parts(prune(lm, heads=0.67, heads_by="queries"), Attention)[0]
@@ -388,7 +389,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_model_without_a_tokenizer_is_pruned_by_its_weights():
     lm = replace(make("llama"), tokenizer=None)
-    with pytest.raises(MinitxError, match="prune_structure learns from calibration stories"):
+    with pytest.raises(MinitxError, match="prune_structure learns from calibration text"):
         prune(lm, neurons=0.5)
     assert prune(lm, neurons=0.5, score="weights").model.config.hidden == 12
     assert type(prune(lm).model) is Transformer and prune(lm).model.config is lm.model.config

@@ -6,6 +6,7 @@ import pytest
 from tiny import FAMILIES, in_chunks, tiny_lm, tiny_model
 
 import minitx
+from minitx.calibration import calibration_ids
 from minitx.checkpoints.llama2c import Llama2cHeader, decode_values
 from minitx.errors import MinitxError
 from minitx.lab.compare import log_softmax
@@ -26,8 +27,8 @@ from minitx.precompute.quantize.products import (
     quantized_linear,
 )
 from minitx.shared import int4
+from minitx.shared.observed_inputs import Moments
 from minitx.technique import apply, swap
-from minitx.training.calibration import Moments, calibration_texts
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 258, 24)
@@ -381,7 +382,7 @@ def test_integers_with_groups_too_long_for_exact_sums_are_refused():
 
 
 def test_awq_without_a_tokenizer_is_refused():
-    with pytest.raises(MinitxError, match="quantize learns from calibration stories"):
+    with pytest.raises(MinitxError, match="quantize learns from calibration text"):
         apply(tiny_lm(tokenizer=None), {"quantize": {"awq": True}})
 
 
@@ -394,7 +395,7 @@ def test_weights_too_large_for_float16_scales_are_refused():
 def test_on_stories_int8_is_hardly_visible_and_int4_is():
     """KL divergence from the dense model; wide bounds, since the weights are retrained at times."""
     lm = minitx.load("stories")
-    texts = calibration_texts(lm, 2)
+    texts = calibration_ids("test", lm, 2)
 
     def divergence(options):
         changed, found = apply(lm, {"quantize": options | {"run": "load"}}), []

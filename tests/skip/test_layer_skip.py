@@ -12,6 +12,7 @@ import pytest
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
 import minitx
+from minitx.calibration import calibration_ids
 from minitx.checkpoints.precomputed import Origin, read_precomputed, write_precomputed
 from minitx.errors import MinitxError
 from minitx.ledger import counting
@@ -33,7 +34,6 @@ from minitx.skip.layer_skip import (
     units_of,
 )
 from minitx.technique import apply, wrap
-from minitx.training.calibration import texts_for
 from minitx.tree import Part, map_weights, nbytes, part
 
 L = 6
@@ -397,7 +397,7 @@ def test_the_event_counts_every_token_of_a_batch():
 
 def test_defaults_are_one_layer_by_influence_and_sublayers_by_similarity():
     dense, lm = models()
-    texts = texts_for("layer_skip", dense, 16)
+    texts = calibration_ids("layer_skip", dense, 16)
     expected = int(np.argmin(literal.influence(dense.model, [ids[:48] for ids in texts])))
     assert dropped(lm) == [f"attn{expected}", f"ffn{expected}"]
     for unit in ("attention", "ffn", "both"):
@@ -495,7 +495,7 @@ def test_models_it_does_not_fit_are_refused():
     with pytest.raises(MinitxError, match="layer_skip needs residual connections and this"):
         apply(skipless, {"layer_skip": {"count": 0}})
     bare = replace(tiny_lm(), tokenizer=None)
-    with pytest.raises(MinitxError, match="layer_skip learns .*use choose=random, choose=last"):
+    with pytest.raises(MinitxError, match="layer_skip learns .*use choose=random, last or drop"):
         apply(bare, {"layer_skip": True})
     for options in (dict(choose="last"), dict(count=0), dict(count=0, choose="angular")):
         apply(bare, {"layer_skip": options})
@@ -629,7 +629,7 @@ def test_a_written_model_keeps_the_dropped_units(tmp_path):
 @pytest.fixture(scope="module")
 def stories():
     lm = minitx.load("stories")
-    return lm, texts_for("layer_skip", lm, 4)
+    return lm, calibration_ids("layer_skip", lm, 4)
 
 
 def test_on_stories_three_late_layers_have_almost_no_influence(stories):
@@ -661,6 +661,6 @@ def test_on_stories_what_a_layer_costs_depends_on_which(stories):
 
 def test_without_training_for_it_a_layer_cannot_go():
     lm = minitx.load("stories-parallel")
-    texts = texts_for("layer_skip", lm, 2)
+    texts = calibration_ids("layer_skip", lm, 2)
     costs = [loss(layer_skip(lm, drop=str(i)), texts) - loss(lm, texts) for i in range(4)]
     assert 0.25 < min(costs) < 1

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.precompute.lut_product import (
     dequantize,
@@ -18,6 +19,7 @@ from minitx.precompute.lut_product import (
     quantize_weights,
     table_bytes,
 )
+from minitx.progress import bar
 from minitx.shared.table_lookup import as_rows, count_reads, replace_matrices, weight_and_bias
 from minitx.tree import Part, part
 
@@ -55,15 +57,14 @@ class Search:
 
 def find_bits(lm, nodes: list[Part], drop: float, cache: int, stories: int) -> Search:
     """Both stages for these matrices, with the accuracy on calibration stories."""
-    from minitx.training.calibration import texts_for
-
-    texts = texts_for("lut_product", lm, stories)
+    texts = calibration_ids("lut_product", lm, stories, "give the bits without search")
 
     def accuracy(input_bits: int, weight_bits: int) -> float:
         def make(node: Part) -> Part:
             return IntegerLinear.of(*weight_and_bias(node), input_bits, weight_bits)
 
-        return next_token_accuracy(replace_matrices(lm, nodes, make), texts)
+        label = f"lut product: {input_bits} and {weight_bits} bits"
+        return next_token_accuracy(replace_matrices(lm, nodes, make), texts, label)
 
     return two_stages(accuracy, next_token_accuracy(lm, texts) - drop, cache)
 
@@ -102,9 +103,10 @@ def two_stages(accuracy: Callable[[int, int], float], floor: float, cache: int) 
     return Search(input_bits, weight_bits, length, floor, cache, tuple(tried))
 
 
-def next_token_accuracy(lm, texts: list[list[int]]) -> float:
+def next_token_accuracy(lm, texts: list[list[int]], label: str = "lut product: dense") -> float:
     """The share of positions at which the argmax of the logits is the actual next token."""
-    right = [lm.logits(ids[:-1]).argmax(-1) == ids[1:] for ids in texts]
+    shown = bar(texts, label, unit="text", delay=1.0)
+    right = [lm.logits(ids[:-1]).argmax(-1) == ids[1:] for ids in shown]
     return float(np.concatenate(right).mean())
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Head, Linear, TiedHead, TokenEmbedding
 from minitx.precompute.quantize.awq import best_channel_scales
@@ -18,6 +19,9 @@ from minitx.precompute.quantize.products import (
     quantized_linear,
 )
 from minitx.shared import int4
+from minitx.shared.block_by_block import block_by_block
+from minitx.shared.linears import linears
+from minitx.shared.observed_inputs import Moments
 from minitx.technique import at_least, swap, technique
 from minitx.tree import Part, part
 
@@ -27,6 +31,7 @@ from minitx.tree import Part, part
     exact=False,
     neutral={"bits": 32},
     after=("low_rank", "lut_product", "lut_centroid", "lut_bit_serial"),
+    presets={"aggressive": {"bits": 4}},
 )
 def quantize(
     lm,
@@ -44,7 +49,11 @@ def quantize(
     ] = "stream",
     half_scales: Annotated[bool, "store scales as float16"] = False,
     awq: Annotated[bool, "activation-aware scaling (AWQ) before rounding"] = False,
-    stories: Annotated[int, "calibration stories for awq", at_least(1)] = 16,
+    stories: Annotated[
+        int,
+        "calibration stories (with calibrate: passages of the text) for awq",
+        at_least(1, limit=1000),
+    ] = 16,
 ):
     """Quantize weights to int8 or int4 with per-group scales.
 
@@ -86,19 +95,20 @@ def quantize(
     def quantized(w, channel_scales=None) -> QuantizedMatrix:
         return quantize_matrix(w, bits, group_size, symmetric, half_scales, channel_scales)
 
-    moments = {}
+    def change(linear: Linear, moments=None) -> Part:
+        scales = None if moments is None else best_channel_scales(linear.w, moments, quantized)
+        return quantized_linear(quantized(linear.w, scales), linear.b, run)
+
     if awq:
-        from minitx.training.calibration import matrix_inputs
+        linears(lm.model, "all")  # refuses a model that has none
+        texts = calibration_ids("quantize", lm, stories, "leave awq out")
 
-        moments = matrix_inputs("quantize", lm, stories)
+        def change_block(block, seen):
+            return swap(block, Linear, lambda w: change(w, seen[id(w)]), optional=True)
 
-    def change(linear: Linear) -> Part:
-        if awq:
-            scales = best_channel_scales(linear.w, moments[id(linear)], quantized)
-            return quantized_linear(quantized(linear.w, scales), linear.b, run)
-        return quantized_linear(quantized(linear.w), linear.b, run)
-
-    lm = swap(lm, Linear, change)
+        options = dict(label="quantize awq", after_changes=False)
+        lm = block_by_block(lm, texts, Moments, change_block, **options)
+    lm = swap(lm, Linear, change, optional=awq)
     return quantize_embeddings(lm, quantized, run) if embeddings else lm
 
 
@@ -160,6 +170,7 @@ class QuantizedMatrix(Part):
     channel_scales: np.ndarray | None  # (in,) AWQ: the weights were multiplied by these
     inputs: int
     bits: int
+    float_type: str  # what it is dequantized to: float16 is for storing scales, not for computing
 
     @property
     def group_size(self) -> int:
@@ -176,11 +187,6 @@ class QuantizedMatrix(Part):
         arrays = (self.codes, self.scales, self.zero_points, self.channel_scales)
         return sum(a.nbytes for a in arrays if a is not None)
 
-    @property
-    def float_type(self) -> np.dtype:
-        """What the matrix is dequantized to: float16 is for storing scales, not for computing."""
-        return np.result_type(self.scales, np.float32)
-
     def codes_of(self, groups: slice, dtype):
         """The codes of these groups as floats (groups, g, out)."""
         return unpacked(self.codes[groups], self.bits, dtype)
@@ -188,7 +194,7 @@ class QuantizedMatrix(Part):
     def dequantized(self):
         """The matrix (in, out) in floats."""
         codes = self.codes_of(slice(None), self.float_type)
-        w = dequantize(codes, self.scales, self.zero_points)
+        w = dequantize(codes, self.scales, self.zero_points)  # codes are in float_type
         w = w.reshape(-1, self.width)[: self.inputs]
         return w if self.channel_scales is None else w / self.channel_scales[:, None]
 
@@ -250,7 +256,7 @@ def quantize_matrix(
         codes = int4.join_nibbles(codes[:, 0::2], codes[:, 1::2])
     if channel_scales is not None:
         channel_scales = channel_scales.astype(w.dtype)
-    return QuantizedMatrix(codes, scales, zero_points, channel_scales, inputs, bits)
+    return QuantizedMatrix(codes, scales, zero_points, channel_scales, inputs, bits, w.dtype.name)
 
 
 def equal_groups(inputs: int, group_size: int | None, bits: int) -> tuple[int, int]:

@@ -24,12 +24,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.model import Rope
+from minitx.model import Rope, Stack
+from minitx.progress import bar
+from minitx.shared.block_by_block import Stream
 from minitx.skip.dota.detector import Detector, narrow_rope, projection, record_attention
 from minitx.state import Tokens
+from minitx.technique import need
 from minitx.tree import Part
 
-STORIES = 8  # about 1,600 tokens: a few seconds for the shipped models
+STORIES = 8  # or passages; about 1,600 tokens: a few seconds for the shipped models
 RIDGE = 1e-9  # of the mean diagonal, added to it: equal columns would make the equations singular
 ROUNDS = 2  # of alternating least squares after the first solution; more gain next to nothing
 
@@ -39,27 +42,31 @@ def fit_detectors(model, texts: Sequence, rank: int, seed: int = 0) -> tuple[Det
     if not texts:
         raise MinitxError("dota: a detector is fitted to texts, and there are none; give one.")
     recorded, recordings = record_attention(model)
-    passes: list[list] = [[] for _ in recordings]
-    for ids in texts:
-        recorded.hidden(ids)
-        for recording, of_block in zip(recordings, passes):
-            of_block.append(recording.last())
+    need(recorded.stack, Stack)
+    streams = [Stream(model.embed, ids) for ids in texts]
     rng = np.random.default_rng(seed)
-    return tuple(
-        fit_block(projection(model.config.width, rank, rng), recording.attn, of_block)
-        for recording, of_block in zip(recordings, passes)
-    )
+    found = []
+    # one block after another, so that only one block's queries and keys are in memory
+    shown = bar(recorded.stack.blocks, "dota: fit detectors", unit="block", delay=1.0)
+    for index, (block, recording) in enumerate(zip(shown, recordings)):
+        passes = []
+        for stream in streams:
+            stream.x = stream.through(block, index)
+            passes.append(recording.last())
+        p = projection(model.config.width, rank, rng)
+        found.append(fit_block(p, recording.attn, passes))
+    return tuple(found)
 
 
 def fit_block(p, attn, passes: Sequence[tuple]) -> Detector:
     """The detector of one block with the projection p (D, rank). passes: for each text, x (T, D),
     q (H, T, d) and k (K, T, d) (``Recording``)."""
-    x, q, _ = passes[0]
+    x, q, k = passes[0]
     rope = narrow_rope(attn.rope, p.shape[1], q.shape[-1])
     p = p.astype(x.dtype)
     groups = [
         fit_group([Text(p, attn, rope, found, group) for found in passes], type(rope) is Rope)
-        for group in range(attn.kv_heads)
+        for group in range(len(k))
     ]
     w_q = np.concatenate([w for w, _ in groups], axis=1).astype(x.dtype)
     w_k = np.concatenate([w for _, w in groups], axis=1).astype(x.dtype)
@@ -90,7 +97,7 @@ class Text:
         x, q, k = (a.astype(np.float64) for a in recorded)
         T, rank = len(x), p.shape[1]
         self.y = x @ p
-        q = q.reshape(attn.kv_heads, -1, *q.shape[1:])[group]  # (G, T, d)
+        q = q.reshape(len(k), -1, *q.shape[1:])[group]  # (G, T, d)
         self.s = np.tril(q @ k[group].T) * attn.attend.scale
         unit_rows = np.broadcast_to(np.eye(rank)[:, None], (rank, T, rank))
         self.turn = rope(unit_rows, Tokens(slice(0, T))).swapaxes(0, 1)

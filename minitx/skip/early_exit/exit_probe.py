@@ -6,24 +6,26 @@ CALM's early-exit classifier (Schuster et al., 2022, arXiv 2207.07061); the mode
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from minitx.errors import MinitxError
+from minitx.progress import bar
 from minitx.skip.early_exit.confidence import sigmoid
+from minitx.technique import blocks_of
 from minitx.training.layerskip import record
 
-TEXTS = 24  # stories: about 5,000 tokens, which keeps it near a second for the shipped models
+TEXTS = 24  # stories or passages: about 5,000 tokens, near a second for the shipped models
+MOST_EXAMPLES = 40_000  # enough for any width; bounds memory and the runs of the head
 NEWTON_STEPS = 8  # each about doubles the number of correct digits
 RIDGE = 1.0  # L2 penalty on the weights of the standardized features
-SHOWN_AFTER = 2.0  # seconds before a progress bar appears
 
 
 def train_exit_probe(lm, texts: Sequence) -> tuple[np.ndarray, float]:
     """w (D,) and b of the probe: for h after any layer, sigmoid(w . h + b) is the probability that
     argmax head(norm(h)) is already the token that the last layer would predict.
 
-    texts: lists of ids, or strings; every token after every layer but the last is an example. Both
-    classes have the same total weight. Deterministic. MinitxError if a class has no example.
+    texts: lists of ids, or strings; every token after every layer but the last is an example (of
+    more than MOST_EXAMPLES, tokens at equal distances). Both classes have the same total weight.
+    Deterministic. MinitxError if a class has no example.
     """
     h, same = examples(lm, texts)
     if same.all() or not same.any():
@@ -41,11 +43,15 @@ def examples(lm, texts: Sequence) -> tuple[np.ndarray, np.ndarray]:
     token the same as after the last layer?"""
     model, recorded = record(lm.model)
     states, same = [], []
-    for text in tqdm(texts, desc="exit probe", unit="text", delay=SHOWN_AFTER):
+    encoded = [lm.encode(text) for text in texts]
+    total = sum(map(len, encoded)) * (len(blocks_of(lm)) - 1)
+    step = max(-(-total // MOST_EXAMPLES), 1)
+    for ids in bar(encoded, "early exit: train the probe", unit="text", delay=1.0):
         recorded.clear()
-        model.hidden(lm.encode(text))
-        predicted = [model.head(model.norm(h)).argmax(-1) for h in recorded]  # L times (T,)
-        states += recorded[:-1]
+        model.hidden(ids)
+        some = [h[::step] for h in recorded]  # every step-th token
+        predicted = [model.head(model.norm(h)).argmax(-1) for h in some]  # L times (T,)
+        states += some[:-1]
         same += [tokens == predicted[-1] for tokens in predicted[:-1]]
     if not states:
         raise MinitxError("early_exit: expected at least one text to train the probe on; got none.")

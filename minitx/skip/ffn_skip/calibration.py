@@ -1,6 +1,5 @@
 """Calibration of ffn_skip: propose cold layers and a threshold for a wanted share of skipped FFNs.
 
-texts = calibration_texts(lm, 16)  # minitx/training/calibration.py, or any texts of your own
 changed = apply(lm, {"ffn_skip": calibrate(lm, texts, rate=0.2)})
 """
 
@@ -9,23 +8,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from minitx import ledger
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
+from minitx.progress import bar
 from minitx.shared.cosine import cosine
 from minitx.skip.ffn_skip import default_skip, ffn_skip
 from minitx.state import Layer
 from minitx.technique import blocks_of, find, wrap
 from minitx.tree import Part, part
 
+TEXTS = 16  # stories or passages, if no texts are given
 
-def calibrate(lm, texts: Sequence, rate: float, skip: int | None = None, warm_up: int = 25) -> dict:
+
+def calibrate(
+    lm, texts: Sequence | None, rate: float, skip: int | None = None, warm_up: int = 25
+) -> dict:
     """Options of ``ffn_skip`` that skip about the share ``rate`` of all FFNs after the warm-up.
 
-    texts: lists of ids, or strings. Cold are the layers at either end whose mean cosine is below
+    texts: lists of ids, or strings; None: what the model calibrates on (``lm.calibration``, or
+    stories). Cold are the layers at either end whose mean cosine is below
     the mean over all layers. The threshold is one of the cosines measured, found by bisection; each
     candidate is run, because skipping changes the cosines of later layers. MinitxError if no text
     is longer than the warm-up, or if that many FFNs cannot be skipped.
     """
     find("ffn_skip").checked({"skip": skip, "warm_up": warm_up})
+    texts = calibration_ids("ffn_skip", lm, TEXTS, "give texts") if texts is None else texts
     cosines = similarities(lm, texts, warm_up)  # (L, tokens)
     mean = cosines.mean(1)
     average = min(mean.mean(), mean.max())  # rounding may lift the mean above all of them
@@ -63,8 +70,8 @@ def similarities(lm, texts: Sequence, warm_up: int = 0) -> np.ndarray:
     token of some texts (lists of ids, or strings) from position ``warm_up`` on."""
     found: list[list] = [[] for _ in blocks_of(lm)]
     probed = wrap(lm, "ffn", lambda ffn, index: SimilarityProbe(ffn, found[index]))
-    for text in texts:
-        probed.logits(lm.encode(text))
+    for text in bar(texts, "ffn skip: cosines", unit="text", delay=1.0):
+        probed.model.hidden(lm.encode(text))
     rows = [[c[warm_up:] for c in row] for row in found]
     if not any(map(len, rows[0])):
         raise MinitxError(
@@ -90,6 +97,6 @@ class SimilarityProbe(Part):
 def count_skipped(lm, texts) -> int:
     """How many FFNs are skipped while the texts are run."""
     with ledger.counting(lm) as counts:
-        for text in texts:
-            lm.logits(lm.encode(text))
+        for text in bar(texts, "ffn skip: try a threshold", unit="text", delay=1.0):
+            lm.model.hidden(lm.encode(text))
     return counts.events["FFNs skipped"]
