@@ -7,7 +7,6 @@ import argparse
 import re
 import shutil
 import sys
-from fractions import Fraction
 
 import minitx
 from minitx import commands
@@ -233,7 +232,7 @@ def parser(flags=()) -> Parser:
 
     evaluate = add(names, "evaluate", commands.evaluate, "accuracy by hops on held-out stories")
     add_model(evaluate)
-    add_stories(evaluate, 500)
+    add_measured(evaluate, 500, 4096)
     evaluate.add_argument("--depths", action="store_true", help="also exit after every block")
     add_json(evaluate)
 
@@ -244,8 +243,16 @@ def parser(flags=()) -> Parser:
         "measure what techniques save and cost, side by side with dense",
     )
     add_model(compare)
-    add_stories(compare, 100)
+    add_measured(compare, 100, 2048)
     add_chains(compare)
+    compare.add_argument(
+        "--all",
+        action="store_true",
+        help="every technique that fits the model, each at its defaults, in one table (by default "
+        "on 40 stories, or 1,024 tokens)",
+    )
+    limit = "with --all: give a technique up after S seconds (default 300)"
+    compare.add_argument("--time-limit", type=seconds, metavar="S", help=limit)
     add_json(compare)
 
     first = "time to first token for prompts that share a prefix"
@@ -265,7 +272,7 @@ def parser(flags=()) -> Parser:
     sweep.add_argument("name", help="name of a technique, such as ffn-skip")
     sweep.add_argument("settings", nargs="*", help="option=value,value,...")
     add_model(sweep)
-    add_stories(sweep, 40)
+    add_measured(sweep, 40, 2048)
     add_chains(sweep)
     sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
     add_json(sweep)
@@ -289,12 +296,12 @@ def parser(flags=()) -> Parser:
         metavar="A,B",
         help="shares of the keys to keep (default 1/2,1/4,1/8)",
     )
-    chains = "number of token sequences, each a chain of stories (default 8)"
-    attention.add_argument("--chains", type=count, default=8, metavar="N", help=chains)
-    attention.add_argument(
-        "--tokens", type=count, metavar="N", help="tokens per chain (default: fill the context)"
-    )
+    chains = "token sequences: chains of stories, or windows of the text (default 8; of a text 2)"
+    attention.add_argument("--chains", type=count, metavar="N", help=chains)
+    tokens = "tokens per sequence (default: fill the context; of a text at most 512)"
+    attention.add_argument("--tokens", type=count, metavar="N", help=tokens)
     add_grade(attention)
+    add_text(attention)
     rounds = "timing rounds (default 15)"
     attention.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
     attention.add_argument("--png", metavar="FILE", help="also draw curves (needs minitx[plot])")
@@ -374,28 +381,35 @@ def add_model(command: Parser, techniques: bool = True) -> None:
         const=False,
         help="load the model for token ids only, whatever tokenizer files are beside it",
     )
+    command.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="UTF-8 text for techniques that calibrate, instead of stories; - reads stdin",
+    )
     if not techniques:
         return
     command.set_defaults(techniques={})
     command.takes_techniques = True
 
 
-def add_stories(command: Parser, default: int) -> None:
-    command.add_argument(
-        "--stories",
-        type=count,
-        default=default,
-        metavar="N",
-        help=f"number of held-out stories (default {default})",
-    )
+def add_measured(command: Parser, stories: int, tokens: int) -> None:
+    """What to measure on: stories of the grammar, or any text."""
+    number = f"number of held-out stories (default {stories})"
+    command.add_argument("--stories", type=count, metavar="N", help=number)
     add_grade(command)
+    add_text(command)
+    number = f"tokens from the beginning of the text (default {tokens:,})"
+    command.add_argument("--tokens", type=count, metavar="N", help=number)
 
 
 def add_grade(command: Parser) -> None:
-    command.add_argument(
-        "--grade", default="full", help="difficulty of the stories (default full); listed below"
-    )
+    command.add_argument("--grade", help="difficulty of the stories (default full); listed below")
     command.takes_grade = True
+
+
+def add_text(command: Parser) -> None:
+    text = "measure on this UTF-8 text instead of stories; - reads stdin"
+    command.add_argument("--text", metavar="FILE", help=text)
 
 
 def add_chains(command: Parser) -> None:
@@ -438,8 +452,14 @@ def words(text: str) -> tuple[str, ...]:
 
 def shares(text: str) -> tuple[float, ...]:
     """Numbers like 0.25 or 1/4."""
+    return tuple(share(word) for word in words(text))
+
+
+def share(word: str) -> float:
+    """Not by ``Fraction``, for which 1e999999999 is an integer of a billion digits."""
+    part, slash, whole = word.partition("/")
     try:
-        return tuple(float(Fraction(word)) for word in words(text))
+        return float(part) / float(whole) if slash else float(part)
     except ZeroDivisionError:
         raise ValueError from None
 

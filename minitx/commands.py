@@ -28,7 +28,42 @@ TEMPERATURE, SEED = 0.8, 0  # of generate: a story that does not repeat itself, 
 
 def load(args):
     """The model that the arguments name, with the requested techniques."""
-    return minitx.load(args.model, args.tokenizer, **args.techniques)
+    return minitx.load(args.model, args.tokenizer, **calibration(args), **args.techniques)
+
+
+def calibration(args) -> dict:
+    """``--calibrate FILE`` as an argument of ``load`` and ``apply``."""
+    from minitx.text import read_text
+
+    if args.calibrate is None:
+        return {}
+    return {"calibrate": read_text(args.calibrate)}
+
+
+def workload(args, stories: int, tokens: int | None = None, **more):
+    """What to measure on: stories (so many by default), or --text FILE."""
+    from minitx.lab.compare import Workload
+    from minitx.lab.reading import TOKENS
+    from minitx.text import read_text
+
+    check_measured(args)
+    if args.text is None:
+        return Workload(stories=args.stories or stories, chains=args.chains, **more)
+    return Workload(text=read_text(args.text), tokens=args.tokens or tokens or TOKENS, **more)
+
+
+def grade(args) -> str:
+    return args.grade or "full"
+
+
+def check_measured(args, of_stories=("stories", "grade", "chains"), of_text=("tokens",)) -> None:
+    """Refuse options that mean nothing with, or without, --text; and stdin for two texts."""
+    if args.text == args.calibrate == "-":
+        raise MinitxError("Only one of --text and --calibrate can be read from stdin; give a file.")
+    for name in of_text if args.text is None else of_stories:
+        if getattr(args, name, None):
+            other = "it needs --text" if args.text is None else "--text measures a text"
+            raise MinitxError(f"--{name} has no effect here: {other}.")
 
 
 def generate(args) -> None:
@@ -93,10 +128,15 @@ def need_text(argument: str) -> str:
 
 def read_stdin() -> str:
     """The text on stdin, without its final line break."""
+    from minitx.checkpoints.common import MAX_TEXT_BYTES
+
     if not sys.stdin:
         raise MinitxError("There is no stdin to read the prompt from.")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)  # bounded: it may have no end
+        if len(content) > MAX_TEXT_BYTES:
+            raise MinitxError(f"Expected at most {MAX_TEXT_BYTES:,} bytes on stdin, got more.")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise MinitxError(
             f"Byte {error.start} on stdin is not valid UTF-8; give UTF-8 text."
@@ -108,10 +148,11 @@ def show(args) -> None:
     from minitx.checkpoints.precomputed import is_precomputed, read_origin
 
     lm = load(args)
+    calibrated = list(map(str, lm.calibrated))
     total = sum(w.size for w in weights(lm.model).values())
     if args.json:
         found = {"name": lm.name, "weights": total, "bytes": nbytes(lm)}
-        found |= {"config": asdict(lm.model.config)}
+        found |= {"config": asdict(lm.model.config), "calibrated": calibrated}
         print(json.dumps(found, indent=1))
     else:
         print(lm.model)
@@ -119,7 +160,9 @@ def show(args) -> None:
             print(lm.decode)
         say(f"{total:,} weights, {nbytes(lm) / 1e6:.2f} MB in memory")
         if lm.folder and is_precomputed(lm.folder):
-            say(read_origin(lm.folder))
+            say(str(read_origin(lm.folder)))
+        for use in calibrated:
+            say(use)
 
 
 OTHER_MODELS = """
@@ -233,21 +276,43 @@ def bench(args) -> None:
 
 
 def evaluate(args) -> None:
-    from minitx.lab.evaluate import evaluate_model
+    from minitx.lab.evaluate import evaluate_model, evaluate_text
+    from minitx.text import read_text
 
-    report = evaluate_model(load(args), args.stories, args.grade, depths=args.depths)
+    check_measured(args)
+    options = dict(depths=args.depths, shown=True)
+    if args.text is None:
+        report = evaluate_model(load(args), args.stories or 500, grade(args), **options)
+    else:
+        report = evaluate_text(load(args), read_text(args.text), args.tokens or 4096, **options)
     print_report(report, args.json)
 
 
 def compare(args) -> None:
-    from minitx.lab.compare import Workload
     from minitx.lab.compare import compare as measure
     from minitx.technique import apply
 
+    if args.all:
+        return compare_all(args)
+    work = workload(args, 100)
+    calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer)
-    changed = apply(dense, args.techniques)
-    work = Workload(stories=args.stories, chains=args.chains)
-    found = measure(dense, changed, flags_text(args), work, args.grade)
+    changed = apply(dense, args.techniques, **calibrate)
+    found = measure(dense, changed, flags_text(args), work, grade(args))
+    print_report(found, args.json)
+
+
+def compare_all(args) -> None:
+    from minitx.lab.compare_all import TIME_LIMIT
+    from minitx.lab.compare_all import compare_all as measure
+
+    if args.techniques:
+        raise MinitxError("--all compares every technique at its defaults; give no other flags.")
+    work = workload(args, 40, 1024, prompts=2, rounds=2)
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer, **calibrate)
+    limit = TIME_LIMIT if args.time_limit is None else args.time_limit
+    found = measure(dense, work, grade(args), time_limit=limit)
     print_report(found, args.json)
 
 
@@ -256,8 +321,9 @@ def first_token(args) -> None:
     from minitx.lab.first_token import first_token as measure
     from minitx.technique import apply
 
+    calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer)
-    changed = apply(dense, args.techniques)
+    changed = apply(dense, args.techniques, **calibrate)
     plan = PromptSet(
         **{name: getattr(args, name) for name in ("shared", "own", "prompts", "rounds")}
     )
@@ -267,15 +333,14 @@ def first_token(args) -> None:
 
 def sweep(args) -> None:
     from minitx.lab import sweep as lab
-    from minitx.lab.compare import Workload
     from minitx.technique import find
 
     if args.png is not None:
         lab.check_picture(args.png)
     technique = find(args.name)
     chosen = lab.settings(technique, args.settings)
-    work = Workload(stories=args.stories, chains=args.chains)
-    points = lab.sweep(load(args), technique, chosen, work, args.grade)
+    work = workload(args, 40)
+    points = lab.sweep(load(args), technique, chosen, work, grade(args))
     print(json.dumps(lab.as_dict(points), indent=1) if args.json else fit(lab.as_text(points)))
     if args.png is not None:
         lab.picture(points, f"{technique.name} on {args.model}", args.png)
@@ -286,12 +351,16 @@ def compare_attention(args) -> None:
     from minitx.lab.compare_attention import Grid
     from minitx.lab.compare_attention import compare_attention as measure
     from minitx.lab.sweep import check_picture
+    from minitx.text import read_text
 
     if args.png is not None:
         check_picture(args.png)
-    options = ("chains", "tokens", "grade", "rounds", "methods")
-    plan = Grid(shares=args.share, **{name: getattr(args, name) for name in options})
-    found = measure(minitx.load(args.model, args.tokenizer), plan)
+    check_measured(args, of_stories=("grade",), of_text=())
+    text = None if args.text is None else read_text(args.text)
+    options = {name: getattr(args, name) for name in ("tokens", "rounds", "methods")}
+    options |= dict(chains=args.chains or (8 if text is None else 2), grade=grade(args), text=text)
+    plan = Grid(shares=args.share, **options)
+    found = measure(minitx.load(args.model, args.tokenizer, **calibration(args)), plan)
     print_report(found, args.json)
     if args.png is not None:
         attention_report.picture(found, args.png)
@@ -319,10 +388,12 @@ def precompute(args) -> None:
     began = time.perf_counter()
     lm = load(args)
     took = time.perf_counter() - began
-    origin = Origin(args.model, flags_text(args))
+    origin = Origin(args.model, flags_text(args), lm.calibrated)
     write_precomputed(lm, args.out, origin, tokenizer_path(path, args.tokenizer))
     size = sum(file.stat().st_size for file in Path(args.out).iterdir())
     say(f"{args.out}: {size / 1e6:.2f} MB; offline work took {took:.2f} s")
+    for use in lm.calibrated:
+        say(str(use))
 
 
 def flags_text(args) -> str:
@@ -349,7 +420,7 @@ def train(args) -> int:
 def stories(args) -> None:
     from minitx.training.stories import stories as endless
 
-    found = islice(endless(args.split, args.grade, args.seed), args.count)
+    found = islice(endless(args.split, grade(args), args.seed), args.count)
     if args.json:
         texts = [{"text": s.text, "answers": [[a.kind, a.value] for a in s.answers]} for s in found]
         print(json.dumps(texts, indent=1))

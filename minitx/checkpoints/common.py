@@ -26,7 +26,7 @@ from minitx.errors import abbreviate as abbreviate
 from minitx.values import need_float_dtype as need_float_dtype
 
 MAX_JSON_BYTES = 2**26  # the tokenizer.json of 256,000 tokens takes half of it
-MAX_TEXT_BYTES = 2**28
+MAX_TEXT_BYTES = 2**26
 # Most values in one rotary table (cos or sin) that a config file alone can make us compute.
 MAX_ROPE_TABLE = 2**24  # a context of 131072 tokens at head width 128
 
@@ -120,8 +120,8 @@ def read_json(path, limit: int = MAX_JSON_BYTES) -> dict:
 
 
 def read_npz(path, limit: int) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz`` file, at most ``limit`` bytes unpacked. MinitxError if the
-    file cannot be read, ValueError if its contents are damaged or larger. Nothing is unpickled."""
+    """All arrays of an ``.npz`` file that takes at most ``limit`` bytes unpacked. Nothing is
+    unpickled. MinitxError if the file cannot be read, ValueError if its contents are damaged."""
     with open_file(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minitx.checkpoints import auto_tokenizer
 from minitx.checkpoints.common import unreadable
 from minitx.checkpoints.precomputed import is_precomputed, read_origin, read_precomputed
 from minitx.decode import Autoregressive
@@ -15,7 +16,7 @@ from minitx.tree import Part
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed wheel has the weights inside the package, a checkout next to it.
 SHIPPED = [PACKAGE / "weights", PACKAGE.parent / "weights"]
-TOKENIZERS = ("tokenizer.json", "tokenizer.bin")
+TOKENIZERS = (*auto_tokenizer.FILES, "tokenizer.bin")
 
 
 def shipped() -> dict[str, Path]:
@@ -113,14 +114,15 @@ def tokenizer_beside(path: Path) -> Path | None:
     if not path.is_dir():
         found = path.with_name("tokenizer.bin")
         return found if _exists(found) else None
-    for name in TOKENIZERS if is_precomputed(path) else TOKENIZERS[:1]:
+    for name in TOKENIZERS if is_precomputed(path) else auto_tokenizer.FILES:
         if _exists(path / name):
             return path / name
     return None
 
 
 def read_tokenizer_for(path: Path, model: Transformer):
-    """The tokenizer in a folder or file; rejected if its vocabulary is larger than the model's."""
+    """The tokenizer in a folder or file; rejected if its vocabulary is larger than the model's,
+    apart from tokens that were added to it: the model refuses their ids."""
     size = model.config.vocab_size
     if path.suffix == ".bin":
         from minitx.checkpoints.llama2c_tokenizer import read_llama2c_tokenizer
@@ -129,10 +131,10 @@ def read_tokenizer_for(path: Path, model: Transformer):
     from minitx.checkpoints.tokenizer_json import read_tokenizer
 
     tokenizer = read_tokenizer(path)
-    if tokenizer.vocab_size > size:
+    if tokenizer.model_vocab_size > size:
         raise MinitxError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model's vocabulary "
-            f"has {size}; give the tokenizer that belongs to this model."
+            f"{path}: the tokenizer has {tokenizer.model_vocab_size} tokens but the model's "
+            f"vocabulary has {size}; give the tokenizer that belongs to this model."
         )
     return tokenizer
 

@@ -9,6 +9,7 @@ from minitx.lab.attention_baselines import BASELINES
 from minitx.lab.attention_published import NOTES, PUBLISHED
 from minitx.lab.compare_attention import AttentionComparison, Point, Quality, bytes_read
 from minitx.lab.evaluate import hops_name, percent, table
+from minitx.lab.reading import TextReport
 from minitx.lab.sweep import HEIGHT, WIDTH, check_picture, letter, scale
 
 Series = dict[str, list[tuple[float, float]]]  # points (x, y) by the name of their method
@@ -17,20 +18,17 @@ Series = dict[str, list[tuple[float, float]]]  # points (x, y) by the name of th
 def as_text(c: AttentionComparison) -> str:
     plan = c.plan
     heads = "{heads} query heads on {kv_heads} key heads of width {head_width}".format(**c.shape)
-    share, answers = fraction(smallest(c)), sum(c.dense.report.answers.values())
+    share = fraction(smallest(c))
     return f"""\
-{c.model or "The model"} reads {plan.chains} chains of {plan.tokens} tokens of evaluation stories, \
-grade {plan.grade}, {answers} answers; methods are tuned on calibration stories.
+{what_is_read(c)}
 
 {qualities(c)}
 
-Answers that are right, by the number of facts that they need:
-{answers_by_hops(c)}
-
+{answers_by_hops(c)}\
 kept: share of the keys that queries see. mass: share of the exact attention that lies on the kept
-keys; best: on as many of the best keys. above entropy: loss of ordinary text above the entropy of
-the stories, nats per token. multiply-adds, bytes: of attention for one token at {plan.tokens} keys,
-without the projections, relative to dense attention. ~: over a tenth off the wanted share.
+keys; best: on as many of the best keys. {what_is_lost(c)}
+multiply-adds, bytes: of attention for one token at {plan.tokens} keys, without the projections,
+relative to dense attention. ~: over a tenth off the wanted share.
 
 Attention mass kept, over the share of keys kept:
 {chart(masses(c), "keys kept")}
@@ -46,12 +44,31 @@ The papers' own trade-offs, on other models and tasks, and ours; below each, of 
 {trade_offs(c)}"""
 
 
+def what_is_read(c: AttentionComparison) -> str:
+    plan, name = c.plan, c.model or "The model"
+    if c.text_name is not None:
+        read = f"{name} reads {plan.chains} windows of {plan.tokens} tokens of {c.text_name}"
+        return f"{read};\nmethods are tuned on {plan.calibration} more before them."
+    answers = sum(c.dense.report.answers.values())
+    return (
+        f"{name} reads {plan.chains} chains of {plan.tokens} tokens of evaluation stories, "
+        f"grade {plan.grade}, {answers} answers; methods are tuned on calibration stories."
+    )
+
+
+def what_is_lost(c: AttentionComparison) -> str:
+    if c.text_name is not None:
+        return "right: tokens that are the argmax."
+    return "above entropy: loss of ordinary\ntext above the entropy of the stories, nats per token."
+
+
 # Tables ------------------------------------------------------------------------------------------
 
 
 def qualities(c: AttentionComparison) -> str:
-    heading = ["method", "setting", "kept", "mass", "best", "above entropy"]
-    rows = [[*heading, "multiply-adds", "bytes"], ["dense", "", *quality_cells(c.dense, c.dense)]]
+    losses = loss_columns(c.dense)
+    rows = [["method", "setting", "kept", "mass", "best", *losses, "multiply-adds", "bytes"]]
+    rows.append(["dense", "", *quality_cells(c.dense, c.dense)])
     for share in c.plan.shares:
         rows.append([fraction(share), *[""] * (len(rows[0]) - 1)])
         for p in points_at(c, share):
@@ -63,6 +80,9 @@ def qualities(c: AttentionComparison) -> str:
 
 
 def answers_by_hops(c: AttentionComparison) -> str:
+    """A table of its own, so that lines stay short; "" for a text, which has no answers."""
+    if isinstance(c.dense.report, TextReport):
+        return ""
     hops = list(c.dense.report.by_hops)
 
     def cells(q: Quality) -> list[str]:
@@ -72,7 +92,11 @@ def answers_by_hops(c: AttentionComparison) -> str:
     for share in c.plan.shares:
         rows.append([fraction(share), *[""] * (len(rows[0]) - 1)])
         rows += [[f"  {p.method}", *cells(p.quality)] for p in points_at(c, share)]
-    return stripped(table(rows))
+    table_of_answers = stripped(table(rows))
+    return f"""Answers that are right, by the number of facts that they need:
+{table_of_answers}
+
+"""
 
 
 def stripped(text: str) -> str:
@@ -80,11 +104,20 @@ def stripped(text: str) -> str:
     return "\n".join(map(str.rstrip, text.splitlines()))
 
 
+def loss_columns(q: Quality) -> dict[str, str]:
+    """What is lost, by heading."""
+    r = q.report
+    if isinstance(r, TextReport):
+        found = {"nats per token": f"{r.loss:.4f}", "perplexity": f"{r.perplexity:,.2f}"}
+        return found | {"right": percent(r.accuracy)}
+    return {"above entropy": f"{r.gap:+.4f}"}
+
+
 def quality_cells(q: Quality, dense: Quality) -> list[str]:
     shares = [percent(x) for x in (q.kept, q.mass, q.best)]
     return [
         *shares,
-        f"{q.report.gap:+.4f}",
+        *loss_columns(q).values(),
         f"{q.cost.multiply_adds / dense.cost.multiply_adds:.2f}x",
         f"{bytes_read(q.cost) / bytes_read(dense.cost):.2f}x",
     ]
@@ -123,7 +156,8 @@ def trade_offs(c: AttentionComparison) -> str:
         if ours:
             kept = numbers([q.kept for q in ours], ".2g")
             change = numbers([q.accuracy - c.dense.accuracy for q in ours])
-            what = f"answers in stories (dense {c.dense.accuracy:.3f})"
+            of = "answers in stories" if c.text_name is None else "next tokens of the text"
+            what = f"{of} (dense {c.dense.accuracy:.3f})"
             rows.append([name, "ours", kept, change, what])
     widths = [max(map(len, column)) for column in zip(*rows)][:-1]
     lines = []

@@ -18,7 +18,9 @@ from minitx.technique import at_least, swap, technique
 from minitx.tree import Part, float_type, part
 
 
-@technique(level="attention", exact=False, neutral={"bits": 32})
+@technique(
+    level="attention", exact=False, neutral={"bits": 32}, presets={"aggressive": {"bits": 4}}
+)
 def quantize_cache(
     lm,
     *,

@@ -15,11 +15,17 @@ from minitx.technique import between, technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=False, neutral={"share": 1.0}, after=("low_rank",))
+@technique(
+    level="matrices",
+    exact=False,
+    neutral={"share": 1.0},
+    after=("low_rank",),
+    presets={"aggressive": {"bits": 4}},
+)
 def separate_magnitudes(
     lm,
     *,
-    bits: Annotated[int, "bits of a quantized weight", between(2, 8)] = 4,
+    bits: Annotated[int, "bits of a quantized weight", between(2, 8)] = 5,
     share: Annotated[
         float, "share of each output's weights that stays in float", between(0, 1)
     ] = 0.01,

@@ -33,7 +33,7 @@ def elsa(
         float | None, "one threshold t for all heads; nothing is learned, and p has no effect"
     ] = None,
     bits: Annotated[
-        int | None, "hash length k; default: the width of a key", between(1, 4096)
+        int | None, "hash length k; default: the width of a key", between(1, 512)
     ] = None,
     angle_bias: Annotated[
         float | None,

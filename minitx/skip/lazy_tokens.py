@@ -92,6 +92,7 @@ def lazy_tokens(
 def pruning_layers(L: int, every: float, first: int) -> tuple[int, ...]:
     """After how many layers tokens are pruned: floor(every * i * L) for i = 1, 2, ... (paper: after
     9, 19 and 28 of 32 layers)."""
+    every = max(every, 1 / L)  # a smaller share means after every layer
     wanted = {math.floor(every * i * L + 1e-9) for i in range(1, math.ceil(1 / every) + 1)}
     return tuple(sorted(cut for cut in wanted if first <= cut < L))
 

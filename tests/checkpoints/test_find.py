@@ -109,6 +109,23 @@ def test_model_without_tokenizer_generates_ids(here):
     assert lm.tokenizer is None and len(lm.generate([1, 2], 3)) == 3
 
 
+def test_tokenizer_false_loads_model_for_ids_whatever_its_files_are(here):
+    folder = tiny_folder(here / "full")
+    for text in ("{", '{"model": {"type": "Unigram"}}'):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(MinitxError, match="without a tokenizer, on token ids: tokenizer=False"):
+            minitx.load(folder)
+        lm = minitx.load(folder, tokenizer=False)
+        assert lm.tokenizer is None and len(lm.generate([1, 2], 3)) == 3
+    model = llama2c_file(here / "model.bin")
+    (here / "tokenizer.bin").write_bytes(b"")
+    with pytest.raises(MinitxError, match=r"tokenizer=False \(--no-tokenizer\)"):
+        minitx.load(model)
+    assert minitx.load(model, False).tokenizer is None
+    with pytest.raises(MinitxError, match="tokenizer must be a name or a path, got True"):
+        minitx.load(model, True)
+
+
 def test_explicit_tokenizer_takes_precedence(here):
     bare = tiny_folder(here / "bare", tokenizer=False)
     for where in ("small", tiny_folder(here / "full"), here / "full" / "tokenizer.json"):

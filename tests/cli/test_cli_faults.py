@@ -1,10 +1,12 @@
 """The command line when something is wrong: one sentence and a status, never a traceback."""
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -17,9 +19,10 @@ from tiny import tiny_model
 
 import minitx
 from minitx import cli, commands
+from minitx.arguments import read_arguments
 from minitx.checkpoints.huggingface import write_model
 from minitx.cli import main
-from minitx.errors import MinitxWarning
+from minitx.errors import MinitxError, MinitxWarning
 from minitx.lab import sweep
 from minitx.technique import techniques
 from minitx.tree import map_weights
@@ -88,7 +91,7 @@ WRONG = [
     ),
     (["train", "good/recipe.json", "--time-limit", "-1"], "expected a number from 0 to .*got -1.0"),
     (["train", "good/recipe.json", "--time-limit", "nan"], "expected a number from 0 to .*got nan"),
-    (["train", "good/recipe.json", "--out", "notes.txt"], "notes.txt: cannot be created"),
+    (["train", "good/recipe.json", "--out", "notes.txt"], "notes.txt: cannot be written"),
     (["stories", "--grade", "\udcff"], "Unknown grade"),
     (["stories", "--grade", "fulll"], "expected one of set_phrases, .*full. Did you mean 'full'"),
     (["stories", "--split", "trian"], "one of train, calibration, evaluation. .*mean 'train'"),
@@ -149,6 +152,47 @@ def test_picture_without_matplotlib_is_refused_before_the_work(run, monkeypatch,
 def test_precompute_refuses_its_folder_before_the_work(run, monkeypatch):
     monkeypatch.setattr(minitx, "load", None)
     assert "toy already exists" in run("precompute", "toy", "--fold-norms")[2]
+
+
+NUMBERS = {
+    "generate x": ("-n", "-t", "--top-k", "--top-p", "--seed"),
+    "evaluate": ("--stories",),
+    "compare": ("--stories", "--chains"),
+    "first-token": ("--shared", "--own", "--prompts", "--rounds"),
+    "sweep elsa": ("--stories", "--chains"),
+    "compare-attention": ("--share", "--chains", "--tokens", "--rounds"),
+    "train x": ("--workers", "--time-limit"),
+    "stories": ("--seed", "--count"),
+}
+NASTY = (
+    "1e999999999", "-1e999999999", "9" * 5000, "9" * 10**5, "1/1e9", "1/" + "9" * 5000, "nan",
+    "9" * 5000 + "/1", "1/0", "inf", "", "x", "0x10", "1,", "\x1b[2J", "\n", "1e-999999999", "--",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NUMBERS)
+def test_number_of_any_length_is_read_or_refused_at_once(command):
+    """``--share 1e999999999`` is no integer of a billion digits."""
+    for flag in NUMBERS[command]:
+        for text in NASTY:
+            began = time.process_time()
+            try:
+                read_arguments([*command.split(), f"{flag}={text}"])
+            except MinitxError as error:
+                assert str(error).isprintable() and len(str(error)) <= 400
+            assert time.process_time() - began < 1, f"{flag} {text[:30]}"
+
+
+def test_endless_stdin_is_refused(workdir, monkeypatch):
+    monkeypatch.setattr("minitx.checkpoints.common.MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(commands.sys, "stdin", piped(b"x" * 1001))
+    with pytest.raises(MinitxError, match="at most 1,000 bytes on stdin"):
+        commands.read_stdin()
+
+
+def piped(content: bytes):
+    """What sys.stdin is when these bytes are piped in."""
+    return io.TextIOWrapper(io.BytesIO(content))
 
 
 def test_unknown_command_lists_the_commands(run):

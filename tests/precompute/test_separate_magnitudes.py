@@ -107,7 +107,7 @@ def test_memory_and_counts_are_those_of_the_formula(family):
     dense = tiny_lm(family)
     expected, errors = dense.logits(IDS), []
     for share in (0.0, 0.1, 0.5, 1.0):
-        lm = apply(dense, {"separate_magnitudes": {"share": share}})
+        lm = apply(dense, {"separate_magnitudes": {"bits": 4, "share": share}})
         found = lm.logits(IDS)
         assert found.dtype == np.float32
         errors.append(abs(found - expected).max())

@@ -17,7 +17,7 @@ from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import Block, Stack
-from minitx.skip.early_exit import ExitingStack
+from minitx.skip.early_exit import ExitingStack, exit_probe
 from minitx.skip.early_exit.confidence import (
     ExitProbe,
     RandomConfidence,
@@ -434,6 +434,18 @@ def test_logistic_regression_recovers_the_weights_that_made_the_data():
     weight = np.where(y, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
     # The classes are balanced, so b is not 0.9, but the gradient of the loss is 0.
     assert abs((weight * (p - y)).mean()) < 1e-9, "the gradient for b is not 0"
+
+
+def test_exit_probe_of_many_layers_learns_from_tokens_at_equal_distances(monkeypatch):
+    """Bounded: 4 texts of 30 tokens after L - 1 layers are too many here, so every fourth counts."""
+    dense = LM(tiny_model(layers=L), TOKENIZER)
+    texts = np.random.default_rng(5).integers(0, 258, (4, 30)).tolist()
+    h, same = examples(dense, texts)
+    monkeypatch.setattr(exit_probe, "MOST_EXAMPLES", 4 * 30 * (L - 1) // 3 - 1)
+    some, same_of_some = examples(dense, texts)
+    every_fourth = h.reshape(4, L - 1, 30, 16)[:, :, ::4]
+    np.testing.assert_array_equal(some, every_fourth.reshape(-1, 16))
+    np.testing.assert_array_equal(same_of_some, same.reshape(4, L - 1, 30)[:, :, ::4].ravel())
 
 
 def test_exit_probe_is_better_than_chance_and_deterministic():

@@ -647,8 +647,8 @@ def test_bits_and_angle_bias_have_defaults_from_the_head_width(bits):
     [
         ({"p": -0.5}, "p must be a number, 0 to 1000; got -0.5."),
         ({"p": np.inf}, "p must be a number, 0 to 1000; got inf."),
-        ({"bits": 0}, "bits must be an integer, 1 to 4096, or None; got 0."),
-        ({"bits": 10**9}, "bits must be an integer, 1 to 4096, or None; got 1000000000."),
+        ({"bits": 0}, "bits must be an integer, 1 to 512, or None; got 0."),
+        ({"bits": 10**9}, "bits must be an integer, 1 to 512, or None; got 1000000000."),
         ({"angle_bias": -0.1}, "angle_bias must be a number, 0 to 3.14159, or None; got -0.1."),
         ({"angle_bias": 4.0}, "angle_bias must be a number, 0 to 3.14159, or None; got 4.0."),
         ({"stories": 0}, "stories must be an integer, at least 1; got 0."),

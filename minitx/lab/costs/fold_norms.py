@@ -17,7 +17,7 @@ from minitx.lab.layout import table
 from minitx.lab.shape import KINDS, Shape
 from minitx.technique import at_least
 
-RMS = ("t5",)  # without a gate, yet with RMSNorm
+RMS = ("t5", "mt5", "umt5")  # without a gate or with one, RMSNorm
 ONE_NORM = ("gptj", "phi", "codegen", "cohere")  # attention and FFN of a block share one
 VECTORS = {"olmo": 0, "cohere": 1}  # LayerNorms without gain and bias, or without bias
 

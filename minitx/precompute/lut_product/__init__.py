@@ -28,13 +28,14 @@ from minitx.tree import Part, part, table
     neutral={"layers": 0},
     after=("low_rank",),
     event="table reads",
+    presets={"aggressive": {"input_bits": 4, "weight_bits": 4, "length": 2}},
 )
 def lut_product(
     lm,
     *,
-    input_bits: Annotated[int, "bits of an input (paper: ba)", between(2, 8)] = 4,
-    weight_bits: Annotated[int, "bits of a weight (paper: bw)", between(2, 8)] = 4,
-    length: Annotated[int, "integers packed into one code (paper: d)", between(1, 16)] = 2,
+    input_bits: Annotated[int, "bits of an input (paper: ba)", between(2, 8)] = 8,
+    weight_bits: Annotated[int, "bits of a weight (paper: bw)", between(2, 8)] = 8,
+    length: Annotated[int, "integers packed into one code (paper: d)", between(1, 16)] = 1,
     layout: Annotated[
         Literal["vertical", "horizontal"],
         "vertical: one row of the table per input code; horizontal: one per weight code",

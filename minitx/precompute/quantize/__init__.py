@@ -31,6 +31,7 @@ from minitx.tree import Part, part
     exact=False,
     neutral={"bits": 32},
     after=("low_rank", "lut_product", "lut_centroid", "lut_bit_serial"),
+    presets={"aggressive": {"bits": 4}},
 )
 def quantize(
     lm,

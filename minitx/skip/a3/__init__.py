@@ -13,6 +13,7 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend
+from minitx.shared.coarse import coarse
 from minitx.shared.sparse_attention import SparseAttention, Visible
 from minitx.skip.a3.fixed_point import FixedPointAttend, Rounding
 from minitx.skip.a3.sorted_columns import Columns, cached_columns
@@ -190,15 +191,21 @@ class GreedySelector(Part):
             # that is still all padding counts as one key.
             start = 0 if layer.start is None else layer.start
             S -= np.min(np.maximum(S - start, 1) % self.rebuild)
-        k = k[..., :S, :]
-        return cached_columns(self, self.rounding(k) if self.rounding else k, layer)
+        return cached_columns(self, k[..., :S, :], layer, self.searched)
+
+    def searched(self, x):
+        """Queries or keys as the search compares them: in fixed point, or else rounded to 20 bits
+        (coarse.py), so that columns which several keys share have equal numbers. Without rotation
+        all keys of a token share them."""
+        return self.rounding(x) if self.rounding else coarse(x).astype(x.dtype)
 
     def __call__(self, q, k, known, visible: Visible):
         q = q.reshape(*q.shape[:-3], k.shape[-3], -1, visible.T, q.shape[-1])  # (..., K, G, T, d)
         if known is None:
             return visible.hide(np.ones((*q.shape[:-1], visible.S), bool), False)
-        if self.rounding:  # scale, then round; without rounding the scale changes no candidate
-            q = self.rounding(q * self.scale)
+        if self.rounding:  # scale, then round; in floats the scale changes no candidate
+            q = q * self.scale
+        q = self.searched(q)
         end = visible.own + 1
         first = end - visible.count  # the query sees the keys first .. end - 1
         if self.rebuild:  # the search reads only full groups of sorted keys

@@ -44,6 +44,7 @@ __all__ = [
     "vocabulary",
 ]
 
+MAX_TRIES = 2000  # a split with a twentieth of the stories is missed by chance with 1e-45
 SPLITS = ("train", "calibration", "evaluation")
 
 
@@ -66,10 +67,18 @@ def stories(split: str, grade: Grade | str | dict, seed: int) -> Iterator[Story]
 
 
 def _sample(split: str, grade: Grade, uniform) -> Iterator[Story]:
+    tries = 0  # since the last story of the split
     while True:
         story = StoryGenerator(grade, uniform).generate()
+        tries += 1
         if split_of(story.text) == split:
+            tries = 0
             yield story
+        if tries == MAX_TRIES:
+            raise MinitxError(
+                f"None of {MAX_TRIES} stories of this grade is in the split {split!r}; a grade "
+                "needs more variety, such as further kinds of sentences."
+            )
 
 
 def guess_baselines(stories: Iterable[Story]) -> dict[str, dict[str, float]]:
