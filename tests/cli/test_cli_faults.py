@@ -244,7 +244,8 @@ def test_help_lists_techniques_and_the_options_of_those_given(capsys):
 
 PRINTED = [
     *([name, "--help"] for name in COMMANDS + ["compare", "sweep", "compare-attention", "cost"]),
-    *([["--help"], ["list"], ["models"], ["show"], ["explain", "a3"], ["explain", "early-exit"]]),
+    *([["--help"], ["list"], ["models"], ["show"]]),
+    *(["explain", technique.name] for technique in techniques()),
     ["compare", "--early-exit", "--stories", "2"],
     ["sweep", "ffn-skip", "threshold=0.9,0.95", "cold_start=3", "warm_up=0", "--stories", "1"],
     ["evaluate", "--stories", "3", "--depths"],
