@@ -4,6 +4,7 @@ The three model families differ only in which parts are selected here.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from minitx.model import (
     Transformer,
 )
 from minitx.tree import Part
+from minitx.values import need_float_dtype, need_seed
 
 Get = Callable[[str, tuple], np.ndarray]  # get(path in the tree, shape) -> that weight
 Init = Callable[[Config, np.random.Generator, type], Get]  # draws all weights of a model
@@ -91,7 +93,8 @@ def random_model(
 ) -> Transformer:
     """A model with seeded random weights. Training starts skipless models from another ``init``:
     see training/skipless_init.py."""
-    return build(config, init(config, np.random.default_rng(seed), dtype))
+    rng = np.random.default_rng(need_seed(seed))
+    return build(config, init(config, rng, need_float_dtype(dtype).type))
 
 
 def _embedding(c: Config, get: Get) -> tuple[Part, np.ndarray]:
@@ -106,7 +109,17 @@ def _embedding(c: Config, get: Get) -> tuple[Part, np.ndarray]:
 def _rope(c: Config, dtype) -> Part:
     if not c.rope_width:
         return NoRope()
-    return Rope(*ops.rope_tables(c.rope_width, c.context, c.rope_base, dtype))
+    return Rope(*ops.rope_tables(c.rope_width, c.context, c.rope_base, dtype, _rope_scaling(c)))
+
+
+def _rope_scaling(c: Config) -> Callable | None:
+    """What is done to the rotary frequencies, if anything."""
+    if c.rope_trained_context:
+        turns = dict(low=c.rope_low_turns, high=c.rope_high_turns, context=c.rope_trained_context)
+        return partial(ops.llama3_rope_scaling, factor=c.rope_factor, **turns)
+    if c.rope_factor != 1:
+        return partial(ops.linear_rope_scaling, factor=c.rope_factor)
+    return None
 
 
 def _norm(c: Config, path: str, get: Get) -> Part:

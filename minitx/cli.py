@@ -10,7 +10,7 @@ import warnings
 
 from minitx import progress
 from minitx.arguments import read_arguments
-from minitx.errors import MinitxError, MinitxWarning
+from minitx.errors import MinitxError, MinitxWarning, one_line
 
 BAD_INPUT = 2
 INTERRUPTED, CLOSED_PIPE = 130, 141  # as in a shell: 128 + the signal number
@@ -66,7 +66,7 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
 def fail(message: str, status: int) -> int:
     progress.close_all()
-    progress.say(f"minitx: {message}")
+    progress.say(f"minitx: {one_line(message)}")
     return status
 
 

@@ -7,15 +7,15 @@ tokens and the length of the context are handled in lm.py."""
 import math
 import random
 from collections.abc import Iterator, Sequence
-from numbers import Integral, Real
 
 import numpy as np
 
 from minitx import ops
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 from minitx.model import Transformer
 from minitx.state import State
 from minitx.tree import Part, part, walk
+from minitx.values import Range, above, as_number, at_least
 
 
 class Sampler:
@@ -25,27 +25,28 @@ class Sampler:
     ``top_k`` keeps the k largest, ``top_p`` keeps the smallest set with probability mass p (nucleus
     sampling, Holtzman et al., 2020, arXiv:1904.09751), and one token is drawn. Ties go to the lower
     id. The same seed draws the same numbers on every machine; without one, runs differ.
+
+    Without a temperature, the other options decide: who gives top_k, top_p or a seed wants to
+    sample, so the temperature is 1; with none of them it is 0. MinitxError for an option that is no
+    number of its kind (any Python or NumPy number will do) or out of range.
     """
 
     def __init__(
         self,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
     ):
-        if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
-            _refuse("temperature", temperature, "a finite number >= 0")
-        if not (top_k is None or isinstance(top_k, Integral) and top_k >= 1):
-            _refuse("top_k", top_k, "an integer >= 1")
-        if not (top_p is None or isinstance(top_p, Real) and 0 < top_p <= 1):
-            _refuse("top_p", top_p, "above 0 and at most 1")
-        if not (seed is None or isinstance(seed, Integral) and seed >= 0):
-            _refuse("seed", seed, "an integer >= 0")
-        self.temperature, self.top_k, self.seed = float(temperature), top_k, seed
-        self.top_p = None if top_p is None else float(top_p)
+        if temperature is None:
+            temperature = 0 if top_k is None and top_p is None and seed is None else 1
+        self.temperature: float = number("temperature", temperature)
+        # None stays None: keep all, do not cut, or draw other numbers in each run.
+        self.top_k = None if top_k is None else number("top_k", top_k)
+        self.top_p = None if top_p is None else number("top_p", top_p)
+        self.seed = None if seed is None else number("seed", seed)
         # Numbers in [0, 1). Python keeps this stream the same in all versions; NumPy may change it.
-        self.uniform = random.Random(None if seed is None else int(seed)).random
+        self.uniform = random.Random(self.seed).random
 
     def __call__(self, logits: np.ndarray) -> int:
         if self.temperature == 0:
@@ -66,7 +67,7 @@ class Sampler:
             p[~top_k_mask(logits, self.top_k)] = 0
         p /= p.sum()
         if self.top_p is not None and self.top_p < 1:
-            p[~nucleus(p, self.top_p)] = 0
+            p[~nucleus(p, self.top_p, np.result_type(logits, np.float32))] = 0
             p /= p.sum()
         return p
 
@@ -85,22 +86,49 @@ def top_k_mask(x: np.ndarray, k: int) -> np.ndarray:
     return kept
 
 
-def nucleus(p: np.ndarray, mass: float) -> np.ndarray:
+def nucleus(p: np.ndarray, mass: float, precision=np.float64) -> np.ndarray:
     """(V,) booleans: the smallest set of tokens whose probabilities p (V,) reach ``mass``, most
-    likely first; at least one token."""
+    likely first; at least one token.
+
+    A sum reaches the mass also if only rounding keeps it below: of ten equal probabilities nine
+    reach 0.9, although nine times 0.1 adds up to 0.8999999999999999 in floats. precision: the type
+    of the logits that p comes from."""
+    # V additions in float64 are off by V units in the last place at most. A logit z was rounded by
+    # about |z| units of its own type, so its probability is off by as many: 8 are allowed for.
+    unit = max(np.finfo(dtype).eps for dtype in (precision, p.dtype))
+    slack = p.size * np.finfo(np.float64).eps + 8 * unit
     # A kept token and all less likely ones together have more than 1 - mass. It is the most likely
     # of these at most V tokens, so its own p is above (1 - mass) / V: tokens below that need not be
     # sorted. (Half of that, to be safe from rounding.)
     likely = np.flatnonzero(p >= 0.5 * (1 - mass) / p.size)
     order = likely[np.argsort(-p[likely], kind="stable")]
-    reached = p[order].cumsum().searchsorted(mass)  # index of the first sum >= mass
+    total = p[order].cumsum(dtype=np.float64)
+    reached = total.searchsorted(mass - slack)  # index of the first sum that reaches the mass
     kept = np.zeros(p.size, bool)
     kept[order[: reached + 1]] = True
     return kept
 
 
-def _refuse(name: str, value, expected: str):
-    raise MinitxError(f"{name} must be {expected}, got {value!r}.")
+OPTIONS = {  # of generation: the kind of number, its range, and both in words
+    "max_new_tokens": (int, at_least(0, limit=math.inf), "an integer >= 0"),
+    "temperature": (float, Range(0, math.inf, open_high=True), "a finite number >= 0"),
+    "top_k": (int, at_least(1, limit=math.inf), "an integer >= 1"),
+    "top_p": (float, above(0, 1), "above 0 and at most 1"),
+    "seed": (int, at_least(0, limit=math.inf), "an integer >= 0"),
+}
+
+
+def number(name: str, value):
+    """An option of generation as a Python ``int`` or ``float``; MinitxError if it is none or is out
+    of range. Converted once, here: arithmetic with NumPy's unsigned integers would wrap around."""
+    kind, allowed, words = OPTIONS[name]
+    try:
+        found = as_number(value, kind)
+    except ValueError:
+        found = None
+    if found is None or found not in allowed:
+        raise MinitxError(f"{name} must be {words}, got {abbreviate(value)}.")
+    return found
 
 
 def next_token(model: Transformer, ids, state: State, choose: Sampler) -> int:

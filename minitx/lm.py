@@ -6,14 +6,13 @@ token, model.py computes its logits.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import field, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minitx.decode import Autoregressive, Sampler, new_state
-from minitx.errors import MinitxError
+from minitx.decode import Autoregressive, Sampler, new_state, number
+from minitx.errors import MinitxError, abbreviate
 from minitx.memory_layout import to_column_major
 from minitx.model import Transformer
 from minitx.text import start_of
@@ -50,7 +49,7 @@ class LM(Part):
         self,
         prompt: Prompt | Sequence[Prompt],
         max_new_tokens: int | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -58,10 +57,12 @@ class LM(Part):
         """The completion of a prompt: text for text, a list of ids for ids, a list for a batch.
 
         It ends before the model's end-of-text token, or after ``max_new_tokens`` (default: fill the
-        context). The prompt is not repeated in the result. For sampling options see
-        ``decode.Sampler``. The prompts of a batch may differ in length (the longest one limits the
-        number of new tokens); row i equals what it would be alone, except for rounding in the last
-        bits of the logits, and is sampled with seed ``seed + i``.
+        context, or the limit in the folder's generation_config.json). The prompt is not repeated in
+        the result. It is decoded greedily, unless a temperature above 0 is given, or one of top_k,
+        top_p and seed, which imply a temperature of 1 (``decode.Sampler``). The prompts of a batch
+        may differ in length (the longest one limits the number of new tokens); row i equals what it
+        would be alone, except for rounding in the last bits of the logits, and is sampled with seed
+        ``seed + i``.
         """
         options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         if _is_batch(prompt):
@@ -123,13 +124,14 @@ class LM(Part):
         config = self.model.config
         if array.ndim == 0:
             raise MinitxError(
-                f"Expected a list of token ids, got {_short(ids)}; use lm.encode(text) to make one."
+                f"Expected a list of token ids, got {abbreviate(ids)}; use lm.encode(text) to make "
+                "one."
             )
         if array.size == 0:
             raise MinitxError("The prompt is empty; give at least one token.")
         if array.dtype.kind not in "iu":
             raise MinitxError(
-                f"Expected integer token ids, got {_short(ids)} of type {array.dtype}; use "
+                f"Expected integer token ids, got {abbreviate(ids)} of type {array.dtype}; use "
                 "lm.encode(text) to make ids from text."
             )
         if array.min() < 0 or array.max() >= config.vocab_size:
@@ -149,15 +151,14 @@ class LM(Part):
         """The number of new tokens after a prompt of ``length``; refused if they do not fit."""
         room = self.model.config.context - length
         if wanted is None:
-            return room
-        if not isinstance(wanted, Integral) or wanted < 0:
-            raise MinitxError(f"max_new_tokens must be an integer >= 0, got {wanted!r}.")
+            return self.model.config.new_tokens(length)
+        wanted = number("max_new_tokens", wanted)
         if wanted > room:
             raise MinitxError(
-                f"A prompt of {length} tokens plus {wanted} new ones exceeds the context of "
-                f"{length + room}; use a shorter prompt or at most {room} new tokens."
+                f"A prompt of {length} tokens plus {abbreviate(wanted)} new ones exceeds the "
+                f"context of {length + room}; use a shorter prompt or at most {room} new tokens."
             )
-        return int(wanted)
+        return wanted
 
     def need_tokenizer(self) -> None:
         """MinitxError for a model that has no tokenizer."""
@@ -178,10 +179,11 @@ class LM(Part):
     def _generate_batch(self, prompts, max_new_tokens, seed: int | None, options: dict) -> list:
         encoded = [self.encode(prompt) for prompt in prompts]
         limit = self._room(max(map(len, encoded)), max_new_tokens)
-        # The first sampler validates the options; only then is the seed known to be an integer.
-        choosers = [Sampler(seed=seed, **options)]
+        first = Sampler(seed=seed, **options)  # which checks and converts the options
+        choosers = [first]
         for row in range(1, len(encoded)):
-            choosers.append(Sampler(seed=None if seed is None else seed + row, **options))
+            seed = None if first.seed is None else first.seed + row
+            choosers.append(Sampler(first.temperature, first.top_k, first.top_p, seed))
         rows = self._rows(encoded, choosers, limit)
         return [
             "".join(self.pieces(row, ids[-1])) if isinstance(prompt, str) else row
@@ -223,15 +225,9 @@ def _is_batch(prompt) -> bool:
     return isinstance(prompt[0], Sequence | np.ndarray)
 
 
-def _short(value) -> str:
-    """A value as one short line, for a message."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def load(
     name_or_path: str | Path,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | bool | None = None,
     dtype=np.float32,
     calibrate=None,
     **techniques,
@@ -239,11 +235,12 @@ def load(
     """Load a shipped model by name (``stories``), a Hugging Face folder, a llama2.c ``.bin`` file,
     or a folder that ``minitx precompute`` wrote.
 
-    tokenizer: the folder or file of the tokenizer, if it is not beside the model; without one, a
-    model still works on ids. dtype: float32, or float64 for tests. techniques: by name, True or a
-    dict of options: ``load("stories", fold_norms=True, ffn_skip={"threshold": 0.95})``. calibrate:
-    what techniques that calibrate read instead of stories: a text (``minitx.text.read_text`` reads
-    one from a file), or token ids, one list or several.
+    tokenizer: the folder or file of the tokenizer, if it is not beside the model. False: none, so
+    that the model works on ids only, whatever tokenizer files there are. dtype: float32, or float64
+    for tests. techniques: by name, True or a dict of options: ``load("stories", fold_norms=True,
+    ffn_skip={"threshold": 0.95})``. calibrate: what techniques that calibrate read instead of
+    stories: a text (``minitx.text.read_text`` reads one from a file), or token ids, one list or
+    several.
     Raises MinitxError if there is no such model or technique, or if a file is damaged.
     """
     from minitx.checkpoints.find import name_of, read_language_model

@@ -10,6 +10,7 @@ import numpy as np
 
 from minitx import ops
 from minitx.config import Config
+from minitx.errors import MinitxError
 from minitx.state import Layer, State, Tokens
 from minitx.tree import Part, part, table
 
@@ -48,11 +49,28 @@ class Transformer(Part):
         """The hidden states (..., T, D): the residual stream after the last block."""
         ids = np.asarray(ids)
         state = self.new_state(remember=False) if state is None else state
+        self.check(ids, state)
         x = self.embed(ids, state.take(ids.shape[-1]).lookup)
         with np.errstate(over="ignore"):  # silu(x) far below 0 is x / exp(-x) = x / Inf = 0
             x = self.stack(x, state)
         state.position += ids.shape[-1]
         return x
+
+    def check(self, ids, state: State) -> None:
+        """Refuse ids that are no integers, and a state of another model or batch: NumPy might
+        broadcast them, or look up positions beyond the end of a table, without a word."""
+        if ids.ndim == 0 or ids.dtype.kind not in "iu":
+            raise MinitxError(
+                f"Expected token ids as a list or an array of integers, got {ids.dtype} of shape "
+                f"{ids.shape}; use lm.encode(text) to make them from text."
+            )
+        if len(state.layers) != len(self.stack.blocks) or state.capacity > self.config.context:
+            raise MinitxError(
+                f"The state is for {len(state.layers)} blocks and a context of {state.capacity}, "
+                f"and this model has {len(self.stack.blocks)} and {self.config.context}; make one "
+                "with model.new_state()."
+            )
+        state.need_batch(ids.shape[:-1])
 
     def new_state(self, start=None, remember: bool = True) -> State:
         """An empty state for one sequence, or for a batch padded on the left up to ``start``

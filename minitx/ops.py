@@ -158,18 +158,38 @@ def swiglu(gate, up):
 # Positions ----------------------------------------------------------------------------------------
 
 
-def rope_tables(width: int, context: int, base: float, dtype) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(
+    width: int, context: int, base: float, dtype, scaling=None
+) -> tuple[np.ndarray, np.ndarray]:
     """Rotary position embedding (RoPE, Su et al., 2021): cos and sin (context, width) for
     ``rotate``.
 
     Columns (i, i + width/2) rotate by the angle position * base^(-2i/width). The minus sign of the
-    rotation matrix is stored in the first half of the sin table.
+    rotation matrix is stored in the first half of the sin table. scaling: a function that changes
+    the frequencies (width/2,), in radians per position.
     """
     exponent = np.arange(0, width, 2, dtype=dtype) / width
-    frequency = (1.0 / base**exponent).astype(dtype)
+    frequency = (1.0 / base**exponent).astype(dtype)  # (width/2,)
+    if scaling is not None:
+        frequency = scaling(frequency)
     angle = np.outer(np.arange(context, dtype=dtype), frequency)  # (context, width/2)
     cos, sin = np.cos(angle), np.sin(angle)
     return np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
+
+
+def linear_rope_scaling(frequency, factor: float):
+    """Position interpolation (Chen et al., 2023, arXiv:2306.15595): rotate ``factor`` times slower,
+    so that a context ``factor`` times as long needs no angle that training has not seen."""
+    return frequency / factor
+
+
+def llama3_rope_scaling(frequency, factor: float, low: float, high: float, context: int):
+    """The scaling of Llama 3.1 (Grattafiori et al., 2024): slow frequencies, which make at most
+    ``low`` full turns in the ``context`` of the first training, are divided by ``factor``; fast
+    ones (``high`` turns or more) tell neighbors apart and stay; those between are interpolated."""
+    turns = context * frequency / (2 * math.pi)
+    fast = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow, 1: fast
+    return (1 - fast) * frequency / factor + fast * frequency
 
 
 @op

@@ -70,10 +70,12 @@ class Tokens:
 
 
 class Memory:
-    """What techniques remember of a sequence, keyed by the part that owns it."""
+    """What techniques remember of a sequence, keyed by the part that owns it. step: the position at
+    which the current step began, if all blocks share this memory."""
 
     def __init__(self):
         self.kept: dict[Any, Any] = {}
+        self.step = 0
 
     def recall(self, owner: Any, make: Callable[[], Any]) -> Any:
         """The memory of ``owner``, made by ``make()`` the first time. It needs a method
@@ -126,7 +128,7 @@ class Layer:
 
     def take(self, T: int) -> "Layer":
         """Advance to the next T tokens; returns the layer. For running a block by hand."""
-        first = self.tokens.end
+        first = self.shared.step = self.tokens.end
         self.tokens = Tokens(slice(first, first + T), self.start)
         return self
 
@@ -276,7 +278,8 @@ class State:
 
     layers: one ``Layer`` per block. position: tokens processed so far, padding included. tokens:
     those of this step. prompt: the length of the prompt, if known (for techniques that treat prompt
-    and generated tokens differently). start: (B,) the first real position of each sequence of a
+    and generated tokens differently). batch: the shape of the batch, () for one sequence; None
+    before the first tokens. start: (B,) the first real position of each sequence of a
     batch padded on the left, else None. remember=False: for a single pass over whole sequences
     (training), after which nothing is kept.
     """
@@ -286,6 +289,7 @@ class State:
         self.start = start
         self.capacity = capacity
         self.prompt: int | None = None
+        self.batch: tuple | None = None if start is None else start.shape
         self.tokens = Tokens(slice(0, 0), start)
         self.shared = Memory()
         self.layers = [Layer(capacity, start, remember, self.shared, i) for i in range(layers)]
@@ -300,7 +304,19 @@ class State:
                 f"{self.capacity}; use a shorter prompt or fewer new tokens."
             )
         self.tokens = Tokens(slice(self.position, end), self.start)
+        self.shared.step = self.position
         return self.tokens
+
+    def need_batch(self, shape: tuple) -> None:
+        """Refuse ids (*shape, T) if the tokens before them were a batch of another shape: () for
+        one sequence, (B,) for B of them."""
+        if self.batch is None:
+            self.batch = shape
+        if shape != self.batch:
+            raise MinitxError(
+                f"The state belongs to a batch of shape {self.batch} and the ids to one of shape "
+                f"{shape} (() is a single sequence); use a new state."
+            )
 
     @property
     def cache_bytes(self) -> int:

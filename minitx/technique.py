@@ -21,17 +21,24 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cache
-from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import numpy as np
+
 from minitx.calibration import recording, source_of
-from minitx.errors import MinitxError, MinitxWarning
+from minitx.errors import MinitxError, MinitxWarning, abbreviate, nearest
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major, to_row_major
 from minitx.model import FFN, Attention, Block, Stack
 from minitx.tree import Part, rebuild, walk
+from minitx.values import ANY_NUMBER, Range, as_number
+
+# A technique's file imports what it declares its options with from here.
+from minitx.values import SEEDS as SEEDS
+from minitx.values import above as above
+from minitx.values import at_least as at_least
+from minitx.values import between as between
 
 # Techniques are applied from the inside out, whatever the order of the flags: one of an inner level
 # before one of an outer level. So the first-layer table is made from weights that are already
@@ -47,53 +54,10 @@ PACKAGES = ("minitx.precompute", "minitx.skip")
 
 
 @dataclass(frozen=True)
-class Range:
-    """The allowed values of a number: from ``low`` (excluded if ``open_low``) to ``high``; None
-    means unbounded."""
-
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-    open_high: bool = False  # ``high`` itself is not allowed
-
-    def __contains__(self, value) -> bool:
-        if self.low is not None and (value <= self.low if self.open_low else value < self.low):
-            return False
-        if self.high is not None and self.open_high:
-            return value < self.high
-        return self.high is None or value <= self.high
-
-    def __str__(self) -> str:
-        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        if self.high is None:
-            return low
-        if self.low is None:
-            return f"at most {self.high:g}"
-        if self.open_high:
-            return f"{low} and below {self.high:g}"
-        return (
-            f"{low} and at most {self.high:g}"
-            if self.open_low
-            else f"{self.low:g} to {self.high:g}"
-        )
-
-
-def at_least(low: float, below: float | None = None) -> Range:
-    return Range(low, below, open_high=below is not None)
-
-
-def above(low: float, high: float | None = None) -> Range:
-    return Range(low, high, open_low=True)
-
-
-def between(low: float, high: float) -> Range:
-    return Range(low, high)
-
-
-@dataclass(frozen=True)
 class Option:
     """One option of a technique, from its signature:
-    ``name: Annotated[int, "what it means", at_least(1)] = 4``."""
+    ``name: Annotated[int, "what it means", at_least(1)] = 4``. A number without a range is between
+    -2**40 and 2**40."""
 
     name: str
     type: Any  # int, float, bool, str, or Literal[...]; "| None" where None is allowed
@@ -122,27 +86,30 @@ class Option:
         return text.lower() == "true"
 
     def check(self, value: Any) -> Any:
-        """The value, converted (NumPy numbers to Python's, integers to float if a float is
-        expected); ValueError if it has the wrong type or is out of range."""
+        """The value, converted (NumPy's numbers, booleans and strings to Python's, integers to
+        float if a float is expected); ValueError if it has the wrong type or is out of range."""
         if value is None and type(None) in get_args(self.type):
             return value
-        choices = self.choices()
         kind = self._kind()
-        if kind in (int, float) and not isinstance(value, bool):
-            if isinstance(value, Integral if kind is int else Real):
-                value = kind(value)
-        if type(value) is not kind or choices and value not in choices or value != value:
+        if isinstance(value, np.bool_ | np.str_):
+            value = value.item()
+        if kind in (int, float):
+            value = as_number(value, kind)
+        if type(value) is not kind or self.choices() and value not in self.choices():
             raise ValueError
-        if self.range is not None and value not in self.range:
+        if kind in (int, float) and value not in (self.range or ANY_NUMBER):
             raise ValueError
         return value
 
-    def expected(self) -> str:
-        """The values that are allowed, in words: "an integer, at least 1"."""
+    def expected(self, given: Any = None) -> str:
+        """The values that are allowed, in words: "an integer, at least 1". An implied upper limit
+        is mentioned only where the value given exceeds it."""
         words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
         found = words[self._kind()]
         if choices := self.choices():
             found = f"one of {', '.join(map(str, choices))}"
+        elif isinstance(given, int | float) and given > (self.range or ANY_NUMBER).high:
+            found = f"{found}, {(self.range or ANY_NUMBER).in_words()}"
         elif self.range is not None:
             found = f"{found}, {self.range}"
         if type(None) in get_args(self.type):
@@ -175,6 +142,7 @@ class Technique:
     after: tuple[str, ...] = ()  # techniques of the same level that are applied first
     demo: dict = field(default_factory=dict)  # options with which it acts on the tiny test models
     event: str | tuple[str, str] | None = None  # the event that it counts when it acts
+    presets: dict[str, dict] = field(default_factory=dict)  # named settings: preset=NAME
 
     def acted(self, events: dict[str, int]) -> bool:
         """Do the counted events show that it acted?"""
@@ -204,13 +172,17 @@ class Technique:
         return read_card(self.function.__doc__ or "")
 
     def checked(self, given: dict) -> dict:
-        """The options, checked and converted; MinitxError for an unknown name or a bad value."""
+        """The options, checked and converted, those of ``preset=NAME`` in its place; MinitxError
+        for an unknown name or a bad value."""
         options = self.options
         found = {}
-        for name, value in given.items():
+        for name, value in self.with_preset(given).items():
             if name not in options:
-                known = f"choose from {', '.join(options)}" if options else "it takes none"
-                raise MinitxError(f"{self.name} has no option {name!r}; {known}.")
+                names = [PRESET, *options] if self.presets else options
+                known = f"choose from {', '.join(names)}." if names else "it takes none."
+                if near := nearest(name, names):
+                    known += f" Did you mean {near!r}?"
+                raise MinitxError(f"{self.name} has no option {abbreviate(name)}; {known}")
             try:
                 found[name] = options[name].check(value)
             except ValueError:
@@ -218,25 +190,43 @@ class Technique:
         return found
 
     def bad_value(self, name: str, value) -> MinitxError:
-        expected = self.options[name].expected()
-        return MinitxError(f"{self.name}: {name} must be {expected}; got {value!r}.")
+        expected = self.options[name].expected(given=value)
+        return MinitxError(f"{self.name}: {name} must be {expected}; got {abbreviate(value)}.")
+
+    def with_preset(self, given: dict) -> dict:
+        """The options with those of the preset that they name, which the others override."""
+        if PRESET not in given or not self.presets:
+            return given  # ``checked`` refuses a preset by name if there are none
+        known, name = {"default": {}} | self.presets, given[PRESET]
+        if not isinstance(name, str) or name not in known:
+            near = nearest(name, known) if isinstance(name, str) else None
+            hint = f" (did you mean {near!r}?)" if near else ""
+            raise MinitxError(
+                f"{self.name}: {PRESET} must be one of {', '.join(known)}{hint}; got "
+                f"{abbreviate(name)}."
+            )
+        return known[name] | {option: x for option, x in given.items() if option != PRESET}
 
     def read(self, words: Iterable[str]) -> dict:
-        """Parse options like ``threshold=0.95``."""
+        """Parse options like ``threshold=0.95``, and check them."""
+        return self.checked(self.parse(words))
+
+    def parse(self, words: Iterable[str]) -> dict:
+        """Parse options like ``threshold=0.95``; a preset stays a name."""
         found = {}
         for word in words:
             name, equals, text = word.partition("=")
             name = name.replace("-", "_")
             if name not in self.options:
-                found[name] = text  # ``checked`` refuses it by name
+                found[name] = text  # a preset; ``checked`` refuses others by name
                 continue
             if not equals:
-                raise MinitxError(f"{self.name}: expected {name}=VALUE, got {word!r}.")
+                raise MinitxError(f"{self.name}: expected {name}=VALUE, got {abbreviate(word)}.")
             try:
                 found[name] = self.options[name].read(text)
             except ValueError:
                 raise self.bad_value(name, text) from None
-        return self.checked(found)
+        return found
 
 
 def as_words(options: dict) -> str:
@@ -244,6 +234,7 @@ def as_words(options: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 
+PRESET = "preset"  # stands beside the options: --early-exit preset=paper
 REGISTRY: dict[str, Technique] = {}
 
 
@@ -255,6 +246,7 @@ def technique(
     after: tuple[str, ...] = (),
     demo: dict | None = None,
     event: str | tuple[str, str] | None = None,
+    presets: dict[str, dict] | None = None,
 ):
     """Decorator that registers a function as a technique. Its file or folder has the same name.
 
@@ -265,11 +257,15 @@ def technique(
     demo: options with which it acts on the tiny test models (default: the defaults), and event: the
     event that it then counts, or a pair where the first is counted less often than the second
     ("keys kept", "keys seen"). A technique without an event has acted if the logits changed
-    (approximate) or the tree did (exact)."""
+    (approximate) or the tree did (exact).
+
+    presets: named settings beside the defaults, such as ``{"aggressive": {"threshold": 0.5}}``,
+    used as ``preset=aggressive``; further options override those of the preset. The function itself
+    never sees the name."""
 
     def register(f):
         REGISTRY[f.__name__] = Technique(
-            f.__name__, level, exact, neutral, f, after, demo or {}, event
+            f.__name__, level, exact, neutral, f, after, demo or {}, event, presets or {}
         )
         return f
 
@@ -290,9 +286,9 @@ def find(name: str) -> Technique:
     """The technique of that name (``ffn_skip`` or ``ffn-skip``)."""
     known, key = names(), name.replace("-", "_")
     if key not in known:
-        near = get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
-        raise MinitxError(f"There is no technique {name!r}; {hint}")
+        near = nearest(key, known)
+        hint = f"did you mean {near!r}?" if near else "minitx list shows all of them."
+        raise MinitxError(f"There is no technique {abbreviate(name)}; {hint}")
     importlib.import_module(known[key])
     return REGISTRY[key]
 
@@ -329,7 +325,7 @@ def apply(lm: LM, wanted: dict[str, dict | bool], calibrate=None) -> LM:
         if not isinstance(options, dict | bool):
             raise MinitxError(
                 f"{name} must be True, False or a dict of options ({{'option': value}}), got "
-                f"{options!r}."
+                f"{abbreviate(options)}."
             )
         if options is not False:
             found = find(name)
@@ -370,9 +366,9 @@ def _warn_unused(chosen: Iterable[str]) -> None:
 def _check_rows(lm: LM, put: dict[type, str]) -> None:
     """Refuse a technique that needs every cache row together with one that frees rows."""
     parts = [node for _, node in walk(lm.model)]
-    freeing = next((node for node in parts if node.frees_rows), None)
-    needing = next((node for node in parts if node.needs_all_rows), None)
-    if freeing is not None and needing is not None:
+    freeing = [node for node in parts if node.frees_rows]
+    pairs = ((a, b) for a in parts if a.needs_all_rows for b in freeing if a is not b)
+    for needing, freeing in pairs:
         raise MinitxError(
             f"{owner(needing, put)} needs a cache row for every token, but {owner(freeing, put)} "
             "frees some; use one of the two."

@@ -2,12 +2,13 @@
 
 On small random models of three families and a skipless one. Where a technique refuses a family it
 says so in one sentence, and each of its settings fits one family at least. The settings are
-*neutral* (nothing changes), *default*, and *demo*, at which it provably acts here.
+*neutral* (nothing changes), *default*, *demo*, at which it provably acts here, and its presets.
 """
 
 import hashlib
 import itertools
 import random
+import re
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from minitx.technique import (
 )
 from minitx.tree import walk, weights
 
+# Of checks that cost more than they save on models as small as these: each setting has to run.
+pytestmark = pytest.mark.filterwarnings("ignore::minitx.errors.MinitxWarning")
+
 ROOT = Path(__file__).parent.parent
 ALL = {t.name: t for t in techniques()}
 IDS = np.random.default_rng(0).integers(0, 258, 40)
@@ -45,7 +49,7 @@ def settings(t) -> dict[str, dict]:
         del found["neutral"]
     if t.demo == {}:
         del found["default"]
-    return found
+    return found | {f"preset={name}": {"preset": name} for name in t.presets}
 
 
 @cache
@@ -304,6 +308,15 @@ def test_options_are_declared_and_defaults_are_valid(name):
     assert t.checked(t.demo) == t.demo
     assert t.exact or t.neutral is not None
     assert t.event is not None or t.level not in ("scores", "stack", "head", "decode")
+
+
+@each
+def test_presets_are_words_and_valid_options(name):
+    t = ALL[name]
+    assert "preset" not in t.options, "the word preset=NAME names a preset"
+    for preset, options in t.presets.items():
+        assert re.fullmatch(r"[a-z][a-z0-9-]*", preset) and preset != "default", preset
+        assert t.checked(options) == options == t.checked({"preset": preset})
 
 
 @each

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
-from minitx.checkpoints.pre_tokenize import char_class, is_whitespace
+from minitx.checkpoints.pre_tokenize import WORD_CLASSES, fine_class, is_whitespace
 
 # The two zero-width joiners, and circled or squared letters: symbols with the Alphabetic property.
 _OTHER_WORD_CHARS = re.compile(
@@ -34,13 +34,22 @@ class AddedToken:
 
 
 class AddedTokenSplitter:
-    """Splits text at added tokens: `split(text)` -> (normalized) text pieces and ids in order."""
+    """Splits text at added tokens: `split(text)` -> (normalized) text pieces and ids in order.
 
-    def __init__(self, tokens: Iterable[AddedToken], normalize: Callable[[str], str]):
+    unmatched: ids of tokens whose text stays text.
+    """
+
+    def __init__(
+        self,
+        tokens: Iterable[AddedToken],
+        normalize: Callable[[str], str],
+        unmatched: Container[int] = (),
+    ):
         self.normalize = normalize
         tokens = list(tokens)
-        self._raw = _Matcher({t.content: t for t in tokens if not t.normalized})
-        self._normalized = _Matcher({normalize(t.content): t for t in tokens if t.normalized})
+        raw = {t.content: t for t in tokens if not t.normalized}
+        normalized = {normalize(t.content): t for t in tokens if t.normalized}
+        self._raw, self._normalized = _Matcher(raw, unmatched), _Matcher(normalized, unmatched)
 
     def split(self, text: str) -> list[str | int]:
         pieces: list[str | int] = []
@@ -53,8 +62,9 @@ class AddedTokenSplitter:
 
 
 class _Matcher:
-    def __init__(self, tokens: dict[str, AddedToken]):
-        self.tokens = tokens
+    def __init__(self, tokens: dict[str, AddedToken], unmatched: Container[int]):
+        tokens.pop("", None)  # nothing is left of it after normalization
+        self.tokens, self.unmatched = tokens, unmatched
         longest_first = sorted(tokens, key=len, reverse=True)  # "|" takes the first alternative
         self.pattern = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
 
@@ -65,12 +75,18 @@ class _Matcher:
         done = 0  # text[:done] is in `pieces`
         for match in self.pattern.finditer(text):
             token, (start, stop) = self.tokens[match.group()], match.span()
+            if token.id in self.unmatched:
+                continue
             if token.single_word and _adjacent_to_word(text, start, stop):
                 continue
-            while token.lstrip and start > done and is_whitespace(text[start - 1]):
-                start -= 1
+            if token.lstrip:
+                while start > done and is_whitespace(text[start - 1]):
+                    start -= 1
+                start = max(start, done)  # the token before may have taken its whitespace
             while token.rstrip and stop < len(text) and is_whitespace(text[stop]):
                 stop += 1
+            if start >= stop:  # or even all of it
+                continue
             if done < start:
                 pieces.append(text[done:start])
             pieces.append(token.id)
@@ -86,7 +102,6 @@ def _adjacent_to_word(text: str, start: int, stop: int) -> bool:
 def _is_word_char(char: str) -> bool:
     r"""\w as Unicode defines it for regular expressions (UTS #18, annex C). Python's \w lacks
     combining marks and includes more numbers."""
-    category = unicodedata.category(char)
-    if char_class(char) == "A" or category[0] == "M" or category in ("Nd", "Nl", "Pc"):
-        return True
-    return _OTHER_WORD_CHARS.match(char) is not None
+    if unicodedata.category(char) in ("No", "Pc"):
+        return unicodedata.category(char) == "Pc"
+    return fine_class(char) in WORD_CLASSES or _OTHER_WORD_CHARS.match(char) is not None

@@ -1,28 +1,26 @@
-"""Byte-level byte-pair encoding (BPE), as in GPT-2.
+"""Byte-level byte-pair encoding (BPE), as in GPT-2: the tokenizer that minitx trains.
 
-Added tokens are split off, the remaining text is pre-tokenized into words, and the bytes of each
-word are merged pair by pair, lowest merge rank first (Sennrich et al. 2016, arXiv:1508.07909, on
-bytes instead of characters). If all 256 bytes are tokens, every text can be encoded. Files are read
-and written in ``tokenizer_json.py`` and ``tokenizer_json_write.py``; merges are trained in
-``training/bpe.py``.
+A `PipelineTokenizer` given by the bytes of its tokens: text is split into GPT-2's words, and the
+bytes of each word are merged pair by pair. If all 256 bytes are tokens, every text can be encoded.
+Merges are trained in ``training/bpe.py``.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from functools import partial
 
-from minitx.checkpoints.added_tokens import AddedToken, AddedTokenSplitter
-from minitx.checkpoints.bpe_merge import merge_best_first
-from minitx.checkpoints.pre_tokenize import pre_tokenize
-from minitx.checkpoints.tokenizer import Tokenizer, need_valid_unicode
+from minitx.checkpoints import normalizers, pre_tokenizers
+from minitx.checkpoints.added_tokens import AddedToken
+from minitx.checkpoints.bpe import BPE
+from minitx.checkpoints.byte_characters import spell
+from minitx.checkpoints.decoders import byte_level_decoder
+from minitx.checkpoints.pipeline_tokenizer import Pipeline, PipelineTokenizer
 from minitx.errors import MinitxError
 
-_CACHED_WORDS = 50_000  # clear the cache of encoded words at this size
-_CACHED_LENGTH = 50  # longer words rarely repeat
 
-
-class ByteLevelBPE(Tokenizer):
+class ByteLevelBPE(PipelineTokenizer):
     """A byte-level BPE tokenizer (the interface: ``tokenizer.py``).
 
     tokens: the bytes of each token of the vocabulary, by id.
@@ -51,79 +49,41 @@ class ByteLevelBPE(Tokenizer):
         ignore_merges: bool = False,
     ):
         self.tokens, self.merges = list(tokens), list(merges)
-        self.added = sorted(added, key=lambda token: token.id)
-        self.bos, self.eos, self.adds_bos = bos, eos, adds_bos
         self.add_prefix_space, self.use_regex = add_prefix_space, use_regex
         self.nfc, self.ignore_merges = nfc, ignore_merges
+        added = sorted(added, key=lambda token: token.id)
+        _check_added(added, self.tokens)
+        _check_bos_and_eos(added, bos, eos, adds_bos)
+        self.names = _names(self.tokens, added)
+        ids = {name: id for id, name in enumerate(self.names)}
+        if len(ids) < len(self.names):
+            raise _same_name(self.names)
+        pipeline = Pipeline(
+            normalize=partial(unicodedata.normalize, "NFC") if nfc else normalizers.in_turn([]),
+            pre_tokenize=pre_tokenizers.ByteLevel(add_prefix_space, use_regex),
+            model=BPE(ids, _named_merges(self.merges, self.names), ignore_merges=ignore_merges),
+            before=[bos] if adds_bos else [],
+            after=[],
+            make_decoder=byte_level_decoder,
+            spells_bytes=True,
+        )
+        super().__init__(pipeline, added, bos=bos, eos=eos)
 
-        _check_added(self.added, self.tokens)
-        _check_bos_and_eos(self.added, bos, eos, adds_bos)
-        after = [token for token in self.added if token.id >= len(self.tokens)]
-        self._bytes = self.tokens + [token.content.encode("utf-8") for token in after]
-        self.vocab_size = len(self._bytes)
-        self.special_ids = frozenset(token.id for token in self.added if token.special)
-        self._ids = _ids_by_bytes(self.tokens, {token.id for token in self.added})
-        self._byte_ids = [self._ids.get(bytes([byte])) for byte in range(256)]
-        self._ranks = _rank_merges(self.merges, self.tokens, self._ids)
-        self._splitter = AddedTokenSplitter(self.added, self._normalize)
-        self._cache: dict[str, list[int]] = {}
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of `text`, including added tokens; `special` prepends `bos` if adds_bos."""
-        need_valid_unicode(text)
-        ids = [self.bos] if special and self.adds_bos else []
-        for piece in self._splitter.split(text):
-            if isinstance(piece, int):
-                ids.append(piece)
-            elif self.add_prefix_space and not piece.startswith(" "):
-                ids += self._encode_plain(" " + piece)
-            else:
-                ids += self._encode_plain(piece)
-        return ids
+def _names(tokens: list[bytes], added: list[AddedToken]) -> list[str]:
+    """How each token of the vocabulary is spelled: an added one as its text, the others with one
+    character for each byte."""
+    contents = {token.id: token.content for token in added}
+    return [contents.get(id) or spell(data) for id, data in enumerate(tokens)]
 
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids that decode to exactly `data`.
 
-        Pre-tokenized and merged like text; a byte that is not valid UTF-8 counts as a symbol. No
-        bos, no normalization, no added tokens: "<|endoftext|>" is encoded as plain text.
-        """
-        return self._encode_plain(data.decode("utf-8", errors="surrogateescape"))
-
-    def token_bytes(self, id: int, previous: int | None = None) -> bytes:
-        self._check_id(id)
-        if self.adds_bos and id == self.bos and previous is None:
-            return b""  # `encode` prepended it
-        return self._bytes[id]
-
-    def _encode_plain(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for word in pre_tokenize(text) if self.use_regex else [text]:
-            word_ids = self._cache.get(word)
-            if word_ids is None:
-                word_ids = self._encode_word(word.encode("utf-8", errors="surrogateescape"))
-                self._cache_word(word, word_ids)
-            ids += word_ids
-        return ids
-
-    def _encode_word(self, word: bytes) -> list[int]:
-        if self.ignore_merges and word in self._ids:
-            return [self._ids[word]]
-        ids = [self._byte_ids[byte] for byte in word]
-        if None in ids:
+def _named_merges(merges: list[tuple[int, int]], names: list[str]) -> list[tuple[str, str]]:
+    for rank, (left, right) in enumerate(merges):
+        if not (0 <= left < len(names) and 0 <= right < len(names)):
             raise MinitxError(
-                f"this tokenizer has no token for the byte 0x{word[ids.index(None)]:02X} "
-                f"(in {word[:40]!r}); use a tokenizer with all 256 bytes"
+                f"merge {rank}: expected ids from 0 to {len(names) - 1}, got {left} and {right}"
             )
-        return merge_best_first(ids, lambda left, right: self._ranks.get((left, right)))
-
-    def _cache_word(self, word: str, ids: list[int]) -> None:
-        if len(word) <= _CACHED_LENGTH:
-            if len(self._cache) >= _CACHED_WORDS:
-                self._cache.clear()
-            self._cache[word] = ids
-
-    def _normalize(self, text: str) -> str:
-        return unicodedata.normalize("NFC", text) if self.nfc else text
+    return [(names[left], names[right]) for left, right in merges]
 
 
 def _check_added(added: list[AddedToken], tokens: list[bytes]) -> None:
@@ -161,33 +121,10 @@ def _check_bos_and_eos(
         raise MinitxError("adds_bos needs a bos, got none; give the id of the token to prepend")
 
 
-def _ids_by_bytes(tokens: list[bytes], added_ids: set[int]) -> dict[bytes, int]:
-    """Token bytes -> id. If an added token has the bytes of a plain token, the plain one wins."""
-    ids: dict[bytes, int] = {}
-    for id, data in enumerate(tokens):
-        if id not in added_ids and ids.setdefault(data, id) != id:
-            raise MinitxError(
-                f"the tokens {ids[data]} and {id} are both {data!r}; expected unique bytes"
-            )
-    for id in sorted(added_ids & set(range(len(tokens)))):
-        ids.setdefault(tokens[id], id)
-    return ids
-
-
-def _rank_merges(
-    merges: list[tuple[int, int]], tokens: list[bytes], ids: dict[bytes, int]
-) -> dict[tuple[int, int], tuple[int, int]]:
-    """(left id, right id) -> (rank, merged id)."""
-    ranks = {}
-    for rank, (left, right) in enumerate(merges):
-        if not (0 <= left < len(tokens) and 0 <= right < len(tokens)):
-            raise MinitxError(
-                f"merge {rank}: expected ids from 0 to {len(tokens) - 1}, got {left} and {right}"
-            )
-        joined = tokens[left] + tokens[right]
-        if joined not in ids:
-            raise MinitxError(
-                f"merge {rank} produces {joined!r}, which is not a token; add it to the vocabulary"
-            )
-        ranks[left, right] = (rank, ids[joined])
-    return ranks
+def _same_name(names: list[str]) -> MinitxError:
+    first, second = next(
+        (names.index(name), id) for id, name in enumerate(names) if names.index(name) < id
+    )
+    return MinitxError(
+        f"the tokens {first} and {second} are both {names[first]!a}; expected unique bytes"
+    )

@@ -78,12 +78,13 @@ class TensorMap:
 class NameMap:
     """The names of one family: stored name -> suffixes of the minitx paths in that tensor."""
 
-    prefix: str  # of all names except the head's; missing in some files
+    prefix: str  # of all names except the head's; missing in files of a model without a head
     layer: str  # prefix of the names in block i
     head: str
     top_level: dict[str, str]  # names outside the blocks
     per_layer: dict[str, str]  # names inside a block
     buffers: str  # regex of tensors that hold no weights: masks, rotary frequencies
+    other_head: str = ""  # another name of the head
 
 
 QKV = "attn.qkv.q attn.qkv.k attn.qkv.v"
@@ -104,7 +105,7 @@ NAME_MAPS = {
             "mlp.up_proj": "ffn.expand.up",
             "mlp.down_proj": "ffn.down",
         },
-        buffers=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+        buffers=r"(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)",
     ),
     "gpt2": NameMap(
         prefix="transformer.",
@@ -134,33 +135,73 @@ NAME_MAPS = {
             "mlp.dense_h_to_4h": "ffn.expand.up",
             "mlp.dense_4h_to_h": "ffn.down",
         },
-        buffers=r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
+        buffers=r"(layers\.\d+\.attention\.)?"
+        r"(bias|masked_bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))",
+        other_head="lm_head.weight",
     ),
 }
 
 
-def tensor_maps(config: Config, prefix: str | None = None) -> list[TensorMap]:
-    """Exactly the tensors that a checkpoint of ``config`` must hold.
-
-    ``prefix`` replaces the default one ("model.", "transformer.", "gpt_neox.").
-    """
+def tensor_maps(config: Config) -> list[TensorMap]:
+    """Exactly the tensors that a checkpoint of ``config`` must hold."""
     name_map = NAME_MAPS[config.family]
-    prefix = name_map.prefix if prefix is None else prefix
     # Only names and shapes are needed: with a context of 1 the rotary tables stay small.
     known = shapes(replace(config, context=1) if config.rope_width else config)
-    found = _named_tensors(config, prefix, name_map.top_level, "", known)
+    found = _named_tensors(config, name_map.prefix, name_map.top_level, "", known)
     for i in range(config.layers):
-        layer = prefix + name_map.layer.format(i)
+        layer = name_map.prefix + name_map.layer.format(i)
         found += _named_tensors(config, layer, name_map.per_layer, f"stack.blocks.{i}.", known)
     if not config.tied:
         found.append(TensorMap(name_map.head, {"head.w": known["head.w"]}, TRANSPOSED))
     return found
 
 
-def is_buffer(config: Config, name: str) -> bool:
-    """Is this tensor a buffer, as in old checkpoints, rather than a weight?"""
+def full_name(config: Config, stored: str) -> str:
+    """The name, as in ``tensor_maps``, of a tensor that may be stored without the prefix (OpenAI's
+    GPT-2; a model saved without its head) or, for a head, with another name."""
     name_map = NAME_MAPS[config.family]
-    return re.fullmatch(f"({re.escape(name_map.prefix)})?({name_map.buffers})", name) is not None
+    name = stored.removeprefix(name_map.prefix)
+    return name_map.head if name in (name_map.head, name_map.other_head) else name_map.prefix + name
+
+
+def is_buffer(config: Config, name: str) -> bool:
+    """Is the tensor with this full name a buffer, as in old checkpoints, rather than a weight?"""
+    name_map = NAME_MAPS[config.family]
+    return re.fullmatch(re.escape(name_map.prefix) + name_map.buffers, name) is not None
+
+
+QUANTIZED = (".qweight", ".scales", ".qzeros", ".weight_packed", ".weight_scale", ".absmax", ".SCB")
+
+
+def why_missing(config: Config, missing: list[str], stored: list[str]) -> str:
+    """The likely cause if a file has the tensors ``stored`` but not ``missing`` (full names)."""
+    name_map = NAME_MAPS[config.family]
+    if any("lora_" in name for name in stored):
+        return (
+            "these are weights of a PEFT adapter: merge it into its base model (merge_and_unload, "
+            "then save_pretrained) and load the result"
+        )
+    if any(name.endswith(QUANTIZED) for name in stored):
+        return "these are quantized weights, which minitx does not dequantize"
+    if missing == [name_map.head]:
+        return (
+            "all other tensors are there: if the head shares the embedding table, set "
+            "tie_word_embeddings to true; a model without a head predicts no tokens"
+        )
+    for name in missing:  # under another prefix, as left by wrappers: "module.", "_orig_mod."
+        tail = name.removeprefix(name_map.prefix)
+        for other in stored:
+            if other.endswith("." + tail):
+                return f"{other!a} looks like it: the names have another prefix than {name!a}"
+    for family, other_map in NAME_MAPS.items():
+        tops = [f"{top}.weight" for top in other_map.top_level]
+        if family != config.family and all(_ends_any(stored, top) for top in tops):
+            return f"these are names of the {family} family: config.json is of another model"
+    return ""
+
+
+def _ends_any(names: list[str], tail: str) -> bool:
+    return any(name == tail or name.endswith("." + tail) for name in names)
 
 
 def _named_tensors(

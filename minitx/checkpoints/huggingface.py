@@ -9,6 +9,8 @@ own modules. Pickles (``pytorch_model.bin``) are never opened.
 """
 
 import json
+from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +25,25 @@ from minitx.checkpoints.common import (
 )
 from minitx.checkpoints.hf_config import read_config
 from minitx.checkpoints.hf_config_write import config_fields
-from minitx.checkpoints.hf_weights import NAME_MAPS, TensorMap, is_buffer, tensor_maps
+from minitx.checkpoints.hf_generation import with_generation
+from minitx.checkpoints.hf_weights import (
+    NAME_MAPS,
+    TensorMap,
+    full_name,
+    is_buffer,
+    tensor_maps,
+    why_missing,
+)
 from minitx.checkpoints.safetensors import TensorInfo, read_header, read_tensor
-from minitx.checkpoints.safetensors_write import write_safetensors
+from minitx.checkpoints.safetensors_write import need_stored_dtype, write_safetensors
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Transformer
 from minitx.tree import weights as tree_weights
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TensorLocations = dict[str, tuple[Path, TensorInfo]]  # tensor name -> file, header entry
+ADAPTER = "adapter_config.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -47,41 +58,80 @@ def read_model(folder, dtype=np.float32) -> Transformer:
     folder, dtype = Path(folder), need_float_dtype(dtype)
     if not folder.is_dir():
         raise MinitxError(f"{folder}: there is no such folder; expected one with a config.json.")
-    config = read_config(folder / CONFIG)
-    locations = _locate_tensors(folder)
+    if (folder / ADAPTER).exists():
+        raise MinitxError(
+            f"{folder / ADAPTER}: this folder has a PEFT adapter, which changes the model; merge "
+            "it (merge_and_unload, then save_pretrained) and load the result."
+        )
+    config = with_generation(read_config(folder / CONFIG), folder, folder / CONFIG)
+    tensors = _by_full_name(folder, config, _locate_tensors(folder))
     weights: dict[str, np.ndarray] = {}
-    for tensor_map in _match(folder, config, locations):
-        weights.update(tensor_map.split(_load(tensor_map.name, locations, dtype)))
+    for tensor_map in _match(folder, config, tensors):
+        weights.update(tensor_map.split(_load(tensors[tensor_map.name], dtype)))
     model = build(config, lambda path, shape: weights[path])
-    _check_tied_head(folder, config, locations, model, dtype)
+    _check_tied_head(folder, config, tensors, model, dtype)
     return model
 
 
-def _load(name: str, locations: TensorLocations, dtype) -> np.ndarray:
-    file, info = locations[name]
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is."""
+
+    name: str  # in the file
+    file: Path
+    info: TensorInfo  # its header entry
+
+
+Tensors = dict[str, StoredTensor]
+
+
+def _load(stored: StoredTensor, dtype) -> np.ndarray:
     with np.errstate(over="ignore"):  # float64 values that overflow float32 are reported as Inf
-        array = read_tensor(file, name, info).astype(dtype, copy=False)
-    return need_finite(file, name, array)
+        array = read_tensor(stored.file, stored.name, stored.info).astype(dtype, copy=False)
+    return need_finite(stored.file, stored.name, array)
 
 
-def _locate_tensors(folder: Path) -> TensorLocations:
-    """All tensors of the folder, in its single file or else in the shards of its index."""
+def _by_full_name(folder: Path, config: Config, stored: Tensors) -> Tensors:
+    """The tensors by their full names (hf_weights.py) instead of their names in the file."""
+    found: Tensors = {}
+    for tensor in stored.values():
+        name = full_name(config, tensor.name)
+        if name in found:
+            raise MinitxError(
+                f"{folder}: tensors {found[name].name!a} and {tensor.name!a} are both {name!a}; "
+                "remove one of them."
+            )
+        found[name] = tensor
+    return found
+
+
+def _locate_tensors(folder: Path) -> Tensors:
+    """All tensors of the folder by their names in the file: its single file, or else the shards of
+    its index."""
     if (folder / ONE_FILE).exists():
-        path = folder / ONE_FILE
-        return {name: (path, info) for name, info in read_header(path).tensors.items()}
+        return _tensors_in(folder / ONE_FILE)
     if (folder / INDEX).exists():
         return _locate_in_shards(folder)
-    for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
+    for pattern in PICKLES:
         for pickle in sorted(folder.glob(pattern)):
             raise MinitxError(
                 f"{folder}: expected {ONE_FILE}, got {pickle.name}; opening a pickle can run any "
                 "code, so minitx never does: save the model again with transformers' "
                 "save_pretrained, which writes safetensors."
             )
-    raise MinitxError(f"{folder}: expected {ONE_FILE} or {INDEX}, got neither.")
+    others = [f.name for pattern in ("*.safetensors", "*.gguf") for f in folder.glob(pattern)]
+    raise MinitxError(
+        f"{folder}: expected {ONE_FILE} or {INDEX}, got {some(sorted(others)) or 'neither'}."
+    )
 
 
-def _locate_in_shards(folder: Path) -> TensorLocations:
+def _tensors_in(file: Path) -> Tensors:
+    return {
+        name: StoredTensor(name, file, info) for name, info in read_header(file).tensors.items()
+    }
+
+
+def _locate_in_shards(folder: Path) -> Tensors:
     """The tensors listed in the index, each checked to be in the shard that the index names."""
     index = folder / INDEX
     weight_map = read_json(index).get("weight_map")
@@ -97,65 +147,84 @@ def _locate_in_shards(folder: Path) -> TensorLocations:
                 f"{index}: expected the name of a .safetensors file in this folder, "
                 f"got {abbreviate(shard)}."
             )
-    locations: TensorLocations = {}
+    found: Tensors = {}
     for shard in shards:
-        for name, info in read_header(folder / shard).tensors.items():
+        for name, tensor in _tensors_in(folder / shard).items():
             if weight_map.get(name) != shard:
                 raise MinitxError(
                     f"{folder / shard}: has tensor {name!a}, but {INDEX} maps it to "
                     f"{abbreviate(weight_map.get(name))}; the shards do not belong together."
                 )
-            locations[name] = (folder / shard, info)
+            found[name] = tensor
     for name, shard in weight_map.items():
-        if name not in locations:
+        if name not in found:
             raise MinitxError(
                 f"{folder / shard}: has no tensor {name!a}, but {INDEX} maps it to this file."
             )
-    return locations
+    return found
 
 
-def _match(folder: Path, config: Config, locations: TensorLocations) -> list[TensorMap]:
+def _match(folder: Path, config: Config, tensors: Tensors) -> list[TensorMap]:
     """The tensors to read, once all are there, in the expected shapes, and no other tensor is."""
     # A huge layer count must fail before a list of all its tensors is built.
-    if config.layers > len(locations):
+    if config.layers > len(tensors) + 100:
         raise MinitxError(
             f"{folder}: {CONFIG} has {config.layers} layers but the folder only "
-            f"{len(locations)} tensors."
+            f"{len(tensors)} tensors."
         )
-    name_map = NAME_MAPS[config.family]
-    no_prefix = not any(name.startswith(name_map.prefix) for name in locations)  # OpenAI's GPT-2
-    expected = tensor_maps(config, "" if no_prefix else None)
+    expected = tensor_maps(config)
+    _need_all(folder, config, expected, tensors)
     for tensor_map in expected:
-        name = tensor_map.name
-        if name not in locations:
-            raise MinitxError(f"{folder}: tensor {name!a} is missing but required by {CONFIG}.")
-        file, info = locations[name]
-        if info.shape != tensor_map.shape:
+        stored = tensors[tensor_map.name]
+        if stored.info.shape != tensor_map.shape:
             raise MinitxError(
-                f"{file}: tensor {name!a} must have shape {tensor_map.shape} by {CONFIG}, "
-                f"got {info.shape}."
+                f"{stored.file}: tensor {stored.name!a} must have shape {tensor_map.shape} by "
+                f"{CONFIG}, got {stored.info.shape}."
             )
     names = {tensor_map.name for tensor_map in expected}
-    for name, (file, _) in locations.items():
-        copy_of_embedding = config.tied and name == name_map.head
+    for name, stored in tensors.items():
+        copy_of_embedding = config.tied and name == NAME_MAPS[config.family].head
         if not (name in names or copy_of_embedding or is_buffer(config, name)):
             raise MinitxError(
-                f"{file}: tensor {name!a} has no place in a model of this {CONFIG}; "
+                f"{stored.file}: tensor {stored.name!a} has no place in a model of this {CONFIG}; "
                 "ignoring it would change the model's output."
             )
     return expected
 
 
+def _need_all(folder: Path, config: Config, expected: list[TensorMap], tensors: Tensors) -> None:
+    """Raises MinitxError if tensors are missing: which, what is there instead, and why."""
+    missing = [tensor_map.name for tensor_map in expected if tensor_map.name not in tensors]
+    if not missing:
+        return
+    wanted = {tensor_map.name for tensor_map in expected}
+    stored = [tensor.name for tensor in tensors.values()]
+    strange = [tensor.name for name, tensor in tensors.items() if name not in wanted]
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    near = sorted(strange or stored, key=lambda name: -len(commonprefix([name, missing[0]])))
+    cause = why_missing(config, missing, stored)
+    raise MinitxError(
+        f"{folder}: tensor {missing[0]!a}{more} is missing but required by {CONFIG}; the folder "
+        f"has {some(near)}{cause and '; ' + cause}."
+    )
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few of these names, each abbreviated, for an error message."""
+    text = ", ".join(abbreviate(name) for name in names[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
+
+
 def _check_tied_head(
-    folder: Path, config: Config, locations: TensorLocations, model: Transformer, dtype
+    folder: Path, config: Config, tensors: Tensors, model: Transformer, dtype
 ) -> None:
     """If a tied head is stored too, it must equal the embedding."""
-    head = NAME_MAPS[config.family].head
-    if config.tied and head in locations:
-        table, (_, info) = model.head.w, locations[head]
-        if info.shape != table.shape or (_load(head, locations, dtype) != table).any():
+    head = tensors.get(NAME_MAPS[config.family].head)
+    if config.tied and head:
+        table = model.head.w
+        if head.info.shape != table.shape or (_load(head, dtype) != table).any():
             raise MinitxError(
-                f"{folder}: {CONFIG} ties {head!a} to the embedding but their values differ; "
+                f"{folder}: {CONFIG} ties {head.name!a} to the embedding but their values differ; "
                 "set tie_word_embeddings to false if they are separate weights."
             )
 
@@ -170,6 +239,7 @@ def write_model(model: Transformer, folder, dtype: str = "F16") -> None:
     technique has changed the model's parts, if no architecture of transformers computes the same,
     or if a weight is not finite or overflows ``dtype``.
     """
+    need_stored_dtype(dtype)
     folder = Path(folder)
     fields = config_fields(model.config)
     weights = _plain_weights(model)

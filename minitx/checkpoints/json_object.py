@@ -48,11 +48,10 @@ class JsonObject:
             raise MinitxError(f"{self.path}: {name!r} is {abbreviate(value)}; expected {expected}.")
         return value
 
-    def reject(self, name: str, why: str):
+    def reject(self, name: str, why: str, instead: str = "choose a checkpoint without it"):
         """Raises the error for a valid but unsupported value."""
         raise MinitxError(
-            f"{self.path}: {name!r} is {abbreviate(self.fields.get(name))}, which {why}; "
-            "choose a checkpoint without it."
+            f"{self.path}: {name!r} is {abbreviate(self.fields.get(name))}, which {why}; {instead}."
         )
 
 
@@ -67,9 +66,9 @@ def is_positive_number(v) -> bool:
     return type(v) in (int, float) and 0 < v < math.inf
 
 
-def is_token_id(v) -> bool:
-    return type(v) is int and v >= 0
+def is_integer(v) -> bool:
+    return type(v) is int
 
 
-def is_token_id_or_ids(v) -> bool:
-    return is_token_id(v) or (isinstance(v, list) and all(map(is_token_id, v)))
+def is_integer_or_integers(v) -> bool:
+    return is_integer(v) or (isinstance(v, list) and all(map(is_integer, v)))

@@ -28,7 +28,7 @@ from minitx.checkpoints.common import (
     need_finite,
     need_float_dtype,
     need_small_rope_tables,
-    unreadable,
+    open_file,
 )
 from minitx.config import Config
 from minitx.errors import MinitxError
@@ -73,15 +73,10 @@ def read_llama2c(path, dtype=np.float32) -> Transformer:
     match its header, or if a weight is not finite.
     """
     path, dtype = Path(path), need_float_dtype(dtype)
-    if not path.is_file():
-        raise MinitxError(f"{path}: there is no such file; expected a llama2.c checkpoint.")
-    try:
-        with open(path, "rb") as file:
-            header = parse_header(path, file.read(256))
-            _check_size(path, header, os.fstat(file.fileno()).st_size)
-            weights = _read_weights(path, header, file, dtype)
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with open_file(path) as file:
+        header = parse_header(path, file.read(256))
+        _check_size(path, header, os.fstat(file.fileno()).st_size)
+        weights = _read_weights(path, header, file, dtype)
     return build(header.config, lambda name, shape: weights[name])
 
 
@@ -208,7 +203,12 @@ def _read_weights(path, header: Llama2cHeader, file, dtype) -> dict[str, np.ndar
             file.seek(num_bytes, os.SEEK_CUR)
             continue
         for i in range(count):
-            values = decode_values(header, name, file.read(num_bytes), dtype)
+            stored = file.read(num_bytes)
+            if len(stored) != num_bytes:
+                raise MinitxError(
+                    f"{path}: changed while it was read; try again when it is complete."
+                )
+            values = decode_values(header, name, stored, dtype)
             weight = _to_minitx_layout(header.config, name, values, shape)
             weights[name.format(i)] = need_finite(path, name.format(i), weight)
     return weights

@@ -22,7 +22,7 @@ import struct
 from pathlib import Path
 
 from minitx.checkpoints.bpe_merge import merge_best_first
-from minitx.checkpoints.common import abbreviate, unreadable
+from minitx.checkpoints.common import abbreviate, read
 from minitx.checkpoints.tokenizer import Tokenizer, need_valid_unicode
 from minitx.errors import MinitxError
 
@@ -73,6 +73,13 @@ class Llama2cTokenizer(Tokenizer):
         raw = _RAW_BYTE.fullmatch(token)
         return bytes([int(raw[1], 16)]) if raw else token
 
+    def _check_id(self, id: int) -> None:
+        if not 0 <= id < self.vocab_size:
+            raise MinitxError(
+                f"token id {id} is outside the tokenizer's vocabulary of {self.vocab_size}; "
+                "use the tokenizer that belongs to the model"
+            )
+
     def _encode(self, data: bytes, special: bool) -> list[int]:
         ids = [_BOS] if special else []
         if data:
@@ -110,10 +117,7 @@ def read_llama2c_tokenizer(path, vocab_size: int) -> Llama2cTokenizer:
     Raises MinitxError if the file is truncated, has trailing bytes or impossible lengths.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from None
+    data = read(path)
     try:
         return Llama2cTokenizer(*_parse(data, vocab_size))
     except MinitxError as error:

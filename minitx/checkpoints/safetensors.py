@@ -14,12 +14,13 @@ Format: https://github.com/huggingface/safetensors (README, "Format").
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from minitx.checkpoints.common import abbreviate, parse_json, unreadable
+from minitx.checkpoints.common import abbreviate, open_file, parse_json
+from minitx.checkpoints.wrong_file import ENOUGH, wrong_file
 from minitx.errors import MinitxError
 
 # Bytes per value of every dtype, so that offsets can be checked even for tensors that are never
@@ -41,12 +42,14 @@ MAX_DIMENSIONS = 32  # NumPy 1's limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The header entry of one tensor; ``begin`` and ``end`` count from the start of the file."""
+    """The header entry of one tensor; ``begin`` and ``end`` count from the start of the file.
+    ``version`` tells whether the file is still the one whose header was read."""
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    version: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,18 @@ def read_header(path) -> SafetensorsHeader:
     not valid JSON as above, or if its tensors overlap, leave gaps or do not fill the file.
     """
     path = Path(path)
-    try:
-        if not path.is_file():
-            raise MinitxError(f"{path}: there is no such file; expected a .safetensors file.")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = _header_length(path, file.read(8), size)
-            text = file.read(length)
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with open_file(path) as file:
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        length = _header_length(path, file.read(ENOUGH), size)
+        file.seek(8)
+        text = file.read(length)
     entries = _parse_header(path, text)
     metadata = check_metadata(path, entries.pop("__metadata__", {}))
     data_begin = 8 + length
     tensors = {
-        name: _check_entry(path, name, entry, data_begin, size) for name, entry in entries.items()
+        name: replace(_check_entry(path, name, entry, data_begin, size), version=_version(status))
+        for name, entry in entries.items()
     }
     _check_contiguous(path, tensors, data_begin, size)
     return SafetensorsHeader(tensors, metadata)
@@ -123,13 +124,20 @@ def read_as_stored(path) -> dict[str, np.ndarray]:
 def _read_flat(path, name: str, info: TensorInfo, dtypes: dict[str, str]) -> np.ndarray:
     """The values of one tensor as stored, flat."""
     count = math.prod(info.shape)
-    try:
-        flat = np.fromfile(path, dtypes[info.dtype], count, offset=info.begin)
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if flat.size != count:  # the file has shrunk since its header was checked
-        raise MinitxError(f"{path}: tensor {name!a} ends early; the file is truncated.")
+    with open_file(path) as file:
+        changed = info.version and _version(os.fstat(file.fileno())) != info.version
+        file.seek(info.begin)
+        flat = np.fromfile(file, dtypes[info.dtype], 0 if changed else count)
+    if flat.size != count or changed:
+        raise MinitxError(
+            f"{path}: changed while it was read, at tensor {abbreviate(name)}; try again later."
+        )
     return flat
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def widen(flat: np.ndarray, dtype: str) -> np.ndarray:
@@ -143,15 +151,17 @@ def widen(flat: np.ndarray, dtype: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------- checking
 
 
-def _header_length(path, first: bytes, size: int) -> int:
-    """The length of the header, checked against the file size."""
-    if len(first) < 8:
-        raise MinitxError(f"{path}: expected at least 8 bytes, got {size}; is the file truncated?")
-    length = int.from_bytes(first, "little")
+def _header_length(path, start: bytes, size: int) -> int:
+    """The length of the header, from the start of the file, checked against the file size."""
+    if len(start) < 8:
+        raise wrong_file(path, start) or MinitxError(
+            f"{path}: expected at least 8 bytes, got {size}; is the file truncated?"
+        )
+    length = int.from_bytes(start[:8], "little")
     if length > size - 8:
-        raise MinitxError(
+        raise wrong_file(path, start) or MinitxError(
             f"{path}: expected a header of {length} bytes, got {size - 8}; "
-            "the file is truncated or not safetensors."
+            "the file is truncated (download it again) or not safetensors."
         )
     if length > MAX_HEADER_BYTES:
         raise MinitxError(
@@ -160,10 +170,20 @@ def _header_length(path, first: bytes, size: int) -> int:
     return length
 
 
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    """The format allows each key once: of two entries for a tensor, which one counts?"""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!a} occurs twice")
+        found[key] = value
+    return found
+
+
 def _parse_header(path, text: bytes) -> dict:
     """The header as a dict."""
     try:
-        entries = parse_json(text)
+        entries = parse_json(text, object_pairs_hook=_without_duplicates)
     except ValueError as error:
         raise MinitxError(f"{path}: the header is not valid JSON ({error}).") from None
     if not isinstance(entries, dict):
@@ -206,8 +226,8 @@ def _check_entry(path, name: str, entry, data_begin: int, size: int) -> TensorIn
     begin, end = (data_begin + offset for offset in offsets)
     if end > size:
         raise MinitxError(
-            f"{where} ends at byte {end}, but the file has {size} bytes; the file is truncated or "
-            "its header is corrupt."
+            f"{where} ends at byte {abbreviate(end)}, but the file has {size} bytes; the file is "
+            "truncated (download it again) or its header is corrupt."
         )
     # Python integers do not overflow, so a product of huge dimensions cannot wrap around.
     if math.prod(shape) * ITEM_BYTES[dtype] != end - begin:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from minitx.checkpoints.common import atomic_write
+from minitx.checkpoints.common import abbreviate, atomic_write
 from minitx.checkpoints.safetensors import (
     FLOAT_DTYPES,
     ITEM_BYTES,
@@ -23,8 +23,8 @@ def write_safetensors(path, tensors: dict[str, np.ndarray], dtype="F32", metadat
     Values are rounded to nearest, ties to even; float64 is rounded to BF16 via float32. NaN and Inf
     are kept, but a finite value that overflows ``dtype`` is an error. The write is atomic.
     """
-    if dtype not in (*FLOAT_DTYPES, None):
-        raise MinitxError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got {dtype!r}.")
+    if dtype is not None:
+        need_stored_dtype(dtype)
     metadata = check_metadata(path, {"format": "pt"} if metadata is None else metadata)
     header, position = {"__metadata__": metadata}, 0
     for name in sorted(tensors):
@@ -51,9 +51,20 @@ def write_safetensors(path, tensors: dict[str, np.ndarray], dtype="F32", metadat
             file.write(array.tobytes())
 
 
+def need_stored_dtype(dtype) -> None:
+    """Raise MinitxError unless this is the safetensors name of a dtype of weights."""
+    if not (isinstance(dtype, str) and dtype in FLOAT_DTYPES):
+        raise MinitxError(
+            f"dtype must be one of {', '.join(FLOAT_DTYPES)}, got {abbreviate(dtype)}."
+        )
+
+
 def _dtype_name(dtype: np.dtype) -> str:
     """The safetensors name of a NumPy dtype."""
-    return next(name for name, known in NUMPY_DTYPES.items() if np.dtype(known) == dtype)
+    found = [name for name, known in NUMPY_DTYPES.items() if np.dtype(known) == dtype]
+    if not found:
+        raise MinitxError(f"Expected an array of a dtype that safetensors has, got {dtype}.")
+    return found[0]
 
 
 def _narrow(path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,20 +1,21 @@
 """The tokenizer interface, and streaming decoding.
 
-    encode(text, special=True) -> list[int]   `special` prepends the bos token, if there is one
+    encode(text, special=True) -> list[int]   `special` adds the tokens that start and end a text
     encode_bytes(data) -> list[int]           any bytes, including invalid UTF-8
     decode(ids, skip_special=False) -> str    invalid UTF-8 becomes U+FFFD
-    decode_bytes(ids, skip_special=False)     the bytes of that text
+    decode_bytes(ids, skip_special=False)     the bytes of the tokens
     token_bytes(id, previous=None) -> bytes   the bytes of a token after `previous`, if any
-    vocab_size, len()                         number of ids
+    decoder(previous=None)                    a new decoder of a stream of ids
+    vocab_size, len()                         the highest id plus one
     bos, eos                                  the ids that start and end a text, or None
     special_ids                               the ids that `skip_special` omits
 
 ``decode(encode(text)) == text`` for any text: `decode` omits a leading bos that `encode` prepended.
 Exceptions are features of a tokenizer file: tokens that strip whitespace (lstrip, rstrip), a
-prepended space (add_prefix_space), NFC normalization. Text with a lone surrogate is not valid
-Unicode and is rejected.
+prepended space, normalization, an eos that `encode` appends, characters that are not in the
+vocabulary. Text with a lone surrogate is not valid Unicode and is rejected.
 
-The tokenizers: GPT-2's `ByteLevelBPE` in ``byte_level_bpe.py`` (its files: ``tokenizer_json.py``)
+The tokenizers: `PipelineTokenizer` in ``pipeline_tokenizer.py`` (its files: ``tokenizer_json.py``)
 and `Llama2cTokenizer` in ``llama2c_tokenizer.py``.
 """
 
@@ -43,8 +44,13 @@ class Tokenizer:
     def token_bytes(self, id: int, previous: int | None = None) -> bytes:
         raise NotImplementedError
 
+    def decoder(self, previous: int | None = None) -> IdDecoder:
+        """Decodes a stream of ids after `previous`: ``push(id)``, ``skip(id)`` and ``finish()``."""
+        return IdDecoder(self, previous)
+
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        return self.decode_bytes(ids, skip_special).decode("utf-8", errors="replace")
+        stream = StreamDecoder(self, None, skip_special)
+        return "".join(map(stream.push, ids)) + stream.finish()
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         parts, previous = [], None
@@ -58,18 +64,31 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
-    def _check_id(self, id: int) -> None:
-        if not 0 <= id < self.vocab_size:
-            raise MinitxError(
-                f"token id {id} is outside the tokenizer's vocabulary of {self.vocab_size}; "
-                "use the tokenizer that belongs to the model"
-            )
+
+class IdDecoder:
+    """The text of a stream of ids whose tokens are bytes, in any tokenizer with `token_bytes`."""
+
+    def __init__(self, tokenizer: Tokenizer, previous: int | None):
+        self._tokenizer, self._previous = tokenizer, previous
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        data = self._tokenizer.token_bytes(id, self._previous)
+        self._previous = id
+        return self._utf8.decode(data)
+
+    def skip(self, id: int) -> None:
+        """An id that is not to be decoded, but that the next one follows."""
+        self._previous = id
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
 
 
 class StreamDecoder:
     """Decodes ids one by one: `push(id)` returns the text completed so far, `finish()` the rest.
 
-    A character that is split over tokens is buffered until its last byte arrives. All pieces
+    What is not certain yet (a character split over tokens) is held back until it is. All pieces
     concatenated are ``tokenizer.decode(ids)``. `previous` is the id before the first one pushed
     (the last of the prompt), or None.
     """
@@ -78,20 +97,19 @@ class StreamDecoder:
         self, tokenizer: Tokenizer, previous: int | None = None, skip_special: bool = False
     ):
         self._tokenizer = tokenizer
-        self._previous = previous
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder = tokenizer.decoder(previous)
 
     def push(self, id: int) -> str:
-        data = self._tokenizer.token_bytes(id, self._previous)
-        self._previous = id
-        return self._utf8.decode(b"" if id in self._skipped else data)
+        if id in self._skipped:
+            self._decoder.skip(id)
+            return ""
+        return self._decoder.push(id)
 
     def finish(self) -> str:
-        """Flushes an incomplete character as U+FFFD and resets the decoder."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        self._previous = None
+        """Flushes what was held back (an incomplete character as U+FFFD) and starts anew."""
+        rest = self._decoder.finish()
+        self._decoder = self._tokenizer.decoder()
         return rest
 
 

@@ -1,4 +1,4 @@
-"""Write a byte-level BPE tokenizer as a Hugging Face ``tokenizer.json``."""
+"""Write a tokenizer as a Hugging Face ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -7,32 +7,44 @@ from pathlib import Path
 
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
 from minitx.checkpoints.common import atomic_write
-from minitx.checkpoints.tokenizer_json import BYTE_CHARACTERS
+from minitx.checkpoints.pipeline_tokenizer import PipelineTokenizer
 from minitx.errors import MinitxError
 
 
-def write_tokenizer(tokenizer: ByteLevelBPE, folder) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json`` into `folder`, which must exist."""
-    if not isinstance(tokenizer, ByteLevelBPE):
+def write_tokenizer(tokenizer: PipelineTokenizer, folder) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` into `folder`, which must exist.
+
+    A tokenizer that was read from other files is written as these two, which transformers takes as
+    they are.
+    """
+    if not isinstance(tokenizer, PipelineTokenizer):
         kind = type(tokenizer).__name__
         raise MinitxError(
             f"tokenizer must be a ByteLevelBPE to be written as tokenizer.json, got {kind}."
         )
-    contents = {token.id: token.content for token in tokenizer.added}
+    fields = _fields(tokenizer) if isinstance(tokenizer, ByteLevelBPE) else tokenizer.fields
+    fields = {"version": "1.0"} | fields | {"truncation": None, "padding": None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,  # decoding must not remove spaces
-        "bos_token": contents.get(tokenizer.bos),
-        "eos_token": contents.get(tokenizer.eos),
+        "bos_token": _name(tokenizer, tokenizer.bos),
+        "eos_token": _name(tokenizer, tokenizer.eos),
     }
-    files = {"tokenizer.json": _content(tokenizer), "tokenizer_config.json": config}
+    if tokenizer.splits_special:
+        config["split_special_tokens"] = True
+    files = {"tokenizer.json": fields, "tokenizer_config.json": config}
     for name, fields in files.items():
         text = json.dumps(fields, ensure_ascii=False, indent=1) + "\n"
         with atomic_write(Path(folder) / name) as file:
-            file.write(text.encode("utf-8"))
+            file.write(text.encode("utf-8", errors="surrogatepass"))
 
 
-def _content(tokenizer: ByteLevelBPE) -> dict:
+def _name(tokenizer: PipelineTokenizer, id: int | None) -> str | None:
+    """The special token with this id. (Naming another one would make it special.)"""
+    return {token.id: token.content for token in tokenizer.added if token.special}.get(id)
+
+
+def _fields(tokenizer: ByteLevelBPE) -> dict:
     names = _names(tokenizer)
     byte_level = {
         "type": "ByteLevel",
@@ -41,9 +53,6 @@ def _content(tokenizer: ByteLevelBPE) -> dict:
         "use_regex": tokenizer.use_regex,
     }
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [vars(token) for token in tokenizer.added],
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": byte_level,
@@ -58,26 +67,21 @@ def _content(tokenizer: ByteLevelBPE) -> dict:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": tokenizer.ignore_merges,
-            "vocab": {name: id for id, name in enumerate(names[: len(tokenizer.tokens)])},
+            "vocab": {name: id for id, name in enumerate(tokenizer.names)},
             "merges": [f"{names[left]} {names[right]}" for left, right in tokenizer.merges],
         },
     }
 
 
 def _names(tokenizer: ByteLevelBPE) -> list[str]:
-    """The name of each id: the text of an added token, else one character for each of its bytes."""
-    contents = {token.id: token.content for token in tokenizer.added}
-    names = ["".join(BYTE_CHARACTERS[byte] for byte in data) for data in tokenizer.tokens]
-    names += [""] * (tokenizer.vocab_size - len(names))
-    names = [contents.get(id, name) for id, name in enumerate(names)]
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
+    """The name of each id; an added token must not be named like another."""
+    after = [token.content for token in tokenizer.added if token.id >= len(tokenizer.names)]
+    for name in after:
+        if name in tokenizer.pipeline.model.vocab:
             raise MinitxError(
                 f"an added token and another token would both be named {name!a}; rename the first."
             )
-        seen.add(name)
-    return names
+    return tokenizer.names + after
 
 
 def _bos_template(tokenizer: ByteLevelBPE, names: list[str]) -> dict:

@@ -8,9 +8,9 @@ from minitx.checkpoints.common import atomic_write
 from minitx.lab.attention_baselines import BASELINES
 from minitx.lab.attention_published import NOTES, PUBLISHED
 from minitx.lab.compare_attention import AttentionComparison, Point, Quality, bytes_read
-from minitx.lab.evaluate import percent, table
+from minitx.lab.evaluate import hops_name, percent, table
 from minitx.lab.reading import TextReport
-from minitx.lab.sweep import HEIGHT, WIDTH, letter, need_pyplot, scale
+from minitx.lab.sweep import HEIGHT, WIDTH, check_picture, letter, scale
 
 Series = dict[str, list[tuple[float, float]]]  # points (x, y) by the name of their method
 
@@ -24,6 +24,7 @@ def as_text(c: AttentionComparison) -> str:
 
 {qualities(c)}
 
+{answers_by_hops(c)}\
 kept: share of the keys that queries see. mass: share of the exact attention that lies on the kept
 keys; best: on as many of the best keys. {what_is_lost(c)}
 multiply-adds, bytes: of attention for one token at {plan.tokens} keys, without the projections,
@@ -39,7 +40,7 @@ Speedup of one block's attention for one decoded token over dense attention, at 
 The same at a share of {share}, over the context, which doubles from mark to mark:
 {chart(speed_series(c), "doublings")}
 
-The papers' own trade-offs, on other models and tasks, and ours:
+The papers' own trade-offs, on other models and tasks, and ours; below each, of what:
 {trade_offs(c)}"""
 
 
@@ -75,7 +76,32 @@ def qualities(c: AttentionComparison) -> str:
             if abs(p.quality.kept - share) > share / 10:
                 cells[0] = "~" + cells[0]
             rows.append([f"  {p.method}", p.setting, *cells])
-    return "\n".join(map(str.rstrip, table(rows).splitlines()))
+    return stripped(table(rows))
+
+
+def answers_by_hops(c: AttentionComparison) -> str:
+    """A table of its own, so that lines stay short; "" for a text, which has no answers."""
+    if isinstance(c.dense.report, TextReport):
+        return ""
+    hops = list(c.dense.report.by_hops)
+
+    def cells(q: Quality) -> list[str]:
+        return [percent(q.accuracy), *(percent(q.report.by_hops[h]) for h in hops)]
+
+    rows = [["method", "all answers", *map(hops_name, hops)], ["dense", *cells(c.dense)]]
+    for share in c.plan.shares:
+        rows.append([fraction(share), *[""] * (len(rows[0]) - 1)])
+        rows += [[f"  {p.method}", *cells(p.quality)] for p in points_at(c, share)]
+    table_of_answers = stripped(table(rows))
+    return f"""Answers that are right, by the number of facts that they need:
+{table_of_answers}
+
+"""
+
+
+def stripped(text: str) -> str:
+    """Without blanks at the ends of lines."""
+    return "\n".join(map(str.rstrip, text.splitlines()))
 
 
 def loss_columns(q: Quality) -> dict[str, str]:
@@ -84,7 +110,7 @@ def loss_columns(q: Quality) -> dict[str, str]:
     if isinstance(r, TextReport):
         found = {"nats per token": f"{r.loss:.4f}", "perplexity": f"{r.perplexity:,.2f}"}
         return found | {"right": percent(r.accuracy)}
-    return {"above entropy": f"{r.gap:+.4f}", "answers": percent(r.accuracy)} | r.accuracies()
+    return {"above entropy": f"{r.gap:+.4f}"}
 
 
 def quality_cells(q: Quality, dense: Quality) -> list[str]:
@@ -121,7 +147,7 @@ def fraction(share: float) -> str:
 
 def trade_offs(c: AttentionComparison) -> str:
     """For each technique, what its paper reports and what was measured here."""
-    rows = [["technique", "whose", "keys kept", "change of the metric", "of what"]]
+    rows = [["technique", "whose", "keys kept", "change of the metric", ""]]
     for name in dict.fromkeys(row.technique for row in PUBLISHED):
         for row in (row for row in PUBLISHED if row.technique == name):
             what = ", ".join(filter(None, (row.what, row.source)))
@@ -133,8 +159,11 @@ def trade_offs(c: AttentionComparison) -> str:
             of = "answers in stories" if c.text_name is None else "next tokens of the text"
             what = f"{of} (dense {c.dense.accuracy:.3f})"
             rows.append([name, "ours", kept, change, what])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(w.ljust(n) for w, n in zip(row, widths)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)][:-1]
+    lines = []
+    for *figures, what in rows:
+        lines.append("  ".join(w.ljust(n) for w, n in zip(figures, widths)).rstrip())
+        lines += [f"  {what}"] if what else []
     return "\n".join([*lines, *NOTES])
 
 
@@ -195,7 +224,7 @@ def chart(series: Series, below: str) -> str:
 
 def picture(c: AttentionComparison, path) -> None:
     """The curves as a PNG file; needs the ``plot`` extra."""
-    pyplot = need_pyplot()
+    pyplot = check_picture(path)
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 5))
     draw(left, masses(c), "share of keys kept", "share of the attention mass kept")
     draw(middle, accuracies(c), "share of keys kept", "accuracy of answers")

@@ -32,10 +32,11 @@ def function_tables(
     Fidelity:  our own choice of format: float16 in, the model's own type out.
     Kind:      approximate: the input is rounded to float16 (11 significant bits). At every input
                that is a float16 the result is the function's own, bit for bit.
+               No saving on the shipped models: the price is 0, and so is what is saved (Saves).
     Idea:      A 16-bit input has 65,536 values: compute the function at each of them once. The bits
                of the input, read as an integer, are the index.
     Offline:   table[i] = f(the float16 with the bits i)      one table for all layers
-    Online:    f(x)   = table[bits of float16(x)]
+    Online:    f(x)   = table[bits of float16(x)]      where |x| > 65,504: f(x) itself, computed
                SwiGLU = table[bits of float16(x W_gate)] * (x W_up)
     Saves:     exp and division (SiLU), erf or tanh (GELU) of each hidden neuron; the ledger counts
                no multiply-adds for them. It costs 256 KiB (float32), and 4 bytes read per neuron.
@@ -83,7 +84,7 @@ class FunctionTable(Part):
     """f(x) for x rounded to float16."""
 
     values: np.ndarray = table()  # (65536,) f at the float16 with the bits i, in the model's type
-    of: str = ""  # the name of f
+    f: Callable
 
     @classmethod
     def make(cls, f: Callable, dtype) -> "FunctionTable":
@@ -91,12 +92,19 @@ class FunctionTable(Part):
         values, numbers = inputs.copy(), ~np.isnan(inputs)  # a NaN input is its own value
         with np.errstate(all="ignore"):  # exp of large numbers, Inf / Inf
             values[numbers] = f(inputs[numbers])
-        return cls(values, f.__name__)
+        return cls(values, f)
 
     def __call__(self, x):
         ledger.count(weight_bytes=x.size * self.values.itemsize)
         ledger.event("function table reads", x.size)
-        return self.values[x.astype(np.float16).view(np.uint16)].astype(x.dtype, copy=False)
+        with np.errstate(over="ignore"):  # an input beyond float16 becomes Inf
+            half = x.astype(np.float16)
+        y = self.values[half.view(np.uint16)].astype(x.dtype, copy=False)
+        beyond = np.isinf(half)
+        if beyond.any():  # rare: the function itself, which may be finite where a table has NaN
+            with np.errstate(over="ignore", invalid="ignore"):  # of Inf itself, Inf / Inf
+                y[beyond] = self.f(x[beyond])
+        return y
 
 
 @part
@@ -113,5 +121,7 @@ class TableSwiGLU(Part):
 
 # Notes:
 #
-# - Rounding to the nearest float16: an input from 65,520 on counts as Inf, one up to 3e-8 as 0.
+# - Rounding to the nearest float16: an input up to 3e-8 counts as 0. One from 65,520 on would be
+#   Inf, where silu gives Inf and, at the other end, -Inf / Inf = NaN. So the function itself is
+#   computed there. No trained model that we know has such activations.
 # - The exp of softmax is not looked up: attention computes it in place, block by block.

@@ -17,21 +17,29 @@ from minitx.shared.share import share_of
 from minitx.technique import above, at_least, technique
 from minitx.tree import Part, part
 
+ENERGY = 0.995  # the default
 
-@technique(level="matrices", exact=False, neutral={"share": 1.0})
+
+@technique(
+    level="matrices",
+    exact=False,
+    neutral={"share": 1.0},
+    demo={"share": 0.75},
+    presets={"aggressive": {"share": 0.75}},
+)
 def low_rank(
     lm,
     *,
     share: Annotated[
-        float,
+        float | None,
         "the two factors together have at most this share of the matrix's weights",
         above(0, 1),
-    ] = 0.75,
+    ] = None,
     rank: Annotated[int | None, "rank of every matrix, instead of share", at_least(1)] = None,
     energy: Annotated[
         float | None,
         "instead of share: the smallest rank whose squared singular values sum to this share of "
-        "the sum of all squared singular values",
+        "the sum of all squared singular values; default: 0.995, unless share or rank is given",
         above(0, 1),
     ] = None,
     weighted: Annotated[
@@ -42,8 +50,10 @@ def low_rank(
     ] = 0.01,
     matrices: Annotated[Literal["all", "ffn", "attention"], "which are factorized"] = "all",
     stories: Annotated[
-        int, "calibration stories (with calibrate: passages of the text), if weighted", at_least(1)
-    ] = 16,
+        int,
+        "calibration stories (with calibrate: passages of the text), if weighted",
+        at_least(1, limit=1000),
+    ] = 64,
 ):
     """Factorize each weight matrix by truncated SVD.
 
@@ -67,11 +77,15 @@ def low_rank(
                literal version: tests/precompute/literal_low_rank.py
     Tutorial:  tutorials/09_fewer_weights.py
     """
-    if rank is not None and energy is not None:
-        raise MinitxError("low_rank: got both rank and energy; give only one of them.")
+    options = {"share": share, "rank": rank, "energy": energy}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise MinitxError(f"low_rank: got {' and '.join(given)}; give only one of them.")
     wanted = linears(lm.model, matrices)
-    if rank is None and energy is None and share == 1:
+    if share == 1:
         return lm
+    if not given:
+        energy = ENERGY
     texts = calibration_ids("low_rank", lm, stories, "use weighted=false") if weighted else []
 
     def change(block, seen):
@@ -84,8 +98,8 @@ def low_rank(
 
         return change_linears(block, wanted, factorized)
 
-    options = dict(label="low rank", wanted=wanted, after_changes=False)
-    return block_by_block(lm, texts, Moments, change, **options)
+    how = dict(label="low rank", wanted=wanted, after_changes=False)
+    return block_by_block(lm, texts, Moments, change, **how)
 
 
 # Offline -----------------------------------------------------------------------------------------

@@ -27,12 +27,13 @@ from minitx.tree import Part, part
     neutral={"layers": 0},
     after=("low_rank",),
     event="table reads",
+    presets={"paper": {"bits": 4, "group": 4}},
 )
 def lut_bit_serial(
     lm,
     *,
-    bits: Annotated[int, "bits of a weight", between(1, 8)] = 4,
-    group: Annotated[int, "inputs that share a table (paper: g)", between(1, 8)] = 4,
+    bits: Annotated[int, "bits of a weight", between(1, 8)] = 8,
+    group: Annotated[int, "inputs that share a table (paper: g)", between(1, 8)] = 8,
     layers: Annotated[
         int | None, "blocks changed, the last ones; default: all", at_least(0)
     ] = None,
@@ -44,6 +45,8 @@ def lut_bit_serial(
                Edge", EuroSys 2025, arXiv 2407.00088. Relative: "LUT-GEMM", arXiv 2206.09557.
     Fidelity:  a reconstruction from summaries (T-MAC's readme, LUT-GEMM's abstract).
     Kind:      approximate: quantizes the weights. The product with them is exact.
+               8 bits are nearly free. With 4 (preset=paper) a general model loses much more than
+               stories does, for there is one scale per output (Notes).
     Idea:      One bit of each weight only says which inputs to add up. A few inputs have few such
                sums: compute all of them once per token, for all outputs.
     Offline:   quantize W (in, out): w = scale[o] (u - zero[o]) for each output o,
@@ -57,7 +60,7 @@ def lut_bit_serial(
                             since a bit is (sign + 1) / 2: sum bit x = (sum sign x + sum x) / 2
                y[o]       = scale[o] (dot[o] - zero[o] sum(x)) + b[o]
     Saves:     in * out multiply-adds become bits * in * out / group reads and as many additions
-               (in * out at bits = group = 4; the paper's SIMD kernels read 16 entries with one
+               (in * out if bits = group; at 4 the paper's SIMD kernels read 16 entries with one
                byte-shuffle instruction) and 2 out multiplications. Weights take bits / 32 of
                float32 if packed; here an index takes a byte: bits / (4 group), 1/4 by default.
     In NumPy:  0.1x the speed of dense: gathering entries is far slower than BLAS.

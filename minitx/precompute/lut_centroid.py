@@ -21,7 +21,7 @@ from minitx.shared.table_lookup import (
     replace_matrices,
     weight_and_bias,
 )
-from minitx.technique import at_least, between, technique
+from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, part
 
 ROWS = 1024  # most inputs that centroids are learned from, evenly spread over the texts
@@ -32,22 +32,21 @@ ROWS = 1024  # most inputs that centroids are learned from, evenly spread over t
     exact=False,
     neutral={"layers": 0},
     after=("low_rank",),
-    demo={"centroids": 4, "stories": 2},
+    demo={"centroids": 4, "stories": 2, "layers": None},
+    presets={"paper": {"layers": None}},
     event="table reads",
 )
 def lut_centroid(
     lm,
     *,
-    centroids: Annotated[int, "centroids of each input segment", between(1, 65536)] = 16,
+    centroids: Annotated[int, "centroids of each input segment", between(1, ROWS)] = 16,
     length: Annotated[int, "numbers in an input segment", between(1, 4096)] = 4,
-    layers: Annotated[
-        int | None, "blocks changed, the last ones; default: all", at_least(0)
-    ] = None,
+    layers: Annotated[int | None, "blocks changed, the last ones; None: all", at_least(0)] = 2,
     head: Annotated[bool, "replace the output head too"] = False,
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", between(1, 1000)
     ] = 16,
-    seed: Annotated[int, "seed of k-means", at_least(0)] = 0,
+    seed: Annotated[int, "seed of k-means", SEEDS] = 0,
 ):
     """Replace input segments by their nearest k-means centroids and look up their products.
 
@@ -57,6 +56,8 @@ def lut_centroid(
     Fidelity:  a reconstruction from abstracts and summaries: the plain form of product
                quantization, which the papers improve (Notes).
     Kind:      approximate: replaces x by its nearest centroids. The product with those is exact.
+               By default in the last 2 blocks only, whose price is small; in all of them a model
+               that was not trained for it breaks down (Notes).
     Idea:      Round each segment of an input to one of a few vectors, whose products are known.
     Offline:   cut calibration inputs x into segments x_c of `length` numbers, c = 0, 1, ...
                centroid[c, j] = k-means of x_c, j < centroids
@@ -66,8 +67,8 @@ def lut_centroid(
     Saves:     in * out multiply-adds become in * out / length reads and as many additions, and
                in * centroids multiplications. Tables take centroids / length times the weights.
     In NumPy:  0.3x the speed of dense: gathering rows is slower than BLAS.
-    Not for:   models that were not trained for it: ``stories`` breaks down at the defaults (Notes).
-               q k^T and p v, where both sides change; models without a tokenizer. On text unlike
+    Not for:   memory, which grows: by 0.35x for each block of stories that is changed. All blocks of
+               a model that was not trained for it. q k^T and p v, where both sides change; models without a tokenizer. On text unlike
                the calibration text, centroids may be worse.
     Proof:     tests/precompute/test_lut_centroid.py; literal version:
                tests/precompute/literal_lut_centroid.py

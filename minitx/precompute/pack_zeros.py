@@ -3,18 +3,26 @@
 The card, the part that unpacks and multiplies (online), notes.
 """
 
+import warnings
 from typing import Annotated
 
 import numpy as np
 
 from minitx import ledger, ops
+from minitx.errors import MinitxWarning
 from minitx.model import Linear
 from minitx.shared.linears import change_linears, linears
 from minitx.technique import at_least, technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=True, neutral={"min_sparsity": 1.1}, after=("low_rank",))
+@technique(
+    level="matrices",
+    exact=True,
+    neutral={"min_sparsity": 1.1},
+    after=("low_rank",),
+    demo={"min_sparsity": 0.0},
+)
 def pack_zeros(
     lm,
     *,
@@ -22,7 +30,7 @@ def pack_zeros(
         float,
         "pack only matrices with at least this share of zeros; above 1: none",
         at_least(0),
-    ] = 0.0,
+    ] = 0.04,
 ):
     """Store a pruned matrix as its nonzero values and a bitmask; unpack it for each product.
 
@@ -40,12 +48,21 @@ def pack_zeros(
     Proof:     tests/precompute/test_pack_zeros.py;
                literal version: tests/precompute/literal_pack_zeros.py
     """
+    found = linears(lm.model, "all")
+    wanted = {key: linear for key, linear in found.items() if sparsity(linear.w) >= min_sparsity}
+    if not wanted and min_sparsity <= 1:
+        warnings.warn(
+            f"pack_zeros packed nothing: no matrix has a share of {min_sparsity:g} or more of "
+            "zeros; prune first (--prune).",
+            MinitxWarning,
+            stacklevel=2,
+        )
+    return change_linears(lm, wanted, BitmaskLinear.of)
 
-    def packed(linear: Linear) -> Part:
-        sparsity = 1 - np.count_nonzero(linear.w) / linear.w.size
-        return BitmaskLinear.of(linear) if sparsity >= min_sparsity else linear
 
-    return change_linears(lm, linears(lm.model, "all"), packed)
+def sparsity(w) -> float:
+    """The share of zeros."""
+    return 1 - np.count_nonzero(w) / w.size
 
 
 @part

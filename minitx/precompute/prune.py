@@ -17,12 +17,24 @@ from minitx.shared.linears import change_linears, linears
 from minitx.shared.share import share_of
 from minitx.technique import at_least, technique
 
+SPARSITY = 0.3  # the default
+HALF = 0.5  # what 2:4 and 4:8 zero
 
-@technique(level="pruning", exact=False, neutral={"sparsity": 0.0})
+
+@technique(
+    level="pruning",
+    exact=False,
+    neutral={"sparsity": 0.0},
+    presets={"paper": {"sparsity": 0.5}},
+)
 def prune(
     lm,
     *,
-    sparsity: Annotated[float, "share of the weights that become zero", at_least(0, below=1)] = 0.5,
+    sparsity: Annotated[
+        float | None,
+        "share of the weights that become zero; default: 0.3, or half with scope=N:M",
+        at_least(0, below=1),
+    ] = None,
     method: Annotated[Literal["wanda", "magnitude"], "how a weight is scored"] = "wanda",
     scope: Annotated[
         Literal["output", "matrix", "global", "2:4", "4:8"],
@@ -31,7 +43,9 @@ def prune(
     ] = "output",
     matrices: Annotated[Literal["all", "ffn", "attention"], "which matrices are pruned"] = "all",
     stories: Annotated[
-        int, "calibration stories (with calibrate: passages of the text) for wanda", at_least(1)
+        int,
+        "calibration stories (with calibrate: passages of the text) for wanda",
+        at_least(1, limit=1000),
     ] = 16,
 ):
     """Zero the least important weights (magnitude, Wanda, or N:M).
@@ -55,6 +69,8 @@ def prune(
     Proof:     tests/precompute/test_prune.py; literal version: tests/precompute/literal_prune.py
     Tutorial:  tutorials/09_fewer_weights.py
     """
+    if sparsity is None:
+        sparsity = HALF if scope in N_OF_M else SPARSITY
     check_scope(sparsity, method, scope)
     wanted = linears(lm.model, matrices)
     if not sparsity:
@@ -81,7 +97,7 @@ N_OF_M = {"2:4": (2, 4), "4:8": (4, 8)}
 
 
 def check_scope(sparsity: float, method: str, scope: str) -> None:
-    if scope in N_OF_M and sparsity not in (0, 0.5):
+    if scope in N_OF_M and sparsity not in (0, HALF):
         raise MinitxError(
             f"prune: scope={scope} zeroes half of the weights, but sparsity is {sparsity:g}; use "
             "sparsity=0.5 or another scope."

@@ -17,11 +17,17 @@ from minitx.technique import at_least, need, swap, technique
 from minitx.tree import Part, walk
 
 
-@technique(level="pruning", exact=False, neutral={"neurons": 0.0, "heads": 0.0}, after=("prune",))
+@technique(
+    level="pruning",
+    exact=False,
+    neutral={"neurons": 0.0, "heads": 0.0},
+    after=("prune",),
+    presets={"aggressive": {"neurons": 0.25}},
+)
 def prune_structure(
     lm,
     *,
-    neurons: Annotated[float, "share of the FFN neurons to remove", at_least(0, below=1)] = 0.25,
+    neurons: Annotated[float, "share of the FFN neurons to remove", at_least(0, below=1)] = 0.1,
     heads: Annotated[float, "share of the attention heads to remove", at_least(0, below=1)] = 0.0,
     heads_by: Annotated[
         Literal["groups", "queries"],
@@ -34,7 +40,7 @@ def prune_structure(
     stories: Annotated[
         int,
         "calibration stories (with calibrate: passages of the text) for activations",
-        at_least(1),
+        at_least(1, limit=1000),
     ] = 16,
 ):
     """Remove the least important FFN neurons and attention heads from every block.

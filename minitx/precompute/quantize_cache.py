@@ -11,13 +11,16 @@ from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Cache
 from minitx.shared.int4 import pack_int4, unpack_int4
+from minitx.shared.shapes_seen import cached_widths
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.state import Layer
 from minitx.technique import at_least, swap, technique
 from minitx.tree import Part, float_type, part
 
 
-@technique(level="attention", exact=False, neutral={"bits": 32})
+@technique(
+    level="attention", exact=False, neutral={"bits": 32}, presets={"aggressive": {"bits": 4}}
+)
 def quantize_cache(
     lm,
     *,
@@ -53,19 +56,22 @@ def quantize_cache(
     """
     if bits == 32:
         return lm
-    check_group_size(group_size, bits, lm.model.config.head_width)
+    check_group_size(group_size, bits, cached_widths(lm.model))
     dtype = float_type(lm.model).name
     return swap(lm, Cache, lambda cache: QuantizedCache(bits, group_size, dtype))
 
 
-def check_group_size(group_size: int | None, bits: int, head_width: int) -> None:
-    g = group_size or head_width
-    if head_width % g or (bits == 4 and g % 2):
-        even = "even and " if bits == 4 else ""
-        raise MinitxError(
-            f"quantize_cache: group_size must be {even}a divisor of the head width {head_width}; "
-            f"got {group_size}."
-        )
+def check_group_size(group_size: int | None, bits: int, widths: set[int]) -> None:
+    """Refuse groups that do not divide the widths of cached keys and values: the head width,
+    unless another technique caches something else."""
+    for width in sorted(widths - {0}):
+        g = group_size or width
+        if width % g or (bits == 4 and g % 2):
+            even = "even and " if bits == 4 else ""
+            raise MinitxError(
+                f"quantize_cache: group_size must be {even}a divisor of the head width {width}; "
+                f"got {group_size}."
+            )
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -94,6 +100,7 @@ class QuantizedCache(Part):
         """x (..., K, T, d) -> bytes (..., K, T, d*bits/8 + bytes of scales), as uint8."""
         if not x.shape[-1]:  # values have width 0 with slim_attention, which caches keys alone
             return x
+        x = np.ascontiguousarray(x)  # a product may be a transpose, whose rows have no bytes apart
         groups = x.reshape(*x.shape[:-1], -1, self.group_size or x.shape[-1])  # (..., d / g, g)
         codes, scales = quantize_symmetric(groups, self.bits)
         codes = codes.astype(np.int8).reshape(x.shape)

@@ -15,11 +15,17 @@ from minitx.technique import between, technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=False, neutral={"share": 1.0}, after=("low_rank",))
+@technique(
+    level="matrices",
+    exact=False,
+    neutral={"share": 1.0},
+    after=("low_rank",),
+    presets={"aggressive": {"bits": 4}},
+)
 def separate_magnitudes(
     lm,
     *,
-    bits: Annotated[int, "bits of a quantized weight", between(2, 8)] = 4,
+    bits: Annotated[int, "bits of a quantized weight", between(2, 8)] = 5,
     share: Annotated[
         float, "share of each output's weights that stays in float", between(0, 1)
     ] = 0.01,
@@ -34,7 +40,7 @@ def separate_magnitudes(
                al., 2023, arXiv 2306.07629) and SpQR (Dettmers et al., 2023, arXiv 2306.03078).
     Fidelity:  the plain form, our own choices: each output keeps its own largest. Both papers
                choose weights, grids and scales with more care.
-    Kind:      approximate; exact at share=1, which quantizes no weight.
+    Kind:      approximate; exact at share=1, which leaves every matrix as it is.
     Idea:      One large weight stretches the scale of all that share it. Without it, the same bits
                make finer steps.
     Offline:   for each output o of W (in, out), k = share * in (at least 1 unless share is 0):
@@ -50,8 +56,13 @@ def separate_magnitudes(
     Proof:     tests/precompute/test_separate_magnitudes.py; literal version:
                tests/precompute/literal_separate_magnitudes.py
     """
-    wanted = linears(lm, matrices)
-    return change_linears(lm, wanted, lambda linear: OutlierLinear.of(linear, bits, share))
+
+    def separate(linear: Linear) -> Part:
+        if outliers(len(linear.w), share) == len(linear.w):  # every weight stays in float
+            return linear
+        return OutlierLinear.of(linear, bits, share)
+
+    return change_linears(lm, linears(lm, matrices), separate)
 
 
 # Online ------------------------------------------------------------------------------------------

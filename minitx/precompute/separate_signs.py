@@ -36,6 +36,7 @@ def separate_signs(
     Fidelity:  our own: plain algebra.
     Kind:      exact; the difference of two sums rounds more coarsely than one sum. With bits= it is
                approximate: inputs take 8 bits, weights `bits`; the split itself stays exact.
+               No saving on the shipped models: what it shows is for hardware without signs.
     Idea:      Without signs, a sum of products only rises: it is largest at its end, and a bound on
                it is known before any input.
     Offline:   W+ = max(W, 0),  W- = max(-W, 0),  so W = W+ - W-                     W (in, out)

@@ -177,6 +177,9 @@ def projections(attn: Attention) -> tuple[np.ndarray, np.ndarray]:
     if not maps or any(type(child) is not Linear for child in maps):
         raise NoSuchPart(QKV, found=attn.qkv)
     D, inner = len(maps[0].w), len(attn.out.w)
+    kv_width = inner // attn.heads * attn.kv_heads
+    if sum(m.w.shape[1] for m in maps) != inner + 2 * kv_width:  # one was removed (InputIsQ)
+        raise NoSuchPart(QKV, found=attn.qkv)
     if attn.kv_heads != attn.heads:
         raise MinitxError(
             "slim_attention needs one key head per query head, from which to compute the values; "

@@ -20,8 +20,18 @@ def linears(root: Part, matrices: str) -> dict[int, Linear]:
         if type(node) is Linear
     }
     if not found:
-        raise NoSuchPart(Linear)
+        raise NoSuchPart(Linear, found=other_matrix(root, above))
     return found
+
+
+MATRICES = ("q", "k", "v", "out", "gate", "up", "down")  # the fields that hold a matrix
+
+
+def other_matrix(root: Part, above: tuple[type, ...]) -> Part | None:
+    """The first part that another technique has put where a model has a matrix."""
+    owners = (owner for _, owner in walk(root) if type(owner) in above)
+    fields = (vars(node).get(name) for o in owners for _, node in walk(o) for name in MATRICES)
+    return next((found for found in fields if isinstance(found, Part)), None)
 
 
 def change_linears(root: Part, wanted: dict[int, Linear], make: Callable[[Linear], Part]) -> Part:

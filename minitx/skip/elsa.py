@@ -15,13 +15,21 @@ from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Attend
 from minitx.progress import bar
+from minitx.shared.break_even import check_selection
+from minitx.shared.shapes_seen import score_shapes
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
 from minitx.state import Layer
-from minitx.technique import at_least, between, swap, technique, wrap
+from minitx.technique import SEEDS, at_least, between, swap, technique, wrap
 from minitx.tree import Part, float_type, part, table
 
 
-@technique(level="scores", exact=False, neutral={"p": 0.0}, event=("keys kept", "keys seen"))
+@technique(
+    level="scores",
+    exact=False,
+    neutral={"p": 0.0},
+    event=("keys kept", "keys seen"),
+    presets={"aggressive": {"p": 2.0}},
+)
 def elsa(
     lm,
     *,
@@ -31,7 +39,11 @@ def elsa(
     threshold: Annotated[
         float | None, "one threshold t for all heads; nothing is learned, and p has no effect"
     ] = None,
-    bits: Annotated[int | None, "hash length k; default: the head width", between(1, 4096)] = None,
+    bits: Annotated[
+        int | None,
+        "hash length k; default: the width of a key; if that is below 64, twice as many, up to 64",
+        between(1, 512),
+    ] = None,
     angle_bias: Annotated[
         float | None,
         "subtracted from estimated angles, in radians; default: simulated for d and k",
@@ -40,15 +52,16 @@ def elsa(
     stories: Annotated[
         int,
         "calibration stories (with calibrate: passages of the text) to learn thresholds from",
-        at_least(1),
+        at_least(1, limit=1000),
     ] = 8,
     min_visible: Annotated[
-        int,
+        int | None,
         "learn only from queries that see at least this many keys: with fewer, p/n is close to 1 "
-        "and the sample says little",
+        "and the sample says little; default: 64, or half of the longest calibration text if that "
+        "is less",
         at_least(1),
-    ] = 1,
-    seed: Annotated[int, "of the random projection", at_least(0)] = 0,
+    ] = None,
+    seed: Annotated[int, "of the random projection", SEEDS] = 0,
 ):
     """Select keys by comparing sign hashes, then score only those.
 
@@ -81,28 +94,45 @@ def elsa(
     Proof:     tests/skip/test_elsa.py; literal version: tests/skip/literal_elsa.py
     Tutorial:  tutorials/06_which_keys_matter.py
     """
-    config, dtype = lm.model.config, float_type(lm.model)
-    d, heads = config.head_width, (config.layers, config.heads)
-    bits = d if bits is None else bits
-    bias = simulate_angle_bias(d, bits, seed) if angle_bias is None else angle_bias
+    config, shapes, dtype = lm.model.config, score_shapes(lm.model), float_type(lm.model)
+    learned = None
     if threshold is None and p > 0:
         texts = calibration_ids(
             "elsa", lm, stories, "give all heads one threshold, such as threshold=0.3"
         )
-        thresholds = learn_thresholds(lm, p, texts, min_visible)  # (L, H)
-    else:
-        thresholds = np.full(heads, -math.inf if threshold is None else threshold)
-    thresholds, cosines = thresholds.astype(dtype), cosine_table(bits, bias).astype(dtype)
+        if min_visible is None:
+            min_visible = min(64, max(1, max(map(len, texts)) // 2))
+        learned = learn_thresholds(lm, p, texts, min_visible)  # (L, H)
+
+    def sparse(dense: Attend, index: int) -> Part:
+        H, _, d = shapes[id(dense)]
+        k = hash_length(d) if bits is None else bits
+        bias = simulate_angle_bias(d, k, seed) if angle_bias is None else angle_bias
+        same = np.full(H, -math.inf if threshold is None else threshold)
+        thresholds = same if learned is None else learned[index]
+        hashed = sign_hash(d, k, seed, dtype)  # all layers share its arrays
+        cosines = cosine_table(k, bias).astype(dtype)
+        selector = HashSelector(hashed, bias, cosines, thresholds.astype(dtype))
+        return SparseAttention(selector, dense.scale)
+
+    d = config.head_width
+    length = hash_length(d) if bits is None else bits
+    hashing = -(-length // d) * sum(factor_sizes(d)) * d  # of one vector
+    own_key = (hashing + d) / config.group  # hash and norm, once for the query heads that share it
+    check_selection("elsa", config, hashing + own_key, 1, f"use bits={d} or fewer")
 
     def change(attn: Part, index: int) -> Part:
-        hashed = sign_hash(d, bits, seed, dtype)  # all layers share its arrays
-        selector = HashSelector(hashed, bias, cosines, thresholds[index])
-        return swap(attn, Attend, lambda dense: SparseAttention(selector, dense.scale))
+        return swap(attn, Attend, lambda dense: sparse(dense, index))
 
     return wrap(lm, "attn", change)
 
 
 # Online: estimate and select ---------------------------------------------------------------------
+
+
+def hash_length(d: int) -> int:
+    """The default number of bits for keys of width d."""
+    return min(2 * d, max(64, d))
 
 
 @part

@@ -16,7 +16,7 @@ from minitx.errors import MinitxError
 from minitx.model import Stack
 from minitx.progress import bar
 from minitx.state import Layer
-from minitx.technique import at_least, blocks_of, need, technique, wrap
+from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, walk
 
 
@@ -45,9 +45,9 @@ def layer_skip(
         "how they are selected; default: influence for layers, similarity for sub-layers",
     ] = None,
     stories: Annotated[
-        int, "calibration stories (with calibrate: passages of the text)", at_least(1)
+        int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 16,
-    seed: Annotated[int, "of choose=random", at_least(0)] = 0,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Drop a fixed list of layers, or of attention and FFN sub-layers.
 

@@ -182,7 +182,7 @@ def test_nan_or_inf_in_weights_is_rejected(write_file, version, bad):
 def test_missing_file_and_wrong_dtype_are_rejected(write_file, tmp_path):
     with pytest.raises(MinitxError, match="no such file"):
         read_llama2c(tmp_path / "none.bin")
-    with pytest.raises(MinitxError, match="no such file"):
+    with pytest.raises(MinitxError, match="is a folder; expected a regular file"):
         read_llama2c(tmp_path)
     with pytest.raises(MinitxError, match="float32 or float64"):
         read_llama2c(write_file(valid_file(0)), np.float16)

@@ -58,6 +58,26 @@ def test_nucleus_ends_exactly_at_mass_p():
     assert nucleus(np.array([1.0]), 0.5).tolist() == [True]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "equal, mass, kept",
+    [(10, 0.9, 9), (4, 0.5, 2), (3, 2 / 3, 2), (10, 0.3, 3), (7, 3 / 7, 3), (50_000, 0.9, 45_000)],
+)
+def test_nucleus_of_equal_logits_keeps_the_smallest_set(equal, mass, kept, dtype):
+    """Nine times 0.1 is 0.8999999999999999 in floats, and still reaches 0.9."""
+    found = probabilities(np.full(equal, -1.7, dtype), top_p=mass)
+    assert (found > 0).tolist() == [True] * kept + [False] * (equal - kept)
+
+
+@pytest.mark.parametrize("shift", [0, 5, -13, 30])
+def test_nucleus_reaches_the_mass_despite_rounded_logits(shift):
+    """The logarithms of 1/2, 1/4 and 1/4 are off by up to 1e-6 in float32, and the sum of the first
+    two probabilities too. What is short by more than rounding does not reach the mass."""
+    logits = (np.log(np.array([0.25, 0.5, 0.25])) + shift).astype(np.float32)
+    assert (probabilities(logits, top_p=0.75) > 0).tolist() == [True, True, False]
+    assert (probabilities(logits, top_p=0.75001) > 0).all()
+
+
 def slow_probabilities(logits, temperature, top_k, top_p):
     """Everything sorted, one number at a time, in exact sums."""
     ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
@@ -141,6 +161,27 @@ def test_draw_by_hand(uniform, token):
     assert sampler.draw(np.array([0, 1, 0, 3, 0])) == token  # the sum need not be 1
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int64, np.uint64])
+def test_options_of_any_number_type_are_converted_once(kind):
+    """An unsigned 2 negated is 254, so as an index it would keep nearly everything."""
+    expected = probabilities(np.arange(20.0), top_k=2, top_p=0.5, temperature=3)
+    half = np.float16(0.5)
+    found = Sampler(kind(3), kind(2), half, kind(100))
+    assert (found.probabilities(np.arange(20.0)) == expected).all()
+    assert (type(found.temperature), type(found.top_k)) == (float, int)
+    assert (type(found.top_p), type(found.seed)) == (float, int)
+
+
+@pytest.mark.parametrize("option", [{"seed": 0}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_sampling_option_without_a_temperature_implies_temperature_1(option):
+    assert Sampler(**option).temperature == 1 and Sampler().temperature == 0
+    assert Sampler(0, **option).temperature == 0, "an explicit 0 stays greedy"
+
+
+def test_huge_integers_are_options_too():
+    assert Sampler(top_k=10**5000, seed=10**5000).probabilities(np.zeros(3)).tolist() == [1 / 3] * 3
+
+
 def test_draw_frequencies_match_probabilities():
     logits = np.random.default_rng(4).standard_normal(12)
     sampler, draws = Sampler(0.8, top_k=9, top_p=0.95, seed=11), 8_000
@@ -178,7 +219,13 @@ def test_seed_gives_the_same_tokens_on_every_machine():
         ({"temperature": math.nan}, "temperature must be .*, got nan"),
         ({"temperature": math.inf}, "temperature must be .*, got inf"),
         ({"temperature": "hot"}, "temperature must be .*, got 'hot'"),
-        ({"temperature": None}, "temperature must be .*, got None"),
+        ({"temperature": True}, "temperature must be .*, got True"),
+        ({"temperature": 10**400}, "temperature must be .*, got an integer of 1329 bits"),
+        ({"top_k": np.True_}, "top_k must be .*, got "),
+        ({"top_p": 10**5000}, "top_p must be .*, got an integer of"),
+        ({"top_p": np.float32(1.5)}, "top_p must be .*, got "),
+        ({"seed": np.int8(-1)}, "seed must be .*, got "),
+        ({"seed": True}, "seed must be .*, got True"),
         ({"top_k": 0}, "top_k must be .*, got 0"),
         ({"top_k": 2.5}, "top_k must be .*, got 2.5"),
         ({"top_k": "2"}, "top_k must be .*, got '2'"),

@@ -80,7 +80,14 @@ def test_seed_decides_the_samples():
         assert lm.generate("on", 30, 1.0, seed=seed) == text
         assert "".join(lm.stream("on", 30, temperature=1.0, seed=seed)) == text
     assert len({lm.generate("on", 30, 1.0) for _ in range(3)}) == 3
-    assert lm.generate("on", 30) == lm.generate("on", 30, seed=5)  # nothing is drawn
+    assert lm.generate("on", 30) == lm.generate("on", 30, 0, seed=5)  # nothing is drawn
+    assert lm.generate("on", 30, seed=5) == lm.generate("on", 30, 1, seed=5), "1 is implied"
+
+
+def test_batch_seed_of_a_small_integer_type_does_not_wrap():
+    """Row i is sampled with seed + i, and np.uint8(255) + 1 is 0."""
+    lm, prompts = tiny_lm(), ["on", "on", "ce"]
+    assert lm.generate(prompts, 12, seed=np.uint8(255)) == lm.generate(prompts, 12, seed=255)
 
 
 def test_empty_text_starts_from_the_beginning_of_text_token():

@@ -240,3 +240,60 @@ def test_explicit_causal_mask_equals_built_in_mask(T, S):
     mask = np.arange(S) > np.arange(S - T, S)[:, None]
     found, expected = ops.attention(q, k, v, 0.5, mask), ops.attention(q, k, v, 0.5)
     np.testing.assert_allclose(found, expected, atol=1e-14)
+
+
+# The end of the context ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["one", "batch"])
+def test_context_end_is_refused_and_leaves_the_state_usable(family, lead):
+    model = tiny_model(family, dtype=np.float64)
+    ids = np.broadcast_to(np.arange(60) * 7 % 258, (*lead, 60))
+    whole, state = model(ids[..., :48]), model.new_state()
+    for a, b in ((0, 20), (20, 47)):
+        model(ids[..., a:b], state)
+    for use in (model, model.next_logits, model.hidden):
+        for T in (2, 13):  # one token would fit
+            with pytest.raises(MinitxError, match=f"would grow to {47 + T} tokens .* 48"):
+                use(ids[..., 47 : 47 + T], state)
+    for other in (state, state.fork(), state.fork(30)):
+        found = model(ids[..., other.position : 48], other)
+        np.testing.assert_allclose(found[..., -1, :], whole[..., -1, :], atol=1e-12)
+        with pytest.raises(MinitxError, match="would grow to 49 tokens"):
+            model(ids[..., 48:49], other)
+        other.rewind(0)
+        with pytest.raises(MinitxError, match="would grow to 49 tokens"):
+            model(ids[..., :49], other)
+    with pytest.raises(MinitxError, match="would grow to 60 tokens"):
+        model(ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_state_of_another_model_is_refused(family):
+    """A longer context would look up positions beyond the end of the tables: with learned positions
+    one token's logits would be silently empty."""
+    model, longer = tiny_model(family), tiny_model(family, context=96)
+    state = longer.new_state()
+    longer(np.arange(48), state)
+    with pytest.raises(MinitxError, match="context of 96, .* 48; make one with model.new_state"):
+        model([1], state)
+    with pytest.raises(MinitxError, match="for 3 blocks"):
+        model([1], tiny_model(family, layers=3).new_state())
+
+
+def test_ids_of_another_batch_shape_are_refused():
+    model, state = tiny_model(), tiny_model().new_state()
+    model([1, 2, 3], state)
+    for ids in ([[1], [2]], [[1]]):
+        with pytest.raises(MinitxError, match=r"batch of shape \(\) .* use a new state"):
+            model(ids, state)
+    with pytest.raises(MinitxError, match="batch of shape"):
+        model([1], model.new_state(np.array([0, 1])))
+
+
+@pytest.mark.parametrize("ids", [5, [], [1.0], ["a"], None], ids=str)
+def test_ids_that_are_no_list_of_integers_are_refused(ids):
+    for state in (None, tiny_model().new_state()):
+        with pytest.raises(MinitxError, match="Expected token ids as a list or an array of int"):
+            tiny_model()(ids, state)

@@ -1,6 +1,7 @@
 """The machinery: options, order, refusals, swapping, cards, flags; on made-up techniques."""
 
 import json
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ import minitx
 from minitx import technique as module
 from minitx.cli import main
 from minitx.errors import MinitxError
+from minitx.lab.sweep import settings
 from minitx.model import FFN, QKV, SwiGLU
 from minitx.technique import Option, apply, find, need, read_card, swap, technique, wrap
 from minitx.tree import Part, part
@@ -40,7 +42,8 @@ def made_up(monkeypatch):
             return swap(lm, FFN, lambda ffn: Wrapped(ffn, name))
 
         function.__name__ = name
-        technique(level=level, exact=True, neutral={})(function)
+        presets = {"twice": {"times": 2}, "half": {"share": 0.5, "mode": "b"}}
+        technique(level=level, exact=True, neutral={}, presets=presets)(function)
 
     def swallow(lm):
         """Swallow the expansion."""
@@ -92,7 +95,7 @@ def test_two_techniques_for_the_same_part_are_refused_by_name(made_up):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner": {"tmes": 1}}, "inner has no option 'tmes'; choose from times, mode, share."),
+        ({"inner": {"tmes": 1}}, "inner has no option 'tmes'; choose from preset, times,"),
         ({"inner": {"times": 1.5}}, "inner: times must be an integer; got 1.5."),
         ({"inner": {"times": True}}, "times must be an integer; got True"),
         ({"inner": {"mode": "c"}}, "must be one of a, b"),
@@ -100,8 +103,16 @@ def test_two_techniques_for_the_same_part_are_refused_by_name(made_up):
         ({"inner": {"share": float("nan")}}, "must be a number or None"),
         ({"inner": 3}, "inner must be True, False or a dict of options .*, got 3"),
         ({"iner": True}, "There is no technique 'iner'; did you mean 'inner'?"),
-        ({"zzz": True}, "There is no technique 'zzz'; known: .*inner.*outer"),
+        ({"zzz": True}, "There is no technique 'zzz'; minitx list shows all of them."),
         ({"swallow": {"a": 1}}, "swallow has no option 'a'; it takes none."),
+        ({"swallow": {"preset": "twice"}}, "swallow has no option 'preset'; it takes none."),
+        (
+            {"inner": {"preset": "twise"}},
+            r"inner: preset must be one of default, twice, half \(did you mean 'twice'\?\); got "
+            "'twise'.",
+        ),
+        ({"inner": {"preset": 2}}, "inner: preset must be one of default, twice, half; got 2."),
+        ({"inner": {"preset": "twice", "times": "x"}}, "inner: times must be an integer; got 'x'."),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(made_up, options, message):
@@ -117,6 +128,32 @@ def test_numpy_numbers_are_converted(made_up):
     assert (times, share) == (2, 0.5) and type(times) is int and type(share) is float
     with pytest.raises(MinitxError, match="inner: times must be an integer; got .*2.0"):
         apply(tiny_lm(), {"inner": {"times": np.float64(2)}})
+
+
+def test_preset_stands_for_its_options_and_further_ones_override_them(made_up):
+    inner = find("inner")
+    assert inner.checked({"preset": "half"}) == {"share": 0.5, "mode": "b"}
+    assert inner.checked({"mode": "a", "preset": "half"}) == {"share": 0.5, "mode": "a"}
+    assert inner.checked({"preset": "default"}) == {}, "the defaults by their name"
+    for words in (["preset=half", "share=1"], ["share=1", "preset=half"]):  # in any order
+        assert inner.read(words) == {"share": 1.0, "mode": "b"}
+    apply(tiny_lm(), {"inner": {"preset": "half"}})
+    assert made_up == [("inner", 1, "b", 0.5)], "the technique sees options, no preset"
+    assert inner.presets["half"] == {"share": 0.5, "mode": "b"}, "a preset is not changed by use"
+
+
+def test_preset_is_explained_and_swept(made_up, capsys):
+    assert main(["explain", "inner"]) == 0
+    assert "preset=NAME" in (text := capsys.readouterr().out)
+    assert "  half   share=0.5 mode=b\n" in text
+    assert main(["explain", "inner", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["presets"]["twice"] == {"times": 2}
+    inner = find("inner")
+    assert settings(inner, ["preset=default,half", "times=2,3"]) == [
+        {"preset": preset, "times": times} for preset in ("default", "half") for times in (2, 3)
+    ]
+    with pytest.raises(MinitxError, match="preset must be one of"):
+        settings(inner, ["preset=half,halv"])
 
 
 def test_options_are_parsed_from_words(made_up):
@@ -195,7 +232,7 @@ def test_flags_may_be_anywhere(toy, capsys):
         ["generate", "Once", "-m", "toy", "--fold-norms", "-n", "5", "--fuse-projections"],
         ["generate", "-m", "toy", "-n", "5", "--fold_norms", "--", "Once"],
     ):
-        assert main(words) == 0
+        assert main([*words[:1], "-t", "0", *words[1:]]) == 0
         assert capsys.readouterr().out == f"Once{minitx.load('toy').generate('Once', 5)}\n"
     assert main(["show", "-m", "toy", "--fuse-projections"]) == 0
     assert "FusedQKV" in capsys.readouterr().out
@@ -221,8 +258,9 @@ def test_bad_flags_are_refused_in_one_sentence(toy, capsys, words, message):
 
 def test_list_and_explain(capsys):
     assert main(["list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [t.flag for t in module.techniques()]
+    out = capsys.readouterr().out
+    assert re.findall(r"^  (--[\w-]+)  ", out, re.M) == [t.flag for t in module.techniques()]
+    assert re.search(r"^weights\n  --fold-norms +=  Fold each", out, re.M), "by level, = exact"
     assert main(["list", "--json"]) == 0
     assert {row["flag"] for row in json.loads(capsys.readouterr().out)} >= {"--fold-norms"}
     assert main(["explain", "fold-norms"]) == 0

@@ -26,5 +26,7 @@ def function_table(f):
     return [None if math.isnan(x) else f(x) for x in inputs]
 
 
-def look_up(table, x):
-    return table[to_bits(x)]
+def look_up(table, x, f):
+    """f of the float16 nearest to x; beyond the largest, f(x) itself."""
+    bits = to_bits(x)
+    return f(x) if bits in (0x7C00, 0xFC00) else table[bits]

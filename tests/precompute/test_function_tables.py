@@ -37,7 +37,8 @@ def test_function_table_equals_the_literal_version():
     np.testing.assert_array_equal(found.values[numbers], [x for x in expected if x is not None])
     assert np.isnan(found.values[~np.array(numbers)]).all()
     x = [*np.random.default_rng(1).normal(0, 30, 500), 1e-9, 65519.0, math.inf, -math.inf]
-    np.testing.assert_array_equal(found(np.array(x)), [literal.look_up(expected, a) for a in x])
+    looked_up = [literal.look_up(expected, a, square) for a in x]
+    np.testing.assert_array_equal(found(np.array(x)), looked_up)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -54,6 +55,20 @@ def test_all_65536_float16_inputs_give_the_bits_of_the_function(f, dtype):
     np.testing.assert_array_equal(
         found[~numbers].view(bits), given.view(bits), err_msg="NaN stays the same NaN"
     )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("f", ops.ACTIVATIONS.values(), ids=ops.ACTIVATIONS)
+def test_inputs_beyond_float16_give_the_function_itself(f, dtype):
+    """65,520 is the first number that float16 rounds to Inf; silu(-Inf) = -Inf / Inf is NaN."""
+    ends = np.array([65504, 65519.5, 65520, 7e4, 1e6, 1e30], dtype)
+    x = np.stack([ends, -ends, np.ones_like(ends)])
+    with np.errstate(over="ignore"):
+        found, expected = FunctionTable.make(f, dtype)(x), f(x)
+    inside = abs(x) < 65520
+    assert np.isfinite(found).all() and found.dtype == dtype
+    np.testing.assert_array_equal(found[~inside], expected[~inside], "beyond float16")
+    np.testing.assert_allclose(found[inside], expected[inside], rtol=5e-4, atol=1e-7)
 
 
 def test_other_inputs_are_rounded_to_float16():

@@ -1,5 +1,7 @@
 """low_rank: the factors, the rank, when they are smaller, what they save."""
 
+from dataclasses import replace
+
 import literal_low_rank as literal
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.model import Linear
 from minitx.precompute.low_rank import LowRank, break_even, chosen_rank, factors, pays, root_of
-from minitx.shared.linears import linears
+from minitx.shared.linears import change_linears, linears
 from minitx.shared.observed_inputs import Rows, watch_inputs
 from minitx.technique import apply
 from minitx.tree import nbytes, walk
@@ -215,8 +217,9 @@ def test_fused_projections_get_one_pair_of_factors():
     "options, message",
     [
         ({"rank": 0}, "rank must be an integer, at least 1, or None; got 0"),
-        ({"rank": 2, "energy": 0.5}, "got both rank and energy; give only one of them"),
-        ({"share": 0.0}, "share must be a number, above 0 and at most 1; got 0.0"),
+        ({"rank": 2, "energy": 0.5}, "got rank and energy; give only one of them"),
+        ({"rank": 2, "share": 0.5}, "got share and rank; give only one of them"),
+        ({"share": 0.0}, "share must be a number, above 0 and at most 1, or None; got 0.0"),
         ({"energy": 1.5}, "energy must be a number, above 0 and at most 1, or None; got 1.5"),
         ({"damping": 0.0}, "damping must be a number, above 0 and at most 100; got 0.0"),
     ],
@@ -226,8 +229,22 @@ def test_bad_options_are_refused(options, message):
         factorized(tiny_lm(), **options)
 
 
+def test_default_is_an_energy_of_0_995():
+    """Random matrices keep all of theirs in no fewer directions; some of rank 3 are factorized."""
+    dense = tiny_lm()
+    assert not [n for _, n in walk(factorized(dense)) if type(n) is LowRank], "no rank is smaller"
+    ffn = linears(dense.model, "ffn")
+    thin = change_linears(dense, ffn, lambda m: replace(m, w=product(at_rank(m.w, 3))))
+    found, expected, less = (
+        factorized(thin, **o) for o in ({}, {"energy": 0.995}, {"energy": 0.9})
+    )
+    assert len([n for _, n in walk(found) if type(n) is LowRank]) == len(ffn)
+    np.testing.assert_array_equal(found.logits(IDS), expected.logits(IDS))
+    assert nbytes(less) < nbytes(found)
+
+
 def test_model_without_a_tokenizer_is_factorized_by_its_weights():
     lm = tiny_lm(tokenizer=None)
     with pytest.raises(MinitxError, match="low_rank learns from calibration text"):
         factorized(lm)
-    assert nbytes(factorized(lm, weighted=False)) < nbytes(lm)
+    assert nbytes(factorized(lm, share=0.75, weighted=False)) < nbytes(lm)

@@ -72,12 +72,13 @@ def test_kmeans_of_few_different_points_finds_each_of_them():
 
 
 def test_queries_keys_and_values_share_their_centroids():
-    lm = apply(tiny_lm(dtype=np.float64), {"lut_centroid": dict(stories=2)})
+    lm = apply(tiny_lm(dtype=np.float64), {"lut_centroid": dict(stories=2, layers=None)})
     for block in lm.model.stack.blocks:
         q, k, v, out = block.attn.qkv.q, block.attn.qkv.k, block.attn.qkv.v, block.attn.out
         assert q.codebook is k.codebook is v.codebook is not out.codebook
         assert block.ffn.expand.gate.codebook is block.ffn.expand.up.codebook
-    fused = apply(tiny_lm(), {"lut_centroid": dict(stories=2), "fuse_projections": True})
+    options = dict(stories=2, layers=None)
+    fused = apply(tiny_lm(), {"lut_centroid": options, "fuse_projections": True})
     assert len({id(node) for _, node in walk(fused) if type(node) is CentroidLinear}) == 8
 
 
@@ -95,8 +96,8 @@ def test_logits_error_falls_with_more_centroids():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(length=0), "length must be an integer, 1 to 4096; got 0"),
-        (dict(centroids=0), "centroids must be an integer, 1 to 65536; got 0"),
+        (dict(length=0), "length must be an integer, 1 to 1024; got 0"),
+        (dict(centroids=0), "centroids must be an integer, 1 to 1024; got 0"),
         (dict(stories=0), "stories must be an integer, 1 to 1000; got 0"),
         (dict(layers=3), "layers must be at most 2, the blocks of this model; got 3"),
     ],

@@ -39,8 +39,11 @@ BITS = [(8, 8, 1), (4, 4, 1), (4, 4, 2), (3, 4, 2), (3, 3, 3), (2, 2, 4), (3, 2,
 IDS = np.random.default_rng(0).integers(0, 258, 30)
 
 
+FOUR_BITS = dict(input_bits=4, weight_bits=4, length=2, stories=2)
+
+
 def with_tables(family="llama", dtype=np.float64, **options):
-    return apply(tiny_lm(family, dtype=dtype), {"lut_product": {"stories": 2} | options})
+    return apply(tiny_lm(family, dtype=dtype), {"lut_product": FOUR_BITS | options})
 
 
 def parts(lm, kind):

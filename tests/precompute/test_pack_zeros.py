@@ -1,14 +1,16 @@
 """pack_zeros: the bitmask, exact products, memory, which matrices are packed."""
 
+import warnings
+
 import literal_pack_zeros as literal
 import numpy as np
 import pytest
 from tiny import FAMILIES, tiny_lm
 
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, MinitxWarning
 from minitx.ledger import counting
 from minitx.model import Linear
-from minitx.precompute.pack_zeros import BitmaskLinear
+from minitx.precompute.pack_zeros import BitmaskLinear, sparsity
 from minitx.shared.linears import linears
 from minitx.technique import apply
 from minitx.tree import nbytes, walk
@@ -90,7 +92,25 @@ def test_only_matrices_with_min_sparsity_are_packed():
 def test_packing_a_matrix_without_zeros_takes_a_bit_per_weight_more():
     dense = tiny_lm()
     size = sum(w.size for w in matrices(dense))
-    assert nbytes(apply(dense, {"pack_zeros": True})) - nbytes(dense) == size / 8
+    packed = apply(dense, {"pack_zeros": {"min_sparsity": 0.0}})
+    assert nbytes(packed) - nbytes(dense) == size / 8
+
+
+def test_a_model_without_zeros_is_left_as_it_is_and_that_is_said():
+    with pytest.warns(MinitxWarning, match="packed nothing: no matrix has a share of 0.04 or more"):
+        packed = apply(tiny_lm(), {"pack_zeros": True})
+    assert not [node for _, node in walk(packed) if type(node) is BitmaskLinear]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # asked for nothing, got nothing
+        apply(tiny_lm(), {"pack_zeros": {"min_sparsity": 1.1}})
+
+
+def test_every_matrix_that_the_default_packs_gets_smaller():
+    """A bit more for each weight and 4 bytes less for each zero: less from 1/32 of zeros on."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(16, 100)).astype(np.float32)
+    w.ravel()[:64] = 0  # 4 %
+    assert 0.04 <= sparsity(w) < 0.05 and nbytes(BitmaskLinear.of(Linear(w))) < w.nbytes
 
 
 def test_a_matrix_of_zeros_is_packed_without_values():

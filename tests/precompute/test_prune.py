@@ -126,6 +126,13 @@ def test_every_output_loses_the_same_share(family, method):
             assert ((w.reshape(len(w) // m, m, -1) == 0).sum(1) == m // 2).all(), scope
 
 
+def test_default_share_is_0_3_or_half_where_the_pattern_says_so():
+    lm = tiny_lm()
+    for options, share in (({}, 0.3), ({"preset": "paper"}, 0.5), ({"scope": "2:4"}, 0.5)):
+        for w in matrices(pruned(lm, method="magnitude", **options)):
+            assert ((w == 0).sum(0) == share_of(len(w), share)).all(), options
+
+
 def test_global_scope_compares_all_matrices_as_in_the_literal_version():
     rng = np.random.default_rng(1)
     three = QKV(*(Linear(rng.integers(-9, 10, shape)) for shape in ((4, 3), (3, 5), (4, 2))))
@@ -157,7 +164,7 @@ def test_wanda_scores_the_second_block_by_outputs_of_the_pruned_first(family):
     """By hand: prune block 0 by what it reads, run the model with it, prune block 1 by what that
     reads. Inputs from the dense model would select other weights."""
     lm = tiny_lm(family)
-    changed = pruned(lm, stories=3)
+    changed = pruned(lm, sparsity=0.5, stories=3)
     texts = calibration_ids("test", lm, 3)
 
     def expected_masks(model, block):
@@ -197,8 +204,8 @@ def test_zeros_in_dense_arrays_save_no_work_and_no_memory():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"sparsity": 1.0}, "sparsity must be a number, at least 0 and below 1; got 1.0"),
-        ({"sparsity": -0.1}, "at least 0 and below 1; got -0.1"),
+        ({"sparsity": 1.0}, "sparsity must be a number, at least 0 and below 1, or None; got 1.0"),
+        ({"sparsity": -0.1}, "at least 0 and below 1, or None; got -0.1"),
         ({"scope": "2:4", "sparsity": 0.3}, "zeroes half of the weights.* use sparsity=0.5 or"),
         ({"scope": "matrix"}, "within one output, not with scope=matrix; use scope=output or"),
         ({"scope": "global", "sparsity": 0.0}, "not with scope=global"),

@@ -3,13 +3,15 @@
 import literal_separate_magnitudes as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, tiny_lm
+from tiny import FAMILIES, tiny_lm, tiny_model
 
+from minitx import fast
 from minitx.errors import MinitxError
 from minitx.ledger import counting
+from minitx.memory_layout import to_column_major
 from minitx.model import Linear
 from minitx.precompute.separate_magnitudes import OutlierLinear, outliers, pack, unpack
-from minitx.technique import apply
+from minitx.technique import apply, kinds
 from minitx.tree import nbytes, walk
 
 rng = np.random.default_rng(0)
@@ -105,7 +107,7 @@ def test_memory_and_counts_are_those_of_the_formula(family):
     dense = tiny_lm(family)
     expected, errors = dense.logits(IDS), []
     for share in (0.0, 0.1, 0.5, 1.0):
-        lm = apply(dense, {"separate_magnitudes": {"share": share}})
+        lm = apply(dense, {"separate_magnitudes": {"bits": 4, "share": share}})
         found = lm.logits(IDS)
         assert found.dtype == np.float32
         errors.append(abs(found - expected).max())
@@ -114,6 +116,7 @@ def test_memory_and_counts_are_those_of_the_formula(family):
         predicted = [  # outputs fill whole bytes here, and rows have 8 bits
             outputs * (4 * inputs - inputs * 4 // 8 - 4 - outliers(inputs, share) * 5)
             for inputs, outputs in linears
+            if share < 1  # which leaves every matrix as it is
         ]
         assert saved == sum(predicted)
         with counting(lm) as counts:
@@ -123,6 +126,16 @@ def test_memory_and_counts_are_those_of_the_formula(family):
         assert counts.total().multiply_adds == plain.total().multiply_adds
         assert plain.total().weight_bytes - counts.total().weight_bytes == saved
     assert errors[0] > errors[2] > errors[3] == 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.98])
+def test_matrix_that_keeps_every_weight_stays_as_it_is(share, monkeypatch):
+    """Also in its layout: column-major products round differently. round(0.98 * 24) = 24."""
+    monkeypatch.setattr(fast, "LARGE", 100)
+    lm = to_column_major(tiny_lm(model=tiny_model(width=24, hidden=24, heads=3, kv_heads=3)))
+    found = apply(lm, {"separate_magnitudes": {"share": share}})
+    assert OutlierLinear not in kinds(found)
+    np.testing.assert_array_equal(found.logits(IDS), lm.logits(IDS))
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,16 @@ PARTS = {
     "lut_centroid": CentroidLinear,
     "lut_bit_serial": BitSerialLinear,
 }
+OPTIONS = {
+    "lut_product": {"input_bits": 4, "weight_bits": 4, "length": 2},
+    "lut_centroid": {"stories": 2, "layers": None},
+    "lut_bit_serial": {"bits": 4, "group": 4},
+}
 each = pytest.mark.parametrize("name", PARTS)
 
 
 def with_tables(name, family="llama", dtype=np.float64, **options):
-    if name == "lut_centroid":
-        options = {"stories": 2} | options
-    return apply(tiny_lm(family, dtype=dtype), {name: options})
+    return apply(tiny_lm(family, dtype=dtype), {name: OPTIONS[name] | options})
 
 
 def every_part(w, b, rows):
@@ -178,7 +181,7 @@ def test_lut_product_runs_beside_others_or_is_refused(other, family):
     assert "ProductTableLinear" in repr(both) and len(both.generate(IDS[:5], 8)) <= 8
     if other == "fuse_projections":  # columns have their scales as before, q a factor more
         found = both.logits(IDS)
-        alone = with_tables("lut_product", family, np.float32).logits(IDS)
+        alone = apply(lm, {"lut_product": True}).logits(IDS)
         np.testing.assert_allclose(found, alone, atol=1e-4 * abs(alone).max())
 
 

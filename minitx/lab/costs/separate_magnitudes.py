@@ -3,7 +3,7 @@ float32.
 
 An output with ``in`` inputs and k large weights (32 bits each, and a row number of i bits) takes
 
-    in * bits + 32 + k (32 + i)      32 for its scale
+    in * bits + 32 + k (32 + i)      32 for its scale; all of them large: 32 in
 
 Plain rounding with a scale for each group of inputs takes ``in * bits + 32 in / group``: as much
 for
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from minitx.lab.block_matrices import Matrix, block_matrices, block_weights, notes
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 from minitx.precompute.separate_magnitudes import outliers
 from minitx.technique import between
@@ -30,9 +30,11 @@ class SeparateMagnitudesCost:
     share: float
 
     def extra(self, m: Matrix) -> int:
-        """Bits of an output beside its codes: a scale, the large weights and their rows."""
+        """Bits of an output beside its codes: a scale, the large weights and their rows. If all
+        weights are large, the matrix stays in float32, without codes."""
         row = 8 if m.inputs <= 1 << 8 else 16 if m.inputs <= 1 << 16 else 32
-        return 32 + outliers(m.inputs, self.share) * (32 + row)
+        large = outliers(m.inputs, self.share)
+        return (32 - self.bits) * m.inputs if large == m.inputs else 32 + large * (32 + row)
 
     def per_weight(self, m: Matrix) -> float:
         return self.bits + self.extra(m) / m.inputs

@@ -28,13 +28,14 @@ from minitx.tree import Part, part, table
     neutral={"layers": 0},
     after=("low_rank",),
     event="table reads",
+    presets={"aggressive": {"input_bits": 4, "weight_bits": 4, "length": 2}},
 )
 def lut_product(
     lm,
     *,
-    input_bits: Annotated[int, "bits of an input (paper: ba)", between(2, 8)] = 4,
-    weight_bits: Annotated[int, "bits of a weight (paper: bw)", between(2, 8)] = 4,
-    length: Annotated[int, "integers packed into one code (paper: d)", between(1, 16)] = 2,
+    input_bits: Annotated[int, "bits of an input (paper: ba)", between(2, 8)] = 8,
+    weight_bits: Annotated[int, "bits of a weight (paper: bw)", between(2, 8)] = 8,
+    length: Annotated[int, "integers packed into one code (paper: d)", between(1, 16)] = 1,
     layout: Annotated[
         Literal["vertical", "horizontal"],
         "vertical: one row of the table per input code; horizontal: one per weight code",
@@ -43,7 +44,9 @@ def lut_product(
         int | None, "blocks changed, the last ones; default: all", at_least(0)
     ] = None,
     head: Annotated[bool, "replace the output head too"] = False,
-    limit: Annotated[float, "MiB that the table may take; more is an error", above(0)] = 256.0,
+    limit: Annotated[
+        float, "MiB that the table may take; more is an error", above(0, limit=16384)
+    ] = 256.0,
     search: Annotated[bool, "find input_bits, weight_bits and length by calibration"] = False,
     drop: Annotated[float, "search: accuracy that may be lost", between(0, 1)] = 0.01,
     cache: Annotated[

@@ -41,7 +41,9 @@ def order_products(
                2025, arXiv 2504.09064. Early stopping: Akhlaghi et al., "SnaPEA", ISCA 2018.
     Fidelity:  ours: the orders. PQS sorts the products of each token online (its exact procedure is
                unconfirmed here); these orders are found offline from the weights alone.
-    Kind:      exact but for rounding in float sums; approximate with accumulator_bits.
+    Kind:      exact but for rounding in float sums; approximate with accumulator_bits. No saving on
+               the shipped models at any setting: what it shows is for hardware that adds in few
+               bits or stops early.
     Idea:      A running sum may overflow a narrow accumulator although the total fits (a transient
                overflow); another order may avoid it. And with inputs >= 0 and positive weights
                first, a sum that falls below 0 stays there, so before a ReLU it could stop.

@@ -31,6 +31,7 @@ from minitx.tree import Part, part
     exact=False,
     neutral={"bits": 32},
     after=("low_rank", "lut_product", "lut_centroid", "lut_bit_serial"),
+    presets={"aggressive": {"bits": 4}},
 )
 def quantize(
     lm,
@@ -49,7 +50,9 @@ def quantize(
     half_scales: Annotated[bool, "store scales as float16"] = False,
     awq: Annotated[bool, "activation-aware scaling (AWQ) before rounding"] = False,
     stories: Annotated[
-        int, "calibration stories (with calibrate: passages of the text) for awq", at_least(1)
+        int,
+        "calibration stories (with calibrate: passages of the text) for awq",
+        at_least(1, limit=1000),
     ] = 16,
 ):
     """Quantize weights to int8 or int4 with per-group scales.
@@ -167,6 +170,7 @@ class QuantizedMatrix(Part):
     channel_scales: np.ndarray | None  # (in,) AWQ: the weights were multiplied by these
     inputs: int
     bits: int
+    float_type: str  # what it is dequantized to: float16 is for storing scales, not for computing
 
     @property
     def group_size(self) -> int:
@@ -183,11 +187,6 @@ class QuantizedMatrix(Part):
         arrays = (self.codes, self.scales, self.zero_points, self.channel_scales)
         return sum(a.nbytes for a in arrays if a is not None)
 
-    @property
-    def float_type(self) -> np.dtype:
-        """What the matrix is dequantized to: float16 is for storing scales, not for computing."""
-        return np.result_type(self.scales, np.float32)
-
     def codes_of(self, groups: slice, dtype):
         """The codes of these groups as floats (groups, g, out)."""
         return unpacked(self.codes[groups], self.bits, dtype)
@@ -195,7 +194,7 @@ class QuantizedMatrix(Part):
     def dequantized(self):
         """The matrix (in, out) in floats."""
         codes = self.codes_of(slice(None), self.float_type)
-        w = dequantize(codes, self.scales, self.zero_points)
+        w = dequantize(codes, self.scales, self.zero_points)  # codes are in float_type
         w = w.reshape(-1, self.width)[: self.inputs]
         return w if self.channel_scales is None else w / self.channel_scales[:, None]
 
@@ -257,7 +256,7 @@ def quantize_matrix(
         codes = int4.join_nibbles(codes[:, 0::2], codes[:, 1::2])
     if channel_scales is not None:
         channel_scales = channel_scales.astype(w.dtype)
-    return QuantizedMatrix(codes, scales, zero_points, channel_scales, inputs, bits)
+    return QuantizedMatrix(codes, scales, zero_points, channel_scales, inputs, bits, w.dtype.name)
 
 
 def equal_groups(inputs: int, group_size: int | None, bits: int) -> tuple[int, int]:

@@ -42,7 +42,7 @@ class FixedPointAttend(Part):
 
     def __call__(self, q, k, v, scale, kept, floor):
         """As ``sparse_attention.attend_masked``: q (..., H, T, d), k and v (..., K, S, d), kept
-        booleans (..., K, G, T, S) -> (..., H, T, d)."""
+        booleans (..., K, G, T, S) -> (..., H, T, d), or as wide as the values are."""
         rows = q.reshape(*kept.shape[:-1], q.shape[-1]) * scale  # (..., K, G, T, d)
         k, v = k[..., None, :, :], v[..., None, :, :]  # (..., K, 1, S, d)
         if q.shape[-2] == 1:
@@ -59,7 +59,7 @@ class FixedPointAttend(Part):
         weights = exp_from_tables(s, self.fraction_bits) if self.tables else np.exp(s)
         weights = np.where(kept, self._round(weights), 0)
         weights /= weights.sum(-1, keepdims=True)
-        return (self._round(weights) @ v).astype(q.dtype).reshape(q.shape)
+        return (self._round(weights) @ v).astype(q.dtype).reshape(*q.shape[:-1], v.shape[-1])
 
     def _round(self, x):
         unit = 4.0**-self.fraction_bits

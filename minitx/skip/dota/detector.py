@@ -111,8 +111,8 @@ class QuantizedDetector(Part):
 
     @staticmethod
     def of(detector: Detector, attn: Attention, head_width: int, bits: int | None):
-        w_q, s_q = quantize_heads(detector.w_q, attn.heads, bits)
-        w_k, s_k = quantize_heads(detector.w_k, attn.kv_heads, bits)
+        w_q, s_q = quantize_heads(detector.w_q, detector.rank, bits)
+        w_k, s_k = quantize_heads(detector.w_k, detector.rank, bits)
         rope = narrow_rope(attn.rope, detector.rank, head_width)
         return QuantizedDetector(detector.p, w_q, w_k, s_q, s_k, rope, bits)
 
@@ -151,9 +151,10 @@ def quantize(x, bits: int | None):
     return (x, np.ones_like(x[..., 0])) if bits is None else quantize_symmetric(x, bits)
 
 
-def quantize_heads(w, heads: int, bits: int | None):
+def quantize_heads(w, rank: int, bits: int | None):
     """w (rank, heads*rank) as integers, and a scale for each head's matrix, (heads, 1, 1)."""
-    by_head = w.reshape(len(w), heads, -1).swapaxes(0, 1)  # (heads, rank, rank)
+    heads = w.shape[1] // rank
+    by_head = w.reshape(rank, heads, rank).swapaxes(0, 1)  # (heads, rank, rank)
     integers, scale = quantize(by_head.reshape(heads, -1), bits)
     integers = integers.reshape(by_head.shape).swapaxes(0, 1)
     return np.ascontiguousarray(integers.reshape(w.shape)), scale[:, None, None]

@@ -50,6 +50,7 @@ def read_detectors(folder, config: Config, dtype=np.float32) -> tuple[Detector, 
     p = found["blocks.0.p"]
     rank = p.shape[-1] if p.ndim else 0
     check_rank(rank, config, f"{path}: the detectors' rank")
+    need_same_heads(path, found, config, rank)
     for name in wanted:
         expected = shapes(config, rank)[name.rpartition(".")[2]]
         if found[name].shape != expected:
@@ -67,6 +68,23 @@ def read_detectors(folder, config: Config, dtype=np.float32) -> tuple[Detector, 
         Detector(*(found[f"blocks.{i}.{name}"].astype(dtype) for name in NAMES))
         for i in range(config.layers)
     )
+
+
+def need_same_heads(path, found: dict, config: Config, rank: int) -> None:
+    """Refuse detectors that were all trained for another number of heads than the model has."""
+    blocks = range(config.layers)
+    trained = {
+        tuple(found[f"blocks.{i}.{name}"].size // rank**2 for name in ("w_q", "w_k"))
+        for i in blocks
+    }
+    ours = config.heads, config.kv_heads
+    if len(trained) == 1 and ours not in trained:
+        heads, kv_heads = trained.pop()
+        raise MinitxError(
+            f"{path}: dota's detectors were trained for {heads} query heads and {kv_heads} key "
+            f"heads, and this model has {ours[0]} and {ours[1]} (prune_structure removes heads); "
+            "use fit=post-hoc."
+        )
 
 
 def weights_fingerprint(folder) -> str:

@@ -61,12 +61,12 @@ def fit_detectors(model, texts: Sequence, rank: int, seed: int = 0) -> tuple[Det
 def fit_block(p, attn, passes: Sequence[tuple]) -> Detector:
     """The detector of one block with the projection p (D, rank). passes: for each text, x (T, D),
     q (H, T, d) and k (K, T, d) (``Recording``)."""
-    x, q, _ = passes[0]
+    x, q, k = passes[0]
     rope = narrow_rope(attn.rope, p.shape[1], q.shape[-1])
     p = p.astype(x.dtype)
     groups = [
         fit_group([Text(p, attn, rope, found, group) for found in passes], type(rope) is Rope)
-        for group in range(attn.kv_heads)
+        for group in range(len(k))
     ]
     w_q = np.concatenate([w for w, _ in groups], axis=1).astype(x.dtype)
     w_k = np.concatenate([w for _, w in groups], axis=1).astype(x.dtype)
@@ -97,7 +97,7 @@ class Text:
         x, q, k = (a.astype(np.float64) for a in recorded)
         T, rank = len(x), p.shape[1]
         self.y = x @ p
-        q = q.reshape(attn.kv_heads, -1, *q.shape[1:])[group]  # (G, T, d)
+        q = q.reshape(len(k), -1, *q.shape[1:])[group]  # (G, T, d)
         self.s = np.tril(q @ k[group].T) * attn.attend.scale
         unit_rows = np.broadcast_to(np.eye(rank)[:, None], (rank, T, rank))
         self.turn = rope(unit_rows, Tokens(slice(0, T))).swapaxes(0, 1)

@@ -8,8 +8,10 @@ the second ends it, so it is exact. Points are augmented keys (inner_product.py)
 
 Here to look at, not to be fast: at the width of attention heads a k-d tree hardly prunes anything
 (``measure_pruning``), and a search that is cut off finds few of the best keys. Plain Python, in
-float64. Trees are immutable: inserting or removing a point makes a new root that shares all nodes
-but one path with the old, so undoing a write means going back to the old root.
+float64, on keys and queries that are rounded to 20 bits (coarse.py): a search that rounding errors
+can send another way would find other keys for a prompt than for single tokens. Trees are immutable:
+inserting or removing a point makes a new root that shares all nodes but one path with the old, so
+undoing a write means going back to the old root.
 """
 
 import heapq
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitx import ledger
+from minitx.shared.coarse import ERROR, coarse
 from minitx.skip.sparse_memory.inner_product import augment_keys, augment_queries
 from minitx.tree import Part, part, table
 
@@ -70,21 +73,22 @@ class KDTrees(Part):
 
     def search(self, forest: Forest, keys, q) -> list[int]:
         """The slots of keys (n, d) that were looked at for the query q (d,)."""
-        x = augment_queries(np.asarray(q, np.float64), forest.R)  # (d + 1,)
+        x = augment_queries(coarse(q), forest.R)  # (d + 1,)
         # One product gives all distances; only those of points that are looked at are used.
-        products = np.asarray(keys, np.float64) @ x[:-1]
+        products = coarse(keys) @ x[:-1]
         distance = (forest.R**2 + x @ x - 2 * products).tolist()
         x, number = x.tolist(), count()  # number: breaks ties between equally near boxes
         # A heap, nearest first: (squared distance ``bound`` from the query to the box, number, its
         # node, offsets: the part of ``bound`` that each dimension contributes).
         boxes = [(0.0, next(number), root, {}) for root in forest.roots]
+        slack = 8 * ERROR * forest.R**2  # twice what rounding changes in a squared distance
         nearest: list[float] = []  # heap of the ``keep`` smallest distances, negated
         seen: dict[int, None] = {}
         while boxes:
             bound, _, node, offsets = heapq.heappop(boxes)
             if len(nearest) == self.keep:
                 enough = self.checks is not None and len(seen) >= self.checks
-                if enough or bound > -nearest[0] + 1e-9 * forest.R**2:
+                if enough or bound > -nearest[0] + slack:
                     break
             while type(node) is Split:  # go down on the query's side, put the other into the heap
                 gap = x[node.dim] - node.at
@@ -103,32 +107,32 @@ class KDTrees(Part):
     def empty(self) -> Forest:
         return Forest(((),) * self.trees, 0.0, 0, 0)
 
-    def insert(self, forest: Forest, keys, slot: int, old, memory: int) -> Forest:
+    def insert(self, forest: Forest, keys, slot: int, old, head: int) -> Forest:
         """The forest after the key in this slot of keys (n, d) has replaced ``old`` (d,), or None
-        if the slot was free. memory: the number of the key head, counted over a whole batch."""
-        new = np.asarray(keys[slot], np.float64)
+        if the slot was free. head: the number of the key head."""
+        new = coarse(keys[slot])
         if forest.added >= forest.built or new @ new > forest.R**2:
-            return self.build(keys, memory)
+            return self.build(keys, head)
         roots = forest.roots
         if old is not None:
-            x = augment_keys(np.asarray(old, np.float64), forest.R)
+            x = augment_keys(coarse(old), forest.R)
             roots = tuple(without_point(root, slot, x) for root in roots)
 
         def points(slots):
-            return augment_keys(np.asarray(keys[list(slots)], np.float64), forest.R)
+            return augment_keys(coarse(keys[list(slots)]), forest.R)
 
         x = augment_keys(new, forest.R)
         roots = tuple(with_point(root, slot, x, points) for root in roots)
         return forest._replace(roots=roots, added=forest.added + 1)
 
-    def build(self, keys, memory: int = 0) -> Forest:
+    def build(self, keys, head: int = 0) -> Forest:
         """Trees over keys (n, d); the same keys always give the same trees."""
-        keys = np.asarray(keys, np.float64)
+        keys = coarse(keys)
         R = float(np.sqrt(np.einsum("nd,nd->n", keys, keys).max()))
         if self.R is not None:
-            R = max(R, float(self.R[memory % len(self.R)]))
+            R = max(R, float(self.R[head]))
         points, slots = augment_keys(keys, R), np.arange(len(keys))
-        rngs = [np.random.default_rng((self.seed, memory, i)) for i in range(self.trees)]
+        rngs = [np.random.default_rng((self.seed, head, i)) for i in range(self.trees)]
         return Forest(tuple(build_tree(points, slots, rng) for rng in rngs), R, len(keys), 0)
 
 

@@ -1,0 +1,217 @@
+"""Random sets of techniques with random options, and the laws that every set keeps.
+
+The contract runs a small sample (``sample``) that is always the same. To search further:
+
+    python tests/random_sets.py 1000 7            1,000 sets, drawn with seed 7; prints what fails
+    python tests/random_sets.py 1000 7 a3 dota    each with one of these techniques
+    python tests/random_sets.py case 7-12 [...]   one of them again
+"""
+
+import random
+import sys
+import traceback
+import warnings
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+from tiny import TOKENIZER, in_chunks, tiny_model
+
+from minitx import fast
+from minitx.errors import MinitxError, MinitxWarning
+from minitx.lm import LM, load
+from minitx.technique import Option, Technique, apply, decides, find, techniques
+
+# Kinds of blocks that no family has by itself.
+GROUPED = dict(width=24, heads=4, kv_heads=2, head_width=8)
+MODELS = {
+    "llama": ("llama", {}),
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "skipless": ("skipless", {}),
+    "skipless parallel": ("skipless", dict(parallel=True)),
+    "grouped heads, biases": ("llama", GROUPED | dict(qkv_bias=True)),
+    "grouped heads, learned positions": ("gpt2", GROUPED | dict(tied=False)),
+    "one key head, tied": ("llama", dict(heads=4, head_width=4, rope_width=4, tied=True)),
+    "serial gpt_neox, relu": ("gpt_neox", dict(parallel=False, activation="relu")),
+    "heads wider than the model": ("gpt2", dict(heads=3, kv_heads=3, head_width=12)),
+}
+SHIPPED = ("stories-relu", "stories-parallel", "stories-draft")
+SMALL = 100  # numbers in a matrix that counts as large, where a case asks for large matrices
+
+
+class Case(NamedTuple):
+    """One random set: a model, techniques with options, and what is run."""
+
+    name: str  # SEED-NUMBER
+    model: str
+    large: bool  # matrices count as large, so they are column-major
+    wanted: dict  # options of each technique
+    ids: np.ndarray  # (40,)
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{name}={options}" for name, options in self.wanted.items())
+        return f"{self.name}: {self.model}{' (large)' if self.large else ''}: {said}"
+
+
+# Drawing -----------------------------------------------------------------------------------------
+
+
+def draw_case(seed: int, number: int, one_of=(), models=(*MODELS, *SHIPPED)) -> Case:
+    rng = random.Random(f"{seed}-{number}")
+    model = rng.choice(list(models))
+    chosen = rng.sample(techniques(), rng.choice((1, 2, 2, 2, 3)))
+    if one_of and not {t.name for t in chosen} & set(one_of):
+        chosen[0] = find(rng.choice(one_of))
+    wanted = {t.name: draw_options(t, rng) for t in chosen}
+    tokens = rng.choice((258, 258, 4, 1))  # few different ones: many equal keys
+    ids = np.array([rng.randrange(tokens) + 5 * (tokens < 9) for _ in range(40)])
+    return Case(f"{seed}-{number}", model, rng.random() < 0.5, wanted, ids)
+
+
+def draw_options(t: Technique, rng: random.Random) -> dict:
+    """About half of the options, each from its declared range."""
+    start = t.demo if rng.random() < 0.5 else {}
+    drawn = {o.name: draw_value(o, rng) for o in t.options.values() if rng.random() < 0.5}
+    few = {name: 1 for name in t.options if name in ("stories", "calibration")}
+    return {**start, **drawn, **few}
+
+
+def draw_value(option: Option, rng: random.Random):
+    kinds = (int, float, bool)
+    if option._kind() not in kinds and not option.choices():
+        return option.default  # text: a file or a model
+    if type(None) in getattr(option.type, "__args__", ()) and rng.random() < 0.25:
+        return None
+    if option.choices():
+        return rng.choice(option.choices())
+    if option._kind() is bool:
+        return rng.random() < 0.5
+    low = 0 if option.range is None or option.range.low is None else option.range.low
+    high = None if option.range is None else option.range.high
+    if option._kind() is int:
+        most = low + 2 ** rng.randrange(7)
+        return rng.randint(low, most if high is None else min(high, most))
+    high = low + 4 if high is None else min(high, low + 100)
+    found = rng.choice((low, high, *[rng.uniform(low, high)] * 3, rng.uniform(low, high) ** 2))
+    return found if option.range is None or found in option.range else rng.uniform(low, high)
+
+
+# Laws --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def large_matrices(large: bool):
+    before, fast.LARGE = fast.LARGE, SMALL if large else fast.LARGE
+    try:
+        yield
+    finally:
+        fast.LARGE = before
+
+
+def dense_model(name: str) -> LM:
+    if name in SHIPPED:
+        return load(name, dtype=np.float64)
+    family, changes = MODELS[name]
+    return LM(tiny_model(family, dtype=np.float64, **changes), TOKENIZER)
+
+
+def broken_law(case: Case) -> str:
+    """What is wrong with the case, in words; "" if nothing is, "refused: ..." for a refusal."""
+    with large_matrices(case.large), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", MinitxWarning)
+        try:
+            lm = apply(dense_model(case.model), case.wanted)
+        except MinitxError as error:
+            bad = "\n" in str(error) or len(str(error)) > 600
+            return f"unclear refusal: {error}" if bad else f"refused: {error}"
+        try:
+            return _broken_law(lm, case.ids)
+        except MinitxError as error:  # only a forced rewind may be refused, which is tried inside
+            return f"refuses when it runs: {error}"
+
+
+STEPS = (12, *[1] * 28)
+
+
+def _broken_law(lm: LM, ids) -> str:
+    once = in_chunks(lm, ids, STEPS)
+    scale = abs(once).max()
+
+    def differ(found, expected, within=1e-9) -> bool:
+        return abs(found - expected).max() > within * scale
+
+    if once.dtype != np.float64:
+        return f"logits are {once.dtype}"
+    if not np.isfinite(once).all():
+        return "logits are not finite"
+    if (in_chunks(lm, ids, STEPS) != once).any():
+        return "the same steps give other logits"
+    if decides(lm.model) == "token":
+        for sizes in ((40,), (7, 20, 13), (1,) * 40):
+            if differ(in_chunks(lm, ids, sizes), once):
+                return f"steps of {sizes[:3]}... differ from {STEPS[:3]}..."
+    if wrong := broken_rewind(lm, ids, once):
+        return wrong
+    return broken_batch(lm, ids)
+
+
+def broken_rewind(lm: LM, ids, once) -> str:
+    """Back to 32, then further, and the same steps again."""
+    for back_to in (32, 25, 0):
+        state = lm.model.new_state()
+        in_chunks(lm, ids[:32], STEPS[:21], state)
+        lm.model((ids[:8] + 1) % 258, state)  # to be forgotten
+        state.rewind(32)
+        try:
+            state.rewind(back_to)
+        except MinitxError as error:
+            if back_to == 0 or "\n" in str(error):
+                return f"cannot rewind: {error}"
+            back_to = 32
+        steps = STEPS if back_to == 0 else (1,) * (40 - back_to)
+        if (in_chunks(lm, ids[back_to:], steps, state) != once[back_to:]).any():
+            return f"replayed from {back_to}, logits differ"
+    return ""
+
+
+def broken_batch(lm: LM, ids, new: int = 20) -> str:
+    """The same prompt twice, and two shorter ones."""
+    prompt, ragged = ids[:12].tolist(), [ids[20:23].tolist(), ids[30:37].tolist()]
+    alone = [lm.generate(p, new) for p in (prompt, prompt, *ragged)]
+    if lm.generate([prompt, prompt], new) != alone[:2]:
+        return "a batch of the same prompt twice differs from the prompt alone"
+    if lm.generate([prompt, prompt, *ragged], new) != alone:
+        return "rows of a ragged batch differ from the prompts alone"
+    options = dict(temperature=1.0, top_k=5)
+    sampled = [lm.generate(p, new, seed=3 + i, **options) for i, p in enumerate((prompt, prompt))]
+    if lm.generate([prompt, prompt], new, seed=3, **options) != sampled:
+        return "sampled rows differ from the prompts alone"
+    return ""
+
+
+# Searching ---------------------------------------------------------------------------------------
+
+
+def report(case: Case) -> str:
+    try:
+        return broken_law(case)
+    except Exception:
+        return traceback.format_exc(limit=-4)
+
+
+def main(count: str, seed: str = "0", *one_of: str) -> None:
+    numbers = range(int(count)) if count != "case" else [int(seed.partition("-")[2])]
+    refused = 0
+    for number in numbers:
+        case = draw_case(int(seed.partition("-")[0]), number, one_of)
+        found = report(case)
+        refused += found.startswith("refused")
+        if found and (count == "case" or not found.startswith("refused")):
+            print(f"{case}\n    {found}", flush=True)
+    print(f"{len(numbers)} cases, {refused} of them refused")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
