@@ -5,27 +5,58 @@ Bad arguments raise ``MinitxError``. commands.py does the work.
 
 import argparse
 import re
+import shutil
 import sys
-from fractions import Fraction
 
 import minitx
 from minitx import commands
-from minitx.errors import MinitxError
+from minitx.commands import SEED, TEMPERATURE
+from minitx.errors import MinitxError, abbreviate, did_you_mean, nearest
+from minitx.lab.layout import fit
 
 
 class Parser(argparse.ArgumentParser):
     """Reports errors like all bad input: one sentence, without the usage text."""
 
-    takes_techniques = False
+    takes_techniques = takes_grade = False
     flags: tuple = ()  # the techniques that were given, for the help
 
     def error(self, message):
         raise MinitxError(f"{message} ({self.prog} --help says more).")
 
+    def _check_value(self, action, value):
+        """Called by argparse for a word that must be one of a few: here, a command."""
+        if action.choices is not None and value not in action.choices:
+            raise MinitxError(
+                f"There is no command {abbreviate(value)}; {did_you_mean(value, action.choices)}"
+            )
+
     def format_help(self):
-        """The usual help; then the options of the techniques that were given, or a list of all."""
+        """The usual help; then the grades; then the options of the techniques that were given, or
+        a list of all."""
         text = super().format_help()
+        if self.takes_grade:
+            text += f"\n{grade_help()}"
         return f"{text}\n{technique_help(self.flags)}" if self.takes_techniques else text
+
+    def option_names(self) -> list[str]:
+        """What may follow the command: its options, and the flags of techniques if it takes any."""
+        from minitx.technique import names
+
+        own = [name for action in self._actions for name in action.option_strings]
+        flags = [f"--{name.replace('_', '-')}" for name in names()] if self.takes_techniques else []
+        return own + flags
+
+
+def grade_help() -> str:
+    """The values of --grade, from easy to hard."""
+    from minitx.training.stories.grades import GRADES
+
+    return fit(f"Grades, from easy to hard: {', '.join(GRADES)}.", help_width(), 2) + "\n"
+
+
+def help_width() -> int:
+    return shutil.get_terminal_size().columns - 2  # as argparse has it
 
 
 def technique_help(flags) -> str:
@@ -36,7 +67,7 @@ def technique_help(flags) -> str:
     for flag, *_ in flags:
         technique = find(flag[2:])
         lines += [
-            f"{technique.flag}: {technique.card.summary}",
+            fit(f"{technique.flag}: {technique.card.summary}", help_width(), 2),
             commands.options_text(technique),
             "",
         ]
@@ -44,7 +75,9 @@ def technique_help(flags) -> str:
         return "\n".join(lines)
     known = techniques()
     width = max(len(t.flag) for t in known)
-    lines = [f"  {t.flag:{width}}  {t.card.summary}" for t in known]
+    lines = [
+        fit(f"  {t.flag:{width}}  {t.card.summary}", help_width(), hanging=width + 4) for t in known
+    ]
     ask = "Techniques, each with its options (--NAME --help or minitx explain NAME lists them):"
     return "\n".join([ask, *lines, ""])
 
@@ -60,9 +93,15 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
         return args
     usage = " ".join(args.parser.format_usage().split())
     if unknown[0].startswith("-"):
-        raise MinitxError(f"There is no option {unknown[0]}; {usage}")
+        name = unknown[0].partition("=")[0]
+        near = nearest(name, args.parser.option_names())
+        raise MinitxError(
+            f"There is no option {abbreviate(name)[1:-1]}; "
+            + (f"did you mean {near}?" if near else usage)
+        )
     raise MinitxError(
-        f"Unexpected argument {unknown[0]!r} (put text of several words in quotes); {usage}"
+        f"Unexpected argument {abbreviate(unknown[0])} (put text of several words in quotes); "
+        f"{usage}"
     )
 
 
@@ -128,9 +167,9 @@ def parser(flags=()) -> Parser:
         "-t",
         "--temperature",
         type=float,
-        default=0.0,
         metavar="T",
-        help="sampling temperature; 0 is greedy decoding (default)",
+        help=f"sampling temperature (default {TEMPERATURE}); 0: greedy decoding, the likeliest "
+        "token each time",
     )
     generate.add_argument(
         "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
@@ -142,13 +181,19 @@ def parser(flags=()) -> Parser:
         help="nucleus sampling: keep the smallest set with probability mass P",
     )
     generate.add_argument(
-        "--seed", type=int, metavar="N", help="random seed: the same seed gives the same text"
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"random seed (default {SEED}): the same seed gives the same text",
     )
     add_json(generate)
 
     show = add(names, "show", commands.show, "print the tree of parts that runs")
     add_model(show)
     add_json(show)
+
+    models = add(names, "models", commands.models, "list the models that can be loaded")
+    add_json(models)
 
     listed = add(names, "list", commands.list_techniques, "list all techniques")
     add_json(listed)
@@ -174,7 +219,7 @@ def parser(flags=()) -> Parser:
 
     evaluate = add(names, "evaluate", commands.evaluate, "accuracy by hops on held-out stories")
     add_model(evaluate)
-    add_stories(evaluate, 500)
+    add_measured(evaluate, 500, 4096)
     evaluate.add_argument("--depths", action="store_true", help="also exit after every block")
     add_json(evaluate)
 
@@ -185,8 +230,16 @@ def parser(flags=()) -> Parser:
         "measure what techniques save and cost, side by side with dense",
     )
     add_model(compare)
-    add_stories(compare, 100)
+    add_measured(compare, 100, 2048)
     add_chains(compare)
+    compare.add_argument(
+        "--all",
+        action="store_true",
+        help="every technique that fits the model, each at its defaults, in one table (by default "
+        "on 40 stories, or 1,024 tokens)",
+    )
+    limit = "with --all: give a technique up after S seconds (default 300)"
+    compare.add_argument("--time-limit", type=seconds, metavar="S", help=limit)
     add_json(compare)
 
     first = "time to first token for prompts that share a prefix"
@@ -206,7 +259,7 @@ def parser(flags=()) -> Parser:
     sweep.add_argument("name", help="name of a technique, such as ffn-skip")
     sweep.add_argument("settings", nargs="*", help="option=value,value,...")
     add_model(sweep)
-    add_stories(sweep, 40)
+    add_measured(sweep, 40, 2048)
     add_chains(sweep)
     sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
     add_json(sweep)
@@ -230,14 +283,12 @@ def parser(flags=()) -> Parser:
         metavar="A,B",
         help="shares of the keys to keep (default 1/2,1/4,1/8)",
     )
-    chains = "number of token sequences, each a chain of stories (default 8)"
-    attention.add_argument("--chains", type=count, default=8, metavar="N", help=chains)
-    attention.add_argument(
-        "--tokens", type=count, metavar="N", help="tokens per chain (default: fill the context)"
-    )
-    attention.add_argument(
-        "--grade", default="full", help="difficulty of the stories (default full)"
-    )
+    chains = "token sequences: chains of stories, or windows of the text (default 8; of a text 2)"
+    attention.add_argument("--chains", type=count, metavar="N", help=chains)
+    tokens = "tokens per sequence (default: fill the context; of a text at most 512)"
+    attention.add_argument("--tokens", type=count, metavar="N", help=tokens)
+    add_grade(attention)
+    add_text(attention)
     rounds = "timing rounds (default 15)"
     attention.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
     attention.add_argument("--png", metavar="FILE", help="also draw curves (needs minitx[plot])")
@@ -278,7 +329,7 @@ def parser(flags=()) -> Parser:
     )
 
     stories = add(names, "stories", commands.stories, "print stories from the grammar")
-    stories.add_argument("--grade", default="full", help="difficulty of the stories (default full)")
+    add_grade(stories)
     stories.add_argument(
         "--split", default="train", help="train (default), calibration or evaluation"
     )
@@ -317,21 +368,35 @@ def add_model(command: Parser, techniques: bool = True) -> None:
         const=False,
         help="load the model for token ids only, whatever tokenizer files are beside it",
     )
+    command.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="UTF-8 text for techniques that calibrate, instead of stories; - reads stdin",
+    )
     if not techniques:
         return
     command.set_defaults(techniques={})
     command.takes_techniques = True
 
 
-def add_stories(command: Parser, default: int) -> None:
-    command.add_argument(
-        "--stories",
-        type=count,
-        default=default,
-        metavar="N",
-        help=f"number of held-out stories (default {default})",
-    )
-    command.add_argument("--grade", default="full", help="difficulty of the stories (default full)")
+def add_measured(command: Parser, stories: int, tokens: int) -> None:
+    """What to measure on: stories of the grammar, or any text."""
+    number = f"number of held-out stories (default {stories})"
+    command.add_argument("--stories", type=count, metavar="N", help=number)
+    add_grade(command)
+    add_text(command)
+    number = f"tokens from the beginning of the text (default {tokens:,})"
+    command.add_argument("--tokens", type=count, metavar="N", help=number)
+
+
+def add_grade(command: Parser) -> None:
+    command.add_argument("--grade", help="difficulty of the stories (default full); listed below")
+    command.takes_grade = True
+
+
+def add_text(command: Parser) -> None:
+    text = "measure on this UTF-8 text instead of stories; - reads stdin"
+    command.add_argument("--text", metavar="FILE", help=text)
 
 
 def add_chains(command: Parser) -> None:
@@ -352,9 +417,11 @@ def known_cost(text: str) -> str:
     """The name of a technique that has cost formulas."""
     from minitx.lab.cost import names
 
-    if text.replace("-", "_") not in names():
-        known = ", ".join(name.replace("_", "-") for name in names())
-        raise argparse.ArgumentTypeError(f"{text!r} has no cost formulas; known: {known}")
+    known = [name.replace("_", "-") for name in names()]
+    if text.replace("_", "-") not in known:
+        raise argparse.ArgumentTypeError(
+            f"{abbreviate(text)} has no cost formulas; {did_you_mean(text, known)}"
+        )
     return text
 
 
@@ -372,8 +439,14 @@ def words(text: str) -> tuple[str, ...]:
 
 def shares(text: str) -> tuple[float, ...]:
     """Numbers like 0.25 or 1/4."""
+    return tuple(share(word) for word in words(text))
+
+
+def share(word: str) -> float:
+    """Not by ``Fraction``, for which 1e999999999 is an integer of a billion digits."""
+    part, slash, whole = word.partition("/")
     try:
-        return tuple(float(Fraction(word)) for word in words(text))
+        return float(part) / float(whole) if slash else float(part)
     except ZeroDivisionError:
         raise ValueError from None
 

@@ -59,7 +59,7 @@ class Passages:
     def ids(self, lm, count: int) -> list[list[int]]:
         """At most ``count`` passages, each beginning like a prompt."""
         length = min(PASSAGE, lm.model.config.context)
-        found = _first_ids(lm.tokenizer, self.text, lm, count * length)
+        found = first_ids(lm, self.text, count * length)
         return passages(found, length, prefix_of(lm))[:count]
 
     def amount(self, found: list[list[int]]) -> str:
@@ -124,11 +124,6 @@ def _stories(count: int) -> tuple:
     return tuple(islice(stories("calibration", "full", 0), count))
 
 
-@lru_cache(maxsize=2)  # several techniques calibrate on the same text
-def _first_ids(tokenizer, text: Text, lm, count: int) -> list[int]:
-    return first_ids(lm, text, count)
-
-
 # What techniques ask for -------------------------------------------------------------------------
 
 
@@ -144,10 +139,11 @@ def calibration_ids(name: str, lm, count: int, instead: str = "") -> list[list[i
             f"{instead and f', or {instead}'}."
         )
     found = source.ids(lm, count)
-    if len(found) < count and source.name != STORIES:
+    if len(found) < count and isinstance(source, Passages):
         warnings.warn(
             f"{name} would calibrate on {count} passages of up to "
-            f"{max(map(len, found))} tokens, but {source.name} has {len(found)}; give more text.",
+            f"{max(map(len, found))} tokens, but {source.name} has only {len(found)}; give more "
+            "text.",
             MinitxWarning,
             stacklevel=2,
         )
@@ -210,6 +206,8 @@ def recording(lm) -> Iterator[list[Calibrated]]:
 def knows_stories(lm, ids: list[int]) -> bool:
     """Has the model learned stories? Measured on the first calibration story: its loss over the
     whole story, against the entropy of that story, the least that any model reaches on average."""
+    if len(ids) < 2:
+        return True  # nothing to measure
     (story,) = _stories(1)
     logits = lm.logits(ids[:-1]).astype(np.float64)
     logits -= logits.max(-1, keepdims=True)

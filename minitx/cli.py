@@ -10,7 +10,7 @@ import warnings
 
 from minitx import progress
 from minitx.arguments import read_arguments
-from minitx.errors import MinitxError, MinitxWarning
+from minitx.errors import MinitxError, MinitxWarning, one_line
 
 BAD_INPUT = 2
 INTERRUPTED, CLOSED_PIPE = 130, 141  # as in a shell: 128 + the signal number
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         args = read_arguments(arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("always", MinitxWarning)
-            warnings.showwarning = show_warning
+            warnings.showwarning = show_once()
             status = args.run(args) or 0
         if sys.stdout:
             sys.stdout.flush()  # now, while an error can still be reported
@@ -44,6 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
         return fail("there is not enough memory for this.", BAD_INPUT)
 
 
+def show_once():
+    """``show_warning``, once for each message: a sweep may repeat it for every setting."""
+    shown = set()
+
+    def show(message, *rest, **more) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            show_warning(message, *rest, **more)
+
+    return show
+
+
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Notes of minitx as one line on stderr; other warnings as Python prints them."""
     if issubclass(category, MinitxWarning):
@@ -54,7 +66,7 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
 def fail(message: str, status: int) -> int:
     progress.close_all()
-    progress.say(f"minitx: {message}")
+    progress.say(f"minitx: {one_line(message)}")
     return status
 
 

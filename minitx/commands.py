@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from itertools import islice, tee
+from itertools import groupby, islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +18,60 @@ import numpy as np
 import minitx
 from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
+from minitx.lab.layout import COLUMNS, fit
 from minitx.progress import say
 from minitx.tree import nbytes, weights
 
 NOT_FINISHED = 3
+TEMPERATURE, SEED = 0.8, 0  # of generate: a story that does not repeat itself, every time the same
 
 
 def load(args):
     """The model that the arguments name, with the requested techniques."""
-    return minitx.load(args.model, args.tokenizer, **args.techniques)
+    return minitx.load(args.model, args.tokenizer, **calibration(args), **args.techniques)
+
+
+def calibration(args) -> dict:
+    """``--calibrate FILE`` as an argument of ``load`` and ``apply``."""
+    from minitx.text import read_text
+
+    if args.calibrate is None:
+        return {}
+    return {"calibrate": read_text(args.calibrate)}
+
+
+def workload(args, stories: int, tokens: int | None = None, **more):
+    """What to measure on: stories (so many by default), or --text FILE."""
+    from minitx.lab.compare import Workload
+    from minitx.lab.reading import TOKENS
+    from minitx.text import read_text
+
+    check_measured(args)
+    if args.text is None:
+        return Workload(stories=args.stories or stories, chains=args.chains, **more)
+    return Workload(text=read_text(args.text), tokens=args.tokens or tokens or TOKENS, **more)
+
+
+def grade(args) -> str:
+    return args.grade or "full"
+
+
+def check_measured(args, of_stories=("stories", "grade", "chains"), of_text=("tokens",)) -> None:
+    """Refuse options that mean nothing with, or without, --text; and stdin for two texts."""
+    if args.text == args.calibrate == "-":
+        raise MinitxError("Only one of --text and --calibrate can be read from stdin; give a file.")
+    for name in of_text if args.text is None else of_stories:
+        if getattr(args, name, None):
+            other = "it needs --text" if args.text is None else "--text measures a text"
+            raise MinitxError(f"--{name} has no effect here: {other}.")
 
 
 def generate(args) -> None:
+    options = sampling(args)
     prompt = read_stdin() if args.prompt == "-" else need_text(args.prompt)
     lm = load(args)
     began = time.perf_counter()
     ids = lm.encode(prompt)
-    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     tokens, new = tee(lm.tokens(ids, args.max_new_tokens, **options))
     pieces = lm.pieces(tokens, ids[-1])
     # An overflow ends in logits that are refused with a clear message: no warning before that.
@@ -48,6 +85,26 @@ def generate(args) -> None:
         found = {"prompt": prompt, "text": text, "prompt_ids": ids, "ids": new, "seconds": took}
         print(json.dumps(found, indent=1))
     say(f"{len(new)} tokens in {took:.2f} s, {len(new) / took:.0f} tokens/s")
+
+
+def sampling(args) -> dict:
+    """The options of the sampler: those given, and a temperature and a seed if they are not."""
+    names = ("top_k", "top_p", "seed")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.temperature != 0:
+        t = TEMPERATURE if args.temperature is None else args.temperature
+        return {"temperature": t, "seed": SEED} | given
+    if given:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise MinitxError(
+            f"-t 0 is greedy decoding, which draws nothing, so {flags} would have no effect; leave "
+            "out one or the other."
+        )
+    return {"temperature": 0.0}
+
+
+def print_report(found, as_json: bool) -> None:
+    print(json.dumps(found.as_dict(), indent=1) if as_json else fit(str(found)))
 
 
 def print_text(prompt: str, pieces: Iterable[str]) -> None:
@@ -71,10 +128,15 @@ def need_text(argument: str) -> str:
 
 def read_stdin() -> str:
     """The text on stdin, without its final line break."""
+    from minitx.checkpoints.common import MAX_TEXT_BYTES
+
     if not sys.stdin:
         raise MinitxError("There is no stdin to read the prompt from.")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)  # bounded: it may have no end
+        if len(content) > MAX_TEXT_BYTES:
+            raise MinitxError(f"Expected at most {MAX_TEXT_BYTES:,} bytes on stdin, got more.")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise MinitxError(
             f"Byte {error.start} on stdin is not valid UTF-8; give UTF-8 text."
@@ -86,10 +148,11 @@ def show(args) -> None:
     from minitx.checkpoints.precomputed import is_precomputed, read_origin
 
     lm = load(args)
+    calibrated = list(map(str, lm.calibrated))
     total = sum(w.size for w in weights(lm.model).values())
     if args.json:
         found = {"name": lm.name, "weights": total, "bytes": nbytes(lm)}
-        found |= {"config": asdict(lm.model.config)}
+        found |= {"config": asdict(lm.model.config), "calibrated": calibrated}
         print(json.dumps(found, indent=1))
     else:
         print(lm.model)
@@ -97,7 +160,37 @@ def show(args) -> None:
             print(lm.decode)
         say(f"{total:,} weights, {nbytes(lm) / 1e6:.2f} MB in memory")
         if lm.folder and is_precomputed(lm.folder):
-            say(read_origin(lm.folder))
+            say(str(read_origin(lm.folder)))
+        for use in calibrated:
+            say(use)
+
+
+OTHER_MODELS = """
+Also: a Hugging Face folder (config.json, model.safetensors or its shards, tokenizer.json) of the
+llama, gpt2 or gpt_neox family; a llama2.c .bin file; a folder that minitx precompute wrote:
+minitx generate "Once" -m PATH"""
+
+
+def models(args) -> None:
+    from minitx.checkpoints.catalog import catalog
+    from minitx.lab.layout import table
+
+    found = catalog()
+    if args.json:
+        print(json.dumps([asdict(entry) for entry in found], indent=1))
+        return
+    rows = [["name", "family", "width x layers", "heads", "vocabulary", "context", "weights", "MB"]]
+    for entry in found:
+        c = entry.config
+        sizes = [f"{c.width} x {c.layers}", str(c.heads), f"{c.vocab_size:,}", str(c.context)]
+        amount = [f"{entry.weights:,}", f"{entry.file_bytes / 1e6:.1f}"]
+        rows.append([entry.name, c.family + " (skipless)" * c.skipless, *sizes, *amount])
+    heading, *lines = table(rows).splitlines()
+    print(heading)
+    for line, entry in zip(lines, found):
+        print(line)
+        print(textwrap.indent(textwrap.fill(entry.purpose, COLUMNS - 4), "    "))
+    print(OTHER_MODELS)
 
 
 def list_techniques(args) -> None:
@@ -111,9 +204,12 @@ def list_techniques(args) -> None:
         print(json.dumps(rows, indent=1))
         return
     wide = max(len(row["flag"]) for row in rows)
-    for row in rows:
-        kind = "exact" if row["exact"] else "approximate"
-        print(f"{row['flag']:{wide}}  {row['level']:9}  {kind:11}  {row['summary']}")
+    print("In the order in which they are applied, by level. = exact, ~ approximate.")
+    for level, chosen in groupby(rows, key=lambda row: row["level"]):
+        print(f"\n{level}")
+        for row in chosen:
+            line = f"  {row['flag']:{wide}}  {'=' if row['exact'] else '~'}  {row['summary']}"
+            print(fit(line, hanging=wide + 7))
 
 
 HANGING = 11  # characters that the text of a card is indented by
@@ -180,22 +276,44 @@ def bench(args) -> None:
 
 
 def evaluate(args) -> None:
-    from minitx.lab.evaluate import evaluate_model
+    from minitx.lab.evaluate import evaluate_model, evaluate_text
+    from minitx.text import read_text
 
-    report = evaluate_model(load(args), args.stories, args.grade, depths=args.depths)
-    print(json.dumps(report.as_dict(), indent=1) if args.json else report)
+    check_measured(args)
+    options = dict(depths=args.depths, shown=True)
+    if args.text is None:
+        report = evaluate_model(load(args), args.stories or 500, grade(args), **options)
+    else:
+        report = evaluate_text(load(args), read_text(args.text), args.tokens or 4096, **options)
+    print_report(report, args.json)
 
 
 def compare(args) -> None:
-    from minitx.lab.compare import Workload
     from minitx.lab.compare import compare as measure
     from minitx.technique import apply
 
+    if args.all:
+        return compare_all(args)
+    work = workload(args, 100)
+    calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer)
-    changed = apply(dense, args.techniques)
-    work = Workload(stories=args.stories, chains=args.chains)
-    found = measure(dense, changed, flags_text(args), work, args.grade)
-    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+    changed = apply(dense, args.techniques, **calibrate)
+    found = measure(dense, changed, flags_text(args), work, grade(args))
+    print_report(found, args.json)
+
+
+def compare_all(args) -> None:
+    from minitx.lab.compare_all import TIME_LIMIT
+    from minitx.lab.compare_all import compare_all as measure
+
+    if args.techniques:
+        raise MinitxError("--all compares every technique at its defaults; give no other flags.")
+    work = workload(args, 40, 1024, prompts=2, rounds=2)
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer, **calibrate)
+    limit = TIME_LIMIT if args.time_limit is None else args.time_limit
+    found = measure(dense, work, grade(args), time_limit=limit)
+    print_report(found, args.json)
 
 
 def first_token(args) -> None:
@@ -203,53 +321,60 @@ def first_token(args) -> None:
     from minitx.lab.first_token import first_token as measure
     from minitx.technique import apply
 
+    calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer)
-    changed = apply(dense, args.techniques)
+    changed = apply(dense, args.techniques, **calibrate)
     plan = PromptSet(
         **{name: getattr(args, name) for name in ("shared", "own", "prompts", "rounds")}
     )
     found = measure(dense, changed, flags_text(args), plan)
-    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+    print_report(found, args.json)
 
 
 def sweep(args) -> None:
     from minitx.lab import sweep as lab
-    from minitx.lab.compare import Workload
     from minitx.technique import find
 
+    if args.png is not None:
+        lab.check_picture(args.png)
     technique = find(args.name)
     chosen = lab.settings(technique, args.settings)
-    work = Workload(stories=args.stories, chains=args.chains)
-    points = lab.sweep(load(args), technique, chosen, work, args.grade)
-    if args.png:
+    work = workload(args, 40)
+    points = lab.sweep(load(args), technique, chosen, work, grade(args))
+    print(json.dumps(lab.as_dict(points), indent=1) if args.json else fit(lab.as_text(points)))
+    if args.png is not None:
         lab.picture(points, f"{technique.name} on {args.model}", args.png)
-    print(json.dumps(lab.as_dict(points), indent=1) if args.json else lab.as_text(points))
 
 
 def compare_attention(args) -> None:
     from minitx.lab import attention_report
     from minitx.lab.compare_attention import Grid
     from minitx.lab.compare_attention import compare_attention as measure
-    from minitx.lab.sweep import need_pyplot
+    from minitx.lab.sweep import check_picture
+    from minitx.text import read_text
 
-    if args.png:
-        need_pyplot()  # before minutes of work for a picture that cannot be drawn
-    options = ("chains", "tokens", "grade", "rounds", "methods")
-    plan = Grid(shares=args.share, **{name: getattr(args, name) for name in options})
-    found = measure(minitx.load(args.model, args.tokenizer), plan)
-    if args.png:
+    if args.png is not None:
+        check_picture(args.png)
+    check_measured(args, of_stories=("grade",), of_text=())
+    text = None if args.text is None else read_text(args.text)
+    options = {name: getattr(args, name) for name in ("tokens", "rounds", "methods")}
+    options |= dict(chains=args.chains or (8 if text is None else 2), grade=grade(args), text=text)
+    plan = Grid(shares=args.share, **options)
+    found = measure(minitx.load(args.model, args.tokenizer, **calibration(args)), plan)
+    print_report(found, args.json)
+    if args.png is not None:
         attention_report.picture(found, args.png)
-    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
 def cost(args) -> None:
     from minitx.lab.cost import cost as measure
 
     found = measure(args.technique, args.config, args.options, args.parallel)
-    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+    print_report(found, args.json)
 
 
 def precompute(args) -> None:
+    from minitx.checkpoints.common import need_new_folder
     from minitx.checkpoints.find import locate, tokenizer_path
     from minitx.checkpoints.precomputed import Origin, write_precomputed
 
@@ -258,14 +383,17 @@ def precompute(args) -> None:
             "Expected at least one technique to precompute, such as --fold-norms (minitx list "
             "shows them all)."
         )
+    need_new_folder(Path(args.out))
+    path = locate(args.model)
     began = time.perf_counter()
     lm = load(args)
     took = time.perf_counter() - began
-    path = locate(args.model)
-    origin = Origin(args.model, flags_text(args))
+    origin = Origin(args.model, flags_text(args), lm.calibrated)
     write_precomputed(lm, args.out, origin, tokenizer_path(path, args.tokenizer))
     size = sum(file.stat().st_size for file in Path(args.out).iterdir())
     say(f"{args.out}: {size / 1e6:.2f} MB; offline work took {took:.2f} s")
+    for use in lm.calibrated:
+        say(str(use))
 
 
 def flags_text(args) -> str:
@@ -292,7 +420,7 @@ def train(args) -> int:
 def stories(args) -> None:
     from minitx.training.stories import stories as endless
 
-    found = islice(endless(args.split, args.grade, args.seed), args.count)
+    found = islice(endless(args.split, grade(args), args.seed), args.count)
     if args.json:
         texts = [{"text": s.text, "answers": [[a.kind, a.value] for a in s.answers]} for s in found]
         print(json.dumps(texts, indent=1))

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
+from minitx.values import need_field_types
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 FAMILIES = ("llama", "gpt2", "gpt_neox")
@@ -48,21 +49,29 @@ class Config:
     max_length: int | None = None  # with the prompt
 
     def __post_init__(self):
+        need_field_types(self, "The configuration")
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "hidden"):
             _need_positive(name, getattr(self, name))
         _need_positive("context", self.context)
         if self.family not in FAMILIES:
             raise MinitxError(
-                f"Unknown model family {self.family!r}; choose one of {', '.join(FAMILIES)}."
+                f"Unknown model family {abbreviate(self.family)}; choose one of "
+                f"{', '.join(FAMILIES)}."
             )
         if self.activation not in ACTIVATIONS:
             raise MinitxError(
-                f"Unknown activation {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}."
+                f"Unknown activation {abbreviate(self.activation)}; choose one of "
+                f"{', '.join(ACTIVATIONS)}."
             )
         if self.heads % self.kv_heads:
             raise MinitxError(
                 f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
                 "heads must be a multiple of kv_heads."
+            )
+        if not (self.rope_base > 1e-30 and 0 <= self.norm_eps < 1e6):  # or they over- or underflow
+            raise MinitxError(
+                f"The configuration has rope_base = {self.rope_base:g} and norm_eps = "
+                f"{self.norm_eps:g}; expected a base above 1e-30 and an epsilon from 0 to 1e6."
             )
         if self.rope_width % 2 or not 0 <= self.rope_width <= self.head_width:
             raise MinitxError(
@@ -99,5 +108,5 @@ class Config:
 
 
 def _need_positive(name: str, value) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise MinitxError(f"The configuration has {name} = {value!r}; expected a positive integer.")
+    if value < 1:
+        raise MinitxError(f"The configuration has {name} = {value}; expected a positive integer.")

@@ -6,6 +6,8 @@ make one line of bounded length of whatever they are given, so no place that rai
 think of it. ``abbreviate`` shortens a single value, so that the rest of the sentence is kept.
 """
 
+from collections.abc import Iterable
+
 LONGEST_MESSAGE, LONGEST_VALUE = 400, 60  # characters
 
 
@@ -73,3 +75,32 @@ def _beginning(value, levels: int = 3) -> str:
         return ascii(value)
     except Exception:  # whatever a foreign __repr__ raises
         return f"a {type(value).__name__}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """How the refusal of an unknown word ends: "did you mean 'full'?" if a known word is like it,
+    otherwise "expected one of full, ...". Upper case, ``_`` for ``-`` and missing ends do not
+    matter."""
+    found = nearest(word, known)
+    return f"did you mean {found!r}?" if found else f"expected one of {', '.join(known)}."
+
+
+def one_of(word: str, known: Iterable[str]) -> str:
+    """The same for a short list, which is told in any case: "expected one of tiny, full. Did you
+    mean 'full'?"."""
+    found = nearest(word, known)
+    return f"expected one of {', '.join(known)}." + (f" Did you mean {found!r}?" if found else "")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like this one, or None."""
+    from difflib import get_close_matches  # imported late: only for a refusal
+
+    def plain(name: str) -> str:
+        return name.lower().replace("-", "_").strip("_")
+
+    by_plain = {plain(name): name for name in known}
+    wanted = plain(word[:60])  # comparing takes time that grows with the length
+    near = get_close_matches(wanted, by_plain, n=1)
+    near += [name for name in by_plain if len(wanted) > 1 and name.startswith(wanted)]
+    return by_plain[near[0]] if near else None

@@ -31,6 +31,7 @@ def bar(work: int | Iterable, label: str, unit: str = "step", delay: float = 0.0
         disable=not shown,
         leave=None,  # the outermost bar stays on the screen; one inside another is erased
         ncols=_columns() if shown else None,
+        nrows=20,  # without it tqdm draws nothing where a terminal says that it has no rows
         miniters=1,  # draw whenever 0.1 s have passed, however unequal the steps are
     )
 

@@ -21,14 +21,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
 
 from minitx.calibration import recording, source_of
-from minitx.errors import MinitxError, MinitxWarning, abbreviate
+from minitx.errors import MinitxError, MinitxWarning, abbreviate, nearest
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major, to_row_major
 from minitx.model import FFN, Attention, Block, Stack
@@ -180,8 +179,10 @@ class Technique:
         for name, value in self.with_preset(given).items():
             if name not in options:
                 names = [PRESET, *options] if self.presets else options
-                known = f"choose from {', '.join(names)}" if names else "it takes none"
-                raise MinitxError(f"{self.name} has no option {abbreviate(name)}; {known}.")
+                known = f"choose from {', '.join(names)}." if names else "it takes none."
+                if near := nearest(name, names):
+                    known += f" Did you mean {near!r}?"
+                raise MinitxError(f"{self.name} has no option {abbreviate(name)}; {known}")
             try:
                 found[name] = options[name].check(value)
             except ValueError:
@@ -198,8 +199,8 @@ class Technique:
             return given  # ``checked`` refuses a preset by name if there are none
         known, name = {"default": {}} | self.presets, given[PRESET]
         if not isinstance(name, str) or name not in known:
-            near = get_close_matches(name, known, n=1) if isinstance(name, str) else []
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            near = nearest(name, known) if isinstance(name, str) else None
+            hint = f" (did you mean {near!r}?)" if near else ""
             raise MinitxError(
                 f"{self.name}: {PRESET} must be one of {', '.join(known)}{hint}; got "
                 f"{abbreviate(name)}."
@@ -285,8 +286,8 @@ def find(name: str) -> Technique:
     """The technique of that name (``ffn_skip`` or ``ffn-skip``)."""
     known, key = names(), name.replace("-", "_")
     if key not in known:
-        near = get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "minitx list shows all of them."
+        near = nearest(key, known)
+        hint = f"did you mean {near!r}?" if near else "minitx list shows all of them."
         raise MinitxError(f"There is no technique {abbreviate(name)}; {hint}")
     importlib.import_module(known[key])
     return REGISTRY[key]

@@ -13,6 +13,7 @@ import os
 import stat
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from minitx.errors import MinitxError
@@ -99,19 +100,24 @@ def first_ids(lm, text: Text, count: int) -> list[int]:
     """The first ``count`` ids of the text, without a beginning-of-text token. MinitxError without
     a tokenizer, or for a text of fewer than two tokens."""
     lm.need_tokenizer()
-    size = 8 * count + 1000  # characters: one token often holds four
-    while True:
-        piece = text.content if size >= len(text.content) else _whole_words(text.content[:size])
-        ids = lm.tokenizer.encode(piece, special=False)
-        if len(ids) > count or size >= len(text.content):
-            break
-        size *= 2
+    ids = _encode_first(lm.tokenizer, text.content, count)
     if len(ids) < 2:
         raise MinitxError(
             f"{text.name} has {len(ids)} token{'s' * (len(ids) != 1)}; expected a text of at "
             "least 2."
         )
-    return lm.check_ids(ids, any_length=True)[:count].tolist()
+    return lm.check_ids(ids, any_length=True).tolist()
+
+
+@lru_cache(maxsize=2)  # several techniques calibrate on the same text
+def _encode_first(tokenizer, content: str, count: int) -> list[int]:
+    size = 8 * count + 1000  # characters: one token often holds four
+    while True:
+        piece = content if size >= len(content) else _whole_words(content[:size])
+        ids = tokenizer.encode(piece, special=False)
+        if len(ids) > count or size >= len(content):
+            return ids[:count]
+        size *= 2
 
 
 def _whole_words(piece: str) -> str:

@@ -75,8 +75,16 @@ def test_every_link_leads_to_a_file():
         assert (ROOT / path).exists(), path
 
 
-def test_ci_runs_the_test_command_of_the_readme():
-    install, test = blocks("sh")[1].strip().split(" && ")
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert test.removeprefix("python ") in script
-    assert install.startswith("pip install")
+def test_ci_runs_the_commands_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    for block in blocks("sh"):
+        for command in block.strip().split(" && "):
+            assert command in script, f"not a line of .ci/run: {command}"
+
+
+def test_first_story_is_the_one_that_is_printed():
+    found = minitx.load("stories").generate("Once upon a time", temperature=0.8, seed=0)
+    _, _, shown = blocks("text")[0].partition('$ minitx generate "Once upon a time"\n')
+    pieces = " ".join(shown.partition("\n\n")[0].split()).split("[...]")
+    for piece in pieces:
+        assert piece.strip() in f"Once upon a time{found}", piece

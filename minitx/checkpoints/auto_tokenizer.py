@@ -116,7 +116,7 @@ def _class_name(folder: Path, config: dict, fields: dict) -> str:
         return name
     raise MinitxError(
         f"{folder / CONFIG}: tokenizer_class {abbreviate(named)} is not supported; expected "
-        f"PreTrainedTokenizerFast or one of {', '.join(CLASSES)}"
+        f"PreTrainedTokenizerFast or one of {', '.join(CLASSES)}."
     )
 
 
@@ -150,13 +150,13 @@ def _refuse_other_formats(folder: Path, name: str) -> None:
         if (folder / other).exists():
             raise MinitxError(
                 f"{folder / other} is {format}, which minitx cannot read; save the tokenizer with "
-                f"transformers' save_pretrained, which writes a {TOKENIZER}"
+                f"transformers' save_pretrained, which writes a {TOKENIZER}."
             )
     if not (folder / VOCAB).exists():
-        raise MinitxError(f"{folder}: expected a {TOKENIZER}, or a {VOCAB} and a {MERGES}")
+        raise MinitxError(f"{folder}: expected a {TOKENIZER}, or a {VOCAB} and a {MERGES}.")
     if name in ("TokenizersBackend", "LlamaTokenizer"):
         raise MinitxError(
-            f"{folder}: has a {VOCAB} but no {TOKENIZER}, which a tokenizer of class {name} needs"
+            f"{folder}: has a {VOCAB} but no {TOKENIZER}, which a tokenizer of class {name} needs."
         )
 
 
@@ -187,14 +187,15 @@ def _model(fields: dict, **changes) -> dict:
 
 def _byte_level(settings: JsonObject, use_regex: bool = True) -> dict:
     prefix = settings.boolean("add_prefix_space", False)
-    return {"type": "ByteLevel", "add_prefix_space": prefix, "use_regex": use_regex}
+    flags = {"add_prefix_space": prefix, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "ByteLevel"} | flags
 
 
 def _gpt2(fields: dict, settings: JsonObject) -> dict:
     return {
         "normalizer": None,
         "pre_tokenizer": _byte_level(settings),
-        "decoder": {"type": "ByteLevel"},
+        "decoder": _byte_level(settings),
         "model": _model(fields),
     }
 
@@ -205,13 +206,14 @@ def _gpt_neox(fields: dict, settings: JsonObject) -> dict:
 
 def _qwen2(fields: dict, settings: JsonObject) -> dict:
     split = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated"}
+    split["invert"] = False
     return {
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [split, _byte_level(settings, use_regex=False)],
         },
-        "decoder": {"type": "ByteLevel"},
+        "decoder": _byte_level(settings),
         "model": _model(fields),
     }
 
@@ -246,12 +248,13 @@ class TokenizerClass:
     pipeline: object
     named: dict[str, str]
     resets_flags: bool = False  # of its special tokens
+    pads_as_file: bool = False  # the pad_token of a left-over "padding" becomes a special token
     keeps_post_processor: bool = True
 
 
 CLASSES = {
     "LlamaTokenizer": TokenizerClass(
-        _llama, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        _llama, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}, pads_as_file=True
     ),
     "GPT2Tokenizer": TokenizerClass(
         _gpt2, {"unk_token": _END, "bos_token": _END, "eos_token": _END}
@@ -265,7 +268,7 @@ CLASSES = {
         _qwen2, {"unk_token": _END, "eos_token": _END, "pad_token": _END}, resets_flags=True
     ),
 }
-_AS_IN_FILE = TokenizerClass(lambda fields, settings: {}, {})
+_AS_IN_FILE = TokenizerClass(lambda fields, settings: {}, {}, pads_as_file=True)
 
 
 def _made(file: Path, fields: dict, config: dict, name: str) -> Found:
@@ -274,7 +277,10 @@ def _made(file: Path, fields: dict, config: dict, name: str) -> Found:
     settings = JsonObject(file.with_name(CONFIG), config)
     added = _AddedVocabulary(file, read_vocab(file, fields))
     in_file = [_with_id(file, token) for token in _list(JsonObject(file, fields), "added_tokens")]
-    special = _SpecialTokens.read(file.parent, config, in_file, made.named)
+    named, padding = made.named, fields.get("padding")
+    if made.pads_as_file and isinstance(padding, dict):
+        named = named | {"pad_token": padding.get("pad_token")}
+    special = _SpecialTokens.read(file.parent, config, in_file, named)
 
     if name == "TokenizersBackend":
         added.add(in_file)
@@ -306,7 +312,9 @@ def _bos_and_eos_template(
             special[content] = {"id": content, "ids": [added.ids[content]], "tokens": [content]}
     if not special:
         return None
-    return {"type": "TemplateProcessing", "single": single, "special_tokens": special}
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]  # required, though not used here
+    template = {"type": "TemplateProcessing", "single": single, "pair": pair}
+    return template | {"special_tokens": special}
 
 
 # ----------------------------------------------------------------------------- its added tokens
@@ -339,7 +347,7 @@ class _AddedVocabulary:
                 raise MinitxError(
                     f"{self.file}: the added token {abbreviate(token.content)} must have id {id}, "
                     f"{'its id in the vocabulary' if id < size else 'the next free id'}, "
-                    f"got {token.id}"
+                    f"got {token.id}."
                 )
             token = replace(token, id=id)
             if self.by_id.get(id) != token:
@@ -462,7 +470,9 @@ def _index(file: Path, value) -> int:
         return int(value)
     if type(value) is int and 0 <= value < 2**32:
         return value
-    raise MinitxError(f"{file}: an added token has the id {abbreviate(value)}; expected an integer")
+    raise MinitxError(
+        f"{file}: an added token has the id {abbreviate(value)}; expected an integer."
+    )
 
 
 def _with_id(file: Path, fields) -> AddedToken:

@@ -26,7 +26,7 @@ from minitx.errors import abbreviate as abbreviate
 from minitx.values import need_float_dtype as need_float_dtype
 
 MAX_JSON_BYTES = 2**26  # the tokenizer.json of 256,000 tokens takes half of it
-MAX_TEXT_BYTES = 2**28
+MAX_TEXT_BYTES = 2**26
 # Most values in one rotary table (cos or sin) that a config file alone can make us compute.
 MAX_ROPE_TABLE = 2**24  # a context of 131072 tokens at head width 128
 
@@ -120,8 +120,8 @@ def read_json(path, limit: int = MAX_JSON_BYTES) -> dict:
 
 
 def read_npz(path, limit: int) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz`` file, at most ``limit`` bytes unpacked. MinitxError if the
-    file cannot be read, ValueError if its contents are damaged or larger. Nothing is unpickled."""
+    """All arrays of an ``.npz`` file that takes at most ``limit`` bytes unpacked. Nothing is
+    unpickled. MinitxError if the file cannot be read, ValueError if its contents are damaged."""
     with open_file(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -217,6 +217,35 @@ def need_writable_folder(folder: Path) -> None:
         probe = temporary_name(folder / "probe")
         probe.touch()
         probe.unlink()
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def need_writable_file(path: Path) -> None:
+    """See that a file of this name can be written: before long work, not after."""
+    try:
+        if path.is_dir():
+            raise MinitxError(f"{path} is a folder; give the name of a file.")
+        if path.exists() and not path.is_file():
+            raise MinitxError(f"{path} is not a regular file; give the name of a new one.")
+        if not path.parent.is_dir():
+            raise MinitxError(f"{path}: there is no folder {path.parent}; create it first.")
+        probe = temporary_name(path)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def need_new_folder(folder: Path) -> None:
+    """See that there is no such folder, and that it can be created: before long work."""
+    if os.path.lexists(folder):
+        raise MinitxError(f"{folder} already exists; give the name of a new folder.")
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    try:
+        probe = above / temporary_name(folder).name
+        probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         raise unwritable(folder, error) from None
 

@@ -97,7 +97,7 @@ def read_config(path) -> Config:
     Raises MinitxError if the file is missing or malformed, contradicts itself, or asks for a
     feature that minitx does not implement.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise MinitxError(f"{path}: there is no such file; a model folder needs a config.json.")
     return config_from(path, read_json(path))
 
@@ -185,8 +185,10 @@ def _read_qwen2(c: JsonObject) -> Config:
         windowed = "sliding_attention" in kinds
     else:
         windowed = first < c.positive_int("num_hidden_layers")
+    window = c.positive_int("sliding_window", None)
     if not (c.boolean("use_sliding_window") and windowed):
-        c = JsonObject(c.path, c.fields | {"sliding_window": None})
+        window = None
+    c = JsonObject(c.path, c.fields | {"sliding_window": window})
     _need_full_attention(c, c.positive_int("max_position_embeddings"))
     return _llama_like(c, qkv_bias=True, out_bias=False, ffn_bias=False)
 
@@ -258,10 +260,10 @@ def _read_gpt_neox(c: JsonObject) -> Config:
         c.reject("head_dim", f"is not hidden_size / num_attention_heads = {head_width}")
     fraction, rope = read_rope(c, GPT_NEOX)
     rope_width = int(head_width * fraction)
-    if rope_width < 1:
+    if rope_width < 2 or rope_width % 2:
         raise MinitxError(
-            f"{c.path}: a rotary fraction of {fraction} ('rotary_pct') rotates no columns of heads "
-            f"of width {head_width}, so the model would have no positions."
+            f"{c.path}: 'rotary_pct' {fraction} of heads of width {head_width} are {rope_width} "
+            "rotary columns; expected an even number above 0."
         )
     bias = c.boolean("attention_bias")
     return Config(

@@ -1,6 +1,7 @@
 """Write a minitx ``Config`` as the ``config.json`` of the matching transformers architecture.
 
 The rotary settings are written in both spellings: the one of transformers 5 and the older one.
+Limits on the length of a text are written as older versions did, in ``config.json`` too.
 """
 
 from minitx.checkpoints.hf_config import SKIPLESS
@@ -23,6 +24,8 @@ def config_fields(config: Config) -> dict:
     if c.skipless:  # names that other frameworks reject instead of loading a different model
         fields["architectures"] = [SKIPLESS + name for name in fields["architectures"]]
         fields["model_type"] = f"skipless_{fields['model_type']}"
+    limits = {"max_new_tokens": c.max_new_tokens, "max_length": c.max_length}
+    fields |= {name: limit for name, limit in limits.items() if limit is not None}
     return fields | {
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tied,
@@ -56,7 +59,7 @@ def _llama_fields(c: Config) -> dict:
         "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+        **_rope_fields(c),
         **own,
     }
 
@@ -95,11 +98,27 @@ def _gpt_neox_fields(c: Config) -> dict:
         "use_parallel_residual": c.parallel,
         "rotary_emb_base": c.rope_base,
         "rotary_pct": fraction,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": c.rope_base,
-            "partial_rotary_factor": fraction,
-        },
+        **_rope_fields(c, partial_rotary_factor=fraction),
+    }
+
+
+def _rope_fields(c: Config, **more) -> dict:
+    """The object of transformers 5, and the older one if there is scaling."""
+    if c.rope_trained_context:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": c.rope_factor,
+            "low_freq_factor": c.rope_low_turns,
+            "high_freq_factor": c.rope_high_turns,
+            "original_max_position_embeddings": c.rope_trained_context,
+        }
+    elif c.rope_factor != 1:
+        scaling = {"rope_type": "linear", "factor": c.rope_factor}
+    else:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base, **more}}
+    return {
+        "rope_parameters": {**scaling, "rope_theta": c.rope_base, **more},
+        "rope_scaling": {**scaling, "type": scaling["rope_type"], **more},
     }
 
 

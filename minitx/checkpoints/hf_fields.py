@@ -44,7 +44,10 @@ ANY_MODEL = {
     "is_causal": Refusal(only(True), "lets tokens see later ones"),
     "is_encoder_decoder": Refusal(only(False), "makes this the decoder of a two-part model"),
     "per_layer_config": Refusal(nothing, "gives layers different settings"),
-    "kv_sharing_modes": Refusal(nothing, "lets layers share keys and values"),
+    "kv_sharing_modes": Refusal(
+        lambda value: not isinstance(value, list) or "reuse" not in value,
+        "lets layers reuse the keys and values of others",
+    ),
     "configuration_files": Refusal(nothing, "makes transformers read another configuration"),
     "transformers_weights": Refusal(
         only("model.safetensors"), "names another file than model.safetensors for the weights"

@@ -33,21 +33,20 @@ GPT_NEOX = RopeNames("rotary_emb_base", "rotary_pct", 0.25, ("rope_theta", "part
 def read_rope(c: JsonObject, names: RopeNames) -> tuple[float, dict]:
     """The fraction of a head's columns that is rotated, and the fields ``rope_...`` of ``Config``
     except the width. MinitxError for kinds of scaling that minitx lacks, or for a contradiction."""
-    objects = [c.object(name) for name in ("rope_scaling", "rope_parameters")]
-    found = [_settings(c, where, names) for where in objects if where.fields]
-    if not found:
-        found = [_settings(c, JsonObject(c.path, {}), names)]
+    places = [name for name in ("rope_scaling", "rope_parameters") if c.object(name).fields]
+    found = [_settings(c, name, names) for name in places or ["rope_parameters"]]
     if found[0] != found[-1]:
         raise MinitxError(
-            f"{c.path}: 'rope_scaling' {abbreviate(objects[0].fields)} and 'rope_parameters' "
-            f"{abbreviate(objects[1].fields)} disagree; remove one of them (transformers reads "
-            "'rope_scaling')."
+            f"{c.path}: 'rope_scaling' {abbreviate(c.fields['rope_scaling'])} and "
+            f"'rope_parameters' {abbreviate(c.fields['rope_parameters'])} disagree; remove one of "
+            "them (transformers reads 'rope_scaling')."
         )
     return found[0]
 
 
-def _settings(c: JsonObject, where: JsonObject, names: RopeNames) -> tuple[float, dict]:
-    """The settings that the object ``where`` and the top level give together."""
+def _settings(c: JsonObject, place: str, names: RopeNames) -> tuple[float, dict]:
+    """The settings that the object in the field ``place`` and the top level give together."""
+    where = c.object(place)
     base = _agreeing(c, [(where, "rope_theta"), (c, names.base)], 10000.0)
     fraction = _agreeing(
         c, [(where, "partial_rotary_factor"), (c, names.fraction)], names.default_fraction
@@ -58,17 +57,19 @@ def _settings(c: JsonObject, where: JsonObject, names: RopeNames) -> tuple[float
         raise MinitxError(f"{c.path}: {names.base!r} must be from 1 to 1e30, got {base}.")
     if fraction > 1:
         raise MinitxError(f"{c.path}: {names.fraction!r} must be at most 1, got {fraction}.")
-    return fraction, {"rope_base": base} | _scaling(c, where)
+    return fraction, {"rope_base": base} | _scaling(c, place)
 
 
-def _scaling(c: JsonObject, where: JsonObject) -> dict:
+def _scaling(c: JsonObject, place: str) -> dict:
+    where = c.object(place)
     kind = where.string("rope_type", where.string("type", "default"))
     if kind not in ("default", "linear", "llama3") or any(
         isinstance(value, dict) for value in where.fields.values()
     ):
         raise MinitxError(
-            f"{c.path}: this RoPE scaling is not supported ({abbreviate(where.fields)}); expected "
-            "rope_type 'default', 'linear' or 'llama3', the same in all layers."
+            f"{c.path}: {place!r} asks for RoPE scaling that is not supported "
+            f"({abbreviate(where.fields)}); expected rope_type 'default', 'linear' or 'llama3', "
+            "the same in all layers."
         )
     if kind == "default":
         return {}

@@ -10,6 +10,7 @@ own modules. Pickles (``pytorch_model.bin``) are never opened.
 
 import json
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -200,14 +201,15 @@ def _need_all(folder: Path, config: Config, expected: list[TensorMap], tensors: 
     stored = [tensor.name for tensor in tensors.values()]
     strange = [tensor.name for name, tensor in tensors.items() if name not in wanted]
     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    near = sorted(strange or stored, key=lambda name: -len(commonprefix([name, missing[0]])))
     cause = why_missing(config, missing, stored)
     raise MinitxError(
         f"{folder}: tensor {missing[0]!a}{more} is missing but required by {CONFIG}; the folder "
-        f"has {some(strange or stored)}{cause and '; ' + cause}."
+        f"has {some(near)}{cause and '; ' + cause}."
     )
 
 
-def some(names: list[str], most: int = 4) -> str:
+def some(names: list[str], most: int = 3) -> str:
     """The first few of these names, each abbreviated, for an error message."""
     text = ", ".join(abbreviate(name) for name in names[:most])
     return f"{text} and {len(names) - most} more" if len(names) > most else text

@@ -15,9 +15,9 @@ declares, so reading a file never runs code from it.
 
 import importlib
 import inspect
+import math
 from dataclasses import asdict, fields
-from types import UnionType
-from typing import get_args
+from typing import get_type_hints
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from minitx.checkpoints.common import abbreviate
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.tree import Part
+from minitx.values import has_type, type_name
 
 MODULES = (
     "minitx.model",
@@ -64,7 +65,9 @@ class _Serializer:
         return self.indices[id(node)]
 
     def field(self, value, path: str):
-        if value is None or type(value) in (bool, int, float, str):
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if type(value) is float and math.isfinite(value):  # JSON has neither NaN nor Inf
             return value
         if isinstance(value, np.ndarray):
             return {"array": self.arrays.setdefault(id(value), (path, value))[0]}
@@ -126,7 +129,8 @@ class _Deserializer:
         if not inspect.isclass(cls):
             raise MinitxError(f"{where}: expected a part, got {abbreviate(entry['part'])}.")
         given = entry["fields"]
-        types = {f.name: f.type for f in fields(cls)}
+        hints = get_type_hints(cls)
+        types = {f.name: hints[f.name] for f in fields(cls)}
         if not isinstance(given, dict) or set(given) != set(types):
             raise MinitxError(
                 f"{where}: a {cls.__name__} must have the fields {', '.join(types) or 'none'}, "
@@ -134,12 +138,15 @@ class _Deserializer:
             )
         values = {name: self.field(f"{where}, {name}", field) for name, field in given.items()}
         for name, value in values.items():
-            if not _has_type(value, types[name]):
+            if not has_type(value, types[name]):
                 raise MinitxError(
-                    f"{where}: {name!r} of a {cls.__name__} must be {_type_name(types[name])}, "
+                    f"{where}: {name!r} of a {cls.__name__} must be {type_name(types[name])}, "
                     f"got {abbreviate(given[name])}."
                 )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (TypeError, ValueError, ArithmeticError) as error:  # a part that checks its fields
+            raise MinitxError(f"{where}: its fields do not fit together ({error}).") from None
 
     def field(self, where: str, field):
         if not isinstance(field, dict):
@@ -165,7 +172,7 @@ class _Deserializer:
         )
 
     def config(self, where: str, given: dict) -> Config:
-        if set(given) != {f.name for f in fields(Config)} or not isinstance(given["eos"], list):
+        if set(given) != {f.name for f in fields(Config)} or type(given["eos"]) is not list:
             raise MinitxError(f"{where}: expected the fields of a Config, got {abbreviate(given)}.")
         try:
             return Config(**given | {"eos": tuple(given["eos"])})
@@ -189,20 +196,3 @@ def _import(where: str, name):
             "file written by another version?"
         )
     return found
-
-
-def _type_name(declared) -> str:
-    return declared.__name__ if inspect.isclass(declared) else str(declared)
-
-
-def _has_type(value, declared) -> bool:
-    """Does the value have the declared type of its field? True for annotations not checked here."""
-    if isinstance(declared, UnionType):
-        return any(_has_type(value, option) for option in get_args(declared))
-    if declared in (bool, int, str, tuple):
-        return type(value) is declared
-    if declared is float:
-        return type(value) in (int, float)
-    if inspect.isclass(declared):
-        return isinstance(value, declared)
-    return True

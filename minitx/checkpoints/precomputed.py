@@ -2,30 +2,49 @@
 
     out/precomputed.json          its origin, and the tree of parts (parts.py)
     out/precomputed.safetensors   its arrays, in their in-memory dtypes
-    out/tokenizer.json (or .bin)  a copy of the tokenizer file
+    out/tokenizer.json (or .bin)  its tokenizer
 
 The folder is self-contained: loading needs neither the original checkpoint nor calibration text.
+
+Two fingerprints hold it together: the JSON has one of the arrays, and one of all its other fields.
+So whatever is changed by a damaged disk, by hand or by mixing two folders is refused, even where
+the result would run: a doubled scale, a matrix in another shape. What remains, a file that was
+written to deceive, is checked part by part (parts.py) and by running a short text.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from minitx.calibration import Calibrated
-from minitx.checkpoints.common import abbreviate, fingerprint, need_float_dtype, read_json
+from minitx.checkpoints.common import (
+    abbreviate,
+    fingerprint,
+    need_float_dtype,
+    need_new_folder,
+    read,
+    read_json,
+    remove_abandoned,
+    temporary_name,
+    unwritable,
+)
 from minitx.checkpoints.parts import deserialize, serialize
 from minitx.checkpoints.safetensors import read_as_stored
 from minitx.checkpoints.safetensors_write import write_safetensors
+from minitx.checkpoints.tokenizer_json_write import write_tokenizer
+from minitx.decode import Sampler, new_state
 from minitx.errors import MinitxError
-from minitx.model import Transformer
+from minitx.model import PositionEmbedding, Rope, Transformer
 from minitx.tree import Part, float_type, walk
 
 JSON_FILE, ARRAYS_FILE = "precomputed.json", "precomputed.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,17 +63,16 @@ class Origin:
 def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> None:
     """Write the model and its decoding loop into the new ``folder``, which appears atomically.
 
-    tokenizer: the tokenizer file to copy, or None. Raises MinitxError if the folder exists, or if a
-    part cannot be serialized.
+    tokenizer: the file that lm's tokenizer was read from, or None. Raises MinitxError if the folder
+    exists, or if a part cannot be serialized.
     """
     folder = Path(folder)
-    if os.path.lexists(folder):
-        raise MinitxError(f"{folder} already exists; give the name of a new folder.")
+    need_new_folder(folder)
     entries, arrays, indices = serialize(model=lm.model, decode=lm.decode)
-    # In the same parent folder, where a rename is atomic.
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
         temporary.mkdir()
         write_safetensors(temporary / ARRAYS_FILE, arrays, None, {"format": "minitx precomputed"})
         content = {"format": FORMAT_VERSION, "from": origin.model, "flags": origin.flags}
@@ -63,15 +81,24 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
             "dtype": str(float_type(lm.model)),
             "arrays": fingerprint(temporary / ARRAYS_FILE),
         }
-        text = json.dumps(content | indices | {"entries": entries}, indent=1)
-        (temporary / JSON_FILE).write_text(text + "\n", encoding="utf-8")
+        content |= indices | {"entries": entries}
+        content |= {"fingerprint": signature(content)}
+        (temporary / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, temporary / f"tokenizer{tokenizer.suffix}")
+            _write_tokenizer(lm.tokenizer, tokenizer, temporary)
         os.rename(temporary, folder)
     except OSError as error:
-        raise MinitxError(f"{folder}: cannot be written ({error.strerror or error}).") from None
+        raise unwritable(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tokenizer(tokenizer, file: Path, folder: Path) -> None:
+    """The tokenizer that was read from `file`, in one file that needs no other to mean the same."""
+    if file.suffix == ".bin":
+        (folder / "tokenizer.bin").write_bytes(read(file))
+    else:
+        write_tokenizer(tokenizer, folder)
 
 
 def is_precomputed(folder: Path) -> bool:
@@ -123,7 +150,7 @@ def read_precomputed(folder, dtype=np.float32) -> tuple[Transformer, Part]:
     model, decode = (_root(path, parts, content, name) for name in ("model", "decode"))
     if type(model) is not Transformer:
         raise MinitxError(f"{path}: 'model' must be a Transformer, got a {type(model).__name__}.")
-    _smoke_test(path, model)
+    _smoke_test(path, model, decode, dtype)
     return model, decode
 
 
@@ -135,12 +162,23 @@ def _read_content(folder: Path) -> dict:
             f"{path}: 'format' must be {FORMAT_VERSION} for this version of minitx, "
             f"got {abbreviate(content.get('format'))}."
         )
-    for name in ("from", "flags", "dtype", "arrays"):
+    for name in ("from", "flags", "dtype", "arrays", "fingerprint"):
         if not isinstance(content.get(name), str):
             raise MinitxError(
                 f"{path}: {name!r} must be a string, got {abbreviate(content.get(name))}."
             )
+    if content["fingerprint"] != signature(content):
+        raise MinitxError(
+            f"{path}: does not match its own fingerprint, so it was changed after it was written; "
+            "run minitx precompute again."
+        )
     return content
+
+
+def signature(content: dict) -> str:
+    """The SHA-256 of all fields but ``fingerprint``; spaces and the order of keys do not matter."""
+    signed = {name: value for name, value in content.items() if name != "fingerprint"}
+    return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
 
 
 def _root(path: Path, parts: list[Part], content: dict, name: str) -> Part:
@@ -152,17 +190,41 @@ def _root(path: Path, parts: list[Part], content: dict, name: str) -> Part:
     return parts[index]
 
 
-def _smoke_test(path: Path, model: Transformer) -> None:
-    """Run one token: parts that are each valid may still not fit together."""
+SMOKE_TOKENS = 24
+
+
+def _smoke_test(path: Path, model: Transformer, decode: Part, dtype: np.dtype) -> None:
+    """Run a short text as generation does: parts that are each valid may still not fit together."""
+    c = model.config
     counts = {len(node.blocks) for _, node in walk(model) if hasattr(node, "blocks")}
-    if counts != {model.config.layers}:
-        raise MinitxError(f"{path}: expected {model.config.layers} layers, got {sorted(counts)}.")
+    if counts != {c.layers}:
+        raise MinitxError(f"{path}: expected {c.layers} layers, got {sorted(counts)}.")
+    tables = [node.w for _, node in walk(model) if type(node) is PositionEmbedding]
+    tables += [node.cos for _, node in walk(model) if type(node) is Rope]
+    if any(len(table) != c.context for table in tables):
+        raise MinitxError(f"{path}: expected tables with a row for each of {c.context} positions.")
     try:
-        logits = model(np.array([0]), model.new_state())
-        complete = logits.shape == (1, model.config.vocab_size)
+        logits, new = _run(model, decode)
     except Exception as error:  # anything NumPy or a part may raise for wrong shapes or types
         raise MinitxError(f"{path}: its parts do not fit together ({error}).") from None
-    if not complete or not np.isfinite(logits).all():
-        raise MinitxError(
-            f"{path}: expected {model.config.vocab_size} finite logits from its parts."
-        )
+    if logits.shape[1:] != (c.vocab_size,) or not np.isfinite(logits).all():
+        raise MinitxError(f"{path}: expected {c.vocab_size} finite logits from its parts.")
+    if logits.dtype != dtype or not all(0 <= token < c.vocab_size for token in new):
+        raise MinitxError(f"{path}: expected {dtype} logits and tokens of the vocabulary.")
+
+
+def _run(model: Transformer, decode: Part) -> tuple[np.ndarray, list[int]]:
+    """Logits (T, V) of a prompt and a further token, and the tokens of a short greedy text. The ids
+    are spread over the vocabulary, from the first to the last."""
+    V, context = model.config.vocab_size, model.config.context
+    T = max(1, min(SMOKE_TOKENS, context - 4))
+    ids = np.linspace(0, V - 1, T).astype(int).tolist()
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = model.new_state()
+        logits = [model(step, state) for step in (ids[:-1], ids[-1:]) if step]
+        model(ids)  # without a cache
+        new = list(decode(model, new_state(model, ids), ids, Sampler(), min(3, context - T)))
+    for _, node in (*walk(model), *walk(decode)):
+        node.forget()  # what it stored of this text
+    return np.concatenate(logits), new

@@ -25,7 +25,6 @@ from minitx.checkpoints.pre_tokenizers import needs_text_offsets, read_pre_token
 from minitx.checkpoints.tokenizer_steps import steps
 from minitx.errors import MinitxError
 
-ADVICE = "the model alone can be loaded for token ids: tokenizer=False, or --no-tokenizer"
 _KEYS = (
     "version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder model"
 )
@@ -37,13 +36,7 @@ def read_tokenizer(path) -> PipelineTokenizer:
 
     Raises MinitxError for a damaged file and for what is not supported.
     """
-    try:
-        return _tokenizer(find_tokenizer(path))
-    except MinitxError as error:
-        raise MinitxError(f"{str(error).removesuffix('.')}; {ADVICE}.") from None
-
-
-def _tokenizer(found: Found) -> PipelineTokenizer:
+    found = find_tokenizer(path)
     file, fields = found.file, found.fields
     _reject_unknown_keys(file, fields)
     make_decoder, spells_bytes = read_decoder(file, fields.get("decoder"))

@@ -23,6 +23,7 @@ def write_tokenizer(tokenizer: PipelineTokenizer, folder) -> None:
             f"tokenizer must be a ByteLevelBPE to be written as tokenizer.json, got {kind}."
         )
     fields = _fields(tokenizer) if isinstance(tokenizer, ByteLevelBPE) else tokenizer.fields
+    fields = {"version": "1.0"} | fields | {"truncation": None, "padding": None}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,  # decoding must not remove spaces
@@ -39,7 +40,8 @@ def write_tokenizer(tokenizer: PipelineTokenizer, folder) -> None:
 
 
 def _name(tokenizer: PipelineTokenizer, id: int | None) -> str | None:
-    return None if id is None else tokenizer.token(id)
+    """The special token with this id. (Naming another one would make it special.)"""
+    return {token.id: token.content for token in tokenizer.added if token.special}.get(id)
 
 
 def _fields(tokenizer: ByteLevelBPE) -> dict:
@@ -51,9 +53,6 @@ def _fields(tokenizer: ByteLevelBPE) -> dict:
         "use_regex": tokenizer.use_regex,
     }
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [vars(token) for token in tokenizer.added],
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": byte_level,

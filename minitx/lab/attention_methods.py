@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate, one_of
 from minitx.lab.attention_baselines import BASELINES, baseline
 from minitx.technique import apply
 from minitx.tree import Part
@@ -97,7 +97,7 @@ def chosen_methods(wanted: Sequence[str] | None = None) -> list[Method]:
     wanted = list(known) if wanted is None else [name.replace("-", "_") for name in wanted]
     for name in wanted:
         if name not in known:
-            raise MinitxError(f"There is no method {name!r}; known: {', '.join(known)}.")
+            raise MinitxError(f"There is no method {abbreviate(name)}; {one_of(name, known)}")
     return [known[name] for name in known if name in wanted]
 
 

@@ -9,7 +9,8 @@ from minitx.lab.attention_baselines import BASELINES
 from minitx.lab.attention_published import NOTES, PUBLISHED
 from minitx.lab.compare_attention import AttentionComparison, Point, Quality, bytes_read
 from minitx.lab.evaluate import hops_name, percent, table
-from minitx.lab.sweep import HEIGHT, WIDTH, letter, need_pyplot, scale
+from minitx.lab.reading import TextReport
+from minitx.lab.sweep import HEIGHT, WIDTH, check_picture, letter, scale
 
 Series = dict[str, list[tuple[float, float]]]  # points (x, y) by the name of their method
 
@@ -17,17 +18,17 @@ Series = dict[str, list[tuple[float, float]]]  # points (x, y) by the name of th
 def as_text(c: AttentionComparison) -> str:
     plan = c.plan
     heads = "{heads} query heads on {kv_heads} key heads of width {head_width}".format(**c.shape)
-    share, answers = fraction(smallest(c)), sum(c.dense.report.answers.values())
+    share = fraction(smallest(c))
     return f"""\
-{c.model or "The model"} reads {plan.chains} chains of {plan.tokens} tokens of evaluation stories, \
-grade {plan.grade}, {answers} answers; methods are tuned on calibration stories.
+{what_is_read(c)}
 
 {qualities(c)}
 
+{answers_by_hops(c)}\
 kept: share of the keys that queries see. mass: share of the exact attention that lies on the kept
-keys; best: on as many of the best keys. above entropy: loss of ordinary text above the entropy of
-the stories, nats per token. multiply-adds, bytes: of attention for one token at {plan.tokens} keys,
-without the projections, relative to dense attention. ~: over a tenth off the wanted share.
+keys; best: on as many of the best keys. {what_is_lost(c)}
+multiply-adds, bytes: of attention for one token at {plan.tokens} keys, without the projections,
+relative to dense attention. ~: over a tenth off the wanted share.
 
 Attention mass kept, over the share of keys kept:
 {chart(masses(c), "keys kept")}
@@ -39,39 +40,84 @@ Speedup of one block's attention for one decoded token over dense attention, at 
 The same at a share of {share}, over the context, which doubles from mark to mark:
 {chart(speed_series(c), "doublings")}
 
-The papers' own trade-offs, on other models and tasks, and ours:
+The papers' own trade-offs, on other models and tasks, and ours; below each, of what:
 {trade_offs(c)}"""
+
+
+def what_is_read(c: AttentionComparison) -> str:
+    plan, name = c.plan, c.model or "The model"
+    if c.text_name is not None:
+        read = f"{name} reads {plan.chains} windows of {plan.tokens} tokens of {c.text_name}"
+        return f"{read};\nmethods are tuned on {plan.calibration} more before them."
+    answers = sum(c.dense.report.answers.values())
+    return (
+        f"{name} reads {plan.chains} chains of {plan.tokens} tokens of evaluation stories, "
+        f"grade {plan.grade}, {answers} answers; methods are tuned on calibration stories."
+    )
+
+
+def what_is_lost(c: AttentionComparison) -> str:
+    if c.text_name is not None:
+        return "right: tokens that are the argmax."
+    return "above entropy: loss of ordinary\ntext above the entropy of the stories, nats per token."
 
 
 # Tables ------------------------------------------------------------------------------------------
 
 
 def qualities(c: AttentionComparison) -> str:
-    hops = list(c.dense.report.by_hops)
-    names = [hops_name(h) for h in hops]
-    rows = [
-        ["method", "setting", "kept", "mass", "best", "above entropy", "answers", *names]
-        + ["multiply-adds", "bytes"]
-    ]
-    rows.append(["dense", "", *quality_cells(c.dense, c.dense, hops)])
+    losses = loss_columns(c.dense)
+    rows = [["method", "setting", "kept", "mass", "best", *losses, "multiply-adds", "bytes"]]
+    rows.append(["dense", "", *quality_cells(c.dense, c.dense)])
     for share in c.plan.shares:
         rows.append([fraction(share), *[""] * (len(rows[0]) - 1)])
         for p in points_at(c, share):
-            cells = quality_cells(p.quality, c.dense, hops)
+            cells = quality_cells(p.quality, c.dense)
             if abs(p.quality.kept - share) > share / 10:
                 cells[0] = "~" + cells[0]
             rows.append([f"  {p.method}", p.setting, *cells])
-    return "\n".join(map(str.rstrip, table(rows).splitlines()))
+    return stripped(table(rows))
 
 
-def quality_cells(q: Quality, dense: Quality, hops: Iterable[int]) -> list[str]:
+def answers_by_hops(c: AttentionComparison) -> str:
+    """A table of its own, so that lines stay short; "" for a text, which has no answers."""
+    if isinstance(c.dense.report, TextReport):
+        return ""
+    hops = list(c.dense.report.by_hops)
+
+    def cells(q: Quality) -> list[str]:
+        return [percent(q.accuracy), *(percent(q.report.by_hops[h]) for h in hops)]
+
+    rows = [["method", "all answers", *map(hops_name, hops)], ["dense", *cells(c.dense)]]
+    for share in c.plan.shares:
+        rows.append([fraction(share), *[""] * (len(rows[0]) - 1)])
+        rows += [[f"  {p.method}", *cells(p.quality)] for p in points_at(c, share)]
+    table_of_answers = stripped(table(rows))
+    return f"""Answers that are right, by the number of facts that they need:
+{table_of_answers}
+
+"""
+
+
+def stripped(text: str) -> str:
+    """Without blanks at the ends of lines."""
+    return "\n".join(map(str.rstrip, text.splitlines()))
+
+
+def loss_columns(q: Quality) -> dict[str, str]:
+    """What is lost, by heading."""
+    r = q.report
+    if isinstance(r, TextReport):
+        found = {"nats per token": f"{r.loss:.4f}", "perplexity": f"{r.perplexity:,.2f}"}
+        return found | {"right": percent(r.accuracy)}
+    return {"above entropy": f"{r.gap:+.4f}"}
+
+
+def quality_cells(q: Quality, dense: Quality) -> list[str]:
     shares = [percent(x) for x in (q.kept, q.mass, q.best)]
-    accuracies = [percent(q.report.by_hops[h]) for h in hops]
     return [
         *shares,
-        f"{q.report.gap:+.4f}",
-        percent(q.accuracy),
-        *accuracies,
+        *loss_columns(q).values(),
         f"{q.cost.multiply_adds / dense.cost.multiply_adds:.2f}x",
         f"{bytes_read(q.cost) / bytes_read(dense.cost):.2f}x",
     ]
@@ -101,7 +147,7 @@ def fraction(share: float) -> str:
 
 def trade_offs(c: AttentionComparison) -> str:
     """For each technique, what its paper reports and what was measured here."""
-    rows = [["technique", "whose", "keys kept", "change of the metric", "of what"]]
+    rows = [["technique", "whose", "keys kept", "change of the metric", ""]]
     for name in dict.fromkeys(row.technique for row in PUBLISHED):
         for row in (row for row in PUBLISHED if row.technique == name):
             what = ", ".join(filter(None, (row.what, row.source)))
@@ -110,10 +156,14 @@ def trade_offs(c: AttentionComparison) -> str:
         if ours:
             kept = numbers([q.kept for q in ours], ".2g")
             change = numbers([q.accuracy - c.dense.accuracy for q in ours])
-            what = f"answers in stories (dense {c.dense.accuracy:.3f})"
+            of = "answers in stories" if c.text_name is None else "next tokens of the text"
+            what = f"{of} (dense {c.dense.accuracy:.3f})"
             rows.append([name, "ours", kept, change, what])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(w.ljust(n) for w, n in zip(row, widths)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)][:-1]
+    lines = []
+    for *figures, what in rows:
+        lines.append("  ".join(w.ljust(n) for w, n in zip(figures, widths)).rstrip())
+        lines += [f"  {what}"] if what else []
     return "\n".join([*lines, *NOTES])
 
 
@@ -174,7 +224,7 @@ def chart(series: Series, below: str) -> str:
 
 def picture(c: AttentionComparison, path) -> None:
     """The curves as a PNG file; needs the ``plot`` extra."""
-    pyplot = need_pyplot()
+    pyplot = check_picture(path)
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 5))
     draw(left, masses(c), "share of keys kept", "share of the attention mass kept")
     draw(middle, accuracies(c), "share of keys kept", "accuracy of answers")

@@ -39,6 +39,7 @@ from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.fast import ONE_THREAD, THREAD_VARIABLES
 from minitx.lab.bench_report import as_text
+from minitx.lab.layout import fit
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major
 from minitx.model import Head, Linear, TiedHead, Transformer
@@ -100,7 +101,7 @@ def bench(as_json: bool = False, quick: bool = False) -> None:
     rival, reason = find_rival()
     result = measure_all(SHAPES, QUICK if quick else FULL, rival)
     result["not_compared"] = reason
-    print(json.dumps(result, indent=1) if as_json else as_text(result))
+    print(json.dumps(result, indent=1) if as_json else fit(as_text(result)))
 
 
 def _run_again(options: list[str]) -> None:

@@ -1,5 +1,7 @@
 """The report of ``minitx bench``: the measurements of bench.py as three small tables."""
 
+from minitx.lab.layout import table
+
 
 def as_text(result: dict) -> str:
     """The tables for a result of ``bench.measure_all``, with notes."""
@@ -37,7 +39,7 @@ def _speeds(shapes: list[dict], what: str) -> list[str]:
                 _with_spread(figures["ratio"], "x") if theirs else "-",
             ]
         )
-    return columns(rows)
+    return table(rows).splitlines()
 
 
 def _limits(shapes: list[dict]) -> list[str]:
@@ -55,7 +57,7 @@ def _limits(shapes: list[dict]) -> list[str]:
                 _with_spread(shape["products_alone"]),
             ]
         )
-    return columns(rows)
+    return table(rows).splitlines()
 
 
 def _notes(result: dict) -> list[str]:
@@ -86,12 +88,3 @@ def _name(shape: dict) -> str:
 
 def _with_spread(s: dict, unit: str = "") -> str:
     return f"{s['median']:.2f}{unit} ({s['lowest']:.2f} to {s['highest']:.2f})"
-
-
-def columns(rows: list[list[str]]) -> list[str]:
-    """Rows of words as aligned lines: first column left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(f"{row[i]:{'<' if i == 0 else '>'}{width}}" for i, width in enumerate(widths))
-        for row in rows
-    ]

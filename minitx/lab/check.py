@@ -14,6 +14,7 @@ import numpy as np
 from minitx.checkpoints.find import locate, name_of, shipped
 from minitx.errors import MinitxError
 from minitx.lab.comparison import ALLOWED, BUG, Comparison, Stage
+from minitx.lab.layout import fit
 from minitx.lab.reference import (
     DTYPES,
     Reference,
@@ -88,7 +89,7 @@ def _check_or_excuse(name: str, folder) -> Comparison | Excuse:
 def _text(result: Comparison | Excuse, in_full: bool) -> str:
     if isinstance(result, Excuse):
         sign = "[??]" if result.verdict == NOT_CHECKED else "[--]"
-        return f"{sign}   {result.name}: not checked. {result.explanation}\n"
+        return fit(f"{sign}   {result.name}: not checked. {result.explanation}\n", hanging=7)
     return f"{result}\n" if in_full or result.verdict == BUG else result.line()
 
 

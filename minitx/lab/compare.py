@@ -27,7 +27,7 @@ import numpy as np
 
 from minitx import progress
 from minitx.decode import Sampler, new_state
-from minitx.lab.bench import timed
+from minitx.lab.bench import elapsed, timed
 from minitx.lab.evaluate import Report, Tally, percent, table
 from minitx.lab.reading import (
     NEW,
@@ -125,10 +125,14 @@ class Comparison:
     @property
     def multiply_adds(self) -> float:
         """Of the changed model, relative to the dense one."""
+        return self.relative("multiply_adds")
+
+    def relative(self, name: str) -> float:
+        """A field of ``Entry`` per new token, relative to the dense model."""
         changed, dense = (
             sum(part.values(), Entry()) for part in (self.generation.changed, self.generation.dense)
         )
-        return changed.multiply_adds / dense.multiply_adds
+        return getattr(changed, name) / max(getattr(dense, name), 1)
 
     @property
     def memory(self) -> float:
@@ -179,6 +183,7 @@ class Dense:
     continuations: list[list[int]]
     counts: Ledger  # of generating them
     size: Size
+    tokens_per_second: float  # of generating them once, while their work is counted
 
 
 def measure_dense(dense, material: Material, prompts: int, tick) -> Dense:
@@ -193,9 +198,11 @@ def measure_dense(dense, material: Material, prompts: int, tick) -> Dense:
     found = material.report(tally)
     warn_if_stories_are_unknown(material.source, found)
     own = material.prompts(prompts)
+    began = time.process_time()
     texts, counts = continue_all(dense, own, tick)
+    speed = sum(map(len, texts)) / elapsed(time.process_time, began)
     size = Size.of(dense, material.texts[0].ids[: dense.model.config.context])
-    return Dense(dense, material, hidden, found, own, texts, counts, size)
+    return Dense(dense, material, hidden, found, own, texts, counts, size, speed)
 
 
 def compare_with(known: Dense, changed, techniques: str, rounds: int, tick) -> Comparison:

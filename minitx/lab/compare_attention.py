@@ -4,7 +4,8 @@ Each method (attention_methods.py) is tuned to keep the wanted share of all pair
 key that it sees, on chains of calibration stories. Then the model with the method in every block
 reads chains of evaluation stories, all but the last token in one pass, to measure
 
-- answers and losses, as ``minitx evaluate`` does;
+- answers and losses, as ``minitx evaluate`` does (on --text FILE: losses of its tokens; its first
+  window is for tuning, the next ones are measured);
 - attention mass (attention_mass.py): how much of the exact softmax lies on the kept keys, and how
   much would lie on as many of the best keys; means over all queries, heads and blocks;
 - cost: what attention to the last token, at the end of the context, takes by the ledger. The
@@ -15,19 +16,29 @@ Latency at growing contexts is in attention_timing.py, what is printed in attent
 
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 
 import numpy as np
 
 from minitx import progress
+from minitx.calibration import STORIES
 from minitx.errors import MinitxError
 from minitx.lab.attention_mass import KeyTotals, with_measured_selectors
 from minitx.lab.attention_methods import Method, chosen_methods, tune
 from minitx.lab.attention_timing import CONTEXTS, Speed, crossover, measure_speeds
-from minitx.lab.evaluate import Encoded, Report, Tally, chains, report
+from minitx.lab.evaluate import Encoded, Report, Tally, chains, report, story_end
+from minitx.lab.reading import (
+    WINDOW,
+    TextReport,
+    logits_of,
+    pieces,
+    text_chains,
+    warn_if_stories_are_unknown,
+)
 from minitx.ledger import Entry, Ledger, counting
 from minitx.model import Attend
+from minitx.text import Text, as_text, count_bytes
 from minitx.tree import walk
 
 
@@ -39,8 +50,9 @@ class Grid:
     methods: tuple[str, ...] | None = None  # None: all
     chains: int = 8
     calibration: int = 1  # chains for tuning the methods
-    tokens: int | None = None  # in each chain; None: as many as the context holds
+    tokens: int | None = None  # in each chain; None: the context (of a text: at most 512)
     grade: str = "full"
+    text: str | Text | None = None  # to read instead of stories
     contexts: tuple[int, ...] = CONTEXTS
     rounds: int = 15  # of timing
 
@@ -49,7 +61,7 @@ class Grid:
 class Quality:
     """A model on chains: its answers, its attention mass, and what attention costs per token."""
 
-    report: Report
+    report: Report | TextReport
     kept: float  # share of the pairs of a query and a key that it sees
     mass: float  # share of the exact attention that lies on the kept keys
     best: float  # share on as many of each query's best keys
@@ -57,10 +69,8 @@ class Quality:
 
     @property
     def accuracy(self) -> float:
-        """Of all kinds of answers together."""
-        total = sum(self.report.answers.values())
-        right = sum(self.report.by_kind[kind] * n for kind, n in self.report.answers.items())
-        return right / max(total, 1)
+        """Of the answers in stories; of all tokens of a text."""
+        return self.report.accuracy
 
     def as_dict(self) -> dict:
         return asdict(self) | {"report": self.report.as_dict(), "accuracy": self.accuracy}
@@ -104,12 +114,17 @@ class AttentionComparison:
     dense: Quality
     points: list[Point]
 
+    @property
+    def text_name(self) -> str | None:
+        """None: stories."""
+        return None if self.plan.text is None else as_text(self.plan.text).name
+
     def as_dict(self) -> dict:
         from minitx.lab.attention_published import PUBLISHED
 
         return {
             "model": self.model,
-            "plan": asdict(self.plan),
+            "plan": asdict(replace(self.plan, text=self.text_name)),
             "shape": self.shape,
             "dense": self.dense.as_dict(),
             "points": [point.as_dict(self.dense) for point in self.points],
@@ -127,16 +142,14 @@ def compare_attention(dense, plan: Grid = Grid(), bar: bool = True) -> Attention
     model, and for a model without a tokenizer."""
     plan = checked(dense, plan)
     methods = chosen_methods(plan.methods)
-    evaluation = list(
-        islice(chains(dense.tokenizer, "evaluation", plan.grade, plan.tokens), plan.chains)
-    )
-    calibration = list(
-        islice(chains(dense.tokenizer, "calibration", plan.grade, plan.tokens), plan.calibration)
-    )
+    calibration, evaluation, make_report = to_read(dense, plan)
+    plan = replace(plan, chains=len(evaluation), calibration=len(calibration))
     steps = len(methods) * len(plan.shares)
     total = (steps + 1) * plan.chains + steps + len(plan.contexts)
     with progress.bar(total, "dense", shown=bar) as shown:
-        quality = measure(dense, dense, evaluation, shown.update)
+        quality = measure(dense, dense, evaluation, make_report, shown.update)
+        if plan.text is None:
+            warn_if_stories_are_unknown(STORIES, quality.report)
         apply, settings, points = cached_apply(dense), {}, []
         for method in methods:
             shown.set_description(method.name)
@@ -144,7 +157,8 @@ def compare_attention(dense, plan: Grid = Grid(), bar: bool = True) -> Attention
             for share in plan.shares:
                 value, reached = calibrate(apply, method, share, calibration, known)
                 shown.update()
-                found = measure(dense, apply(method, value), evaluation, shown.update)
+                lm = apply(method, value)
+                found = measure(dense, lm, evaluation, make_report, shown.update)
                 settings[method.name, share] = method, value
                 setting = f"{method.knob.name}={value:g}"
                 points.append(Point(method.name, share, setting, reached, found, ()))
@@ -158,15 +172,33 @@ def compare_attention(dense, plan: Grid = Grid(), bar: bool = True) -> Attention
     return AttentionComparison(dense.name, plan, shape, quality, points)
 
 
+def to_read(dense, plan: Grid):
+    """Chains to tune the methods on, chains to measure them on, and a function from the sums over
+    the latter to their report."""
+    if plan.text is not None:
+        split = plan.tokens, plan.calibration, plan.chains
+        calibration, evaluation = text_chains(dense, plan.text, *split)
+        size = sum(count_bytes(dense, chain.ids[1:]) for chain in evaluation)
+        return calibration, evaluation, partial(TextReport.of, size=size)
+    end = story_end(dense)
+
+    def read(split: str, count: int) -> list[Encoded]:
+        endless = chains(dense.tokenizer, split, plan.grade, plan.tokens, end)
+        return list(islice(endless, count))
+
+    return read("calibration", plan.calibration), read("evaluation", plan.chains), report
+
+
 def checked(dense, plan: Grid) -> Grid:
     """The plan with its number of tokens filled in; MinitxError if it does not fit the model."""
     if dense.tokenizer is None:
         raise MinitxError(
-            "compare-attention reads stories and this model has no tokenizer; load it with "
+            "compare-attention reads text and this model has no tokenizer; load it with "
             "tokenizer=PATH."
         )
     context = dense.model.config.context
-    tokens = context if plan.tokens is None else plan.tokens
+    usual = context if plan.text is None else min(context, WINDOW)
+    tokens = usual if plan.tokens is None else plan.tokens
     if not 2 <= tokens <= context:
         raise MinitxError(f"tokens must be 2 to the model's context {context}; got {tokens}.")
     if not plan.shares:
@@ -212,7 +244,7 @@ def calibrate(
     return tune(method.knob, share, len(calibration[0].kinds), measure, known)
 
 
-def measure(dense, lm, read: Sequence[Encoded], tick) -> Quality:
+def measure(dense, lm, read: Sequence[Encoded], make_report, tick) -> Quality:
     """One chain after another, since not every method takes batches."""
     keys, answers, cost = KeyTotals(), Tally.empty(), Entry()
     if lm is not dense:
@@ -220,16 +252,18 @@ def measure(dense, lm, read: Sequence[Encoded], tick) -> Quality:
     for chain in read:
         ids, targets, kinds = chain.ids[:-1], np.array(chain.ids[1:]), np.array(chain.kinds)
         state = lm.model.new_state()
-        logits = lm.model(ids[:-1], state)
+        hidden = lm.model.hidden(ids[:-1], state)
         with counting(lm) as counts:
-            last = lm.model(ids[-1:], state)
+            last = lm.model.hidden(ids[-1:], state)
         cost += without_projections(dense, counts)
         answers.floor += chain.nats
-        answers.add(np.concatenate([logits, last]), targets, kinds)
+        hidden = np.concatenate([hidden, last])
+        for some in pieces(len(hidden), dense.model.config.vocab_size):
+            answers.add(logits_of(lm, hidden[some]), targets[some], kinds[some])
         tick()
     add_dense(keys, dense, read)
     shares = keys.kept / keys.seen, keys.mass / keys.rows, keys.best / keys.rows
-    return Quality(report(answers), *shares, mean(cost, len(read)))
+    return Quality(make_report(answers), *shares, mean(cost, len(read)))
 
 
 def add_dense(totals: KeyTotals, lm, read: Sequence[Encoded]) -> None:

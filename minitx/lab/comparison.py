@@ -9,7 +9,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.reference import DTYPES, Reference
 
 # The largest error, relative to the largest value of the stage, that counts as rounding: float32

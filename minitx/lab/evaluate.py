@@ -15,6 +15,7 @@ import numpy as np
 
 from minitx.calibration import STORIES
 from minitx.errors import MinitxError
+from minitx.lab.layout import table
 from minitx.progress import bar
 from minitx.technique import blocks_of, decides
 from minitx.text import Text, start_of
@@ -416,14 +417,3 @@ def hops_name(hops: int) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows of words as aligned columns: the first left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            word.rjust(w) if i else word.ljust(w) for i, (word, w) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    )

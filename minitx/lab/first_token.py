@@ -22,7 +22,7 @@ from minitx import progress
 from minitx.errors import MinitxError
 from minitx.lab.bench import elapsed
 from minitx.lab.compare import forget
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.ledger import counting
 from minitx.training.stories import stories
 

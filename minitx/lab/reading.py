@@ -96,6 +96,25 @@ def text_to_read(lm, text: str | Text, tokens: int = TOKENS, window: int = WINDO
     return Material(text.name, size, texts, made)
 
 
+def text_chains(lm, text: str | Text, tokens: int, first: int, more: int):
+    """(first windows, further windows) of exactly ``tokens`` tokens from the beginning of a text,
+    at most ``first`` and ``more``: for tuning on the former and measuring on the latter.
+    MinitxError if the text is too short for one of each."""
+    text, start = as_text(text), start_of(lm)
+    ids = first_ids(lm, text, (first + more) * tokens + 1)
+    found = windows(ids, tokens, start)
+    whole = [ids for ids in found if len(ids) == tokens + 1]
+    if len(whole) < 2:
+        raise MinitxError(
+            f"{text.name} has {len(ids):,} tokens; expected at least {2 * tokens + 1:,}, for a "
+            f"window of {tokens} to tune on and another to measure on: give a longer text or fewer "
+            "--tokens."
+        )
+    first = min(first, len(whole) - 1)
+    encoded = [Encoded(ids, [ORDINARY] * tokens, 0.0) for ids in whole[: first + more]]
+    return encoded[:first], encoded[first:]
+
+
 # Reports -----------------------------------------------------------------------------------------
 
 

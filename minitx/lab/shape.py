@@ -4,7 +4,7 @@ runs.
 The basis of ``minitx cost`` (cost.py): it needs no weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minitx.checkpoints.common import abbreviate, read_json
@@ -64,17 +64,24 @@ class Kind:
     parallel: bool = False
     adds_positions: bool = False
     tied: bool = False
+    shares_keys: bool = False  # query heads may share key/value heads; else the field is ignored
+    more_positions: int = 0  # rows of the table of positions beyond those that the file gives
 
 
+LLAMAS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "olmo")
 KINDS = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3", "olmo"), Kind(True)),
-    **dict.fromkeys(("gemma", "gemma2"), Kind(True, tied=True)),
-    "cohere": Kind(True, parallel=True, tied=True),
-    **dict.fromkeys(("gptj", "gpt_neox", "phi", "codegen"), Kind(False, parallel=True)),
-    **dict.fromkeys(("bloom", "starcoder2"), Kind(False, tied=True)),
-    **dict.fromkeys(("gpt2", "gpt_neo", "opt"), Kind(False, adds_positions=True, tied=True)),
+    **dict.fromkeys(LLAMAS, Kind(True, shares_keys=True)),
+    **dict.fromkeys(("gemma", "gemma2"), Kind(True, tied=True, shares_keys=True)),
+    "cohere": Kind(True, parallel=True, tied=True, shares_keys=True),
+    **dict.fromkeys(("gptj", "gpt_neox", "codegen"), Kind(False, parallel=True)),
+    "phi": Kind(False, parallel=True, shares_keys=True),
+    "bloom": Kind(False, tied=True),
+    "starcoder2": Kind(False, tied=True, shares_keys=True),
+    **dict.fromkeys(("gpt2", "gpt_neo"), Kind(False, adds_positions=True, tied=True)),
+    "opt": Kind(False, adds_positions=True, tied=True, more_positions=2),
     "whisper": Kind(False, adds_positions=True, tied=True),
-    "t5": Kind(False, tied=True),
+    "t5": Kind(False, tied=True),  # gated or not: "feed_forward_proj" says
+    **dict.fromkeys(("mt5", "umt5"), Kind(True, tied=True)),
 }
 # Fields of models whose weights the formulas do not cover.
 UNLIKE = (
@@ -96,11 +103,11 @@ def read_shape(path, parallel: bool = False, encoders: bool = False) -> Shape:
     for name in UNLIKE:
         if c.fields.get(name):
             c.reject(name, "these formulas do not cover")
+    name = c.string("model_type", "not given").removeprefix("skipless_")
+    kind, notes = known_kind(c, name)
     encoder = c.boolean("is_encoder_decoder", False)
     if encoder and not encoders:
         c.reject("is_encoder_decoder", "these formulas do not cover")
-    name = c.string("model_type", "not given").removeprefix("skipless_")
-    kind, notes = known_kind(c, name)
     if name == "gpt_neox":
         kind = Kind(False, parallel=c.boolean("use_parallel_residual", True))
     if parallel and not kind.parallel:
@@ -109,12 +116,14 @@ def read_shape(path, parallel: bool = False, encoders: bool = False) -> Shape:
     heads = size(c, "decoder_attention_heads", "num_attention_heads", "n_head", "num_heads")
     if c.positive_int("word_embed_proj_dim", width) != width:
         c.reject("word_embed_proj_dim", "these formulas do not cover")
+    if name == "t5":  # "gated-gelu" since version 1.1
+        kind = replace(kind, gated=c.string("feed_forward_proj", "relu").startswith("gated"))
     shape = Shape(
         kind=name,
         width=width,
         layers=size(c, *LAYERS),
         heads=heads,
-        kv_heads=c.positive_int("num_key_value_heads", heads),
+        kv_heads=c.positive_int("num_key_value_heads", heads) if kind.shares_keys else heads,
         head_width=c.positive_int("head_dim", None)
         or c.positive_int("d_kv", None)
         or width // heads,
@@ -122,7 +131,7 @@ def read_shape(path, parallel: bool = False, encoders: bool = False) -> Shape:
         ffn_matrices=3 if kind.gated else 2,
         experts=c.positive_int("num_local_experts", None) or c.positive_int("num_experts", 1),
         vocab_size=c.positive_int("vocab_size"),
-        positions=size(c, *POSITIONS) if kind.adds_positions else 0,
+        positions=size(c, *POSITIONS) + kind.more_positions if kind.adds_positions else 0,
         parallel=parallel or kind.parallel,
         tied=c.boolean("tie_word_embeddings", kind.tied),
         notes=notes,
@@ -140,16 +149,19 @@ POSITIONS = ("max_target_positions", "max_position_embeddings", "n_positions")
 
 def known_kind(c: JsonObject, name: str) -> tuple[Kind, tuple[str, ...]]:
     """What the ``model_type`` implies, or a guess that is labelled as one."""
+    form = c.string("feed_forward_proj", "not given")  # of T5: "relu", "gated-gelu"
     if name in KINDS:
-        return KINDS[name], ()
-    activation = c.string("hidden_act", c.string("activation_function", "not given"))
-    gated = activation in ("silu", "swish", "swiglu")
+        kind = KINDS[name]
+        t5 = name in ("t5", "mt5", "umt5") and form != "not given"
+        return (replace(kind, gated=form.startswith("gated-")) if t5 else kind), ()
+    activation = c.string("hidden_act", c.string("activation_function", form))
+    gated = activation in ("silu", "swish", "swiglu") or activation.startswith("gated-")
     guess = (
         f"unknown model_type {abbreviate(name)}: assumed to be serial, without learned positions, "
         f"and {'with' if gated else 'without'} a gate in the FFN (its activation "
         f"is {abbreviate(activation)})"
     )
-    return Kind(gated), (guess,)
+    return Kind(gated, shares_keys=True), (guess,)
 
 
 def size(c: JsonObject, *names: str, default: int | None = None) -> int:

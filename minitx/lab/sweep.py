@@ -13,8 +13,8 @@ from itertools import product
 from pathlib import Path
 
 from minitx import progress
-from minitx.checkpoints.common import atomic_write
-from minitx.errors import MinitxError
+from minitx.checkpoints.common import atomic_write, need_writable_file
+from minitx.errors import MinitxError, abbreviate
 from minitx.lab.compare import Comparison, Workload, compare_with, measure_dense, to_read
 from minitx.lab.evaluate import percent, table
 from minitx.technique import Technique, apply, as_words
@@ -162,7 +162,7 @@ def scale(values: Sequence[float], size: int):
 
 def picture(points: Sequence[Point], name: str, path) -> None:
     """The chart as a PNG file; needs the ``plot`` extra."""
-    pyplot = need_pyplot()
+    pyplot = check_picture(path)
     figure, axes = pyplot.subplots(figsize=(7, 5))
     what, costs = axis(points)
     axes.plot(costs, [p.added_loss for p in points], "o-")
@@ -177,6 +177,19 @@ def picture(points: Sequence[Point], name: str, path) -> None:
     with atomic_write(Path(path)) as file:
         figure.savefig(file, format="png", dpi=150)
     pyplot.close(figure)
+
+
+def check_picture(path):
+    """pyplot, if a picture can be drawn and written to ``path``; MinitxError if not. Called before
+    the measurements, which may take minutes."""
+    pyplot, path = need_pyplot(), Path(path)
+    if path.suffix.lower() != ".png":
+        raise MinitxError(
+            f"A picture is written as PNG; expected a file name that ends in .png, got "
+            f"{abbreviate(str(path))}."
+        )
+    need_writable_file(path)
+    return pyplot
 
 
 def need_pyplot():

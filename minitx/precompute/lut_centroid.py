@@ -39,7 +39,7 @@ ROWS = 1024  # most inputs that centroids are learned from, evenly spread over t
 def lut_centroid(
     lm,
     *,
-    centroids: Annotated[int, "centroids of each input segment", between(1, 65536)] = 16,
+    centroids: Annotated[int, "centroids of each input segment", between(1, ROWS)] = 16,
     length: Annotated[int, "numbers in an input segment", between(1, 4096)] = 4,
     layers: Annotated[int | None, "blocks changed, the last ones; None: all", at_least(0)] = 2,
     head: Annotated[bool, "replace the output head too"] = False,

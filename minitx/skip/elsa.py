@@ -15,6 +15,7 @@ from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Attend
 from minitx.progress import bar
+from minitx.shared.break_even import check_selection
 from minitx.shared.shapes_seen import score_shapes
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
 from minitx.state import Layer
@@ -22,7 +23,13 @@ from minitx.technique import SEEDS, at_least, between, swap, technique, wrap
 from minitx.tree import Part, float_type, part, table
 
 
-@technique(level="scores", exact=False, neutral={"p": 0.0}, event=("keys kept", "keys seen"))
+@technique(
+    level="scores",
+    exact=False,
+    neutral={"p": 0.0},
+    event=("keys kept", "keys seen"),
+    presets={"aggressive": {"p": 2.0}},
+)
 def elsa(
     lm,
     *,
@@ -33,7 +40,9 @@ def elsa(
         float | None, "one threshold t for all heads; nothing is learned, and p has no effect"
     ] = None,
     bits: Annotated[
-        int | None, "hash length k; default: the width of a key", between(1, 4096)
+        int | None,
+        "hash length k; default: the width of a key; if that is below 64, twice as many, up to 64",
+        between(1, 512),
     ] = None,
     angle_bias: Annotated[
         float | None,
@@ -46,11 +55,12 @@ def elsa(
         at_least(1, limit=1000),
     ] = 8,
     min_visible: Annotated[
-        int,
+        int | None,
         "learn only from queries that see at least this many keys: with fewer, p/n is close to 1 "
-        "and the sample says little",
+        "and the sample says little; default: 64, or half of the longest calibration text if that "
+        "is less",
         at_least(1),
-    ] = 1,
+    ] = None,
     seed: Annotated[int, "of the random projection", SEEDS] = 0,
 ):
     """Select keys by comparing sign hashes, then score only those.
@@ -84,17 +94,19 @@ def elsa(
     Proof:     tests/skip/test_elsa.py; literal version: tests/skip/literal_elsa.py
     Tutorial:  tutorials/06_which_keys_matter.py
     """
-    shapes, dtype = score_shapes(lm.model), float_type(lm.model)
+    config, shapes, dtype = lm.model.config, score_shapes(lm.model), float_type(lm.model)
     learned = None
     if threshold is None and p > 0:
         texts = calibration_ids(
             "elsa", lm, stories, "give all heads one threshold, such as threshold=0.3"
         )
+        if min_visible is None:
+            min_visible = min(64, max(1, max(map(len, texts)) // 2))
         learned = learn_thresholds(lm, p, texts, min_visible)  # (L, H)
 
     def sparse(dense: Attend, index: int) -> Part:
         H, _, d = shapes[id(dense)]
-        k = d if bits is None else bits
+        k = hash_length(d) if bits is None else bits
         bias = simulate_angle_bias(d, k, seed) if angle_bias is None else angle_bias
         same = np.full(H, -math.inf if threshold is None else threshold)
         thresholds = same if learned is None else learned[index]
@@ -103,6 +115,12 @@ def elsa(
         selector = HashSelector(hashed, bias, cosines, thresholds.astype(dtype))
         return SparseAttention(selector, dense.scale)
 
+    d = config.head_width
+    length = hash_length(d) if bits is None else bits
+    hashing = -(-length // d) * sum(factor_sizes(d)) * d  # of one vector
+    own_key = (hashing + d) / config.group  # hash and norm, once for the query heads that share it
+    check_selection("elsa", config, hashing + own_key, 1, f"use bits={d} or fewer")
+
     def change(attn: Part, index: int) -> Part:
         return swap(attn, Attend, lambda dense: sparse(dense, index))
 
@@ -110,6 +128,11 @@ def elsa(
 
 
 # Online: estimate and select ---------------------------------------------------------------------
+
+
+def hash_length(d: int) -> int:
+    """The default number of bits for keys of width d."""
+    return min(2 * d, max(64, d))
 
 
 @part

@@ -22,8 +22,9 @@ from minitx.tree import Part, part
     level="scores",
     exact=False,
     neutral={"threshold": 0.0, "share": 1.0},
-    demo={"threshold": 0.2},
+    demo={"threshold": 0.2, "share": 1.0},
     event=("keys kept", "keys seen"),
+    presets={"aggressive": {"threshold": 0.2}, "threshold-only": {"threshold": 0.05, "share": 1.0}},
 )
 def predictive_attention(
     lm,
@@ -37,7 +38,7 @@ def predictive_attention(
     ] = 0.05,
     share: Annotated[
         float, "keep at most this share of the keys that a query sees; 1: all", above(0, 1)
-    ] = 1.0,
+    ] = 0.25,
     min_keys: Annotated[int, "share never leaves fewer keys than this", at_least(1)] = 4,
     codes: Annotated[
         Literal["integer", "leading-one"],
@@ -64,7 +65,8 @@ def predictive_attention(
                    predicted[j] among the max(min_keys, ceil(share n)) largest;
                exact scores, softmax and weighted sum over those only
     Saves:     S d + 2 r d instead of 2 S d multiply-adds per query head and decoded token when r of
-               S cached keys are kept; in hardware the S d are products of few bits. Prompts: none.
+               S cached keys are kept; in hardware the S d are products of few bits. Prompts: none, so
+               only cache reads fall on stories (0.55x at 512 tokens), not the sum of multiply-adds.
     In NumPy:  slower than dense at every context tried, up to 4,000 keys: predicting takes as long
                as scoring all keys, and selecting reads the predictions several times more.
     Not for:   vectors with an outlying coordinate at bits=2: it takes up the whole scale, and the

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx.checkpoints.common import atomic_write
+from minitx.checkpoints.common import atomic_write, parse_json, read_npz
 from minitx.errors import MinitxError
 from minitx.training.recipe import Recipe, Stage
+from minitx.values import has_type, need_field_types
 
 ARRAYS = ("weights", "m", "v")
+MAX_TEXT = 2**26  # bytes of the recipe, the progress and its log
+LOGGED = {"stage": str, "step": int, "tokens": int, "seconds": float, "accuracy": dict}
 # Optional fields of a stage, also those that were added after a checkpoint was written.
 DEFAULTS = {f.name: f.default for f in fields(Stage) if f.default is not MISSING}
 
@@ -33,10 +36,44 @@ class Progress:
     log: list = field(default_factory=list)  # one entry for each check
     errors: list = field(default_factory=list)  # losses of the detectors since the last check
 
+    def check_types(self) -> None:
+        """Raise MinitxError unless everything has the type with which it is written."""
+        need_field_types(self, "Its progress")
+        if not all(has_type(value, float) for value in (*self.losses, *self.errors)):
+            raise MinitxError("its losses must be finite numbers")
+        if not all(isinstance(entry, dict) and _is_logged(entry) for entry in self.log):
+            raise MinitxError(f"entries of its log must have {', '.join(LOGGED)}")
+
+    def fits(self, recipe: Recipe) -> bool:
+        """Can training by this recipe have come this far?"""
+        steps = [stage.steps for stage in recipe.stages]
+        if not 0 <= self.stage <= len(steps):
+            return False
+        most = [*steps, 0][self.stage]  # after the last stage no step is done
+        ended = sum("end" in entry for entry in self.log)
+        return (
+            0 <= self.step <= most
+            and self.step <= self.total <= sum(steps[: self.stage]) + self.step
+            and ended <= self.stage
+            and (
+                self.step < most or self.step == 0 or bool(self.log)
+            )  # checked after its last step
+            and min(self.tokens, self.seconds) >= 0
+        )
+
     @property
     def stages_begun(self) -> int:
         """Number of stages that have begun."""
         return self.stage + (self.step > 0)
+
+
+def _is_logged(entry: dict) -> bool:
+    accuracy = entry.get("accuracy")
+    return (
+        all(has_type(entry.get(name), kind) for name, kind in LOGGED.items())
+        and isinstance(entry.get("end", ""), str)
+        and all(has_type(value, float) for value in accuracy.values())
+    )
 
 
 def write_checkpoint(
@@ -65,12 +102,14 @@ def read_checkpoint(
     is unchanged.
     """
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            text = json.loads(file["text"].tobytes())
-            found = {name: file[name] for name in ARRAYS}
+        size = sum(array.nbytes for array in arrays.values())
+        file = read_npz(path, size + MAX_TEXT)
+        text = parse_json(file["text"].tobytes())
+        found = {name: file[name] for name in ARRAYS}
         progress = Progress(**text["progress"])
+        progress.check_types()
         theirs = settled(text["recipe"], progress)
-    except Exception as error:  # zip, JSON and NumPy raise various errors for damaged files
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise MinitxError(
             f"{path}: expected a training checkpoint, got an unreadable file ({error}); delete it "
             "to restart training."
@@ -80,6 +119,11 @@ def read_checkpoint(
         raise MinitxError(
             f"{path}: belongs to another recipe ({', '.join(changed)} differ); "
             "restore the recipe, use another folder, or restart without resuming."
+        )
+    if not progress.fits(recipe):
+        raise MinitxError(
+            f"{path}: stage {progress.stage}, step {progress.step}, {progress.total} steps in all "
+            "is not a point of this recipe; delete the file to restart training."
         )
     for name, array in found.items():
         shapes = arrays[name].shape, (model_size,)

@@ -7,17 +7,18 @@ not after an hour. Nothing is trained here.
 import json
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from minitx.checkpoints.common import read_json
+from minitx.checkpoints.common import need_small_rope_tables, read_json
+from minitx.checkpoints.hf_config_write import config_fields
 from minitx.config import Config
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate, did_you_mean
 from minitx.skip.dota.detector import check_rank
 from minitx.training.data import MAX_BRIDGES
 from minitx.training.stories.grades import KINDS, Grade, grade_from
 
+MAX_NUMBERS = 2**32  # in memory while training: 16 GiB of float32
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # as write_model calls them
 
 
@@ -127,14 +128,18 @@ def recipe_from(given: dict) -> Recipe:
     known = _checked(Recipe, given, "the recipe", RECIPE_RULES)
     stages = tuple(_stage(stage, f"stage {i + 1}") for i, stage in enumerate(known["stages"]))
     recipe = Recipe(**known | {"stages": stages})
-    names = [f.name for f in fields(Config)]
+    names = [f.name for f in fields(Config) if f.name not in ("bos", "eos")]
     for name in recipe.model:
-        if name not in names or name in ("bos", "eos"):
-            raise MinitxError(f"Unknown field {name!r} in the recipe's model{_hint(name, names)}.")
+        if name not in names:
+            raise MinitxError(
+                f"Unknown field {abbreviate(name)} in the recipe's model; "
+                f"{did_you_mean(name, names)}"
+            )
     try:
         config = Config(**{"vocab_size": 1} | recipe.model)
     except TypeError as error:
         raise MinitxError(f"The recipe's model is incomplete: {error}.") from None
+    _check_representable(config, recipe)
     for stage in stages:
         _check_reachable(stage, recipe.shares(stage))
         if stage.batch % recipe.shards:
@@ -190,9 +195,25 @@ def _stage(given, where: str) -> Stage:
     for kind in known.get("until") or {}:
         if kind not in KINDS:
             raise MinitxError(
-                f"Unknown kind of answer {kind!r} in until of {where}{_hint(kind, KINDS)}."
+                f"Unknown kind of answer {abbreviate(kind)} in until of {where}; "
+                f"{did_you_mean(kind, KINDS)}"
             )
     return Stage(**known)
+
+
+def _check_representable(config: Config, recipe: Recipe) -> None:
+    """Refuse a model that cannot be written at the end, or that does not fit into memory."""
+    config_fields(config)
+    need_small_rope_tables("The recipe's model", config)
+    c = config
+    block = c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.hidden
+    weights = c.layers * block + (c.context + 2 * c.vocab_size) * c.width
+    if c.layers > 1000 or weights * (recipe.shards + 3) > MAX_NUMBERS:
+        raise MinitxError(
+            f"The recipe's model has {c.layers} layers and about {weights:.3g} weights; training "
+            f"in {recipe.shards} shards keeps {recipe.shards + 3} numbers for each of them, and at "
+            f"most {MAX_NUMBERS:.3g} in all."
+        )
 
 
 def _check_reachable(stage: Stage, shares: list[tuple[Grade, float]]) -> None:
@@ -224,10 +245,16 @@ def _numbers_by_name(value, low: float, high: float) -> bool:
     return bool(nonempty) and all(_number(v) and low < v <= high for v in value.values())
 
 
-TEXT: Rule = (lambda v: isinstance(v, str) and bool(v), "a non-empty string")
+def _integer(low: int, high: int = 10**9) -> Rule:
+    return (lambda v: type(v) is int and low <= v <= high, f"an integer >= {low} (at most {high})")
+
+
+TEXT: Rule = (
+    lambda v: isinstance(v, str) and v.isprintable() and 0 < len(v) <= 100,
+    "a printable string of 1 to 100 characters",
+)
 FLAG: Rule = (lambda v: type(v) is bool, "true or false")
-NON_NEGATIVE: Rule = (lambda v: type(v) is int and v >= 0, "an integer >= 0")
-POSITIVE: Rule = (lambda v: type(v) is int and v >= 1, "an integer >= 1")
+NON_NEGATIVE, POSITIVE = _integer(0), _integer(1)
 ABOVE_0: Rule = (lambda v: _number(v) and 0 < v < 1e9, "a number above 0")
 AT_LEAST_0: Rule = (lambda v: _number(v) and 0 <= v < 1e9, "a number >= 0")
 FRACTION: Rule = (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
@@ -240,16 +267,16 @@ RECIPE_RULES = {
     ),
     "stages": (lambda v: isinstance(v, list) and bool(v), "a list of at least one stage"),
     "grades": (lambda v: isinstance(v, dict), "an object of name: grade"),
-    "seed": NON_NEGATIVE,
+    "seed": _integer(0, 2**64 - 1),
     "dtype": (lambda v: isinstance(v, str) and v in DTYPES, f"one of {', '.join(DTYPES)}"),
-    "shards": POSITIVE,
+    "shards": _integer(1, 1024),
     "save_every": ABOVE_0,
 }
 STAGE_RULES = {
     "name": TEXT,
     "grades": (lambda v: _numbers_by_name(v, 0, 1e9), "an object of grade: share above 0"),
-    "row": POSITIVE,
-    "batch": POSITIVE,
+    "row": _integer(1, 10**6),
+    "batch": _integer(1, 10**5),
     "steps": POSITIVE,
     "lr": ABOVE_0,
     "until": (
@@ -257,7 +284,7 @@ STAGE_RULES = {
         "an object {kind: accuracy up to 1}",
     ),
     "every": POSITIVE,
-    "check": POSITIVE,
+    "check": _integer(1, 10**5),
     "warmup": NON_NEGATIVE,
     "schedule": (lambda v: v in ("constant", "cosine"), '"constant" or "cosine"'),
     "final": FRACTION,
@@ -279,7 +306,7 @@ STAGE_RULES = {
         lambda v: v is None or isinstance(v, dict),
         "an object with scale and rotation",
     ),
-    "layers": (lambda v: v is None or type(v) is int and v >= 1, "an integer >= 1"),
+    "layers": (lambda v: v is None or POSITIVE[0](v), "an integer >= 1"),
     "detector": (lambda v: v is None or isinstance(v, dict), "an object with k and weight"),
 }
 EXIT_RULES = {"scale": AT_LEAST_0, "rotation": POSITIVE}
@@ -289,13 +316,19 @@ DETECTOR_RULES = {"k": POSITIVE, "weight": AT_LEAST_0}
 def _checked(cls, given, where: str, rules: dict[str, Rule]) -> dict:
     """Validate the fields of ``given``; returns them as a new dict."""
     if not isinstance(given, dict):
-        raise MinitxError(f"{_capitalized(where)} must be an object of fields, got {given!r}.")
+        raise MinitxError(
+            f"{_capitalized(where)} must be an object of fields, got {abbreviate(given)}."
+        )
     for name, value in given.items():
         if name not in rules:
-            raise MinitxError(f"Unknown field {name!r} in {where}{_hint(name, rules)}.")
+            raise MinitxError(
+                f"Unknown field {abbreviate(name)} in {where}; {did_you_mean(name, rules)}"
+            )
         is_valid, expected = rules[name]
         if not is_valid(value):
-            raise MinitxError(f"Field {name!r} of {where} must be {expected}, got {value!r}.")
+            raise MinitxError(
+                f"Field {name!r} of {where} must be {expected}, got {abbreviate(value)}."
+            )
     for f in fields(cls):
         if f.default is MISSING and f.default_factory is MISSING and f.name not in given:
             raise MinitxError(f"{_capitalized(where)} must have the field {f.name!r}; add it.")
@@ -304,8 +337,3 @@ def _checked(cls, given, where: str, rules: dict[str, Rule]) -> dict:
 
 def _capitalized(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _hint(name: str, known) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitx import progress
-from minitx.checkpoints.common import atomic_write, read
-from minitx.checkpoints.huggingface import ONE_FILE, write_model
+from minitx.checkpoints.common import atomic_write, need_writable_folder, read
+from minitx.checkpoints.huggingface import CONFIG, INDEX, ONE_FILE, write_model
 from minitx.checkpoints.tokenizer_json_write import write_tokenizer
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 from minitx.lab.evaluate import Tally, report
+from minitx.skip.dota.file import FILE as DETECTORS
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from minitx.training.data import story_tokenizer
 from minitx.training.detector import initial_weights, write_trained
@@ -29,8 +30,11 @@ from minitx.training.skipless_init import initial_model
 from minitx.training.worker import SharedArrays, layout_of
 from minitx.training.worker_pool import WorkerPool
 from minitx.tree import weights
+from minitx.values import has_type
 
-CHECKPOINT, LOG = "checkpoint.npz", "training_log.json"
+CHECKPOINT, LOG, RECIPE = "checkpoint.npz", "training_log.json", "recipe.json"
+# Of a model that is there already.
+MODEL_FILES = (ONE_FILE, INDEX, CONFIG, "tokenizer.json", "tokenizer_config.json", DETECTORS)
 
 
 def train(
@@ -53,6 +57,9 @@ def train(
     """
     start = time.monotonic()
     recipe = read_recipe(recipe_path)
+    workers = _workers(workers, recipe)
+    if time_limit is not None and not (has_type(time_limit, float) and time_limit >= 0):
+        raise MinitxError(f"time_limit must be seconds >= 0, got {abbreviate(time_limit)}.")
     out = _folder(recipe_path, out)
     tokenizer = story_tokenizer()
     layout = layout_of(recipe, tokenizer)
@@ -63,7 +70,7 @@ def train(
     else:
         run.initialize()
     deadline = None if time_limit is None else start + time_limit
-    with WorkerPool(_workers(workers, recipe), recipe, shared) as pool, stop_signals() as stop:
+    with WorkerPool(workers, recipe, shared) as pool, stop_signals() as stop:
         finished = run.train(pool, lambda: stop.is_set() or _past(deadline))
     if finished:
         run.write_folder(tokenizer, recipe_path)
@@ -212,8 +219,7 @@ class Run:
         write_model(model, self.out, DTYPES[self.recipe.dtype])
         write_trained(self.recipe, self.layout, self.arrays["weights"], self.out)
         write_tokenizer(tokenizer, self.out)
-        source, copy = Path(recipe_path), self.out / "recipe.json"
-        source = source / "recipe.json" if source.is_dir() else source
+        source, copy = _recipe_file(recipe_path), self.out / RECIPE
         if not copy.exists() or not copy.samefile(source):
             content = read(source)
             with atomic_write(copy) as file:
@@ -222,26 +228,44 @@ class Run:
 
 
 def _folder(recipe_path, out) -> Path:
-    """The output folder, created if needed. Refused if it contains a model without a checkpoint,
-    such as a shipped one, which would be overwritten."""
+    """The output folder, created if needed. Refused before the first step, not after the last, if
+    it cannot be written, or if it contains a model without a checkpoint (such as a shipped one) or
+    another recipe, which would be overwritten."""
     path = Path(recipe_path)
     folder = Path(out) if out is not None else path if path.is_dir() else path.parent
-    if (folder / ONE_FILE).exists() and not (folder / CHECKPOINT).exists():
+    need_writable_folder(folder)
+    for name in (*MODEL_FILES, CHECKPOINT, LOG, RECIPE):
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            raise MinitxError(
+                f"{folder / name}: is no regular file, so the result of the training could not be "
+                "written; use another output folder (--out)."
+            )
+    theirs = [name for name in MODEL_FILES if (folder / name).exists()]
+    if theirs and not (folder / CHECKPOINT).exists():
         raise MinitxError(
-            f"{folder}: contains a model ({ONE_FILE}) but no training checkpoint, so training "
+            f"{folder}: contains a model ({theirs[0]}) but no training checkpoint, so training "
             "would overwrite it; use another output folder (--out)."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MinitxError(f"{folder}: cannot be created ({error.strerror or error}).") from None
+    if not (folder / CHECKPOINT).exists() and (folder / RECIPE).exists():
+        if read(folder / RECIPE) != read(_recipe_file(recipe_path)):
+            raise MinitxError(
+                f"{folder / RECIPE}: is another recipe, which training would overwrite; use "
+                "another output folder (--out)."
+            )
     return folder
+
+
+def _recipe_file(recipe_path) -> Path:
+    path = Path(recipe_path)
+    return path / RECIPE if path.is_dir() else path
 
 
 def _workers(asked: int | None, recipe: Recipe) -> int:
     """Number of processes: as asked, or one per core, at most one per shard."""
     if asked is not None and (type(asked) is not int or asked < 1):
-        raise MinitxError(f"The number of workers must be an integer >= 1, got {asked!r}.")
+        raise MinitxError(
+            f"The number of workers must be an integer >= 1, got {abbreviate(asked)}."
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(asked or cores or 1, recipe.shards)
 

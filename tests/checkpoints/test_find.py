@@ -74,7 +74,19 @@ def test_dtype_is_respected_or_rejected():
     for dtype in (np.float32, np.float64, "float32", "float64"):
         lm = minitx.load(path, dtype=dtype)
         assert lm.logits([1, 2]).dtype == dtype
-    for wrong in ("int8", "foo", "", ">f8", "f4,f4", None, 3, [1], object(), "x" * 10**6, np.float16):
+    for wrong in (
+        "int8",
+        "foo",
+        "",
+        ">f8",
+        "f4,f4",
+        None,
+        3,
+        [1],
+        object(),
+        "x" * 10**6,
+        np.float16,
+    ):
         with pytest.raises(MinitxError, match="dtype must be float32 or float64, got .") as caught:
             minitx.load(path, dtype=wrong)
         assert len(str(caught.value)) < 120
@@ -95,6 +107,23 @@ def test_llama2c_file_loads_with_tokenizer_beside_it(here):
 def test_model_without_tokenizer_generates_ids(here):
     lm = minitx.load(tiny_folder(here / "bare", tokenizer=False))
     assert lm.tokenizer is None and len(lm.generate([1, 2], 3)) == 3
+
+
+def test_tokenizer_false_loads_model_for_ids_whatever_its_files_are(here):
+    folder = tiny_folder(here / "full")
+    for text in ("{", '{"model": {"type": "Unigram"}}'):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(MinitxError, match="without a tokenizer, on token ids: tokenizer=False"):
+            minitx.load(folder)
+        lm = minitx.load(folder, tokenizer=False)
+        assert lm.tokenizer is None and len(lm.generate([1, 2], 3)) == 3
+    model = llama2c_file(here / "model.bin")
+    (here / "tokenizer.bin").write_bytes(b"")
+    with pytest.raises(MinitxError, match=r"tokenizer=False \(--no-tokenizer\)"):
+        minitx.load(model)
+    assert minitx.load(model, False).tokenizer is None
+    with pytest.raises(MinitxError, match="tokenizer must be a name or a path, got True"):
+        minitx.load(model, True)
 
 
 def test_explicit_tokenizer_takes_precedence(here):

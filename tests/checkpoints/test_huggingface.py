@@ -15,7 +15,7 @@ from minitx.tree import map_weights, weights
 
 
 def test_reference_folders_are_complete_and_small():
-    assert len(NAMES) == 10
+    assert len(NAMES) == 12
     assert sum(f.stat().st_size for f in REFERENCE.rglob("*") if f.is_file()) < 300_000
 
 

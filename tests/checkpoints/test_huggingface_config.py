@@ -11,13 +11,20 @@ from minitx.checkpoints.hf_config import read_config
 from minitx.checkpoints.huggingface import read_model
 from minitx.errors import MinitxError
 
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(rope_theta=500.0, original_max_position_embeddings=8)
+
 # Each case: a reference folder, changed fields (... removes one), a pattern of the error message.
 BAD_CONFIGS = {
-    "no architecture": ("llama", dict(architectures=...), "'architectures' is None"),
+    "no architecture": (
+        "llama",
+        dict(architectures=..., model_type=...),
+        "'architectures' is None and 'model_type' None; expected one of LlamaForCausalLM",
+    ),
     "unknown architecture": (
         "llama",
         dict(architectures=["T5Model"]),
-        r"\['T5Model'\]; expected one of",
+        r"\['T5Model'\] and 'model_type' 'llama'; expected one of",
     ),
     "two architectures": ("llama", dict(architectures=["A", "B"]), "'architectures' is"),
     "architecture a string": (
@@ -25,12 +32,29 @@ BAD_CONFIGS = {
         dict(architectures="LlamaForCausalLM"),
         "'architectures' is",
     ),
+    "unknown model type": (
+        "llama",
+        dict(architectures=None, model_type="gemma"),
+        "'architectures' is None and 'model_type' 'gemma'",
+    ),
+    "model type of another architecture": (
+        "llama",
+        dict(model_type="gemma"),
+        r"'model_type' is 'gemma' but 'architectures' is \['LlamaForCausalLM'\], whose model_type",
+    ),
+    "model type a number": ("llama", dict(model_type=3), "'model_type' is 3"),
+    "skipless model type only": (
+        "llama",
+        dict(model_type="skipless_llama"),
+        "'model_type' is 'skipless_llama' but",
+    ),
     "quantized": ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
-    "no width": ("llama", dict(hidden_size=...), "has no 'hidden_size'"),
+    "no width": ("llama", dict(hidden_size=...), r"must have shape \(40, 4096\) by config.json"),
+    "null width": ("llama", dict(hidden_size=None), "has no 'hidden_size'"),
     "null layers": ("llama", dict(num_hidden_layers=None), "has no 'num_hidden_layers'"),
-    "no context": ("llama", dict(max_position_embeddings=...), "no 'max_position_embeddings'"),
-    "no epsilon": ("llama", dict(rms_norm_eps=...), "has no 'rms_norm_eps'"),
-    "no activation": ("llama", dict(hidden_act=...), "has no 'hidden_act'"),
+    "null context": ("llama", dict(max_position_embeddings=None), "no 'max_position_embeddings'"),
+    "null epsilon": ("llama", dict(rms_norm_eps=None), "has no 'rms_norm_eps'"),
+    "null activation": ("llama", dict(hidden_act=None), "has no 'hidden_act'"),
     "width a string": (
         "llama",
         dict(hidden_size="16"),
@@ -56,15 +80,78 @@ BAD_CONFIGS = {
     "activation a number": ("gpt2", dict(activation_function=3), "'activation_function' is 3"),
     "eos a string": ("llama", dict(eos_token_id="</s>"), "'eos_token_id' is '</s>'"),
     "bos a list": ("llama", dict(bos_token_id=[1]), r"'bos_token_id' is \[1\]"),
-    "scaled": (
+    "yarn": (
         "llama",
-        dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}),
-        "RoPE scaling is not supported .*llama3",
+        dict(rope_parameters={"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4}),
+        "'rope_parameters' asks for RoPE scaling that is not supported .*yarn.*; expected",
     ),
-    "scaled, older": (
+    "dynamic, older": (
+        "llama",
+        dict(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "'rope_scaling' asks for RoPE scaling that is not supported .*dynamic",
+    ),
+    "linear without a factor": (
+        "llama",
+        dict(rope_parameters={"rope_type": "linear"}),
+        "has no 'factor'",
+    ),
+    "linear by almost 0": (
+        "llama",
+        dict(rope_parameters={"rope_type": "linear", "factor": 1e-300}),
+        "'factor' must be from 1e-06 to",
+    ),
+    "llama3 without its fields": (
+        "llama",
+        dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
+        "has no 'low_freq_factor'",
+    ),
+    "llama3 upside down": (
+        "llama",
+        dict(rope_parameters=LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 1.0}),
+        "'low_freq_factor' must be below 'high_freq_factor', got 4.0 and 1.0",
+    ),
+    "two trained contexts": (
+        "llama",
+        dict(rope_parameters=LLAMA3, original_max_position_embeddings=16),
+        "two values of 'original_max_position_embeddings' disagree",
+    ),
+    "rope_scaling beside rope_parameters": (
         "llama",
         dict(rope_scaling={"type": "linear", "factor": 2.0}),
-        "RoPE scaling",
+        "'rope_scaling' .*linear.* and 'rope_parameters' .* disagree",
+    ),
+    "base that gpt_neox does not read": (
+        "gpt-neox",
+        dict(rope_theta=77.0),
+        "'rope_theta' 77.0 and the value that counts in this architecture, 10000.0 disagree",
+    ),
+    "alias that disagrees": (
+        "gpt2",
+        dict(num_attention_heads=4),
+        "'num_attention_heads' 4 and 'n_head' 2 disagree",
+    ),
+    "gpt_neox heads of another width": (
+        "gpt-neox",
+        dict(head_dim=16),
+        "'head_dim' is 16, which is not hidden_size / num_attention_heads = 8",
+    ),
+    "not causal": ("llama", dict(is_causal=False), "'is_causal' is False, which lets tokens see"),
+    "chunked": ("gpt-neox", dict(attention_chunk_size=8), "'attention_chunk_size' is 8 but the"),
+    "llama window": ("llama", dict(sliding_window=8), "'sliding_window' is 8 but the context"),
+    "other layer types": (
+        "llama",
+        dict(layer_types=["full_attention", "sliding_attention"]),
+        "'layer_types' is .* asks for other attention",
+    ),
+    "layers that differ": (
+        "llama",
+        dict(per_layer_config={"1": {"skip": ["mlp"]}}),
+        "'per_layer_config' is .* gives layers different settings",
+    ),
+    "weights in another file": (
+        "llama",
+        dict(transformers_weights="other.safetensors"),
+        "'transformers_weights' is 'other.safetensors', which names another file",
     ),
     "scaling a string": ("llama", dict(rope_scaling="linear"), "'rope_scaling' is 'linear'"),
     "rotary per layer": (
@@ -88,7 +175,7 @@ BAD_CONFIGS = {
     "no rotary column": (
         "gpt-neox",
         dict(rope_parameters=..., rotary_pct=0.1),
-        "rotates no columns",
+        "'rotary_pct' 0.1 of heads of width 8 are 0 rotary columns; expected an even",
     ),
     "one rotary column": ("gpt-neox", dict(rope_parameters=..., rotary_pct=0.2), "1 rotary col"),
     "partial llama": ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
@@ -99,7 +186,7 @@ BAD_CONFIGS = {
     ),
     "qwen2 window": (
         "qwen2",
-        dict(use_sliding_window=True, sliding_window=8),
+        dict(use_sliding_window=True, sliding_window=8, layer_types=None, max_window_layers=1),
         "'sliding_window' is 8 but the context",
     ),
     "mistral default window": (
@@ -126,7 +213,7 @@ BAD_CONFIGS = {
     "one layer too many": (
         "llama",
         dict(num_hidden_layers=3),
-        "layers.2.input_layernorm.weight' is miss",
+        r"layers.2.input_layernorm.weight' \(and 15 more\) is miss",
     ),
     "one layer too few": ("llama", dict(num_hidden_layers=1), "layers.1.* has no place"),
     "untied without head": (
@@ -137,8 +224,8 @@ BAD_CONFIGS = {
     "bias in tensors only": ("llama", dict(attention_bias=False), "has no place"),
     "bias in config only": (
         "mistral",
-        dict(architectures=["Qwen2ForCausalLM"]),
-        "q_proj.bias' is missing",
+        dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
+        r"q_proj.bias' \(and 5 more\) is missing",
     ),
     "other heads": ("llama", dict(num_key_value_heads=4), r"k_proj.weight' must .* got \(12, 16\)"),
     "gpt2 context": ("gpt2", dict(n_positions=64), "wpe.weight' must have shape"),
@@ -181,10 +268,19 @@ def test_any_value_in_any_field_is_rejected_or_loads(tmp_path, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not valid JSON"),
+        ("", "is empty .0 bytes.; download it again"),
+        ('{"rms_norm_eps": 1e-5, "hidden', "not valid JSON .*; it ends too early, so download it"),
+        ("Entry not found", "not valid JSON"),
+        ("<!DOCTYPE html><html>", "is a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "run 'git lfs pull'"),
         ("[1]", "expected a JSON object, got a list"),
-        ('{"a": 1, "a": 2}', "'a' occurs twice"),
-        ('{"rms_norm_eps": NaN}', "NaN is not JSON"),
+        ('{"model_type": "llama", "rms_norm_eps": NaN}', "'rms_norm_eps' is nan; expected a pos"),
+        ('{"model_type": "llama", "rms_norm_eps": 1e400}', "'rms_norm_eps' is inf; expected"),
+        (
+            '{"model_type": "llama", "vocab_size": 1' + "0" * 99 + "}",
+            "'vocab_size' is an integer of",
+        ),
+        ('{"model_type": "llama", "vocab_size": 1' + "0" * 99_999 + "}", "'vocab_size' is inf"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
@@ -199,3 +295,20 @@ def test_mistral_window_as_long_as_context_is_accepted(tmp_path):
     folder = copied("mistral", tmp_path)
     edit(folder, sliding_window=32, max_position_embeddings=32)
     assert read_config(folder / "config.json").context == 32
+
+
+def test_legal_json_in_unused_fields_never_matters(tmp_path):
+    """transformers writes integers of 30 digits; other tools write what they like."""
+    folder = copied("llama", tmp_path)
+    text = (folder / "config.json").read_text().rstrip().removesuffix("}")
+    unused = [
+        '"a": 1000000000000000019884624838656',
+        '"b": ' + "9" * 1_000_000,  # converted to an integer, this would take minutes
+        '"c": -1e400',
+        '"d": {"e": 1, "e": 2}',
+        '"f": "\\ud800 \\u0000"',
+        '"g": ' + "[" * 200 + "]" * 200,
+        '"hidden_size": 99, "hidden_size": 16',  # of equal keys, the last one counts
+    ]
+    (folder / "config.json").write_text(text + "," + ",".join(unused) + "}")
+    assert read_config(folder / "config.json").width == 16

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_folders import copied, edit_tensors
+from hf_folders import IDS, REFERENCE, copied, edit_tensors
 
 from minitx.checkpoints.huggingface import read_model
 from minitx.checkpoints.safetensors import read_tensors
@@ -32,7 +32,12 @@ def test_missing_files_are_rejected(tmp_path):
 Q = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 BAD_TENSORS = {
-    "missing": ("llama", lambda t: t.pop(Q), f"tensor '{Q}' is missing"),
+    "missing": (
+        "llama",
+        lambda t: t.pop(Q),
+        f"tensor '{Q}' is missing .*; the folder has 'model.layers.1.self_attn.q_proj.bias', "
+        "'model.layers.1.self_attn.* and 31 more",
+    ),
     "unexpected": ("llama", lambda t: t.update(more=t[Q]), "tensor 'more' has no place"),
     "unexpected layer": (
         "llama",
@@ -64,6 +69,117 @@ def test_invalid_tensor_is_one_line_error(tmp_path, case):
     with pytest.raises(MinitxError, match=message) as caught:
         read_model(folder)
     assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+
+
+def renamed(change):
+    """An edit that gives every tensor the name ``change(name)``."""
+
+    def apply(tensors):
+        for name in list(tensors):
+            tensors[change(name)] = tensors.pop(name)
+
+    return apply
+
+
+LIKELY_CAUSES = {
+    "a wrapper's prefix": (
+        "llama",
+        renamed(lambda name: f"module.{name}"),
+        r"embed_tokens.weight' \(and 34 more\) is missing .* has 'module.*' and 32 more; "
+        "'module.model.embed_tokens.weight' looks like it: the names have another prefix than "
+        "'model.embed_tokens.weight'",
+    ),
+    "another family": (
+        "gpt-neox",
+        lambda t: (t.clear(), t.update(read_tensors(REFERENCE / "gpt2" / "model.safetensors"))),
+        "these are names of the gpt2 family: config.json is of another model",
+    ),
+    "PEFT adapter": (
+        "llama",
+        lambda t: (t.clear(), t.update({f"base_model.{Q}.lora_A.weight": np.ones((2, 2))})),
+        "weights of a PEFT adapter: merge it into its base model",
+    ),
+    "quantized": (
+        "llama",
+        renamed(lambda name: name.replace("proj.weight", "proj.qweight")),
+        "these are quantized weights, which minitx does not dequantize",
+    ),
+    "no head": (
+        "llama",
+        lambda t: t.pop("lm_head.weight"),
+        "'lm_head.weight' is missing .*; all other tensors are there: if the head shares the "
+        "embedding table, set tie_word_embeddings to true",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LIKELY_CAUSES)
+def test_missing_tensor_message_shows_names_and_likely_cause(tmp_path, case):
+    name, change, message = LIKELY_CAUSES[case]
+    folder = copied(name, tmp_path)
+    edit_tensors(folder, change)
+    with pytest.raises(MinitxError, match=message) as caught:
+        read_model(folder)
+    assert len(str(caught.value)) < 900 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "qwen2"])
+def test_names_without_prefix_are_accepted(tmp_path, name):
+    """As transformers accepts them: a model saved without its head has no prefix."""
+    folder = copied(name, tmp_path)
+    prefixes = ("model.", "transformer.", "gpt_neox.")
+    edit_tensors(
+        folder, renamed(lambda n: n.removeprefix(next(filter(n.startswith, prefixes), "")))
+    )
+    assert repr(read_model(folder)) == repr(read_model(REFERENCE / name))
+    np.testing.assert_array_equal(read_model(folder)(IDS), read_model(REFERENCE / name)(IDS))
+
+
+def test_both_names_of_the_gpt_neox_head_are_accepted(tmp_path):
+    folder = copied("gpt-neox", tmp_path)
+    edit_tensors(folder, renamed(lambda name: name.replace("embed_out", "lm_head")))
+    np.testing.assert_array_equal(read_model(folder)(IDS), read_model(REFERENCE / "gpt-neox")(IDS))
+    edit_tensors(folder, lambda t: t.update({"embed_out.weight": t["lm_head.weight"]}))
+    with pytest.raises(MinitxError, match="'embed_out.weight' and 'lm_head.weight' are both"):
+        read_model(folder)
+
+
+def test_adapter_beside_a_model_is_rejected(tmp_path):
+    """transformers applies it where PEFT is installed."""
+    folder = copied("llama", tmp_path)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(MinitxError, match="adapter_config.json: .* a PEFT adapter, .* merge it"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "run 'git lfs pull'"),
+        (b"<html><head><title>Sign in</title>", "is a web page"),
+        (b"", "is empty"),
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors"])
+def test_what_a_download_left_behind_is_named(tmp_path, file, content, message):
+    folder = copied("llama", tmp_path)
+    (folder / file).write_bytes(content)
+    with pytest.raises(MinitxError, match=f"{file}: {message}|{file}: .*{message}"):
+        read_model(folder)
+
+
+def test_other_weight_files_are_named(tmp_path):
+    folder = copied("llama", tmp_path)
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    with pytest.raises(MinitxError, match="index.json, got 'consolidated.safetensors'"):
+        read_model(folder)
+
+
+def test_single_file_takes_precedence_over_an_index(tmp_path):
+    """As in transformers."""
+    folder = copied("llama", tmp_path)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    np.testing.assert_array_equal(read_model(folder)(IDS), read_model(REFERENCE / "llama")(IDS))
 
 
 def test_tied_head_stored_twice_is_accepted(tmp_path):

@@ -27,6 +27,7 @@ BASE = Config(
     context=32,
     rope_width=6,
 )
+LLAMA3 = dict(rope_factor=8.0, rope_trained_context=16, rope_low_turns=0.1, rope_high_turns=2.0)
 GPT2 = replace(BASE, family="gpt2", kv_heads=4, rope_width=0, activation="gelu_tanh", tied=True)
 GPT2 = replace(GPT2, qkv_bias=True, out_bias=True, ffn_bias=True)
 NEOX = replace(GPT2, family="gpt_neox", tied=False, rope_width=2, parallel=True, activation="gelu")
@@ -38,6 +39,9 @@ WRITABLE = {
         BASE, heads=5, kv_heads=1, head_width=8, rope_width=8
     ),
     "qwen2": replace(BASE, qkv_bias=True, heads=7, kv_heads=7),
+    "llama, RoPE scaled linearly": replace(BASE, rope_factor=4.0, rope_base=500.0),
+    "llama, RoPE scaled as in Llama 3": replace(BASE, **LLAMA3, max_length=20),
+    "limited length": replace(BASE, max_new_tokens=7),
     "gpt2": GPT2,
     "gpt2 relu, untied": replace(GPT2, activation="relu", tied=False),
     "gpt2 gelu": replace(GPT2, activation="gelu"),
@@ -46,6 +50,7 @@ WRITABLE = {
     "gpt_neox inexact rotary fraction": replace(
         NEOX, heads=1, kv_heads=1, head_width=24, rope_width=14
     ),
+    "gpt_neox, RoPE scaled as in Llama 3": replace(NEOX, **LLAMA3 | {"rope_base": 30.0}),
     "gpt_neox no attention bias": replace(NEOX, qkv_bias=False, out_bias=False, activation="silu"),
 }
 

@@ -3,6 +3,9 @@ no code."""
 
 import json
 import os
+import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,15 +16,20 @@ from tiny import FAMILIES, TOKENIZER, tiny_folder, tiny_lm
 import minitx
 from minitx.build import random_model
 from minitx.checkpoints import precomputed
+from minitx.checkpoints.common import fingerprint
 from minitx.checkpoints.parts import deserialize, serialize
 from minitx.checkpoints.precomputed import (
     ARRAYS_FILE,
     JSON_FILE,
     Origin,
     read_precomputed,
+    signature,
     write_precomputed,
 )
+from minitx.checkpoints.safetensors import read_as_stored
+from minitx.checkpoints.safetensors_write import write_safetensors
 from minitx.errors import MinitxError
+from minitx.ledger import counting
 from minitx.model import Activated
 from minitx.technique import apply, swap
 from minitx.tree import nbytes, walk
@@ -128,9 +136,12 @@ def test_unserializable_value_is_rejected(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def edited(folder, change):
+def edited(folder, change, sign=True):
+    """Change the JSON, and its fingerprint with it: so that the checks behind that are reached."""
     found = json.loads((folder / JSON_FILE).read_text())
     change(found)
+    if sign:
+        found["fingerprint"] = signature(found)
     (folder / JSON_FILE).write_text(json.dumps(found))
 
 
@@ -139,7 +150,7 @@ def first(found, part):
 
 
 EDITS = {
-    "version": lambda f: f.update(format=2),
+    "version": lambda f: f.update(format=1),
     "dtype": lambda f: f.update(dtype=4),
     "root": lambda f: f.update(model=10**6),
     "root is not a model": lambda f: f.update(model=0),
@@ -187,6 +198,133 @@ def test_corrupt_json_is_rejected(name, folder, tmp_path):
     with pytest.raises(MinitxError) as caught:
         read_precomputed(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def leaves(value, path=()):
+    """The path of every value in nested objects and lists."""
+    if path:
+        yield path
+    inner = (
+        value if isinstance(value, dict) else dict(enumerate(value if type(value) is list else ()))
+    )
+    for key, item in inner.items():
+        yield from leaves(item, (*path, key))
+
+
+def changed_at(content, path, value):
+    """A copy with another value at this path."""
+    if not path:
+        return value
+    copy = dict(content) if isinstance(content, dict) else list(content)
+    copy[path[0]] = changed_at(content[path[0]], path[1:], value)
+    return copy
+
+
+VALUES = (None, True, 0, -1, 2**70, 0.5, 1e308, "", "x", [], [1], {}, {"array": "x"}, {"entry": 0})
+
+
+def test_any_other_value_in_the_json_is_refused(folder, tmp_path):
+    """Even one that would run: a doubled attention scale must not load."""
+    (tmp_path / ARRAYS_FILE).write_bytes((folder / ARRAYS_FILE).read_bytes())
+    content = json.loads((folder / JSON_FILE).read_text())
+    scale = first(content, "Attend")["fields"]["scale"]
+    edited_scale = json.dumps(content).replace(str(scale), str(2 * scale))
+    paths = list(leaves(content))
+    texts = [json.dumps(changed_at(content, path, VALUES[i % 14])) for i, path in enumerate(paths)]
+    texts += [json.dumps(changed_at(content, ("fingerprint",), value)) for value in VALUES]
+    for text in (edited_scale, *texts):
+        (tmp_path / JSON_FILE).write_text(text)
+        if json.loads(text) != content:
+            with pytest.raises(MinitxError) as caught:
+                read_precomputed(tmp_path)
+            assert str(tmp_path) in str(caught.value) and len(str(caught.value)) <= 400
+    (tmp_path / JSON_FILE).write_text(json.dumps(content, separators=(",", ":"), sort_keys=True))
+    read_precomputed(tmp_path)  # spaces and the order of keys do not matter
+
+
+SIGNED = [
+    "a3",
+    "quantize",
+    "lut_product",
+    "early_exit",
+    "first_layer",
+    "sparse_memory",
+    "pack_zeros",
+]
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_signed_changes_are_refused_at_load_or_run(name, tmp_path):
+    """Both fingerprints mended, as only somebody does who wants to deceive: what loads, runs."""
+    lm = next(lm for lm in map(tiny_lm, FAMILIES) if fits(lm, name))
+    lm = apply(lm, {name: ALL[name].demo})
+    out = written(lm, tmp_path / "out")
+    content, arrays = json.loads((out / JSON_FILE).read_text()), read_as_stored(out / ARRAYS_FILE)
+    draw, paths, refused = random.Random(name), list(leaves(content)), 0
+    for case in range(40):
+        edit, changes = content, dict(arrays)
+        if case % 2:
+            edit = changed_at(content, draw.choice(paths), draw.choice(VALUES))
+        else:
+            at = draw.choice(list(arrays))
+            w = arrays[at]
+            changes[at] = draw.choice([w.reshape(-1), w[None], w[:1], w[..., :-1], w.T.copy()])
+        write_safetensors(out / ARRAYS_FILE, changes, None, {"format": "x"})
+        edit = edit | {"arrays": fingerprint(out / ARRAYS_FILE)}
+        (out / JSON_FILE).write_text(json.dumps(edit | {"fingerprint": signature(edit)}))
+        try:
+            model, decode = read_precomputed(out)
+        except MinitxError as error:
+            assert str(out) in str(error)
+            refused += 1
+        else:
+            tiny_lm(model=model, decode=decode).generate(IDS[:8], 12)
+    assert refused > 20
+
+
+def fits(lm, name) -> bool:
+    try:
+        return apply(lm, {name: ALL[name].demo}) is not lm
+    except MinitxError:
+        return False
+
+
+def test_smoke_test_leaves_nothing_in_the_stores(tmp_path):
+    lm = apply(tiny_lm(), {"prefix_cache": {"block": 2}})
+    model, decode = read_precomputed(written(lm, tmp_path / "out"))
+    again = tiny_lm(model=model, decode=decode)
+    with counting(again) as counts:
+        again.generate(list(np.linspace(0, 258, 24).astype(int)), 2)
+    with counting(lm) as expected:
+        lm.generate(list(np.linspace(0, 258, 24).astype(int)), 2)
+    assert counts.events == expected.events, "tokens of the smoke test were still stored"
+
+
+def test_arrays_with_a_mended_fingerprint_are_refused(folder, tmp_path):
+    """The fingerprint of the arrays is itself under that of the JSON."""
+    arrays = read_as_stored(folder / ARRAYS_FILE)
+    name = next(name for name, w in arrays.items() if w.ndim == 2)
+    write_safetensors(
+        tmp_path / ARRAYS_FILE, arrays | {name: arrays[name].T.copy()}, None, {"format": "x"}
+    )
+    (tmp_path / JSON_FILE).write_text((folder / JSON_FILE).read_text())
+    mended = fingerprint(tmp_path / ARRAYS_FILE)
+    edited(tmp_path, lambda f: f.update(arrays=mended), sign=False)
+    with pytest.raises(MinitxError, match="does not match its own fingerprint"):
+        read_precomputed(tmp_path)
+    edited(tmp_path, lambda f: f.update(arrays=mended))
+    with pytest.raises(MinitxError, match="its parts do not fit together|finite logits"):
+        read_precomputed(tmp_path)
+
+
+def test_folder_of_a_killed_run_is_removed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = tmp_path / f".out.{process.pid}.tmp"
+    left.mkdir()
+    (left / ARRAYS_FILE).write_bytes(b"half")
+    written(tiny_lm(), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_corrupt_or_missing_arrays_are_rejected(folder, tmp_path):

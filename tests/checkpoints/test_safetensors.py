@@ -78,7 +78,15 @@ def test_empty_file_and_empty_tensor_are_read(write_file):
 # Each case: the bytes of the file, a pattern of the error message.
 EIGHT = b"\0" * 8
 FAULTS = {
-    "no bytes": (b"", "at least 8 bytes, got 0"),
+    "no bytes": (b"", "is empty .0 bytes.; download it again"),
+    "Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n",
+        "is a Git LFS pointer, .*; run 'git lfs pull'",
+    ),
+    "web page": (b"\n<!doctype html>\n<html><head>", "is a web page .HTML., not the file"),
+    "pickle": (b"\x80\x02}q\0X\x04" * 9, "is a pickle of PyTorch"),
+    "zip": (b"PK\x03\x04\0\0\x08\x08" * 9, "is a pickle of PyTorch"),
+    "GGUF": (b"GGUF\x03\0\0\0\x10\x01\0\0\0\0\0\0", "is a GGUF file"),
     "five bytes": (b"\1\0\0\0\0", "at least 8 bytes, got 5"),
     "header longer than file": (
         safetensors_bytes({}, length=3),
@@ -92,8 +100,11 @@ FAULTS = {
     "empty header": (safetensors_bytes(b""), "not valid JSON"),
     "not utf-8": (safetensors_bytes(b'{"\xff": 1}'), "not valid JSON"),
     "deep nesting": (safetensors_bytes(b"[" * 200_000), "nested too deeply"),
-    "NaN": (safetensors_bytes(b'{"a": NaN}'), "NaN is not JSON"),
-    "5000-digit number": (safetensors_bytes(b'{"a": ' + b"1" * 5000 + b"}"), "is not JSON"),
+    "NaN": (safetensors_bytes(b'{"a": NaN}'), "expected a JSON object, got nan"),
+    "5000-digit number": (
+        safetensors_bytes(b'{"a": ' + b"1" * 5000 + b"}"),
+        "expected a JSON object, got inf",
+    ),
     "a list": (safetensors_bytes(b"[]"), "must be a JSON object, got a list"),
     "a number": (safetensors_bytes(b"3"), "must be a JSON object, got a int"),
     "duplicate tensor": (safetensors_bytes(b'{"a": 1, "a": 1}'), "key 'a' occurs twice"),
@@ -158,7 +169,10 @@ FAULTS = {
     ),
     "negative offset": (safetensors_bytes({"a": entry(offsets=(-8, 0))}, EIGHT), "data_offsets"),
     "fractional offset": (safetensors_bytes({"a": entry(offsets=(0, 8.0))}, EIGHT), "data_offsets"),
-    "offset huge": (safetensors_bytes({"a": entry(offsets=(0, 10**30))}, EIGHT), "is not JSON"),
+    "offset huge": (
+        safetensors_bytes({"a": entry(offsets=(0, 10**30))}, EIGHT),
+        "ends at byte 1000000000000000000000000000",
+    ),
     "out of range": (
         safetensors_bytes({"a": entry(offsets=(8, 16))}, EIGHT),
         "'a' ends at byte .*truncated",

@@ -15,11 +15,13 @@ from test_training import write as write_recipe
 from tiny import END, ScriptedLoop, tiny_folder, tiny_lm, tiny_model
 
 import minitx
+from minitx.checkpoints.find import shipped
 from minitx.checkpoints.huggingface import write_model
 from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.cli import main
 from minitx.training.data import story_tokenizer
 from minitx.training.stories import stories
+from minitx.tree import weights
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -30,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 def test_generate(run):
     lm = minitx.load("toy")
     text = lm.generate("Once", 9)
-    status, out, err = run("generate", "Once", "-m", "toy", "-n", 9)
+    status, out, err = run("generate", "Once", "-m", "toy", "-n", 9, "-t", 0)
     assert (status, out) == (0, f"Once{text}\n")
     assert re.fullmatch(r"9 tokens in \d+\.\d\d s, \d+ tokens/s\n", err)
     options = ["--temperature", 0.9, "--top-k", 50, "--top-p", 0.9, "--seed", 3, "-n", 20]
@@ -38,20 +40,39 @@ def test_generate(run):
     assert out == f"Once{lm.generate('Once', 20, 0.9, 50, 0.9, 3)}\n"
     assert out != f"Once{lm.generate('Once', 20)}\n"
     context = lm.model.config.context
-    assert f"{context - len(lm.encode('Once'))} tokens" in run("generate", "Once", "-m", "toy")[2]
+    words = ["generate", "Once", "-m", "toy", "-t", 0]
+    assert f"{context - len(lm.encode('Once'))} tokens" in run(*words)[2]
+
+
+def test_generate_samples_at_a_default_temperature_and_seed_unless_told_otherwise(run):
+    lm, words = minitx.load("toy"), ["generate", "Once", "-m", "toy", "-n", 20]
+    sampled = lm.generate("Once", 20, temperature=0.8, seed=0)
+    assert run(*words)[1] == run(*words)[1] == f"Once{sampled}\n", "the same story every time"
+    given = lm.generate("Once", 20, temperature=0.8, seed=5, top_k=3)
+    assert run(*words, "--seed", 5, "--top-k", 3)[1] == f"Once{given}\n"
+    assert run(*words, "-t", 0)[1] == f"Once{lm.generate('Once', 20)}\n" != f"Once{sampled}\n"
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", "One day", "Tom"])
+def test_generate_tells_a_whole_story_on_its_first_run(capsys, prompt):
+    assert main(["generate", prompt]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(prompt) and re.search(r"(end|bed|day|after)\.\n$", text), text
+    sentences = re.split(r"(?<=[.?]) ", text.strip())
+    assert len(set(sentences)) > 0.8 * len(sentences) > 5, "it repeats itself"
 
 
 def test_options_of_a_technique(run):
     lm = minitx.load("toy", a3={"iterations": 0.25, "threshold": 10.0})
     options = ["--a3", "iterations=0.25", "threshold=10"]
-    status, out, _ = run("generate", "Once", "-m", "toy", "-n", 9, *options)
+    status, out, _ = run("generate", "Once", "-m", "toy", "-n", 9, "-t", 0, *options)
     assert (status, out) == (0, f"Once{lm.generate('Once', 9)}\n")
     assert "no option 'Q'" in run("generate", "Once", "-m", "toy", "--a3", "Q=1")[2]
 
 
 def test_generate_json(run):
     lm = minitx.load("toy")
-    status, out, err = run("generate", "Zoë", "-m", "toy", "-n", 7, "--json")
+    status, out, err = run("generate", "Zoë", "-m", "toy", "-n", 7, "-t", 0, "--json")
     found = json.loads(out)
     assert status == 0 and found.pop("seconds") > 0 and "7 tokens" in err
     ids = lm.encode("Zoë")
@@ -125,6 +146,22 @@ def test_show(run):
     found = json.loads(run("show", "-m", "toy", "--json")[1])
     assert (found["name"], found["weights"], found["bytes"]) == ("toy", total, size)
     assert found["config"]["family"] == "llama" and found["config"]["kv_heads"] == 1
+
+
+def test_models_lists_each_shipped_model_with_its_shape_and_purpose(capsys):
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    for name, shape in (("stories", "llama +128 x 8"), ("stories-relu", "gpt2 +128 x 4")):
+        assert re.search(rf"^{name} +{shape} +4 +1,022 .* \d\.\d$", out, re.M), name
+    assert "A small companion of stories for speculative decoding" in " ".join(out.split())
+    assert "a Hugging Face folder" in out and "llama2.c .bin" in out
+    assert main(["models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in found] == sorted(shipped())
+    lm = minitx.load("stories-draft")
+    (draft,) = [entry for entry in found if entry["name"] == lm.name]
+    assert draft["weights"] == sum(w.size for w in weights(lm.model).values())
+    assert draft["config"]["width"] == lm.model.config.width
 
 
 def test_stories(run):

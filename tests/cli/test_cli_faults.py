@@ -1,11 +1,14 @@
 """The command line when something is wrong: one sentence and a status, never a traceback."""
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +19,39 @@ from tiny import tiny_model
 
 import minitx
 from minitx import cli, commands
+from minitx.arguments import read_arguments
 from minitx.checkpoints.huggingface import write_model
 from minitx.cli import main
-from minitx.errors import MinitxWarning
+from minitx.errors import MinitxError, MinitxWarning
+from minitx.lab import sweep
 from minitx.technique import techniques
 from minitx.tree import map_weights
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = ["generate", "show", "check", "bench", "evaluate", "train", "stories"]
+COMMANDS = ["generate", "show", "models", "list", "check", "bench", "evaluate", "train", "stories"]
 
 
 # Wrong input -------------------------------------------------------------------------------------
 
 TOO_LONG = "x" * 300
 WRONG = [
-    ([], "expected a command, one of generate, show, list,"),
-    (["foo"], "invalid choice: 'foo'"),
+    ([], "expected a command, one of generate, show, models, list,"),
+    (["foo"], "no command 'foo'; expected one of generate, show, models, list,"),
+    (["generat", "x"], "no command 'generat'; did you mean 'generate'"),
     (["--foo"], "no option --foo; usage: minitx"),
     (["generate"], "required: prompt"),
-    (["generate", "x", "--temprature", "3"], r"no option --temprature; usage: .*-t T\] .*--seed N"),
-    (["show", "--jso"], r"no option --jso; usage: .* \[--json\]"),
+    (["generate", "x", "--zzz", "3"], r"no option --zzz; usage: .*-t T\] .*--seed N"),
+    (["generate", "x", "--temprature=3"], "no option --temprature; did you mean --temperature"),
+    (["show", "--jso"], "no option --jso; did you mean --json"),
+    (["generate", "x", "--elza", "p=2"], "no option --elza; did you mean --elsa"),
+    (["generate", "x", "--spec"], "no option --spec; did you mean --speculative"),
+    (["stories", "--elza"], "no option --elza; usage:"),
+    (["generate", "x", "-m", "toy", "--elsa", "bitz=8"], "no option 'bitz'; .*mean 'bits'"),
+    (["explain", "elza"], "no technique 'elza'; did you mean 'elsa'"),
+    (["compare-attention", "-m", "toy", "--methods", "elza"], "one of oracle, .*mean 'elsa'"),
+    (["cost", "first-layr", "--config", "x"], "no cost formulas; did you mean 'first-layer'"),
+    (["generate", "x", "-t", "0", "--seed", "1"], "-t 0 is greedy decoding.* --seed would have no"),
+    (["generate", "x", "-t", "0", "--top-k", "2", "--top-p", "0.5"], "so --top-k and --top-p"),
     (["generate", "Once", "upon"], "Unexpected argument 'upon' .*in quotes"),
     (["generate", "x", "-n", "few"], "-n/--max-new-tokens: invalid int value: 'few'"),
     (["generate", "x", "-n"], "expected one argument"),
@@ -70,10 +86,13 @@ WRONG = [
     ),
     (["train", "good/recipe.json", "--time-limit", "-1"], "expected a number from 0 to .*got -1.0"),
     (["train", "good/recipe.json", "--time-limit", "nan"], "expected a number from 0 to .*got nan"),
-    (["train", "good/recipe.json", "--out", "notes.txt"], "notes.txt: cannot be created"),
+    (["train", "good/recipe.json", "--out", "notes.txt"], "notes.txt: cannot be written"),
     (["stories", "--grade", "\udcff"], "Unknown grade"),
-    (["stories", "--split", "trian"], "expected one of train, calibration, evaluation"),
-    (["stories", "--seed", "-1"], "must be an integer >= 0, got -1"),
+    (["stories", "--grade", "fulll"], "expected one of set_phrases, .*full. Did you mean 'full'"),
+    (["stories", "--split", "trian"], "one of train, calibration, evaluation. .*mean 'train'"),
+    (["stories", "--seed", "-1"], "must be an integer, at least 0; got -1"),
+    (["precompute", "toy", "--fold-norms"], "toy already exists; give the name of a new folder"),
+    (["precompute", "notes.txt/new", "--fold-norms"], "notes.txt/new: cannot be written"),
     (["stories", "-n", "0"], "expected a number from 1 to .*got 0"),
     (["stories", "-n", "9" * 30], "expected a number from 1 to"),
 ]
@@ -88,6 +107,87 @@ def test_bad_input_is_one_sentence_and_status_2(run, workdir, words, message):
     assert (status, out) == (2, "")
     assert err.startswith("minitx: ") and err.count("\n") == 1 and err.endswith("\n")
     assert re.search(message, err), err
+
+
+def test_unknown_model_is_compared_with_the_shipped_ones(capsys):
+    assert main(["generate", "x", "-m", "storis-relu"]) == 2
+    assert "Did you mean 'stories-relu'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["sweep", "ffn-skip"], ["compare-attention"]])
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("a.pdf", "expected a file name that ends in .png, got 'a.pdf'"),
+        ("", "expected a file name that ends in .png"),
+        ("nowhere/a.png", "there is no folder nowhere; create it first"),
+        ("folder.png", "folder.png is a folder; give the name of a file"),
+        ("x" * 300 + ".png", "cannot be written (File name too long)"),
+    ],
+)
+def test_picture_that_cannot_be_written_is_refused_before_the_work(
+    run, workdir, monkeypatch, command, path, message
+):
+    (workdir / "folder.png").mkdir()
+    monkeypatch.setattr(sweep, "need_pyplot", lambda: None)
+    monkeypatch.setattr(minitx, "load", None)  # the work would begin with it
+    before = sorted(workdir.iterdir())
+    status, out, err = run(*command, "--png", path)
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1
+    assert sorted(workdir.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", [["sweep", "ffn-skip"], ["compare-attention"]])
+def test_picture_without_matplotlib_is_refused_before_the_work(run, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setattr(minitx, "load", None)
+    assert "needs matplotlib; install it with" in run(*command, "--png", "a.png")[2]
+
+
+def test_precompute_refuses_its_folder_before_the_work(run, monkeypatch):
+    monkeypatch.setattr(minitx, "load", None)
+    assert "toy already exists" in run("precompute", "toy", "--fold-norms")[2]
+
+
+NUMBERS = {
+    "generate x": ("-n", "-t", "--top-k", "--top-p", "--seed"),
+    "evaluate": ("--stories",),
+    "compare": ("--stories", "--chains"),
+    "first-token": ("--shared", "--own", "--prompts", "--rounds"),
+    "sweep elsa": ("--stories", "--chains"),
+    "compare-attention": ("--share", "--chains", "--tokens", "--rounds"),
+    "train x": ("--workers", "--time-limit"),
+    "stories": ("--seed", "--count"),
+}
+NASTY = (
+    "1e999999999", "-1e999999999", "9" * 5000, "9" * 10**5, "1/1e9", "1/" + "9" * 5000, "nan",
+    "9" * 5000 + "/1", "1/0", "inf", "", "x", "0x10", "1,", "\x1b[2J", "\n", "1e-999999999", "--",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NUMBERS)
+def test_number_of_any_length_is_read_or_refused_at_once(command):
+    """``--share 1e999999999`` is no integer of a billion digits."""
+    for flag in NUMBERS[command]:
+        for text in NASTY:
+            began = time.process_time()
+            try:
+                read_arguments([*command.split(), f"{flag}={text}"])
+            except MinitxError as error:
+                assert str(error).isprintable() and len(str(error)) <= 400
+            assert time.process_time() - began < 1, f"{flag} {text[:30]}"
+
+
+def test_endless_stdin_is_refused(workdir, monkeypatch):
+    monkeypatch.setattr("minitx.checkpoints.common.MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(commands.sys, "stdin", piped(b"x" * 1001))
+    with pytest.raises(MinitxError, match="at most 1,000 bytes on stdin"):
+        commands.read_stdin()
+
+
+def piped(content: bytes):
+    """What sys.stdin is when these bytes are piped in."""
+    return io.TextIOWrapper(io.BytesIO(content))
 
 
 def test_unknown_command_lists_the_commands(run):
@@ -120,9 +220,9 @@ def test_help_and_version(capsys, words):
 def test_help_lists_techniques_and_the_options_of_those_given(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     for technique in techniques():
-        assert f"  {technique.flag} " in text and technique.card.summary in text, technique.name
+        assert f" {technique.flag} {technique.card.summary}" in text, technique.name
     with pytest.raises(SystemExit):
         main(["compare", "--elsa", "--help"])
     text = capsys.readouterr().out
@@ -130,7 +230,34 @@ def test_help_lists_techniques_and_the_options_of_those_given(capsys):
     assert "--fold-norms" not in text
     with pytest.raises(SystemExit):
         main(["stories", "--help"])
-    assert "--elsa" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--elsa" not in text and "Grades, from easy to hard: set_phrases, told_twice," in text
+    assert "train (default), calibration or evaluation" in text
+
+
+# Width -------------------------------------------------------------------------------------------
+
+PRINTED = [
+    *([name, "--help"] for name in COMMANDS + ["compare", "sweep", "compare-attention", "cost"]),
+    *([["--help"], ["list"], ["models"], ["show"], ["explain", "a3"], ["explain", "early-exit"]]),
+    ["compare", "--early-exit", "--stories", "2"],
+    ["sweep", "ffn-skip", "threshold=0.9,0.95", "cold_start=3", "warm_up=0", "--stories", "1"],
+    ["evaluate", "--stories", "3", "--depths"],
+    ["first-token", "--prompts", "2", "--rounds", "1"],
+    ["cost", "first-layer", "--config", str(ROOT / "weights" / "stories" / "config.json")],
+    ["check", "stories-skipless"],
+    [*["compare-attention", "--chains", "1", "--tokens", "48", "--rounds", "1"]]
+    + ["--methods", "window,random,predictive-attention"],
+]
+
+
+@pytest.mark.parametrize("words", PRINTED, ids=lambda words: " ".join(words)[:30])
+def test_what_is_printed_fits_100_columns(capsys, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "100")
+    with suppress(SystemExit):  # after --help
+        main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and [line for line in lines if len(line) > 100] == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.fast import THREAD_VARIABLES
 from minitx.lab import bench
-from minitx.lab.bench_report import as_text, columns
+from minitx.lab.bench_report import as_text
 from minitx.lm import LM
 from minitx.model import Linear
 
@@ -270,10 +270,6 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "minitx.lab.bench_transformers", raising=False)
     rival, reason = bench.find_rival()
     assert rival is None and "torch" in reason and "minitx[reference]" in reason
-
-
-def test_report_columns_are_aligned():
-    assert columns([["a", "bb"], ["ccc", "d"]]) == ["a    bb", "ccc   d"]
 
 
 # Importing -----------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 from qkv import random_qkv, run
 from test_bench import Ticking
 from test_compare import CONFIG, END, story_lm
-from tiny import tiny_lm
+from tiny import END as TINY_END
+from tiny import TOKENIZER, tiny_lm
 
 import minitx
 from minitx import ops
@@ -21,6 +22,7 @@ from minitx.lab.attention_baselines import BASELINES, BestKeys, NewestKeys, Rand
 from minitx.lab.attention_mass import KeyTotals, MeasuredSelector
 from minitx.lab.attention_methods import METHODS, Knob, chosen_methods, tune
 from minitx.lab.attention_published import PUBLISHED
+from minitx.lab.compare import log_softmax
 from minitx.lab.compare_attention import Grid, chains, checked, compare_attention
 from minitx.lab.sweep import need_pyplot
 from minitx.lm import LM
@@ -28,6 +30,7 @@ from minitx.model import Attend, Rope
 from minitx.shared.sparse_attention import SparseAttention, Visible
 from minitx.state import Layer, Tokens
 from minitx.technique import names, swap
+from minitx.text import Text
 from minitx.tree import Part, part
 
 METHODS_HERE = ("oracle", "predictive_attention", "window", "random")
@@ -211,7 +214,7 @@ def test_methods_are_chosen_by_name_in_the_order_of_the_table():
         "predictive_attention",
         "random",
     ]
-    with pytest.raises(MinitxError, match="no method 'best'; known: oracle, "):
+    with pytest.raises(MinitxError, match="no method 'best'; expected one of oracle, "):
         chosen_methods(["best"])
 
 
@@ -515,3 +518,32 @@ def test_picture_is_written(found, tmp_path):
     attention_report.picture(found, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# Any text ----------------------------------------------------------------------------------------
+
+POND = Text("The balance of once and twice: a fence, a pond, and a stone. " * 20, "pond.txt")
+
+
+def test_text_is_tuned_on_its_first_window_and_measured_on_the_next():
+    plan = replace(PLAN, text=POND, tokens=40, methods=("window",), shares=(1 / 4,))
+    lm = tiny_lm()
+    found = compare_attention(lm, plan, bar=False)
+    ids = TOKENIZER.encode(POND.content, special=False)
+    nats = 0.0
+    for a in (40, 80):  # window 0 is for tuning; the start token stands before each
+        targets = ids[a : a + 40]
+        logits = lm.logits([TINY_END, *targets[:-1]])
+        nats -= log_softmax(logits)[np.arange(40), targets].sum()
+    assert found.dense.report.nats == pytest.approx(nats, rel=1e-6)
+    assert found.dense.report.tokens == 80 and found.plan.chains == 2
+    text = str(found)
+    assert "reads 2 windows of 40 tokens of pond.txt" in text and "perplexity" in text
+    assert "entropy" not in text and "hop" not in text
+    assert found.as_dict()["plan"]["text"] == "pond.txt"
+
+
+def test_text_too_short_for_two_windows_is_refused():
+    plan = replace(PLAN, text=Text("a pond", "a.txt"), tokens=40)
+    with pytest.raises(MinitxError, match="a.txt has 5 tokens; expected at least 81"):
+        compare_attention(tiny_lm(), plan, bar=False)

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from minitx.errors import MinitxError
+from minitx.lab.block_matrices import block_weights
 from minitx.lab.costs.first_layer import FirstLayerCost
+from minitx.lab.layout import fit
 from minitx.lab.shape import KINDS, read_shape
 
 # As such models' files have it, but for what costs do not depend on. The paper gives Pythia the
@@ -136,13 +138,13 @@ def test_heads_narrower_than_the_width(tmp_path):
 def test_known_model_types(tmp_path):
     base = SIZES | {"vocab_size": 1000, "intermediate_size": 9, "max_position_embeddings": 64}
     for kind, known in KINDS.items():
-        s = read_shape(write(tmp_path, base | {"model_type": kind}))
+        fields = base | {"model_type": kind, "num_key_value_heads": 8}
+        s = read_shape(write(tmp_path, fields))
         assert s.ffn_matrices == (3 if known.gated else 2)
         assert (s.parallel, s.tied) == (known.parallel, known.tied)
-        assert s.positions == (64 if known.adds_positions else 0)
+        assert s.positions == (64 + known.more_positions if known.adds_positions else 0)
+        assert s.kv_heads == (8 if known.shares_keys else 32), "a field that the model ignores"
         assert s.notes == ()
-    serial = FILES["pythia"] | {"use_parallel_residual": False}
-    assert not read_shape(write(tmp_path, serial)).parallel
 
 
 def test_unknown_model_type_is_guessed_with_a_note(tmp_path):
@@ -208,13 +210,26 @@ def test_models_with_an_encoder(tmp_path):
     assert (s.hidden, s.source, s.context, s.positions) == (65536, 512, 512, 0)
 
 
+@pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
+@pytest.mark.parametrize("form, matrices", [("relu", 2), ("gated-gelu", 3), ("gated-silu", 3)])
+def test_t5_has_a_gate_if_its_file_says_so(tmp_path, kind, form, matrices):
+    """T5 1.1 is of the same model_type as T5. By hand, one block: four matrices of attention and
+    two or three of the FFN, as transformers has them."""
+    fields = T5 | {"model_type": kind, "feed_forward_proj": form, "tie_word_embeddings": False}
+    s = read_shape(write(tmp_path, fields), encoders=True)
+    assert s.ffn_matrices == matrices and not s.tied
+    assert block_weights(s) == 24 * (4 * 1024 * 128 * 128 + matrices * 1024 * 65536)
+    guessed = read_shape(write(tmp_path, fields | {"model_type": "novel"}), encoders=True)
+    assert guessed.ffn_matrices == matrices
+
+
 # The command -------------------------------------------------------------------------------------
 
 
 def test_cost_command(run, workdir, costs):
     path = write(workdir, FILES["pythia"])
     status, out, err = run("cost", "first-layer", "--config", path)
-    assert (status, out, err) == (0, f"{costs['pythia']}\n", "")
+    assert (status, out, err) == (0, f"{fit(str(costs['pythia']))}\n", "")
     for cell in ("184,549,376", "619,315,200", "434,765,824", "11,264x", "704x", "11x", "15,019"):
         assert f" {cell}" in out, cell
     found = json.loads(run("cost", "first-layer", "--config", path, "--json")[1])
@@ -224,7 +239,7 @@ def test_cost_command(run, workdir, costs):
     }  # fmt: skip
     write(workdir, FILES["mixtral"])
     out = run("cost", "first-layer", "--config", workdir, "--parallel")[1]  # a folder will do
-    assert out == f"{costs['mixtral']}\n" and " 548x" in out and "too favorable" in out
+    assert out == f"{fit(str(costs['mixtral']))}\n" and " 548x" in out and "too favorable" in out
 
 
 def test_cost_command_with_bad_input(run, workdir):

@@ -1,6 +1,7 @@
 """``minitx first-token``: what its prompts share, what it counts, when caches are cleared."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,7 +103,10 @@ def test_comparison_starts_every_pass_with_empty_caches(monkeypatch):
         return real(lm, prompt)
 
     monkeypatch.setattr(compare, "continuation", watched)
-    found = compare.generate(dense, lm, [prompt, prompt[:8] + [99]], 2, lambda: None)
+    prompts = [prompt, prompt[:8] + [99]]
+    texts, counts = compare.continue_all(dense, prompts, lambda: None)
+    known = SimpleNamespace(lm=dense, prompts=prompts, continuations=texts, counts=counts)
+    found = compare.generate(known, lm, 2, lambda: None)
     assert found.events == {"prompt tokens reused": 8, "prompt tokens run": 10}
     assert held[0::2] == [0, 0, 0] and all(n > 0 for n in held[1::2])
     assert found.same == 2

@@ -7,7 +7,7 @@ from tiny import tiny_lm
 
 from minitx.errors import MinitxError
 from minitx.lm import LM
-from minitx.precompute.lut_centroid import CentroidLinear, Codebook, kmeans
+from minitx.precompute.lut_centroid import CentroidLinear, Codebook, EveryRow, kmeans
 from minitx.technique import apply
 from minitx.tree import walk
 
@@ -95,8 +95,8 @@ def test_logits_error_falls_with_more_centroids():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(length=0), "length must be an integer, 1 to 4096; got 0"),
-        (dict(centroids=0), "centroids must be an integer, 1 to 65536; got 0"),
+        (dict(length=0), "length must be an integer, 1 to 1024; got 0"),
+        (dict(centroids=0), "centroids must be an integer, 1 to 1024; got 0"),
         (dict(stories=0), "stories must be an integer, 1 to 1000; got 0"),
         (dict(layers=3), "layers must be at most 2, the blocks of this model; got 3"),
     ],
@@ -109,3 +109,12 @@ def test_bad_options_are_refused(options, words):
 def test_a_model_without_a_tokenizer_is_refused():
     with pytest.raises(MinitxError, match="^lut_centroid .*no tokenizer"):
         apply(LM(tiny_lm().model), {"lut_centroid": True})
+
+
+def test_sampled_inputs_are_every_nth_row_across_texts():
+    """Texts of 5, 2 and 6 rows, of which only every third is kept: never all of a long text."""
+    rows = np.arange(26).reshape(13, 2)
+    sample = EveryRow(3)
+    for a, b in ((0, 5), (5, 7), (7, 13)):
+        sample.add(rows[a:b])
+    np.testing.assert_array_equal(sample.all, rows[::3])

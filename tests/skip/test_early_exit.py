@@ -13,15 +13,16 @@ from literal_early_exit import dense_after, run_deferred
 from literal_early_exit import run as literal
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_lm, tiny_model
 
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, MinitxWarning
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import Block, Stack
-from minitx.skip.early_exit import ExitingStack
+from minitx.skip.early_exit import ExitingStack, exit_probe
 from minitx.skip.early_exit.confidence import (
     ExitProbe,
     RandomConfidence,
     Saturation,
+    SoftmaxGap,
     ThresholdSchedule,
     sigmoid,
     softmax_gap,
@@ -35,7 +36,9 @@ from minitx.tree import Part, part, weights
 L = 6
 IDS = np.random.default_rng(3).integers(0, 258, 40)
 OTHER = (IDS * 7 + 3) % 258
-SOFTMAX = dict(threshold=0.2, warm_up=3)
+# The head of the small models costs more than their layers, which is said (test_checks_that...).
+pytestmark = pytest.mark.filterwarnings("ignore:early_exit.*measure=softmax")
+SOFTMAX = dict(measure="softmax", first=1, threshold=0.2, warm_up=3)
 SETTINGS = {
     "softmax": SOFTMAX,
     "decay": dict(threshold=0.25, first=2, every=2, decay=4.0, horizon=20),
@@ -50,9 +53,9 @@ each_setting = pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTING
 
 
 def models(family="llama", dtype=np.float64, **options):
-    """(dense, with early exit), with six layers."""
+    """(dense, with early exit), with six layers, after each of which a token may exit."""
     lm = LM(tiny_model(family, dtype=dtype, layers=L), TOKENIZER)
-    return lm, apply(lm, {"early_exit": options})
+    return lm, apply(lm, {"early_exit": {"measure": "softmax", "first": 1} | options})
 
 
 def depths_and_cost(lm, ids):
@@ -436,6 +439,18 @@ def test_logistic_regression_recovers_the_weights_that_made_the_data():
     assert abs((weight * (p - y)).mean()) < 1e-9, "the gradient for b is not 0"
 
 
+def test_exit_probe_of_many_layers_learns_from_tokens_at_equal_distances(monkeypatch):
+    """Bounded: 4 texts of 30 tokens after L - 1 layers are too many here, so every fourth counts."""
+    dense = LM(tiny_model(layers=L), TOKENIZER)
+    texts = np.random.default_rng(5).integers(0, 258, (4, 30)).tolist()
+    h, same = examples(dense, texts)
+    monkeypatch.setattr(exit_probe, "MOST_EXAMPLES", 4 * 30 * (L - 1) // 3 - 1)
+    some, same_of_some = examples(dense, texts)
+    every_fourth = h.reshape(4, L - 1, 30, 16)[:, :, ::4]
+    np.testing.assert_array_equal(some, every_fourth.reshape(-1, 16))
+    np.testing.assert_array_equal(same_of_some, same.reshape(4, L - 1, 30)[:, :, ::4].ravel())
+
+
 def test_exit_probe_is_better_than_chance_and_deterministic():
     dense = LM(tiny_model(layers=L), TOKENIZER)
     texts = np.random.default_rng(5).integers(0, 258, (60, 30)).tolist()
@@ -503,11 +518,43 @@ def test_blocks_that_cannot_backfill_are_refused_unless_every_token_runs_them():
     apply(swap(lm, Stack, lambda stack: first), {"early_exit": True})  # block 0 always runs
 
 
+def test_default_checks_saturation_from_the_middle_on():
+    stack = apply(LM(tiny_model(layers=6), TOKENIZER), {"early_exit": True}).model.stack
+    assert (type(stack.confidence), stack.first, stack.every) == (Saturation, 3, 1)
+    deep = apply(
+        LM(tiny_model(layers=6), TOKENIZER), {"early_exit": {"preset": "paper"}}
+    ).model.stack
+    assert (type(deep.confidence), deep.first) == (SoftmaxGap, 1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_checks_that_cost_more_than_the_layers_are_said():
+    """A check by softmax takes V D = 259 * 16 = 4,144 multiply-adds. A skipped layer saves W_q and
+    W_o, 2 * 16 * 16, and the FFN, 3 * 16 * 24: 1,664. Of 6 layers 5 can be skipped: 8,320. Five
+    checks take 20,720; two of them, every=3, take 8,288."""
+    lm = LM(tiny_model(layers=6), TOKENIZER)
+    for every in (1, 2):  # five checks, and three
+        with pytest.warns(MinitxWarning, match=f"{[5, 3][every - 1]} checks .*4,144.* or every=3"):
+            apply(lm, {"early_exit": {"measure": "softmax", "first": 1, "every": every}})
+    with pytest.warns(MinitxWarning, match="in all 2.5 times those of the 5 layers .*1,664 each"):
+        apply(lm, {"early_exit": {"preset": "paper"}})
+    with pytest.warns(MinitxWarning, match=r"48 each\)\.$"):  # no interval pays
+        apply(lm, {"early_exit": {"measure": "softmax", "first": 5}})
+    for options in (
+        {"measure": "softmax", "first": 1, "every": 3},
+        {"measure": "softmax", "threshold": 1.1},  # never measured
+        {"measure": "saturation", "first": 2},
+        {"measure": "probe", "first": 5},
+        {},
+    ):
+        apply(lm, {"early_exit": options})
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (dict(threshold=-0.1), "threshold must be a number, at least 0; got -0.1"),
-        (dict(first=0), "first must be an integer, at least 1; got 0"),
+        (dict(first=0), "first must be an integer, at least 1, or None; got 0"),
         (dict(every=0), "every must be an integer, at least 1; got 0"),
         (dict(warm_up=-1), "warm_up must be an integer, at least 0; got -1"),
         (dict(decay=-1.0), "decay must be a number, at least 0, or None; got -1.0"),

@@ -8,11 +8,11 @@ from dataclasses import replace
 import literal_exact_head as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, tiny_lm
+from tiny import FAMILIES, tiny_lm, tiny_model
 
 from minitx import fast, ops
 from minitx.build import random_model
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, MinitxWarning
 from minitx.ledger import counting, group_of
 from minitx.lm import LM
 from minitx.model import Head, Linear, TiedHead
@@ -250,6 +250,8 @@ SETTINGS = {
     "norms": dict(method="norms"),
     "norms in small blocks": dict(method="norms", block=20),
 }
+# A preview of full rank costs as much as the head, which is said (test_search_that_...).
+pytestmark = pytest.mark.filterwarnings("ignore:exact_head.*can never pay")
 settings = pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 
 
@@ -387,12 +389,28 @@ def test_overflow_in_the_logits_is_reported(options):
         lm.model.head.argmax(np.full(16, 3e38, np.float32))
 
 
+@pytest.mark.filterwarnings("error")
+def test_search_that_can_never_pay_is_said():
+    """V = 259, D = 16. The dense head takes 4,144 multiply-adds. The search takes at least
+    D^2 + V (rank + 1) + 2 D, if only one row is read: 4,173 at rank 14, 3,914 at rank 13."""
+    lm = tiny_lm()
+    with pytest.warns(MinitxWarning, match="at least 4,173 .* head 4,144, .* smaller rank"):
+        apply(lm, {"exact_head": {"rank": 14}})
+    with pytest.warns(MinitxWarning, match="at least 4,144 .*; use a block below 259"):
+        apply(lm, {"exact_head": {"method": "norms", "block": 2048}})
+    for options in ({}, {"rank": 13}, {"method": "norms"}, {"method": "norms", "block": 258}):
+        apply(lm, {"exact_head": options})
+    few = LM(tiny_model(vocab_size=17, eos=(), bos=None))
+    with pytest.warns(MinitxWarning, match="leave it out: the vocabulary is too small"):
+        apply(few, {"exact_head": {"rank": 1}})
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (dict(rank=0), "exact_head: rank must be an integer, at least 1, or None; got 0"),
         (dict(rank=17), "exact_head: rank must be at most 16, the model's width; got 17"),
-        (dict(block=0), "exact_head: block must be an integer, at least 1; got 0"),
+        (dict(block=0), "exact_head: block must be an integer, at least 1, or None; got 0"),
         (dict(method="int8"), "exact_head: method must be one of svd, norms; got 'int8'"),
     ],
 )

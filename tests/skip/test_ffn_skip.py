@@ -40,9 +40,9 @@ def tiny_lm(family="llama", dtype=np.float32, layers=L):
 
 
 def models(family="llama", dtype=np.float64, **options):
-    """(dense, with skipping), with six layers."""
+    """(dense, with skipping), with six layers, of which all but the first may skip."""
     lm = tiny_lm(family, dtype)
-    return lm, apply(lm, {"ffn_skip": options})
+    return lm, apply(lm, {"ffn_skip": {"cold_start": 1} | options})
 
 
 def ran(lm, ids):
@@ -154,7 +154,7 @@ def test_neutral_settings_equal_the_dense_model_bit_for_bit(family, options):
 def test_skipping_ffns_that_add_zero_changes_nothing(family):
     dense = tiny_lm(family)
     zeroed = swap(dense, FFN, lambda ffn: map_weights(ffn, lambda w: w * 0))
-    lm = apply(zeroed, {"ffn_skip": dict(**ALL, warm_up=0)})
+    lm = apply(zeroed, {"ffn_skip": dict(**ALL, warm_up=0, cold_start=1)})
     np.testing.assert_array_equal(lm.logits(IDS), zeroed.logits(IDS))
     with counting(lm) as counts:
         lm.logits(IDS)
@@ -176,8 +176,9 @@ def test_defaults_by_the_number_of_layers():
 
     assert layers_and_skip(3) == ([1, 2], 1)
     assert layers_and_skip(4) == ([1, 2], 1)
-    assert layers_and_skip(8) == ([2, 3, 4, 5, 6], 2)
-    assert layers_and_skip(12) == ([2, 3, 4, 5, 6, 7, 8, 9, 10], 3)
+    assert layers_and_skip(5) == ([2, 3], 1)
+    assert layers_and_skip(8) == ([4, 5, 6], 2)
+    assert layers_and_skip(12) == ([6, 7, 8, 9, 10], 3)
 
 
 # Equal to the literal version --------------------------------------------------------------------
@@ -470,6 +471,13 @@ def test_huge_options_mean_all_layers_and_all_tokens():
     np.testing.assert_array_equal(lm.logits(IDS), models(**ALL, warm_up=0)[1].logits(IDS))
     dense, lm = models(**ALL, warm_up=10**9)
     np.testing.assert_array_equal(lm.logits(IDS), dense.logits(IDS))
+
+
+def test_default_never_skips_the_first_half_nor_the_last_layer():
+    blocks = apply(tiny_lm(), {"ffn_skip": True}).model.stack.blocks
+    assert [type(block.ffn) is FFN for block in blocks] == [True, True, True, False, False, True]
+    blocks = apply(tiny_lm(), {"ffn_skip": {"preset": "aggressive"}}).model.stack.blocks
+    assert [type(block.ffn) is FFN for block in blocks] == [True, *[False] * 4, True]
 
 
 def test_printed_model_shows_which_ffns_may_be_skipped():

@@ -38,9 +38,9 @@ kind = pytest.mark.parametrize("family", KINDS)
 
 
 def models(family="llama", dtype=np.float64, **options):
-    """(dense, lazy)"""
+    """(dense, lazy): tokens may be pruned after any layer."""
     lm = LM(tiny_model(family, dtype=dtype, layers=L), TOKENIZER)
-    return lm, apply(lm, {"lazy_tokens": options})
+    return lm, apply(lm, {"lazy_tokens": {"first": 1} | options})
 
 
 def steps_of(ids, sizes=STEPS):
@@ -196,6 +196,7 @@ def test_cached_keys_are_those_of_the_literal_version(family):
 ALL = [dict(keep=1.0), dict(keep=0.999), dict(keep=0.999, choose="random")]  # ceil(0.999 n) = n
 
 
+@pytest.mark.filterwarnings("ignore:lazy_tokens.*prunes none")
 @kind
 @pytest.mark.parametrize("sizes", [(40,), (11, 1, 28), (1,) * 40], ids=["one", "chunks", "tokens"])
 @pytest.mark.parametrize("options", ALL, ids=str)
@@ -461,7 +462,7 @@ def test_a_batch_with_a_cache_is_refused():
         (dict(keep=1.2), "lazy_tokens: keep must be .*; got 1.2"),
         (dict(keep=float("nan")), "lazy_tokens: keep must be .*; got nan"),
         (dict(every=0.0), "lazy_tokens: every must be a number, above 0 .*; got 0.0"),
-        (dict(first=0), "lazy_tokens: first must be an integer, at least 1; got 0"),
+        (dict(first=0), "lazy_tokens: first must be an integer, at least 1, or None; got 0"),
         (dict(seed=-1), "lazy_tokens: seed must be an integer, at least 0; got -1"),
         (dict(choose="best"), "lazy_tokens: choose must be one of attention, random; got 'best'"),
     ],
@@ -488,7 +489,7 @@ def test_techniques_that_need_what_it_changes_are_refused_by_name(other, choose)
 def test_exact_techniques_do_not_change_which_tokens_are_pruned(family):
     """first_layer hands the stack rows of a table, wider than the hidden state."""
     dense, lm = models(family, keep=0.5)
-    both = apply(dense, {"lazy_tokens": dict(keep=0.5), "first_layer": True})
+    both = apply(dense, {"lazy_tokens": dict(keep=0.5, first=1), "first_layer": True})
     assert error(in_chunks(both, IDS, STEPS), in_chunks(lm, IDS, STEPS)) < 1e-11
     batch = np.stack([IDS, OTHER])
     assert error(both.logits(batch), lm.logits(batch)) < 1e-11
@@ -515,7 +516,7 @@ def test_stories_prompt_costs_what_the_card_says(stories):
     """Groups of 2, 2, 3 and 1 layers run 1, 0.7, 0.49 and 0.343 of the tokens."""
     dense, read = stories
     ids = sum((story.ids[:-1] for story in read), [])[:320]
-    lm = apply(dense, {"lazy_tokens": True})
+    lm = apply(dense, {"lazy_tokens": {"preset": "paper"}})
     found = []
     for model in (dense, lm):
         state = new_state(model.model, ids)
@@ -548,7 +549,7 @@ def test_stories_next_token_is_closer_to_dense_with_attention_than_with_random(s
     prompts = [s.ids[: int(share * len(s.ids))] for s in read for share in (0.4, 0.6, 0.8)]
     kl = {}
     for choose in ("attention", "random"):
-        lm = apply(dense, {"lazy_tokens": dict(keep=0.3, choose=choose)})
+        lm = apply(dense, {"lazy_tokens": dict(keep=0.3, first=1, choose=choose)})
         kl[choose] = divergence(dense, lm, prompts)
     assert 0.35 < kl["attention"] < 0.47, kl
     assert 0.75 < kl["random"] < 0.95, kl

@@ -418,12 +418,13 @@ def test_padding_counts_as_one_key():
         ({"share": 1.1}, "share must be a number, above 0 and at most 1; got 1.1."),
         ({"min_keys": 0}, "min_keys must be an integer, at least 1; got 0."),
         (
-            {"codes": "leading-one", "threshold": 0.0},
+            {"codes": "leading-one", "threshold": 0.0, "share": 1.0},
             "codes=leading-one needs threshold=0 and a share below 1, got threshold=0 share=1",
         ),
         (
             {"codes": "leading-one"},
-            "codes=leading-one needs threshold=0 and a share below 1, got threshold=0.05 share=1",
+            "codes=leading-one needs threshold=0 and a share below 1, got threshold=0.05 "
+            "share=0.25",
         ),
     ],
 )
@@ -437,7 +438,7 @@ def test_bad_option_is_refused(options, words):
 def test_tree_shows_the_settings():
     drawn = repr(apply(tiny_lm(), {"predictive_attention": {"threshold": 0.1}}).model)
     assert "code: IntegerCode(bits=4)" in drawn
-    assert "threshold=0.1, share=1, min_keys=4)" in drawn
+    assert "threshold=0.1, share=0.25, min_keys=4)" in drawn
 
 
 def test_card_says_that_it_is_a_reconstruction():

@@ -770,7 +770,7 @@ def test_batch_of_different_lengths_with_history_runs_one_by_one(options):
 @pytest.mark.parametrize("other", ["first_layer", "fold_norms", "fuse_projections"])
 @pytest.mark.parametrize("index", ["lsh", "kd-tree"])
 def test_folded_and_fused_weights_give_the_same_bound_and_keys(other, index):
-    lm, options = tiny_lm(dtype=np.float64), {"keep": 3, "slots": 10, "index": index}
+    lm, options = tiny_lm(dtype=np.float64), {"keep": 3, "slots": 10, "index": index, "tables": 4}
     alone = apply(lm, {"sparse_memory": options})
     both = apply(lm, {"sparse_memory": options, other: True})
     found, before = (m.model.stack.blocks[1].attn.attend.selector.index for m in (both, alone))
@@ -800,9 +800,9 @@ def test_bad_options_are_refused(options, words):
 
 
 def test_tree_shows_the_settings_and_the_card_quotes_no_figure_of_the_paper():
-    lm = apply(tiny_lm(), {"sparse_memory": {"slots": 10, "index": "lsh"}})
+    lm = apply(tiny_lm(), {"sparse_memory": {"slots": 10, "index": "lsh", "tables": 4}})
     drawn = repr(lm.model)
-    assert "selector: SparseMemory(keep=16, slots=10, threshold=0.005" in drawn
-    assert "index: LSH(" in drawn and "bits=8, tables=40" in drawn
+    assert "selector: SparseMemory(keep=32, slots=10, threshold=0.005" in drawn
+    assert "index: LSH(" in drawn and "bits=8, tables=4" in drawn
     sections = find("sparse_memory").card.sections
     assert "is ours" in sections["Fidelity"] and "1600" not in str(sections)

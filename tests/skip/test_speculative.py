@@ -559,6 +559,7 @@ def test_draft_auto_is_the_shipped_draft_if_its_vocabulary_fits(monkeypatch, tmp
     assert type(apply(stories, {"speculative": True}).decode.draft) is PromptLookup
 
 
+@pytest.mark.filterwarnings("ignore:speculative.*use a smaller draft")  # as large as the target
 def test_draft_may_be_a_folder(tmp_path):
     tiny_folder(tmp_path / "toy")
     lm = apply(tiny_lm(), {"speculative": {"draft": str(tmp_path / "toy")}})
@@ -675,6 +676,7 @@ def test_counted_work_follows_from_proposals_and_target_passes():
 
 @pytest.mark.parametrize("technique", techniques(), ids=lambda t: t.name)
 @pytest.mark.parametrize("draft", ["self", "lookup"])
+@pytest.mark.filterwarnings("ignore:speculative.*use a smaller draft")  # with half of the layers
 def test_another_technique_in_the_target_keeps_its_text(technique, draft):
     """Also an approximate one, if it decides per token and can be rewound."""
     if technique.name == "speculative":

@@ -344,7 +344,8 @@ def arrays_of(size=10):
 
 def test_checkpoint_round_trip(tmp_path):
     recipe, path = recipe_from(recipe_of(FIRST, SECOND)), tmp_path / "c.npz"
-    progress = Progress(1, 3, 9, 900, 1.5, [0.25], [{"stage": "first"}])
+    entry = {"stage": "first", "step": 6, "tokens": 600, "seconds": 1.0, "accuracy": {"who": 0.5}}
+    progress = Progress(1, 3, 9, 900, 1.5, [0.25], [entry | {"end": "steps"}])
     write_checkpoint(path, recipe, progress, arrays_of())
     got = {name: np.zeros(10, np.float32) for name in ("weights", "m", "v")}
     assert read_checkpoint(path, recipe, got) == progress
@@ -377,11 +378,84 @@ def test_damaged_checkpoint_is_refused(tmp_path, keep):
         read_checkpoint(path, recipe, arrays_of(500))
 
 
+PROGRESS = {
+    "stage": [99, -1, 3, True, 1.0, "1", None, [], {}, 2**63, 10**200],
+    "step": [7, -1, 6.0, "3", None, True, 10**30],
+    "total": [0, 100, -5, None, "9"],
+    "tokens": [-1, 1.5, "many", None],
+    "seconds": [-1.0, "1", None, [], 10**200],
+    "losses": [3, None, ["a"], [None], [10**200], {"a": 1}],
+    "log": [3, None, [3], [{}], [{"stage": "first"}], "text", {"a": 1}],
+    "errors": [3, [[1]], None],
+    "more": [1],
+}
+
+
+def test_checkpoint_with_an_impossible_progress_is_refused(tmp_path):
+    """``stage: 99`` is not a finished training."""
+    recipe, path = recipe_from(recipe_of(FIRST, SECOND)), tmp_path / "c.npz"
+    write_checkpoint(path, recipe, Progress(1, 3, 9, 900, 1.5), arrays_of())
+    read_checkpoint(path, recipe, arrays_of())
+    with np.load(path) as file:
+        kept = {name: file[name] for name in file.files}
+    whole = json.loads(kept["text"].tobytes())
+    for name, values in PROGRESS.items():
+        for value in values:
+            text = json.dumps(whole | {"progress": whole["progress"] | {name: value}})
+            kept["text"] = np.frombuffer(text.encode(), np.uint8)
+            np.savez(path, **kept)
+            with pytest.raises(MinitxError, match="delete (it|the file) to restart") as caught:
+                read_checkpoint(path, recipe, arrays_of())
+            assert str(path) in str(caught.value), f"{name}: {value!r}"
+
+
 def test_pickle_in_a_checkpoint_is_not_loaded(tmp_path):
     path = tmp_path / "c.npz"
     np.savez(path, text=np.array([{"a": 1}], object))
     with pytest.raises(MinitxError, match="expected a training checkpoint"):
         read_checkpoint(path, recipe_from(recipe_of(FIRST)), arrays_of())
+
+
+# Before the first step ----------------------------------------------------------------------------
+
+OBSTACLES = {
+    "a file where the folder should be": (lambda out: out.write_text("x"), "cannot be written"),
+    "a folder where a file should be": (
+        lambda out: (out / "config.json").mkdir(parents=True), "config.json: is no regular file",
+    ),
+    "another model": (lambda out: write_file(out / "config.json", "{}"), "contains a model"),
+    "another tokenizer": (lambda out: write_file(out / "tokenizer.json", "{}"), "contains a model"),
+    "another recipe": (lambda out: write_file(out / "recipe.json", "{}"), "is another recipe"),
+    "a broken link": (
+        lambda out: (out.mkdir(), (out / "checkpoint.npz").symlink_to("x")), "is no regular file",
+    ),
+}  # fmt: skip
+
+
+def write_file(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_cannot_be_written_is_refused_before_the_first_step(name, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("training has begun")
+
+    monkeypatch.setattr(train_module, "WorkerPool", never)
+    path, out = write(tmp_path / "in", recipe_of(FIRST)), tmp_path / "out"
+    make, words = OBSTACLES[name]
+    make(out)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(MinitxError, match=words):
+        train(path, out, bar=False)
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize("limit", [-1, float("nan"), "3", True, 10**400])
+def test_invalid_time_limit_is_refused(tmp_path, limit):
+    with pytest.raises(MinitxError, match="time_limit must be seconds >= 0"):
+        train(write(tmp_path, recipe_of(FIRST)), time_limit=limit, bar=False)
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, True])

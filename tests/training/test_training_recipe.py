@@ -2,12 +2,16 @@
 
 import copy
 import json
+from dataclasses import asdict
 
 import pytest
 
 from minitx.errors import MinitxError
+from minitx.training import stories as stories_module
+from minitx.training.data import story_tokenizer
 from minitx.training.recipe import EarlyExitLoss, read_recipe, recipe_from
 from minitx.training.stories.grades import GRADES
+from minitx.training.worker import layout_of
 
 GOOD = {
     "name": "toy",
@@ -115,7 +119,7 @@ def test_recipe_fault_is_named(path, name, value, word):
     with pytest.raises(MinitxError) as caught:
         recipe_from(recipe)
     message = str(caught.value)
-    assert word.lower() in message.lower() and "\n" not in message and message.endswith(".")
+    assert word.lower() in message.lower() and "\n" not in message and message.endswith((".", "?"))
 
 
 def test_until_mention_is_reachable_by_a_recap():
@@ -143,3 +147,81 @@ def test_recipe_fault_in_a_file_names_the_file(tmp_path):
         read_recipe(path)
     with pytest.raises(MinitxError, match="missing.json"):
         read_recipe(tmp_path / "missing.json")
+
+
+# Every field with every type ---------------------------------------------------------------------
+
+FULL = copy.deepcopy(GOOD)
+FULL["model"] |= {
+    "activation": "silu", "norm_eps": 1e-5, "rope_base": 1e4, "parallel": False, "skipless": False,
+    "tied": False, "qkv_bias": False, "out_bias": False, "ffn_bias": False, "vocab_size": 2000,
+}  # fmt: skip
+FULL["stages"][0] |= {
+    "every": 100, "check": 4, "warmup": 0, "schedule": "constant", "final": 0.1, "chain": True,
+    "answer_weight": 1.0, "weight_decay": 0.0, "clip": 1.0, "muon": None, "layer_dropout": 0.0,
+    "hops": [1], "detector": {"k": 2, "weight": 0.01},
+}  # fmt: skip
+FULL["grades"]["mine"] = asdict(GRADES["one_hop"])
+FULL |= {"dtype": "float16", "shards": 16, "save_every": 1.0}
+VALUES = [
+    None, True, 0, -1, 1, 10**9, 2**63, 10**400, 0.5, 1e308, 1e-320, float("nan"), float("inf"), "",
+    "no", "\x1b[2J", "x" * 10**5, [], [1], {}, {"x": 1}, [[]],
+]  # fmt: skip
+
+
+def paths_of(value, path=()):
+    if path:
+        yield path
+    inner = (
+        value if isinstance(value, dict) else dict(enumerate(value if type(value) is list else ()))
+    )
+    for key, item in inner.items():
+        yield from paths_of(item, (*path, key))
+
+
+def test_every_field_with_a_value_of_any_type_is_refused_or_makes_a_model():
+    """``rope_base: {}`` or ``tied: "no"`` is found before the first step, not after an hour."""
+    tokenizer = story_tokenizer()
+    for path in paths_of(FULL):
+        for value in VALUES:
+            recipe = copy.deepcopy(FULL)
+            inner = recipe
+            for step in path[:-1]:
+                inner = inner[step]
+            inner[path[-1]] = value
+            try:
+                accepted = recipe_from(recipe)
+                layout_of(accepted, tokenizer)  # what the workers make of it
+            except MinitxError as error:
+                text = str(error)
+                assert text.isprintable() and len(text) <= 400, f"{path}: {text}"
+                continue
+            kind = type(inner[path[-1]])
+            assert kind in (type(None), bool, int, float, str, list, dict), path
+            assert accepted.config(len(tokenizer), 0).tied in (True, False)
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("rope_base", {}, "rope_base = {}; expected a finite number"),
+        ("rope_base", -1.0, "expected a base above"),
+        ("tied", "no", "tied = 'no'; expected true or false"),
+        ("norm_eps", float("nan"), "norm_eps = nan; expected a finite number"),
+        ("layers", 10**6, "has 1000000 layers"),
+        ("width", 10**9, "weights; training"),
+        ("context", 10**9, "rotary tables"),
+        ("activation", "gelu", "cannot be written"),  # no llama of transformers has it
+        ("parallel", True, "cannot be written"),
+    ],
+)
+def test_model_that_cannot_be_made_or_written_is_refused(field, value, words):
+    with pytest.raises(MinitxError, match=words):
+        recipe_from(GOOD | {"model": GOOD["model"] | {field: value}})
+
+
+def test_split_that_no_story_falls_into_is_refused_instead_of_searched_for_ever(monkeypatch):
+    monkeypatch.setattr(stories_module, "split_of", lambda text: "train")
+    next(stories_module.stories("train", "one_hop", 0))
+    with pytest.raises(MinitxError, match="None of 2000 stories of this grade is in the split"):
+        next(stories_module.stories("evaluation", "one_hop_tiny", 0))

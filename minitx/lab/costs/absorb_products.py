@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from minitx.errors import MinitxError
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 from minitx.technique import at_least
 

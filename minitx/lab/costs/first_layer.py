@@ -8,7 +8,7 @@ positions (see precompute/first_layer.py), and the number of tokens at which rea
 from dataclasses import asdict, dataclass
 
 from minitx.lab.block_matrices import ExampleTable
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 
 BATCHES = (1, 16, 256, 1024)  # those of the paper

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from minitx.lab.block_matrices import block_weights, embedding_weights
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import KINDS, Shape
 from minitx.technique import at_least
 
-RMS = ("t5",)  # without a gate, yet with RMSNorm
+RMS = ("t5", "mt5", "umt5")  # without a gate or with one, RMSNorm
 ONE_NORM = ("gptj", "phi", "codegen", "cohere")  # attention and FFN of a block share one
 VECTORS = {"olmo": 0, "cohere": 1}  # LayerNorms without gain and bias, or without bias
 

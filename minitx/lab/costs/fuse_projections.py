@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 from minitx.technique import at_least
 

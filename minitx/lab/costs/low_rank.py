@@ -14,7 +14,7 @@ from minitx.lab.block_matrices import (
     embedding_weights,
     notes,
 )
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 from minitx.shared.share import share_of
 from minitx.technique import above, at_least

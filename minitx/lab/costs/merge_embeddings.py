@@ -6,7 +6,7 @@ Plain algebra: (V, context, D) instead of (V, D) and (context, D).
 from dataclasses import asdict, dataclass
 
 from minitx.errors import MinitxError
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 
 

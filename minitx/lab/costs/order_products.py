@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from minitx.lab.block_matrices import Matrix, block_matrices, block_weights, notes
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 from minitx.technique import between
 

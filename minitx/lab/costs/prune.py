@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 from minitx.lab.block_matrices import block_weights, embedding_weights, notes
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 from minitx.shared.share import share_of
 from minitx.technique import at_least

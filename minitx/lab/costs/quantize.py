@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from minitx.lab.block_matrices import block_matrices, block_weights
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 from minitx.precompute.quantize import equal_groups
 from minitx.technique import at_least

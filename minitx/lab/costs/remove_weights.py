@@ -8,7 +8,7 @@ those of skipless models of the same sizes.
 from dataclasses import asdict, dataclass
 
 from minitx.lab.block_matrices import ExampleTable
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from minitx.lab.block_matrices import Matrix, block_matrices, block_weights, notes
-from minitx.lab.evaluate import table
+from minitx.lab.layout import table
 from minitx.lab.shape import Shape
 from minitx.precompute.separate_magnitudes import outliers
 from minitx.technique import between

@@ -5,6 +5,7 @@ Equal numbers are in the order of their keys. Shapes: keys (..., K, S, d) for K 
 keys and head width d; columns (..., K, d, n), of the first n keys.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -54,8 +55,9 @@ def merge_columns(old: Columns, new: Columns) -> Columns:
 class SortedColumns:
     """The columns of one layer's cached keys, in arrays with room for ``capacity`` keys."""
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, rounded: Callable = np.asarray):
         self.capacity = capacity
+        self.rounded = rounded  # makes of keys what is sorted
         self.count = 0
         self.arrays: Columns | None = None  # (..., K, d, capacity), of which count are in use
 
@@ -67,10 +69,12 @@ class SortedColumns:
         """The columns of the keys k (..., K, n, d), of which the first ``count`` are sorted
         already."""
         n = k.shape[-2]
+        if n > self.count:
+            k = self.rounded(k[..., self.count :, :])  # the new ones
         if n - self.count == 1 and self.arrays:
             self._insert(k[..., -1, :])
         elif n > self.count:
-            new = sort_columns(k[..., self.count :, :], self.count)
+            new = sort_columns(k, self.count)
             self._store(merge_columns(self.current(), new) if self.count else new)
         return self.current()
 
@@ -107,9 +111,9 @@ class SortedColumns:
             self.count = position
 
 
-def cached_columns(owner: Part, k, layer: Layer) -> Columns | None:
-    """The columns of the keys k (..., K, n, d), the first n of the layer's cache; only keys that
-    are new since the last call are sorted. None if there are no keys."""
+def cached_columns(owner: Part, k, layer: Layer, rounded: Callable = np.asarray) -> Columns | None:
+    """The columns of ``rounded(k)`` for the keys k (..., K, n, d), the first n of the layer's
+    cache; only keys that are new since the last call are sorted. None if there are no keys."""
     if not layer.remember:
-        return sort_columns(k) if k.shape[-2] else None
-    return layer.memory.recall(owner, lambda: SortedColumns(layer.capacity)).extend(k)
+        return sort_columns(rounded(k)) if k.shape[-2] else None
+    return layer.memory.recall(owner, lambda: SortedColumns(layer.capacity, rounded)).extend(k)

@@ -16,8 +16,11 @@ import numpy as np
 
 from minitx import ledger
 from minitx.calibration import calibration_ids, remembered
+from minitx.config import Config
+from minitx.digest import digest
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
+from minitx.shared.break_even import head, skipped_layer, warn
 from minitx.shared.random_baseline import random_scores
 from minitx.skip.early_exit.confidence import (
     ExitProbe,
@@ -38,17 +41,22 @@ from minitx.tree import Part, part, walk
     neutral={"threshold": 1.1},
     demo={"measure": "random", "threshold": 0.5},
     event="layers skipped",
+    presets={
+        "paper": {"measure": "softmax", "threshold": 0.9, "first": 1},
+        "aggressive": {"measure": "saturation", "threshold": 0.9, "first": 2},
+    },
 )
 def early_exit(
     lm,
     *,
     measure: Annotated[
         Literal["softmax", "saturation", "probe", "random"],
-        "confidence measure; probe is trained first, random is a random baseline",
-    ] = "softmax",
+        "confidence measure; softmax runs the head at each check, probe is trained first, random "
+        "is a random baseline",
+    ] = "saturation",
     threshold: Annotated[
         float, "confidence at which a token exits; above 1: never", at_least(0)
-    ] = 0.9,
+    ] = 0.98,
     decay: Annotated[
         float | None,
         "how fast the threshold falls along the sequence (paper: tau); None: constant",
@@ -64,8 +72,10 @@ def early_exit(
         "keys and values of skipped layers: from the exit state, or by running the layers later",
     ] = "copy",
     first: Annotated[
-        int, "layers that every token runs; measure=saturation: at least 2", at_least(1)
-    ] = 1,
+        int | None,
+        "layers that every token runs; measure=saturation: at least 2; default: L // 2",
+        at_least(1),
+    ] = None,
     every: Annotated[int, "layers from one check of the confidence to the next", at_least(1)] = 1,
     warm_up: Annotated[int, "first tokens, prompt included, that run all layers", at_least(0)] = 0,
     seed: Annotated[int, "of measure=random", SEEDS] = 0,
@@ -99,15 +109,19 @@ def early_exit(
     Saves:     multiply-adds per skipped layer: 2 D H d (q, out) + 2 S H d (attention) + 3 D F
                (FFN). copy still makes k and v; deferred saves only layers that no later token
                enters. A check costs V D (softmax), 3 D (saturation) or D (probe).
-    In NumPy:  1.1x to 1.3x on stories with saturation; softmax is not faster (Notes).
+               On stories 0.68x multiply-adds for 0.005 nats.
+    In NumPy:  1.1x to 1.3x on stories; with softmax not faster (Notes).
     Not for:   models trained to predict at the last layer alone; large batches (Notes).
     Proof:     tests/skip/test_early_exit.py; literal version: tests/skip/literal_early_exit.py
     Tutorial:  tutorials/04_knowing_when_to_stop.py
     """
     L, context = len(blocks_of(lm)), lm.model.config.context
+    first = max(1, L // 2) if first is None else first
     if measure == "saturation":
         first = max(first, 2)  # h[0] is a table row with first_layer, no hidden state
     schedule = ThresholdSchedule(threshold, decay, context if horizon is None else horizon, warm_up)
+    if threshold <= 1:
+        warn_if_checks_cost_more_than_layers(lm.model.config, measure, first, every, L)
 
     def confidence(model: Transformer) -> Part:
         if measure == "softmax":
@@ -127,6 +141,29 @@ def early_exit(
         return replace(model, stack=stack)
 
     return swap(lm, Transformer, change)
+
+
+def warn_if_checks_cost_more_than_layers(
+    c: Config, measure: str, first: int, every: int, L: int
+) -> None:
+    """If all checks of a token take more multiply-adds than all layers that they could skip, exits
+    do not pay even where tokens exit at each depth equally often."""
+    check = {"softmax": head(c), "saturation": 3 * c.width, "probe": c.width, "random": 0}[measure]
+    layer, skippable = skipped_layer(c), L - first
+
+    def checks(every: int) -> int:
+        return len(range(first, L, every))
+
+    if checks(every) * check <= skippable * layer:
+        return
+    pays = (n for n in range(every, skippable + 1) if checks(n) * check < skippable * layer)
+    interval = next((f" or every={n}" for n in pays), "")
+    warn(
+        f"early_exit: {checks(every)} checks with measure={measure} take {check:,} multiply-adds "
+        f"each, in all {checks(every) * check / (skippable * layer):.1f} times those of the "
+        f"{skippable} layers that they could skip ({layer:,} each), so they cost more than they "
+        f"save; use measure=saturation ({3 * c.width:,} each){interval}."
+    )
 
 
 def check_backfill(blocks: Sequence[Part]) -> None:
@@ -263,7 +300,8 @@ def trained_probe(lm) -> tuple[np.ndarray, float]:
 # - minitx/lab/learn_then_test.py finds a threshold that bounds the error.
 # - The FFN takes 2 D F instead of 3 D F without a gate. kv_fill=deferred saves nothing in a layer
 #   that a later token enters: the layer only runs later, in a larger matrix product.
-# - A softmax check costs more than a layer (about 12 D^2) where V > 12 D; every=2 halves the
+# - A softmax check costs more than a layer (about 12 D^2) where V > 12 D, and then the checks of a
+#   token cost more than all layers that they could skip: such a setting warns. every=2 halves the
 #   checks. The head also runs once more on the exit state: it belongs to the model, not the stack.
 # - With kv_fill=deferred, every token sees the keys and values that the dense model has for the
 #   same text; only the logits of tokens that exited are approximate.
@@ -279,6 +317,7 @@ def trained_probe(lm) -> tuple[np.ndarray, float]:
 #
 #       setting                                     multiply-adds   loss       answers       speed
 #       dense                                           1.00x      0.0000    99 / 93 / 100    1.0x
+#       default                                         0.68x     +0.0045    99 / 94 / 100    1.2x
 #       measure=saturation first=6 threshold=0.95       0.78x     +0.0015    99 / 93 / 100    1.1x
 #       measure=saturation first=4 threshold=0.95       0.67x     +0.0038    99 / 91 /  97    1.2x
 #         ... kv_fill=deferred                          0.67x     +0.0038    99 / 91 /  97    1.3x

@@ -3,9 +3,8 @@
 Cauchy-Schwarz: z[v] = W[v] . h <= |W[v]| |h|. Sort the rows of W by length, multiply them block by
 block from the longest on, and stop once the next row is too short for its bound to reach the best
 logit so far: no later row can win. Exact, and hardly ever worth it: the rows of a trained head are
-of similar length, so nearly all are read. If there are no more rows than one block has (2,048 by
-default; the shipped models have 1,022), all are. It keeps a sorted copy of W. (LEMP, SIGMOD 2015,
-after a survey.)
+of similar length, so nearly all are read. It keeps a sorted copy of W. (LEMP, SIGMOD 2015, after a
+survey.)
 """
 
 import math

@@ -25,6 +25,7 @@ from minitx.tree import Part, part
     neutral={"threshold": 1.1},
     demo={"threshold": -2.0, "skip": 1, "warm_up": 3, "cold_start": 0, "cold_end": 2},
     event="FFNs skipped",
+    presets={"aggressive": {"threshold": 0.9, "cold_start": 1, "warm_up": 0}},
 )
 def ffn_skip(
     lm,
@@ -44,7 +45,10 @@ def ffn_skip(
     ] = None,
     warm_up: Annotated[int, "first tokens, prompt included, that skip none", at_least(0)] = 25,
     cold_start: Annotated[
-        int | None, "first layers that are never skipped; default: 1 + L // 8", at_least(0)
+        int | None,
+        "first layers that are never skipped; default: L // 2, or fewer if that leaves only one "
+        "layer to be skipped, at least 1",
+        at_least(0),
     ] = None,
     cold_end: Annotated[
         int | None,
@@ -91,8 +95,9 @@ def ffn_skip(
     """
     check_residual(lm)
     L = len(blocks_of(lm))
-    cold_start = 1 + L // 8 if cold_start is None else cold_start
     cold_end = L - (L >= 4) if cold_end is None else cold_end  # below 4 layers, none at the end
+    if cold_start is None:
+        cold_start = max(1, min(L // 2, cold_end - 2))  # the first of two or more is measured
     check_layers(L, cold_start=cold_start, cold_end=cold_end)
     skip = default_skip(L) if skip is None else min(skip, L)
     region = range(cold_start, cold_end)
@@ -225,9 +230,10 @@ def note_skipped(skippable, skipped) -> None:
 # Notes:
 #
 # - Unconfirmed in the paper and chosen here: measuring again after ``skip`` layers (skip=L never
-#   does); the defaults threshold=0.98, skip = L // 4 (at least 1), cold_start = 1 + L // 8 and
-#   cold_end = L - 1 (L below 4 layers); a warm-up that counts the prompt's tokens too, and skipping
-#   in the rest of the prompt, so that it does not matter in what chunks a text is run.
+#   does); the defaults threshold=0.98, skip = L // 4 (at least 1), cold_start = L // 2 (fewer if
+#   only one layer were left) and cold_end = L - 1 (L below 4 layers); a warm-up that counts the
+#   prompt's tokens too, and skipping in the rest of the prompt, so that it does not matter in what
+#   chunks a text is run.
 # - The model is also the dense one with skip=0, with cold_start >= cold_end, with a warm-up as long
 #   as the text, and, for the baselines, with rate=0.
 # - A high cosine does not prove that an FFN can be spared: in any pre-norm model |a| grows with

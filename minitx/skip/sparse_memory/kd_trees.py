@@ -8,7 +8,7 @@ the second ends it, so it is exact. Points are augmented keys (inner_product.py)
 
 Here to look at, not to be fast: at the width of attention heads a k-d tree hardly prunes anything
 (``measure_pruning``), and a search that is cut off finds few of the best keys. Plain Python, in
-float64, on keys and queries that are rounded to a grid (coarse.py): a search that rounding errors
+float64, on keys and queries that are rounded to 20 bits (coarse.py): a search that rounding errors
 can send another way would find other keys for a prompt than for single tokens. Trees are immutable:
 inserting or removing a point makes a new root that shares all nodes but one path with the old, so
 undoing a write means going back to the old root.
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitx import ledger
-from minitx.shared.coarse import coarse, coarse_error
+from minitx.shared.coarse import ERROR, coarse
 from minitx.skip.sparse_memory.inner_product import augment_keys, augment_queries
 from minitx.tree import Part, part, table
 
@@ -81,7 +81,7 @@ class KDTrees(Part):
         # A heap, nearest first: (squared distance ``bound`` from the query to the box, number, its
         # node, offsets: the part of ``bound`` that each dimension contributes).
         boxes = [(0.0, next(number), root, {}) for root in forest.roots]
-        slack = 8 * coarse_error(len(q)) * forest.R**2  # for nearest points that are not quite so
+        slack = 8 * ERROR * forest.R**2  # twice what rounding changes in a squared distance
         nearest: list[float] = []  # heap of the ``keep`` smallest distances, negated
         seen: dict[int, None] = {}
         while boxes:

@@ -22,7 +22,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-from minitx.errors import MinitxError, abbreviate
+from minitx.errors import MinitxError, abbreviate, one_of
 from minitx.training.stories.generator import StoryGenerator
 from minitx.training.stories.grades import GRADES, HOPS, KINDS, Grade, grade_from
 from minitx.training.stories.grammar import vocabulary
@@ -44,6 +44,7 @@ __all__ = [
     "vocabulary",
 ]
 
+MAX_TRIES = 2000  # a split with a twentieth of the stories is missed by chance with 1e-45
 SPLITS = ("train", "calibration", "evaluation")
 
 
@@ -60,17 +61,24 @@ def stories(split: str, grade: Grade | str | dict, seed: int) -> Iterator[Story]
     Raises ``MinitxError`` for an unknown split or grade, or a seed that is not an integer >= 0.
     """
     if not isinstance(split, str) or split not in SPLITS:
-        expected = ", ".join(SPLITS)
-        raise MinitxError(f"Unknown split {abbreviate(split)}; expected one of {expected}.")
+        raise MinitxError(f"Unknown split {abbreviate(split)}; {one_of(str(split), SPLITS)}")
     seed = need_seed(seed, "The seed of stories")
     return _sample(split, grade_from(grade), random.Random(seed).random)
 
 
 def _sample(split: str, grade: Grade, uniform) -> Iterator[Story]:
+    tries = 0  # since the last story of the split
     while True:
         story = StoryGenerator(grade, uniform).generate()
+        tries += 1
         if split_of(story.text) == split:
+            tries = 0
             yield story
+        if tries == MAX_TRIES:
+            raise MinitxError(
+                f"None of {MAX_TRIES} stories of this grade is in the split {split!r}; a grade "
+                "needs more variety, such as further kinds of sentences."
+            )
 
 
 def guess_baselines(stories: Iterable[Story]) -> dict[str, dict[str, float]]:

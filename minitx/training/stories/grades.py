@@ -4,11 +4,9 @@ A ``Grade`` is plain data (numbers and dicts), so it can be part of a ``recipe.j
 sentence or question that has weight 0, or is missing, never occurs.
 """
 
-import math
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate, one_of
 
 # Kinds of sentences. "mention" contains an answer; "scene" and "chat" are distractors.
 SENTENCE_KINDS = (
@@ -57,24 +55,27 @@ class Grade:
             _check_weights(name, getattr(self, name), known)
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.type in (int, "int") and (type(value) is not int or value < 0):
+            if entry.type in (int, "int") and (type(value) is not int or not 0 <= value <= 10**4):
                 raise MinitxError(
-                    f"Grade field {entry.name!r} must be an integer >= 0, got {value!r}."
+                    f"Grade field {entry.name!r} must be an integer >= 0 (at most 10000), got "
+                    f"{abbreviate(value)}."
                 )
         for name in ("phrases", "value_first"):
             if type(getattr(self, name)) is not bool:
                 raise MinitxError(
-                    f"Grade field {name!r} must be true or false, got {getattr(self, name)!r}."
+                    f"Grade field {name!r} must be true or false, got "
+                    f"{abbreviate(getattr(self, name))}."
                 )
         if type(self.shortly) not in (list, tuple) or any(k not in SHORT for k in self.shortly):
             raise MinitxError(
                 f"Grade field 'shortly' must be a list of kinds among {', '.join(SHORT)}, got "
-                f"{self.shortly!r}."
+                f"{abbreviate(self.shortly)}."
             )
         object.__setattr__(self, "shortly", tuple(self.shortly))  # JSON has no tuples
         if type(self.stop) not in (int, float) or not 0 < self.stop < 1:
             raise MinitxError(
-                f"Grade field 'stop' must be a probability between 0 and 1, got {self.stop!r}."
+                "Grade field 'stop' must be a probability between 0 and 1, got "
+                f"{abbreviate(self.stop)}."
             )
         _check_recap(self)
         if self.wordings < 1:
@@ -127,17 +128,18 @@ def _check_recap(grade: Grade) -> None:
 def _check_weights(name: str, weights, known: tuple[str, ...]) -> None:
     if not isinstance(weights, dict):
         raise MinitxError(
-            f"Grade field {name!r} must be an object {{kind: weight}}, got {weights!r}."
+            f"Grade field {name!r} must be an object {{kind: weight}}, got {abbreviate(weights)}."
         )
     for kind, weight in weights.items():
         if kind not in known:
             raise MinitxError(
-                f"Grade field {name!r} has the unknown kind {kind!r}; expected one of "
+                f"Grade field {name!r} has the unknown kind {abbreviate(kind)}; expected one of "
                 f"{', '.join(known)}."
             )
-        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        if type(weight) not in (int, float) or not 0 <= weight <= 1e9:
             raise MinitxError(
-                f"Grade weight {name}[{kind!r}] must be a number >= 0, got {weight!r}."
+                f"Grade weight {name}[{kind!r}] must be a number >= 0 (at most 1e9), got "
+                f"{abbreviate(weight)}."
             )
 
 
@@ -151,20 +153,20 @@ def grade_from(source) -> Grade:
         return source
     if isinstance(source, str):
         if source not in GRADES:
-            near = get_close_matches(source, GRADES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise MinitxError(
-                f"Unknown grade {source!r}; expected one of {', '.join(GRADES)}.{hint}"
-            )
+            raise MinitxError(f"Unknown grade {abbreviate(source)}; {one_of(source, GRADES)}")
         return GRADES[source]
     if not isinstance(source, dict):
-        raise MinitxError(f"A grade must be a name or an object of fields, got {source!r}.")
+        raise MinitxError(
+            f"A grade must be a name or an object of fields, got {abbreviate(source)}."
+        )
     changes = dict(source)
     base = asdict(grade_from(changes.pop("from"))) if "from" in changes else {}
     known = [entry.name for entry in fields(Grade)]
     for name in changes:
         if name not in known:
-            raise MinitxError(f"Unknown grade field {name!r}; expected from, {', '.join(known)}.")
+            raise MinitxError(
+                f"Unknown grade field {abbreviate(name)}; expected from, {', '.join(known)}."
+            )
     return Grade(**(base | changes))
 
 

@@ -1,6 +1,8 @@
 """Record what each configuration field does in Hugging Face transformers: recorded.json.
 
-    python tests/reference/config_fields/make.py      (requires torch and transformers; minutes)
+    python tests/reference/config_fields/make.py [NAME...]    (needs torch, transformers; minutes)
+
+Each NAME is a model type or "generation"; without one, all are recorded anew.
 
 For a tiny model of each architecture (the folders in ../files) every case below changes some fields
 of ``config.json`` and lets transformers compute logits and a greedy completion with a KV cache:
@@ -56,7 +58,7 @@ ROPES = [
     {FULL: {"rope_theta": 9.0}},
 ]
 VALUES = {
-    **dict.fromkeys(["sliding_window", "attention_chunk_size"], [4, 23, 32, 64, None]),
+    **dict.fromkeys(["sliding_window", "attention_chunk_size"], [4, 32, 64, None]),
     "layer_types": [[FULL] * 2, [SLIDING] * 2, [FULL, SLIDING], ["chunked_attention"] * 2],
     "per_layer_config": [{"1": {"skip": ["mlp"]}}, {"0": {"intermediate_size": 8}}, {}],
     "is_causal": [True, False],
@@ -69,7 +71,6 @@ VALUES = {
     **dict.fromkeys(["partial_rotary_factor", "rotary_pct"], [0.25, 0.5, 1.0]),
     "original_max_position_embeddings": [16],
     "head_dim": [4, 6, 8, 16],
-    "model_type": [*FOLDERS, "gemma", "mixtral"],
     "architectures": [None, []],
     **{name: [{"hidden_size": 8}] for name in ("text_config", "decoder", "generator")},
     "transformers_weights": ["other.safetensors", "model.safetensors"],
@@ -117,10 +118,19 @@ GENERATION = [
     *({"eos_token_id": "FIFTH"}, {"eos_token_id": ["FIFTH", 39]}, {"eos_token_id": [39, 1000]}),
     *({"max_new_tokens": 3}, {"max_length": 16}, {"max_length": 16, "max_new_tokens": 6}),
     *({"min_length": 20, "eos_token_id": "FIFTH"}, {"min_new_tokens": 9, "eos_token_id": "FIFTH"}),
-    *({"min_length": 0}, {"num_beams": 1}, {"num_beams": 3}, {"num_beams": 3, "early_stopping": True}),
+    *(
+        {"min_length": 0},
+        {"num_beams": 1},
+        {"num_beams": 3},
+        {"num_beams": 3, "early_stopping": True},
+    ),
     *({"repetition_penalty": 1.0}, {"repetition_penalty": 1.8}, {"no_repeat_ngram_size": 1}),
     *({"encoder_repetition_penalty": 3.0}, {"encoder_no_repeat_ngram_size": 1}),
-    *({"suppress_tokens": ["FIFTH"]}, {"begin_suppress_tokens": ["FIRST"]}, {"suppress_tokens": []}),
+    *(
+        {"suppress_tokens": ["FIFTH"]},
+        {"begin_suppress_tokens": ["FIRST"]},
+        {"suppress_tokens": []},
+    ),
     *({"bad_words_ids": [["FIFTH"]]}, {"forced_bos_token_id": 7}, {"forced_eos_token_id": 7}),
     {"sequence_bias": [[["FIFTH"], -50.0]]},
     *({"exponential_decay_length_penalty": [1, 3.0]}, {"guidance_scale": 2.0}),
@@ -128,7 +138,11 @@ GENERATION = [
     *({"epsilon_cutoff": 0.01}, {"eta_cutoff": 0.01}, {"do_sample": False}, {"top_h": 0.5}),
     *({"length_penalty": 2.0}, {"num_beam_groups": 1}, {"diversity_penalty": 0.0}),
     *({"use_cache": False}, {"use_cache": True}, {"renormalize_logits": True}),
-    *({"remove_invalid_values": True}, {"num_return_sequences": 1}, {"prompt_lookup_num_tokens": 2}),
+    *(
+        {"remove_invalid_values": True},
+        {"num_return_sequences": 1},
+        {"prompt_lookup_num_tokens": 2},
+    ),
     *({"pad_token_id": 39}, {"bos_token_id": 5}, {"decoder_start_token_id": 5}),
     *({"output_scores": True}, {"output_attentions": True}, {"low_memory": True}),
     *({"is_assistant": True}, {"num_assistant_tokens": 3}, {"penalty_alpha": 0.6, "top_k": 4}),
@@ -204,7 +218,6 @@ def record_generation(folder: Path) -> list:
     names = {"FIRST": plain[0], "FIFTH": plain[4]}
     found = []
     for case in GENERATION:
-        case = json.loads(json.dumps(case), object_hook=None)
         case = _replace(case, names)
         try:
             tokens = generated(folder, case, prompt)
@@ -240,19 +253,21 @@ def copied(name: str, to: str) -> Path:
     return folder
 
 
-def main() -> None:
-    found = {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+def main(names: list[str]) -> None:
+    path = HERE / "recorded.json"
+    found = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    found |= {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     found["fields"] = {t: field_names(transformers.CONFIG_MAPPING[t]) for t in FOLDERS}
     found["generation_fields"] = sorted(transformers.GenerationConfig().to_dict())
-    found["models"] = {}
-    for model_type, name in FOLDERS.items():
+    for name in names or [*FOLDERS, "generation"]:
         with tempfile.TemporaryDirectory() as to:
-            found["models"][model_type] = record_model(model_type, copied(name, to))
-        print(model_type, len(found["models"][model_type]), "cases", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as to:
-        found["generation"] = record_generation(copied("llama", to))
-    lines = json.dumps(found, separators=(",", ":")).replace("],[{", "],\n[{")
-    (HERE / "recorded.json").write_text(lines + "\n")
+            if name == "generation":
+                found[name] = record_generation(copied("llama", to))
+            else:
+                found["models"][name] = record_model(name, copied(FOLDERS[name], to))
+        print(name, file=sys.stderr)
+        lines = json.dumps(found, separators=(",", ":")).replace("],[{", "],\n[{")
+        path.write_text(lines + "\n")
 
 
 if __name__ == "__main__":
@@ -261,4 +276,4 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
-    main()
+    main(sys.argv[1:])

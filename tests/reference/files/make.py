@@ -1,6 +1,6 @@
 """Generate the tiny checkpoints in this folder and their logits with Hugging Face transformers.
 
-    python tests/reference/files/make.py      (requires torch and transformers; takes seconds)
+    python tests/reference/files/make.py [NAME...]      (requires torch and transformers; seconds)
 
 Each folder holds the output of save_pretrained for a small random model, plus ``logits.npy`` (T, V)
 for the ids (T,) in ``ids.npy``, computed in float32 from the stored weights. All weights are
@@ -9,6 +9,7 @@ reinitialized: the defaults of transformers, gains of 1 and biases of 0, would h
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,32 @@ MODELS = {
         F16,
         None,
     ),
+    "llama-rope-linear": (
+        LlamaConfig(
+            **SMALL, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}
+        ),
+        F16,
+        None,
+    ),
+    # Of its four frequencies (1, 1/5, 1/25, 1/125) the first stays, the second is interpolated
+    # and two are divided: they make 3.8, 0.8, 0.2 and 0.03 turns in 24 tokens.
+    "llama-rope-llama3": (
+        LlamaConfig(
+            **SMALL,
+            head_dim=8,
+            num_key_value_heads=2,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 625.0,
+                "factor": 8.0,
+                "low_freq_factor": 0.5,
+                "high_freq_factor": 2.0,
+                "original_max_position_embeddings": 24,
+            },
+        ),
+        F16,
+        None,
+    ),
 }
 
 
@@ -121,6 +148,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     np.save(HERE / "ids.npy", IDS)
     for seed, (name, (config, dtype, shard)) in enumerate(MODELS.items()):
-        make(name, config, dtype, shard, seed)
+        if name in (sys.argv[1:] or MODELS):
+            make(name, config, dtype, shard, seed)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
