@@ -18,7 +18,7 @@ from minitx.technique import at_least, swap, technique
 from minitx.tree import Part, float_type, part
 
 
-@technique(level="attention", exact=False, neutral={"bits": 32})
+@technique(level="attention", exact=False, neutral={"bits": 32}, demo={"group_size": 4})
 def quantize_cache(
     lm,
     *,
