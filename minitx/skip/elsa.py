@@ -33,15 +33,11 @@ def elsa(
     *,
     p: Annotated[
         float, "degree of approximation: larger keeps fewer keys, 0 keeps all", between(0, 1000)
-    ] = 1.0,
+    ] = 1.2,
     threshold: Annotated[
         float | None, "one threshold t for all heads; nothing is learned, and p has no effect"
     ] = None,
-    bits: Annotated[
-        int | None,
-        "hash length k; default: the head width, or if that is below 64, twice as many up to 64",
-        between(1, 4096),
-    ] = None,
+    bits: Annotated[int | None, "hash length k; default: the head width", between(1, 4096)] = None,
     angle_bias: Annotated[
         float | None,
         "subtracted from estimated angles, in radians; default: simulated for d and k",
@@ -51,7 +47,7 @@ def elsa(
     min_visible: Annotated[
         int | None,
         "learn only from queries that see at least this many keys: with fewer, p/n is close to 1 "
-        "and the sample says little; default: 64, or half of the longest calibration text if that "
+        "and the sample says little; default: 128, or half of the longest calibration text if that "
         "is less",
         at_least(1),
     ] = None,
@@ -90,7 +86,7 @@ def elsa(
     """
     config, dtype = lm.model.config, float_type(lm.model)
     d, heads = config.head_width, (config.layers, config.heads)
-    bits = min(2 * d, max(64, d)) if bits is None else bits
+    bits = d if bits is None else bits
     bias = simulate_angle_bias(d, bits, seed) if angle_bias is None else angle_bias
     if threshold is None and p > 0:
         from minitx.training.calibration import texts_for  # only where thresholds are learned
@@ -99,7 +95,7 @@ def elsa(
             "elsa", lm, stories, "give all heads one threshold, such as threshold=0.3"
         )
         if min_visible is None:
-            min_visible = min(64, max(1, max(map(len, texts)) // 2))
+            min_visible = min(128, max(1, max(map(len, texts)) // 2))
         thresholds = learn_thresholds(lm, p, texts, min_visible)  # (L, H)
     else:
         thresholds = np.full(heads, -math.inf if threshold is None else threshold)

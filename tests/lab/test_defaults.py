@@ -71,7 +71,7 @@ CHAINS = Text(chains=2)
 CHAIN = Text(chains=1)  # for those that run it token by token
 
 SKIP = {
-    "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.7, 1.0), text=Text(stories=2)),
+    "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.95), text=Text(stories=2)),
     "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAINS),
     "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
     "elsa": Default((0.005, 0.02), "cache_bytes", (0.7, 0.9), text=CHAINS),
@@ -79,7 +79,7 @@ SKIP = {
     "ffn_skip": Default((0.001, 0.01), "multiply_adds", (0.85, 0.92)),
     "heavy_hitters": Default((-0.005, 0.01), "kv_cache", (0.49, 0.52), text=CHAIN),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
-    "lazy_tokens": NoSaving((0.0, 0.05), "multiply_adds", (0.95, 1.0), text=CHAIN),
+    "lazy_tokens": NoSaving((0.01, 0.1), "multiply_adds", (0.95, 1.0), text=CHAIN),
     "predictive_attention": Default((0.0, 0.015), "cache_bytes", (0.5, 0.6), text=CHAINS),
     "prefix_cache": Default(EXACT, "multiply_adds", (0.75, 0.9), text=Text(again=True)),
     "sink_window": Default((-0.005, 0.005), "kv_cache", (0.49, 0.51), text=CHAINS),
