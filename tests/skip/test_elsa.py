@@ -603,7 +603,7 @@ def test_calibration_texts_begin_as_stories_do_and_fit_the_context():
 def test_model_has_the_thresholds_learned_from_its_stories():
     lm = tiny_lm()
     expected = learn_thresholds(lm, 1.0, calibration_texts(lm, 2), 5)
-    changed = apply(lm, {"elsa": {"stories": 2, "min_visible": 5}})
+    changed = apply(lm, {"elsa": {"p": 1.0, "stories": 2, "min_visible": 5}})
     for t, block in zip(expected, changed.model.stack.blocks):
         np.testing.assert_allclose(block.attn.attend.selector.threshold, t, rtol=1e-6)
 
