@@ -31,6 +31,7 @@ class Wrapped(Part):
 @pytest.fixture
 def made_up(monkeypatch):
     """Three techniques: two wrap the FFN, at two levels; one replaces its expansion for good."""
+    module.techniques()  # all are imported: one that is later would be forgotten with the copy
     monkeypatch.setattr(module, "REGISTRY", dict(module.REGISTRY))
     applied = []
 

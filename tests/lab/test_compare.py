@@ -180,6 +180,7 @@ def test_compare_clock_in_ticks_gives_finite_speeds(monkeypatch, every):
 @pytest.fixture
 def leave_out(monkeypatch):
     """A technique that leaves out the FFN of the first n blocks."""
+    module.techniques()  # all are imported: one that is later would be forgotten with the copy
     monkeypatch.setattr(module, "REGISTRY", dict(module.REGISTRY))
 
     def leave_out(lm, *, n: int = 1):
@@ -231,7 +232,7 @@ def test_sweep_picture_needs_matplotlib(leave_out, tmp_path):
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        with pytest.raises(MinitxError, match=r"pip install minitx\[plot\]"):
+        with pytest.raises(MinitxError, match=r"pip install matplotlib"):
             sweeps.picture(points, "x", tmp_path / "a.png")
         assert not list(tmp_path.iterdir())
     else:

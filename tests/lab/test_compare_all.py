@@ -21,6 +21,7 @@ WORK = Workload(text=TEXT, tokens=60, prompts=1, rounds=1)
 @pytest.fixture
 def troubled(monkeypatch):
     """Techniques that refuse, fail, hang, and end their process."""
+    module.techniques()  # all are imported: one that is later would be forgotten with the copy
     monkeypatch.setattr(module, "REGISTRY", dict(module.REGISTRY))
 
     def refuses(lm):
