@@ -211,7 +211,8 @@ print(f"t = {np.mean(best_t):.2f}")
 # %% 7. With the flag
 # `elsa` does this in all heads of all blocks: hashes and lengths stand beside the KV cache, and t
 # is learned for each head when the model is loaded, from stories kept for that (min_visible=1: from
-# all of their queries, also those that see few keys). The ledger notes "keys kept" of "keys seen". Compare the losses with those of section 2.
+# all of their queries, also those that see few keys). The ledger notes "keys kept" of "keys seen".
+# Compare the losses with those of section 2.
 title("7. load('stories', elsa=...)")
 table = [row_of("dense", "100%", dense_scores)]
 selected = {}

@@ -70,9 +70,9 @@ def lazy_tokens(
     Saves:     if n_l of a prompt's n tokens are candidates in layer l, it costs n_l / n of its
                dense products and (n_l / n)^2 of its attention; a pruning layer costs H n_l d more
                for the scores (H query heads of width d). No token ever runs twice through a layer.
-    In NumPy:  first token 1.2x to 1.4x sooner (stories, 320 tokens, keep=0.7), but each new token
-               takes 2 to 2.5 times as long: its step also runs the tokens that it revives through
-               deep layers, and copies the visible rows (Notes).
+    In NumPy:  with preset=paper, first token 1.2x to 1.4x sooner (stories, 320 tokens), but each new
+               token takes 2 to 2.5 times as long: its step also runs the tokens that it revives
+               through deep layers, and copies the visible rows (Notes).
     Not for:   long outputs, which revive nearly every token; scoring a text in one pass, which is
                pruned for its last token; batches with a KV cache (generate decodes prompts one by
                one); attention without softmax over all keys (elsa, a3, ...).
@@ -311,11 +311,11 @@ class LastRow:
 # - Cost of revived tokens. Their attention is one product with all visible rows, where later tokens
 #   are masked. So it may count more multiply-adds than the same token did in the dense prompt.
 #   Everything else never costs more than dense.
-# - Figures on stories, as asserted in the tests: a prompt of 320 tokens takes 0.62 of the multiply-
-#   adds at keep=0.7; 40 new tokens later the last layer holds nearly all of them. At keep=0.3, the
-#   KL divergence of the next token's distribution from the dense one is about half that of
-#   choose=random.
-# - Speed, dense = 1, on one core of a busy machine: prompt of 320 tokens, then 48 new ones.
+# - Figures on stories, as asserted in the tests: with first=1 a prompt of 320 tokens takes 0.62 of
+#   the multiply-adds at keep=0.7; 40 new tokens later the last layer holds nearly all of them. At
+#   keep=0.3, the KL divergence of the next token's distribution from the dense one is about half
+#   that of choose=random.
+# - Speed with first=1, dense = 1, on one core of a busy machine: prompt of 320 tokens, then 48 new.
 #
 #       keep    first token    each new token    both
 #       0.9     1.1x           0.5x              0.6x
@@ -327,15 +327,15 @@ class LastRow:
 #
 #       import time, minitx
 #       from minitx.lab.evaluate import encode, held_out
-#       lm = minitx.load("stories", lazy_tokens={"keep": 0.7})
+#       lm = minitx.load("stories", lazy_tokens={"preset": "paper"})
 #       ids = sum((story.ids[:-1] for story in encode(lm.tokenizer, held_out(lm, 8))), [])[:320]
 #       for _ in range(9):
 #           start, tokens = time.perf_counter(), lm.tokens(ids, 48)
 #           next(tokens); first = time.perf_counter() - start
 #           list(tokens); print(f"{first:.4f} s, then {time.perf_counter() - start - first:.4f} s")
 #
-# - Answers of stories (minitx sweep lazy-tokens keep=0.9,0.7,0.5 --stories 60; the first 32 tokens
-#   of a story in one step, the others one by one), in per cent of those with 1 / 2 / 3 hops (how
-#   many facts an answer has to combine). Dense: 99 / 93 / 100.
+# - Answers of stories (minitx sweep lazy-tokens first=1 keep=0.9,0.7,0.5 --stories 60; the first
+#   32 tokens of a story in one step, the others one by one), in per cent of those with 1 / 2 / 3
+#   hops (how many facts an answer has to combine). Dense: 99 / 93 / 100.
 #   61 / 69 / 47 at keep=0.9, 51 / 76 / 33 at 0.7, 45 / 66 / 25 at 0.5. With first=4 and keep=0.7:
 #   99 / 78 / 72; random pruning there: 96 / 82 / 81.
