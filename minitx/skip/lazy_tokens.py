@@ -70,7 +70,7 @@ def lazy_tokens(
     Saves:     if n_l of a prompt's n tokens are candidates in layer l, it costs n_l / n of its
                dense products and (n_l / n)^2 of its attention; a pruning layer costs H n_l d more
                for the scores (H query heads of width d). No token ever runs twice through a layer.
-    In NumPy:  with preset=paper, first token 1.2x to 1.4x sooner (stories, 320 tokens), but each new
+    In NumPy:  preset=paper: first token 1.2x to 1.4x sooner (stories, 320 tokens), but each new
                token takes 2 to 2.5 times as long: its step also runs the tokens that it revives
                through deep layers, and copies the visible rows (Notes).
     Not for:   long outputs, which revive nearly every token; scoring a text in one pass, which is
