@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import minitx
-from minitx.lab.compare import NEW, PROMPT, Size, continuation, forget, logits_as_generated
+from minitx.lab.compare import NEW, Size, continuation, forget
 from minitx.lab.evaluate import chains, encode, held_out
+from minitx.lab.reading import PROMPT, hidden_as_generated, logits_of
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.technique import apply, find, names
@@ -116,7 +117,8 @@ def texts(lm: LM, text: Text) -> list:
 
 def ordinary_losses(lm: LM, one) -> np.ndarray:
     """The losses of the tokens of one text that answer no question."""
-    losses = token_losses(logits_as_generated(lm, one.ids[:-1]), np.array(one.ids[1:]))
+    logits = logits_of(lm, hidden_as_generated(lm, one.ids[:-1]))
+    losses = token_losses(logits, np.array(one.ids[1:]))
     return losses[np.array(one.kinds) == ORDINARY].astype(np.float64)
 
 
