@@ -48,7 +48,7 @@ def prune_structure(
     Paper:     none alone: structured pruning in its plainest form.
     Fidelity:  ours: both scores. The activation score of a neuron is the sum of the squared Wanda
                scores (arXiv 2306.11695) of its row of W_down.
-    Kind:      approximate.
+    Kind:      approximate. Removing a tenth of the neurons costs the shipped models next to nothing.
     Idea:      A unit u (neuron or head) adds h_u W_u to the residual stream: h_u is its activation,
                W_u its row of W_down, or its d rows of W_o (d: head width). Remove the units that
                add little; what is left is a smaller plain model.
@@ -205,12 +205,17 @@ def columns_of(heads, d: int):
 # - heads_by=groups removes cached keys and values; queries does not, and does nothing in a model
 #   whose heads each have their own keys and values (G = 1).
 # - Figures on stories, one BLAS thread, from
-#       minitx sweep prune-structure neurons=0.25,0.5 --stories 60
+#       minitx sweep prune-structure neurons=0.1,0.25,0.5 --stories 60
 #       minitx sweep prune-structure neurons=0 heads=0.5 --stories 60
 #   Loss is above dense, in nats per token; the hops are right answers to questions that need 1, 2
 #   or 3 facts:
 #
 #       neurons  heads  multiply-adds  memory  cache  loss     1 hop  2 hops  3 hops  speed
+#       0        0      (dense)                                99 %   93 %    100 %
+#       0.1      0      0.93x          0.93x   1.0x   +0.001   99 %   91 %    97 %    1.05x
 #       0.25     0      0.84x          0.84x   1.0x   +0.015   98 %   89 %    92 %    1.1x
 #       0.5      0      0.67x          0.67x   1.0x   +0.212   72 %   65 %    58 %    1.2x
 #       0        0.5    0.85x          0.88x   0.5x   +1.265   83 %   51 %    33 %    1.1x
+#
+# - A general model has fewer neurons to spare: SmolLM2-135M-Instruct (not shipped), calibrated on
+#   4,096 tokens of text, loses 0.40 nats per token of another text at neurons=0.1, 1.12 at 0.25.

@@ -544,10 +544,11 @@ def test_checks_that_cost_more_than_the_layers_are_said():
         {"measure": "softmax", "first": 1, "every": 3},
         {"measure": "softmax", "threshold": 1.1},  # never measured
         {"measure": "saturation", "first": 2},
-        {"measure": "probe", "first": 5},
         {},
     ):
-        apply(lm, {"early_exit": options}, calibrate=[list(range(1, 40))])
+        apply(lm, {"early_exit": options})
+    probe = {"measure": "probe", "first": 5}
+    apply(lm, {"early_exit": probe}, calibrate=[list(range(1, 40))])
 
 
 @pytest.mark.parametrize(
