@@ -67,9 +67,8 @@ def lut_centroid(
     Saves:     in * out multiply-adds become in * out / length reads and as many additions, and
                in * centroids multiplications. Tables take centroids / length times the weights.
     In NumPy:  0.3x the speed of dense: gathering rows is slower than BLAS.
-    Not for:   saving memory. All blocks of a model that was not trained for it. q k^T and p v, where
-               both sides change; models without a tokenizer. On text unlike the calibration text,
-               centroids may be worse.
+    Not for:   saving memory. All blocks of a model that was not trained for it. q k^T and p v,
+               where both sides change. On text unlike the calibration text, centroids may be worse.
     Proof:     tests/precompute/test_lut_centroid.py; literal version:
                tests/precompute/literal_lut_centroid.py
     Tutorial:  tutorials/10_tables_instead_of_products.py
