@@ -22,14 +22,19 @@ class Parser(argparse.ArgumentParser):
     flags: tuple = ()  # the techniques that were given, for the help
 
     def error(self, message):
-        raise MinitxError(f"{message} ({self.prog} --help says more).")
+        if self.flags and re.search("required: (name|technique)", message):
+            name = self.flags[0][0][2:]
+            raise MinitxError(
+                f"{self.prog} takes the name of a technique, without dashes: {self.prog} {name} ..."
+            )
+        raise MinitxError(f"{message.rstrip('.')} ({self.prog} --help says more).")
 
     def _check_value(self, action, value):
         """Called by argparse for a word that must be one of a few: here, a command."""
         if action.choices is not None and value not in action.choices:
-            raise MinitxError(
-                f"There is no command {abbreviate(value)}; {did_you_mean(value, action.choices)}"
-            )
+            options = nearest(value, self.option_names())
+            hint = f"did you mean {options}?" if options else did_you_mean(value, action.choices)
+            raise MinitxError(f"There is no command {abbreviate(value)}; {hint}")
 
     def format_help(self):
         """The usual help; then the grades; then the options of the techniques that were given, or
@@ -92,13 +97,21 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if not unknown:
         return args
     usage = " ".join(args.parser.format_usage().split())
+    options = args.parser.option_names()
     if unknown[0].startswith("-"):
-        name = unknown[0].partition("=")[0]
-        near = nearest(name, args.parser.option_names())
+        name, equals, _ = unknown[0].partition("=")
+        if equals and name in options:
+            raise MinitxError(
+                f"The options of a technique follow its flag, as in {name} option=value; got "
+                f"{abbreviate(unknown[0])} (minitx explain {name[2:]} lists them)."
+            )
+        near = nearest(name, options)
         raise MinitxError(
             f"There is no option {abbreviate(name)[1:-1]}; "
             + (f"did you mean {near}?" if near else usage)
         )
+    if f"--{unknown[0]}" in options:
+        raise MinitxError(f"Unexpected argument {unknown[0]!r}; did you mean --{unknown[0]}?")
     raise MinitxError(
         f"Unexpected argument {abbreviate(unknown[0])} (put text of several words in quotes); "
         f"{usage}"

@@ -238,9 +238,9 @@ def explain(args) -> None:
     print(f"{technique.flag} ({technique.level}, {kind})\n{card.summary}\n")
     for heading, text in card.sections.items():
         first, *more = text.splitlines()
-        print(f"{heading + ':':{HANGING}}{first}")
+        print(fit(f"{heading + ':':{HANGING}}{first}", hanging=HANGING))
         for line in more:
-            print(textwrap.indent(line, HANGING * " "))
+            print(fit(textwrap.indent(line, HANGING * " ")))
     print(f"{'File:':{HANGING}}{technique.path}")
     print(f"{'Letters:':{HANGING}}{LEGEND}\n")
     print(options_text(technique))

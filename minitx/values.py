@@ -87,13 +87,24 @@ def as_number(value: Any, kind: type) -> Any:
 def need_seed(seed: Any, name: str = "seed") -> int:
     """The seed of a random generator as a Python integer: one of NumPy's would wrap around when
     something is added to it."""
+    return need_integer(seed, name, SEEDS)
+
+
+def need_count(value: Any, name: str) -> int:
+    """A number of things to do, at least one, as a Python integer."""
+    return need_integer(value, name, at_least(1))
+
+
+def need_integer(value: Any, name: str, allowed: Range) -> int:
+    """The value as a Python integer; MinitxError unless it is one in this range."""
     try:
-        found = as_number(seed, int)
+        found = as_number(value, int)
     except ValueError:
         found = None
-    if found is None or found not in SEEDS:
-        expected = SEEDS.in_words() if found is not None and found > 0 else SEEDS
-        raise MinitxError(f"{name} must be an integer, {expected}; got {abbreviate(seed)}.")
+    if found is None or found not in allowed:
+        too_large = found is not None and found > allowed.high
+        expected = allowed.in_words() if too_large else allowed
+        raise MinitxError(f"{name} must be an integer, {expected}; got {abbreviate(value)}.")
     return found
 
 

@@ -67,9 +67,12 @@ class Found:
 def find_tokenizer(path) -> Found:
     """The tokenizer of the folder `path`, or of a file in it. Raises MinitxError."""
     path = Path(path)
-    folder = path if path.is_dir() or path.name not in FILES else path.parent
-    if path.name in FILES and not path.is_dir() or path.is_dir():
-        return _in_folder(folder)
+    if path.is_dir():
+        return _in_folder(path)
+    if path.name in OTHER_FORMATS:
+        raise _other_format(path)
+    if path.name in FILES:
+        return _in_folder(path.parent)
     return _made(path, read_json(path), {}, "TokenizersBackend")  # a file of another name
 
 
@@ -146,18 +149,22 @@ def _refuse_settings(file: Path, config: dict) -> None:
 
 
 def _refuse_other_formats(folder: Path, name: str) -> None:
-    for other, format in OTHER_FORMATS.items():
+    for other in OTHER_FORMATS:
         if (folder / other).exists():
-            raise MinitxError(
-                f"{folder / other} is {format}, which minitx cannot read; save the tokenizer with "
-                f"transformers' save_pretrained, which writes a {TOKENIZER}."
-            )
+            raise _other_format(folder / other)
     if not (folder / VOCAB).exists():
         raise MinitxError(f"{folder}: expected a {TOKENIZER}, or a {VOCAB} and a {MERGES}.")
     if name in ("TokenizersBackend", "LlamaTokenizer"):
         raise MinitxError(
             f"{folder}: has a {VOCAB} but no {TOKENIZER}, which a tokenizer of class {name} needs."
         )
+
+
+def _other_format(file: Path) -> MinitxError:
+    return MinitxError(
+        f"{file} is {OTHER_FORMATS[file.name]}, which minitx cannot read; save the tokenizer with "
+        f"transformers' save_pretrained, which writes a {TOKENIZER}."
+    )
 
 
 def _vocab_and_merges(folder: Path) -> dict:
@@ -403,7 +410,9 @@ class _SpecialTokens:
         names = {_content(token) for token in self.named.values()}
         known = set(there.ids) | {token.content for token in self.listed}
         others = [
-            token for token in (*self.named.values(), *self.extra) if _content(token) not in known
+            token
+            for token in dict.fromkeys([*self.named.values(), *self.extra])  # each once
+            if _content(token) not in known
         ]
         found = [
             replace(token, special=True) if token.content in names else token

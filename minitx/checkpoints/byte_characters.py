@@ -18,8 +18,9 @@ def _byte_characters() -> list[str]:
 
 
 BYTE_CHARACTERS = _byte_characters()
-_BYTES = {char: byte for byte, char in enumerate(BYTE_CHARACTERS)}
-_TABLE = dict(enumerate(BYTE_CHARACTERS))  # for str.translate
+# For str.translate: byte -> its character, and back; what represents no byte is not Latin-1 then.
+_TABLE = dict(enumerate(BYTE_CHARACTERS))
+_BACK = dict.fromkeys(range(256), 0xFFFF) | {ord(char): byte for byte, char in _TABLE.items()}
 
 
 def spell(data: bytes) -> str:
@@ -37,6 +38,6 @@ def to_bytes(token: str) -> bytes:
     """The bytes that a token spells; one with any other character (an added token, say) stands for
     itself, as in the reference."""
     try:
-        return bytes([_BYTES[char] for char in token])
-    except KeyError:
+        return token.translate(_BACK).encode("latin-1")
+    except UnicodeEncodeError:
         return token.encode("utf-8")

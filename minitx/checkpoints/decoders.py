@@ -107,6 +107,8 @@ class Decoder:
         self.stages = stages
 
     def push(self, token: str) -> str:
+        if len(self.stages) == 1:  # ByteLevel, most of the time
+            return "".join(self.stages[0].push(token))
         return "".join(self._through([token], self.stages))
 
     def finish(self) -> str:

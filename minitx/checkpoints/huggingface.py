@@ -3,9 +3,16 @@
     read_model(folder)          -> Transformer
     write_model(model, folder)     in the format that transformers loads
 
-Reads a single file, or shards listed in ``model.safetensors.index.json``. All tensor names and
-shapes are checked against the configuration before the first weight is read. Tokenizers have their
-own modules. Pickles (``pytorch_model.bin``) are never opened.
+The files that count, as in transformers:
+
+    config.json                the model (hf_config.py), and what older files say about generation
+    generation_config.json     when a text ends (hf_generation.py)
+    model.safetensors          the weights; else the shards in model.safetensors.index.json
+    adapter_config.json        refused: a PEFT adapter would change the weights
+
+All tensor names and shapes are checked against the configuration before the first weight is read.
+Tokenizers have their own modules. Pickles (``pytorch_model.bin``) are never opened, and code of the
+folder (``auto_map``, ``custom_generate``) is never run: transformers asks before it does.
 """
 
 import json

@@ -91,13 +91,14 @@ def split_pattern(pattern: str) -> re.Pattern | None:
         rest = rest.replace(quantifier + "+", quantifier)  # possessive
     found = []
     while rest:
-        for known in _LONGEST_FIRST:
-            if rest == known or rest.startswith(known + "|"):
-                found.append(_ALTERNATIVES[known])
-                rest = rest[len(known) + 1 :]
-                break
-        else:
+        known = next((k for k in _LONGEST_FIRST if (rest + "|").startswith(k + "|")), None)
+        if known is None:
             return None
+        found.append(_ALTERNATIVES[known])
+        rest = rest[len(known) :]
+        if rest == "|":  # an empty alternative
+            return None
+        rest = rest.removeprefix("|")
     return re.compile("|".join(found), re.ASCII) if found else None
 
 

@@ -71,11 +71,13 @@ def _need_offsets(file: Path, fields: dict) -> None:
 
 
 def _bos_and_eos(found: Found, vocab: dict, before: list[int]) -> tuple[int | None, int | None]:
-    """The ids of the named tokens; without names both are "<|endoftext|>", if that is an added
-    token. A token that the post-processor prepends takes precedence as bos."""
+    """The ids of the named tokens; if neither is named, both are "<|endoftext|>", if that is an
+    added token. A token that the post-processor prepends takes precedence as bos."""
     ids = vocab | {token.content: token.id for token in found.added}
     named = found.named
-    if not named and _END_OF_TEXT in [token.content for token in found.added]:
+    if not {"bos_token", "eos_token"} & set(named) and _END_OF_TEXT in [
+        token.content for token in found.added
+    ]:
         named = {"bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT}
     bos = before[0] if before else ids.get(named.get("bos_token"))
     return bos, ids.get(named.get("eos_token"))

@@ -23,7 +23,7 @@ import numpy as np
 
 from minitx import progress
 from minitx.calibration import STORIES
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 from minitx.lab.attention_mass import KeyTotals, with_measured_selectors
 from minitx.lab.attention_methods import Method, chosen_methods, tune
 from minitx.lab.attention_timing import CONTEXTS, Speed, crossover, measure_speeds
@@ -40,6 +40,7 @@ from minitx.ledger import Entry, Ledger, counting
 from minitx.model import Attend
 from minitx.text import Text, as_text, count_bytes
 from minitx.tree import walk
+from minitx.values import as_number, need_count
 
 
 @dataclass(frozen=True)
@@ -198,17 +199,28 @@ def checked(dense, plan: Grid) -> Grid:
         )
     context = dense.model.config.context
     usual = context if plan.text is None else min(context, WINDOW)
-    tokens = usual if plan.tokens is None else plan.tokens
+    tokens = usual if plan.tokens is None else need_count(plan.tokens, "tokens")
     if not 2 <= tokens <= context:
         raise MinitxError(f"tokens must be 2 to the model's context {context}; got {tokens}.")
-    if not plan.shares:
-        raise MinitxError("Expected one or more shares of keys, such as 1/4; got none.")
+    for name in ("chains", "calibration", "rounds"):
+        need_count(getattr(plan, name), name)
+    if not isinstance(plan.shares, Sequence) or isinstance(plan.shares, str) or not plan.shares:
+        raise MinitxError(
+            f"Expected one or more shares of keys, such as 1/4; got {abbreviate(plan.shares)}."
+        )
     for share in plan.shares:
-        if not 0 < share < 1:
+        if not is_share(share):
             raise MinitxError(
-                f"The share of keys must be a number above 0 and below 1; got {share:g}."
+                f"The share of keys must be a number above 0 and below 1; got {abbreviate(share)}."
             )
     return replace(plan, tokens=tokens)
+
+
+def is_share(value) -> bool:
+    try:
+        return 0 < as_number(value, float) < 1
+    except ValueError:
+        return False
 
 
 # Measuring ---------------------------------------------------------------------------------------

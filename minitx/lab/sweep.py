@@ -7,6 +7,7 @@ the chart, x is the multiply-adds relative to the dense model (memory, if no set
 y is the loss above the dense model: lower left is better.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -44,6 +45,9 @@ class Point:
         return self.comparison.reading.added_loss
 
 
+MOST_SETTINGS = 1000
+
+
 def settings(technique: Technique, words: Sequence[str]) -> list[dict]:
     """All combinations of values like ``threshold=0.9,0.95`` or ``preset=default,paper``;
     MinitxError for bad ones."""
@@ -59,6 +63,8 @@ def settings(technique: Technique, words: Sequence[str]) -> list[dict]:
         values.append([options[names[-1]] for options in found])
     if len(set(names)) < len(names):
         raise MinitxError("An option is given twice; give it once, with all of its values.")
+    if (count := math.prod(map(len, values))) > MOST_SETTINGS:
+        raise MinitxError(f"Expected at most {MOST_SETTINGS} combinations of values, got {count}.")
     return [dict(zip(names, chosen)) for chosen in product(*values)]
 
 

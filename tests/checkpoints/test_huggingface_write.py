@@ -1,5 +1,6 @@
 """Writing Hugging Face folders: round trips, unsupported models, and loading in transformers."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -78,6 +79,17 @@ def test_write_then_read_gives_same_model(tmp_path, name):
             np.testing.assert_array_equal(theirs[path], w)
         names = {path.name for path in (tmp_path / "new" / dtype).iterdir()}
         assert names == {"config.json", "model.safetensors"}
+
+
+def test_scaled_rope_is_written_for_older_versions_too(tmp_path):
+    """transformers 4 reads ``rope_theta`` and ``rope_scaling``, with "type" in place of
+    "rope_type"."""
+    for name, kind in (("linearly", "linear"), ("as in Llama 3", "llama3")):
+        write_model(noisy_model(WRITABLE[f"llama, RoPE scaled {name}"]), tmp_path)
+        fields = json.loads((tmp_path / "config.json").read_text())
+        old, new = fields["rope_scaling"], fields["rope_parameters"]
+        assert old["type"] == old["rope_type"] == new["rope_type"] == kind
+        assert old["factor"] == new["factor"] and fields["rope_theta"] == new["rope_theta"]
 
 
 def test_bfloat16_keeps_eight_significant_bits(tmp_path):

@@ -102,7 +102,7 @@ def test_bos_is_prepended_and_removed():
 
 
 def test_id_without_token_is_decoded_to_nothing(plain):
-    """The vocabulary of a model may be larger than its tokenizer's, and a model may choose any id."""
+    """A model's vocabulary may be larger than its tokenizer's, and a model may choose any id."""
     a, b = plain.encode("ab")
     for unknown in (420, 10**9):
         assert plain.token_bytes(unknown) == b""

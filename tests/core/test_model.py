@@ -259,3 +259,15 @@ def test_backfill_stores_the_same_keys_and_values_as_running(model, ids):
     assert block.backfill(x, filled.take(S)) is None
     assert close(filled.keys[:, :S], ran.keys[:, :S])
     assert close(filled.values[:, :S], ran.values[:, :S])
+
+
+def test_random_model_refuses_a_bad_seed_or_dtype():
+    config = Config(**MODELS[next(iter(MODELS))])
+    same = random_model(config, np.uint8(255)), random_model(config, 255)
+    np.testing.assert_array_equal(same[0].embed.w, same[1].embed.w)
+    for seed in (-1, 1.5, True, "1", 2**64):
+        with pytest.raises(MinitxError, match="seed must be an integer"):
+            random_model(config, seed)
+    for dtype in ("foo", None, np.float16, int):
+        with pytest.raises(MinitxError, match="dtype must be float32 or float64"):
+            random_model(config, dtype=dtype)

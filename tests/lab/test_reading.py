@@ -27,6 +27,7 @@ from minitx.lab.evaluate import (
     story_end,
 )
 from minitx.lab.reading import TextReport, hidden_as_generated, text_to_read
+from minitx.model import Transformer
 from minitx.technique import apply
 from minitx.text import Text
 
@@ -78,6 +79,7 @@ def test_model_without_start_token_predicts_all_but_the_first_token():
     logits = [lm.logits(IDS[a : min(a + 48, 99)]) for a in (0, 48, 96)]
     nats = -log_softmax(np.concatenate(logits))[np.arange(99), IDS[1:100]].sum()
     assert found.tokens == 99 and found.nats == pytest.approx(nats, rel=1e-6)
+    assert found.bytes == len(TOKENIZER.decode(IDS[1:100])), "bytes of a token that is not scored"
 
 
 def test_logits_in_pieces_give_the_same_report(monkeypatch):
@@ -104,14 +106,20 @@ def test_depths_of_a_text_end_with_its_report():
 # As generated ------------------------------------------------------------------------------------
 
 
-def test_technique_that_decides_per_step_is_read_as_generation_runs_it():
+def test_technique_that_decides_per_step_is_read_as_generation_runs_it(monkeypatch):
     """LazyLLM keeps the tokens that the last token of a step attends to."""
     lm, ids = apply(tiny_lm(), {"lazy_tokens": {"keep": 0.5}}), [END, *IDS[:45]]
     state = lm.model.new_state()
     state.prompt = 32
     steps = [lm.model.hidden(ids[:32], state)]
     steps += [lm.model.hidden([token], state) for token in ids[32:]]
+    states, new_state = [], Transformer.new_state
+    monkeypatch.setattr(
+        Transformer, "new_state", lambda model: states.append(new_state(model)) or states[-1]
+    )
     np.testing.assert_array_equal(hidden_as_generated(lm, ids), np.concatenate(steps))
+    assert states[0].prompt == 32, "the state does not know where the prompt ends"
+    monkeypatch.undo()
     assert not np.allclose(hidden_as_generated(lm, ids), lm.model.hidden(ids)), "no difference"
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tiny import tiny_lm
 
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.lm import LM
 from minitx.precompute.lut_centroid import CentroidLinear, Codebook, EveryRow, kmeans
@@ -118,3 +119,11 @@ def test_sampled_inputs_are_every_nth_row_across_texts():
     for a, b in ((0, 5), (5, 7), (7, 13)):
         sample.add(rows[a:b])
     np.testing.assert_array_equal(sample.all, rows[::3])
+
+
+def test_head_learns_from_the_normalized_hidden_states():
+    """One story has 48 tokens here: with 64 centroids each of its segments is its own centroid."""
+    lm = tiny_lm()
+    changed = apply(lm, {"lut_centroid": dict(layers=0, head=True, centroids=64, stories=1)})
+    (ids,) = calibration_ids("test", lm, 1)
+    np.testing.assert_allclose(changed.logits(ids), lm.logits(ids), rtol=1e-4, atol=1e-4)

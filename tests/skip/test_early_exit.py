@@ -440,7 +440,7 @@ def test_logistic_regression_recovers_the_weights_that_made_the_data():
 
 
 def test_exit_probe_of_many_layers_learns_from_tokens_at_equal_distances(monkeypatch):
-    """Bounded: 4 texts of 30 tokens after L - 1 layers are too many here, so every fourth counts."""
+    """4 texts of 30 tokens after L - 1 layers are too many here, so every fourth token counts."""
     dense = LM(tiny_model(layers=L), TOKENIZER)
     texts = np.random.default_rng(5).integers(0, 258, (4, 30)).tolist()
     h, same = examples(dense, texts)
@@ -544,10 +544,11 @@ def test_checks_that_cost_more_than_the_layers_are_said():
         {"measure": "softmax", "first": 1, "every": 3},
         {"measure": "softmax", "threshold": 1.1},  # never measured
         {"measure": "saturation", "first": 2},
-        {"measure": "probe", "first": 5},
         {},
     ):
         apply(lm, {"early_exit": options})
+    probe = {"measure": "probe", "first": 5}
+    apply(lm, {"early_exit": probe}, calibrate=[list(range(1, 40))])
 
 
 @pytest.mark.parametrize(

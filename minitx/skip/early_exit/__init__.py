@@ -17,7 +17,6 @@ import numpy as np
 from minitx import ledger
 from minitx.calibration import calibration_ids, remembered
 from minitx.config import Config
-from minitx.digest import digest
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
 from minitx.shared.break_even import head, skipped_layer, warn
