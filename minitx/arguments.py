@@ -274,7 +274,7 @@ def parser(flags=()) -> Parser:
     add_model(sweep)
     add_measured(sweep, 40, 2048)
     add_chains(sweep)
-    sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs minitx[plot])")
+    sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs matplotlib)")
     add_json(sweep)
 
     attention = (
@@ -304,7 +304,7 @@ def parser(flags=()) -> Parser:
     add_text(attention)
     rounds = "timing rounds (default 15)"
     attention.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
-    attention.add_argument("--png", metavar="FILE", help="also draw curves (needs minitx[plot])")
+    attention.add_argument("--png", metavar="FILE", help="also draw curves (needs matplotlib)")
     add_json(attention)
 
     cost = add(

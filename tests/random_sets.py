@@ -116,7 +116,7 @@ def dense_model(name: str) -> LM:
     return LM(tiny_model(family, dtype=np.float64, **changes), TOKENIZER)
 
 
-def broken_law(case: Case) -> str:
+def try_case(case: Case) -> str:
     """What is wrong with the case, in words; "" if nothing is, "refused: ..." for a refusal."""
     with large_matrices(case.large), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -127,66 +127,62 @@ def broken_law(case: Case) -> str:
             bad = "\n" in str(error) or len(str(error)) > 600
             return f"unclear refusal: {error}" if bad else f"refused: {error}"
         try:
-            return _broken_law(lm, case.ids)
+            return broken_law(lm, case.ids)
         except MinitxError as error:  # only a forced rewind may be refused, which is tried inside
             return f"refuses when it runs: {error}"
 
 
-STEPS = (12, *[1] * 28)
-
-
-def _broken_law(lm: LM, ids) -> str:
-    once = in_chunks(lm, ids, STEPS)
+def broken_law(lm: LM, ids, prompt: int = 12, new: int = 20) -> str:
+    """The first law that the model breaks on these ids, in words; "" if it keeps all. As generation
+    does it, the first ``prompt`` ids run at once and the others one by one."""
+    steps = (prompt, *[1] * (len(ids) - prompt))
+    once = in_chunks(lm, ids, steps)
     scale = abs(once).max()
-
-    def differ(found, expected, within=1e-9) -> bool:
-        return abs(found - expected).max() > within * scale
-
     if once.dtype != np.float64:
         return f"logits are {once.dtype}"
     if not np.isfinite(once).all():
         return "logits are not finite"
-    if (in_chunks(lm, ids, STEPS) != once).any():
+    if (in_chunks(lm, ids, steps) != once).any():
         return "the same steps give other logits"
     if decides(lm.model) == "token":
-        for sizes in ((40,), (7, 20, 13), (1,) * 40):
-            if differ(in_chunks(lm, ids, sizes), once):
-                return f"steps of {sizes[:3]}... differ from {STEPS[:3]}..."
-    if wrong := broken_rewind(lm, ids, once):
-        return wrong
-    return broken_batch(lm, ids)
+        for sizes in ((len(ids),), (7, len(ids) - 9, 2), (1,) * len(ids)):
+            if abs(in_chunks(lm, ids, sizes) - once).max() > 1e-9 * scale:
+                return f"steps of {sizes[:3]}... and of {steps[:3]}... give different logits"
+    return broken_rewind(lm, ids, steps, once) or broken_batch(lm, ids, prompt, new)
 
 
-def broken_rewind(lm: LM, ids, once) -> str:
-    """Back to 32, then further, and the same steps again."""
-    for back_to in (32, 25, 0):
+def broken_rewind(lm: LM, ids, steps, once) -> str:
+    """Undo the last step, of six other tokens, always; then go further back, if that is not
+    refused, and repeat what came there."""
+    prompt, at = steps[0], len(ids) - 6
+    for back_to in (at, (prompt + at) // 2, 0):
         state = lm.model.new_state()
-        in_chunks(lm, ids[:32], STEPS[:21], state)
-        lm.model((ids[:8] + 1) % 258, state)  # to be forgotten
-        state.rewind(32)
+        in_chunks(lm, ids[:at], steps[: at - prompt + 1], state)
+        lm.model((ids[-6:] + 1) % 258, state)  # to be forgotten
+        state.rewind(at)
         try:
             state.rewind(back_to)
         except MinitxError as error:
             if back_to == 0 or "\n" in str(error):
                 return f"cannot rewind: {error}"
-            back_to = 32
-        steps = STEPS if back_to == 0 else (1,) * (40 - back_to)
-        if (in_chunks(lm, ids[back_to:], steps, state) != once[back_to:]).any():
+            back_to = at
+        again = steps if back_to == 0 else (1,) * (len(ids) - back_to)
+        if (in_chunks(lm, ids[back_to:], again, state) != once[back_to:]).any():
             return f"replayed from {back_to}, logits differ"
     return ""
 
 
-def broken_batch(lm: LM, ids, new: int = 20) -> str:
+def broken_batch(lm: LM, ids, prompt: int, new: int) -> str:
     """The same prompt twice, and two shorter ones."""
-    prompt, ragged = ids[:12].tolist(), [ids[20:23].tolist(), ids[30:37].tolist()]
-    alone = [lm.generate(p, new) for p in (prompt, prompt, *ragged)]
-    if lm.generate([prompt, prompt], new) != alone[:2]:
+    first, *shorter = (part.tolist() for part in (ids[:prompt], ids[-3:], ids[-9:-4]))
+    alone = [lm.generate(p, new) for p in (first, *shorter)]
+    if lm.generate([first, first], new) != [alone[0], alone[0]]:
         return "a batch of the same prompt twice differs from the prompt alone"
-    if lm.generate([prompt, prompt, *ragged], new) != alone:
+    if lm.generate([first, first, *shorter], new) != [alone[0], *alone]:
         return "rows of a ragged batch differ from the prompts alone"
     options = dict(temperature=1.0, top_k=5)
-    sampled = [lm.generate(p, new, seed=3 + i, **options) for i, p in enumerate((prompt, prompt))]
-    if lm.generate([prompt, prompt], new, seed=3, **options) != sampled:
+    sampled = [lm.generate(first, new, seed=seed, **options) for seed in (3, 4)]
+    if lm.generate([first, first], new, seed=3, **options) != sampled:
         return "sampled rows differ from the prompts alone"
     return ""
 
@@ -196,7 +192,7 @@ def broken_batch(lm: LM, ids, new: int = 20) -> str:
 
 def report(case: Case) -> str:
     try:
-        return broken_law(case)
+        return try_case(case)
     except Exception:
         return traceback.format_exc(limit=-4)
 

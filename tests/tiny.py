@@ -42,6 +42,8 @@ FAMILIES = {
 # Not a family, but a kind of model that few techniques support: for the contract tests.
 SKIPLESS = replace(FAMILIES["gpt_neox"], parallel=False, skipless=True)
 KINDS = FAMILIES | {"skipless": SKIPLESS}
+# Matrices of more than fast.LARGE numbers, which are stored column-major: 192 x 192 and more.
+WIDE = dict(width=192, heads=2, kv_heads=2, head_width=96, hidden=192, qkv_bias=True)
 
 
 @cache

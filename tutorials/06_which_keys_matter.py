@@ -210,13 +210,13 @@ print(f"t = {np.mean(best_t):.2f}")
 
 # %% 7. With the flag
 # `elsa` does this in all heads of all blocks: hashes and lengths stand beside the KV cache, and t
-# is learned for each head when the model is loaded, from stories kept for that. The ledger notes
-# "keys kept" of "keys seen". Compare the losses with those of section 2.
+# is learned for each head when the model is loaded, from stories kept for that (min_visible=1: from
+# all of their queries, also those that see few keys). The ledger notes "keys kept" of "keys seen". Compare the losses with those of section 2.
 title("7. load('stories', elsa=...)")
 table = [row_of("dense", "100%", dense_scores)]
 selected = {}
 for p in (0.5, 1.0, 2.0, 4.0):
-    selected[p] = minitx.load("stories", elsa={"p": p})
+    selected[p] = minitx.load("stories", elsa={"p": p, "min_visible": 1})
     with counting(selected[p]) as counts:
         found = evaluate_stories(selected[p], stories)
     loss[p] = found.mean_loss

@@ -215,7 +215,7 @@ def models(keep):
         "oracle": baseline(lm, "oracle", keep),
         "sparse memory": minitx.load("stories", sparse_memory=memory_of_64),
         "predictive attention": minitx.load("stories", predictive_attention=four_bits),
-        "ELSA": minitx.load("stories", elsa={"p": 2.2}),
+        "ELSA": minitx.load("stories", elsa={"p": 2.2, "min_visible": 1}),
         "window": baseline(lm, "window", keep),
         "DOTA": minitx.load("stories", dota={"keep": keep}),
         "A3": minitx.load("stories", a3=quarter),

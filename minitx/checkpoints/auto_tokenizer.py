@@ -25,10 +25,10 @@ from pathlib import Path
 
 from minitx.checkpoints.added_tokens import AddedToken
 from minitx.checkpoints.bpe import read_vocab
-from minitx.checkpoints.common import abbreviate, read_json, unreadable
+from minitx.checkpoints.common import read, read_json
 from minitx.checkpoints.json_object import REQUIRED, JsonObject
 from minitx.checkpoints.split_patterns import QWEN2
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
@@ -174,9 +174,7 @@ def _vocab_and_merges(folder: Path) -> dict:
 
 def _lines(file: Path) -> list[str]:
     try:
-        text = file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise unreadable(file, error) from None
+        text = read(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise MinitxError(f"{file}: is not valid UTF-8 ({error}).") from None
     lines = text.removesuffix("\n").split("\n") if text else []

@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from minitx.checkpoints.bpe_merge import merge_best_first
-from minitx.checkpoints.common import abbreviate
 from minitx.checkpoints.json_object import REQUIRED, JsonObject
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 
 _CACHED_WORDS = 50_000  # clear the cache of encoded words at this size
 _CACHED_LENGTH = 50  # longer words rarely repeat

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from minitx.checkpoints.auto_tokenizer import Found, find_tokenizer
 from minitx.checkpoints.bpe import read_bpe
-from minitx.checkpoints.common import abbreviate
 from minitx.checkpoints.decoders import read_decoder
 from minitx.checkpoints.normalizers import read_normalizer
 from minitx.checkpoints.pipeline_tokenizer import Pipeline, PipelineTokenizer
 from minitx.checkpoints.post_processor import read_post_processor
 from minitx.checkpoints.pre_tokenizers import needs_text_offsets, read_pre_tokenizer
 from minitx.checkpoints.tokenizer_steps import steps
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 
 _KEYS = (
     "version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder model"

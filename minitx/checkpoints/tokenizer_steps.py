@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minitx.checkpoints.common import abbreviate
 from minitx.checkpoints.json_object import JsonObject
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 
 
 class Step(JsonObject):

@@ -82,7 +82,7 @@ METHODS = (
     # a3's greedy search alone: its second filter comes after the scores. With few iterations about
     # as many keys stay.
     Method("a3", Knob("iterations", 1 / 256, 8.0, start=1.2), {"threshold": 0.0}),
-    Method("elsa", Knob("p", 1 / 64, 64.0, start=0.25, falling=True)),
+    Method("elsa", Knob("p", 1 / 64, 64.0, start=0.25, falling=True), {"min_visible": 1}),
     Method("dota", keys("keep")),
     Method("predictive_attention", Knob("share", 0.001, 1.0), {"threshold": 0.0, "min_keys": 1}),
     Method("sparse_memory", keys("keep")),

@@ -204,7 +204,7 @@ def need_pyplot():
         import matplotlib
     except ImportError:
         raise MinitxError(
-            "A picture needs matplotlib; install it with: pip install minitx[plot]"
+            "A picture needs matplotlib; install it with: pip install matplotlib"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot

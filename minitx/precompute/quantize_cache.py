@@ -19,7 +19,11 @@ from minitx.tree import Part, float_type, part
 
 
 @technique(
-    level="attention", exact=False, neutral={"bits": 32}, presets={"aggressive": {"bits": 4}}
+    level="attention",
+    exact=False,
+    neutral={"bits": 32},
+    demo={"group_size": 4},
+    presets={"aggressive": {"bits": 4}},
 )
 def quantize_cache(
     lm,

@@ -65,8 +65,8 @@ def predictive_attention(
                    predicted[j] among the max(min_keys, ceil(share n)) largest;
                exact scores, softmax and weighted sum over those only
     Saves:     S d + 2 r d instead of 2 S d multiply-adds per query head and decoded token when r of
-               S cached keys are kept; in hardware the S d are products of few bits. Prompts: none, so
-               only cache reads fall on stories (0.55x at 512 tokens), not the sum of multiply-adds.
+               S cached keys are kept; in hardware the S d are products of few bits. Prompts: none.
+               On stories of 512 tokens only cache reads fall (0.55x), not all multiply-adds.
     In NumPy:  slower than dense at every context tried, up to 4,000 keys: predicting takes as long
                as scoring all keys, and selecting reads the predictions several times more.
     Not for:   vectors with an outlying coordinate at bits=2: it takes up the whole scale, and the

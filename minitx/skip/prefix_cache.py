@@ -59,8 +59,8 @@ def prefix_cache(
                copy rows 0..m-1 of every layer into the cache; run tokens m..T-1
                store each new block once it is full, of the prompt and of the completion
                above the limit: evict the least recently used block; of a prefix, the last one first
-    Saves:     nothing if no two prompts begin alike, as in minitx compare; else the whole prefill of
-               m prompt tokens. Instead, 2 L K d numbers are copied per token (L layers, K key heads
+    Saves:     nothing if no two prompts begin alike, as in minitx compare; else the prefill of the
+               m tokens. Instead, 2 L K d numbers are copied per token (L layers, K key heads
                of width d); each stored token takes as many in memory.
     In NumPy:  400 of 420 prompt tokens reused: the first token comes 7 to 10 times sooner (minitx
                first-token --prefix-cache). A new prompt takes 2 to 5 % longer.

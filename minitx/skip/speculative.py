@@ -66,9 +66,9 @@ def speculative(
                if all are accepted, draw one more token from p[gamma+1]
                drop rejected tokens from both KV caches; the token drawn last enters them in the
                next round
-    Saves:     sequential passes of the target, and so bytes of weights read (0.46x on stories, draft
-               included); multiply-adds rise (1.5x). If every proposal is accepted independently
-               with the rate
+    Saves:     sequential passes of the target, so bytes of weights read (0.46x on stories, those of
+               the draft included); multiply-adds rise (1.5x). If every proposal is accepted
+               independently with the rate
                alpha   = E[sum over tokens x of min(p(x), q(x))]
                tokens  = (1 - alpha^(gamma+1)) / (1 - alpha)       per round, on average
                speedup = tokens / (gamma c + v);  c, v: time of one draft step and of the target's

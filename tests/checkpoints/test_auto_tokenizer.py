@@ -100,7 +100,7 @@ def test_merges_file_is_read_line_by_line(tmp_path):
         with pytest.raises(MinitxError, match=message):
             read_tokenizer(folder)
     merges.unlink()
-    with pytest.raises(MinitxError, match="merges.txt: cannot be read"):
+    with pytest.raises(MinitxError, match="merges.txt"):
         read_tokenizer(folder)
 
 

@@ -506,7 +506,7 @@ def test_picture_without_matplotlib_is_refused_before_measuring(
     monkeypatch.setattr("minitx.lab.compare_attention.measure", None)  # and nothing is measured
     path = tmp_path / "a.png"
     assert main(["compare-attention", *FEW, "--png", str(path)]) == 2
-    assert capsys.readouterr().err.strip().endswith("install it with: pip install minitx[plot]")
+    assert capsys.readouterr().err.strip().endswith("install it with: pip install matplotlib")
     assert not list(tmp_path.iterdir())
 
 

@@ -145,6 +145,8 @@ def test_known_model_types(tmp_path):
         assert s.positions == (64 + known.more_positions if known.adds_positions else 0)
         assert s.kv_heads == (8 if known.shares_keys else 32), "a field that the model ignores"
         assert s.notes == ()
+    serial = FILES["pythia"] | {"use_parallel_residual": False}
+    assert not read_shape(write(tmp_path, serial)).parallel
 
 
 def test_unknown_model_type_is_guessed_with_a_note(tmp_path):

@@ -6,7 +6,7 @@ from itertools import product
 import literal_absorb_products as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, check_close, error, in_chunks
+from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm
 
 from minitx.build import random_model
 from minitx.errors import MinitxError
@@ -14,8 +14,9 @@ from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import QKV, Attend, Attention, Cache, Linear, NoRope, RMSNorm
 from minitx.precompute.absorb_products import absorb
+from minitx.skip.elsa import SignHash
 from minitx.technique import apply, swap
-from minitx.tree import map_weights
+from minitx.tree import map_weights, walk
 
 SIZES = dict(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2, head_width=6, context=40)
 PLAIN = dict(bos=None, eos=())
@@ -247,6 +248,44 @@ def test_absorb_products_pays_for_one_wide_head():
     assert costs[1].multiply_adds < costs[0].multiply_adds
     assert costs[1].weight_bytes * 2 == costs[0].weight_bytes
     assert costs[1].cache_bytes * 2 == costs[0].cache_bytes
+
+
+# With what selects keys --------------------------------------------------------------------------
+
+KEEP_ALL = {
+    "elsa": {"threshold": -0.9},
+    "a3": {"iterations": None, "threshold": 1e-9, "exp": "tables", "fraction_bits": 8},
+    "dota": {"keep": 47},
+    "sparse_memory": {"keep": 47, "index": "lsh"},
+    "predictive_attention": {"threshold": 1e-30},
+}
+
+
+@pytest.mark.parametrize("pairs", ["qk", "both", "ov"])
+@pytest.mark.parametrize("name", KEEP_ALL)
+def test_selectors_work_with_the_keys_that_are_there(name, pairs):
+    """Keys as wide as the hidden state, one head of them or one of values for all: settings that
+    keep (nearly) every key give what the dense model gives."""
+    dense = tiny_lm("gpt2", dtype=np.float64)
+    wanted = {"absorb_products": {"pairs": pairs}, name: KEEP_ALL[name]}
+    try:
+        lm = apply(dense, wanted)
+    except MinitxError as error:
+        assert (name, pairs) == ("dota", "ov") and "use one of the two" in str(error)
+        return
+    expected = dense.logits(IDS)
+    for found in (lm.logits(IDS), in_chunks(lm, IDS, (5, *[1] * 27))):
+        check_close(found, expected, {"a3": 1e-4}.get(name, 1e-9), name)
+
+
+def test_elsa_hashes_whole_keys():
+    """k = d bits, where d is the width of the keys that arrive: 16, not the 6 of a head."""
+    lm = apply(make("learned"), {"absorb_products": {"pairs": "qk"}, "elsa": {"threshold": 0.1}})
+    assert np.isfinite(lm.logits(IDS)).all()
+    hashes = [node for _, node in walk(lm) if type(node) is SignHash]
+    assert [node.bits for node in hashes] == [16, 16]
+    projection = hashes[0].projections[0]
+    assert np.prod([len(factor.a) for factor in projection.factors]) == 16
 
 
 # Refusals ----------------------------------------------------------------------------------------

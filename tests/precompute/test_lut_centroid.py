@@ -96,7 +96,7 @@ def test_logits_error_falls_with_more_centroids():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(length=0), "length must be an integer, 1 to 1024; got 0"),
+        (dict(length=0), "length must be an integer, 1 to 4096; got 0"),
         (dict(centroids=0), "centroids must be an integer, 1 to 1024; got 0"),
         (dict(stories=0), "stories must be an integer, 1 to 1000; got 0"),
         (dict(layers=3), "layers must be at most 2, the blocks of this model; got 3"),

@@ -361,3 +361,16 @@ def test_bad_accumulator_widths_are_refused(bits):
     with pytest.raises(MinitxError, match=message):
         apply(tiny_lm(), {"order_products": {"accumulator_bits": bits}})
     assert limits(8) == (-128, 127)
+
+
+@pytest.mark.parametrize("other", ["separate_magnitudes", "separate_signs", "prune"])
+def test_matrices_that_are_reordered_already_are_refused_by_name(other):
+    """Also if other matrices of the model are still plain ones."""
+    wanted = {"order_products": {"matrices": "ffn"}, other: {"matrices": "ffn"}}
+    try:
+        apply(tiny_lm(), wanted)
+    except MinitxError as error:
+        assert "use one of the two" in str(error) and "none" not in str(error)
+        assert "order_products" in str(error) and other in str(error)
+    else:
+        assert other == "prune", "which goes first"

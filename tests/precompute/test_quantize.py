@@ -13,6 +13,7 @@ from minitx.lab.compare import log_softmax
 from minitx.ledger import counting
 from minitx.model import Linear
 from minitx.precompute.quantize import (
+    QuantizedMatrix,
     dequantize,
     equal_groups,
     quantize_groups_asymmetric,
@@ -29,6 +30,7 @@ from minitx.precompute.quantize.products import (
 from minitx.shared import int4
 from minitx.shared.observed_inputs import Moments
 from minitx.technique import apply, swap
+from minitx.tree import walk
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 258, 24)
@@ -356,6 +358,20 @@ def test_float16_scales_are_computed_with_in_float32():
         options = {"half_scales": True, "bits": 4, "embeddings": True, "run": run}
         changed = apply(tiny_lm(), {"quantize": options})
         assert changed.logits(IDS).dtype == np.float32
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float64_model_with_float16_scales_computes_in_float64(bits):
+    """A step of one row and a step of many read the same embedding rows, to the last bits."""
+    options = {"half_scales": True, "bits": bits, "embeddings": True}
+    lm = apply(tiny_lm("gpt2", dtype=np.float64), {"quantize": options})
+    for _, node in walk(lm):
+        if type(node) is QuantizedMatrix:
+            w = node.dequantized()
+            codes = node.codes_of(slice(None), np.float64)
+            exact = dequantize(codes, node.scales.astype(np.float64), node.zero_points)
+            np.testing.assert_array_equal(w, exact.reshape(-1, node.width)[: node.inputs])
+            assert w.dtype == node.columns([1, 2]).dtype == np.float64
 
 
 @pytest.mark.parametrize(

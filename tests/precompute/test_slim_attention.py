@@ -6,7 +6,7 @@ from dataclasses import replace
 import literal_slim_attention as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm
+from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm, tiny_model
 
 from minitx import fast, ops
 from minitx.build import random_model
@@ -297,6 +297,13 @@ def test_slim_attention_beside_techniques_of_the_same_parts_is_refused():
     for name in ("shrink", "a3"):
         with pytest.raises(MinitxError, match=f"slim_attention.*{name}.*use one of the two"):
             apply(make("parallel"), {name: True, "slim_attention": True})
+
+
+def test_slim_attention_without_w_q_is_refused():
+    """remove_weights leaves two of the three matrices in a parallel skipless model."""
+    lm = tiny_lm(model=tiny_model("skipless", parallel=True))
+    with pytest.raises(MinitxError, match="^slim_attention needs .* remove_weights has put"):
+        apply(lm, {"slim_attention": True, "remove_weights": True})
 
 
 def test_slim_attention_tree_shows_its_parts():

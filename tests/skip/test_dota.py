@@ -619,6 +619,17 @@ def test_file_that_does_not_fit_is_refused(tmp_path, words):
     assert words in text and "dota.safetensors" in text and "\n" not in text
 
 
+def test_model_without_some_heads_is_refused_with_the_reason(tmp_path):
+    """The file is this model's own, but heads were removed since."""
+    folder = folder_with_detectors(tmp_path)
+    pruned = {"heads": 0.5, "heads_by": "queries", "score": "weights"}
+    with pytest.raises(MinitxError, match="for 2 query heads and 1 key .*prune_structure") as no:
+        minitx.load(folder, dota=True, prune_structure=pruned)
+    assert "use fit=post-hoc" in str(no.value)
+    lm = minitx.load(folder, dota={"fit": "post-hoc"}, prune_structure=pruned)
+    assert np.isfinite(lm.logits(IDS)).all()
+
+
 def test_file_trained_with_other_weights_is_refused(tmp_path):
     folder = folder_with_detectors(tmp_path)
     minitx.load(folder, dota=True)

@@ -603,7 +603,7 @@ def test_calibration_texts_begin_as_stories_do_and_fit_the_context():
 def test_model_has_the_thresholds_learned_from_its_stories():
     lm = tiny_lm()
     expected = learn_thresholds(lm, 1.0, calibration_ids("test", lm, 2), 5)
-    changed = apply(lm, {"elsa": {"stories": 2, "min_visible": 5}})
+    changed = apply(lm, {"elsa": {"p": 1.0, "stories": 2, "min_visible": 5}})
     for t, block in zip(expected, changed.model.stack.blocks):
         np.testing.assert_allclose(block.attn.attend.selector.threshold, t, rtol=1e-6)
 
@@ -635,7 +635,7 @@ def test_learning_without_a_tokenizer_is_refused():
 def test_bits_and_angle_bias_have_defaults_from_the_head_width(bits):
     lm = apply(tiny_lm(), {"elsa": {"bits": bits, "threshold": 0.2, "seed": 4}})
     selector = lm.model.stack.blocks[1].attn.attend.selector
-    expected = 16 if bits is None else bits  # twice the head width, as that is below 64
+    expected = 8 if bits is None else bits
     assert selector.hash.bits == expected and selector.cosines.shape == (expected + 1,)
     assert selector.angle_bias == simulate_angle_bias(8, expected, 4)
     given = apply(tiny_lm(), {"elsa": {"bits": bits, "threshold": 0.2, "angle_bias": 0.0}})
@@ -665,7 +665,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_tree_shows_the_settings_and_card_says_what_is_ours():
-    tree = repr(apply(tiny_lm(), {"elsa": {"threshold": 0.2, "angle_bias": 0.25, "bits": 8}}).model)
+    tree = repr(apply(tiny_lm(), {"elsa": {"threshold": 0.2, "angle_bias": 0.25}}).model)
     assert "selector: HashSelector(angle_bias=0.25, cosines 9, threshold 2)" in tree
     assert "hash: SignHash(bits=8)" in tree and "factors.1: Factor(a 4x4)" in tree
     card = find("elsa").card.sections
@@ -687,7 +687,7 @@ def counted(lm, ids, state):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize("bits, projections, hash_bytes", [(8, 1, 1), (None, 2, 2), (24, 3, 3)])
+@pytest.mark.parametrize("bits, projections, hash_bytes", [(None, 1, 1), (12, 2, 2), (24, 3, 3)])
 def test_counted_cost_of_a_decoded_token_is_the_cards(family, bits, projections, hash_bytes):
     lm = apply(tiny_lm(family), {"elsa": {"bits": bits}})
     config, state = lm.model.config, lm.model.new_state()
@@ -701,7 +701,7 @@ def test_counted_cost_of_a_decoded_token_is_the_cards(family, bits, projections,
     assert H <= kept < H * S and exact.multiply_adds == 2 * d * kept
     assert exact.cache_bytes == 8 * d * kept
     assert events["keys seen"] == config.layers * H * S
-    assert events["bits compared"] == config.layers * H * S * (bits or 2 * d)
+    assert events["bits compared"] == config.layers * H * S * (bits or d)
 
 
 def test_counts_follow_the_kept_keys_of_each_head():
@@ -723,7 +723,7 @@ def test_counts_follow_the_kept_keys_of_each_head():
 
 
 def test_prompt_saves_nothing_and_counts_the_keys_it_could_skip():
-    lm = apply(tiny_lm(), {"elsa": {"bits": 8}})
+    lm = apply(tiny_lm(), {"elsa": True})
     c = lm.model.config
     H, K, d, T = c.heads, c.kv_heads, c.head_width, 30
     hashing, selecting, exact, events = counted(lm, IDS[:T], lm.model.new_state())

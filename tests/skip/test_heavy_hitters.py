@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from literal_heavy_hitters import keep, run
-from tiny import FAMILIES, in_chunks, tiny_lm
+from tiny import FAMILIES, in_chunks, tiny_lm, tiny_model
 
 import minitx
 from minitx import fast
@@ -237,3 +237,27 @@ def test_one_cached_head_for_several_key_heads_keeps_one_set_of_rows(family):
     assert layer.count == 7, f"expected 3 + 3 rows and the new one, got {layer.count}"
     positions = layer.row_positions
     assert (positions == positions[..., :1, :]).all(), "heads of one cached head differ in rows"
+
+
+def test_step_of_which_some_tokens_exited_is_undone_in_part():
+    """early_exit stores the keys of a whole step first, and attends from some of its tokens: what
+    each gave is noted by its position."""
+    exits = {"measure": "random", "threshold": 0.5, "kv_fill": "copy", "warm_up": 0}
+    model = tiny_model("gpt2", dtype=np.float64, layers=4)
+    lm = apply(tiny_lm(model=model), {"heavy_hitters": SMALL, "early_exit": exits})
+    once = in_chunks(lm, IDS, STEPS)
+    state = lm.model.new_state()
+    in_chunks(lm, IDS[:30], STEPS[:19], state)
+    lm.model(IDS[20:28], state)  # to be forgotten: eight tokens, some of which exit
+    state.rewind(30)
+    again = in_chunks(lm, IDS[30:], (1,) * 10, state)
+    np.testing.assert_array_equal(again, once[30:], "the undone step is still counted")
+    prompts = [IDS[:12].tolist(), IDS[:12].tolist(), IDS[20:23].tolist()]
+    assert lm.generate(prompts, 20) == [lm.generate(prompt, 20) for prompt in prompts]
+
+
+def test_layers_deferred_to_a_later_step_are_refused():
+    """Rows are evicted step by step, and a deferred layer runs tokens of several steps in one."""
+    exits = {"measure": "random", "kv_fill": "deferred"}
+    with pytest.raises(MinitxError, match="^early_exit .*deferred.* heavy_hitters decides step"):
+        apply(tiny_lm(), {"heavy_hitters": SMALL, "early_exit": exits})

@@ -24,7 +24,7 @@ from minitx.skip.lazy_tokens import (
     pruning_layers,
 )
 from minitx.state import State
-from minitx.technique import apply, decides, wrap
+from minitx.technique import apply, decides, find, wrap
 from minitx.tree import Part, part, walk
 
 L = 4  # layers, of which all tokens run the first; tokens are pruned after layers 1, 2 and 3
@@ -475,13 +475,20 @@ def test_options_out_of_range_are_refused(options, message):
 
 @pytest.mark.parametrize(
     ("other", "choose"),
-    [("early_exit", "attention"), ("elsa", "attention"), ("dota", "attention"), ("dota", "random")],
+    [
+        ("early_exit", "attention"),
+        ("elsa", "attention"),
+        ("dota", "attention"),
+        ("dota", "random"),
+        ("sink_window", "attention"),
+        ("heavy_hitters", "random"),  # which evict rows behind its back
+    ],
 )
 def test_techniques_that_need_what_it_changes_are_refused_by_name(other, choose):
     """Its place, softmax attention, or (dota, also with random) a row for every token."""
     lm, _ = models()
     with pytest.raises(MinitxError) as caught:
-        apply(lm, {"lazy_tokens": dict(choose=choose), other: True})
+        apply(lm, {"lazy_tokens": dict(choose=choose), other: find(other).demo})
     assert other in str(caught.value) and "lazy_tokens" in str(caught.value)
 
 

@@ -10,7 +10,7 @@ import literal_sparse_memory as literal
 import numpy as np
 import pytest
 from qkv import IDS, random_qkv, run
-from tiny import stored, tiny_lm
+from tiny import check_close, in_chunks, stored, tiny_lm
 
 from minitx import fast, ops
 from minitx.errors import MinitxError
@@ -208,10 +208,7 @@ def test_batch_of_equal_lengths_equals_single_sequences(index, slots):
     found = run(attend, q, k, v, (9, 1, 20))
     for i in (0, 1):
         alone = run(attend, q[i], k[i], v[i], (30,))
-        if index == "kd-tree":  # each memory of a batch draws its own trees
-            assert np.isfinite(found[i]).all()
-        else:
-            np.testing.assert_allclose(found[i], alone, atol=1e-12)
+        np.testing.assert_allclose(found[i], alone, atol=1e-12, err_msg=f"row {i}")
 
 
 @pytest.mark.parametrize("index", ["linear", "lsh"])
@@ -754,6 +751,27 @@ def test_batch_generates_what_each_prompt_generates_alone():
     lm = apply(tiny_lm(dtype=np.float64), {"sparse_memory": {"keep": 3, "slots": 10}})
     even = [IDS[:9].tolist(), IDS[9:18].tolist()]
     assert lm.generate(even, 20) == [lm.generate(prompt, 20) for prompt in even]
+
+
+def test_kd_trees_of_a_batch_are_those_of_its_prompts_alone():
+    """Trees are randomized by the seed and the key head, not by the row of a batch."""
+    options = {"keep": 2, "index": "kd-tree", "checks": 3, "trees": 2}
+    lm = apply(tiny_lm("gpt2", dtype=np.float64), {"sparse_memory": options})
+    alone = lm.generate(IDS[:12].tolist(), 24)
+    assert lm.generate([IDS[:12].tolist()] * 3, 24) == [alone] * 3
+    batch = lm.logits(np.stack([IDS, IDS]))
+    np.testing.assert_allclose(batch, np.stack([lm.logits(IDS)] * 2), atol=1e-12)
+
+
+@pytest.mark.parametrize("before", ["separate_signs", "absorb_products"])
+def test_kd_tree_search_does_not_depend_on_rounding(before):
+    """One token again and again: keys of equal length, in steps that round differently."""
+    options = {"keep": 2, "index": "kd-tree", "checks": 4, "seed": 3}
+    lm = apply(tiny_lm("gpt2", dtype=np.float64), {"sparse_memory": options, before: True})
+    for ids in (np.full(40, 7), IDS[:40] % 3):
+        whole = lm.logits(ids)
+        for sizes in ((12, *[1] * 28), (1,) * 40, (7, 20, 13)):
+            check_close(in_chunks(lm, ids, sizes), whole, 1e-10, f"in steps of {sizes[:2]}")
 
 
 @pytest.mark.parametrize("options", [{"slots": 10}, {"index": "kd-tree"}])

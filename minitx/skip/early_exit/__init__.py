@@ -135,6 +135,8 @@ def early_exit(
         need(model.stack, Stack)
         if kv_fill == "copy":
             check_backfill(model.stack.blocks[first:])
+        else:
+            check_deferring(model.stack.blocks[first:])
         fill = CopyExitState() if kv_fill == "copy" else DeferLayers()
         stack = ExitingStack(model.stack, confidence(model), schedule, fill, first, every)
         return replace(model, stack=stack)
@@ -163,6 +165,17 @@ def warn_if_checks_cost_more_than_layers(
         f"{skippable} layers that they could skip ({layer:,} each), so they cost more than they "
         f"save; use measure=saturation ({3 * c.width:,} each){interval}."
     )
+
+
+def check_deferring(blocks: Sequence[Part]) -> None:
+    """Layers that run in a later step must compute what they would have in their own."""
+    parts = (node for block in blocks for _, node in walk(block))
+    if other := next((node for node in parts if node.decides != "token"), None):
+        raise MinitxError(
+            f"early_exit with kv_fill=deferred runs skipped layers in a later step, and "
+            f"{owner(other)} decides step by step; use kv_fill=copy, or leave out one of the two "
+            "techniques."
+        )
 
 
 def check_backfill(blocks: Sequence[Part]) -> None:

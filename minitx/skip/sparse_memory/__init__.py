@@ -77,8 +77,8 @@ def sparse_memory(
                access  last = t for slots whose weight is above threshold in any of these heads
     Saves:     per decoded token and query head n d + 2 r d multiply-adds instead of 2 S d (S cached
                tokens, d head width), with n = min(S, slots), r = min(n, keep). Not memory: the KV
-               cache keeps every row, so that an eviction can be undone. Prompts save nothing, so only
-               cache reads fall on stories (0.71x at 512 tokens), not the sum of multiply-adds.
+               cache keeps every row, so that an eviction can be undone. Prompts save nothing: on
+               stories of 512 tokens only cache reads fall (0.71x), not all multiply-adds.
     In NumPy:  slower than dense up to S = 4,096; with slots=256 it breaks even at about 8,000.
     Not for:   batches of different lengths, if keys can be evicted or with index=kd-tree: they run
                one by one. slots not much above keep: then recency, not importance, decides what
