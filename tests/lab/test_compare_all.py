@@ -22,6 +22,7 @@ WORK = Workload(text=TEXT, tokens=60, prompts=1, rounds=1)
 @pytest.fixture
 def troubled(monkeypatch):
     """Techniques that refuse, fail, hang, and end their process."""
+    techniques()  # all are registered, before the registry is replaced
     monkeypatch.setattr(module, "REGISTRY", dict(module.REGISTRY))
 
     def refuses(lm):

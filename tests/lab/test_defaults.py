@@ -16,15 +16,9 @@ import numpy as np
 import pytest
 
 import minitx
-<<<<<<< HEAD
-from minitx.lab.compare import NEW, Size, continuation, forget
-from minitx.lab.evaluate import chains, encode, held_out
-from minitx.lab.reading import PROMPT, hidden_as_generated, logits_of
-=======
 from minitx.lab.compare import Size, continuation, forget
 from minitx.lab.evaluate import chains, encode, held_out
 from minitx.lab.reading import NEW, PROMPT, hidden_as_generated, logits_of
->>>>>>> main
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.technique import apply, find, names
@@ -125,11 +119,7 @@ def texts(lm: LM, text: Text) -> list:
 
 def ordinary_losses(lm: LM, one) -> np.ndarray:
     """The losses of the tokens of one text that answer no question."""
-<<<<<<< HEAD
-    logits = logits_of(lm, hidden_as_generated(lm, one.ids[:-1]))
-=======
     logits = logits_of(lm, hidden_as_generated(lm, one.ids[:-1]))  # (T, V)
->>>>>>> main
     losses = token_losses(logits, np.array(one.ids[1:]))
     return losses[np.array(one.kinds) == ORDINARY].astype(np.float64)
 
