@@ -1,8 +1,8 @@
 """``minitx compare --all``: every technique that fits a model, each at its defaults, in one table.
 
 The dense model is measured once. Each technique then runs in a process of its own (where the system
-can fork), so that one that fails, takes too long or needs too much memory costs its own row only. With
-Ctrl-C, the rows so far are kept.
+can fork), so that one that fails, takes too long or needs too much memory costs its own row only.
+Ctrl-C keeps the rows so far.
 """
 
 import json
