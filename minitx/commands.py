@@ -22,7 +22,7 @@ from minitx.lab.layout import COLUMNS, fit
 from minitx.progress import say
 from minitx.tree import nbytes, weights
 
-NOT_FINISHED = 3
+NOT_FINISHED, INTERRUPTED = 3, 130
 TEMPERATURE, SEED = 0.8, 0  # of generate: a story that does not repeat itself, every time the same
 
 
@@ -288,7 +288,7 @@ def evaluate(args) -> None:
     print_report(report, args.json)
 
 
-def compare(args) -> None:
+def compare(args) -> int | None:
     from minitx.lab.compare import compare as measure
     from minitx.technique import apply
 
@@ -302,7 +302,7 @@ def compare(args) -> None:
     print_report(found, args.json)
 
 
-def compare_all(args) -> None:
+def compare_all(args) -> int:
     from minitx.lab.compare_all import TIME_LIMIT
     from minitx.lab.compare_all import compare_all as measure
 
@@ -314,6 +314,7 @@ def compare_all(args) -> None:
     limit = TIME_LIMIT if args.time_limit is None else args.time_limit
     found = measure(dense, work, grade(args), time_limit=limit)
     print_report(found, args.json)
+    return INTERRUPTED if found.stopped else 0
 
 
 def first_token(args) -> None:

@@ -2,6 +2,7 @@
 
 The dense model is measured once. Each technique then runs in a process of its own (where the system
 can fork), so that one that fails, takes too long or needs too much memory costs its own row only.
+Ctrl-C keeps the rows so far.
 """
 
 import json
@@ -22,6 +23,7 @@ from minitx.technique import Technique, apply, techniques
 
 TIME_LIMIT = 300.0  # seconds for one technique
 WORK = Workload(stories=40, prompts=2, rounds=2)
+STOPPED = "stopped before it was measured."
 WIDTH = 100  # columns of the terminal
 
 
@@ -85,6 +87,10 @@ class Overview:
     tokens_per_second: float
     rows: list[Row]
 
+    @property
+    def stopped(self) -> bool:
+        return any(row.reason == STOPPED for row in self.rows)
+
     def as_dict(self) -> dict:
         return asdict(self)
 
@@ -126,10 +132,13 @@ def compare_all(
     known = measure_dense(dense, material, plan.prompts, lambda: None)
     rows = []
     with progress.bar(len(chosen), "compare", unit="technique", shown=bar) as shown:
-        for technique in chosen:
-            shown.set_description(technique.name.replace("_", " "))
-            rows.append(in_own_process(known, technique, plan.rounds, time_limit))
-            shown.update()
+        try:
+            for technique in chosen:
+                shown.set_description(technique.name.replace("_", " "))
+                rows.append(in_own_process(known, technique, plan.rounds, time_limit))
+                shown.update()
+        except KeyboardInterrupt:
+            rows += [Row(t.flag, 0.0, STOPPED) for t in chosen[len(rows) :]]
     return Overview(
         dense.name,
         material.name,

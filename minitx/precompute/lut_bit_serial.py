@@ -63,7 +63,7 @@ def lut_bit_serial(
                (in * out if bits = group; at 4 the paper's SIMD kernels read 16 entries with one
                byte-shuffle instruction) and 2 out multiplications. Weights take bits / 32 of
                float32 if packed; here an index takes a byte: bits / (4 group), 1/4 by default.
-    In NumPy:  0.1x the speed of dense: gathering entries is far slower than BLAS.
+    In NumPy:  0.07x the speed of dense: gathering entries is far slower than BLAS.
     Not for:   q k^T and p v, where both sides change.
     Proof:     tests/precompute/test_lut_bit_serial.py; literal version:
                tests/precompute/literal_lut_bit_serial.py
@@ -174,7 +174,7 @@ def table_index(u, bits: int, group: int):
 # Notes:
 #
 # - On ``stories`` (minitx sweep lut-bit-serial preset=default,paper --stories 20): loss above dense
-#   LOSSD and +0.0029, speed SPD and 0.09x; both take 0.12x of the multiply-adds and 0.34x of the
+#   +0.0001 and +0.0029, speed 0.07x and 0.11x; both take 0.12x of the multiply-adds and 0.34x of the
 #   memory, since an index of 4 bits takes a byte too. 2 bits cost +1.54: one scale per output is
 #   too coarse.
 # - SmolLM2-135M-Instruct (not shipped) loses on a text, in nats per token: 0.007 at 8 bits, 0.06 at

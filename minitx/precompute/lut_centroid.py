@@ -66,10 +66,9 @@ def lut_centroid(
                y       = b + sum over c of table[c, code[c]]              one row per segment
     Saves:     in * out multiply-adds become in * out / length reads and as many additions, and
                in * centroids multiplications. Tables take centroids / length times the weights.
-    In NumPy:  0.3x the speed of dense: gathering rows is slower than BLAS.
-    Not for:   saving memory. All blocks of a model that was not trained for it. q k^T and p v, where
-               both sides change; models without a tokenizer. On text unlike the calibration text,
-               centroids may be worse.
+    In NumPy:  0.6x the speed of dense, 0.3x in all blocks: gathering rows is slower than BLAS.
+    Not for:   saving memory. All blocks of a model that was not trained for it. q k^T and p v,
+               where both sides change. On text unlike the calibration text, centroids may be worse.
     Proof:     tests/precompute/test_lut_centroid.py; literal version:
                tests/precompute/literal_lut_centroid.py
     Tutorial:  tutorials/10_tables_instead_of_products.py
@@ -276,11 +275,14 @@ def nearest(points, centroids):
 
 # Notes:
 #
-# - On ``stories`` (minitx sweep lut-centroid preset=default,paper --stories 20; layers=None
-#   centroids=64, and centroids=256 length=2), loss above dense in nats per token:
+# - On ``stories`` (minitx sweep lut-centroid preset=default,paper --stories 20; preset=paper with
+#   centroids=64, and with centroids=256 length=2), loss above dense in nats per token:
 #
 #       layers  centroids  length  multiply-adds   memory     loss   argmax agrees  speed
-# (measured below)
+#       2          16         4        0.80x        1.7x    +0.0027      93 %      0.6x
+#       all        16         4        0.19x        3.8x    +2.7678      44 %      0.3x
+#       all        64         4        0.45x       14.8x    +0.3913      75 %      0.2x
+#       all       256         2        1.50x      116.5x    +0.0064      93 %      0.1x
 #
 # - SmolLM2-135M-Instruct (not shipped), calibrated on 4,096 tokens of text, loses 0.44 nats per token
 #   of another text if its last block is changed, 0.58 if its last two are: its inputs are far from

@@ -10,6 +10,7 @@ from tiny import END, TOKENIZER, tiny_lm
 import minitx
 from minitx import calibration
 from minitx.calibration import Calibrated, calibration_ids
+from minitx.checkpoints.precomputed import signature
 from minitx.cli import main
 from minitx.errors import MinitxError, MinitxWarning
 from minitx.lab.compare import Workload, compare
@@ -153,7 +154,8 @@ def test_show_and_precompute_say_it_and_it_survives_loading(run, workdir):
 def test_damaged_note_of_calibration_is_reported(run, workdir, wrong):
     assert run("precompute", "out", "-m", "toy", "--fold-norms")[0] == 0
     path = workdir / "out" / "precomputed.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"calibrated": wrong}))
+    content = json.loads(path.read_text()) | {"calibrated": wrong}
+    path.write_text(json.dumps(content | {"fingerprint": signature(content)}))
     status, _, err = run("show", "-m", "out")
     assert status == 2 and "'calibrated' must be a list" in err and len(err.splitlines()) == 1
 

@@ -232,7 +232,7 @@ def test_sweep_picture_needs_matplotlib(leave_out, tmp_path):
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        with pytest.raises(MinitxError, match=r"pip install matplotlib"):
+        with pytest.raises(MinitxError, match="pip install matplotlib"):
             sweeps.picture(points, "x", tmp_path / "a.png")
         assert not list(tmp_path.iterdir())
     else:

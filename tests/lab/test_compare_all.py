@@ -9,6 +9,7 @@ from tiny import tiny_lm
 
 from minitx import technique as module
 from minitx.errors import MinitxError
+from minitx.lab import compare_all as lab
 from minitx.lab.compare import Workload
 from minitx.lab.compare_all import compare_all
 from minitx.technique import find, technique, techniques
@@ -56,6 +57,24 @@ def test_trouble_in_one_technique_costs_its_own_row_only(troubled):
     text = str(found)
     assert max(map(len, text.splitlines())) <= 100, "the table must fit 100 columns"
     assert "--hangs: given up" in text and "pond.txt, 60 tokens" in text
+
+
+def test_ctrl_c_keeps_the_rows_so_far(run, workdir, monkeypatch):
+    few = [find(name) for name in ("fold_norms", "shrink", "quantize")]
+    real = lab.in_own_process
+
+    def interrupted(known, technique, *rest):
+        if technique.name == "shrink":
+            raise KeyboardInterrupt
+        return real(known, technique, *rest)
+
+    monkeypatch.setattr(lab, "techniques", lambda: few)
+    monkeypatch.setattr(lab, "in_own_process", interrupted)
+    (workdir / "pond.txt").write_text(TEXT.content)
+    words = "compare", "--all", "-m", "toy", "--text", "pond.txt", "--tokens", "60"
+    status, out, _ = run(*words)
+    assert status == 130 and "--fold-norms  " in out
+    assert "--shrink: stopped" in out and "--quantize: stopped" in out
 
 
 def test_rows_of_all_techniques_are_figures_or_a_reason():
