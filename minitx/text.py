@@ -10,7 +10,6 @@ Only as much of a text is read and encoded as is used, so a file of any length w
 
 import codecs
 import os
-import stat
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,7 +47,7 @@ def read_text(path) -> Text:
     """The text of a UTF-8 file, or of stdin if the path is "-". MinitxError if it cannot be read,
     is empty, or is no text."""
     name = "stdin" if str(path) == "-" else _shown(path)
-    data = _stdin() if str(path) == "-" else _file(Path(path), name)
+    data = _stdin() if str(path) == "-" else _file(Path(path))
     if b"\0" in data:
         raise MinitxError(f"{name}: holds NUL bytes, so it is not UTF-8 text; give a text file.")
     cut = len(data) == MOST_BYTES  # perhaps within a character
@@ -69,20 +68,14 @@ def _stdin() -> bytes:
     return sys.stdin.buffer.read(MOST_BYTES)
 
 
-def _file(path: Path, name: str) -> bytes:
+def _file(path: Path) -> bytes:
+    from minitx.checkpoints.common import open_file  # here: the core does not need checkpoints
+
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise MinitxError(f"{name}: is a folder; give a UTF-8 text file.")
-        if not stat.S_ISREG(mode):  # a pipe would block, and a device may never end
-            raise MinitxError(f"{name}: is not a regular file; use - to read the text from stdin.")
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return file.read(MOST_BYTES)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, MinitxError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise MinitxError(f"{name}: cannot be read ({reason}).") from None
+    except MinitxError as error:
+        raise MinitxError(f"{error} Give a UTF-8 text file, or - to read stdin.") from None
 
 
 def _shown(path) -> str:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitx.checkpoints.common import read
 from minitx.checkpoints.find import shipped
 from minitx.checkpoints.hf_config import read_config
 from minitx.checkpoints.huggingface import CONFIG, ONE_FILE
@@ -36,5 +37,5 @@ def _entry(name: str, folder: Path) -> Entry:
 
 def _purpose(folder: Path) -> str:
     """The first paragraph after the heading of the model's README.md."""
-    paragraphs = (folder / "README.md").read_text("utf-8").split("\n\n")
+    paragraphs = read(folder / "README.md").decode("utf-8").split("\n\n")
     return " ".join(paragraphs[1].split()).replace("`", "")

@@ -18,6 +18,9 @@ from minitx.precompute.slim_attention import AttendKeys, solve
 from minitx.technique import apply, swap, wrap
 from minitx.tree import map_weights, walk
 
+# Notes that a check can never pay: these models are tiny.
+pytestmark = pytest.mark.filterwarnings("ignore::minitx.errors.MinitxWarning")
+
 SIZES = dict(vocab_size=11, width=16, layers=2, heads=4, kv_heads=4, head_width=4, context=40)
 PLAIN = dict(bos=None, eos=())
 KINDS = {
@@ -187,7 +190,7 @@ def test_slim_attention_with_any_exact_techniques_is_exact(kind):
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_slim_attention_backfills_tokens_that_skip_a_layer(fuse):
-    exit_early = {"threshold": 0.0, "first": 1, "warm_up": 8}
+    exit_early = {"measure": "softmax", "threshold": 0.0, "first": 1, "warm_up": 8}
     wanted = {"early_exit": exit_early, "fuse_projections": fuse}
     dense = make("parallel")
     expected = apply(dense, wanted).logits(IDS)

@@ -379,12 +379,12 @@ def test_damaged_checkpoint_is_refused(tmp_path, keep):
 
 
 PROGRESS = {
-    "stage": [99, -1, 3, True, 1.0, "1", None, [], {}, 2**63, 10**200],
+    "stage": [99, -1, 3, True, 1.0, "1", None, [], {}, 2**63, 10**400],
     "step": [7, -1, 6.0, "3", None, True, 10**30],
     "total": [0, 100, -5, None, "9"],
     "tokens": [-1, 1.5, "many", None],
-    "seconds": [-1.0, "1", None, [], 10**200],
-    "losses": [3, None, ["a"], [None], [10**200], {"a": 1}],
+    "seconds": [-1.0, "1", None, [], 10**400],
+    "losses": [3, None, ["a"], [None], [10**400], {"a": 1}],
     "log": [3, None, [3], [{}], [{"stage": "first"}], "text", {"a": 1}],
     "errors": [3, [[1]], None],
     "more": [1],
