@@ -43,10 +43,10 @@ def absorb_products(
                The inputs are cached, as one head that serves as keys and as values.
                pairs=qk: inputs serve as keys, values are cached as usual;
                pairs=ov: keys are cached as usual, inputs serve as values.
-    Saves:     half of the cache if K d = D and positions are learned (stories-relu: cache 0.50x, but
-               multiply-adds 1.44x, memory 1.27x). No multiply-adds or weights unless d > D/2, which
-               means a single head; with rotary positions nothing (stories: multiply-adds 1.28x,
-               memory 1.20x, cache 1.50x).
+    Saves:     half of the cache if K d = D and positions are learned (stories-relu: cache 0.50x,
+               but multiply-adds 1.44x, memory 1.27x). No multiply-adds or weights unless d > D/2,
+               which means a single head; with rotary positions nothing (stories: multiply-adds
+               1.28x, memory 1.20x, cache 1.50x).
                Per token 2 H D^2 + 2 S H D multiply-adds (S: cached tokens) instead of
                2 D (H + K) d + 2 S H d; 2 H D^2 weights instead of 2 D (H + K) d; D cached numbers
                (one pair: D + K d) instead of 2 K d.

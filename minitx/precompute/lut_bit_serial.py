@@ -174,9 +174,9 @@ def table_index(u, bits: int, group: int):
 # Notes:
 #
 # - On ``stories`` (minitx sweep lut-bit-serial preset=default,paper --stories 20): loss above dense
-#   +0.0001 and +0.0029, speed 0.07x and 0.11x; both take 0.12x of the multiply-adds and 0.34x of the
-#   memory, since an index of 4 bits takes a byte too. 2 bits cost +1.54: one scale per output is
-#   too coarse.
+#   +0.0001 and +0.0029, speed 0.07x and 0.11x; both take 0.12x of the multiply-adds and 0.34x of
+#   the memory, since an index of 4 bits takes a byte too. 2 bits cost +1.54: one scale per output
+#   is too coarse.
 # - SmolLM2-135M-Instruct (not shipped) loses on a text, in nats per token: 0.007 at 8 bits, 0.06 at
 #   6, 0.19 at 5, 0.59 at 4 and 3.5 at 3.
 # - T-MAC also quantizes the tables to int8, which is approximate. Left out.

@@ -68,7 +68,8 @@ def lut_centroid(
                in * centroids multiplications. Tables take centroids / length times the weights.
     In NumPy:  0.6x the speed of dense, 0.3x in all blocks: gathering rows is slower than BLAS.
     Not for:   saving memory. All blocks of a model that was not trained for it. q k^T and p v,
-               where both sides change. On text unlike the calibration text, centroids may be worse.
+               where both sides change; models without a tokenizer. On text unlike the calibration
+               text, centroids may be worse.
     Proof:     tests/precompute/test_lut_centroid.py; literal version:
                tests/precompute/literal_lut_centroid.py
     Tutorial:  tutorials/10_tables_instead_of_products.py
@@ -284,9 +285,9 @@ def nearest(points, centroids):
 #       all        64         4        0.45x       14.8x    +0.3913      75 %      0.2x
 #       all       256         2        1.50x      116.5x    +0.0064      93 %      0.1x
 #
-# - SmolLM2-135M-Instruct (not shipped), calibrated on 4,096 tokens of text, loses 0.44 nats per token
-#   of another text if its last block is changed, 0.58 if its last two are: its inputs are far from
-#   few centroids.
+# - SmolLM2-135M-Instruct (not shipped), calibrated on 4,096 tokens of text, loses 0.44 nats per
+#   token of another text if its last block is changed, 0.58 if its last two are: its inputs are far
+#   from few centroids.
 # - A segment with NaN gets code 0, so the outputs are finite; lut_product, lut_bit_serial and
 #   function_tables give NaN.
 # - A segment with no more different values than centroids is reconstructed exactly, up to rounding.

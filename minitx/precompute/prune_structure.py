@@ -48,7 +48,7 @@ def prune_structure(
     Paper:     none alone: structured pruning in its plainest form.
     Fidelity:  ours: both scores. The activation score of a neuron is the sum of the squared Wanda
                scores (arXiv 2306.11695) of its row of W_down.
-    Kind:      approximate. Removing a tenth of the neurons costs the shipped models next to nothing.
+    Kind:      approximate. A tenth of the neurons costs the shipped models next to nothing.
     Idea:      A unit u (neuron or head) adds h_u W_u to the residual stream: h_u is its activation,
                W_u its row of W_down, or its d rows of W_o (d: head width). Remove the units that
                add little; what is left is a smaller plain model.

@@ -142,5 +142,5 @@ class QuantizedCache(Part):
 # - With 4 bits the group size is even, two codes to a byte.
 # - Figures on stories (minitx sweep quantize-cache bits=8,4 --stories 60; one BLAS thread):
 #   8 bits: cache 0.28x, loss -0.0001 nats per token, speed 0.64x; 4 bits: 0.16x, +0.0010, 0.53x.
-#   SmolLM2-135M-Instruct (not shipped) loses on a text, in nats per token: nothing (-0.002) at 8 bits
-#   and 0.37 at 4 (preset=aggressive).
+#   SmolLM2-135M-Instruct (not shipped) loses on a text, in nats per token, nothing (-0.002) at 8
+#   bits and 0.37 at 4 (preset=aggressive).

@@ -152,5 +152,5 @@ def unpack(planes, outputs: int):
 #
 #   From 4 bits without large weights in float, one bit more takes off 0.0034 for 0.028x of memory;
 #   1 % in float takes off 0.0004 for 0.011x.
-# - SmolLM2-135M-Instruct (not shipped) loses on a text, in nats per token: 0.10 at 5 bits and 0.28 at
-#   4 (preset=aggressive), with 1 % of the weights in float.
+# - SmolLM2-135M-Instruct (not shipped) loses on a text, in nats per token: 0.10 at 5 bits and 0.28
+#   at 4 (preset=aggressive), with 1 % of the weights in float.

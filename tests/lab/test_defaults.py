@@ -93,7 +93,7 @@ PRECOMPUTE = {
     "fold_norms": Default(EXACT, "memory", (0.998, 0.9995), text=FEW),
     "function_tables": NoSaving((-1e-4, 1e-4), "memory", (1.03, 1.05), text=FEW),
     "fuse_projections": NoSaving(EXACT, "weight_bytes", (1.0, 1.0), text=FEW),
-    "low_rank": Default((0.005, 0.02), "multiply_adds", (0.88, 0.94), "stories-relu", SOME),
+    "low_rank": Default((0.002, 0.012), "multiply_adds", (0.92, 0.95), "stories-relu", SOME),
     "lut_bit_serial": Default((-0.003, 0.003), "weight_bytes", (0.29, 0.33), text=ONE),
     "lut_centroid": Default((-0.008, 0.008), "multiply_adds", (0.77, 0.82), text=ONE),
     "lut_product": Default((-0.003, 0.003), "memory", (0.34, 0.36), text=ONE),
