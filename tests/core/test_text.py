@@ -121,10 +121,10 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, words in (
         (tmp_path, "is a folder"),
-        (tmp_path / "pipe", "not a regular file; use - to read"),
-        ("/dev/zero", "not a regular file"),
+        (tmp_path / "pipe", r"a pipe \(FIFO\); expected a regular file. .* - to read stdin"),
+        ("/dev/zero", "is a device"),
         (tmp_path / "none", "cannot be read"),
-        ("a\0b", "cannot be read"),
+        ("a\0b", "no file can have this name"),
         ("x" * 5000, "cannot be read"),
     ):
         with pytest.raises(MinitxError, match=words) as found:
