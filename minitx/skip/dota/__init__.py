@@ -15,6 +15,7 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend, Attention, LayerNorm, RMSNorm
+from minitx.shared.shapes_seen import score_shapes
 from minitx.shared.sparse_attention import SparseAttention, Visible, top_k
 from minitx.skip.dota.detector import Detector, QuantizedDetector, check_rank
 from minitx.skip.dota.file import FILE, read_detectors
@@ -88,13 +89,15 @@ def dota(
     """
     trained = use_trained(lm, fit)
     detectors = trained_detectors(lm, rank) if trained else fitted_detectors(lm, rank)
+    shapes = score_shapes(lm.model)
 
     def change(attn: Attention, index: int) -> Part:
         need(attn, Attention)
         need(attn.attend, Attend)
         if trained:
             need(attn.norm, RMSNorm, LayerNorm)
-        detector = QuantizedDetector.of(detectors[index], attn, lm.model.config.head_width, bits)
+        width = shapes[id(attn.attend)].width
+        detector = QuantizedDetector.of(detectors[index], attn, width, bits)
         selector = DetectedKeys(keep, parallel_queries)
         attn = replace(attn, attend=SparseAttention(selector, attn.attend.scale))
         return DetectingAttention(
