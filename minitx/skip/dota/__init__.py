@@ -271,6 +271,8 @@ def fitted_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
 #   rotation: one least squares and an SVD (fit.py).
 # - A stage of a training recipe with "detector": {"k": rank, "weight": ...} trains detectors, and
 #   writes dota.safetensors beside the weights (stories: see its recipe.json).
+# - The scales of y are rounded to 20 bits (shared/coarse.py), so that tokens with equal integers
+#   have equal estimates, however the model's sums were rounded.
 # - A scale for each row is ours: one scale for all keys would change when a larger key arrives, and
 #   with it earlier selections. Ties among estimates
 #   are common at 2 bits and go to the lower index.
