@@ -123,7 +123,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
         (tmp_path, "is a folder"),
         (tmp_path / "pipe", r"a pipe \(FIFO\); expected a regular file. .* - to read stdin"),
         ("/dev/zero", "is a device"),
-        (tmp_path / "none", "cannot be read"),
+        (tmp_path / "none", "there is no such file"),
         ("a\0b", "no file can have this name"),
         ("x" * 5000, "cannot be read"),
     ):
