@@ -25,7 +25,7 @@ CASES = {  # family, techniques, the part they bring, and whether it is one matr
     "fused": ("llama", FUSED, FusedQKV),
     "fused gpt2": ("gpt2", FUSED, FusedQKV),
     "fused, quantized": ("llama", FUSED | {"quantize": True}, FusedQKV),
-    "fused, low rank": ("llama", FUSED | {"low_rank": True}, FusedQKV),
+    "fused, low rank": ("llama", FUSED | {"low_rank": {"share": 0.75}}, FusedQKV),
     "fused, ordered": ("llama", FUSED | {"order_products": True}, FusedQKV),
     "fused, product table": ("llama", FUSED | {"lut_product": True}, FusedQKV),
     "slim, rotary": ("gpt_neox", SLIM, QueriesAndKeys),
