@@ -2,8 +2,8 @@
 
 import io
 import os
-import select
 import re
+import select
 import sys
 
 import pytest
