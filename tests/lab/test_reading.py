@@ -234,7 +234,7 @@ def test_commands_measure_on_text(run, workdir):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--text", "none.txt"), "none.txt: cannot be read"),
+        (("--text", "none.txt"), "none.txt: there is no such file"),
         (("--text", "."), "is a folder"),
         (("--text", "pond.txt", "--stories", "3"), "--stories has no effect"),
         (("--text", "pond.txt", "--grade", "full"), "--grade has no effect"),
