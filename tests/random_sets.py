@@ -167,7 +167,9 @@ def broken_rewind(lm: LM, ids, steps, once) -> str:
                 return f"cannot rewind: {error}"
             back_to = at
         again = steps if back_to == 0 else (1,) * (len(ids) - back_to)
-        if (in_chunks(lm, ids[back_to:], again, state) != once[back_to:]).any():
+        found, expected = in_chunks(lm, ids[back_to:], again, state), once[back_to:]
+        # Not bit for bit: a layer that was deferred may have run in the step that was undone.
+        if abs(found - expected).max() > 1e-9 * abs(once).max():
             return f"replayed from {back_to}, logits differ"
     return ""
 

@@ -23,7 +23,7 @@ from minitx.model import (
     Transformer,
 )
 from minitx.state import Layer
-from minitx.technique import need, swap, technique
+from minitx.technique import need, owner, swap, technique
 from minitx.tree import Part, children, map_weights, part
 
 
@@ -261,12 +261,11 @@ def added_tables(tokens, positions, norm: Part, qkv: Part) -> AddedTables:
     x = e.astype(np.float64) + p
     expected, found = project(x), (rows(e) + rows(p))[:, width:] * scale(x, eps) + c
     if not abs(found - expected).max() <= 1e-5 * abs(expected).max():
-        for _, child in children(qkv):
-            need(child, Linear)  # which names the technique that has put something else there
+        other = next((part for _, part in children(qkv) if type(part) is not Linear), norm)
         raise MinitxError(
-            "first_layer cannot split tokens from learned positions unless block 0 has an RMSNorm "
-            f"or a LayerNorm and linear projections; it has {type(norm).__name__} and "
-            f"{type(qkv).__name__}."
+            "first_layer splits tokens from learned positions, for which block 0 needs an RMSNorm "
+            f"or a LayerNorm and linear projections; the {type(other).__name__} of {owner(other)} "
+            "is not; leave out one of the two."
         )
     tables = in_pieces(rows, tokens), in_pieces(rows, positions)
     return AddedTables(*tables, c[0].astype(tokens.dtype), scale, eps)

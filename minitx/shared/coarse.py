@@ -20,3 +20,9 @@ def coarse(x):
     _, of_largest = np.frexp(abs(x).max(-1, keepdims=True))
     unit = np.ldexp(1.0, np.maximum(exponent - BITS, of_largest - 2 * BITS))
     return np.rint(x / unit) * unit
+
+
+def coarse_scales(scales):
+    """Scales (...) of vectors of codes, each rounded to 20 significant bits, in their own dtype.
+    Where codes are equal, estimates that are made of them should be equal too."""
+    return coarse(scales[..., None])[..., 0].astype(scales.dtype)

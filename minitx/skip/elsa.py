@@ -16,6 +16,7 @@ from minitx.errors import MinitxError
 from minitx.model import Attend
 from minitx.progress import bar
 from minitx.shared.break_even import check_selection
+from minitx.shared.coarse import coarse_scales
 from minitx.shared.shapes_seen import score_shapes
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key
 from minitx.state import Layer
@@ -151,7 +152,7 @@ class HashSelector(Part):
 
     def hash_keys(self, k):
         ledger.count(k.size)
-        return self.hash(k), np.sqrt(np.einsum("...d,...d->...", k, k))
+        return self.hash(k), coarse_scales(np.sqrt(np.einsum("...d,...d->...", k, k)))
 
     def __call__(self, q, k, known, visible: Visible):
         hashes, norms = known[0][..., : visible.S, :], known[1][..., : visible.S]
@@ -372,6 +373,8 @@ def threshold_samples(q, k, p: float, scale: float, visible: Visible):
 
 # Notes:
 #
+# - Norms are rounded to 20 bits (shared/coarse.py), so that keys of one token, which RoPE leaves
+#   equally long, stay equally similar where their hashes are equal.
 # - Any threshold below -1 keeps every key, like p=0.
 # - The paper does not say what happens when no key passes, nor whether samples are averaged by
 #   query or by text first. Ours: the most similar key is kept; all queries count alike.

@@ -11,6 +11,7 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Attend
+from minitx.shared.coarse import coarse_scales
 from minitx.shared.sparse_attention import SparseAttention, Visible, per_key, top_k
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.state import Layer
@@ -164,7 +165,7 @@ class IntegerCode(Part):
     def __call__(self, x):
         """x (..., d) -> codes (..., d) int8, scales (...)"""
         codes, scales = quantize_symmetric(x, self.bits)
-        return codes.astype(np.int8), scales
+        return codes.astype(np.int8), coarse_scales(scales)
 
 
 @part
@@ -181,6 +182,8 @@ class LeadingOne(Part):
 #
 # - The prediction only selects; weights come from exact scores. So threshold=0 share=1 is exact at
 #   any number of bits (nothing is predicted then), and many bits alone are not exact.
+# - Scales are rounded to 20 bits (shared/coarse.py): keys with equal codes often have scales that
+#   differ by rounding alone, and which of them share keeps should not depend on that.
 # - Scales are per vector: one for all keys would change when a larger key arrives, and with it the
 #   codes of those before. A vector of zeros has the scale 1.
 # - The threshold is relative to a query's largest predicted weight, so that every query keeps a

@@ -14,6 +14,9 @@ from minitx.errors import LONGEST_MESSAGE, MinitxError
 from minitx.technique import Range, apply, at_least, between, techniques
 from minitx.values import MOST, SEEDS, as_number, need_float_dtype, need_seed
 
+# Notes that a value can never pay: the models are tiny.
+pytestmark = pytest.mark.filterwarnings("ignore::minitx.errors.MinitxWarning")
+
 OPTIONS = [(t, option) for t in techniques() for option in t.options.values()]
 each_option = pytest.mark.parametrize(
     "t, option", OPTIONS, ids=[f"{t.name} {option.name}" for t, option in OPTIONS]

@@ -159,6 +159,7 @@ def test_skipless_file_with_norms_is_refused(tmp_path):
     write_model(dense, tmp_path, "F32")
     path = tmp_path / "config.json"
     text = path.read_text().replace("LlamaFor", "SkiplessLlamaFor")
+    text = text.replace('"llama"', '"skipless_llama"')
     path.write_text(text)
     assert read_config(path).skipless
     with pytest.raises(MinitxError, match="layernorm.weight' has no place"):

@@ -248,10 +248,16 @@ def test_step_of_which_some_tokens_exited_is_undone_in_part():
     once = in_chunks(lm, IDS, STEPS)
     state = lm.model.new_state()
     in_chunks(lm, IDS[:30], STEPS[:19], state)
-    lm.model(IDS[20:28], state)  # to be forgotten: eight tokens, some of which exit
-    state.rewind(30)
-    again = in_chunks(lm, IDS[30:], (1,) * 10, state)
+    lm.model(np.append(IDS[30:33], IDS[20:25]), state)  # eight tokens, some of which exit
+    part, whole = state.fork(33), state.fork(30)  # the last five are forgotten, or all of them
+    again = in_chunks(lm, IDS[30:], (1,) * 10, whole)
     np.testing.assert_array_equal(again, once[30:], "the undone step is still counted")
+    three = lm.model.new_state()  # the first three in a step of their own
+    in_chunks(lm, IDS[:30], STEPS[:19], three)
+    lm.model(IDS[30:33], three)
+    for layer, expected in zip(part.layers, three.layers, strict=True):
+        found = accumulated(layer).total
+        np.testing.assert_allclose(found, accumulated(expected).total, atol=1e-12)
     prompts = [IDS[:12].tolist(), IDS[:12].tolist(), IDS[20:23].tolist()]
     assert lm.generate(prompts, 20) == [lm.generate(prompt, 20) for prompt in prompts]
 

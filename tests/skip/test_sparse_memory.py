@@ -765,10 +765,10 @@ def test_kd_trees_of_a_batch_are_those_of_its_prompts_alone():
 
 @pytest.mark.parametrize("before", ["separate_signs", "absorb_products"])
 def test_kd_tree_search_does_not_depend_on_rounding(before):
-    """One token again and again: keys of equal length, in steps that round differently."""
+    """Few tokens again and again: keys of equal length, in steps that round differently."""
     options = {"keep": 2, "index": "kd-tree", "checks": 4, "seed": 3}
-    lm = apply(tiny_lm("gpt2", dtype=np.float64), {"sparse_memory": options, before: True})
-    for ids in (np.full(40, 7), IDS[:40] % 3):
+    lm = apply(tiny_lm("llama", dtype=np.float64), {"sparse_memory": options, before: True})
+    for ids in (np.arange(40) % 3 + 5, np.random.default_rng(1).integers(5, 9, 40)):
         whole = lm.logits(ids)
         for sizes in ((12, *[1] * 28), (1,) * 40, (7, 20, 13)):
             check_close(in_chunks(lm, ids, sizes), whole, 1e-10, f"in steps of {sizes[:2]}")

@@ -15,6 +15,7 @@ from minitx import ledger
 from minitx.calibration import calibration_ids, remembered
 from minitx.errors import MinitxError
 from minitx.model import Attend, Attention, LayerNorm, RMSNorm
+from minitx.shared.shapes_seen import score_shapes
 from minitx.shared.sparse_attention import SparseAttention, Visible, top_k
 from minitx.skip.dota.detector import Detector, QuantizedDetector, check_rank
 from minitx.skip.dota.file import FILE, read_detectors
@@ -91,13 +92,15 @@ def dota(
     """
     trained = use_trained(lm, fit)
     detectors = trained_detectors(lm, rank) if trained else fitted_detectors(lm, rank)
+    shapes = score_shapes(lm.model)
 
     def change(attn: Attention, index: int) -> Part:
         need(attn, Attention)
         need(attn.attend, Attend)
         if trained:
             need(attn.norm, RMSNorm, LayerNorm)
-        detector = QuantizedDetector.of(detectors[index], attn, lm.model.config.head_width, bits)
+        width = shapes[id(attn.attend)].width
+        detector = QuantizedDetector.of(detectors[index], attn, width, bits)
         selector = DetectedKeys(keep, parallel_queries)
         attn = replace(attn, attend=SparseAttention(selector, attn.attend.scale))
         return DetectingAttention(
@@ -268,6 +271,8 @@ def fitted_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
 #   rotation: one least squares and an SVD (fit.py).
 # - A stage of a training recipe with "detector": {"k": rank, "weight": ...} trains detectors, and
 #   writes dota.safetensors beside the weights (stories: see its recipe.json).
+# - The scales of y are rounded to 20 bits (shared/coarse.py), so that tokens with equal integers
+#   have equal estimates, however the model's sums were rounded.
 # - A scale for each row is ours: one scale for all keys would change when a larger key arrives, and
 #   with it earlier selections. Ties among estimates
 #   are common at 2 bits and go to the lower index.

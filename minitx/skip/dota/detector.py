@@ -20,6 +20,7 @@ from minitx import ops
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Attention, NoRope, Rope, Transformer, split_heads
+from minitx.shared.coarse import coarse_scales
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.state import Tokens
 from minitx.technique import need, wrap
@@ -133,7 +134,8 @@ class QuantizedDetector(Part):
         return self.heads(self.project(x), self.w_k, self.s_k, tokens)
 
     def project(self, x):
-        return quantize(ops.linear(x, self.p), self.bits)  # y (..., T, rank), scales (..., T)
+        y, scales = quantize(ops.linear(x, self.p), self.bits)  # (..., T, rank), (..., T)
+        return y, coarse_scales(scales)
 
     def heads(self, y, w, s, tokens: Tokens):
         """q~ or k~ (..., heads, T, rank), and scales (..., heads, T).

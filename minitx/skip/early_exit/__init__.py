@@ -150,7 +150,7 @@ def warn_if_checks_cost_more_than_layers(
     """If all checks of a token take more multiply-adds than all layers that they could skip, exits
     do not pay even where tokens exit at each depth equally often."""
     check = {"softmax": head(c), "saturation": 3 * c.width, "probe": c.width, "random": 0}[measure]
-    layer, skippable = skipped_layer(c), L - first
+    layer, skippable = skipped_layer(c), max(L - first, 0)
 
     def checks(every: int) -> int:
         return len(range(first, L, every))
