@@ -242,7 +242,7 @@ def test_one_cached_head_for_several_key_heads_keeps_one_set_of_rows(family):
 def test_step_of_which_some_tokens_exited_is_undone_in_part():
     """early_exit stores the keys of a whole step first, and attends from some of its tokens: what
     each gave is noted by its position."""
-    exits = {"measure": "random", "threshold": 0.5, "kv_fill": "copy", "warm_up": 0}
+    exits = {"measure": "random", "threshold": 0.5, "first": 1, "warm_up": 0}
     model = tiny_model("gpt2", dtype=np.float64, layers=4)
     lm = apply(tiny_lm(model=model), {"heavy_hitters": SMALL, "early_exit": exits})
     once = in_chunks(lm, IDS, STEPS)
