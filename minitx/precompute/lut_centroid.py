@@ -68,8 +68,8 @@ def lut_centroid(
                in * centroids multiplications. Tables take centroids / length times the weights.
     In NumPy:  0.6x the speed of dense, 0.3x in all blocks: gathering rows is slower than BLAS.
     Not for:   saving memory. All blocks of a model that was not trained for it. q k^T and p v,
-               where both sides change; models without a tokenizer. On text unlike the calibration
-               text, centroids may be worse.
+               where both sides change; models without a tokenizer, unless calibrate gives ids. On
+               text unlike the calibration text, centroids may be worse.
     Proof:     tests/precompute/test_lut_centroid.py; literal version:
                tests/precompute/literal_lut_centroid.py
     Tutorial:  tutorials/10_tables_instead_of_products.py

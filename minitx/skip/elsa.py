@@ -90,7 +90,7 @@ def elsa(
                stories of 512 tokens only cache reads fall (0.89x), not all multiply-adds.
     In NumPy:  slower than dense below 4,096 keys: gathering the kept rows costs more than scoring
                fewer keys saves.
-    Not for:   models without a tokenizer, unless p=0 or threshold is given.
+    Not for:   models without a tokenizer, unless p=0, threshold or calibrate is given.
     Proof:     tests/skip/test_elsa.py; literal version: tests/skip/literal_elsa.py
     Tutorial:  tutorials/06_which_keys_matter.py
     """

@@ -80,7 +80,8 @@ def lut_product(
                take weight_bits / 32 of float32 only if length * weight_bits is 8, 16 or 32.
                The table has 2^(length * (input_bits + weight_bits)) entries.
     In NumPy:  0.1x the speed of dense: gathering entries is far slower than BLAS.
-    Not for:   q k^T and p v, where both sides change. search=true: models without a tokenizer.
+    Not for:   q k^T and p v, where both sides change. search=true: models
+               without a tokenizer, unless calibrate gives ids.
     Proof:     tests/precompute/test_lut_product.py; literal version:
                tests/precompute/literal_lut_product.py
     Tutorial:  tutorials/10_tables_instead_of_products.py
