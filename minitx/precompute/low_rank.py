@@ -24,7 +24,7 @@ ENERGY = 0.996  # the default
     level="matrices",
     exact=False,
     neutral={"share": 1.0},
-    demo={"share": 0.75},
+    demo={"share": 0.75, "stories": 4},
     presets={"aggressive": {"share": 0.75}},
 )
 def low_rank(
