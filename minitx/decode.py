@@ -27,8 +27,8 @@ class Sampler:
     id. The same seed draws the same numbers on every machine; without one, runs differ.
 
     Without a temperature, the other options decide: who gives top_k, top_p or a seed wants to
-    sample, so the temperature is 1; with none of them it is 0. MinitxError for an option that is no
-    number of its kind (any Python or NumPy number will do) or out of range.
+    sample, so the temperature is 1; with none of them it is 0. MinitxError for an option that has
+    the wrong type (any Python or NumPy number will do) or is out of range.
     """
 
     def __init__(

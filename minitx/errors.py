@@ -86,7 +86,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def one_of(word: str, known: Iterable[str]) -> str:
-    """The same for a short list, which is told in any case: "expected one of tiny, full. Did you
+    """For a short list, always given in full: "expected one of tiny, full. Did you
     mean 'full'?"."""
     found = nearest(word, known)
     return f"expected one of {', '.join(known)}." + (f" Did you mean {found!r}?" if found else "")

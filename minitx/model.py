@@ -57,7 +57,7 @@ class Transformer(Part):
         return x
 
     def check(self, ids, state: State) -> None:
-        """Refuse ids that are no integers, and a state of another model or batch: NumPy might
+        """Refuse ids that are not integers, and a state of another model or batch: NumPy might
         broadcast them, or look up positions beyond the end of a table, without a word."""
         if ids.ndim == 0 or ids.dtype.kind not in "iu":
             raise MinitxError(

@@ -45,7 +45,7 @@ def as_text(text: "str | Text") -> Text:
 
 def read_text(path) -> Text:
     """The text of a UTF-8 file, or of stdin if the path is "-". MinitxError if it cannot be read,
-    is empty, or is no text."""
+    is empty, or is not text."""
     name = "stdin" if str(path) == "-" else _shown(path)
     data = _stdin() if str(path) == "-" else _file(Path(path))
     if b"\0" in data:

@@ -122,8 +122,8 @@ def need_field_types(instance: Any, what: str) -> None:
 
 
 def has_type(value: Any, declared: Any) -> bool:
-    """Does the value have the declared type of its field? A float must be finite and may be written
-    as an integer; True is no integer. True for annotations that are not checked here."""
+    """Does the value have the declared type of its field? A float must be finite and may be
+    written as an integer; True is not an integer. Annotations that are not checked here pass."""
     if isinstance(declared, UnionType):
         return any(has_type(value, option) for option in get_args(declared))
     if declared is None:

@@ -51,7 +51,7 @@ class Process:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
-        """In the place of pytest's own loop, which goes on when this returns None."""
+        """Runs the tests instead of pytest's own loop, which runs if this returns None."""
         if session.testsfailed and not self.config.option.continue_on_collection_errors:
             return None  # it says what could not be collected
         files: dict[Path, list] = {}

@@ -15,7 +15,7 @@ KINDS = (
     (
         rb"\s*<(!doctype|html|\?xml|head|body|!--)",
         "is a web page (HTML), not the file; download the file itself (such a page is saved when a "
-        "login is needed, or in place of the raw file)",
+        "login is needed, or if the page that shows a file is saved)",
     ),
     (
         rb"(PK\x03\x04|\x80[\x02-\x05])",

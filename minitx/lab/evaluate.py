@@ -152,13 +152,10 @@ def evaluate(
     bar. Raises MinitxError for no stories, or one longer than the context.
     """
     model, read = getattr(model, "model", model), list(read)
-    total = Tally.empty()
-    encoded = encode(tokenizer, read, end=end)
-    with bar(len(encoded), "evaluate", unit="story", shown=shown) as progress:
-        for batch in batches(encoded, context_of(model), batch_tokens):
-            total.floor += batch.floor
-            total.add(model(batch.ids), batch.targets, batch.kinds)
-            progress.update(len(batch.ids))
+    total, encoded = Tally.empty(), encode(tokenizer, read, end=end)
+    for batch in shown_batches(encoded, context_of(model), batch_tokens, shown):
+        total.floor += batch.floor
+        total.add(model(batch.ids), batch.targets, batch.kinds)
     return report(total, best_guess(read))
 
 
@@ -175,14 +172,12 @@ def exit_profile(
     model, read = getattr(model, "model", model), list(read)
     recorded, hidden = record(model)
     totals, encoded = [Tally.empty() for _ in blocks_of(model)], encode(tokenizer, read, end=end)
-    with bar(len(encoded), "evaluate", unit="story", shown=shown) as progress:
-        for batch in batches(encoded, context_of(model), batch_tokens):
-            hidden.clear()
-            recorded.hidden(batch.ids)
-            for total, x in zip(totals, hidden):
-                total.floor += batch.floor
-                total.add(model.head(model.norm(x)), batch.targets, batch.kinds)
-            progress.update(len(batch.ids))
+    for batch in shown_batches(encoded, context_of(model), batch_tokens, shown):
+        hidden.clear()
+        recorded.hidden(batch.ids)
+        for total, x in zip(totals, hidden):
+            total.floor += batch.floor
+            total.add(model.head(model.norm(x)), batch.targets, batch.kinds)
     guess = best_guess(read)
     return [report(total, guess) for total in totals]
 
@@ -366,6 +361,16 @@ def _nats(encoder: StoryEncoder, story: Story, longest: int) -> float:
             break
         nats += cost
     return nats
+
+
+def shown_batches(
+    stories: list[Encoded], context: int | None, tokens: int, shown: bool
+) -> Iterator[Padded]:
+    """``batches``, with a progress bar of the stories if it is to be shown."""
+    with bar(len(stories), "evaluate", unit="story", shown=shown) as progress:
+        for batch in batches(stories, context, tokens):
+            yield batch
+            progress.update(len(batch.ids))
 
 
 def batches(stories: list[Encoded], context: int | None, tokens: int) -> Iterable[Padded]:

@@ -264,8 +264,8 @@ def added_tables(tokens, positions, norm: Part, qkv: Part) -> AddedTables:
         other = next((part for _, part in children(qkv) if type(part) is not Linear), norm)
         raise MinitxError(
             "first_layer splits tokens from learned positions, for which block 0 needs an RMSNorm "
-            f"or a LayerNorm and linear projections; the {type(other).__name__} of {owner(other)} "
-            "is not; leave out one of the two."
+            f"or a LayerNorm and linear projections; it has the {type(other).__name__} of "
+            f"{owner(other)}; leave out one of the two techniques."
         )
     tables = in_pieces(rows, tokens), in_pieces(rows, positions)
     return AddedTables(*tables, c[0].astype(tokens.dtype), scale, eps)

@@ -32,7 +32,7 @@ def function_tables(
     Fidelity:  our own choice of format: float16 in, the model's own type out.
     Kind:      approximate: the input is rounded to float16 (11 significant bits). At every input
                that is a float16 the result is the function's own, bit for bit.
-               No saving on the shipped models: the price is 0, and so is what is saved (Saves).
+               It saves nothing that is counted, and costs no accuracy on the shipped models.
     Idea:      A 16-bit input has 65,536 values: compute the function at each of them once. The bits
                of the input, read as an integer, are the index.
     Offline:   table[i] = f(the float16 with the bits i)      one table for all layers

@@ -62,7 +62,7 @@ def low_rank(
     Fidelity:  ours: damping and defaults.
     Kind:      approximate. A matrix whose factors would be no smaller stays, bit for bit. Of the
                shipped models it pays on stories-relu; on stories, whose spectra are flatter, no
-               setting saves 5 % for a small price (Notes).
+               setting saves 5 % at a small loss (Notes).
     Idea:      Often most of a matrix lies in a few directions. Keep those, as two thin factors.
     Offline:   plain:     W = u s v (SVD, s the singular values, largest first)
                           left = u_r sqrt(s_r) (in, r),  right = sqrt(s_r) v_r (r, out)

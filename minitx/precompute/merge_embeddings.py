@@ -25,8 +25,8 @@ def merge_embeddings(
 
     Paper:     none; plain algebra.
     Fidelity:  our own formulation.
-    Kind:      exact, bit for bit: it is the same addition, made earlier. No saving on the shipped
-               models: the table of stories-relu takes 43 times the memory of the whole model.
+    Kind:      exact, bit for bit: it is the same addition, made earlier. It saves nothing on the
+               shipped models: the table of stories-relu takes 43 times the memory of the model.
     Idea:      Rows that are added whenever they are read can be added in advance.
     Offline:   merged[t, p] = tokens[t] + positions[p]    (V, context, D)
                for V tokens, each at every position of the context, and width D

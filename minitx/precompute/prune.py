@@ -53,8 +53,8 @@ def prune(
     Paper:     wanda: Sun et al., "A Simple and Effective Pruning Approach for Large Language
                Models", 2023, arXiv 2306.11695. magnitude is older than any one paper.
     Fidelity:  the authors' code. Ours: 16 calibration stories where the paper takes 128 texts.
-    Kind:      approximate. Alone it saves nothing on the shipped models or others; with pack_zeros,
-               memory (stories: 0.85x).
+    Kind:      approximate. Alone it saves nothing: a zero is stored and multiplied like any other
+               number. With pack_zeros it saves memory (stories: 0.85x).
     Idea:      A weight matters as much as what it adds to the output: its magnitude times that of
                its input. So a small weight on a large input may matter more than a large weight.
     Offline:   of a matrix W (in, out); ||X_i|| is the norm of input i over all calibration tokens:

@@ -31,14 +31,14 @@ def warn(message: str) -> None:
     warnings.warn(message, MinitxWarning, stacklevel=2)
 
 
-def check_selection(name: str, c: Config, fixed: float, per_key: float, instead: str) -> None:
+def check_selection(name: str, S: int, d: int, fixed: float, per_key: float, instead: str) -> None:
     """Warn if selecting keys takes as many multiply-adds as scoring all of them, at every length of
-    text: even at the whole context, with no key kept.
+    text: even at the whole context of S keys, with no key kept.
 
-    fixed: multiply-adds of selecting, per query head and decoded token, whatever the length;
-    per_key: those for each cached key. Dense attention takes 2 d for each (d head width).
+    d: the width of the keys that arrive, of which dense attention takes 2 d multiply-adds each.
+    fixed: multiply-adds of selecting, per query head and decoded token, at any length; per_key:
+    those for each cached key.
     """
-    S, d = c.context, c.head_width
     if fixed + per_key * S >= 2 * d * S:
         warn(
             f"{name}: selecting keys takes {fixed + per_key * S:,.0f} multiply-adds per query head "

@@ -94,7 +94,7 @@ def elsa(
     Proof:     tests/skip/test_elsa.py; literal version: tests/skip/literal_elsa.py
     Tutorial:  tutorials/06_which_keys_matter.py
     """
-    config, shapes, dtype = lm.model.config, score_shapes(lm.model), float_type(lm.model)
+    shapes, dtype = score_shapes(lm.model), float_type(lm.model)
     learned = None
     if threshold is None and p > 0:
         texts = calibration_ids(
@@ -115,11 +115,12 @@ def elsa(
         selector = HashSelector(hashed, bias, cosines, thresholds.astype(dtype))
         return SparseAttention(selector, dense.scale)
 
-    d = config.head_width
-    length = d if bits is None else bits
-    hashing = -(-length // d) * sum(factor_sizes(d)) * d  # of one vector
-    own_key = (hashing + d) / config.group  # hash and norm, once for the query heads that share it
-    check_selection("elsa", config, hashing + own_key, 1, f"use bits={d} or fewer")
+    for H, K, d in set(shapes.values()):
+        length = d if bits is None else bits
+        hashing = -(-length // d) * sum(factor_sizes(d)) * d  # multiply-adds of one vector
+        own_key = (hashing + d) * K / H  # hash and norm, once for the query heads that share it
+        fixed, few = hashing + own_key, f"use bits={d} or fewer"
+        check_selection("elsa", lm.model.config.context, d, fixed, 1, few)
 
     def change(attn: Part, index: int) -> Part:
         return swap(attn, Attend, lambda dense: sparse(dense, index))

@@ -237,7 +237,7 @@ def _folder(recipe_path, out) -> Path:
     for name in (*MODEL_FILES, CHECKPOINT, LOG, RECIPE):
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             raise MinitxError(
-                f"{folder / name}: is no regular file, so the result of the training could not be "
+                f"{folder / name}: is not a regular file, so the trained model could not be "
                 "written; use another output folder (--out)."
             )
     theirs = [name for name in MODEL_FILES if (folder / name).exists()]

@@ -32,7 +32,7 @@ from minitx.training.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 
-# What is no file ---------------------------------------------------------------------------------
+# Not a regular file ------------------------------------------------------------------------------
 
 
 def make_socket(path):

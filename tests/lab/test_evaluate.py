@@ -1,7 +1,9 @@
 """The evaluation, on models whose score is known beforehand, and against shallower models."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from minitx.build import random_model
 from minitx.config import Config
 from minitx.errors import MinitxError
+from minitx.lab import evaluate as evaluation
 from minitx.lab.evaluate import Profile, encode, evaluate, evaluate_model, exit_profile
 from minitx.lm import LM
 from minitx.model import Stack
@@ -145,3 +148,17 @@ def test_bad_input_is_refused():
         evaluate_model(LM(model), 3)
     with pytest.raises(MinitxError, match="stories must be an integer >= 1"):
         evaluate_model(LM(model, TOKENIZER), 0)
+
+
+def test_evaluate_bar_advances_by_the_stories_of_each_batch(monkeypatch):
+    steps = []
+
+    @contextmanager
+    def recorded(total, label, **options):
+        steps.append(total)
+        yield SimpleNamespace(update=steps.append)
+
+    monkeypatch.setattr(evaluation, "bar", recorded)
+    read = [evaluation.Encoded([1] * (n + 1), [0] * n, 0.0) for n in (3, 3, 5, 9)]
+    rows = [len(batch.ids) for batch in evaluation.shown_batches(read, None, 6, shown=True)]
+    assert rows == [2, 1, 1] and steps == [4, *rows], "total, then the stories of each batch"

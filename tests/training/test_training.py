@@ -421,13 +421,13 @@ def test_pickle_in_a_checkpoint_is_not_loaded(tmp_path):
 OBSTACLES = {
     "a file where the folder should be": (lambda out: out.write_text("x"), "cannot be written"),
     "a folder where a file should be": (
-        lambda out: (out / "config.json").mkdir(parents=True), "config.json: is no regular file",
+        lambda out: (out / "config.json").mkdir(parents=True), "config.json: is not a regular file",
     ),
     "another model": (lambda out: write_file(out / "config.json", "{}"), "contains a model"),
     "another tokenizer": (lambda out: write_file(out / "tokenizer.json", "{}"), "contains a model"),
     "another recipe": (lambda out: write_file(out / "recipe.json", "{}"), "is another recipe"),
     "a broken link": (
-        lambda out: (out.mkdir(), (out / "checkpoint.npz").symlink_to("x")), "is no regular file",
+        lambda out: (out.mkdir(), (out / "checkpoint.npz").symlink_to("x")), "not a regular file",
     ),
 }  # fmt: skip
 

@@ -98,10 +98,12 @@ def sparse_memory(
         if index == "linear":
             found = LinearScan()
         elif index == "lsh":
-            d, dtype = shapes[id(dense)].width, float_type(lm.model)
-            c, hashing = lm.model.config, tables * bits * d  # multiply-adds of one vector
+            (H, K, d), dtype = shapes[id(dense)], float_type(lm.model)
+            hashing = (
+                tables * bits * d
+            )  # multiply-adds of one vector: a query, and its share of a key
             few = "use index=linear, or fewer tables or bits"
-            check_selection("sparse_memory", c, hashing * (1 + 1 / c.group), 0, few)
+            check_selection("sparse_memory", context, d, hashing * (1 + K / H), 0, few)
             found = random_lsh(d, bits, tables, R if augment else None, seed, dtype)
         else:
             found = KDTrees(R, keep, checks, trees, seed)
