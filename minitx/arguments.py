@@ -14,11 +14,14 @@ from minitx.commands import SEED, TEMPERATURE
 from minitx.errors import MinitxError, abbreviate, did_you_mean, nearest
 from minitx.lab.layout import fit
 
+RENAMED = {"compare-attention": "frontier attention"}
+
 
 class Parser(argparse.ArgumentParser):
     """Reports errors like all bad input: one sentence, without the usage text."""
 
     takes_techniques = takes_grade = False
+    choice = "command"  # what the words of its subparsers are
     flags: tuple = ()  # the techniques that were given, for the help
 
     def error(self, message):
@@ -32,9 +35,12 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action, value):
         """Called by argparse for a word that must be one of a few: here, a command."""
         if action.choices is not None and value not in action.choices:
+            if value in RENAMED:
+                new = RENAMED[value]
+                raise MinitxError(f"minitx {value} is now minitx {new}, with the same options.")
             options = nearest(value, self.option_names())
             hint = f"did you mean {options}?" if options else did_you_mean(value, action.choices)
-            raise MinitxError(f"There is no command {abbreviate(value)}; {hint}")
+            raise MinitxError(f"There is no {self.choice} {abbreviate(value)}; {hint}")
 
     def format_help(self):
         """The usual help; then the grades; then the options of the techniques that were given, or
@@ -277,35 +283,7 @@ def parser(flags=()) -> Parser:
     sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs matplotlib)")
     add_json(sweep)
 
-    attention = (
-        commands.compare_attention,
-        "compare sparse attention methods at the same share of keys",
-    )
-    attention = add(names, "compare-attention", *attention)
-    add_model(attention, techniques=False)
-    attention.add_argument(
-        "--methods",
-        type=words,
-        metavar="A,B",
-        help="sparse attention techniques, oracle, window, random (default: all)",
-    )
-    attention.add_argument(
-        "--share",
-        type=shares,
-        default=(1 / 2, 1 / 4, 1 / 8),
-        metavar="A,B",
-        help="shares of the keys to keep (default 1/2,1/4,1/8)",
-    )
-    chains = "token sequences: chains of stories, or windows of the text (default 8; of a text 2)"
-    attention.add_argument("--chains", type=count, metavar="N", help=chains)
-    tokens = "tokens per sequence (default: fill the context; of a text at most 512)"
-    attention.add_argument("--tokens", type=count, metavar="N", help=tokens)
-    add_grade(attention)
-    add_text(attention)
-    rounds = "timing rounds (default 15)"
-    attention.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
-    attention.add_argument("--png", metavar="FILE", help="also draw curves (needs matplotlib)")
-    add_json(attention)
+    add_frontier(names, flags)
 
     cost = add(
         names,
@@ -354,6 +332,57 @@ def parser(flags=()) -> Parser:
     for command in names.choices.values():
         command.flags = flags
     return top
+
+
+def add_frontier(names, flags) -> None:
+    """``minitx frontier FAMILY``: a command for each family, with the options that it needs."""
+    from minitx.lab.frontier.families import FAMILIES
+
+    text = "compare all techniques of a family, each tuned to the same share of work"
+    frontier = add(names, "frontier", commands.frontier, text)
+    frontier.set_defaults(family=None)
+    frontier.choice = "family"
+    families = frontier.add_subparsers(metavar="FAMILY")
+    for family in FAMILIES:
+        command = add(families, family.name, commands.frontier, family.summary)
+        command.set_defaults(family=family.name)
+        command.flags = flags
+        add_model(command, techniques=False)
+        command.add_argument(
+            "--methods", type=words, metavar="A,B", help="methods to compare (default: all)"
+        )
+        known = ",".join(f"{share:g}" for share in family.shares)
+        command.add_argument(
+            "--share",
+            type=shares,
+            default=family.shares,
+            metavar="A,B",
+            help=f"shares of the {family.equal} to compare at (default {known})",
+        )
+        if family.equal == "keys":
+            add_sequences(command)
+        else:
+            add_measured(command, 40, 2048)
+            add_chains(command)
+            text = "also the random baselines that techniques have of their own"
+            command.add_argument("--random", action="store_true", help=text)
+            text = "timing rounds (default 3)"
+            command.add_argument("--rounds", type=count, metavar="N", help=text)
+            text = "give a method up after S seconds (default 300)"
+            command.add_argument("--time-limit", type=seconds, metavar="S", help=text)
+        command.add_argument("--png", metavar="FILE", help="also draw curves (needs matplotlib)")
+        add_json(command)
+
+
+def add_sequences(command: Parser) -> None:
+    chains = "token sequences: chains of stories, or windows of the text (default 8; of a text 2)"
+    command.add_argument("--chains", type=count, metavar="N", help=chains)
+    tokens = "tokens per sequence (default: fill the context; of a text at most 512)"
+    command.add_argument("--tokens", type=count, metavar="N", help=tokens)
+    add_grade(command)
+    add_text(command)
+    rounds = "timing rounds (default 15)"
+    command.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
 
 
 def add(names, name: str, run, text: str) -> Parser:

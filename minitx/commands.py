@@ -347,24 +347,43 @@ def sweep(args) -> None:
         lab.picture(points, f"{technique.name} on {args.model}", args.png)
 
 
-def compare_attention(args) -> None:
-    from minitx.lab import attention_report
-    from minitx.lab.compare_attention import Grid
-    from minitx.lab.compare_attention import compare_attention as measure
+def frontier(args) -> int | None:
+    from minitx.lab.frontier.families import FAMILIES, family_of
     from minitx.lab.sweep import check_picture
     from minitx.text import read_text
 
+    if args.family is None:
+        rows = [["family", "the same share of", "what is compared"]]
+        rows += [[f.name, f.equal, f.summary] for f in FAMILIES]
+        wide = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        for name, equal, summary in rows:
+            print(fit(f"{name:{wide[0]}}  {equal:{wide[1]}}  {summary}", hanging=sum(wide) + 4))
+        return
+    family = family_of(args.family)
     if args.png is not None:
         check_picture(args.png)
-    check_measured(args, of_stories=("grade",), of_text=())
-    text = None if args.text is None else read_text(args.text)
-    options = {name: getattr(args, name) for name in ("tokens", "rounds", "methods")}
-    options |= dict(chains=args.chains or (8 if text is None else 2), grade=grade(args), text=text)
-    plan = Grid(shares=args.share, **options)
-    found = measure(minitx.load(args.model, args.tokenizer, **calibration(args)), plan)
+    plan = attention_plan(args) if family.equal == "keys" else work_plan(args)
+    plan["text"] = None if args.text is None else read_text(args.text)
+    dense = minitx.load(args.model, args.tokenizer, **calibration(args))
+    plan |= dict(shares=args.share, methods=args.methods, grade=grade(args))
+    found = family.compare(dense, **plan)
     print_report(found, args.json)
     if args.png is not None:
-        attention_report.picture(found, args.png)
+        found.picture(args.png)
+    return INTERRUPTED if getattr(found, "stopped", False) else None
+
+
+def attention_plan(args) -> dict:
+    check_measured(args, of_stories=("grade",), of_text=())
+    chains = args.chains or (8 if args.text is None else 2)
+    return dict(tokens=args.tokens, rounds=args.rounds, chains=chains)
+
+
+def work_plan(args) -> dict:
+    check_measured(args)
+    given = {name: getattr(args, name) for name in ("stories", "tokens", "rounds", "time_limit")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return given | dict(chains=args.chains, random=args.random)
 
 
 def cost(args) -> None:

@@ -25,7 +25,7 @@ from helpers import (
 )
 
 import minitx
-from minitx.lab.attention_baselines import baseline
+from minitx.lab.frontier.attention_baselines import baseline
 from minitx.ledger import counting
 
 lm = load_stories()
@@ -271,7 +271,7 @@ for name, seconds in zip(list(models)[1:], best[1:]):
 say(
     "NumPy loses. Dense attention is two matrix products in an optimized library; ELSA makes many",
     "small NumPy calls for each layer, and gathering rows from the cache is slower than reading",
-    "them in order. `minitx compare-attention` times longer texts: it takes thousands of keys",
+    "them in order. `minitx frontier attention` times longer texts: it takes thousands of keys",
     "before ELSA breaks even.",
 )
 

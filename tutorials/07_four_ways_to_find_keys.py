@@ -23,7 +23,7 @@ from helpers import (
 )
 
 import minitx
-from minitx.lab.attention_baselines import baseline
+from minitx.lab.frontier.attention_baselines import baseline
 from minitx.ledger import counting
 
 # One query and four keys of three columns. The exact scores take 4 * 3 products. Keys 0 and 2 have
@@ -289,7 +289,7 @@ assert max(work[name] for name in work if name != "dense") < work["dense"]
 say(
     "In NumPy, selecting costs more time than it saves at this length: many small calls instead",
     "of two matrix products, and A3 pops its products one by one in Python. The papers of ELSA, A3",
-    "and DOTA build hardware for it. `minitx compare-attention` times longer texts.",
+    "and DOTA build hardware for it. `minitx frontier attention` times longer texts.",
 )
 
 # %% Try this

@@ -19,7 +19,7 @@ anything else is approximate, whatever a technique claims.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
 
@@ -71,6 +71,7 @@ class Reading:
     divergence: float  # mean KL(dense || changed) in nats a token
     agreement: float  # share of tokens at which both would choose the same next one
     tokens: int
+    work: Entry = field(default_factory=Entry)  # of the changed model, for all tokens
 
     @property
     def added_loss(self) -> float:
@@ -218,14 +219,16 @@ def compare_with(known: Dense, changed, techniques: str, rounds: int, tick) -> C
 
 def read(known: Dense, changed, tick) -> Reading:
     """Read one text after another: not every technique takes batches."""
-    tally = Tally.empty()
+    tally, work = Tally.empty(), Entry()
     divergence, same, tokens = 0.0, 0, 0
     for text, dense_hidden in zip(known.material.texts, known.hidden, strict=True):
         targets, kinds = np.array(text.ids[1:]), np.array(text.kinds)
-        hidden = hidden_as_generated(changed, text.ids[:-1])
+        hidden, spent = counted(changed, hidden_as_generated, text.ids[:-1])
+        work += spent
         for some in pieces(len(hidden), known.lm.model.config.vocab_size):
             dense_logits = logits_of(known.lm, dense_hidden[some])
-            logits = logits_of(changed, hidden[some])
+            logits, spent = counted(changed, logits_of, hidden[some])
+            work += spent
             tally.add(logits, targets[some], kinds[some])
             p, q = log_softmax(dense_logits), log_softmax(logits)
             divergence += float((np.exp(p) * (p - q)).sum())
@@ -235,7 +238,14 @@ def read(known: Dense, changed, tick) -> Reading:
         tick()
     changed_report = known.material.report(tally)
     mean = max(divergence / tokens, 0.0)
-    return Reading(known.report, changed_report, mean, same / tokens, tokens)
+    return Reading(known.report, changed_report, mean, same / tokens, tokens, work)
+
+
+def counted(lm, run, *arguments) -> tuple[np.ndarray, Entry]:
+    """``run(lm, *arguments)``, and its work."""
+    with counting(lm) as counts:
+        found = run(lm, *arguments)
+    return found, counts.total()
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

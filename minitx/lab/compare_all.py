@@ -5,20 +5,18 @@ can fork), so that one that fails, takes too long or needs too much memory costs
 Ctrl-C keeps the rows so far.
 """
 
-import json
-import multiprocessing
-import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from textwrap import fill
 
 from minitx import progress
-from minitx.checkpoints.common import abbreviate
-from minitx.errors import MinitxError, MinitxWarning
+from minitx.errors import MinitxWarning
+from minitx.lab import own_process
 from minitx.lab.compare import Comparison, Dense, Workload, compare_with, measure_dense, to_read
 from minitx.lab.evaluate import percent, table
+from minitx.lab.own_process import Lost, reason_of
 from minitx.technique import Technique, apply, techniques
 
 TIME_LIMIT = 300.0  # seconds for one technique
@@ -163,54 +161,24 @@ def measure_row(known: Dense, technique: Technique, rounds: int) -> Row:
         try:
             changed = apply(known.lm, {technique.name: {}})
             found = compare_with(known, changed, flag, rounds, lambda: None)
-        except MinitxError as error:
-            return Row(flag, time.monotonic() - began, str(error))
-        except MemoryError:
-            return Row(flag, time.monotonic() - began, "there is not enough memory for it.")
-        except Exception as error:  # a bug in one technique must not cost the others' rows
-            what = f"failed: {type(error).__name__}: {abbreviate(str(error))}"
-            return Row(flag, time.monotonic() - began, what)
+        except Exception as error:
+            return Row(flag, time.monotonic() - began, reason_of(error))
     notes = [str(w.message) for w in caught if issubclass(w.category, MinitxWarning)]
     return Row.of(flag, time.monotonic() - began, found, notes)
 
 
-# In a process of its own --------------------------------------------------------------------------
-
-
 def in_own_process(known: Dense, technique: Technique, rounds: int, time_limit: float) -> Row:
-    """``measure_row``, given up after ``time_limit`` seconds. A forked process shares the model's
-    arrays with this one. Where there is no fork, it runs here, without a limit."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return measure_row(known, technique, rounds)
-    context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe(duplex=False)
-    task = context.Process(target=send_row, args=(measure_row, known, technique, rounds, theirs))
+    """``measure_row`` in a process of its own, given up after ``time_limit`` seconds."""
     began = time.monotonic()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # BLAS threads, which the child renews
-        task.start()
-    theirs.close()
-    try:
-        if not mine.poll(time_limit):
-            reason = f"given up after {time_limit:g} s; see --time-limit."
-            return Row(technique.flag, time.monotonic() - began, reason)
-        found = json.loads(mine.recv_bytes())
-        return Row(**{name: as_field(value) for name, value in found.items()})
-    except EOFError:
-        reason = "its process ended without a result; was there too little memory?"
-        return Row(technique.flag, time.monotonic() - began, reason)
-    finally:
-        task.kill()
-        task.join()
-        mine.close()
 
+    def task():
+        yield asdict(measure_row(known, technique, rounds))
 
-def send_row(measure: Callable, known: Dense, technique: Technique, rounds: int, pipe) -> None:
     try:
-        row = measure(known, technique, rounds)
-        pipe.send_bytes(json.dumps(asdict(row)).encode())
-    except KeyboardInterrupt:
-        os._exit(130)  # the parent says that it was stopped
+        (found,) = own_process.in_own_process(task, time_limit)
+    except Lost as error:
+        return Row(technique.flag, time.monotonic() - began, str(error))
+    return Row(**{name: as_field(value) for name, value in found.items()})
 
 
 def as_field(value):

@@ -79,14 +79,16 @@ def stories_to_read(lm, count: int, grade="full", chained: int = 0) -> Material:
     return Material(STORIES, size, texts, made, context - NEW if chained else PROMPT)
 
 
-def text_to_read(lm, text: str | Text, tokens: int = TOKENS, window: int = WINDOW) -> Material:
-    """The first ``tokens`` tokens of a text (fewer if it has fewer), in windows. MinitxError
-    without a tokenizer, or for a text of fewer than two tokens."""
+def text_to_read(
+    lm, text: str | Text, tokens: int = TOKENS, window: int = WINDOW, skipped: int = 0
+) -> Material:
+    """The first ``tokens`` tokens of a text after those ``skipped`` (fewer if it has fewer), in
+    windows. MinitxError without a tokenizer, or for a text of fewer than two tokens."""
     if type(tokens) is not int or tokens < 2:
         raise MinitxError(f"tokens must be an integer >= 2, got {tokens!r}.")
     text, start = as_text(text), start_of(lm)
     window = min(window, lm.model.config.context)
-    ids = first_ids(lm, text, tokens)
+    ids = first_ids(lm, text, skipped + tokens)[skipped:]
     texts = [
         Encoded(found, [ORDINARY] * (len(found) - 1), 0.0) for found in windows(ids, window, start)
     ]
@@ -177,17 +179,24 @@ class TextReport:
 # Reading -----------------------------------------------------------------------------------------
 
 
-def hidden_as_generated(lm, ids) -> np.ndarray:
+def hidden_as_generated(lm, ids, in_steps: bool | None = None) -> np.ndarray:
     """Hidden states (T, D) of a text: in one pass if that makes no difference, otherwise a prompt
-    at once and the rest token by token, as generation runs it."""
+    at once and the rest token by token, as generation runs it. in_steps: so in any case, or not."""
     ids = np.array(ids)
-    if decides(lm.model) == "token":
+    if in_steps is None:
+        in_steps = reads_in_steps(lm)
+    if not in_steps:
         return lm.model.hidden(lm.check_ids(ids))
     state = lm.model.new_state()
     state.prompt = min(PROMPT, len(ids))
     found = [lm.model.hidden(ids[:PROMPT], state)]
     found += [lm.model.hidden(ids[t : t + 1], state) for t in range(PROMPT, len(ids))]
     return np.concatenate(found)
+
+
+def reads_in_steps(lm) -> bool:
+    """Does it make a difference whether the tokens of a text run together?"""
+    return decides(lm.model) != "token"
 
 
 def pieces(T: int, vocab_size: int) -> Iterator[slice]:

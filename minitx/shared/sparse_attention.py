@@ -22,7 +22,7 @@ the first S entries count.
 A selection is valid if every query keeps at least one key, and only keys that it sees, and if the
 keys of a query do not depend on the other queries: a prompt read in one pass, in chunks, or token
 by token keeps the same keys. The shortest complete selector is ``BestKeys`` in
-lab/attention_baselines.py.
+lab/frontier/attention_baselines.py.
 """
 
 from collections.abc import Callable

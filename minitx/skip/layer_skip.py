@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 
 from minitx import ledger
-from minitx.calibration import calibration_ids
+from minitx.calibration import calibration_ids, remembered
 from minitx.errors import MinitxError
 from minitx.model import Stack
 from minitx.progress import bar
@@ -180,13 +180,14 @@ def by_similarity(lm, units: list[Unit], count: int, texts) -> list[Unit]:
 
 def by_loss(lm, units: list[Unit], count: int, texts) -> list[Unit]:
     """Greedy: after each removal, measure the loss without each of the remaining units again."""
-    plan: list[Unit] = []
-    for n in range(count):
+    # A longer plan begins with the shorter one: a sweep over count measures each unit only once.
+    plan = remembered("layer_skip", lm, texts, tuple(units), list)
+    for n in range(len(plan), count):
         rest = [unit for unit in units if unit not in plan]
         shown = bar(rest, f"{LABEL} {n + 1} of {count}", unit="candidate", delay=1.0)
         losses = [loss(drop_units(lm, [*plan, unit]), texts) for unit in shown]
         plan += lowest(rest, 1, losses)
-    return plan
+    return plan[:count]
 
 
 CRITERIA = {

@@ -53,7 +53,7 @@ WRONG = [
     (["stories", "--elza"], "no option --elza; usage:"),
     (["generate", "x", "-m", "toy", "--elsa", "bitz=8"], "no option 'bitz'; .*mean 'bits'"),
     (["explain", "elza"], "no technique 'elza'; did you mean 'elsa'"),
-    (["compare-attention", "-m", "toy", "--methods", "elza"], "one of oracle, .*mean 'elsa'"),
+    (["frontier", "attention", "-m", "toy", "--methods", "elza"], "one of oracle, .*mean 'elsa'"),
     (["cost", "first-layr", "--config", "x"], "no cost formulas; did you mean 'first-layer'"),
     (["generate", "x", "-t", "0", "--seed", "1"], "-t 0 is greedy decoding.* --seed would have no"),
     (["generate", "x", "-t", "0", "--top-k", "2", "--top-p", "0.5"], "so --top-k and --top-p"),
@@ -119,7 +119,7 @@ def test_unknown_model_is_compared_with_the_shipped_ones(capsys):
     assert "Did you mean 'stories-relu'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["sweep", "ffn-skip"], ["compare-attention"]])
+@pytest.mark.parametrize("command", [["sweep", "ffn-skip"], ["frontier", "attention"]])
 @pytest.mark.parametrize(
     "path, message",
     [
@@ -142,7 +142,7 @@ def test_picture_that_cannot_be_written_is_refused_before_the_work(
     assert sorted(workdir.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", [["sweep", "ffn-skip"], ["compare-attention"]])
+@pytest.mark.parametrize("command", [["sweep", "ffn-skip"], ["frontier", "attention"]])
 def test_picture_without_matplotlib_is_refused_before_the_work(run, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     monkeypatch.setattr(minitx, "load", None)
@@ -160,7 +160,7 @@ NUMBERS = {
     "compare": ("--stories", "--chains"),
     "first-token": ("--shared", "--own", "--prompts", "--rounds"),
     "sweep elsa": ("--stories", "--chains"),
-    "compare-attention": ("--share", "--chains", "--tokens", "--rounds"),
+    "frontier attention": ("--share", "--chains", "--tokens", "--rounds"),
     "train x": ("--workers", "--time-limit"),
     "stories": ("--seed", "--count"),
 }
@@ -243,7 +243,7 @@ def test_help_lists_techniques_and_the_options_of_those_given(capsys):
 # Width -------------------------------------------------------------------------------------------
 
 PRINTED = [
-    *([name, "--help"] for name in COMMANDS + ["compare", "sweep", "compare-attention", "cost"]),
+    *([name, "--help"] for name in COMMANDS + ["compare", "sweep", "frontier", "cost"]),
     *([["--help"], ["list"], ["models"], ["show"]]),
     *(["explain", technique.name] for technique in techniques()),
     ["compare", "--early-exit", "--stories", "2"],
@@ -252,7 +252,7 @@ PRINTED = [
     ["first-token", "--prompts", "2", "--rounds", "1"],
     ["cost", "first-layer", "--config", str(ROOT / "weights" / "stories" / "config.json")],
     ["check", "stories-skipless"],
-    [*["compare-attention", "--chains", "1", "--tokens", "48", "--rounds", "1"]]
+    [*["frontier", "attention", "--chains", "1", "--tokens", "48", "--rounds", "1"]]
     + ["--methods", "window,random,predictive-attention"],
 ]
 

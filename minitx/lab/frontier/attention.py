@@ -1,8 +1,8 @@
-"""``minitx compare-attention``: methods that select keys, compared at the same share of kept keys.
+"""``minitx frontier attention``: methods that select keys, compared at the same share of kept keys.
 
-Each method (attention_methods.py) is tuned to keep the wanted share of all pairs of a query and a
-key that it sees, on chains of calibration stories. Then the model with the method in every block
-reads chains of evaluation stories, all but the last token in one pass, to measure
+Each method (attention_methods.py) is tuned (knobs.py) to keep the wanted share of all pairs of a
+query and a key that it sees, on chains of calibration stories. Then the model with the method in
+every block reads chains of evaluation stories, all but the last token in one pass, to measure
 
 - answers and losses, as ``minitx evaluate`` does (on --text FILE: losses of its tokens; its first
   window is for tuning, the next ones are measured);
@@ -23,11 +23,12 @@ import numpy as np
 
 from minitx import progress
 from minitx.calibration import STORIES
-from minitx.errors import MinitxError, abbreviate
-from minitx.lab.attention_mass import KeyTotals, with_measured_selectors
-from minitx.lab.attention_methods import Method, chosen_methods, tune
-from minitx.lab.attention_timing import CONTEXTS, Speed, crossover, measure_speeds
+from minitx.errors import MinitxError
 from minitx.lab.evaluate import Encoded, Report, Tally, chains, report, story_end
+from minitx.lab.frontier.attention_mass import KeyTotals, with_measured_selectors
+from minitx.lab.frontier.attention_methods import METHODS, first_guess
+from minitx.lab.frontier.attention_timing import CONTEXTS, Speed, crossover, measure_speeds
+from minitx.lab.frontier.knobs import Method, check_shares, chosen_methods, tune
 from minitx.lab.reading import (
     WINDOW,
     TextReport,
@@ -40,7 +41,7 @@ from minitx.ledger import Entry, Ledger, counting
 from minitx.model import Attend
 from minitx.text import Text, as_text, count_bytes
 from minitx.tree import walk
-from minitx.values import as_number, need_count
+from minitx.values import need_count
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class AttentionComparison:
         return None if self.plan.text is None else as_text(self.plan.text).name
 
     def as_dict(self) -> dict:
-        from minitx.lab.attention_published import PUBLISHED
+        from minitx.lab.frontier.attention_published import PUBLISHED
 
         return {
             "model": self.model,
@@ -133,16 +134,21 @@ class AttentionComparison:
         }
 
     def __str__(self) -> str:
-        from minitx.lab.attention_report import as_text
+        from minitx.lab.frontier.attention_report import as_text
 
         return as_text(self)
+
+    def picture(self, path) -> None:
+        from minitx.lab.frontier.attention_report import picture
+
+        picture(self, path)
 
 
 def compare_attention(dense, plan: Grid = Grid(), bar: bool = True) -> AttentionComparison:
     """Compare the methods in an LM without techniques. MinitxError for a plan that does not fit the
     model, and for a model without a tokenizer."""
     plan = checked(dense, plan)
-    methods = chosen_methods(plan.methods)
+    methods = chosen_methods(METHODS, plan.methods)
     calibration, evaluation, make_report = to_read(dense, plan)
     plan = replace(plan, chains=len(evaluation), calibration=len(calibration))
     steps = len(methods) * len(plan.shares)
@@ -161,8 +167,7 @@ def compare_attention(dense, plan: Grid = Grid(), bar: bool = True) -> Attention
                 lm = apply(method, value)
                 found = measure(dense, lm, evaluation, make_report, shown.update)
                 settings[method.name, share] = method, value
-                setting = f"{method.knob.name}={value:g}"
-                points.append(Point(method.name, share, setting, reached, found, ()))
+                points.append(Point(method.name, share, method.setting(value), reached, found, ()))
         shown.set_description("time")
         texts = [chain.ids[:-1] for chain in evaluation]
         timed = settings, texts, plan.contexts, plan.rounds
@@ -194,7 +199,7 @@ def checked(dense, plan: Grid) -> Grid:
     """The plan with its number of tokens filled in; MinitxError if it does not fit the model."""
     if dense.tokenizer is None:
         raise MinitxError(
-            "compare-attention reads text and this model has no tokenizer; load it with "
+            "frontier attention reads text and this model has no tokenizer; load it with "
             "tokenizer=PATH."
         )
     context = dense.model.config.context
@@ -204,23 +209,8 @@ def checked(dense, plan: Grid) -> Grid:
         raise MinitxError(f"tokens must be 2 to the model's context {context}; got {tokens}.")
     for name in ("chains", "calibration", "rounds"):
         need_count(getattr(plan, name), name)
-    if not isinstance(plan.shares, Sequence) or isinstance(plan.shares, str) or not plan.shares:
-        raise MinitxError(
-            f"Expected one or more shares of keys, such as 1/4; got {abbreviate(plan.shares)}."
-        )
-    for share in plan.shares:
-        if not is_share(share):
-            raise MinitxError(
-                f"The share of keys must be a number above 0 and below 1; got {abbreviate(share)}."
-            )
+    check_shares(plan.shares, "keys")
     return replace(plan, tokens=tokens)
-
-
-def is_share(value) -> bool:
-    try:
-        return 0 < as_number(value, float) < 1
-    except ValueError:
-        return False
 
 
 # Measuring ---------------------------------------------------------------------------------------
@@ -253,7 +243,8 @@ def calibrate(
         add_dense(totals, lm, calibration)
         return totals.kept / totals.seen
 
-    return tune(method.knob, share, len(calibration[0].kinds), measure, known)
+    guess = first_guess(method.knob, share, len(calibration[0].kinds))
+    return tune(method.knob, share, guess, measure, known)
 
 
 def measure(dense, lm, read: Sequence[Encoded], make_report, tick) -> Quality:

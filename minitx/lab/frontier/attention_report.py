@@ -1,18 +1,14 @@
-"""The tables, text charts and PNG of ``minitx compare-attention`` (compare_attention.py)."""
+"""The tables, text charts and PNG of ``minitx frontier attention`` (attention.py)."""
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from pathlib import Path
 
-from minitx.checkpoints.common import atomic_write
-from minitx.lab.attention_baselines import BASELINES
-from minitx.lab.attention_published import NOTES, PUBLISHED
-from minitx.lab.compare_attention import AttentionComparison, Point, Quality, bytes_read
 from minitx.lab.evaluate import hops_name, percent, table
+from minitx.lab.frontier.attention import AttentionComparison, Point, Quality, bytes_read
+from minitx.lab.frontier.attention_baselines import BASELINES
+from minitx.lab.frontier.attention_published import NOTES, PUBLISHED
+from minitx.lab.frontier.chart import Series, chart, draw, drawing, style
 from minitx.lab.reading import TextReport
-from minitx.lab.sweep import HEIGHT, WIDTH, check_picture, letter, scale
-
-Series = dict[str, list[tuple[float, float]]]  # points (x, y) by the name of their method
 
 
 def as_text(c: AttentionComparison) -> str:
@@ -204,51 +200,20 @@ def speed_series(c: AttentionComparison) -> Series:
     return {p.method: [(i, s.ratio) for i, s in enumerate(p.speeds)] for p in at}
 
 
-def chart(series: Series, below: str) -> str:
-    """A scatter plot of letters, one for each method; where points coincide, the first method's is
-    shown."""
-    points = [(letter(i), *xy) for i, name in enumerate(series) for xy in series[name]]
-    xs, ys = [p[1] for p in points], [p[2] for p in points]
-    x, y = scale(xs, WIDTH), scale(ys, HEIGHT)
-    grid = [[" "] * WIDTH for _ in range(HEIGHT)]
-    for mark, at_x, at_y in reversed(points):
-        grid[HEIGHT - 1 - y(at_y)][x(at_x)] = mark
-    labels = [f"{max(ys):.3g}", *[""] * (HEIGHT - 2), f"{min(ys):.3g}"]
-    lines = [f"{label:>6} |{''.join(row)}" for label, row in zip(labels, grid)]
-    ends = f"{min(xs):.3g}", f"{max(xs):.3g} {below}"
-    lines.append(f"{'':7}+{'-' * WIDTH}")
-    lines.append(f"{'':8}{ends[0]}{ends[1]:>{WIDTH - len(ends[0])}}")
-    lines.append(", ".join(f"{letter(i)} {name}" for i, name in enumerate(series)))
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def picture(c: AttentionComparison, path) -> None:
     """The curves as a PNG file; needs the ``plot`` extra."""
-    pyplot = check_picture(path)
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 5))
-    draw(left, masses(c), "share of keys kept", "share of the attention mass kept")
-    draw(middle, accuracies(c), "share of keys kept", "accuracy of answers")
-    middle.axhline(c.dense.accuracy, color="black", linewidth=0.8, linestyle=":")
-    for method, points in speed_series(c).items():
-        right.plot(c.plan.contexts, [ratio for _, ratio in points], style(method), label=method)
-    right.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    right.set(xscale="log", yscale="log", xlabel="context (keys that the query sees)")
-    right.set_xticks(c.plan.contexts, [f"{S:,}" for S in c.plan.contexts])
-    right.minorticks_off()
-    right.set_ylabel(f"speedup over dense attention, share {fraction(smallest(c))}")
-    left.legend()
-    figure.suptitle(f"{c.model}: keys selected by each method")
-    figure.tight_layout()
-    with atomic_write(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=150)
-    pyplot.close(figure)
-
-
-def draw(axes, series: Series, x: str, y: str) -> None:
-    for method, points in series.items():
-        axes.plot(*zip(*sorted(points)), style(method), label=method)
-    axes.set(xlabel=x, ylabel=y)
-
-
-def style(method: str) -> str:
-    return "o-" if method not in BASELINES else "o--"
+    title = f"{c.model}: keys selected by each method"
+    with drawing(path, title, 3) as (left, middle, right):
+        kept = "share of keys kept"
+        draw(left, masses(c), kept, "share of the attention mass kept", BASELINES)
+        draw(middle, accuracies(c), kept, "accuracy of answers", BASELINES)
+        middle.axhline(c.dense.accuracy, color="black", linewidth=0.8, linestyle=":")
+        for method, points in speed_series(c).items():
+            ratios = [ratio for _, ratio in points]
+            right.plot(c.plan.contexts, ratios, style(method, BASELINES), label=method)
+        right.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        right.set(xscale="log", yscale="log", xlabel="context (keys that the query sees)")
+        right.set_xticks(c.plan.contexts, [f"{S:,}" for S in c.plan.contexts])
+        right.minorticks_off()
+        right.set_ylabel(f"speedup over dense attention, share {fraction(smallest(c))}")
+        left.legend()

@@ -1,4 +1,4 @@
-"""``minitx compare-attention``: attention mass, tuning, costs and timing."""
+"""``minitx frontier attention``: attention mass, tuning, costs and timing."""
 
 import json
 import sys
@@ -17,13 +17,14 @@ from minitx import ops
 from minitx.build import random_model
 from minitx.cli import main
 from minitx.errors import MinitxError
-from minitx.lab import attention_report, attention_timing
-from minitx.lab.attention_baselines import BASELINES, BestKeys, NewestKeys, RandomKeys
-from minitx.lab.attention_mass import KeyTotals, MeasuredSelector
-from minitx.lab.attention_methods import METHODS, Knob, chosen_methods, tune
-from minitx.lab.attention_published import PUBLISHED
 from minitx.lab.compare import log_softmax
-from minitx.lab.compare_attention import Grid, chains, checked, compare_attention
+from minitx.lab.frontier import attention_report, attention_timing
+from minitx.lab.frontier.attention import Grid, chains, checked, compare_attention
+from minitx.lab.frontier.attention_baselines import BASELINES, BestKeys, NewestKeys, RandomKeys
+from minitx.lab.frontier.attention_mass import KeyTotals, MeasuredSelector
+from minitx.lab.frontier.attention_methods import METHODS, first_guess
+from minitx.lab.frontier.attention_published import PUBLISHED
+from minitx.lab.frontier.knobs import Knob, chosen_methods, tune
 from minitx.lab.sweep import need_pyplot
 from minitx.lm import LM
 from minitx.model import Attend, Rope
@@ -149,7 +150,7 @@ def test_mass_is_the_same_in_a_prompt_chunks_and_single_tokens():
     [
         (Knob("M", 1 / 256, 8, start=1.2), lambda x: 0.6 * np.tanh(1.5 * x)),
         (Knob("p", 1 / 64, 64, start=0.25, falling=True), lambda x: 1 / (1 + 2 * x) ** 0.7),
-        (Knob("share", 0.001, 1), lambda x: x),
+        (Knob("share", 0.001, 1, start=1.0), lambda x: x),
         (Knob("K", 1, 4096, keys=True), lambda x: min(1, x / 300)),
     ],
 )
@@ -160,7 +161,7 @@ def test_tune_reaches_the_share(knob, kept, share):
         asked.append(value)
         return kept(value)
 
-    value, reached = tune(knob, share, 512, measure, {})
+    value, reached = tune(knob, share, first_guess(knob, share, 512), measure, {})
     assert abs(reached - share) <= 0.02 * share and reached == kept(value)
     assert len(asked) <= 7 and knob.low <= min(asked) and max(asked) <= knob.high
 
@@ -169,10 +170,11 @@ def test_tune_of_a_number_of_keys_is_right_at_once():
     """Each query keeps r keys, or all if it sees fewer: the share follows from r."""
     for T, share in ((512, 1 / 8), (300, 1 / 2), (100, 0.9)):
         n = np.arange(1, T + 1)
+        knob = Knob("r", 1, 4096, keys=True)
         value, _ = tune(
-            Knob("r", 1, 4096, keys=True),
+            knob,
             share,
-            T,
+            first_guess(knob, share, T),
             lambda r, n=n: np.minimum(r, n).sum() / n.sum(),
             known := {},
         )
@@ -180,10 +182,10 @@ def test_tune_of_a_number_of_keys_is_right_at_once():
 
 
 def test_tune_gives_the_nearest_value_for_a_share_out_of_reach():
-    value, reached = tune(Knob("M", 1 / 256, 8), 1 / 2, 512, lambda x: min(x, 0.3), known := {})
+    value, reached = tune(Knob("M", 1 / 256, 8), 1 / 2, 1 / 2, lambda x: min(x, 0.3), known := {})
     assert reached == 0.3 and value >= 0.3 and len(known) <= 10
     value, reached = tune(
-        Knob("K", 1, 64, keys=True), 1 / 50, 512, lambda x: 0.015 if x < 5 else 0.03, {}
+        Knob("K", 1, 64, keys=True), 1 / 50, 1, lambda x: 0.015 if x < 5 else 0.03, {}
     )
     assert (value < 5) == (reached == 0.015) and reached in (0.015, 0.03)
 
@@ -197,7 +199,7 @@ def test_tune_measures_no_value_twice():
         return 0.6 * x**0.4
 
     for share in (0.5, 0.25, 0.125, 0.25):
-        _, reached = tune(knob, share, 99, measure, known)
+        _, reached = tune(knob, share, share, measure, known)
         assert abs(reached - share) <= 0.02 * share
     assert len(asked) == len(set(asked)) == len(known) <= 10
 
@@ -210,12 +212,12 @@ def test_knob_that_is_a_number_of_keys_grows_with_the_context():
 
 
 def test_methods_are_chosen_by_name_in_the_order_of_the_table():
-    assert [m.name for m in chosen_methods(["random", "predictive-attention"])] == [
+    assert [m.name for m in chosen_methods(METHODS, ["random", "predictive-attention"])] == [
         "predictive_attention",
         "random",
     ]
     with pytest.raises(MinitxError, match="no method 'best'; expected one of oracle, "):
-        chosen_methods(["best"])
+        chosen_methods(METHODS, ["best"])
 
 
 # Chains ------------------------------------------------------------------------------------------
@@ -473,10 +475,10 @@ FEW = ["--chains", "1", "--tokens", "30", "--rounds", "1", "--methods", "window,
 
 
 def test_command_prints_a_table_or_json(loads, capsys):
-    assert main(["compare-attention", *FEW, "--share", "1/3"]) == 0
+    assert main(["frontier", "attention", *FEW, "--share", "1/3"]) == 0
     out = capsys.readouterr().out
     assert "1 chains of 30 tokens" in out and "\n1/3\n  window " in out
-    assert main(["compare-attention", *FEW, "--share", "0.5,1/3", "--json"]) == 0
+    assert main(["frontier", "attention", *FEW, "--share", "0.5,1/3", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [p["share"] for p in said["points"]] == [0.5, 1 / 3] * 2
 
@@ -494,7 +496,7 @@ def test_command_prints_a_table_or_json(loads, capsys):
     ],
 )
 def test_command_refuses_in_one_sentence(loads, capsys, words, message):
-    assert main(["compare-attention", *words]) == 2
+    assert main(["frontier", "attention", *words]) == 2
     said = capsys.readouterr()
     assert message in said.err and len(said.err.splitlines()) == 1 and not said.out
 
@@ -503,9 +505,9 @@ def test_picture_without_matplotlib_is_refused_before_measuring(
     loads, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
-    monkeypatch.setattr("minitx.lab.compare_attention.measure", None)  # and nothing is measured
+    monkeypatch.setattr("minitx.lab.frontier.attention.measure", None)  # and nothing is measured
     path = tmp_path / "a.png"
-    assert main(["compare-attention", *FEW, "--png", str(path)]) == 2
+    assert main(["frontier", "attention", *FEW, "--png", str(path)]) == 2
     assert capsys.readouterr().err.strip().endswith("install it with: pip install matplotlib")
     assert not list(tmp_path.iterdir())
 

@@ -1,5 +1,5 @@
-"""The baselines of compare-attention: which keys each keeps, against loops written by hand. A query
-keeps the same keys in a prompt, in a chunk, alone, and in a padded batch."""
+"""The baselines of frontier attention: which keys each keeps, against loops written by hand. A
+query keeps the same keys in a prompt, in a chunk, alone, and in a padded batch."""
 
 from itertools import combinations
 
@@ -9,7 +9,7 @@ from qkv import random_qkv, run
 from tiny import tiny_lm
 
 from minitx import fast, ops
-from minitx.lab.attention_baselines import (
+from minitx.lab.frontier.attention_baselines import (
     BASELINES,
     SINKS,
     BestKeys,

@@ -1,0 +1,66 @@
+"""The families of ``minitx frontier``: which techniques stand beside each other, and at the same
+share of what.
+
+A family of techniques that execute fewer multiply-adds needs an entry here and a module
+``minitx/lab/frontier/NAME.py`` with a table ``METHODS`` (see structure.py): equal_work.py measures
+it. ``attention`` has its own measurements (attention.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from minitx.errors import MinitxError, abbreviate, one_of
+from minitx.lab.frontier.knobs import Method
+
+
+@dataclass(frozen=True)
+class Family:
+    """Techniques that are compared at the same share of ``equal``."""
+
+    name: str
+    equal: str  # "keys" or "multiply-adds"
+    shares: tuple[float, ...]  # by default
+    summary: str
+    table: str  # the module with its METHODS
+
+    @property
+    def methods(self) -> Sequence[Method]:
+        return import_module(f"minitx.lab.frontier.{self.table}").METHODS
+
+    def compare(self, dense, bar: bool = True, **plan):
+        """The comparison on an LM without techniques: ``plan`` are the fields of attention.Grid, or
+        else of equal_work.Plan."""
+        if self.equal == "keys":
+            from minitx.lab.frontier.attention import Grid, compare_attention
+
+            return compare_attention(dense, Grid(**{"shares": self.shares} | plan), bar)
+        from minitx.lab.frontier.equal_work import Plan, compare_work
+
+        return compare_work(dense, self, Plan(**{"shares": self.shares} | plan), bar)
+
+
+FAMILIES = (
+    Family(
+        "attention",
+        "keys",
+        (1 / 2, 1 / 4, 1 / 8),
+        "sparse attention methods at the same share of keys",
+        "attention_methods",
+    ),
+    Family(
+        "structure",
+        "multiply-adds",
+        (0.9, 0.75, 0.5),
+        "techniques that skip layers, sub-layers, heads, neurons or tokens, at the same executed "
+        "share of multiply-adds",
+        "structure",
+    ),
+)
+
+
+def family_of(name: str) -> Family:
+    known = {family.name: family for family in FAMILIES}
+    if name not in known:
+        raise MinitxError(f"There is no family {abbreviate(name)}; {one_of(name, known)}")
+    return known[name]

@@ -1,0 +1,62 @@
+"""The methods of ``minitx frontier structure``: one entry for each way to skip layers, sub-layers,
+heads, neurons or tokens, and two baselines.
+
+An entry names the technique, its knob with the range that is searched, and the options that stay
+fixed. ``random`` are the options that make it its own random baseline (``--random``). A method
+without a knob saves bytes instead of multiply-adds and is shown at its own settings.
+"""
+
+from minitx.lab.frontier.knobs import Knob, Method
+
+
+def count(high, name: str = "count") -> Knob:
+    """How many are skipped: from none to ``high(config)``."""
+    return Knob(name, 0, high, falling=True, scale="linear", integer=True)
+
+
+def rising(name: str, low: float, high: float = 1.0) -> Knob:
+    """The larger, the more is executed."""
+    return Knob(name, low, high, scale="linear")
+
+
+def falling(name: str, high, low: float = 0.0) -> Knob:
+    return Knob(name, low, high, falling=True, scale="linear")
+
+
+def layers(config) -> int:
+    return config.layers - 1
+
+
+def sublayers(config) -> int:
+    return 2 * config.layers - 1
+
+
+def later_ffns(config) -> dict:
+    """All FFNs may be skipped but those of the first layers, all of them at once."""
+    L = config.layers
+    return {"cold_start": max(1, L // 2 - 1), "cold_end": L, "skip": L, "warm_up": 0}
+
+
+AT_RANDOM = {"choose": "random"}
+PLAN = {"unit": "both"}
+
+METHODS = (
+    # Baselines: which sub-layers are dropped, for all tokens, is drawn, or selected greedily.
+    Method("random", count(sublayers), PLAN | AT_RANDOM, "layer_skip", seeds=(0, 1, 2, 3)),
+    Method("static", count(sublayers), PLAN | {"choose": "greedy", "stories": 8}, "layer_skip"),
+    Method("layer_skip layer", count(layers), {"unit": "layer"}, "layer_skip"),
+    Method("layer_skip attention", count(layers), {"unit": "attention"}, "layer_skip"),
+    Method("layer_skip ffn", count(layers), {"unit": "ffn"}, "layer_skip"),
+    Method("layer_skip both", count(sublayers), PLAN, "layer_skip"),
+    Method("early_exit", rising("threshold", 0.0), {"first": 2}, random={"measure": "random"}),
+    Method(
+        "ffn_skip",
+        rising("threshold", 0.0),
+        later_ffns,
+        random=AT_RANDOM,
+        random_knob=falling("rate", lambda c: 1 - later_ffns(c)["cold_start"] / c.layers),
+    ),
+    Method("lazy_tokens", rising("keep", 0.05), {"first": 1}, random=AT_RANDOM),
+    Method("prune_structure neurons", falling("neurons", 0.95), {"heads": 0.0}, "prune_structure"),
+    Method("prune_structure heads", falling("heads", 0.95), {"neurons": 0.0}, "prune_structure"),
+)
