@@ -9,8 +9,8 @@ one to the next; every token is scored once, the first of a window after the mod
 end-of-text token (minitx/text.py).
 
 A text is read in one pass, unless a technique decides per step or per sequence what to skip: then
-it is read as generation would run it, a prompt at once and the rest token by token. Logits are computed for a few
-tokens at a time, since a row of them is as long as the vocabulary.
+it is read as generation would run it, a prompt at once and the rest token by token. Logits are
+computed for a few tokens at a time, since a row of them is as long as the vocabulary.
 """
 
 import math
