@@ -38,10 +38,10 @@ from minitx.lab.reading import (
     TextReport,
     hidden_as_generated,
     logits_of,
-    reads_in_steps,
     stories_to_read,
     text_to_read,
 )
+from minitx.technique import decides
 from minitx.text import Text, as_text, first_ids
 from minitx.training.stories import stories
 from minitx.values import need_count
@@ -268,21 +268,22 @@ LEAST = 12  # tokens of a text
 # Work --------------------------------------------------------------------------------------------
 
 
-def work_of(lm, texts: Sequence[Encoded], in_steps: bool | None = None) -> int:
-    """Multiply-adds of reading the texts, with the logits of every token."""
+def work_of(lm, texts: Sequence[Encoded], way: str | None = None) -> int:
+    """Multiply-adds of reading the texts, with the logits of every token. way: as a model that
+    ``decides`` this way."""
     total = 0
     for text in texts:
-        hidden, work = counted(lm, hidden_as_generated, text.ids[:-1], in_steps)
+        hidden, work = counted(lm, hidden_as_generated, text.ids[:-1], way)
         _, head = counted(lm, logits_of, hidden)
         total += work.multiply_adds + head.multiply_adds
     return total
 
 
-def dense_work(dense, texts: Sequence[Encoded], in_steps: bool) -> int:
+def dense_work(dense, texts: Sequence[Encoded], way: str) -> int:
     """``work_of`` for a dense model. In steps, a token that sees S tokens takes a + b S
     multiply-adds, so it is enough to count the first two."""
-    if not in_steps:
-        return work_of(dense, texts, False)
+    if way != "step":
+        return work_of(dense, texts, way)
     state = dense.model.new_state()
     hidden, one = counted(dense, lambda lm: lm.model.hidden(np.array([0]), state))
     _, two = counted(dense, lambda lm: lm.model.hidden(np.array([0]), state))
@@ -358,7 +359,7 @@ class Measuring:
 
     def figures(self, lm, tuned: float, rounds: int) -> Figures:
         c = compare_with(self.known, lm, "", rounds, lambda: None)
-        dense = dense_work(self.known.lm, self.known.material.texts, reads_in_steps(lm))
+        dense = dense_work(self.known.lm, self.known.material.texts, decides(lm.model))
         return Figures.of(c, c.reading.work.multiply_adds / dense, tuned)
 
 
@@ -390,5 +391,5 @@ class Search:
 
     def measure(self, value) -> float:
         lm, texts = self.lm(value), self.measuring.tuning
-        dense = dense_work(self.measuring.known.lm, texts, reads_in_steps(lm))
+        dense = dense_work(self.measuring.known.lm, texts, decides(lm.model))
         return work_of(lm, texts) / dense
