@@ -16,6 +16,7 @@ from minitx.values import as_number
 
 TOLERANCE = 0.02  # of the share, relative: the search ends when it is that close
 STEPS = 10  # at most, in a search
+TINY = 1e-3  # a share of which the logarithm can be taken
 EDGE = 0.02  # the search stays this far, as a part of their distance, from the nearest two values
 
 
@@ -194,19 +195,21 @@ def tune(
 def next_value(knob: Knob, share: float, known: dict) -> float | None:
     """What to measure next, given {value: share} of what was measured; None if the end of the range
     is, or if there is nothing in between."""
-    found = [(left, knob.position(value)) for value, left in known.items() if left]
+    found = [(max(left, TINY), knob.position(value)) for value, left in known.items()]
     below = max((point for point in found if point[0] < share), default=None)
     above = min((point for point in found if point[0] >= share), default=None)
     if below and above:
         part = math.log(share / below[0]) / math.log(above[0] / below[0])
         part = min(max(part, EDGE), 1 - EDGE)
+        if knob.scale == "linear" and len(known) % 3 == 0:
+            part = 0.5  # now and then bisect: interpolation creeps where the curve is bent
         value = knob.value(below[1] + part * (above[1] - below[1]))
         if knob.is_integer:
             low, high = sorted(knob.value(point[1]) for point in (below, above))
             value = min(max(value, low + 1), high - 1)
     else:
         up = (above is None) != knob.falling  # raise the value, or lower it
-        positions = [position for _, position in found] or [0.0]
+        positions = [position for _, position in found]
         far = min(max(positions) + knob.step, 1.0) if up else max(min(positions) - knob.step, 0.0)
         value = knob.value(far)
         if knob.is_integer and value in known and 0 < far < 1:  # a step of less than one
