@@ -161,6 +161,7 @@ NUMBERS = {
     "first-token": ("--shared", "--own", "--prompts", "--rounds"),
     "sweep elsa": ("--stories", "--chains"),
     "frontier attention": ("--share", "--chains", "--tokens", "--rounds"),
+    "frontier structure": ("--share", "--stories", "--time-limit"),
     "train x": ("--workers", "--time-limit"),
     "stories": ("--seed", "--count"),
 }
@@ -245,6 +246,7 @@ def test_help_lists_techniques_and_the_options_of_those_given(capsys):
 PRINTED = [
     *([name, "--help"] for name in COMMANDS + ["compare", "sweep", "frontier", "cost"]),
     *([["--help"], ["list"], ["models"], ["show"]]),
+    *([["frontier"], ["frontier", "structure", "--help"], ["frontier", "attention", "--help"]]),
     *(["explain", technique.name] for technique in techniques()),
     ["compare", "--early-exit", "--stories", "2"],
     ["sweep", "ffn-skip", "threshold=0.9,0.95", "cold_start=3", "warm_up=0", "--stories", "1"],
