@@ -66,7 +66,7 @@ def test_methods_are_registered_techniques_and_their_knobs_and_options_exist(fam
             ends = (
                 [{}]
                 if form.knob is None
-                else [{form.knob.name: form.knob.value(p)} for p in (0, 1)]
+                else [form.knob.options(form.knob.value(p)) for p in (0, 1)]
             )
             for end in ends:
                 technique.checked(form.options | end)  # refuses unknown options and bad values

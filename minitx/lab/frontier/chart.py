@@ -4,9 +4,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import ascii_letters
+from textwrap import fill
 
 from minitx.checkpoints.common import atomic_write
-from minitx.lab.sweep import HEIGHT, WIDTH, check_picture, letter, scale
+from minitx.lab.layout import COLUMNS
+from minitx.lab.sweep import HEIGHT, WIDTH, check_picture, scale
 
 Series = dict[str, list[tuple[float, float]]]  # points (x, y) by the name of their method
 
@@ -28,8 +31,12 @@ def chart(series: Series, below: str, least: float | None = None) -> str:
     ends = f"{min(xs):.3g}", f"{max(xs):.3g} {below}"
     lines.append(f"{'':7}+{'-' * WIDTH}")
     lines.append(f"{'':8}{ends[0]}{ends[1]:>{WIDTH - len(ends[0])}}")
-    lines.append(", ".join(f"{letter(i)} {name}" for i, name in enumerate(series)))
-    return "\n".join(line.rstrip() for line in lines)
+    names = ", ".join(f"{letter(i)} {name}" for i, name in enumerate(series))
+    return "\n".join([*map(str.rstrip, lines), fill(names, COLUMNS)])
+
+
+def letter(number: int) -> str:
+    return ascii_letters[number % len(ascii_letters)]
 
 
 @contextmanager
@@ -47,10 +54,14 @@ def drawing(path, title: str, panels: int) -> Iterator[list]:
 
 def draw(axes, series: Series, x: str, y: str, dashed=()) -> None:
     """One curve for each method, dashed for baselines."""
-    for method, points in series.items():
-        axes.plot(*zip(*sorted(points)), style(method, dashed), label=method)
+    for number, (method, points) in enumerate(series.items()):
+        look = style(method, dashed, number)
+        axes.plot(*zip(*sorted(points)), look, label=method)
     axes.set(xlabel=x, ylabel=y)
 
 
-def style(method: str, dashed) -> str:
-    return "o--" if method in dashed else "o-"
+MARKERS = "os^Dv"  # another one when the ten colors begin again
+
+
+def style(method: str, dashed, number: int = 0) -> str:
+    return MARKERS[number // 10 % len(MARKERS)] + ("--" if method in dashed else "-")

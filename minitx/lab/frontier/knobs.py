@@ -22,7 +22,8 @@ EDGE = 0.02  # the search stays this far, as a part of their distance, from the 
 
 @dataclass(frozen=True)
 class Knob:
-    """The option that decides how much is kept, with its range.
+    """The option that decides how much is kept, with its range. "start=end" are two options that get
+    the same value.
 
     high: a number, or a function of the model's config (the number of its layers, say).
     integer: the option takes integers. keys: it is a number of keys that each query keeps (or all,
@@ -58,6 +59,9 @@ class Knob:
         else:
             found = math.log(value / self.low) / math.log(self.high / self.low)
         return min(max(found, 0.0), 1.0)
+
+    def options(self, value: float) -> dict:
+        return dict.fromkeys(self.name.split("="), value)
 
     @property
     def is_integer(self) -> bool:
@@ -107,7 +111,7 @@ class Method:
         """The LM with this method at this value of its knob."""
         if self.make is not None:
             return self.make(lm, value)
-        chosen = {} if self.knob is None else {self.knob.name: value}
+        chosen = {} if self.knob is None else self.knob.options(value)
         return apply(lm, {self.wanted: self.options | chosen})
 
     def within(self, config) -> "Method":
