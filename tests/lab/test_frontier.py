@@ -124,6 +124,13 @@ def test_tune_of_an_integer_knob_finds_the_closest_share_that_is_not_too_large(s
     )
 
 
+def test_tune_of_an_integer_knob_tries_what_lies_between_two_neighbours_that_do_not_fit():
+    """Interpolation between 14 (0.95) and 16 (0) rounds to 14 again, but 15 is the answer."""
+    left = [1.0, *[0.95] * 14, 0.5, 0.0]
+    guess = SUBLAYERS.guess(0.6)
+    assert tune(SUBLAYERS, 0.6, guess, left.__getitem__, {}, 0.005, 0.62) == (15, 0.5)
+
+
 @pytest.mark.parametrize("curve", [lambda x: x**40, lambda x: 0.4 + 0.6 * x, lambda x: x**0.2])
 def test_tune_of_a_linear_knob_comes_close_on_bent_curves(curve):
     known: dict = {}

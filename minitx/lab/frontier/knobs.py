@@ -22,8 +22,8 @@ EDGE = 0.02  # the search stays this far, as a part of their distance, from the 
 
 @dataclass(frozen=True)
 class Knob:
-    """The option that decides how much is kept, with its range. "start=end" are two options that get
-    the same value.
+    """The option that decides how much is kept, with its range. "start=end": two options that
+    get the same value.
 
     high: a number, or a function of the model's config (the number of its layers, say).
     integer: the option takes integers. keys: it is a number of keys that each query keeps (or all,
