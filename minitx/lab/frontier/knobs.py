@@ -200,8 +200,10 @@ def next_value(knob: Knob, share: float, known: dict) -> float | None:
     """What to measure next, given {value: share} of what was measured; None if the end of the range
     is, or if there is nothing in between."""
     found = [(max(left, TINY), knob.position(value)) for value, left in known.items()]
-    below = max((point for point in found if point[0] < share), default=None)
-    above = min((point for point in found if point[0] >= share), default=None)
+    sign = -1 if knob.falling else 1
+    found.sort(key=lambda point: (point[0], sign * point[1]))  # what leaves less, first
+    below = next((point for point in reversed(found) if point[0] < share), None)
+    above = next((point for point in found if point[0] >= share), None)
     if below and above:
         part = math.log(share / below[0]) / math.log(above[0] / below[0])
         part = min(max(part, EDGE), 1 - EDGE)
