@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, TOKENIZER, check_close, in_chunks, tiny_model
 
+import minitx
+from minitx.calibration import calibration_ids
 from minitx.decode import new_state
 from minitx.errors import MinitxError, MinitxWarning
 from minitx.ledger import counting
@@ -237,6 +239,22 @@ def test_random_gates_skip_as_many_calibration_texts_as_the_trained_ones():
     assert (random_gates(seen, gates, 0.5, 6).w != drawn.w).any(), "the seed does not matter"
 
 
+def test_trained_gates_beat_random_ones_where_the_prompt_tells():
+    """A made-up layer that matters to half of the texts, and the first number of s says to which.
+    (On stories the beginning says nothing: see the card's Notes.)"""
+    rng = np.random.default_rng(2)
+    s = rng.standard_normal((400, 1, 8))
+    matters = s[:, :, 0] + 0.3 * rng.standard_normal((400, 1)) > 0
+    train = Observed(s[:64], np.where(matters, 0.02, 0.0)[:64])
+    gates = fit_gates(train, 0.001, 10.0)
+    right = []
+    for one in (gates, *(random_gates(train, gates, 0.5, seed) for seed in range(5))):
+        keeps = (s[64:, 0] @ one.w[0] + one.b[0]) >= 0
+        right.append((keeps == matters[64:, 0]).mean())
+    assert right[0] > 0.85, "trained gates"
+    assert abs(np.mean(right[1:]) - 0.5) < 0.25 and max(right[1:]) < right[0], "random gates"
+
+
 # Refusals ----------------------------------------------------------------------------------------
 
 
@@ -273,3 +291,24 @@ def test_a_table_of_the_first_layer_stays_exact():
     flags = {"layer_router": {"threshold": 1, "stories": 2, "first": 3}}
     both, lm = apply(dense(), flags | {"first_layer": True}), apply(dense(), flags)
     check_close(in_chunks(both, IDS, STEPS), in_chunks(lm, IDS, STEPS), 1e-11, "logits")
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+def test_on_stories_tolerance_goes_from_no_layer_to_the_four_that_training_made_dispensable():
+    lm = minitx.load("stories")
+    texts = calibration_ids("layer_router", lm, 5)
+    seen = observe(lm, texts, range(1, 8), 32)
+    kl = seen.divergences.mean(0)  # of layers 1 .. 7
+    assert (kl[:3] > 0.02).all() and (kl[:3] < 0.1).all(), "layers 1 to 3 matter"
+    assert (kl[3:] > 0.0005).all() and (kl[3:] < 0.004).all(), "layers 4 to 7 hardly do"
+
+    def skips(tolerance) -> list[float]:
+        w, b = fit_gates(seen, tolerance, ridge=10.0)
+        return ((np.einsum("ngd,gd->ng", seen.summaries, w) + b) < 0).mean(0).tolist()
+
+    assert skips(1e-5) == [0] * 7
+    assert skips(0.02)[3:] == [1] * 4, "each text skips layers 4 to 7"
+    middle = skips(0.001)
+    assert middle[:3] == [0] * 3 and 0.1 < np.mean(middle[3:]) < 0.9, "texts differ"
