@@ -69,13 +69,14 @@ def by_hand(**options) -> float:
 def test_orders_by_hand():
     assert by_hand(order="none") == ((3 * 2) + 1) * 2 + 1  # 15
     # add 1, double, add 1, double: ((3 + 1) * 2 + 1) * 2
-    assert by_hand(order="swap") == by_hand(order="reverse") == by_hand(layers="1,0,3,2") == 18
+    assert by_hand(order="swap") == 18, "neighbours change places"
+    assert by_hand(order="reverse") == by_hand(layers="1,0,3,2") == 18
     # (double, add 1) on 3: 3 + 3 + 1 = 7; then on 7: 7 + 7 + 1
     assert by_hand(order="parallel") == 15, "the updates of a pair are added"
     # all four on 3: 3 + (3 + 1 + 3 + 1)
     assert by_hand(order="parallel", group=4) == 11
     # their mean: 3 + 8 / 4
-    assert by_hand(order="parallel", group=4, combine="mean") == 5
+    assert by_hand(order="parallel", group=4, combine="mean") == 5, "the mean of the updates"
     # double; then (add 1, double) on 6: 6 + 1 + 6; then add 1
     assert by_hand(order="parallel", first=1, last=1) == 14
 
@@ -180,7 +181,8 @@ def test_all_the_work_remains_and_only_depth_falls(options):
     assert totals[0] == totals[1], "a layer ran more or less often"
     assert len(lm.model.stack.groups) == (4 if options == {} else 6)
     # of (1 2) and (3 4) one each is off its place; of 4 3 2 1 all four
-    assert counts.events["layer runs out of order"] == 40 * (2 if options == {} else 4)
+    moved = 2 if options == {} else 4
+    assert counts.events["layer runs out of order"] == 40 * moved, "layers off their place"
 
 
 # Refusals ----------------------------------------------------------------------------------------

@@ -233,8 +233,8 @@ def test_random_gates_skip_as_many_calibration_texts_as_the_trained_ones():
 
     for threshold in (0.3, 0.5, 0.7):
         drawn = random_gates(seen, gates, threshold, seed=5)
-        assert count(drawn, threshold) == count(gates, threshold)
-        assert abs(drawn.w - gates.w).max() > 0.1
+        assert count(drawn, threshold) == count(gates, threshold), "texts that skip each layer"
+        assert abs(drawn.w - gates.w).max() > 0.1, "the trained gates"
     assert 0 < count(gates, 0.5)[0] < 16 and count(gates, 0.5)[2] == 16
     assert (random_gates(seen, gates, 0.5, 6).w != drawn.w).any(), "the seed does not matter"
 
