@@ -281,9 +281,9 @@ def check_model(lm) -> None:
 #       fixed list, count=6              0.286x        +0.1024     44 / 53 /  39
 #
 #   The default lies on the line between the fixed lists of one and of two layers, and random gates
-#   hardly above it (about +0.002 at 0.82x, between their two tolerances). At tolerance=0.003 all sequences skip layers 4 to 7: a fixed list. At 0.03 the
-#   fixed list loses less: labels leave out one layer at a time, and four that hardly matter one by
-#   one matter together.
+#   hardly above it (about +0.002 at 0.82x, between their two tolerances). At tolerance=0.003 all
+#   sequences skip layers 4 to 7: a fixed list. At 0.03 the fixed list loses less: labels leave out
+#   one layer at a time, and four that hardly matter one by one matter together.
 # - Why: of 48 other stories, the gates of layers 4 to 7 (trained on 32, tolerance=0.001) rank the
 #   labels little better than chance from the first 32 tokens (AUC 0.58, 0.54, 0.57, 0.59), and
 #   well from all tokens (0.78, 0.87, 0.77, 0.54). The signal is in the text, but the beginning of a
