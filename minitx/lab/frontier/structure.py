@@ -23,6 +23,11 @@ def falling(name: str, high, low: float = 0.0) -> Knob:
     return Knob(name, low, high, falling=True, scale="linear")
 
 
+def tolerance(low: float, high: float = 10.0) -> Knob:
+    """How much skipping may cost: the more, the less is executed."""
+    return Knob("tolerance", low, high, falling=True)
+
+
 def layers(config) -> int:
     return config.layers - 1
 
@@ -48,6 +53,7 @@ METHODS = (
     Method("layer_skip attention", count(layers), {"unit": "attention"}, "layer_skip"),
     Method("layer_skip ffn", count(layers), {"unit": "ffn"}, "layer_skip"),
     Method("layer_skip both", count(sublayers), PLAN, "layer_skip"),
+    Method("layer_router", tolerance(1e-5), random=AT_RANDOM),
     Method("early_exit", rising("threshold", 0.0), {"first": 2}, random={"measure": "random"}),
     Method(
         "ffn_skip",
@@ -59,4 +65,6 @@ METHODS = (
     Method("lazy_tokens", rising("keep", 0.05), {"first": 1}, random=AT_RANDOM),
     Method("prune_structure neurons", falling("neurons", 0.95), {"heads": 0.0}, "prune_structure"),
     Method("prune_structure heads", falling("heads", 0.95), {"neurons": 0.0}, "prune_structure"),
+    # Not fewer multiply-adds, but fewer bytes, or only a shorter chain of steps.
+    Method("layer_reorder", None, {"order": "parallel"}),
 )
