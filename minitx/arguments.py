@@ -348,9 +348,8 @@ def add_frontier(names, flags) -> None:
         command.set_defaults(family=family.name)
         command.flags = flags
         add_model(command, techniques=False)
-        command.add_argument(
-            "--methods", type=words, metavar="A,B", help="methods to compare (default: all)"
-        )
+        text = f"techniques, and the baselines {', '.join(family.baselines)} (default: all)"
+        command.add_argument("--methods", type=words, metavar="A,B", help=text)
         known = ",".join(f"{share:g}" for share in family.shares)
         command.add_argument(
             "--share",

@@ -56,6 +56,7 @@ def found():
 def test_methods_are_registered_techniques_and_their_knobs_and_options_exist(family):
     config = minitx.load("stories").model.config
     methods = [method.within(config) for method in family.methods]
+    assert set(family.baselines) <= {method.name for method in methods}
     assert len({method.name for method in methods}) == len(methods), "two methods of one name"
     for method in methods:
         if method.make is not None:

@@ -23,6 +23,7 @@ class Family:
     shares: tuple[float, ...]  # by default
     summary: str
     table: str  # the module with its METHODS
+    baselines: tuple[str, ...]  # those of the methods that are no techniques
 
     @property
     def methods(self) -> Sequence[Method]:
@@ -47,6 +48,7 @@ FAMILIES = (
         (1 / 2, 1 / 4, 1 / 8),
         "sparse attention methods at the same share of keys",
         "attention_methods",
+        ("oracle", "window", "random"),
     ),
     Family(
         "structure",
@@ -55,6 +57,7 @@ FAMILIES = (
         "techniques that skip layers, sub-layers, heads, neurons or tokens, at the same executed "
         "share of multiply-adds",
         "structure",
+        ("random", "static"),
     ),
 )
 

@@ -6,10 +6,10 @@ from textwrap import fill
 from minitx.lab.evaluate import table
 from minitx.lab.frontier.chart import Series, chart, draw, drawing
 from minitx.lab.frontier.equal_work import Frontier, Row
+from minitx.lab.frontier.families import family_of
 from minitx.lab.layout import COLUMNS
 
 LEAST = 0.001  # nats per token: where the logarithmic scale of losses begins
-BASELINES = ("random", "static")
 
 
 def as_text(f: Frontier) -> str:
@@ -149,15 +149,16 @@ def answers_right(g) -> float:
 def picture(f: Frontier, path) -> None:
     """The curves as a PNG file; needs the ``plot`` extra."""
     title, share = f"{f.model}: {f.family}", "executed share of multiply-adds"
+    baselines = family_of(f.family).baselines
     with drawing(path, title, 2) as (left, right):
-        draw(left, series(f), share, "loss above dense (nats per token)", BASELINES)
+        draw(left, series(f), share, "loss above dense (nats per token)", baselines)
         left.set_yscale("symlog", linthresh=0.01)
         if f.accuracy:
-            draw(right, series(f, answers_right), share, "answers right, mean over hops", BASELINES)
+            draw(right, series(f, answers_right), share, "answers right, mean over hops", baselines)
             dense = sum(f.accuracy.values()) / len(f.accuracy)
             right.axhline(dense, color="black", linewidth=0.8, linestyle=":")
         else:
             agreement = series(f, lambda g: g.agreement)
-            draw(right, agreement, share, "share of tokens with the same argmax", BASELINES)
+            draw(right, agreement, share, "share of tokens with the same argmax", baselines)
         left.axhline(0, color="black", linewidth=0.8, linestyle=":")
         left.legend(fontsize="small")
