@@ -63,7 +63,7 @@ class Plan:
     text: str | Text | None = None  # to read instead of stories, ``tokens`` of it
     tokens: int = TOKENS
     grade: str = "full"
-    tuning: int = 6  # calibration stories that the methods are tuned on
+    tuning: int = 8  # calibration stories that the methods are tuned on
     prompts: int = 4  # to continue
     rounds: int = 3  # of timing
     time_limit: float = 300.0  # seconds for one method
