@@ -18,6 +18,7 @@ from minitx.skip.token_prune import (
     WeightsAdded,
     first_layers,
     layer_shares,
+    pruned_tokens,
     received_attention,
     uniform_attention,
 )
@@ -71,11 +72,12 @@ def test_uniform_attention_favors_early_tokens_unless_it_is_corrected():
     layer.store(zeros, zeros)
     WeightsAdded(1.0)(zeros, zeros, zeros, layer)
     attention, alive = received_attention(layer), np.arange(3)
-    np.testing.assert_allclose(attention.received, [11 / 6, 5 / 6, 2 / 6])
-    np.testing.assert_allclose(attention.uniform, [11 / 6, 5 / 6, 2 / 6])
-    for correct, expected in ((False, [11 / 6, 5 / 6, 2 / 6]), (True, [1, 1, 1])):
+    sums = [11 / 6, 5 / 6, 2 / 6]
+    np.testing.assert_allclose(attention.received, sums, err_msg="column sums")
+    np.testing.assert_allclose(attention.uniform, sums, err_msg="column sums if it is uniform")
+    for correct, expected in ((False, sums), (True, [1, 1, 1])):
         scores = PruningStack(Stack(()), (1,), correct).scores(alive, layer)
-        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+        np.testing.assert_allclose(scores, expected, rtol=1e-6, err_msg=f"correct={correct}")
 
 
 def test_received_attention_adds_up_heads_queries_and_steps():
@@ -94,8 +96,10 @@ def test_received_attention_adds_up_heads_queries_and_steps():
         layer.take(b - a).store(k[:, a:b], k[:, a:b])
         attend(np.array(q)[..., None], *layer.rows(), layer)
     attention = received_attention(layer)
-    np.testing.assert_allclose(attention.received, np.array([79, 42, 23]) / 24)
-    np.testing.assert_allclose(attention.uniform, np.array([11, 5, 2]) / 3)
+    expected = np.array([79, 42, 23]) / 24
+    np.testing.assert_allclose(attention.received, expected, err_msg="attention received")
+    expected = np.array([11, 5, 2]) / 3
+    np.testing.assert_allclose(attention.uniform, expected, err_msg="that of uniform attention")
 
 
 @part
@@ -184,7 +188,9 @@ def test_every_step_equals_the_literal_version(family, options):
             attention = received_attention(state.layers[0])
             for name in ("received", "uniform"):
                 sums = [getattr(literal, name)[i] for i in range(literal.n)]
-                np.testing.assert_allclose(getattr(attention, name)[: literal.n], sums)
+                np.testing.assert_allclose(
+                    getattr(attention, name)[: literal.n], sums, err_msg=f"{name}, step {number}"
+                )
     lm.model([7], state)  # frees the rows of what the last step has pruned
     literal.step([7])
     assert counts.events["tokens pruned"] <= literal.pruned
@@ -255,14 +261,18 @@ def test_rewind_to_where_the_last_step_began_leaves_no_trace():
     """Tokens that it had pruned are alive again, and the attention that it gave is forgotten."""
     _, lm = models()
     state = lm.model.new_state()
-    in_chunks(lm, IDS[:30], (12, *[1] * 18), state)
-    expected = in_chunks(lm, IDS[30:], (1,) * 10, state.fork())
-    rows, sums = rows_of_all(state.fork()), received_attention(state.layers[0]).received.copy()
-    lm.model(OTHER[:8], state)
-    state.rewind(30)
-    np.testing.assert_array_equal(received_attention(state.layers[0]).received, sums)
-    assert all(set(found) <= set(before) for found, before in zip(rows_of_all(state), rows))
-    np.testing.assert_array_equal(in_chunks(lm, IDS[30:], (1,) * 10, state), expected)
+    in_chunks(lm, IDS[:28], (12, *[1] * 16), state)
+    expected = in_chunks(lm, IDS[28:], (1,) * 12, state.fork())
+    sums = received_attention(state.layers[0]).received.copy()
+    pruned = [pruned_tokens(layer).step.copy() for layer in state.layers]
+    lm.model(IDS[28:29], state)  # prunes token 27 in the last layer
+    assert any((pruned_tokens(layer).step[:28] == 28).any() for layer in state.layers)
+    state.rewind(28)
+    for layer, before in zip(state.layers, pruned):
+        np.testing.assert_array_equal(pruned_tokens(layer).step, before, "a token stays pruned")
+    after = received_attention(state.layers[0]).received
+    np.testing.assert_array_equal(after, sums, "the attention that the step gave still counts")
+    np.testing.assert_array_equal(in_chunks(lm, IDS[28:], (1,) * 12, state), expected)
 
 
 def test_rewind_before_the_last_step_is_refused_by_name():
@@ -272,7 +282,8 @@ def test_rewind_before_the_last_step_is_refused_by_name():
     with pytest.raises(MinitxError, match="position 11: token_prune has freed .* rewind to 12"):
         state.rewind(11)
     state.rewind(0)
-    np.testing.assert_allclose(lm.model(IDS[:9], state), lm.logits(IDS[:9]), atol=1e-12)
+    found = lm.model(IDS[:9], state)
+    np.testing.assert_allclose(found, lm.logits(IDS[:9]), atol=1e-12, err_msg="not as if new")
 
 
 @pytest.mark.parametrize("back_to", [13, 16, 19])
