@@ -78,6 +78,7 @@ def lazy_tokens(
                pruned for its last token; batches with a KV cache (generate decodes prompts one by
                one); attention without softmax over all keys (elsa, a3, ...).
     Proof:     tests/skip/test_lazy_tokens.py; literal version: tests/skip/literal_lazy_tokens.py
+    Tutorial:  tutorials/14_which_tokens_matter.py
     """
     need(lm.model.stack, Stack)
     L, context = len(lm.model.stack.blocks), lm.model.config.context
