@@ -223,8 +223,8 @@ PRINTS = {
         r"That of SpAtten never ran 5\d%\.$",
         r"  SpAtten, corrected +0\.79 +0\.94 +0\.81$",
         r"  LazyLLM +0\.80 +[12]\.\d\d +1\.00$",
-        r"  SpAtten, corrected +8\d% +\d\d% +\d\d%$",
-        r"  LazyLLM +(9\d|100)% +\d\d% +\d\d%$",
+        r"  SpAtten, corrected +0\.71 +8\d% +\d\d% +\d\d%$",
+        r"  LazyLLM +0\.71 +(9\d|100)% +\d\d% +\d\d%$",
     ],
 }
 
