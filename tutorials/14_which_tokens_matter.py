@@ -119,8 +119,8 @@ for name, model in pruned.items():
 assert ran["SpAtten, plain sum"][-1, :10].all() and not ran["SpAtten, plain sum"][-1, 20:-1].any()
 # The plain sum keeps the beginning, whatever it says: section 1 in real life. Corrected, it keeps
 # "Tom went park" and most of the question. LazyLLM, whose last token says what it needs, keeps "was
-# in garden" and "went to park". (All three answer "park", since layer 4 has settled that, as tutorial 4
-# showed. Later layers confirm it.)
+# in garden" and "went to park". (All three answer "park": layer 4 has settled that, as tutorial 4
+# showed, and the later layers do not change it.)
 
 # %% 3. Token by token, layer by layer
 # The same two maps in full. A row is a token, a column is a layer, "#" means that the layer ran

@@ -338,7 +338,7 @@ def uniform_attention(queries, seen):
 #   of 20 stories (67, 19 and 13 of 1, 2 and 3 hops), each in one step with the story before it:
 #   91 / 79 / 85 % at keep=0.5, random 94 / 84 / 85 %; at keep=0.25 84 / 63 / 69 %, random
 #   91 / 84 / 85 %. The KL divergence of the next token's distribution from the dense one after 40,
-#   60 and 80 % of 16 stories: 0.004 at keep=0.6, random 0.02 (mean of four seeds); 0.10 at keep=0.3,
+#   60 and 80 % of 16 stories: 0.004 at keep=0.6, random 0.02 (four seeds); at keep=0.3 0.10,
 #   random 0.05.
 # - Speed (CPU time on one core, a prompt of 320 tokens, then 48; dense = 1): first token 1.1x
 #   and each new token 0.4x at keep=0.5; 1.3x and 0.4x at keep=0.25.
