@@ -85,7 +85,7 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
         content |= {"fingerprint": signature(content)}
         (temporary / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            _write_tokenizer(lm.tokenizer, tokenizer, temporary)
+            _write_tokenizer(lm.tokenizer.original, tokenizer, temporary)
         os.rename(temporary, folder)
     except OSError as error:
         raise unwritable(folder, error) from None
