@@ -231,7 +231,7 @@ def test_price_on_stories_draft_is_none_if_all_tokens_of_a_text_stay_and_high_if
         own = [lm.encode(text) for text in texts]  # each model in its own tokens
         nats = [token_losses(lm.logits(ids[:-1]), np.array(ids[1:])).sum() for ids in own]
         loss[name] = sum(nats) / sum(map(len, words))
-    assert -0.01 < loss["frequency"] - loss["dense"] <= 1e-6, loss
+    assert -0.5 < loss["frequency"] - loss["dense"] <= 1e-6, loss
     assert loss["random"] - loss["dense"] > 1, loss
 
 
