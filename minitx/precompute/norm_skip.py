@@ -221,7 +221,7 @@ def loss(lm, texts) -> float:
 
 # Notes:
 #
-# - Loss above dense in nats per token, and % of answers right by hops (how many facts they combine):
+# - Loss above dense in nats per token, and % of answers right by hops (the facts they combine):
 #   minitx sweep norm-skip count=2,4,6 choose=loss,random -m stories-relu --stories 60, and with
 #   count=2,4 on stories. stories-relu answers few questions at all.
 #
@@ -243,9 +243,10 @@ def loss(lm, texts) -> float:
 # - The choice is greedy because norms depend on each other. Ranked one at a time, the best four of
 #   stories cost +5.7 nats together: its rms grows with depth for a few tokens (standard deviation
 #   above the mean from layer 4 on), and where several norms are gone, nothing brings them down. All
-#   17 at once give NaN. The papers fine-tune after each removal, and report +0.03 nats for all norms
-#   of GPT-2 XL (abstract).
+#   17 at once give NaN. The papers fine-tune after each removal, and report +0.03 nats without any
+#   norm for GPT-2 XL (abstract).
 # - The authors measure one constant for the first token of a text and one for the others, because
 #   GPT-2's first token is far larger. Here one serves all: then it can be folded.
-# - Decoding, process time per token, one BLAS thread: stories-relu 418 us, with 4 norms skipped 368,
-#   with all 9 311; stories-parallel 717, with 4 676, with 9 618; stories 775, with 3 803 (noise).
+# - Decoding, CPU time per token, one BLAS thread, a busy machine: stories-relu 418 us, with 4 norms
+#   skipped 368, with all 9 311; stories-parallel 717, with 4 676, with 9 618; stories 775, with 3
+#   803 (noise).

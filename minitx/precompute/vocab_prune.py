@@ -263,15 +263,16 @@ def nearest_rows(w, ids) -> np.ndarray:
 
 # Notes:
 #
-# - Which ids are which: nothing is renumbered for the caller. ``lm.model.embed.row`` maps a token to
-#   its row, ``lm.model.head.ids`` a row to its token; the printed tree shows both sizes.
-# - A token that is dropped by mistake is expensive: the model has seen its word as one token, hardly
-#   ever in pieces, and predicts pieces badly (about 50 nats for one word of stories). So keep all
-#   tokens that the texts at hand have. The calibration text must be long: of 100 held-out stories,
-#   0.7 % of the tokens do not occur in 32 calibration stories, 0.02 % not in 256.
-# - minitx compare and sweep read texts in the dense model's tokens, so a dropped one costs 50 nats as
-#   a target and reads as a similar token in the input; minitx evaluate reads them in the pruned
-#   model's own tokens. The two agree roughly.
+# - Which ids are which: nothing is renumbered for the caller. The embedding's ``row`` maps a token
+#   to its row, the head's ``ids`` a row to its token; the printed tree shows both sizes.
+# - A token that is dropped by mistake is expensive: the model knows its word as one token, hardly
+#   ever in pieces, and predicts pieces badly. With the tokens of 16 calibration stories, stories-
+#   draft needed 600 nats more for a held-out story (4 stories, in its own tokens). So the
+#   calibration text must be long: of 100 held-out stories, 0.7 % of the tokens do not occur in 32
+#   calibration stories, 0.02 % not in 256.
+# - minitx compare and sweep read texts in the dense model's tokens, so a dropped one costs about 50
+#   nats as a target and reads as a similar token in the input; minitx evaluate reads them in the
+#   pruned model's own tokens.
 # - Figures on stories-draft (minitx sweep vocab-prune keep=587,450,350 choose=frequency,random -m
 #   stories-draft --stories 60; 587 is the default there). Loss: above dense, in nats per token.
 #   Hops: % of answers right, by the facts that they combine.

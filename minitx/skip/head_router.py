@@ -62,7 +62,7 @@ def head_router(
     Kind:      approximate; exact with active=1, where all heads run.
     Idea:      Attention adds up what its heads write: y = b_o + sum of ctx_h W_o,h over the heads
                h. For one token most of it comes from some heads, for the next from others. A long
-               query makes sharp attention weights; a head whose query is short can be spared.
+               query makes sharp attention weights, a short one nearly equal ones: a plain average.
     Offline:   nothing.
     Online:    in each layer from ``first`` on, for each token:
                  q_h, k, v of all heads; keys and values are cached for all
@@ -75,10 +75,9 @@ def head_router(
     Saves:     2 S d + d D multiply-adds per token and head that does not run, less d for each score
                (S: cached tokens, d: head width). W_q is needed for the scores, so it runs in full.
     In NumPy:  slower: generation 0.6x to 0.7x of dense on stories. Dense attention is one product
-               for all heads; here those that run take several small ones, and the router some calls.
-    Not for:   models of few heads: every head matters. Techniques that replace the attention of all
-               heads (elsa, heavy_hitters, ...) or W_o (quantize, low_rank, ...). The KV cache stays
-               as it is.
+               for all heads; here those that run take several small ones, besides the router.
+    Not for:   techniques that replace the attention of all heads (elsa, heavy_hitters, ...) or W_o
+               (quantize, low_rank, ...). It saves nothing of the KV cache.
     Proof:     tests/skip/test_head_router.py; literal version: tests/skip/literal_head_router.py
     """
     H, L = lm.model.config.heads, len(blocks_of(lm))
