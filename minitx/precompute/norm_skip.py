@@ -105,7 +105,7 @@ def norm_skip(
         if unit is None:
             shown = bar(units, f"norm skip: {n + 1} of {count}", unit="candidate", delay=1.0)
             losses = [loss(skip_norm(lm, u, constants[u]), texts) for u in shown]
-            unit = units[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
+            unit = units[lowest(losses)]
         lm = skip_norm(lm, unit, constants[unit])
         units.remove(unit)
     return lm
@@ -208,6 +208,12 @@ class Watched(Part):
         y = y - y.mean(-1, keepdims=True) if type(self.inner) is LayerNorm else y
         self.found.append(np.sqrt((y * y).mean(-1) + self.inner.eps).reshape(-1))
         return self.inner(x)
+
+
+def lowest(losses) -> int:
+    """The index of the lowest loss, the first of equals. NaN, where a model overflows, ranks
+    last."""
+    return int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
 
 
 def loss(lm, texts) -> float:

@@ -15,7 +15,15 @@ from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import FFN, Activated, LayerNorm, Linear, NoNorm, RMSNorm
 from minitx.ops import relu
-from minitx.precompute.norm_skip import FixedScale, Unit, measure, skip_norm, units_of, without_norm
+from minitx.precompute.norm_skip import (
+    FixedScale,
+    Unit,
+    lowest,
+    measure,
+    skip_norm,
+    units_of,
+    without_norm,
+)
 from minitx.technique import apply, blocks_of
 from minitx.tree import nbytes
 
@@ -73,6 +81,10 @@ def test_constant_by_hand_is_one_over_the_mean_rms():
     lm = LM(type(lm.model)(**vars(lm.model) | {"embed": type(lm.model.embed)(table)}), TOKENIZER)
     found = measure(lm, [Unit("attn", 0)], [[0, 1], [1, 1]])[Unit("attn", 0)]
     assert found == pytest.approx(1 / ((5 + 3 * 10) / 4 / 16**0.5), rel=1e-5)
+
+
+def test_overflow_ranks_last():
+    assert lowest([np.nan, 3.0, np.inf, 2.0, 2.0]) == 3
 
 
 # The literal version -----------------------------------------------------------------------------

@@ -79,6 +79,18 @@ def test_batch_without_cache_equals_its_rows():
         close(found, routed.logits(row), "a row of the batch")
 
 
+def test_prompts_of_a_padded_batch_equal_the_prompts_alone():
+    """Several tokens of each sequence at once, which see no padding, then one more."""
+    _, routed = models(active=0.5)
+    lengths = (24, 11)
+    start = np.array([24 - n for n in lengths])
+    ids = np.stack([np.where(np.arange(24) < s, 0, IDS) for s in start])
+    state = routed.model.new_state(start)
+    found = np.concatenate([routed.model(ids[:, :-1], state), routed.model(ids[:, -1:], state)], 1)
+    for row, s in zip(found, start):
+        close(row[s:], routed.logits(IDS[s:]), f"a prompt of {24 - s} tokens")
+
+
 # Options -----------------------------------------------------------------------------------------
 
 
