@@ -42,7 +42,7 @@ def norm_skip(
     *,
     count: Annotated[
         int | None,
-        "how many norms are skipped; default: an eighth of those in ``where``, at least 1",
+        "how many norms are skipped; default: an eighth of those in where, at least 1",
         at_least(0),
     ] = None,
     where: Annotated[
@@ -78,8 +78,9 @@ def norm_skip(
                linear, so it is folded too, exactly: subtract from each column of W* its mean.
     Online:    z = x W* + c*    instead of    z = (x / rms(x) * g + b) W + c
                A final norm before a tied head keeps  x * (c g): that matrix is the embedding too.
-    Saves:     the whole norm: about 2 D multiply-adds per token (squares and scale; a LayerNorm
-               4 D), of 2 D F and more of a block, and D weights (2 D). No matrix gets smaller.
+    Saves:     the whole norm: about 2 D multiply-adds per token (squares, scale; a LayerNorm about
+               twice that), beside 2 D F and more in the FFN alone, and D weights (2 D). No matrix
+               gets smaller.
     In NumPy:  a little faster, since each norm is a few calls: decoding 1.1x on stories-relu with 4
                of its 9 norms skipped.
     Not for:   norms whose inputs have rms of very different size (attention in stories). Text of

@@ -57,8 +57,9 @@ def head_router(
 
     Paper:     Jin et al., "MoH: Multi-Head Attention as Mixture-of-Head Attention", ICML 2025,
                arXiv 2410.11842; of it, the form for LLaMA3.
-    Fidelity:  the authors' code (inference), without the training that goes with it. Ours: heads
-               that are off are not computed, where the authors compute and mask them; first.
+    Fidelity:  the authors' code (inference), without the training that goes with it. Ours: the
+               dense first layers; heads that do not run are not computed (the authors compute all
+               and mask some).
     Kind:      approximate; exact with active=1, where all heads run.
     Idea:      Attention adds up what its heads write: y = b_o + sum of ctx_h W_o,h over the heads
                h. For one token most of it comes from some heads, for the next from others. A long
@@ -210,10 +211,10 @@ class RandomRouter(Part):
 def highest(scores, shared: int, running: int):
     """Booleans (..., T, H): the shared heads, and of the others those with the highest scores
     (..., T, H - shared), until ``running`` heads run. Ties go to the lower index."""
-    order = np.argsort(-coarse(scores), axis=-1, kind="stable")[..., : running - shared]
-    runs = np.zeros((*scores.shape[:-1], shared + scores.shape[-1]), bool)
-    runs[..., :shared] = True
-    np.put_along_axis(runs, shared + order, True, -1)
+    order = np.argsort(-coarse(scores), axis=-1, kind="stable")
+    rank = order.argsort(-1)  # 0: the highest
+    runs = np.ones((*scores.shape[:-1], shared + scores.shape[-1]), bool)
+    runs[..., shared:] = rank < running - shared
     return runs
 
 

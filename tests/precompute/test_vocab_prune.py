@@ -12,7 +12,7 @@ from minitx.decode import Sampler
 from minitx.errors import MinitxError
 from minitx.lab.compare import Workload, compare
 from minitx.lab.reading import stories_to_read
-from minitx.ledger import counting
+from minitx.ledger import counting, group_of
 from minitx.lm import LM
 from minitx.precompute.vocab_prune import (
     BELOW,
@@ -215,6 +215,14 @@ def test_work_and_weights_saved_are_those_of_the_card(family, tables):
     assert work[0] - work[1] == len(IDS) * D * (V - n)
     saved = nbytes(lm.model) - nbytes(changed.model)
     assert saved == tables * 4 * D * (V - n) - 8 * (V + n)
+
+
+def test_tree_shows_the_sizes_and_the_ledger_counts_one_embedding():
+    changed = pruned(LM(tiny_model("gpt2")), [IDS.tolist()])
+    n, drawn = len(kept_of(changed)), str(changed.model)
+    assert f"PrunedEmbedding(row 259)\n      inner: TokenEmbedding(w {n}x16)" in drawn
+    assert f"head: PrunedHead(vocab_size=259, ids {n})\n    inner: TiedHead(w {n}x16)" in drawn
+    assert group_of("model.embed.inner") == group_of("model.embed.tokens.inner") == "embed"
 
 
 # Figures -----------------------------------------------------------------------------------------
