@@ -16,6 +16,7 @@ from minitx.values import as_number
 
 TOLERANCE = 0.02  # of the share, relative: the search ends when it is that close
 STEPS = 10  # at most, in a search
+STAIRS = 3  # so many values that change nothing: the share has steps, and none is closer
 TINY = 1e-3  # a share of which the logarithm can be taken
 EDGE = 0.02  # the search stays this far, as a part of their distance, from the nearest two values
 
@@ -186,11 +187,16 @@ def tune(
     """
     tolerance = TOLERANCE * share if tolerance is None else tolerance
     value = knob.value(knob.position(guess))
+    repeated = 0  # values with a share that another value has, too
     for _ in range(STEPS):
         if value is None or any(abs(left - share) <= tolerance for left in known.values()):
             break
         if value not in known:
-            known[value] = measure(value)
+            left = measure(value)
+            repeated += left in known.values()
+            known[value] = left
+        if repeated == STAIRS:
+            break
         value = next_value(knob, share, known)
     fitting = {value: left for value, left in known.items() if left <= most} or known
     return min(fitting.items(), key=lambda found: abs(found[1] - share))

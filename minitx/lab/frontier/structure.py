@@ -62,9 +62,16 @@ METHODS = (
         random=AT_RANDOM,
         random_knob=falling("rate", lambda c: 1 - later_ffns(c)["cold_start"] / c.layers),
     ),
+    Method("head_router", rising("active", 0.0), {"first": 1}, random=AT_RANDOM),
+    Method("token_prune", rising("keep", 0.01), random=AT_RANDOM),
     Method("lazy_tokens", rising("keep", 0.05), {"first": 1}, random=AT_RANDOM),
     Method("prune_structure neurons", falling("neurons", 0.95), {"heads": 0.0}, "prune_structure"),
     Method("prune_structure heads", falling("heads", 0.95), {"neurons": 0.0}, "prune_structure"),
-    # Not fewer multiply-adds, but fewer bytes, or only a shorter chain of steps.
+    Method(
+        "vocab_prune", Knob("keep", 256, lambda c: c.vocab_size, integer=True), random=AT_RANDOM
+    ),
+    # Fewer bytes instead of multiply-adds, too few of these for any share, or none at all.
     Method("layer_reorder", None, {"order": "parallel"}),
+    Method("norm_skip", None),
+    Method("vocab_prune default", None, {}, "vocab_prune"),
 )

@@ -9,6 +9,7 @@ from minitx.lab.frontier.equal_work import Frontier, Row
 from minitx.lab.frontier.families import family_of
 from minitx.lab.layout import COLUMNS
 
+OWN = "What saves bytes rather than multiply-adds, or hardly any of these, at settings of its own"
 LEAST = 0.001  # nats per token: where the logarithmic scale of losses begins
 
 
@@ -18,7 +19,7 @@ def as_text(f: Frontier) -> str:
     if measured:
         parts += [f"What it saves (1.00x is dense):\n{costs(f)}", fill(COSTS, COLUMNS)]
     if any(row.share is None for row in measured):
-        parts.append(f"Saves bytes, not multiply-adds, so each at settings of its own:\n{own(f)}")
+        parts.append(f"{OWN}:\n{own(f)}")
     if series(f):
         parts.append(
             "Loss above dense (nats per token, logarithmic; at the bottom "
