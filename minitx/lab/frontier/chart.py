@@ -48,7 +48,7 @@ def drawing(path, title: str, panels: int) -> Iterator[list]:
     figure.suptitle(title)
     figure.tight_layout()
     with atomic_write(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
 
