@@ -363,17 +363,22 @@ class Measuring:
         return Figures.of(c, c.reading.work.multiply_adds / dense, tuned)
 
 
+KEPT = 3  # models: each may be as large as the dense one
+
+
 class Search:
     """The values of one method's knob that were tried."""
 
     def __init__(self, measuring: Measuring, method: Method):
         self.measuring, self.method = measuring, method
-        self.made: dict = {}  # LMs by the value of the knob: some calibrate for a while
+        self.made: dict = {}  # the latest LMs by the value of the knob: some calibrate for a while
         self.executed: dict = {}  # share of the multiply-adds by value
         self.found: dict = {}  # value by wanted share
 
     def lm(self, value):
         if value not in self.made:
+            if len(self.made) == KEPT:
+                del self.made[next(iter(self.made))]
             self.made[value] = self.method.apply(self.measuring.known.lm, value)
         return self.made[value]
 

@@ -58,7 +58,7 @@ class Knob:
         if self.scale == "linear":
             found = (value - self.low) / (self.high - self.low or 1)
         else:
-            found = math.log(value / self.low) / math.log(self.high / self.low)
+            found = math.log(value / self.low) / (math.log(self.high / self.low) or 1)
         return min(max(found, 0.0), 1.0)
 
     def options(self, value: float) -> dict:
@@ -80,7 +80,7 @@ class Knob:
         to twice or half the value, or through a quarter of a linear range."""
         if self.scale == "linear":
             return 0.25
-        return math.log(2) / math.log(self.high / self.low)
+        return math.log(2) / (math.log(self.high / self.low) or 1)
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def next_value(knob: Knob, share: float, known: dict) -> float | None:
         far = min(max(positions) + knob.step, 1.0) if up else max(min(positions) - knob.step, 0.0)
         value = knob.value(far)
         if knob.is_integer and value in known and 0 < far < 1:  # a step of less than one
-            value += 1 if up else -1
+            value = min(max(value + (1 if up else -1), knob.low), knob.high)
     return None if value in known else value
 
 
