@@ -27,14 +27,14 @@ from minitx.tree import Part, float_type, part
     neutral={"share": 0.0},
     after=("prune", "prune_structure"),
     demo={"share": 0.25},
-    presets={"paper": {"share": 0.2}},
+    presets={"authors": {"share": 0.4, "normalize": "layer"}},
 )
 def head_prune(
     lm,
     *,
     share: Annotated[
         float, "share of all query heads of the model to remove", at_least(0, below=1)
-    ] = 0.2,
+    ] = 0.3,
     step: Annotated[
         float, "share of all query heads that one round removes, at least one head", above(0, 1)
     ] = 0.1,
@@ -138,7 +138,7 @@ def without_heads(lm, alive: list):
     sizes = {
         (attn.heads, attn.kv_heads, type(attn.attend)) for attn in map(attention_of, blocks_of(lm))
     }
-    attentions = [attention_of(block) for block in blocks_of(lm)]
+    attentions = [block.attn for block in blocks_of(lm)]
     sizes = {(attn.heads, attn.kv_heads, type(attn.attend)) for attn in attentions}
     if len(sizes) > 1 or type(attentions[0].attend) is AttendUnequalGroups:
         return lm  # the configuration has one number for all layers: it stays that of before
@@ -231,7 +231,7 @@ def attention_of(block: Part) -> Attention:
     attn = block.attn
     need(attn, Attention)
     need(attn.qkv, QKV)
-    need(attn.attend, Attend, AttendUnequalGroups)
+    need(attn.attend, Attend)
     for linear in (attn.qkv.q, attn.qkv.k, attn.qkv.v, attn.out):
         need(linear, Linear)
     return attn
