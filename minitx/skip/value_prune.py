@@ -29,7 +29,7 @@ def value_prune(
     *,
     keep: Annotated[
         float, "share of the values that a query sees to use, rounded up; 1: all", above(0, 1)
-    ] = 0.25,
+    ] = 0.35,
     choose: Annotated[
         Literal["weights", "random"], "the largest attention weights, or a random baseline"
     ] = "weights",
