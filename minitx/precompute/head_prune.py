@@ -13,7 +13,7 @@ import numpy as np
 from minitx.calibration import calibration_ids
 from minitx.model import QKV, Attend, AttendUnequalGroups, Attention, Linear
 from minitx.progress import bar
-from minitx.shared.observed_inputs import Moments, watch_inputs
+from minitx.shared.observed_inputs import Moments, watched
 from minitx.shared.share import share_of
 from minitx.shared.units import columns, columns_of, contributions, rows
 from minitx.state import Layer
@@ -135,9 +135,6 @@ def lowest(scores: list, alive: list, count: int) -> list[tuple[int, int]]:
 def without_heads(lm, alive: list):
     """The model with these heads only, in each layer."""
     lm = wrap(lm, "attn", lambda attn, i: keep_heads(attn, np.flatnonzero(alive[i])))
-    sizes = {
-        (attn.heads, attn.kv_heads, type(attn.attend)) for attn in map(attention_of, blocks_of(lm))
-    }
     attentions = [block.attn for block in blocks_of(lm)]
     sizes = {(attn.heads, attn.kv_heads, type(attn.attend)) for attn in attentions}
     if len(sizes) > 1 or type(attentions[0].attend) is AttendUnequalGroups:
@@ -209,9 +206,11 @@ class Gated(Part):
 def contribution(lm, alive: list, texts) -> list[np.ndarray]:
     """The sum over tokens of |what the head adds to the residual stream|^2."""
     gates = [heads.astype(float_type(lm.model)) for heads in alive]
-    masked = gated(lm, gates)
-    seen = watch_inputs(masked, Linear, texts, Moments, "head prune: contributions")
     outs = [attention_of(block).out for block in blocks_of(lm)]
+    masked = gated(lm, gates).model
+    observed, seen = watched(masked, Linear, Moments, {id(out) for out in outs})
+    for ids in bar(texts, "head prune: contributions", unit="text", delay=1.0):
+        observed.hidden(ids)
     return [
         contributions(seen[id(out)].gram, out.w, len(out.w) // len(heads))
         for out, heads in zip(outs, alive, strict=True)

@@ -16,7 +16,7 @@ from minitx.shared.random_baseline import random_scores
 from minitx.shared.share import share_of
 from minitx.shared.units import columns_of
 from minitx.state import Layer, Tokens
-from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
+from minitx.technique import SEEDS, at_least, between, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, table
 
 
@@ -24,8 +24,9 @@ from minitx.tree import Part, part, table
     level="attention",
     exact=False,
     neutral={"start": 0.0, "end": 0.0},
-    demo={"first": 1, "start": 0.5, "end": 0.5},
+    demo={"start": 0.5, "end": 0.5},
     event="heads skipped",
+    presets={"paper": {"unpruned": 0.3}},
 )
 def head_cascade(
     lm,
@@ -38,12 +39,12 @@ def head_cascade(
     end: Annotated[
         float, "the same after the last but one layer; linear in between", at_least(0, below=1)
     ] = 0.25,
-    first: Annotated[
-        int | None,
-        "layers that run all heads; the last of them is the first pruning layer; default: L // 2, "
-        "at least 1",
-        at_least(1),
-    ] = None,
+    unpruned: Annotated[
+        float,
+        "share of the layers, from the first on, that run all heads (rounded down, at least one "
+        "layer); the last of them is the first pruning layer",
+        between(0, 1),
+    ] = 0.5,
     choose: Annotated[
         Literal["output", "random"],
         "accumulated |output| of the heads, or a random baseline, drawn anew in each step",
@@ -68,8 +69,8 @@ def head_cascade(
                  run the alive heads only: their columns of W_q, scores, softmax, values, rows of
                  W_o; E_m (T, d): the output of head m before W_o
                  s[m] += sum |E_m|, for the alive m
-                 in layers first - 1 .. L - 2: alive = the max(1, floor(|alive| (1 - p_l))) of them
-                 with the largest s (ties go to the lower index). A head never returns in this step.
+                 from the last unpruned layer on: alive = those max(1, floor(|alive| (1 - p_l)))
+                 with the largest s (ties go to the lower index); none returns in this step
     Saves:     2 D d + 2 d S multiply-adds per token, layer and skipped head (width D, heads of
                width d, S cached tokens). It adds d for each head that runs.
     In NumPy:  TODO
@@ -78,7 +79,8 @@ def head_cascade(
     Proof:     tests/skip/test_head_cascade.py; literal version: tests/skip/literal_head_cascade.py
     """
     L = len(blocks_of(lm))
-    ratios = pruning_ratios(L, max(1, L // 2) if first is None else first, start, end)
+    first = max(1, share_of(L, unpruned))  # layers that run all heads
+    ratios = pruning_ratios(L, first, start, end)
     if not any(ratios):
         return lm
     attns = [attention_of(block) for block in blocks_of(lm)]
