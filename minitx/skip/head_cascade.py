@@ -58,7 +58,8 @@ def head_cascade(
     Fidelity:  a reconstruction from a review of the paper. The linear schedule is unconfirmed (from
                memory: the first 30 % of the layers unpruned). Ours: keys and values of all heads
                are computed and cached; at least one head stays.
-    Kind:      approximate; exact at start=0 end=0.
+    Kind:      approximate; exact at start=0 end=0. On ``stories`` the heads with large outputs are
+               hardly better than random ones (Notes).
     Idea:      A head whose outputs are small changes the hidden state little. Add up how large the
                outputs of head m were, in all layers and steps so far, and let the next layers run
                without the heads that have the smallest sums. Head m of one layer and head m of the
@@ -73,7 +74,7 @@ def head_cascade(
                  with the largest s (ties go to the lower index); none returns in this step
     Saves:     2 D d + 2 d S multiply-adds per token, layer and skipped head (width D, heads of
                width d, S cached tokens). It adds d for each head that runs.
-    In NumPy:  TODO
+    In NumPy:  slower, 0.5x of dense: each step gathers columns and rows of the heads that run.
     Not for:   attention whose matrices are not plain (quantize, fuse_projections, ...), or that
                selects keys or rows itself (elsa, heavy_hitters, ...).
     Proof:     tests/skip/test_head_cascade.py; literal version: tests/skip/literal_head_cascade.py
@@ -265,3 +266,33 @@ def attention_of(block: Part) -> Attention:
     for linear in (attn.qkv.q, attn.out):
         need(linear, Linear)
     return attn
+
+
+# Notes:
+#
+# - The review gives floor(|alive| (1 - p_l)) per layer. With few heads the floor makes most of the
+#   decision: of 4 heads, p = 0.25 leaves 3, 2, 1, 1 in the layers after the unpruned ones, and
+#   p = 0.01 leaves 3, 2, 1, 1 too. So ``unpruned`` sets how much runs, in steps of a layer.
+# - Why keys and values of all heads: a head that a later step runs would lack those of the tokens
+#   whose steps skipped it. What SpAtten does about that is unconfirmed.
+# - Sums go on over steps, so they soon outweigh what one step adds: in three stories, 32 tokens in
+#   the first step and 449 single ones, the head that is left in the last layer was not once another
+#   one than after the first step.
+# - Nothing says that head m of one layer has to do with head m of the next, whose outputs have
+#   another scale too: the first layers, which all heads run, rank them for all later ones.
+# - Undone tokens (state.rewind) are taken out of the sums again; each token's share is kept for
+#   that, H numbers, in float64. s is compared rounded to 20 bits (shared/coarse.py).
+# - Figures on stories (60 of them; 32 tokens in the first step, then one by one), one BLAS thread:
+#       minitx sweep head-cascade unpruned=0.3,0.5,0.7 --stories 60
+#       minitx sweep head-cascade unpruned=0.5 choose=random --stories 60
+#       minitx sweep head-cascade unpruned=0.3 choose=random seed=0,1 --stories 60
+#   Loss is above dense, in nats per token; the hops are right answers to questions that need 1, 2
+#   or 3 facts (dense: 99 / 93 / 100 %):
+#
+#       unpruned  choose          multiply-adds  loss     1 / 2 / 3 hops     speed
+#       0.7       output          0.96x          +0.003   99 / 93 / 100 %    0.49x
+#       0.5       output          0.94x          +0.005   99 / 89 /  97 %    0.52x
+#       0.5       random, seed 0  0.94x          +0.005   99 / 91 /  94 %    0.51x
+#       0.3       output          0.90x          +0.056   80 / 71 /  39 %    0.51x
+#       0.3       random, seed 0  0.90x          +0.067   66 / 71 /  50 %    0.51x
+#       0.3       random, seed 1  0.90x          +0.074   68 / 73 /  53 %    0.52x

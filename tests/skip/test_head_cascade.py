@@ -287,8 +287,9 @@ def test_techniques_that_do_not_fit_are_refused_by_name(other, options):
 # On stories --------------------------------------------------------------------------------------
 
 
-def test_on_stories_accumulated_outputs_choose_better_heads_than_chance():
-    """120 tokens of a story: the first 32 in one step, the others one by one."""
+def test_on_stories_the_price_is_small_and_that_of_random_heads():
+    """120 tokens of a story: the first 32 in one step, the others one by one. The card says that
+    heads with large outputs are hardly better than random ones."""
     dense = minitx.load("stories")
     ids = encode(dense.tokenizer, held_out(dense, 1))[0].ids[:121]
     steps = (32, *[1] * (len(ids) - 33))
@@ -305,7 +306,7 @@ def test_on_stories_accumulated_outputs_choose_better_heads_than_chance():
     random, same = run(apply(dense, {"head_cascade": {"choose": "random"}}))
     assert same.events == counts.events, "the baseline skips as much"
     assert -0.02 < after - before < 0.04, f"{after - before:+.3f} nats per token"
-    assert after - before < random - before, f"chance: {random - before:+.3f}"
+    assert abs(random - after) < 0.05, f"chance: {random - before:+.3f}"
 
 
 def test_scores_belong_to_the_layer_state_and_not_to_the_part():
