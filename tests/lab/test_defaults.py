@@ -76,7 +76,7 @@ SKIP = {
     "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=8)),
     "exact_head": Default(EXACT, "weight_bytes", (0.75, 0.85), model="stories-draft"),
     "ffn_skip": Default((0.001, 0.01), "multiply_adds", (0.85, 0.92)),
-    "head_cascade": Default((0.0, 0.015), "multiply_adds", (0.93, 0.95)),
+    "head_cascade": Default((0.0, 0.015), "multiply_adds", (0.93, 0.95), text=Text(stories=8)),
     "heavy_hitters": Default((-0.005, 0.01), "kv_cache", (0.49, 0.52), text=CHAIN),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
     "lazy_tokens": NoSaving((0.01, 0.1), "multiply_adds", (0.95, 1.0), text=CHAIN),

@@ -223,7 +223,7 @@ def test_rewind_inside_a_step_forgets_what_its_tokens_added():
     lm.model(IDS[10:20], short)
     long.rewind(14)
     by_token = head_scores(long.layers[0], 6, ())[()].by_token
-    assert by_token[13].all() and not by_token[14:].any()
+    assert by_token[13].all() and not by_token[14:].any(), "what undone tokens added still counts"
     again = lm.model(IDS[14:20], long)
     long.rewind(14)
     np.testing.assert_array_equal(lm.model(IDS[14:20], long), again)

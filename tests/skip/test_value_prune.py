@@ -52,7 +52,7 @@ def test_equals_the_literal_version(keep, steps):
     q, k, v = (RNG.standard_normal((n, 14, 4)) for n in (6, 2, 2))
     found = attend(q, k, v, keep, steps)
     expected = literal.attend(q.tolist(), k.tolist(), v.tolist(), 0.5, [0, 0, 0, 1, 1, 1], keep)
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="attention output")
 
 
 def test_several_blocks_of_queries_equal_one(monkeypatch):
