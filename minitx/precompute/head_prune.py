@@ -65,7 +65,8 @@ def head_prune(
                gate, the head can go. One backward pass gives the derivatives by all gates.
     Offline:   gate g_h = 1 multiplies the output of head h (T, d), before W_o
                importance_h = mean over texts x of |dL(x) / dg_h|,   L(x): mean loss of x
-               divided, within each layer, by the l2 norm of the layer's importances
+               (two other readings are in use: Notes; normalize=layer: divided by the l2 norm of
+               the importances of its layer)
                in rounds: remove the lowest tenth of all heads (``step``; a layer's last head
                stays), score the others again, until ``share`` of all heads are gone
     Online:    the same equations with fewer heads; layers may differ in how many. b_o stays.
@@ -172,8 +173,8 @@ def importance(lm, alive: list, texts) -> list[np.ndarray]:
     gates = [heads.astype(float_type(lm.model)) for heads in alive]
     for ids in bar(texts, "head prune: importance", unit="text", delay=1.0):
         _, slopes = grad_of(lambda *gates, ids=ids: text_loss(gated(lm, gates), ids), *gates)
-        total = [sum_ + abs(slope) for sum_, slope in zip(total, slopes, strict=True)]
-    return [sum_ / len(texts) for sum_ in total]
+        total = [so_far + abs(slope) for so_far, slope in zip(total, slopes, strict=True)]
+    return [so_far / len(texts) for so_far in total]
 
 
 def text_loss(lm, ids):

@@ -276,7 +276,7 @@ def test_prune_structure_goes_first():
 
 
 @pytest.mark.parametrize(
-    "other", ["absorb_products", "fuse_projections", "shrink", "heavy_hitters"]
+    "other", ["absorb_products", "fuse_projections", "shrink", "heavy_hitters", "value_prune"]
 )
 def test_techniques_for_equal_groups_are_refused_by_name(other):
     lm = make("gpt_neox")
