@@ -26,7 +26,7 @@ from minitx.tree import Part, part, table
     neutral={"start": 0.0, "end": 0.0},
     demo={"start": 0.5, "end": 0.5},
     event="heads skipped",
-    presets={"paper": {"unpruned": 0.3}},
+    presets={"aggressive": {"unpruned": 0.3}},
 )
 def head_cascade(
     lm,
