@@ -62,6 +62,8 @@ METHODS = (
         random=AT_RANDOM,
         random_knob=falling("rate", lambda c: 1 - later_ffns(c)["cold_start"] / c.layers),
     ),
+    Method("head_prune", falling("share", 0.95), random=AT_RANDOM),
+    Method("head_cascade", falling("start=end", 0.95), {"unpruned": 0.3}, random=AT_RANDOM),
     Method("head_router", rising("active", 0.0), {"first": 1}, random=AT_RANDOM),
     Method("token_prune", rising("keep", 0.01), random=AT_RANDOM),
     Method("lazy_tokens", rising("keep", 0.05), {"first": 1}, random=AT_RANDOM),
@@ -73,5 +75,6 @@ METHODS = (
     # Fewer bytes instead of multiply-adds, too few of these for any share, or none at all.
     Method("layer_reorder", None, {"order": "parallel"}),
     Method("norm_skip", None),
+    Method("value_prune default", None, {}, "value_prune"),
     Method("vocab_prune default", None, {}, "vocab_prune"),
 )
