@@ -28,6 +28,11 @@ def tolerance(low: float, high: float = 10.0) -> Knob:
     return Knob("tolerance", low, high, falling=True)
 
 
+def ids(name: str) -> Knob:
+    """How many token ids are left, of a byte-level vocabulary."""
+    return Knob(name, 256, lambda config: config.vocab_size, integer=True)
+
+
 def layers(config) -> int:
     return config.layers - 1
 
@@ -40,6 +45,10 @@ def later_ffns(config) -> dict:
     """All FFNs may be skipped but those of the first layers, all of them at once."""
     L = config.layers
     return {"cold_start": max(1, L // 2 - 1), "cold_end": L, "skip": L, "warm_up": 0}
+
+
+def share_of_later_ffns(config) -> float:
+    return 1 - later_ffns(config)["cold_start"] / config.layers
 
 
 AT_RANDOM = {"choose": "random"}
@@ -60,7 +69,7 @@ METHODS = (
         rising("threshold", 0.0),
         later_ffns,
         random=AT_RANDOM,
-        random_knob=falling("rate", lambda c: 1 - later_ffns(c)["cold_start"] / c.layers),
+        random_knob=falling("rate", share_of_later_ffns),
     ),
     Method("head_prune", falling("share", 0.95), random=AT_RANDOM),
     Method("head_cascade", falling("start=end", 0.95), {"unpruned": 0.3}, random=AT_RANDOM),
@@ -69,9 +78,8 @@ METHODS = (
     Method("lazy_tokens", rising("keep", 0.05), {"first": 1}, random=AT_RANDOM),
     Method("prune_structure neurons", falling("neurons", 0.95), {"heads": 0.0}, "prune_structure"),
     Method("prune_structure heads", falling("heads", 0.95), {"neurons": 0.0}, "prune_structure"),
-    Method(
-        "vocab_prune", Knob("keep", 256, lambda c: c.vocab_size, integer=True), random=AT_RANDOM
-    ),
+    Method("value_prune", rising("keep", 0.01), random=AT_RANDOM),
+    Method("vocab_prune", ids("keep"), random=AT_RANDOM),
     # Fewer bytes instead of multiply-adds, too few of these for any share, or none at all.
     Method("layer_reorder", None, {"order": "parallel"}),
     Method("norm_skip", None),
