@@ -442,11 +442,14 @@ def sampled(count: int, size: int, seed: int) -> list:
 
 IN_ACTION = sampled(90, 2, 1) + sampled(90, 3, 2)
 # One that leaves the other nothing to do: all logits are asked for when drafts are verified; of two
-# FFNs one is left out, so that none comes after the other; of two layers one is not run.
+# FFNs one is left out, so that none comes after the other; of two layers one is not run; sub-layers
+# that are dropped look nothing up and have no heads.
 IDLE = {
     "exact_head": {"speculative"},
     "ffn_skip": {"layer_skip", "layer_router"},
     "layer_skip": {"layer_router"},
+    "function_tables": {"layer_skip"},
+    "head_cascade": {"layer_skip"},
 }
 
 
