@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import fast, ledger
-from minitx.errors import MinitxError
 from minitx.model import Attend, Stack, Transformer
 from minitx.shared.break_even import warn
 from minitx.shared.random_baseline import random_scores
+from minitx.shared.row_by_row import row_by_row
 from minitx.state import Layer, State, Tokens
 from minitx.technique import SEEDS, above, at_least, need, swap, technique, wrap
 from minitx.tree import Part, part, table
@@ -145,7 +145,9 @@ class LazyStack(Part):
     def __call__(self, x, state: State):
         """x (T, D) -> (T, D). For a pruned token, the hidden state that it has reached."""
         if x.ndim > 2:
-            return self.each_row(x, state)
+            return row_by_row(
+                self, x, state, "lazy_tokens keeps different tokens for each sequence"
+            )
         tokens = state.tokens
         step = tokens.array[0]  # the first position of a step identifies it
         cand = np.arange(tokens.array[-1] + 1)
@@ -181,25 +183,6 @@ class LazyStack(Part):
         best = np.argsort(-scores[:-1], kind="stable")[: count - 1]
         ledger.event("tokens pruned", len(cand) - count)
         return cand[np.sort(np.append(best, len(cand) - 1))]
-
-    def each_row(self, x, state: State):
-        """A batch x (..., T, D) without a KV cache: its rows prune different tokens."""
-        if state.layers[0].remember:
-            raise MinitxError(
-                f"lazy_tokens keeps different tokens for each sequence and got a batch of shape "
-                f"{x.shape[:-1]} with a KV cache; give one sequence, or use lm.generate, which "
-                "decodes the prompts of a batch one by one."
-            )
-        *lead, T, width = x.shape
-        rows = x.reshape(-1, T, width)
-        starts = np.zeros(len(rows), int) if state.start is None else state.start
-        found = []
-        for row, start in zip(rows, starts, strict=True):
-            alone = State(len(self.blocks), state.capacity, remember=False)
-            alone.take(T - start)
-            y = self(row[start:], alone)
-            found.append(np.pad(y, ((start, 0), (0, 0))))  # (T, D): padding gives zeros
-        return np.reshape(found, (*lead, T, -1))
 
 
 def consecutive(positions) -> Tokens:
