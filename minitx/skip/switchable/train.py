@@ -28,7 +28,7 @@ from minitx.skip.switchable.policy import HIDDEN, PolicyNetwork, TokenPolicy
 from minitx.tree import float_type
 
 PROMPT = 32  # tokens that the policy reads, as in minitx compare (lab/reading.py)
-START = 2.0  # |b2| before training: p is 0.88 for units that are kept at first, 0.12 for others
+START = 3.0  # |b2| before training: p is 0.95 for units that are kept at first, 0.05 for others
 LIMIT = 4.0  # logits are not pushed beyond +-LIMIT (p = 0.02 or 0.98), where nothing is learned
 MOST = 10  # times the tolerance: a larger advantage counts as this much
 ALPHA, BETA = 5.0, 10.0  # of the dynamic barrier
@@ -45,7 +45,7 @@ def initial(width: int, keep, rng) -> Weights:
     return {
         "w1": rng.standard_normal((width, HIDDEN)) / width**0.5,
         "b1": np.zeros(HIDDEN),
-        "w2": rng.standard_normal((HIDDEN, len(keep))) * 0.05,
+        "w2": rng.standard_normal((HIDDEN, len(keep))) * 0.1,
         "b2": np.where(keep, START, -START),
     }
 
@@ -116,7 +116,7 @@ class Pace:
 
     steps: int
     batch: int = 24  # prompts of a step
-    step: float = 0.1  # length of the first steps; the last ones are a fifth as long
+    step: float = 0.2  # length of the first steps; the last ones are a fifth as long
     check: int = 10  # steps between two looks at all texts
 
 
@@ -361,7 +361,7 @@ def as_trained(frozen: Frozen, tolerance: float, weights: Weights, tokens: Weigh
 
 # The command -------------------------------------------------------------------------------------
 
-TOLERANCES = (0.01, 0.02, 0.05)
+TOLERANCES = (0.005, 0.01, 0.02, 0.05)
 MIX = ("set_phrases", "told_twice", "one_hop", "two_hops", "three_hops", "full")  # grades
 SHORTEST = PROMPT + 12  # tokens of a story
 
@@ -390,7 +390,7 @@ def train(lm, texts, tolerances, pace: Pace, seed: int) -> Iterator[Policies]:
             say(f"nothing can be skipped for {tolerance:g} nats")
             continue
         keep = logits_of(found, frozen.pooled) > 0
-        fewer = replace(pace, steps=max(1, pace.steps // 5))
+        fewer = replace(pace, steps=max(1, pace.steps // 40))
         tokens = learn_tokens(frozen, tolerance, keep, fewer, rng)
         policies.append(as_trained(frozen, tolerance, found, tokens))
         say(f"{tolerance:g} nats: {policies[-1].share:.3f} of the units' work")
@@ -424,8 +424,8 @@ def main(words=None) -> None:
     parser = argparse.ArgumentParser(description="Train policies of switchable.")
     parser.add_argument("model", help="a shipped model, or a folder")
     parser.add_argument("--out", type=Path, help=f"the file; default: {FILE} beside the weights")
-    parser.add_argument("--stories", type=int, default=20, help="of each grade")
-    parser.add_argument("--steps", type=int, default=250, help="for each tolerance")
+    parser.add_argument("--stories", type=int, default=30, help="of each grade")
+    parser.add_argument("--steps", type=int, default=1200, help="for each tolerance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true", help="the file as it is: only measure it")
     given = parser.parse_args(words)
