@@ -40,13 +40,13 @@ DECAY = 0.9  # of the running means of the gradients and of q
 Weights = dict[str, np.ndarray]  # w1, b1, w2, b2, as in PolicyNetwork
 
 
-def initial(width: int, keep, rng) -> Weights:
+def initial(width: int, keep, rng, start: float = START) -> Weights:
     """A network that decides ``keep`` (U,), whatever it reads."""
     return {
         "w1": rng.standard_normal((width, HIDDEN)) / width**0.5,
         "b1": np.zeros(HIDDEN),
         "w2": rng.standard_normal((HIDDEN, len(keep))) * 0.1,
-        "b2": np.where(keep, START, -START),
+        "b2": np.where(keep, start, -start),
     }
 
 
@@ -322,7 +322,7 @@ def quick(lm, tolerance: float, training: Quick) -> Trained | None:
 
     def make():
         frozen, rng = Frozen(lm, texts), np.random.default_rng(training.seed)
-        everything = initial(frozen.pooled.shape[1], np.ones(len(frozen.costs)), rng)
+        everything = initial(frozen.pooled.shape[1], np.ones(len(frozen.costs)), rng, start=2.0)
         found = learn_units(frozen, tolerance, everything, pace, rng)
         if not training.tokens:
             return None if found is None else as_trained(frozen, tolerance, found, None)
