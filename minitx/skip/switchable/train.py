@@ -94,7 +94,7 @@ def barrier(grad_e, grad_q, violation: float):
 
 
 def descend(weights: Weights, v, step: float) -> Weights:
-    """One step against v, whose length is cut to at most 1."""
+    """A step of length ``step`` against v, shorter where v is shorter than 0.1."""
     length = np.sqrt(v @ v) + 1e-12
     v, found, end = v * (step * min(1, 10 * length) / length), {}, 0
     for name, w in weights.items():
@@ -157,37 +157,46 @@ def running(means, new):
 def learn_tokens(frozen: "Frozen", tolerance: float, keep, pace: Pace, rng) -> Weights:
     """The same for the tokens of prompts whose units are decided, keep (n, U): which tokens may be
     dropped for as much KL divergence again. Their cost is proportional to their number."""
-    width = frozen.pooled.shape[1]
-    weights = {"w": rng.standard_normal(width) * 0.01, "v": np.zeros(width), "b": np.array([START])}
+    width, texts = frozen.pooled.shape[1], range(len(frozen.texts))
     best, best_cost, means = with_all_tokens(width), 1.0, None
-    texts = range(len(frozen.texts))
+    weights = best | {"w": rng.standard_normal(width) * 0.01}
     before = frozen.losses(texts, keep)
-    for step in bar(range(pace.steps), "switchable: train tokens", unit="step", delay=1.0):
-        sums = [0.0, 0.0, 0.0]
-        for i in rng.permutation(len(texts))[: pace.batch]:
-            h, s = frozen.prompts[i], frozen.pooled[i]  # (T, D), (D,)
-            logits = h @ weights["w"] + s @ weights["v"] + weights["b"]
-            p = sigmoid(logits)[None]  # (1, T)
-            m, greedy = rng.random(p.shape) < p, p > 0.5
-            q, q_greedy = (frozen.loss(i, keep[i], with_ends(x[0])) for x in (m, greedy))
-            advantage = np.clip([q - q_greedy], -MOST * tolerance, MOST * tolerance)
-            each = np.full(len(h), (keep[i] @ frozen.costs) / len(h))
-            found = quality_gradient(p, m, advantage), cost_gradient(p, each)
-            for k, g in enumerate(found):
-                g = within_limit(g[0], logits) / pace.batch
-                sums[1 - k] = sums[1 - k] + np.concatenate([g @ h, g.sum() * s, [g.sum()]])
-            sums[2] += (q_greedy - before[i]) / pace.batch
-        means = running(means, tuple(sums))
+    for step in bar(range(pace.steps), "switchable: train tokens", delay=1.0):
+        rows = rng.permutation(len(texts))[: pace.batch]
+        found = [
+            token_gradients(frozen, weights, i, keep[i], before[i], tolerance, rng) for i in rows
+        ]
+        means = running(means, tuple(sum(x) / len(rows) for x in zip(*found)))
         slower = pace.step * (1 - 0.8 * step / pace.steps)
         weights = descend(weights, barrier(means[0], means[1], means[2] - tolerance), slower)
         if (step + 1) % pace.check == 0 or step + 1 == pace.steps:
-            kept = [with_ends(h @ weights["w"] + s @ weights["v"] + weights["b"] > 0)
-                    for h, s in zip(frozen.prompts, frozen.pooled)]  # fmt: skip
+            kept = [with_ends(token_logits(frozen, weights, i) > 0) for i in texts]
             cost = float(np.mean([x.mean() for x in kept]))
             after = [frozen.loss(i, keep[i], x) for i, x in zip(texts, kept)]
             if cost < best_cost and np.mean(after - before) <= tolerance:
                 best, best_cost = weights, cost
     return best
+
+
+def token_logits(frozen: "Frozen", weights: Weights, i: int):
+    """(T,): of the tokens of prompt i."""
+    return frozen.prompts[i] @ weights["w"] + frozen.pooled[i] @ weights["v"] + weights["b"]
+
+
+def token_gradients(frozen, weights: Weights, i: int, keep, before: float, tolerance: float, rng):
+    """For prompt i: the gradients of its cost and of its KL divergence, and how much the tokens
+    that inference would drop add to the latter."""
+    h, s, logits = frozen.prompts[i], frozen.pooled[i], token_logits(frozen, weights, i)
+    p = sigmoid(logits)[None]  # (1, T)
+    m, greedy = rng.random(p.shape) < p, p > 0.5
+    q, q_greedy = (frozen.loss(i, keep, with_ends(x[0])) for x in (m, greedy))
+    advantage = np.clip([q - q_greedy], -MOST * tolerance, MOST * tolerance)
+    each = np.full(len(h), (keep @ frozen.costs) / len(h))  # what a token costs
+    gradients = []
+    for g in (cost_gradient(p, each), quality_gradient(p, m, advantage)):
+        g = within_limit(g[0], logits)
+        gradients.append(flat({"w": g @ h, "v": g.sum() * s, "b": g.sum(keepdims=True)}))
+    return *gradients, q_greedy - before
 
 
 def with_all_tokens(width: int) -> Weights:
@@ -222,7 +231,7 @@ class Frozen:
         self.known: dict[tuple, float] = {}
         prompts = [h[:first].astype(np.float64) for h, first in zip(self.h, self.first)]
         s = np.array([h.mean(0) for h in prompts])
-        self.mean, self.scale = s.mean(0), s.std(0) + 1e-6
+        self.mean, self.scale = s.mean(0), s.std(0) + 1e-6 if len(s) > 1 else np.ones(s.shape[1])
         self.pooled = (s - self.mean) / self.scale
         rows = np.concatenate(prompts)
         self.row_mean, self.row_scale = rows.mean(0), rows.std(0) + 1e-6
