@@ -19,7 +19,8 @@ class Part:
     """
 
     # What decides which work is skipped: each "token" by itself, all tokens of a "step" together,
-    # or the whole "sequence" (the prompt). A part that skips nothing is a "token" part.
+    # or the first step of a "sequence" (its prompt) for all that follows. A part that skips nothing
+    # is a "token" part.
     decides = "token"
     frees_rows = False  # a layer's KV cache may hold fewer rows than there are tokens
     needs_all_rows = False  # needs one cache row for every token, in order
@@ -32,6 +33,10 @@ class Part:
 
     def __deepcopy__(self, memo) -> "Part":
         return self  # parts are immutable
+
+    def tokenizer_for(self, tokenizer):
+        """The tokenizer of a model with this part; for most parts, the one it had."""
+        return tokenizer
 
     def forget(self) -> None:
         """Drop what is stored across sequences (a prefix cache, say); most parts store nothing."""

@@ -8,6 +8,7 @@ from functools import cache
 import literal_switchable as literal
 import numpy as np
 import pytest
+from random_sets import broken_law
 from tiny import FAMILIES, TOKENIZER, check_close, in_chunks, tiny_model
 
 import minitx
@@ -106,7 +107,7 @@ def test_units_within_by_hand():
     left; without 0, only 3 would be; without 2, 5 are left; without 3, only 4 would be."""
     costs = np.array([4.0, 3, 2, 1])
     assert units_within([1, 0, 2, 3], costs, 0.5).tolist() == [True, False, False, True]
-    assert units_within([1, 0, 2, 3], costs, 1.0).all()
+    assert units_within([1, 0, 2, 3], costs * [0, 1, 1, 1], 1.0).all()
     assert not units_within([1, 0, 2, 3], costs, 0.0).any()
 
 
@@ -186,6 +187,14 @@ def test_layer_without_attention_has_no_cache_rows():
     in_chunks(lm, IDS[:20], (12, *[1] * 8), state)
     assert [layer.count for layer in state.layers] == [20, 20, 0, 0]
     assert [layer.keys is None for layer in state.layers] == [False, False, True, True]
+
+
+@family
+@pytest.mark.parametrize("tokens", [None, random_tokens()], ids=["units", "units and tokens"])
+def test_policy_that_reads_the_prompt_keeps_the_laws_of_the_contract(family, tokens):
+    """Whose demo setting is the random baseline: it acts, whatever the model."""
+    lm = switched(dense_lm(family), random_network(2), tokens)
+    assert broken_law(lm, IDS[:30], prompt=12, new=6) == ""
 
 
 def test_batch_rows_run_their_own_units():

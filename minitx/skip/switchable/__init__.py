@@ -25,7 +25,7 @@ from minitx.tree import Part, float_type, part, walk
     level="stack",
     exact=False,
     neutral={"tolerance": 0.0},
-    demo={"tolerance": 3.0, "stories": 2, "steps": 60},
+    demo={"choose": "random", "share": 0.5},
     event="units switched off",
     presets={"aggressive": {"tolerance": 0.05}},
 )
@@ -120,7 +120,7 @@ def switchable(
         return switched(lm, found.network, found.tokens if tokens else None)
     costs = unit_costs(lm)
     if choose == "random":
-        return switched(lm, RandomPlans(costs, share, seed))
+        return switched(lm, RandomPlans(costs.astype(float_type(lm.model)), share, seed))
     order = shipped.order if shipped else train.static_order(lm, training)
     return switched(lm, FixedPlan(units_within(order, costs, share)))
 

@@ -32,8 +32,8 @@ class RandomPlans(Part):
 def units_within(order, costs, share: float) -> np.ndarray:
     """(U,) booleans: without units in this order of removal, but never so many that the others'
     costs are less than ``share`` of all."""
-    keep, left, least = np.ones(len(costs), bool), costs.sum(), share * costs.sum() * (1 - 1e-9)
-    for u in order:
+    keep, left, least = np.ones(len(costs), bool), costs.sum(), share * costs.sum() * (1 - 1e-6)
+    for u in order if share < 1 else ():  # 1 keeps units that cost nothing, too
         if left - costs[u] >= least:
             keep[u], left = False, left - costs[u]
     return keep
