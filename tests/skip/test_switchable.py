@@ -547,6 +547,22 @@ def test_policies_of_other_weights_are_refused(tmp_path):
         minitx.load(folder, switchable=True)
 
 
+def test_command_trains_writes_and_measures(tmp_path, capsys, monkeypatch):
+    folder, out = folder_with_policies(tmp_path), tmp_path / "trained.safetensors"
+    monkeypatch.setattr(train, "TOLERANCES", (0.02,))
+    monkeypatch.setattr(train, "MIX", ("full",))
+    monkeypatch.setattr(train, "mixed_stories", lambda lm, *_: [[5 * i for i in range(60)]])
+    train.main([str(folder), "--out", str(out), "--steps", "2"])
+    assert capsys.readouterr().out.startswith("tolerance  skipped  policy  static  random")
+    out.replace(folder / FILE)
+    (trained,) = read_policies(folder, 128, 14).policies
+    assert trained.tolerance == pytest.approx(0.02) and 0 < trained.share < 1
+    (folder / FILE).unlink()
+    with pytest.raises(SystemExit):
+        train.main([str(folder), "--measure"])
+    assert f"has no {FILE} to measure" in capsys.readouterr().err
+
+
 # Refusals ----------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.calibration import calibration_ids, remembered
+from minitx.errors import MinitxError
 from minitx.lm import load
 from minitx.progress import bar, say
 from minitx.skip.switchable import decision_of, shipped_policies, switched, unit_costs
@@ -438,14 +439,28 @@ def main(words=None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true", help="the file as it is: only measure it")
     given = parser.parse_args(words)
+    try:
+        run(given)
+    except MinitxError as error:
+        parser.error(str(error))
+
+
+def run(given: argparse.Namespace) -> None:
     lm = load(given.model)
-    if given.measure:
-        policies = shipped_policies(lm)
-    else:
+    if lm.folder is None or lm.tokenizer is None:
+        raise MinitxError(
+            f"Policies are trained on stories for the weights of a folder with a tokenizer, and "
+            f"{given.model} is none; use the options stories and steps of switchable."
+        )
+    policies = shipped_policies(lm) if given.measure else None
+    if given.measure and policies is None:
+        raise MinitxError(f"{lm.folder} has no {FILE} to measure; train one, without --measure.")
+    if not given.measure:
         texts = mixed_stories(lm, given.stories, "calibration", given.seed)
         for policies in train(lm, texts, TOLERANCES, Pace(given.steps), given.seed):
             write_policies(policies, lm.folder, given.out)
-    print(measure(lm, policies, mixed_stories(lm, 10, "evaluation", 1)))
+    if policies is not None:
+        print(measure(lm, policies, mixed_stories(lm, 10, "evaluation", 1)))
 
 
 if __name__ == "__main__":
