@@ -1,4 +1,4 @@
-"""Layer fusion: patterns by hand, a literal version, memory, which layers share, gradients, figures.
+"""Layer fusion: patterns by hand, a literal version, memory, choice of layers, gradients, figures.
 
 tests/core/test_layer_sharing.py holds the core to blocks that stand in several places.
 """

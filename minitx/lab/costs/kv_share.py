@@ -1,6 +1,7 @@
 """``minitx cost kv-share``: what cross-layer attention saves, for a model of any size.
 
 Plain sums, as skip/kv_share.py shares: of each group of neighbouring layers only the first computes
+and caches keys and values.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,5 +1,5 @@
-"""``minitx cost kv-share``: the bytes and multiply-adds of a running model, and of a published model
-by hand."""
+"""``minitx cost kv-share``: bytes and multiply-adds of a running model, and of a published model by
+hand."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_bytes_of_a_published_model_by_hand(tmp_path):
 
 def test_bad_options_are_refused(tmp_path):
     for word, message in (
-        ("group=0", "cost kv_share: group must be an integer, at least 1; got 0"),
+        ("group=0", "cost kv-share: group must be an integer, at least 1; got 0"),
         ("tokens=0", "tokens must be an integer, at least 1, or None; got 0"),
     ):
         with pytest.raises(MinitxError, match=message):
