@@ -78,7 +78,7 @@ SKIP = {
     "ffn_skip": Default((0.001, 0.01), "multiply_adds", (0.85, 0.92)),
     "heavy_hitters": Default((-0.005, 0.01), "kv_cache", (0.49, 0.52), text=CHAIN),
     "kv_share": Default((-0.001, 0.01), "kv_cache", (0.74, 0.76)),
-    "layer_fusion": Default((0.001, 0.015), "memory", (0.75, 0.79)),
+    "layer_fusion": Default((0.002, 0.02), "memory", (0.65, 0.68)),
     "layer_merge": NoSaving((0.05, 0.2), "multiply_adds", (0.76, 0.79)),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
     "lazy_tokens": NoSaving((0.01, 0.1), "multiply_adds", (0.95, 1.0), text=CHAIN),

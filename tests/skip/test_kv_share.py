@@ -318,6 +318,13 @@ def test_chunks_and_rewinding_with_other_techniques(others):
     ], "a follower has cache rows, or a leader none"
 
 
+def test_what_a_follower_remembers_beside_the_rows_is_in_its_own_layer():
+    lm = apply(tiny_lm(), {"a3": dict(iterations=0.5), "kv_share": SETTINGS[0]})
+    state = lm.model.new_state()
+    lm.model(IDS[:9], state)
+    assert all(len(layer.memory.kept) == 1 for layer in state.layers)
+
+
 def test_followers_read_the_leaders_quantized_rows():
     """As a dense attention over the dequantized rows of the leader would."""
     lm = apply(tiny_lm(), {"quantize_cache": dict(bits=4), "kv_share": dict(first=2, size=2)})

@@ -200,7 +200,7 @@ def test_random_places_are_drawn_by_seed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(first=4), "layer_fusion: first is 4; expected at most 3, since 3 of the 6 layers"),
+        (dict(first=4), "layer_fusion: first is 4; expected at most 2, since 4 of the 6 layers"),
         (dict(group=0), "layer_fusion: group must be an integer, at least 1, or None; got 0"),
         (dict(weights="best"), "weights must be one of first, last, mean; got 'best'"),
         (dict(pattern="reverse"), "pattern must be one of sequence, cycle; got 'reverse'"),
@@ -259,8 +259,8 @@ def test_on_stories_late_layers_can_share_and_early_ones_cannot():
     def added(**options):
         return mean_loss(apply(lm, {"layer_fusion": options}), texts) - dense
 
-    assert -0.002 < added(first=4) < 0.015
-    assert 0.1 < added(first=1) < 0.5
+    assert -0.002 < added(first=4) < 0.03
+    assert 0.1 < added(first=1) < 0.8
     assert 3 < added(size=None, weights="mean") < 12, "ALBERT, without training for it"
     assert 0.08 < added(size=None, group=2, pattern="cycle") < 0.4
     assert 1 < added(size=None, group=2) < 5, "sequence"
