@@ -62,22 +62,25 @@ def layer_fusion(
     Fidelity:  the patterns: a reconstruction from the abstracts. Both papers train models that
                share from the start. Sharing in a trained model, the choice of its layers and the
                mean of their weights are ours.
-    Kind:      approximate. A short training after sharing restores quality (Notes).
+    Kind:      approximate. Where layers share that matter, a short training afterwards restores
+               most of the quality (Notes). Layers that hardly matter can share at once, but may as
+               well be dropped (layer_skip), which saves multiply-adds too.
     Idea:      In a residual network neighbouring layers do similar things, some of them hardly
                anything. One set of weights can serve several of them.
     Offline:   n = size layers from ``first`` on share ceil(n / group) sets of weights; layer i of
                them (i = 0 .. n-1) has set
                  sequence:  i // group                 0,0,1,1,2,2    (n = 6, group = 2)
                  cycle:     i mod ceil(n / group)      0,1,2,0,1,2
-               weights of a set: those of its first layer, of its last, or the mean of all its layers
+               weights of a set: those of its first layer, of its last, or the mean of all its
+               layers
                first=None: for each place where n layers fit, measure the loss on calibration text;
                take the lowest
     Online:    the dense model's steps. A layer runs with the weights of its set and stores keys
                and values in cache rows of its own.
     Saves:     memory: the weights of n - ceil(n / group) layers. No multiply-adds, no cache, and
                as many bytes of weights are read per token.
-    In NumPy:  the same products, so the same speed (1.0x to 1.1x on a busy machine). Weights that do
-               not fit the CPU's caches might still be there when the next layer needs them.
+    In NumPy:  the same products, so the same speed (1.0x to 1.1x on a busy machine). Where
+               weights do not fit the CPU's caches, a shared set may still be there for the next.
     Not for:   mean: layers whose matrices have different shapes (prune_structure). Techniques that
                rewrite weights place by place store a shared set once per layer again (Notes).
     Proof:     tests/skip/test_layer_fusion.py; literal version: tests/skip/literal_layer_fusion.py
@@ -154,15 +157,28 @@ def check_first(first: int, size: int, L: int) -> None:
 #   prune) change a shared one once. Those that look at each place (low_rank, fold_norms,
 #   prune_structure before sharing) may make one for each layer, so that memory is no longer saved.
 # - The ledger counts the bytes of a shared matrix each time that it is read.
-# - Figures on stories, 8 layers (minitx sweep layer-fusion size=3,4 weights=first,mean --stories 60,
-#   and choose=random seed=0,1,2). Hops: how many facts an answer has to combine.
+# - Figures on stories, 8 layers (minitx sweep layer-fusion size=3,4 weights=first,mean
+#   --stories 60, and choose=random seed=0,1,2 instead). Multiply-adds and cache are 1.00x. Hops:
+#   how many facts an answer has to combine.
 #
-# FIGURES
-# - Which weights: early layers must keep their own. Four layers twice (size=None group=2
-#   pattern=cycle weights=first) keep the first four as they are, so that half the weights of all
-#   layers cost 0.09 nats, but the answers are gone. Trained further, through our own gradients, for
-#   150 steps (minitx train weights/recipes/layer_fusion.json --out runs/layer_fusion; then minitx
-#   evaluate -m runs/layer_fusion --stories 60), some ten minutes on one core of a busy machine:
+#       layers that share                     memory    loss above dense    1 / 2 / 3 hops
+#       none (dense)                          1.00x      0                  99 / 93 / 100 %
+#       size=3 weights=first                  0.78x     +0.003              99 / 93 / 100 %
+#       size=3 weights=mean                   0.78x     +0.003              99 / 89 /  97 %
+#       size=4 weights=first (the default)    0.66x     +0.011              99 / 95 / 100 %
+#       size=4 weights=mean                   0.66x     +0.007              99 / 62 /  53 %
+#       size=4 choose=random seed=0,2         0.66x     +0.011              99 / 95 / 100 %
+#       size=4 choose=random seed=1           0.66x     +0.189              58 / 66 /  44 %
+#
+#   Of the five places for four layers the default takes the last, 4 to 7; seeds 0 and 2 happen to
+#   draw it too, and seed 1 draws 2 to 5. Layers 4 to 7 hardly add to the residual stream of this
+#   model. Dropping three of them saves as much memory and costs less (minitx sweep layer-skip
+#   drop=5+6+7 --stories 60): +0.004, 99 / 91 / 94 %, with 0.64x of the multiply-adds.
+# - Half of the weights of all layers: the first four layers, then the same four again (size=None
+#   group=2 pattern=cycle). That costs 0.09 nats, but the answers are gone. Trained further, through
+#   our own gradients, for 150 steps (minitx train weights/recipes/layer_fusion.json --out
+#   runs/layer_fusion; then minitx evaluate -m runs/layer_fusion --stories 60), some ten minutes on
+#   one core of a busy machine:
 #
 #                        memory    loss above dense    1 / 2 / 3 hops
 #       dense            1.00x      0                  99 / 93 / 100 %

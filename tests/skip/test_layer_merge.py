@@ -188,4 +188,5 @@ def test_on_stories_dropping_two_layers_is_better_than_merging_three():
     assert 0.03 < added(layer_merge=dict(first=4)) < 0.3
     assert added(layer_skip=dict(drop="4,5")) < 0.01
     assert -0.01 < added(layer_merge=dict(size=2, first=5)) < 0.01
-    assert 3 < added(layer_merge=dict(first=1)), "early layers"
+    others = [added(layer_merge=dict(first=first)) for first in (1, 2, 5)]
+    assert added(layer_merge=dict(first=4)) < min(others), "no better than at random"
