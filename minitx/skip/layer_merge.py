@@ -63,7 +63,7 @@ def layer_merge(
                model and of the merged one, over calibration tokens; take the highest
     Online:    the dense model's steps, with one layer instead of ``size``.
     Saves:     of size - 1 layers, everything: multiply-adds, weights and cache rows.
-    In NumPy:  as much time as multiply-adds: whole layers are gone.
+    In NumPy:  1.2x at size=2, 1.4x at size=3 on stories: time falls with the multiply-adds.
     Not for:   layers whose matrices have different shapes (prune_structure); use together with
                detectors that were trained for every layer (dota fit=trained).
     Proof:     tests/skip/test_layer_merge.py; literal version: tests/skip/literal_layer_merge.py
@@ -133,7 +133,7 @@ def check_first(first: int, size: int, L: int) -> None:
 # - What comes of the sum: of m + 1 layers, W = W_l+1 + ... + W_l+m - (m - 1) W_l. Unless the layers
 #   are nearly the same, these are weights that no layer has ever had; and what two layers add to
 #   the residual stream, one after another, is no sum of weights.
-# - The configuration of the merged model has fewer layers, so that files written for the old ones no
+# - The configuration of the merged model has fewer layers, so files written for the old ones no
 #   longer fit: dota refuses the detectors that were trained with stories (fit=post-hoc fits new
 #   ones).
 # - Figures on stories, 8 layers (minitx sweep layer-merge size=2,3 --stories 60; with choose=random
