@@ -442,13 +442,14 @@ def sampled(count: int, size: int, seed: int) -> list:
 
 IN_ACTION = sampled(90, 2, 1) + sampled(90, 3, 2)
 # One that leaves the other nothing to do: all logits are asked for when drafts are verified; of two
-# FFNs one is left out, so that none comes after the other.
-# layer_merge makes one layer of two, so that none comes after another, or shares with one.
+# FFNs one is left out, so that none comes after the other; of two layers one is not run, or
+# layer_merge has made one of them.
 IDLE = {
     "early_exit": {"layer_merge"},
     "exact_head": {"speculative"},
-    "ffn_skip": {"layer_skip", "layer_merge"},
+    "ffn_skip": {"layer_merge", "layer_router", "layer_skip"},
     "kv_share": {"layer_merge"},
+    "layer_skip": {"layer_router"},
     "lazy_tokens": {"layer_merge"},
 }
 
