@@ -449,6 +449,7 @@ IDLE = {
     "exact_head": {"speculative"},
     "ffn_skip": {"layer_merge", "layer_router", "layer_skip"},
     "kv_share": {"layer_merge"},
+    "layer_router": {"layer_merge"},
     "layer_skip": {"layer_router"},
     "lazy_tokens": {"layer_merge"},
 }

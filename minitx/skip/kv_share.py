@@ -73,7 +73,7 @@ def kv_share(
     In NumPy:  no faster: 0.9x to 1.1x on a busy machine. W_k and W_v are small products, and
                attention reads as many keys as before. It saves memory.
     Not for:   layers without plain attention of their own (first_layer, slim_attention, dota, ...);
-               techniques that free cache rows: the other layers of a group need them.
+               techniques that free cache rows, or skip or move layers at run time (layer_router).
     Proof:     tests/skip/test_kv_share.py; literal version: tests/skip/literal_kv_share.py
     """
     L = len(blocks_of(lm))
@@ -122,7 +122,9 @@ class LeaderCache(Part):
 class FollowerAttention(Part):
     """Attention without keys and values of its own: queries only, over the leader's rows."""
 
+    # Declared for techniques that are combined with this one (tree.Part):
     needs_all_rows = True  # reads the leader's row of every token
+    reads_other_layers = True
 
     norm: Part
     q: Part

@@ -273,6 +273,11 @@ def test_techniques_that_do_not_fit_are_refused_by_name():
     )
     assert "sink_window frees some" in refusal(sink_window=dict(sinks=2, window=4))
     assert "lazy_tokens frees some" in refusal(lazy_tokens=dict(keep=0.5))
+    assert refusal(layer_reorder=dict(order="reverse")) == (
+        "layer_reorder changes which layers run, or their order, but with kv_share a layer reads "
+        "the cache rows of an earlier one; use one of the two."
+    )
+    assert "layer_router changes which layers run, or their" in refusal(layer_router={})
     assert "where fuse_projections has put a FusedQKV" in refusal(fuse_projections={})
     assert "where layer_skip has put a Dropped" in refusal(layer_skip=dict(drop="3"))
     assert "where first_layer has put a InTable" in refusal("gpt_neox", first_layer={})
