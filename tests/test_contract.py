@@ -452,6 +452,7 @@ IDLE = {
     "layer_router": {"layer_merge"},
     "layer_skip": {"layer_router"},
     "lazy_tokens": {"layer_merge"},
+    "token_prune": {"layer_merge"},
 }
 
 

@@ -42,5 +42,6 @@ def weighted_sum(name: str, part: Part, arrays: Sequence, coefficients: Sequence
 def unlike(name: str, part: Part) -> MinitxError:
     return MinitxError(
         f"{name} adds up the weights of layers that are built alike, and a {type(part).__name__} "
-        "has another type or shape in another layer; leave out the technique that changed it."
+        "has another type or shape in another layer; leave out the technique that changed it "
+        "(such as prune_structure)."
     )
