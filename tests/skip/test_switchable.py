@@ -15,7 +15,7 @@ import minitx
 from minitx.checkpoints.find import shipped
 from minitx.checkpoints.safetensors import read_header, read_tensors
 from minitx.checkpoints.safetensors_write import write_safetensors
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, MinitxWarning
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import Block, Stack
@@ -585,7 +585,6 @@ def test_refusals_are_one_clear_sentence(options, message):
 def test_models_it_does_not_fit_are_refused():
     for lm, words in (
         (LM(tiny_model("skipless"), TOKENIZER), "switchable needs residual connections and this"),
-        (LM(tiny_model(layers=1), TOKENIZER), "this model has only one; leave switchable out"),
         (replace(dense_lm(), tokenizer=None), "switchable learns .* choose=random with a share"),
     ):
         with pytest.raises(MinitxError, match=words):
@@ -594,6 +593,12 @@ def test_models_it_does_not_fit_are_refused():
     apply(bare, {"switchable": {"choose": "random", "share": 0.5}})
     with pytest.raises(MinitxError, match="switchable .*lazy_tokens|lazy_tokens .*switchable"):
         apply(dense_lm(), {"switchable": {"choose": "random", "share": 0.5}, "lazy_tokens": True})
+
+
+def test_model_of_one_layer_has_nothing_to_decide():
+    lm = LM(tiny_model(layers=1), TOKENIZER)
+    with pytest.warns(MinitxWarning, match="this model has only one"):
+        assert apply(lm, {"switchable": True}).model.stack is lm.model.stack
 
 
 # Figures -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
+from minitx.shared.break_even import warn
 from minitx.shared.row_by_row import row_by_row
 from minitx.skip.switchable.baselines import FixedPlan, RandomPlans, units_within
 from minitx.skip.switchable.file import FILE, read_policies
@@ -105,6 +106,9 @@ def switchable(
             "choose=policy, or tokens=false."
         )
     if tolerance == 0 and share is None:
+        return lm
+    if len(blocks_of(lm)) < 2:
+        warn("switchable decides about the layers after the first, and this model has only one.")
         return lm
     from minitx.skip.switchable import train  # which runs models with a stack of this file
 
@@ -274,11 +278,6 @@ def check_model(lm) -> None:
         )
     need(lm.model.stack, Stack)
     blocks = blocks_of(lm)
-    if len(blocks) < 2:
-        raise MinitxError(
-            "switchable decides about the layers after the first, and this model has only one; "
-            "leave switchable out."
-        )
     for unit in units_of(lm):
         found = (getattr(node, unit.slot, None) for _, node in walk(blocks[unit.layer]))
         if not any(isinstance(p, Part) for p in found):
