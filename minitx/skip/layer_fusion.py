@@ -84,6 +84,7 @@ def layer_fusion(
     Not for:   mean: layers whose matrices have different shapes (prune_structure). Techniques that
                rewrite weights place by place store a shared set once per layer again (Notes).
     Proof:     tests/skip/test_layer_fusion.py; literal version: tests/skip/literal_layer_fusion.py
+    Tutorial:  tutorials/12_which_layers_matter.py
     """
     blocks = blocks_of(lm)
     size = len(blocks) if size is None else min(size, len(blocks))

@@ -77,6 +77,7 @@ def layer_reorder(
     Not for:   skipless models; the table of first_layer, unless layer 0 stays first.
     Proof:     tests/skip/test_layer_reorder.py; literal version:
                tests/skip/literal_layer_reorder.py
+    Tutorial:  tutorials/12_which_layers_matter.py
     """
     check_model(lm)
     L = len(lm.model.stack.blocks)
