@@ -34,7 +34,9 @@ from minitx.tree import Part, part
     level="pruning",
     exact=False,
     neutral={"count": 0},
-    after=("prune", "prune_structure", "vocab_prune"),
+    after=(
+        *("prune", "prune_structure", "head_prune", "layer_merge", "layer_fusion", "vocab_prune"),
+    ),
     demo={"count": 2, "stories": 1},
 )
 def norm_skip(

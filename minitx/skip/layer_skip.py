@@ -81,6 +81,7 @@ def layer_skip(
                early_exit with measure=saturation, which takes the unchanged x of a dropped layer
                for converged.
     Proof:     tests/skip/test_layer_skip.py; literal version: tests/skip/literal_layer_skip.py
+    Tutorial:  tutorials/12_which_layers_matter.py
     """
     check_model(lm)
     units = units_of(lm, unit)
