@@ -140,6 +140,13 @@ def test_tune_of_a_linear_knob_comes_close_on_bent_curves(curve):
         assert abs(reached - share) <= 0.005, f"{reached} instead of {share} after {known}"
 
 
+def test_tune_passes_over_a_flat_part_of_the_range():
+    knob = Knob("tolerance", 1e-5, 10, falling=True)
+    known: dict = {}
+    value, reached = tune(knob, 0.9, knob.guess(0.9), lambda x: 1.0 if x < 0.5 else 0.88, known)
+    assert reached == 0.88 and value >= 0.5 and len(known) <= 10
+
+
 def test_tune_says_the_least_share_where_the_knob_ends():
     value, reached = tune(SUBLAYERS, 0.5, 8, lambda n: 1 - 0.02 * n, known := {}, 0.005, 0.52)
     assert (value, reached) == (16, pytest.approx(0.68)) and len(known) < 6

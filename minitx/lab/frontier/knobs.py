@@ -15,8 +15,8 @@ from minitx.tree import Part
 from minitx.values import as_number
 
 TOLERANCE = 0.02  # of the share, relative: the search ends when it is that close
-STEPS = 10  # at most, in a search
-STAIRS = 3  # so many values that change nothing: the share has steps, and none is closer
+STEPS = 12  # at most, in a search
+STAIRS = 5  # so many values that change nothing: the share has steps, and none is closer
 TINY = 1e-3  # a share of which the logarithm can be taken
 EDGE = 0.02  # the search stays this far, as a part of their distance, from the nearest two values
 
@@ -187,13 +187,14 @@ def tune(
     """
     tolerance = TOLERANCE * share if tolerance is None else tolerance
     value = knob.value(knob.position(guess))
-    repeated = 0  # values with a share that another value has, too
+    repeated = 0  # values between two others that leave as much as one of them
     for _ in range(STEPS):
         if value is None or any(abs(left - share) <= tolerance for left in known.values()):
             break
         if value not in known:
+            between = known and min(known.values()) < share <= max(known.values())
             left = measure(value)
-            repeated += left in known.values()
+            repeated += bool(between) and left in known.values()
             known[value] = left
         if repeated == STAIRS:
             break
@@ -221,8 +222,10 @@ def next_value(knob: Knob, share: float, known: dict) -> float | None:
             value = min(max(value, low + 1), high - 1)
     else:
         up = (above is None) != knob.falling  # raise the value, or lower it
-        positions = [position for _, position in found]
-        far = min(max(positions) + knob.step, 1.0) if up else max(min(positions) - knob.step, 0.0)
+        nearest = found[0][0] if above else found[-1][0]
+        positions = [position for left, position in found if left == nearest]
+        step = knob.step * 2 ** (len(positions) - 1)  # further, if the last step changed nothing
+        far = min(max(positions) + step, 1.0) if up else max(min(positions) - step, 0.0)
         value = knob.value(far)
         if knob.is_integer and value in known and 0 < far < 1:  # a step of less than one
             value = min(max(value + (1 if up else -1), knob.low), knob.high)

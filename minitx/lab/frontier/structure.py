@@ -63,6 +63,7 @@ METHODS = (
     Method("layer_skip ffn", count(layers), {"unit": "ffn"}, "layer_skip"),
     Method("layer_skip both", count(sublayers), PLAN, "layer_skip"),
     Method("layer_router", tolerance(1e-5), random=AT_RANDOM),
+    Method("switchable", tolerance(1e-5), random=AT_RANDOM, random_knob=rising("share", 0.0)),
     Method("early_exit", rising("threshold", 0.0), {"first": 2}, random={"measure": "random"}),
     Method(
         "ffn_skip",
@@ -81,7 +82,7 @@ METHODS = (
     Method("value_prune", rising("keep", 0.01), random=AT_RANDOM),
     Method("vocab_prune", ids("keep"), random=AT_RANDOM),
     # Fewer bytes instead of multiply-adds, too few of these for any share, or none at all.
-    Method("layer_reorder", None, {"order": "parallel"}),
+    Method("layer_reorder", None),
     Method("norm_skip", None),
     Method("value_prune default", None, {}, "value_prune"),
     Method("vocab_prune default", None, {}, "vocab_prune"),
