@@ -34,7 +34,10 @@ from minitx.tree import Part, part
     level="pruning",
     exact=False,
     neutral={"count": 0},
-    after=("layer_fusion", "layer_merge", "prune", "prune_structure", "vocab_prune"),
+    after=(
+        *("layer_fusion", "layer_merge", "prune", "prune_structure"),
+        *("head_prune", "vocab_prune"),
+    ),
     demo={"count": 2, "stories": 1},
 )
 def norm_skip(
