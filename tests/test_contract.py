@@ -446,10 +446,10 @@ IN_ACTION = sampled(90, 2, 1) + sampled(90, 3, 2)
 # that are dropped look nothing up and have no heads.
 IDLE = {
     "exact_head": {"speculative"},
-    "ffn_skip": {"layer_skip", "layer_router"},
-    "layer_skip": {"layer_router"},
+    "ffn_skip": {"layer_router", "layer_skip", "switchable"},
     "function_tables": {"layer_skip"},
     "head_cascade": {"layer_skip"},
+    "layer_skip": {"layer_router"},
 }
 
 

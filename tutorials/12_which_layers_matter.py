@@ -133,8 +133,7 @@ for n in range(1, 5):
         curves[choose].append(scores.mean_loss - dense.mean_loss)
         row += [f"{curves[choose][-1]:+.4f}", right(scores)[2]]
     drawn = [
-        evaluate_stories(without(choose="random", count=n, seed=seed), held_out)
-        for seed in (0, 1)
+        evaluate_stories(without(choose="random", count=n, seed=seed), held_out) for seed in (0, 1)
     ]
     curves["random"].append(np.mean([scores.mean_loss for scores in drawn]) - dense.mean_loss)
     three = np.mean([scores.accuracy["3 hops"] for scores in drawn])

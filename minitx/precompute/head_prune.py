@@ -25,7 +25,7 @@ from minitx.tree import Part, float_type, part
     level="pruning",
     exact=False,
     neutral={"share": 0.0},
-    after=("layer_fusion", "layer_merge", "prune", "prune_structure"),
+    after=("prune", "prune_structure"),
     demo={"share": 0.25},
     presets={"authors": {"share": 0.4, "normalize": "layer"}},
 )

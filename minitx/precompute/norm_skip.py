@@ -35,8 +35,7 @@ from minitx.tree import Part, part
     exact=False,
     neutral={"count": 0},
     after=(
-        *("layer_fusion", "layer_merge", "prune", "prune_structure"),
-        *("head_prune", "vocab_prune"),
+        *("prune", "prune_structure", "head_prune", "layer_merge", "layer_fusion", "vocab_prune"),
     ),
     demo={"count": 2, "stories": 1},
 )

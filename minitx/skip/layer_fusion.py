@@ -23,7 +23,7 @@ from minitx.tree import Part
     level="pruning",
     exact=False,
     neutral={"group": 1},
-    after=("layer_merge", "prune", "prune_structure"),
+    after=("prune", "prune_structure", "head_prune", "layer_merge"),
     presets={"all": {"size": None}, "pairs": {"size": None, "group": 2}},
 )
 def layer_fusion(

@@ -23,7 +23,7 @@ from minitx.tree import Part
     level="pruning",
     exact=False,
     neutral={"size": 1},
-    after=("prune", "prune_structure"),
+    after=("prune", "prune_structure", "head_prune"),
     demo={"size": 2},
 )
 def layer_merge(
