@@ -17,7 +17,17 @@ from minitx.skip.switchable.baselines import FixedPlan, RandomPlans, units_withi
 from minitx.skip.switchable.file import FILE, read_policies
 from minitx.skip.switchable.policy import TokenPolicy, units_of
 from minitx.state import Layer, Memory, State
-from minitx.technique import SEEDS, at_least, between, blocks_of, need, swap, technique, wrap
+from minitx.technique import (
+    SEEDS,
+    at_least,
+    between,
+    blocks_of,
+    need,
+    need_independent_layers,
+    swap,
+    technique,
+    wrap,
+)
 from minitx.tree import Part, float_type, part, walk
 
 
@@ -106,6 +116,7 @@ def switchable(
         )
     if tolerance == 0 and share is None:
         return lm
+    need_independent_layers("switchable", lm.model)
     from minitx.skip.switchable import train  # which runs models with a stack of this file
 
     training = train.Quick(stories, steps, tokens, seed)
