@@ -43,5 +43,5 @@ def unlike(name: str, part: Part) -> MinitxError:
     return MinitxError(
         f"{name} adds up the weights of layers that are built alike, and a {type(part).__name__} "
         "has another type or shape in another layer; leave out the technique that changed it "
-        "(such as prune_structure)."
+        "(such as head_prune or prune_structure)."
     )

@@ -24,6 +24,7 @@ from minitx.tree import Part
     exact=False,
     neutral={"size": 1},
     after=("prune", "prune_structure", "head_prune"),
+    demo={"size": 2},
 )
 def layer_merge(
     lm,

@@ -278,6 +278,7 @@ def test_techniques_that_do_not_fit_are_refused_by_name():
         "the cache rows of an earlier one; use one of the two."
     )
     assert "layer_router changes which layers run, or their" in refusal(layer_router={})
+    assert "switchable changes which layers run, or their order" in refusal(switchable={})
     assert "where fuse_projections has put a FusedQKV" in refusal(fuse_projections={})
     assert "where layer_skip has put a Dropped" in refusal(layer_skip=dict(drop="3"))
     assert "where first_layer has put a InTable" in refusal("gpt_neox", first_layer={})

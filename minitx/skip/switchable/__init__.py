@@ -18,7 +18,17 @@ from minitx.skip.switchable.baselines import FixedPlan, RandomPlans, units_withi
 from minitx.skip.switchable.file import FILE, read_policies
 from minitx.skip.switchable.policy import TokenPolicy, units_of
 from minitx.state import Layer, Memory, State
-from minitx.technique import SEEDS, at_least, between, blocks_of, need, swap, technique, wrap
+from minitx.technique import (
+    SEEDS,
+    at_least,
+    between,
+    blocks_of,
+    need,
+    need_independent_layers,
+    swap,
+    technique,
+    wrap,
+)
 from minitx.tree import Part, float_type, part, walk
 
 
@@ -110,6 +120,7 @@ def switchable(
     if len(blocks_of(lm)) < 2:
         warn("switchable decides about the layers after the first, and this model has only one.")
         return lm
+    need_independent_layers("switchable", lm.model)
     from minitx.skip.switchable import train  # which runs models with a stack of this file
 
     training = train.Quick(stories, steps, tokens, seed)
