@@ -9,9 +9,9 @@ without a knob saves bytes instead of multiply-adds and is shown at its own sett
 from minitx.lab.frontier.knobs import Knob, Method
 
 
-def count(high, name: str = "count") -> Knob:
-    """How many are skipped: from none to ``high(config)``."""
-    return Knob(name, 0, high, falling=True, scale="linear", integer=True)
+def count(high, name: str = "count", low: int = 0) -> Knob:
+    """How many are skipped (or merged into one): up to ``high(config)``."""
+    return Knob(name, low, high, falling=True, scale="linear", integer=True)
 
 
 def rising(name: str, low: float, high: float = 1.0) -> Knob:
@@ -34,6 +34,10 @@ def ids(name: str) -> Knob:
 
 
 def layers(config) -> int:
+    return config.layers
+
+
+def but_one(config) -> int:
     return config.layers - 1
 
 
@@ -58,10 +62,11 @@ METHODS = (
     # Baselines: which sub-layers are dropped, for all tokens, is drawn, or selected greedily.
     Method("random", count(sublayers), PLAN | AT_RANDOM, "layer_skip", seeds=(0, 1, 2, 3)),
     Method("static", count(sublayers), PLAN | {"choose": "greedy", "stories": 8}, "layer_skip"),
-    Method("layer_skip layer", count(layers), {"unit": "layer"}, "layer_skip"),
-    Method("layer_skip attention", count(layers), {"unit": "attention"}, "layer_skip"),
-    Method("layer_skip ffn", count(layers), {"unit": "ffn"}, "layer_skip"),
+    Method("layer_skip layer", count(but_one), {"unit": "layer"}, "layer_skip"),
+    Method("layer_skip attention", count(but_one), {"unit": "attention"}, "layer_skip"),
+    Method("layer_skip ffn", count(but_one), {"unit": "ffn"}, "layer_skip"),
     Method("layer_skip both", count(sublayers), PLAN, "layer_skip"),
+    Method("layer_merge", count(layers, "size", 1)),
     Method("layer_router", tolerance(1e-5), random=AT_RANDOM),
     Method("switchable", tolerance(1e-5), random=AT_RANDOM, random_knob=rising("share", 0.0)),
     Method("early_exit", rising("threshold", 0.0), {"first": 2}, random={"measure": "random"}),
@@ -82,6 +87,8 @@ METHODS = (
     Method("value_prune", rising("keep", 0.01), random=AT_RANDOM),
     Method("vocab_prune", ids("keep"), random=AT_RANDOM),
     # Fewer bytes instead of multiply-adds, too few of these for any share, or none at all.
+    Method("kv_share", None),
+    Method("layer_fusion", None),
     Method("layer_reorder", None),
     Method("norm_skip", None),
     Method("value_prune default", None, {}, "value_prune"),
