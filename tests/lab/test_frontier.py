@@ -278,6 +278,17 @@ def test_methods_without_a_knob_have_a_table_of_their_own():
     assert "saves bytes rather than multiply-adds" in text and "quantize_cache bits=8" in text
 
 
+def test_notes_that_techniques_share_are_printed_once():
+    lm = replace(tiny_lm(), calibration=None)
+    by_influence = replace(STATIC, options={"unit": "layer"}, knob=replace(COUNT, high=1))
+    pruned = Method("prune", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minitx.calibration.knows_stories", lambda *_: False)
+        text = str(compared(by_influence, pruned, lm=lm, plan=ON_TEXT))
+    assert text.count("is calibrated on stories, which this model does not know") == 1
+    assert "layer_skip, prune: is calibrated" in text
+
+
 def test_json_has_every_figure(found):
     said = json.loads(json.dumps(found.as_dict()))
     row = next(row for row in said["rows"] if row["method"] == "static")

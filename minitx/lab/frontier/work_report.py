@@ -27,7 +27,7 @@ def as_text(f: Frontier) -> str:
             f"{LEAST:g} or less) over the executed share:\n"
             + chart(series(f), "executed", least=LEAST)
         )
-    return "\n\n".join(parts + ([left_out(f)] if left_out(f) else []))
+    return "\n\n".join(parts + list(filter(None, (left_out(f), notes(f)))))
 
 
 def about(f: Frontier) -> str:
@@ -133,6 +133,18 @@ def left_out(f: Frontier) -> str:
         name = method if whole else f"{method} at {', '.join(shares)}"
         lines.append(fill(f"{name}: {reason}", COLUMNS, subsequent_indent="    "))
     return "\n".join(["Without figures:", *lines]) if lines else ""
+
+
+def notes(f: Frontier) -> str:
+    """What techniques warn of: once, for all that say the same of themselves."""
+    said: dict[str, list[str]] = {}
+    for row in f.rows:
+        for note in row.notes:
+            name, _, words = note.partition(" ")
+            said.setdefault(words, []).append(name.rstrip(":"))
+    lines = [f"{', '.join(dict.fromkeys(names))}: {words}" for words, names in said.items()]
+    lines = [fill(line, COLUMNS, subsequent_indent="    ") for line in lines]
+    return "\n".join(["Notes:", *lines]) if lines else ""
 
 
 # Charts ------------------------------------------------------------------------------------------
