@@ -291,6 +291,13 @@ def test_techniques_for_equal_groups_are_refused_by_name(other):
     assert other in str(caught.value)
 
 
+def test_elsa_learns_thresholds_for_layers_of_different_sizes():
+    wanted = {"head_prune": {"share": 0.25, "stories": 1}, "elsa": {"stories": 1}}
+    lm = apply(tiny_lm("gpt2"), wanted)
+    assert sorted(attn.heads for attn in parts(lm, Attention)) == [1, 2]
+    assert np.isfinite(lm.logits(IDS)).all()
+
+
 def test_detectors_of_dota_are_for_all_heads():
     """A group of heads of one layer is gone: the configuration does not say so."""
     with pytest.raises(
