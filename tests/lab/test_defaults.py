@@ -79,6 +79,9 @@ SKIP = {
     "head_router": Default((-0.003, 0.005), "multiply_adds", (0.9, 0.94), text=CHAINS),
     "head_cascade": Default((0.0, 0.015), "multiply_adds", (0.93, 0.95), text=Text(stories=8)),
     "heavy_hitters": Default((-0.005, 0.01), "kv_cache", (0.49, 0.52), text=CHAIN),
+    "kv_share": Default((-0.001, 0.01), "kv_cache", (0.74, 0.76)),
+    "layer_fusion": Default((0.002, 0.02), "memory", (0.65, 0.68)),
+    "layer_merge": NoSaving((0.05, 0.2), "multiply_adds", (0.76, 0.79)),
     "layer_reorder": NoSaving((0.001, 0.015), "multiply_adds", (1.0, 1.0)),
     "layer_router": Default((0.0, 0.005), "multiply_adds", (0.7, 0.9), text=Text(stories=3)),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
@@ -88,6 +91,7 @@ SKIP = {
     "sink_window": Default((-0.005, 0.005), "kv_cache", (0.49, 0.51), text=CHAINS),
     "sparse_memory": Default((0.0, 0.015), "cache_bytes", (0.65, 0.75), text=CHAINS),
     "speculative": Default(EXACT, "weight_bytes", (0.4, 0.55)),
+    "switchable": Default((0.002, 0.015), "multiply_adds", (0.55, 0.65), text=Text(stories=8)),
     "token_prune": Default((0.004, 0.018), "multiply_adds", (0.79, 0.82), text=CHAIN),
     "value_prune": Default((-0.003, 0.008), "multiply_adds", (0.89, 0.92), text=CHAIN),
 }
