@@ -305,7 +305,7 @@ def remove(alive, heads):
 at_once = {}
 for n in (6, 12, 18):
     at_once[n] = remove(everything, lowest(by_importance, everything, n))
-in_rounds = {6: at_once[6]}  # the first round
+in_rounds = {6: remove(everything, lowest(by_importance, everything, 6))}
 for n in (12, 18):
     left = in_rounds[n - 6]
     scores = np.array(importance(lm, left, texts))
@@ -489,5 +489,5 @@ for name, seconds in zip(models, best):
 # 3. In section 4, take the heads for at_once by the measured loss: lowest(loss, everything, n). It
 #    is the truth about single heads. Is it better for 12 of them, and for 18? Then take
 #    by_plain_mean instead of loss.
-# 4. In section 5, let the router begin in layer 1 and leave out one head of four: "first": 0 and
-#    "active": 0.75, and [:1] for `same`. How do the three compare now?
+# 4. In section 5, let the router begin in layer 1 and leave out one head of four: (0,) instead of
+#    (2, 4), [:1] for `same`, and "active": 0.75. How do the three compare now?
