@@ -1,0 +1,111 @@
+"""Mixture-of-Depths' training: who is selected, the loss, its gradient, and what the trainer writes.
+
+The decision in decoding: tests/skip/test_mixture_of_depths.py.
+"""
+
+import math
+from functools import partial
+
+import literal_mixture_of_depths as literal
+import numpy as np
+import pytest
+from test_model_gradients import MODELS, example, model_of
+
+from minitx import fast, tree
+from minitx.skip.mixture_of_depths import LearnedRouter, RoutedBlock
+from minitx.technique import swap, wrap
+from minitx.training.loss import cross_entropy
+from minitx.training.mixture_of_depths import (
+    TopKBlock,
+    routed_gradients,
+    routed_loss,
+    router_loss,
+    top_k,
+)
+
+
+def routed(config, seed=0):
+    """A model with a router in both of its blocks, and their vectors w."""
+    rng = np.random.default_rng(seed)
+    vectors = {i: rng.standard_normal(config.width) for i in (0, 1)}
+
+    def change(block, i):
+        return RoutedBlock(block, LearnedRouter(vectors[i] / 0.5, scale=0.5))
+
+    return wrap(model_of(config), "block", change), vectors
+
+
+def as_sum(model, ids, targets, weights):
+    return cross_entropy(model(ids), targets, weights)
+
+
+# Who is selected ---------------------------------------------------------------------------------
+
+
+def test_top_k_takes_exactly_k_and_ties_go_to_the_lower_index():
+    # A strict "above the k-th largest" would take none of the three 0.9, "at least" one more of 0.5
+    r = np.array([[0.9, 0.2, 0.9, 0.1, 0.05, 0.9, 0.3, 0.8], [0.5, 0.1, 0.5, 0.5, 0, 0, 0, 0]])
+    assert top_k(r, 3).tolist() == [[0, 2, 5], [0, 2, 3]]
+    assert top_k(r, 2).tolist() == [[0, 2], [0, 2]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("capacity", [0.5, 0.01])
+def test_selected_tokens_run_as_in_the_literal_version(name, capacity):
+    """In each row of a batch others; 0.01 of six tokens is one."""
+    config = MODELS[name]
+    model, vectors = routed(config)
+    ids, *_ = example(config)
+    found = []
+    trained = swap(model, RoutedBlock, lambda b: TopKBlock(b.block, b.router, capacity, found))
+    logits = trained(ids)
+    enters = literal.by_rank(capacity)
+    for row in range(len(ids)):
+        plain = swap(model, RoutedBlock, lambda b: b.block)
+        expected, who = literal.run(plain, ids[row], vectors, enters)
+        np.testing.assert_allclose(logits[row], expected, rtol=1e-9, atol=1e-12)
+        assert [sorted(who[i]) for i in (0, 1)] == [s[row].tolist() for _, s in found]
+
+
+# The loss ----------------------------------------------------------------------------------------
+
+
+def test_router_loss_by_hand():
+    # one row, r = 2, 0, -1, 3 (selected: tokens 0 and 3), the last token is padding:
+    # -log sigmoid(2) - log(1 - sigmoid(0)) - log(1 - sigmoid(-1)), over three tokens
+    r = np.array([[2.0, 0.0, -1.0, 3.0]])
+    rows = np.array([[True, True, True, False]])
+    expected = (math.log(1 + math.exp(-2)) + math.log(2) + math.log(1 + math.exp(-1))) / 3
+    assert router_loss([(r, np.array([[0, 3]]))], rows) == pytest.approx(expected)
+    both = router_loss([(r, np.array([[0, 3]])), (r * 0, np.array([[0, 3]]))], rows)
+    assert both == pytest.approx((expected + math.log(2)) / 2), "not the mean over blocks"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_routed_gradients_equal_central_differences(monkeypatch, name):
+    """Of the model and the routers: along one direction per weight, and one through all."""
+    monkeypatch.setattr(fast, "ROWS", 4)
+    model, _ = routed(MODELS[name])
+    ids, targets, rows = example(MODELS[name])
+    rows[1, 5:] = 0
+    loss = partial(as_sum, ids=ids, targets=targets, weights=rows)
+    found, value, error = routed_gradients(model, loss, 0.5, 0.3, rows)
+    weights = tree.weights(model)
+    assert found.keys() == weights.keys() and "stack.blocks.1.router.vector" in found
+    rng = np.random.default_rng(1)
+    direction = {path: rng.standard_normal(w.shape) for path, w in weights.items()}
+    paths = {id(w): path for path, w in weights.items()}
+
+    def at(chosen, step):
+        def moved(w):
+            path = paths[id(w)]
+            return w + step * direction[path] * (path in chosen)
+
+        return float(routed_loss(tree.map_weights(model, moved), loss, 0.5, 0.3, rows)[0])
+
+    assert at((), 0) == pytest.approx(value + 0.3 * error, rel=1e-12)
+    for chosen in [set(weights), *({path} for path in weights)]:
+        expected = (at(chosen, 1e-6) - at(chosen, -1e-6)) / 2e-6
+        got = sum((found[path] * direction[path]).sum() for path in chosen)
+        size = np.sqrt(sum((found[path] ** 2).sum() for path in chosen))
+        assert abs(got - expected) < 1e-6 * max(size, abs(expected)) + 2e-9, chosen
