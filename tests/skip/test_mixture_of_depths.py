@@ -21,7 +21,6 @@ from minitx.skip.mixture_of_depths import (
     LearnedRouter,
     RandomRouter,
     RoutedBlock,
-    mixture_of_depths,
 )
 from minitx.skip.mixture_of_depths.file import Trained, read_routers, write_routers
 from minitx.skip.mixture_of_depths.fit import changed_most, fit_router

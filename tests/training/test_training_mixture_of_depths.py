@@ -1,4 +1,4 @@
-"""Mixture-of-Depths' training: who is selected, the loss, its gradient, and what the trainer writes.
+"""Mixture-of-Depths' training: who is selected, the loss and its gradient, what the trainer writes.
 
 The decision in decoding: tests/skip/test_mixture_of_depths.py.
 """
