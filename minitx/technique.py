@@ -489,10 +489,11 @@ def _rebuild_model(root: Part, change: Callable) -> Part:
 
 
 def decides(model: Part) -> str:
-    """How a model decides what to skip: the widest of "token", "step" and "sequence" among its
-    parts (see ``Part``)."""
+    """How a model decides what to skip (see ``Part``): "step" if any of its parts does, so that
+    only the same steps give the same result; "sequence" if any decides once, from the prompt, so
+    that the division of what follows does not matter; else "token"."""
     ways = {node.decides for _, node in walk(model)}
-    return next(way for way in ("sequence", "step", "token") if way in ways)
+    return next(way for way in ("step", "sequence", "token") if way in ways)
 
 
 def need(node: Part, *kinds: type) -> None:

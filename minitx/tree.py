@@ -19,7 +19,8 @@ class Part:
     """
 
     # What decides which work is skipped: each "token" by itself, all tokens of a "step" together,
-    # or the whole "sequence" (the prompt). A part that skips nothing is a "token" part.
+    # or the first step of a "sequence" (its prompt) for all that follows. A part that skips nothing
+    # is a "token" part.
     decides = "token"
     frees_rows = False  # a layer's KV cache may hold fewer rows than there are tokens
     needs_all_rows = False  # needs one cache row for every token, in order

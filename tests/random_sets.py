@@ -144,6 +144,9 @@ def broken_law(lm: LM, ids, prompt: int = 12, new: int = 20) -> str:
         return "logits are not finite"
     if (in_chunks(lm, ids, steps) != once).any():
         return "the same steps give other logits"
+    if decides(lm.model) == "sequence":
+        if abs(in_chunks(lm, ids, (prompt, len(ids) - prompt)) - once).max() > 1e-9 * scale:
+            return "the steps after the prompt make a difference"
     if decides(lm.model) == "token":
         for sizes in ((len(ids),), (7, len(ids) - 9, 2), (1,) * len(ids)):
             if abs(in_chunks(lm, ids, sizes) - once).max() > 1e-9 * scale:

@@ -25,6 +25,7 @@ import numpy as np
 from minitx.calibration import Calibrated
 from minitx.checkpoints.common import (
     abbreviate,
+    atomic_write,
     fingerprint,
     need_float_dtype,
     need_new_folder,
@@ -49,14 +50,17 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class Origin:
-    """How the folder was made: the model that was loaded, the flags, and what techniques were
-    calibrated on."""
+    """How the folder was made: the model that was loaded, the flags, what techniques were
+    calibrated on, and the name of the recipe by which the result was trained further, if it was."""
 
     model: str
     flags: str
     calibrated: tuple[Calibrated, ...] = ()
+    recipe: str = ""
 
     def __str__(self) -> str:
+        if self.recipe:
+            return f"{self.model} {self.flags}, trained further by the recipe {self.recipe!r}"
         return f"made by: minitx precompute -m {self.model} {self.flags}"
 
 
@@ -68,22 +72,12 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
     """
     folder = Path(folder)
     need_new_folder(folder)
-    entries, arrays, indices = serialize(model=lm.model, decode=lm.decode)
     temporary = temporary_name(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
         temporary.mkdir()
-        write_safetensors(temporary / ARRAYS_FILE, arrays, None, {"format": "minitx precomputed"})
-        content = {"format": FORMAT_VERSION, "from": origin.model, "flags": origin.flags}
-        content["calibrated"] = [asdict(use) for use in origin.calibrated]
-        content |= {
-            "dtype": str(float_type(lm.model)),
-            "arrays": fingerprint(temporary / ARRAYS_FILE),
-        }
-        content |= indices | {"entries": entries}
-        content |= {"fingerprint": signature(content)}
-        (temporary / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_parts(lm, temporary, origin)
         if tokenizer is not None:
             _write_tokenizer(lm.tokenizer, tokenizer, temporary)
         os.rename(temporary, folder)
@@ -91,6 +85,21 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
         raise unwritable(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_parts(lm, folder: Path, origin: Origin) -> None:
+    """Write the JSON and the arrays into an existing folder: the JSON last, which is refused while
+    it does not belong to the arrays."""
+    entries, arrays, indices = serialize(model=lm.model, decode=lm.decode)
+    write_safetensors(folder / ARRAYS_FILE, arrays, None, {"format": "minitx precomputed"})
+    content = {"format": FORMAT_VERSION, "from": origin.model, "flags": origin.flags}
+    content |= {"recipe": origin.recipe} if origin.recipe else {}
+    content["calibrated"] = [asdict(use) for use in origin.calibrated]
+    content |= {"dtype": str(float_type(lm.model)), "arrays": fingerprint(folder / ARRAYS_FILE)}
+    content |= indices | {"entries": entries}
+    content |= {"fingerprint": signature(content)}
+    with atomic_write(folder / JSON_FILE) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def _write_tokenizer(tokenizer, file: Path, folder: Path) -> None:
@@ -108,7 +117,8 @@ def is_precomputed(folder: Path) -> bool:
 def read_origin(folder) -> Origin:
     """How the folder was made."""
     content = _read_content(Path(folder))
-    return Origin(content["from"], content["flags"], _read_calibrated(folder, content))
+    calibrated = _read_calibrated(folder, content)
+    return Origin(content["from"], content["flags"], calibrated, content.get("recipe", ""))
 
 
 def _read_calibrated(folder, content: dict) -> tuple[Calibrated, ...]:
@@ -167,6 +177,10 @@ def _read_content(folder: Path) -> dict:
             raise MinitxError(
                 f"{path}: {name!r} must be a string, got {abbreviate(content.get(name))}."
             )
+    if not isinstance(content.get("recipe", ""), str):
+        raise MinitxError(
+            f"{path}: 'recipe' must be a string, got {abbreviate(content['recipe'])}."
+        )
     if content["fingerprint"] != signature(content):
         raise MinitxError(
             f"{path}: does not match its own fingerprint, so it was changed after it was written; "

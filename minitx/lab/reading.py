@@ -8,9 +8,9 @@ A text is encoded once and cut into windows of at most ``WINDOW`` tokens. Nothin
 one to the next; every token is scored once, the first of a window after the model's beginning- or
 end-of-text token (minitx/text.py).
 
-A text is read in one pass, unless a technique decides per step what to skip: then it is read as
-generation would run it, a prompt at once and the rest token by token. Logits are computed for a few
-tokens at a time, since a row of them is as long as the vocabulary.
+A text is read in one pass, unless a technique decides per step or per sequence what to skip: then
+it is read as generation would run it, a prompt at once and the rest token by token. Logits are
+computed for a few tokens at a time, since a row of them is as long as the vocabulary.
 """
 
 import math
@@ -178,15 +178,17 @@ class TextReport:
 
 
 def hidden_as_generated(lm, ids) -> np.ndarray:
-    """Hidden states (T, D) of a text: in one pass if that makes no difference, otherwise a prompt
-    at once and the rest token by token, as generation runs it."""
-    ids = np.array(ids)
-    if decides(lm.model) == "token":
+    """Hidden states (T, D) of a text: in one pass if that makes no difference, otherwise as
+    generation runs it, a prompt at once and the rest token by token (or at once too, where only the
+    prompt decides)."""
+    ids, way = np.array(ids), decides(lm.model)
+    if way == "token":
         return lm.model.hidden(lm.check_ids(ids))
     state = lm.model.new_state()
     state.prompt = min(PROMPT, len(ids))
+    later = 1 if way == "step" else max(len(ids), 1)
     found = [lm.model.hidden(ids[:PROMPT], state)]
-    found += [lm.model.hidden(ids[t : t + 1], state) for t in range(PROMPT, len(ids))]
+    found += [lm.model.hidden(ids[t : t + later], state) for t in range(PROMPT, len(ids), later)]
     return np.concatenate(found)
 
 

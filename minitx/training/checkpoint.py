@@ -141,4 +141,5 @@ def settled(recipe: dict, progress: Progress) -> dict:
     stages = [DEFAULTS | stage for stage in recipe["stages"][: progress.stages_begun]]
     used = {name: recipe["grades"].get(name) for stage in stages for name in stage["grades"]}
     kept = {name: recipe[name] for name in ("model", "seed", "shards")}
+    kept |= {"start": recipe.get("start"), "techniques": recipe.get("techniques", {})}
     return kept | {"stages": stages, "grades": used}

@@ -50,7 +50,10 @@ class Recorded(Part):
 
 
 def shallow(model: Transformer, layers: int | None) -> Transformer:
-    """The model with only its first ``layers`` blocks: cheap to train before the rest is added."""
+    """The model with only its first ``layers`` blocks: cheap to train before the rest is added.
+    None: all of them."""
+    if layers is None:
+        return model
     return replace(model, stack=replace(model.stack, blocks=model.stack.blocks[:layers]))
 
 

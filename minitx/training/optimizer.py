@@ -11,17 +11,24 @@ import numpy as np
 from minitx import build
 from minitx.config import Config
 from minitx.model import Transformer
+from minitx.tree import map_weights, weights
 
 
 class ParameterLayout:
     """The slice of each weight in the flat vector: first the model's weights, then ``extra`` ones
-    that are trained with it, such as detectors (shapes by path)."""
+    that are trained with it, such as detectors (shapes by path).
 
-    def __init__(self, config: Config, extra: dict[str, tuple] | None = None):
-        self.config = config
+    tree: a model that is trained further, with techniques or without; its arrays of integers are
+    not trained. None: the plain model of ``config``."""
+
+    def __init__(
+        self, config: Config, extra: dict[str, tuple] | None = None, tree: Transformer | None = None
+    ):
+        self.config, self.tree = config, tree
         self.extra = list(extra or {})
         self.slots: dict[str, tuple[slice, tuple]] = {}
-        self.model_size = self._append(build.shapes(config), 0)
+        shapes = build.shapes(config) if tree is None else shapes_of(tree)
+        self.model_size = self._append(shapes, 0)
         self.size = self._append(extra or {}, self.model_size)
 
     def _append(self, shapes: dict[str, tuple], end: int) -> int:
@@ -37,7 +44,14 @@ class ParameterLayout:
 
     def model(self, flat: np.ndarray) -> Transformer:
         """The model whose weights are views of ``flat`` (size,): changing one changes the other."""
-        return build.build(self.config, lambda path, shape: self.view(flat, path))
+        if self.tree is None:
+            return build.build(self.config, lambda path, shape: self.view(flat, path))
+        paths = {id(array): path for path, array in weights(self.tree).items()}
+
+        def view_of(array):
+            return self.view(flat, paths[id(array)]) if is_trained(array) else array
+
+        return map_weights(self.tree, view_of)
 
     def flatten(self, arrays: dict[str, np.ndarray], out: np.ndarray) -> None:
         """Copy arrays {path: array} into ``out`` (size,); missing paths become zeros."""
@@ -58,6 +72,15 @@ class ParameterLayout:
         if not paths:
             return slice(0, 0)
         return slice(self.slots[paths[0]][0].start, self.slots[paths[-1]][0].stop)
+
+
+def shapes_of(tree: Transformer) -> dict[str, tuple]:
+    """The path and shape of every weight below ``tree`` that is trained."""
+    return {path: array.shape for path, array in weights(tree).items() if is_trained(array)}
+
+
+def is_trained(array) -> bool:
+    return array.dtype.kind == "f"
 
 
 def has_weight_decay(path: str) -> bool:

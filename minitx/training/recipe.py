@@ -76,9 +76,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
+    """Either ``model``, which is trained from random weights, or ``start``."""
+
     name: str
-    model: dict  # fields of Config; vocab_size, bos and eos follow from the tokenizer
     stages: tuple[Stage, ...]
+    model: dict = field(default_factory=dict)  # fields of Config; the tokenizer gives the others
+    start: str | None = None  # a model to train further: a shipped model's name, or a folder
+    techniques: dict = field(default_factory=dict)  # that are applied to it first: {name: options}
     grades: dict = field(default_factory=dict)  # custom grades: name -> fields of a Grade
     seed: int = 0
     dtype: str = "float16"  # of the saved weights
@@ -128,18 +132,7 @@ def recipe_from(given: dict) -> Recipe:
     known = _checked(Recipe, given, "the recipe", RECIPE_RULES)
     stages = tuple(_stage(stage, f"stage {i + 1}") for i, stage in enumerate(known["stages"]))
     recipe = Recipe(**known | {"stages": stages})
-    names = [f.name for f in fields(Config) if f.name not in ("bos", "eos")]
-    for name in recipe.model:
-        if name not in names:
-            raise MinitxError(
-                f"Unknown field {abbreviate(name)} in the recipe's model; "
-                f"{did_you_mean(name, names)}"
-            )
-    try:
-        config = Config(**{"vocab_size": 1} | recipe.model)
-    except TypeError as error:
-        raise MinitxError(f"The recipe's model is incomplete: {error}.") from None
-    _check_representable(config, recipe)
+    config = _config_of(recipe) if recipe.start is None else _config_of_start(recipe)
     for stage in stages:
         _check_reachable(stage, recipe.shares(stage))
         if stage.batch % recipe.shards:
@@ -176,6 +169,53 @@ def recipe_from(given: dict) -> Recipe:
                     f"in the stage before, got k={stage.detector.k}; it is trained further."
                 )
     return recipe
+
+
+def _config_of(recipe: Recipe) -> Config:
+    """The configuration of the model that is trained from random weights."""
+    if not recipe.model:
+        raise MinitxError(
+            "The recipe must have the field 'model', the sizes of a model to train from random "
+            "weights, or 'start', a model to train further; add one."
+        )
+    if recipe.techniques:
+        raise MinitxError(
+            "The recipe has techniques but no model to start from; add 'start', or train first and "
+            "apply them afterwards."
+        )
+    names = [f.name for f in fields(Config) if f.name not in ("bos", "eos")]
+    for name in recipe.model:
+        if name not in names:
+            raise MinitxError(
+                f"Unknown field {abbreviate(name)} in the recipe's model; "
+                f"{did_you_mean(name, names)}"
+            )
+    try:
+        config = Config(**{"vocab_size": 1} | recipe.model)
+    except TypeError as error:
+        raise MinitxError(f"The recipe's model is incomplete: {error}.") from None
+    _check_representable(config, recipe)
+    return config
+
+
+def _config_of_start(recipe: Recipe) -> Config:
+    """The configuration of the model that is trained further, after its techniques."""
+    from minitx.training.data import story_tokenizer
+    from minitx.training.start import starting_model  # which needs ``Recipe``
+
+    if recipe.model:
+        raise MinitxError(
+            "The recipe has 'model', to train from random weights, and 'start', to train further; "
+            "give one of them."
+        )
+    for stage in recipe.stages:
+        for name in ("layers", "detector"):
+            if getattr(stage, name) is not None:
+                raise MinitxError(
+                    f"Stage {stage.name!r}: {name} is for training from random weights, and this "
+                    f"recipe starts from {abbreviate(recipe.start)}; leave it out."
+                )
+    return starting_model(recipe, story_tokenizer()).model.config
 
 
 def _stage(given, where: str) -> Stage:
@@ -264,6 +304,14 @@ RECIPE_RULES = {
     "model": (
         lambda v: isinstance(v, dict),
         "an object with the fields of a model's configuration",
+    ),
+    "start": (
+        lambda v: v is None or isinstance(v, str) and v.isprintable() and 0 < len(v) <= 1000,
+        "the name or the folder of a model",
+    ),
+    "techniques": (
+        lambda v: isinstance(v, dict) and all(isinstance(o, dict) for o in v.values()),
+        "an object of technique: {option: value}",
     ),
     "stages": (lambda v: isinstance(v, list) and bool(v), "a list of at least one stage"),
     "grades": (lambda v: isinstance(v, dict), "an object of name: grade"),

@@ -17,6 +17,8 @@ from pathlib import Path
 from minitx import progress
 from minitx.checkpoints.common import atomic_write, need_writable_folder, read
 from minitx.checkpoints.huggingface import CONFIG, INDEX, ONE_FILE, write_model
+from minitx.checkpoints.precomputed import ARRAYS_FILE as PRECOMPUTED_ARRAYS
+from minitx.checkpoints.precomputed import JSON_FILE as PRECOMPUTED
 from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.errors import MinitxError, abbreviate
 from minitx.lab.evaluate import Tally, report
@@ -27,6 +29,7 @@ from minitx.training.detector import initial_weights, write_trained
 from minitx.training.optimizer import ParameterLayout
 from minitx.training.recipe import DTYPES, Recipe, Stage, read_recipe
 from minitx.training.skipless_init import initial_model
+from minitx.training.start import write_with_techniques
 from minitx.training.worker import SharedArrays, layout_of
 from minitx.training.worker_pool import WorkerPool
 from minitx.tree import weights
@@ -34,7 +37,10 @@ from minitx.values import has_type
 
 CHECKPOINT, LOG, RECIPE = "checkpoint.npz", "training_log.json", "recipe.json"
 # Of a model that is there already.
-MODEL_FILES = (ONE_FILE, INDEX, CONFIG, "tokenizer.json", "tokenizer_config.json", DETECTORS)
+MODEL_FILES = (
+    *(ONE_FILE, INDEX, CONFIG, "tokenizer.json", "tokenizer_config.json", DETECTORS),
+    *(PRECOMPUTED, PRECOMPUTED_ARRAYS),
+)
 
 
 def train(
@@ -94,8 +100,12 @@ class Run:
     # The loop ------------------------------------------------------------------------------------
 
     def initialize(self) -> None:
-        """Random initial weights. Blocks that the first stage does not train start as identities
-        (they add 0 to the residual stream), so that adding them later does not change the loss."""
+        """The weights of the model to start from, or random ones. Of random ones, blocks that the
+        first stage does not train start as identities (they add 0 to the residual stream), so that
+        adding them later does not change the loss."""
+        if self.layout.tree is not None:
+            self.layout.flatten(weights(self.layout.tree), self.arrays["weights"])
+            return
         first = weights(initial_model(self.layout.config, self.recipe.seed))
         layers = self.layout.config.layers
         for number in range(self.recipe.stages[0].layers or layers, layers):
@@ -214,10 +224,14 @@ class Run:
             file.write((json.dumps(self.log(), indent=1) + "\n").encode())
 
     def write_folder(self, tokenizer, recipe_path) -> None:
-        """Write the trained model as a Hugging Face folder, with its recipe and the log."""
+        """Write the trained model with its recipe and the log: a plain one as a Hugging Face
+        folder, one with techniques as ``minitx precompute`` writes it."""
         model = self.layout.model(self.arrays["weights"])
-        write_model(model, self.out, DTYPES[self.recipe.dtype])
-        write_trained(self.recipe, self.layout, self.arrays["weights"], self.out)
+        if self.recipe.techniques:
+            write_with_techniques(self.recipe, model, tokenizer, self.out)
+        else:
+            write_model(model, self.out, DTYPES[self.recipe.dtype])
+            write_trained(self.recipe, self.layout, self.arrays["weights"], self.out)
         write_tokenizer(tokenizer, self.out)
         source, copy = _recipe_file(recipe_path), self.out / RECIPE
         if not copy.exists() or not copy.samefile(source):

@@ -45,6 +45,7 @@ from minitx.training.optimizer import (
     muon,
 )
 from minitx.training.recipe import Recipe, Stage
+from minitx.training.start import starting_model
 
 ROWS, DROPOUT, CHECK = 1, 2, 3  # purposes of random numbers, part of their seeds
 MOMENTUM = 0.95  # of Muon
@@ -224,6 +225,9 @@ class Worker:
 def layout_of(recipe: Recipe, tokenizer) -> ParameterLayout:
     """The layout of all parameters that the recipe trains: the model's, then the detectors' if
     any."""
+    if recipe.start is not None:
+        tree = starting_model(recipe, tokenizer).model
+        return ParameterLayout(tree.config, tree=tree)
     config = recipe.config(len(tokenizer), end_id(tokenizer))
     return ParameterLayout(config, trained_shapes(config, recipe.rank) if recipe.rank else None)
 

@@ -124,13 +124,20 @@ def test_freeing_rows_is_refused_with_a_technique_that_needs_them():
         apply(lm, {"elsa": {"p": 0.5}})
 
 
-def test_decides_is_the_widest_of_all_parts():
+def test_decides_is_step_if_any_part_does_then_sequence_then_token():
     @part
     class Steps(Tagged):
         decides = "step"
 
-    assert decides(tiny_lm().model) == "token"
-    assert decides(wrap(tiny_lm(), "ffn", lambda node, i: Steps(node, "")).model) == "step"
+    @part
+    class Sequences(Tagged):
+        decides = "sequence"
+
+    lm = tiny_lm()
+    assert decides(lm.model) == "token"
+    routed = wrap(lm, "ffn", lambda node, i: Sequences(node, ""))
+    assert decides(routed.model) == "sequence"
+    assert decides(wrap(routed, "attn", lambda node, i: Steps(node, "")).model) == "step"
 
 
 # Matrices by rows --------------------------------------------------------------------------------

@@ -28,8 +28,9 @@ from minitx.lab.evaluate import (
 )
 from minitx.lab.reading import TextReport, hidden_as_generated, text_to_read
 from minitx.model import Transformer
-from minitx.technique import apply
+from minitx.technique import apply, wrap
 from minitx.text import Text
+from minitx.tree import Part, part
 
 TEXT = Text("The balance of once and twice: a fence, a pond, and a stone. " * 20, "pond.txt")
 IDS = TOKENIZER.encode(TEXT.content, special=False)
@@ -121,6 +122,26 @@ def test_technique_that_decides_per_step_is_read_as_generation_runs_it(monkeypat
     assert states[0].prompt == 32, "the state does not know where the prompt ends"
     monkeypatch.undo()
     assert not np.allclose(hidden_as_generated(lm, ids), lm.model.hidden(ids)), "no difference"
+
+
+def test_technique_that_decides_per_sequence_is_read_in_two_steps():
+    @part
+    class Counted(Part):
+        decides = "sequence"
+        inner: Part
+        sizes: list
+
+        def __call__(self, x, layer):
+            self.sizes.append(len(x))
+            return self.inner(x, layer)
+
+    sizes = []
+    lm = wrap(tiny_lm(), "ffn", lambda ffn, i: Counted(ffn, sizes) if i == 0 else ffn)
+    found = hidden_as_generated(lm, [END, *IDS[:45]])
+    assert sizes == [32, 14], "the prompt decides; what follows may run at once"
+    assert len(found) == 46
+    hidden_as_generated(lm, IDS[:20])
+    assert sizes[2:] == [20], "a text that is shorter than a prompt is one step"
 
 
 def test_evaluate_reads_stories_as_generation_runs_them():
