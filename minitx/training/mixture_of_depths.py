@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minitx.checkpoints.huggingface import write_model
 from minitx.model import Transformer
 from minitx.skip.mixture_of_depths import RoutedBlock
 from minitx.skip.mixture_of_depths.file import Trained, write_routers
@@ -24,7 +25,7 @@ from minitx.state import Layer, Tokens
 from minitx.technique import blocks_of, swap
 from minitx.training.autograd import gradients
 from minitx.training.autograd.array import value_of
-from minitx.tree import Part, part, walk
+from minitx.tree import Part, part
 
 # The loss ----------------------------------------------------------------------------------------
 
@@ -115,16 +116,12 @@ class RowTokens(Tokens):
 # The routers of a training run -------------------------------------------------------------------
 
 
-def is_routed(model: Transformer) -> bool:
-    return any(type(node) is RoutedBlock for _, node in walk(model))
-
-
-def write_trained(model: Transformer, capacity: float, folder: Path, write) -> None:
-    """Write the model without its routers by ``write(model)``, and beside it their file."""
+def write_routed(model: Transformer, capacity: float, folder: Path, dtype: str) -> None:
+    """Write the model without its routers as a Hugging Face folder, and beside it their file."""
     routers = {
-        i: np.asarray(block.router.vector * block.router.scale)
+        i: block.router.vector * np.float32(block.router.scale)
         for i, block in enumerate(blocks_of(model))
         if type(block) is RoutedBlock
     }
-    write(swap(model, RoutedBlock, lambda block: block.block))
+    write_model(swap(model, RoutedBlock, lambda block: block.block), folder, dtype)
     write_routers(Trained(routers, capacity), folder)

@@ -237,19 +237,29 @@ def test_random_router_lets_its_share_in():
 # Options -----------------------------------------------------------------------------------------
 
 
-def test_every_routes_each_second_block_or_another():
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, [1, 3, 5]),
+        ({"every": 3}, [1, 4]),
+        ({"first": 0, "every": 1}, [0, 1, 2, 3, 4, 5]),
+        ({"first": 4}, [4]),
+        ({"first": 9}, []),
+    ],
+)
+def test_every_and_first_tell_which_blocks_are_routed(options, expected):
     lm = tiny_lm(model=tiny_model(layers=6))
-    for every, expected in ((None, [1, 3, 5]), (3, [2, 5]), (1, [0, 1, 2, 3, 4, 5]), (9, [])):
-        options = {"router": "random", "capacity": 0.5, "every": every}
-        blocks = apply(lm, {"mixture_of_depths": options}).model.stack.blocks
-        assert [i for i, b in enumerate(blocks) if type(b) is RoutedBlock] == expected
+    options = {"router": "random", "capacity": 0.5} | options
+    blocks = apply(lm, {"mixture_of_depths": options}).model.stack.blocks
+    assert [i for i, b in enumerate(blocks) if type(b) is RoutedBlock] == expected
 
 
 def test_block_0_cannot_be_routed_where_it_is_a_table():
     lm = tiny_lm("gpt_neox")
-    with pytest.raises(MinitxError, match="mixture_of_depths with every=1 .* first_layer [^\n]*$"):
-        apply(lm, {"mixture_of_depths": {"router": "fitted", "every": 1}, "first_layer": {}})
-    both = apply(lm, {"mixture_of_depths": {"router": "fitted"}, "first_layer": {}})
+    options = {"router": "random", "capacity": 0.5}
+    with pytest.raises(MinitxError, match="mixture_of_depths with first=0 .* first_layer [^\n]*$"):
+        apply(lm, {"mixture_of_depths": options | {"first": 0}, "first_layer": {}})
+    both = apply(lm, {"mixture_of_depths": options, "first_layer": {}})
     assert both.logits(IDS).shape == (40, 259)
 
 

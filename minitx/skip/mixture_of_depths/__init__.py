@@ -52,6 +52,11 @@ def mixture_of_depths(
         "training, or 2",
         at_least(1),
     ] = None,
+    first: Annotated[
+        int | None,
+        "of fitted and random: the first routed block, from 0; default: as in the training, or 1",
+        at_least(0),
+    ] = None,
     threshold: Annotated[
         float, "of trained and fitted: r above which a token enters; 0: sigmoid(r) > 0.5"
     ] = 0.0,
@@ -94,10 +99,10 @@ def mixture_of_depths(
     check_residual(lm)
     trained = trained_routers(lm, router)
     if trained is not None and router != "random":
-        refuse_beside_trained(capacity=capacity, every=every)
+        refuse_beside_trained(capacity=capacity, every=every, first=first)
         routers = {i: LearnedRouter(w, threshold) for i, w in trained.vectors.items()}
     else:
-        blocks = routed_blocks(lm, trained, every)
+        blocks = routed_blocks(lm, trained, first, every)
         if capacity is None:
             capacity = 0.5 if trained is None else trained.capacity
         if router == "random":
@@ -244,15 +249,14 @@ def trained_routers(lm, router: str) -> Trained | None:
     return read_routers(lm.folder, lm.model.config, float_type(lm.model))
 
 
-def routed_blocks(lm, trained: Trained | None, every: int | None) -> tuple[int, ...]:
-    """Which blocks get a router: with every=2 those numbered 1, 3, 5, ..."""
-    if trained is not None and every is None:
+def routed_blocks(lm, trained: Trained | None, first, every) -> tuple[int, ...]:
+    """Which blocks get a router: first, first + every, ...; with the defaults 1, 3, 5, ..."""
+    if trained is not None and first is every is None:
         return tuple(trained.vectors)
-    every = 2 if every is None else every
-    found = tuple(range(every - 1, len(blocks_of(lm)), every))
-    if 0 in found:
+    first, every = 1 if first is None else first, 2 if every is None else every
+    if first == 0:
         check_width(lm)
-    return found
+    return tuple(range(first, len(blocks_of(lm)), every))
 
 
 def fitted(lm, blocks, capacity: float, stories: int) -> dict[int, tuple]:
@@ -300,8 +304,8 @@ def check_width(lm) -> None:
     x = lm.model.embed(np.array([0]), slice(0, 1))
     if x.shape[-1] != lm.model.config.width:
         raise MinitxError(
-            "mixture_of_depths with every=1 routes block 0, which first_layer has replaced by a "
-            "table; use every=2, or leave out one of the two."
+            "mixture_of_depths with first=0 routes block 0, which first_layer has replaced by a "
+            "table; use first=1, or leave out one of the two."
         )
 
 
