@@ -10,10 +10,19 @@ import literal_mixture_of_depths as literal
 import numpy as np
 import pytest
 from test_model_gradients import MODELS, example, model_of
+from test_training import FIRST, TOKENIZER, Alone, recipe_of, write
+from test_training_detector import InThisProcess
 
 from minitx import fast, tree
+from minitx.build import random_model
+from minitx.checkpoints.huggingface import write_model
+from minitx.checkpoints.tokenizer_json_write import write_tokenizer
+from minitx.errors import MinitxError
+from minitx.lm import load
 from minitx.skip.mixture_of_depths import LearnedRouter, RoutedBlock
+from minitx.skip.mixture_of_depths.file import read_routers
 from minitx.technique import swap, wrap
+from minitx.training.data import end_id
 from minitx.training.loss import cross_entropy
 from minitx.training.mixture_of_depths import (
     TopKBlock,
@@ -22,6 +31,11 @@ from minitx.training.mixture_of_depths import (
     router_loss,
     top_k,
 )
+from minitx.training.recipe import recipe_from
+from minitx.training.train import Run
+from minitx.training.worker import SharedArrays, Worker, layout_of
+
+KINDS = ("llama", "gpt2", "neox parallel")
 
 
 def routed(config, seed=0):
@@ -49,7 +63,7 @@ def test_top_k_takes_exactly_k_and_ties_go_to_the_lower_index():
     assert top_k(r, 2).tolist() == [[0, 2], [0, 2]]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("capacity", [0.5, 0.01])
 def test_selected_tokens_run_as_in_the_literal_version(name, capacity):
     """In each row of a batch others; 0.01 of six tokens is one."""
@@ -81,7 +95,7 @@ def test_router_loss_by_hand():
     assert both == pytest.approx((expected + math.log(2)) / 2), "not the mean over blocks"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_routed_gradients_equal_central_differences(monkeypatch, name):
     """Of the model and the routers: along one direction per weight, and one through all."""
     monkeypatch.setattr(fast, "ROWS", 4)
@@ -109,3 +123,82 @@ def test_routed_gradients_equal_central_differences(monkeypatch, name):
         got = sum((found[path] * direction[path]).sum() for path in chosen)
         size = np.sqrt(sum((found[path] ** 2).sum() for path in chosen))
         assert abs(got - expected) < 1e-6 * max(size, abs(expected)) + 2e-9, chosen
+
+
+# The trainer -------------------------------------------------------------------------------------
+
+ROUTED = {"mixture_of_depths": {"router": "fitted", "capacity": 0.5, "stories": 2}}
+STAGE = FIRST | {"steps": 4, "every": 2, "chain": True, "router": {"capacity": 0.25, "weight": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A model in a folder, to start from: three blocks, of which block 1 is routed."""
+    folder = tmp_path_factory.mktemp("start")
+    config = recipe_from(recipe_of(FIRST)).config(len(TOKENIZER), end_id(TOKENIZER))
+    write_model(random_model(config, 3), folder, "F32")
+    write_tokenizer(TOKENIZER, folder)
+    return folder
+
+
+def tuned(start, *stages, **changes):
+    recipe = recipe_of(*stages, start=str(start), techniques=ROUTED, shards=2) | changes
+    del recipe["model"]
+    return recipe
+
+
+def test_trained_folder_holds_the_plain_model_and_its_routers(start, tmp_path):
+    recipe = recipe_from(tuned(start, STAGE))
+    layout = layout_of(recipe, TOKENIZER)
+    memory = SharedArrays(layout.size, recipe.shards)
+    run = Run(recipe, layout, memory, tmp_path, False)
+    run.initialize()
+    assert run.train(InThisProcess(recipe, layout, memory), lambda: False)
+    run.write_folder(TOKENIZER, write(tmp_path, tuned(start, STAGE)))
+    found = run.log()
+    assert all(entry["router_loss"] > 0 for entry in found["log"])
+    dense, lm = load(tmp_path), load(tmp_path, mixture_of_depths=True)
+    assert repr(dense.model) == repr(load(start).model), "the folder's model is not a plain one"
+    routers = read_routers(tmp_path, dense.model.config)
+    assert list(routers.vectors) == [1] and routers.capacity == 0.25
+    fitted = load(start, **ROUTED).model.stack.blocks[1].router
+    moved = routers.vectors[1] / (fitted.vector * fitted.scale) - 1
+    assert 1e-4 < np.median(abs(moved)) < 1, "the router was not trained, or not from the start"
+    assert type(lm.model.stack.blocks[1]) is RoutedBlock and lm.generate("Once", 5)
+
+
+def test_router_weight_lowers_the_routers_loss(start):
+    """Four steps with and without the loss of the routers."""
+
+    def after(weight):
+        recipe = recipe_from(tuned(start, STAGE | {"router": {"capacity": 0.25, "weight": weight}}))
+        layout, alone = layout_of(recipe, TOKENIZER), Alone()
+        worker = Worker(
+            0, 1, recipe, SharedArrays(layout.size, recipe.shards), alone, alone.next_shard
+        )
+        layout.flatten(tree.weights(layout.tree), worker.shared["weights"])
+        alone.wait()
+        losses = []
+        for step in range(4):
+            losses.append(worker.step(0, step, step)[2])
+            alone.wait()
+        return losses
+
+    without, heavy = after(0), after(5.0)
+    assert heavy[0] == without[0] and heavy[-1] < without[-1]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"stages": [FIRST]}, "Stage 'first' has no router; give a router in every stage"),
+        ({"techniques": {}}, "Stage 'first' has a router"),
+        ({"stages": [STAGE | {"router": 0.5}]}, "an object with capacity and weight"),
+        ({"stages": [STAGE | {"router": {}}]}, "must have the field 'capacity'"),
+        ({"stages": [STAGE | {"router": {"capacity": 0}}]}, "a number above 0, at most 1"),
+        ({"stages": [STAGE | {"router": {"capacity": 0.5, "wait": 1}}]}, "Unknown field 'wait'"),
+    ],
+)
+def test_bad_recipe_is_refused(start, change, words):
+    with pytest.raises(MinitxError, match="^[^\n]*" + words):
+        recipe_from(tuned(start, STAGE) | change)
