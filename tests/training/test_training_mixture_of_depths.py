@@ -127,7 +127,7 @@ def test_routed_gradients_equal_central_differences(monkeypatch, name):
 
 # The trainer -------------------------------------------------------------------------------------
 
-ROUTED = {"mixture_of_depths": {"router": "fitted", "capacity": 0.5, "stories": 2}}
+ROUTED = {"mixture_of_depths": {"router": "fitted", "every": 2, "stories": 2}}
 STAGE = FIRST | {"steps": 4, "every": 2, "chain": True, "router": {"capacity": 0.25, "weight": 0.5}}
 
 

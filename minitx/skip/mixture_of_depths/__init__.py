@@ -30,7 +30,7 @@ from minitx.tree import Part, float_type, part, table
     after=("layer_skip",),
     demo={"router": "fitted", "capacity": 0.5, "stories": 4},
     event=("tokens that entered a block", "tokens routed"),
-    presets={"paper": {"router": "fitted", "capacity": 0.125}},
+    presets={"paper": {"router": "fitted", "capacity": 0.125, "first": 1, "every": 2}},
 )
 def mixture_of_depths(
     lm,
@@ -43,18 +43,19 @@ def mixture_of_depths(
     capacity: Annotated[
         float | None,
         "of fitted and random: share of the tokens that enter a routed block (fitted: about); "
-        "default: as in the training, or 0.5",
+        "default: as in the training, or 0.25",
         above(0, 1),
     ] = None,
     every: Annotated[
         int | None,
-        "of fitted and random: blocks from one routed block to the next; default: as in the "
-        "training, or 2",
+        "of fitted and random: blocks from one routed block to the next (paper: 2); default: as in "
+        "the training, or 1",
         at_least(1),
     ] = None,
     first: Annotated[
         int | None,
-        "of fitted and random: the first routed block, from 0; default: as in the training, or 1",
+        "of fitted and random: the first routed block, from 0 (paper: 1); default: as in the "
+        "training, or L // 2, at least 1",
         at_least(0),
     ] = None,
     threshold: Annotated[
@@ -104,7 +105,7 @@ def mixture_of_depths(
     else:
         blocks = routed_blocks(lm, trained, first, every)
         if capacity is None:
-            capacity = 0.5 if trained is None else trained.capacity
+            capacity = 0.25 if trained is None else trained.capacity
         if router == "random":
             routers = random_routers(lm, blocks, capacity, seed)
         else:
@@ -240,7 +241,7 @@ def trained_routers(lm, router: str) -> Trained | None:
     if router == "auto" and not exists:
         warnings.warn(
             "mixture_of_depths: this model was not trained with routers, so they are fitted, which "
-            "costs much more loss; use the model stories-mod, or router=fitted to fit them.",
+            "costs more than training them; use the model stories-mod, or say router=fitted.",
             MinitxWarning,
             stacklevel=3,
         )
@@ -250,13 +251,14 @@ def trained_routers(lm, router: str) -> Trained | None:
 
 
 def routed_blocks(lm, trained: Trained | None, first, every) -> tuple[int, ...]:
-    """Which blocks get a router: first, first + every, ...; with the defaults 1, 3, 5, ..."""
+    """Which blocks get a router: first, first + every, ..."""
     if trained is not None and first is every is None:
         return tuple(trained.vectors)
-    first, every = 1 if first is None else first, 2 if every is None else every
+    L = len(blocks_of(lm))
+    first, every = max(1, L // 2) if first is None else first, 1 if every is None else every
     if first == 0:
         check_width(lm)
-    return tuple(range(first, len(blocks_of(lm)), every))
+    return tuple(range(first, L, every))
 
 
 def fitted(lm, blocks, capacity: float, stories: int) -> dict[int, tuple]:
