@@ -157,6 +157,22 @@ def test_cache_holds_only_tokens_that_entered_at_their_positions():
             assert positions == expected, f"rows of block {index}"
 
 
+def test_backfill_then_attend_equals_running_the_block():
+    """As early_exit calls a block: the same tokens enter, and only they are cached."""
+    _, lm, _ = models()
+    block, x = lm.model.stack.blocks[1], np.random.default_rng(0).standard_normal((9, 16))
+    whole, apart = Layer.once(9), Layer.once(9)
+    expected = block(x, whole)
+    block.backfill(x, apart)
+    rows = apart.row_tokens().array.tolist()
+    assert (
+        rows
+        == whole.row_tokens().array.tolist()
+        == np.flatnonzero(block.router(x, apart)[0]).tolist()
+    )
+    check_close(block.attend_from(x, apart), expected, 1e-12, "attention after a backfill")
+
+
 def test_later_tokens_change_nothing_before_them():
     """As ranking the whole text does: see the next test."""
     _, lm, _ = models()
