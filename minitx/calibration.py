@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -117,11 +117,23 @@ def _size(rows: list[list[int]]) -> str:
     return f"{many}{sum(map(len, rows)):,} tokens"
 
 
-@lru_cache(maxsize=4)
-def _stories(count: int) -> tuple:
+def _stories(count: int) -> list:
+    """The first ``count`` stories. Writing one takes 10 ms, so each is written once."""
+    endless, written = _written()
+    try:
+        written += islice(endless, max(0, count - len(written)))
+    except KeyboardInterrupt:  # which ends the stream: begin a new one next time
+        _written.cache_clear()
+        raise
+    return written[:count]
+
+
+@cache
+def _written() -> tuple[Iterator, list]:
+    """The endless stream of stories, and those that were taken from it."""
     from minitx.training.stories import stories  # only where the default source is used
 
-    return tuple(islice(stories("calibration", "full", 0), count))
+    return stories("calibration", "full", 0), []
 
 
 # What techniques ask for -------------------------------------------------------------------------

@@ -89,8 +89,9 @@ def group_of(path: str) -> str:
     words = [word for word in path.split(".") if not word.isdigit()]
     if "blocks" in words:
         return ".".join(words[words.index("blocks") :][:2])
-    if "head" in words:
-        return "head"  # and whatever a technique wraps around it
+    for name in ("head", "embed"):
+        if name in words:
+            return name  # and whatever a technique wraps around it
     return words[-1] if words else ""
 
 

@@ -34,6 +34,10 @@ class Part:
     def __deepcopy__(self, memo) -> "Part":
         return self  # parts are immutable
 
+    def tokenizer_for(self, tokenizer):
+        """The tokenizer of a model with this part; for most parts, the one it had."""
+        return tokenizer
+
     def forget(self) -> None:
         """Drop what is stored across sequences (a prefix cache, say); most parts store nothing."""
 

@@ -442,8 +442,12 @@ def sampled(count: int, size: int, seed: int) -> list:
 
 IN_ACTION = sampled(90, 2, 1) + sampled(90, 3, 2)
 # One that leaves the other nothing to do: all logits are asked for when drafts are verified; of two
-# FFNs one is left out, so that none comes after the other.
-IDLE = {"exact_head": {"speculative"}, "ffn_skip": {"layer_skip"}}
+# FFNs one is left out, so that none comes after the other; of two layers one is not run.
+IDLE = {
+    "exact_head": {"speculative"},
+    "ffn_skip": {"layer_skip", "layer_router"},
+    "layer_skip": {"layer_router"},
+}
 
 
 @cache

@@ -210,6 +210,22 @@ PRINTS = {
         r"  Max +1\.4% +26\.0% +\d+\.\d% +2\.0%$",
         r"measured: \d\.\d\d times as fast$",
     ],
+    "14": [
+        r"  A  received 11/6, per query 11/18 #+$",
+        r"  B +17/12 +5/6 +17/10 +2/3$",
+        r"SpAtten, plain sum: 19 of 38 tokens\. It answers: park$",
+        r"\(start\) Once upon a time there was a boy named Tom ",
+        r"SpAtten, corrected: 19 of 38 tokens\. It answers: park$",
+        r"  there +###\.{5}  #{8}$",
+        r"  boy +#{8}  #{8}$",
+        r"  8 [#.x]{90}$",
+        r"  8 [#r]{90}$",
+        r"That of SpAtten never ran 5\d%\.$",
+        r"  SpAtten, corrected +0\.79 +0\.94 +0\.81$",
+        r"  LazyLLM +0\.80 +[12]\.\d\d +1\.00$",
+        r"  SpAtten, corrected +0\.71 +8\d% +\d\d% +\d\d%$",
+        r"  LazyLLM +0\.71 +(9\d|100)% +\d\d% +\d\d%$",
+    ],
 }
 
 
@@ -415,6 +431,16 @@ def test_evaluate_stories_agrees_with_minitx_eval(helpers):
     hops = {"1 hop": 1, "2 hops": 2, "3 hops": 3, "counts": 0}
     found = {group: a for group, a in scores.accuracy.items() if group != "other text"}
     assert found == {group: report.by_hops[h] for group, h in hops.items() if h in report.by_hops}
+
+
+def test_answers_in_stories_are_those_that_evaluate_stories_judges(helpers):
+    lm, read = minitx.load("stories"), helpers.held_out_stories(6)
+    right: dict = {}
+    for ids, answer, group in helpers.answers_in(lm, read):
+        right.setdefault(group, []).append(lm.model.next_argmax(ids) == answer)
+    scores = helpers.evaluate_stories(lm, read)
+    expected = {group: a for group, a in scores.accuracy.items() if "hop" in group}
+    assert {group: sum(each) / len(each) for group, each in right.items()} == expected
 
 
 def test_save_picture_names_the_file_or_what_it_needs(helpers, capsys, tmp_path, monkeypatch):

@@ -248,6 +248,18 @@ def evaluate_stories(lm, read):
     )
 
 
+def answers_in(lm, read):
+    """The answers in stories that take 1 to 3 hops, as (ids of the text before the answer, id of
+    the answer, "1 hop", "2 hops" or "3 hops")."""
+    encoder, found = StoryEncoder(lm.tokenizer), []
+    for story in read:
+        ids, kinds, _ = encoder.story(story)
+        for t, kind in enumerate(kinds):
+            if _group_of(kind).endswith(("hop", "hops")):
+                found.append(([encoder.end, *ids[:t]], ids[t], _group_of(kind)))
+    return found
+
+
 GROUPS = ("other text", "1 hop", "2 hops", "3 hops", "counts")
 
 

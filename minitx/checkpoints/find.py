@@ -11,7 +11,7 @@ from minitx.checkpoints.precomputed import is_precomputed, read_origin, read_pre
 from minitx.decode import Autoregressive
 from minitx.errors import MinitxError, abbreviate, nearest
 from minitx.model import Transformer
-from minitx.tree import Part
+from minitx.tree import Part, walk
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed wheel has the weights inside the package, a checkout next to it.
@@ -73,12 +73,15 @@ def _tokenizer_of(where: Path | None, model: Transformer):
     if where is None:
         return None
     try:
-        return read_tokenizer_for(where, model)
+        tokenizer = read_tokenizer_for(where, model)
     except MinitxError as error:
         raise MinitxError(
             f"{error} To use the model without a tokenizer, on token ids: tokenizer=False "
             "(--no-tokenizer)."
         ) from None
+    for _, node in walk(model):
+        tokenizer = node.tokenizer_for(tokenizer)
+    return tokenizer
 
 
 def name_of(path: Path) -> str:

@@ -79,7 +79,7 @@ def write_precomputed(lm, folder, origin: Origin, tokenizer: Path | None) -> Non
         temporary.mkdir()
         write_parts(lm, temporary, origin)
         if tokenizer is not None:
-            _write_tokenizer(lm.tokenizer, tokenizer, temporary)
+            _write_tokenizer(lm.tokenizer.original, tokenizer, temporary)
         os.rename(temporary, folder)
     except OSError as error:
         raise unwritable(folder, error) from None

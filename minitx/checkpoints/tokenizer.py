@@ -35,6 +35,11 @@ class Tokenizer:
     eos: int | None = None
     special_ids: frozenset[int] = frozenset()
 
+    @property
+    def original(self) -> Tokenizer:
+        """The one in the file: another for a tokenizer that a technique has changed."""
+        return self
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         raise NotImplementedError
 

@@ -15,11 +15,11 @@ from minitx.model import (
     Attention,
     Head,
     LayerNorm,
-    Linear,
     RMSNorm,
     SwiGLU,
     Transformer,
 )
+from minitx.shared.folding import fold_into
 from minitx.technique import need, swap, technique
 from minitx.tree import Part, part
 
@@ -96,20 +96,6 @@ def fold(node: Part, field: str, *kinds: type, optional: bool = False) -> Part:
     else:
         weightless, bias = WeightlessLayerNorm(norm.eps), norm.bias.astype(np.float64)
     return replace(node, norm=weightless, **{field: fold_into(reader, gain, bias)})
-
-
-def fold_into(reader: Part, gain, bias) -> Part:
-    """The reader with gain and bias (in,) in its matrix, or in every matrix of its children."""
-    if type(reader) in (Linear, Head):
-        w = reader.w.astype(np.float64)
-        b = reader.b
-        if bias is not None:  # times the original W, not diag(gain) W
-            b = (bias @ w + (0 if b is None else b)).astype(reader.w.dtype)
-        return replace(reader, w=(gain[:, None] * w).astype(reader.w.dtype), b=b)
-    maps = {name: child for name, child in vars(reader).items() if isinstance(child, Part)}
-    for child in maps.values():
-        need(child, Linear)  # any other part that reads the norm would miss its gain
-    return replace(reader, **{name: fold_into(child, gain, bias) for name, child in maps.items()})
 
 
 # Notes:

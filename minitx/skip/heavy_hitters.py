@@ -10,6 +10,7 @@ import numpy as np
 
 from minitx import fast, ledger, ops
 from minitx.model import Attend, Attention
+from minitx.shared.attention_weights import attend_in_blocks
 from minitx.shared.random_baseline import random_scores
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
@@ -148,13 +149,8 @@ class AccumulatingAttend(Part):
         given = None  # (..., K, T, S) by each token to each row
         if T <= fast.ROWS:  # a step of at most 64 tokens: only such a step can be undone in part
             given = np.zeros((*k.shape[:-2], T, S), q.dtype)
-        # A block of t = b - a queries at a time: a .. b - 1, which see only rows before ``end``.
-        for a, b, end in fast.query_blocks(T, S, mask):
-            block_mask = fast.newest_mask(b - a) if mask is None else mask[..., a:b, :end]
-            queries, keys, values = q[..., a:b, :], k[..., :end, :], v[..., :end, :]
-            p = fast.unnormalized_weights(queries, keys, self.scale, block_mask)
-            out[..., a:b, :] = fast.weighted_values(p, queries, keys, values)
-            p /= p.sum(-1, keepdims=True)  # softmax (..., K, G*t, end)
+        # A block of t = b - a queries at a time, with their softmax weights p (..., K, G*t, end):
+        for a, b, end, p in attend_in_blocks(q, k, v, self.scale, mask, out):
             by_token = p.reshape(*k.shape[:-2], -1, b - a, end).sum(-3)  # (..., K, t, end)
             if layer.start is not None:  # what padding attends to does not count
                 by_token *= (layer.tokens.own >= 0)[:, None, a:b, None]

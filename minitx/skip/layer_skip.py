@@ -26,6 +26,7 @@ from minitx.tree import Part, part, walk
     neutral={"count": 0},
     demo={"unit": "both", "count": 2},
     event="sub-layer runs skipped",
+    presets={"llm-drop": {"unit": "attention", "choose": "similarity"}},
 )
 def layer_skip(
     lm,
@@ -60,7 +61,9 @@ def layer_skip(
                abstracts and from other people's code; greedy: from summaries.
     Kind:      approximate.
     Idea:      A sub-layer f adds to the residual stream: y = x + f(norm(x)). Where that hardly
-               matters, y = x is enough. A layer is two sub-layers, attention and FFN.
+               matters, y = x is enough. A layer is two sub-layers, attention and FFN. To skip
+               attention alone (preset=llm-drop) takes the same part and plan, so it is one more
+               unit here, not one more technique, and unit=both can rank both kinds together.
     Offline:   n = count; h[l]: hidden state that enters layer l; means are over calibration tokens.
                influence:  mean 1 - cos(h[l], h[l+1]);  drop the n layers with the lowest
                angular:    mean arccos(cos(h[l], h[l+n])) / pi, over each text's last token only;
@@ -413,3 +416,6 @@ def check_streams(lm, choose: str) -> None:
 #
 # Unconfirmed in the papers and chosen here: influence averages over all calibration tokens,
 # not over texts; ties go to the lower index; in SLEB, the first and last layer may be dropped too.
+#
+# preset=llm-drop leaves count to you: the authors' code drops the attention of 4 or 8 layers of 32
+# (preset=llm-drop count=4), ranked once by 256 texts of 2,048 tokens; here 16 stories.

@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import fast, ledger
-from minitx.errors import MinitxError
 from minitx.model import Attend, Stack, Transformer
 from minitx.shared.break_even import warn
 from minitx.shared.random_baseline import random_scores
+from minitx.shared.row_by_row import row_by_row
+from minitx.shared.token_subset import consecutive, last_and_best, rounded_up, run_subset
 from minitx.state import Layer, State, Tokens
 from minitx.technique import SEEDS, above, at_least, need, swap, technique, wrap
 from minitx.tree import Part, part, table
@@ -77,6 +78,7 @@ def lazy_tokens(
                pruned for its last token; batches with a KV cache (generate decodes prompts one by
                one); attention without softmax over all keys (elsa, a3, ...).
     Proof:     tests/skip/test_lazy_tokens.py; literal version: tests/skip/literal_lazy_tokens.py
+    Tutorial:  tutorials/14_which_tokens_matter.py
     """
     need(lm.model.stack, Stack)
     L, context = len(lm.model.stack.blocks), lm.model.config.context
@@ -86,7 +88,7 @@ def lazy_tokens(
     def score(attn: Part, index: int) -> Part:
         return swap(attn, Attend, ScoringAttend) if index + 1 in cuts else attn
 
-    if keep < 1 and candidates_after(keep, context) == context:
+    if keep < 1 and rounded_up(keep, context) == context:
         warn(
             f"lazy_tokens: keep={keep:g} of at most {context:,} tokens prunes none, but scores "
             "them in each pruning layer; keep fewer, or use keep=1."
@@ -107,11 +109,6 @@ def pruning_layers(L: int, every: float, first: int) -> tuple[int, ...]:
     every = max(every, 1 / L)  # a smaller share means after every layer
     wanted = {math.floor(every * i * L + 1e-9) for i in range(1, math.ceil(1 / every) + 1)}
     return tuple(sorted(cut for cut in wanted if first <= cut < L))
-
-
-def candidates_after(keep: float, n: int) -> int:
-    """How many of n candidates a pruning layer passes on."""
-    return math.ceil(keep * n - 1e-9)
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -145,7 +142,9 @@ class LazyStack(Part):
     def __call__(self, x, state: State):
         """x (T, D) -> (T, D). For a pruned token, the hidden state that it has reached."""
         if x.ndim > 2:
-            return self.each_row(x, state)
+            return row_by_row(
+                self, x, state, "lazy_tokens keeps different tokens for each sequence"
+            )
         tokens = state.tokens
         step = tokens.array[0]  # the first position of a step identifies it
         cand = np.arange(tokens.array[-1] + 1)
@@ -159,11 +158,7 @@ class LazyStack(Part):
                 note_revived(todo, tokens, x)
                 aux.stored[todo] = step
                 x, tokens = aux.rows[todo], consecutive(todo)
-            visible = rows_of(cand, tokens, layers[0])
-            for block, layer in zip(self.blocks[a:b], layers, strict=True):
-                layer.tokens, layer.visible = tokens, visible  # visible: rows that attention reads
-                x = block(x, layer)
-                layer.visible = None
+            x = run_subset(self.blocks[a:b], layers, x, tokens, cand)
             if a == 0:
                 out = x.copy()  # all tokens of the step have run
             else:  # those that were not pruned have run further
@@ -174,49 +169,12 @@ class LazyStack(Part):
     def select(self, cand, layer: Layer):
         """The candidates (c,) that go on after a pruning layer, in order: the last one, and the
         others with the best scores. Ties go to the lower index."""
-        count = candidates_after(self.keep, len(cand))
+        count = rounded_up(self.keep, len(cand))
         if count == len(cand):
             return cand
         scores = last_row(layer).weights if self.random is None else self.random[layer.index, cand]
-        best = np.argsort(-scores[:-1], kind="stable")[: count - 1]
         ledger.event("tokens pruned", len(cand) - count)
-        return cand[np.sort(np.append(best, len(cand) - 1))]
-
-    def each_row(self, x, state: State):
-        """A batch x (..., T, D) without a KV cache: its rows prune different tokens."""
-        if state.layers[0].remember:
-            raise MinitxError(
-                f"lazy_tokens keeps different tokens for each sequence and got a batch of shape "
-                f"{x.shape[:-1]} with a KV cache; give one sequence, or use lm.generate, which "
-                "decodes the prompts of a batch one by one."
-            )
-        *lead, T, width = x.shape
-        rows = x.reshape(-1, T, width)
-        starts = np.zeros(len(rows), int) if state.start is None else state.start
-        found = []
-        for row, start in zip(rows, starts, strict=True):
-            alone = State(len(self.blocks), state.capacity, remember=False)
-            alone.take(T - start)
-            y = self(row[start:], alone)
-            found.append(np.pad(y, ((start, 0), (0, 0))))  # (T, D): padding gives zeros
-        return np.reshape(found, (*lead, T, -1))
-
-
-def consecutive(positions) -> Tokens:
-    """Tokens at these ascending positions (T,), as a slice if they have no gap."""
-    first, last = positions[0], positions[-1]
-    return Tokens(slice(first, last + 1) if last - first + 1 == len(positions) else positions)
-
-
-def rows_of(cand, tokens: Tokens, layer: Layer):
-    """The cache rows (c,) of the candidates, in the order of their positions, once those of the
-    current tokens are stored. None: all rows, which are in that order."""
-    held = np.arange(layer.count) if layer.row_positions is None else layer.row_positions
-    held = np.concatenate([held, tokens.array])  # the position of each row
-    row = np.empty(cand[-1] + 1, int)
-    row[held] = np.arange(len(held))
-    rows = row[cand]
-    return None if np.array_equal(rows, np.arange(len(held))) else rows
+        return cand[last_and_best(scores, count)]
 
 
 def note_revived(todo, tokens: Tokens, x) -> None:

@@ -17,6 +17,7 @@ from minitx.lab.compare import Workload, compare
 from minitx.skip.ffn_skip.calibration import calibrate as calibrate_ffn_skip
 from minitx.technique import apply, techniques
 from minitx.text import Text
+from minitx.training.stories import stories
 
 TEXT = Text("The balance of once and twice: a fence, a pond, a stone. " * 60, "pond.txt")
 IDS = TOKENIZER.encode(TEXT.content, special=False)
@@ -45,6 +46,14 @@ def asked(monkeypatch, wanted: dict, **options) -> list[list[int]]:
 def test_default_is_stories_that_fit_the_context():
     texts = calibration_ids("test", tiny_lm(), 2)
     assert [len(ids) for ids in texts] == [48, 48] and texts[0][0] == END
+
+
+def test_more_stories_begin_with_the_same_ones():
+    lm = tiny_lm()
+    few, more = calibration_ids("test", lm, 3), calibration_ids("test", lm, 9)
+    assert len(more) == 9 and more[:3] == few == calibration_ids("test", lm, 3)
+    first = stories("calibration", "full", 0)
+    assert more == [lm.tokenizer.encode(next(first).text)[:48] for _ in range(9)]
 
 
 def test_text_is_cut_into_as_many_passages_as_stories_were_wanted(monkeypatch):

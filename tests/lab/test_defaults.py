@@ -77,7 +77,10 @@ SKIP = {
     "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=8)),
     "exact_head": Default(EXACT, "weight_bytes", (0.75, 0.85), model="stories-draft"),
     "ffn_skip": Default((0.001, 0.01), "multiply_adds", (0.85, 0.92)),
+    "head_router": Default((-0.003, 0.005), "multiply_adds", (0.9, 0.94), text=CHAINS),
     "heavy_hitters": Default((-0.005, 0.01), "kv_cache", (0.49, 0.52), text=CHAIN),
+    "layer_reorder": NoSaving((0.001, 0.015), "multiply_adds", (1.0, 1.0)),
+    "layer_router": Default((0.0, 0.005), "multiply_adds", (0.7, 0.9), text=Text(stories=3)),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
     "lazy_tokens": NoSaving((0.01, 0.1), "multiply_adds", (0.95, 1.0), text=CHAIN),
     "mixture_of_depths": Default(
@@ -88,6 +91,7 @@ SKIP = {
     "sink_window": Default((-0.005, 0.005), "kv_cache", (0.49, 0.51), text=CHAINS),
     "sparse_memory": Default((0.0, 0.015), "cache_bytes", (0.65, 0.75), text=CHAINS),
     "speculative": Default(EXACT, "weight_bytes", (0.4, 0.55)),
+    "token_prune": Default((0.004, 0.018), "multiply_adds", (0.79, 0.82), text=CHAIN),
 }
 
 SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer where it is slow
@@ -102,6 +106,7 @@ PRECOMPUTE = {
     "lut_centroid": Default((-0.008, 0.008), "multiply_adds", (0.77, 0.82), text=ONE),
     "lut_product": Default((-0.003, 0.003), "memory", (0.34, 0.36), text=ONE),
     "merge_embeddings": NoSaving((0, 0), "memory", (40, 50), "stories-relu", FEW),
+    "norm_skip": NoSaving((-0.002, 0.005), "memory", (0.998, 0.9999), "stories-relu", FEW),
     "order_products": NoSaving(EXACT, "weight_bytes", (1.25, 1.3), text=FEW),
     "pack_zeros": Default((0, 0), "memory", (0.8, 0.88), text=FEW, beside="prune"),
     "prune": Default((0.0, 0.004), "memory", (0.8, 0.88), text=SOME, beside="pack_zeros"),
@@ -113,6 +118,7 @@ PRECOMPUTE = {
     "separate_signs": NoSaving(EXACT, "multiply_adds", (1.85, 1.95), text=FEW),
     "shrink": Default(EXACT, "multiply_adds", (0.95, 0.98), "stories-relu", FEW),
     "slim_attention": Default(EXACT, "kv_cache", (0.5, 0.5), "stories-parallel", FEW),
+    "vocab_prune": Default((-0.01, 0.015), "multiply_adds", (0.7, 0.9), "stories-draft", FEW),
 }
 
 ROWS = SKIP | PRECOMPUTE

@@ -9,9 +9,7 @@ import math
 from collections import Counter
 
 import numpy as np
-
-from minitx.model import ParallelBlock
-from minitx.state import Tokens
+from token_by_token import keys_and_values, run
 
 
 class LazyLLM:
@@ -39,11 +37,11 @@ class LazyLLM:
             todo = [i for i in cand if i not in self.KV[index]]
             self.revived += len([i for i in todo if i not in ran])
             for i in todo:
-                self.KV[index][i] = self.keys_and_values(block.attn, self.aux[index][i], i)
+                self.KV[index][i] = keys_and_values(block.attn, self.aux[index][i], i)
             a = {}  # a[i]: attention weights, one dict {token: weight} for each head
             for i in todo:
                 x = self.aux[index].pop(i)  # it waits no longer
-                y, a[i] = self.run(block, x, i, [(j, *self.KV[index][j]) for j in cand if j <= i])
+                y, a[i] = run(block, x, i, [(j, *self.KV[index][j]) for j in cand if j <= i])
                 self.aux[index + 1][i] = y
                 self.times_run[i, index] += 1
             if index + 1 in self.cuts:
@@ -59,31 +57,3 @@ class LazyLLM:
         count = math.ceil(self.keep * len(score) - 1e-9)
         others = sorted((j for j in score if j != last), key=lambda j: (-score[j], j))
         return sorted([last, *others[: count - 1]])
-
-    def keys_and_values(self, attn, x, i):
-        """Two lists of rows (d,), one for each key head."""
-        k, v = attn.qkv.kv(attn.norm(x[None]))  # (1, K*d)
-        k = np.split(k, attn.kv_heads, -1)
-        k = [attn.rope(head[None], Tokens(slice(i, i + 1)))[0, 0] for head in k]
-        return k, [head[0] for head in np.split(v, attn.kv_heads, -1)]
-
-    def run(self, block, x, i, seen):
-        """Token i with input x (D,) through a block, attending to ``seen``: its output (D,), and
-        for each query head a dict {token: attention weight}."""
-        attn = block.attn
-        q = np.split(attn.qkv.q(attn.norm(x[None])), attn.heads, -1)
-        mixed, weights = [], []
-        for h, head in enumerate(q):
-            head = attn.rope(head[None], Tokens(slice(i, i + 1)))[0, 0]  # (d,)
-            group = h // (attn.heads // attn.kv_heads)
-            score = {j: float(head @ k[group]) / math.sqrt(len(head)) for j, k, _ in seen}
-            largest = max(score.values())
-            e = {j: math.exp(s - largest) for j, s in score.items()}
-            p = {j: value / sum(e.values()) for j, value in e.items()}
-            mixed.append(sum(p[j] * v[group] for j, _, v in seen))
-            weights.append(p)
-        attended = attn.out(np.concatenate(mixed)[None])[0]
-        if isinstance(block, ParallelBlock):
-            return x + attended + block.ffn(x[None], None)[0], weights
-        h = x + attended
-        return h + block.ffn(h[None], None)[0], weights

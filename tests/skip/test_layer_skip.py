@@ -404,6 +404,21 @@ def test_defaults_are_one_layer_by_influence_and_sublayers_by_similarity():
         assert dropped(models(unit=unit)[1]) == dropped(models(unit=unit, choose="similarity")[1])
 
 
+@family
+def test_llm_drop_preset_drops_the_attention_that_turns_its_input_least(family):
+    """The paper's list: attention sub-layers by similarity, highest first. They cache nothing."""
+    lm = apply(tiny_lm(family), {"layer_skip": dict(preset="llm-drop", count=2, stories=2)})
+    names = [f"attn{i}" for i in range(L)]
+    texts = calibration_ids("layer_skip", tiny_lm(family), 2)
+    scores = literal.similarity(tiny_lm(family).model, texts, names)
+    highest = sorted(names, key=lambda name: -scores[names.index(name)])[:2]
+    assert dropped(lm) == sorted(highest), "other attention sub-layers, or FFNs, are dropped"
+    state = lm.model.new_state()
+    lm.model(IDS, state)
+    rows = {f"attn{i}": layer.count for i, layer in enumerate(state.layers)}
+    assert rows == {name: 0 if name in highest else 40 for name in names}, "cache rows"
+
+
 def test_deepest_units_go_first_but_the_very_last_is_kept():
     assert dropped(models(choose="last", count=2)[1]) == ["attn3", "ffn3", "attn4", "ffn4"]
     assert dropped(models(choose="last", unit="ffn", count=1)[1]) == ["ffn4"]

@@ -11,6 +11,7 @@ import numpy as np
 
 from minitx import ledger
 from minitx.shared.cosine import cosine
+from minitx.shared.logistic_regression import sigmoid
 from minitx.tree import Part, part, table
 
 
@@ -53,11 +54,6 @@ class ExitProbe(Part):
     def __call__(self, h, previous, depth: int, t):
         ledger.count(h.size, self.w.nbytes)
         return sigmoid(h @ self.w + self.b)
-
-
-def sigmoid(z):
-    """1 / (1 + exp(-z)), by the hyperbolic tangent, which cannot overflow."""
-    return 0.5 + 0.5 * np.tanh(0.5 * z)
 
 
 @part

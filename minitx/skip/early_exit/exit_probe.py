@@ -9,13 +9,12 @@ import numpy as np
 
 from minitx.errors import MinitxError
 from minitx.progress import bar
-from minitx.skip.early_exit.confidence import sigmoid
+from minitx.shared.logistic_regression import fit_logistic
 from minitx.technique import blocks_of
 from minitx.training.layerskip import record
 
 TEXTS = 24  # stories or passages: about 5,000 tokens, near a second for the shipped models
 MOST_EXAMPLES = 40_000  # enough for any width; bounds memory and the runs of the head
-NEWTON_STEPS = 8  # each about doubles the number of correct digits
 RIDGE = 1.0  # L2 penalty on the weights of the standardized features
 
 
@@ -59,25 +58,7 @@ def examples(lm, texts: Sequence) -> tuple[np.ndarray, np.ndarray]:
 
 
 def logistic_regression(x, y, ridge: float = RIDGE) -> tuple[np.ndarray, float]:
-    """Class-balanced logistic regression of y (n,) booleans on x (n, D): w (D,) in float64, and b.
-
-    Newton's method (iteratively reweighted least squares) on standardized features. It minimizes
-
-        sum_i weight[i] * log(1 + exp(-s[i] z[i])) + ridge |w|^2 / 2
-
-    with z = x w + b and s[i] = 1 where y[i], else -1.
-    """
-    x = x.astype(np.float64)
-    mean, spread = x.mean(0), x.std(0) + 1e-12
-    x = np.concatenate([(x - mean) / spread, np.ones((len(x), 1))], axis=1)  # (n, D + 1)
+    """Class-balanced logistic regression of y (n,) booleans on x (n, D): w (D,) in float64, and
+    b."""
     weight = np.where(y, 0.5 / y.mean(), 0.5 / (1 - y.mean()))  # each class sums to n / 2
-    penalty = np.full(x.shape[1], ridge)
-    penalty[-1] = 1e-9  # b has no penalty, only enough to keep the equations solvable
-    w = np.zeros(x.shape[1])
-    for _ in range(NEWTON_STEPS):
-        p = sigmoid(x @ w)
-        gradient = x.T @ (weight * (p - y)) + penalty * w
-        hessian = (x.T * (weight * p * (1 - p))) @ x + np.diag(penalty)
-        w -= np.linalg.solve(hessian, gradient)
-    scaled = w[:-1] / spread
-    return scaled, float(w[-1] - scaled @ mean)
+    return fit_logistic(x, y, weight, ridge)
