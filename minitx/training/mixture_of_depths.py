@@ -70,7 +70,8 @@ def router_loss(found: list[tuple], rows):
 @part
 class TopKBlock(Part):
     """A routed block as it is trained: in each row of the batch, the k tokens with the largest r
-    enter. They are gathered, so that the block has k / T of the work."""
+    enter. They are gathered, so that the block has k / T of the work. Padding may be among them:
+    train on full rows (chain)."""
 
     block: Part
     router: Part
@@ -111,6 +112,9 @@ class RowTokens(Tokens):
         self.positions = self.lookup = positions
         self.start = np.zeros(len(positions), int)  # as in a ragged batch: angles for each row
         self.end = positions.shape[1]  # k, as in a whole sequence of k tokens: a causal mask
+
+    def __len__(self) -> int:
+        return self.end
 
 
 # The routers of a training run -------------------------------------------------------------------

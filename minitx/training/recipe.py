@@ -190,6 +190,12 @@ def recipe_from(given: dict) -> Recipe:
                 f"Stage {stage.name!r} {has}; give a router in every stage of a recipe whose "
                 f"techniques have {ROUTED}, and in no other."
             )
+        router = recipe.techniques.get(ROUTED, {}).get("router", "auto")
+        if stage.router is not None and router != "fitted":
+            raise MinitxError(
+                f"Stage {stage.name!r} trains routers, which starts from fitted ones: the recipe's "
+                f"{ROUTED} must have the router 'fitted', got {abbreviate(router)}."
+            )
         if stage.detector is not None:
             check_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}: k")
             if stage.detector.k != recipe.rank:

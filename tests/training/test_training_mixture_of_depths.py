@@ -193,6 +193,10 @@ def test_router_weight_lowers_the_routers_loss(start):
     [
         ({"stages": [FIRST]}, "Stage 'first' has no router; give a router in every stage"),
         ({"techniques": {}}, "Stage 'first' has a router"),
+        (
+            {"techniques": {"mixture_of_depths": {"router": "random"}}},
+            "router 'fitted', got 'random'",
+        ),
         ({"stages": [STAGE | {"router": 0.5}]}, "an object with capacity and weight"),
         ({"stages": [STAGE | {"router": {}}]}, "must have the field 'capacity'"),
         ({"stages": [STAGE | {"router": {"capacity": 0}}]}, "a number above 0, at most 1"),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minitx.checkpoints.common import fingerprint, need_finite
+from minitx.checkpoints.common import need_finite, weights_fingerprint
 from minitx.checkpoints.safetensors import read_header, read_tensors
 from minitx.checkpoints.safetensors_write import write_safetensors
 from minitx.config import Config
@@ -76,8 +76,3 @@ def read_capacity(path: Path, metadata: dict) -> float:
             f"{metadata.get('capacity')!a}; train the routers again."
         )
     return capacity
-
-
-def weights_fingerprint(folder) -> str:
-    """The fingerprint of the weights in the folder: one file, or its shards."""
-    return fingerprint(*sorted(Path(folder).glob("model*.safetensors")))
