@@ -47,7 +47,7 @@ def routed_loss(model, loss, capacity: float, weight: float, rows):
     found: list[tuple] = []
 
     def change(block: RoutedBlock) -> Part:
-        return TopKBlock(block.block, block.router, capacity, found)
+        return TopKBlock(block.inner, block.router, capacity, found)
 
     value = loss(swap(model, RoutedBlock, change))
     error = router_loss(found, rows > 0) * float(rows.sum(dtype=np.float64))
@@ -73,7 +73,7 @@ class TopKBlock(Part):
     enter. They are gathered, so that the block has k / T of the work. Padding may be among them:
     train on full rows (chain)."""
 
-    block: Part
+    inner: Part  # the block
     router: Part
     capacity: float
     found: list  # of ``router_loss``
@@ -89,7 +89,7 @@ class TopKBlock(Part):
         inside = x.reshape(B * T, D)[flat].reshape(B, k, D)
         tokens = layer.tokens
         layer.tokens = RowTokens(selected)
-        f = self.block(inside, layer) - inside
+        f = self.inner(inside, layer) - inside
         layer.tokens = tokens
         added = f.reshape(B * k, D) * r.reshape(B * T)[flat][:, None]
         place = np.full(B * T, B * k)  # where each token finds what is added: the last row is 0
@@ -127,5 +127,5 @@ def write_routed(model: Transformer, capacity: float, folder: Path, dtype: str) 
         for i, block in enumerate(blocks_of(model))
         if type(block) is RoutedBlock
     }
-    write_model(swap(model, RoutedBlock, lambda block: block.block), folder, dtype)
+    write_model(swap(model, RoutedBlock, lambda block: block.inner), folder, dtype)
     write_routers(Trained(routers, capacity), folder)

@@ -71,11 +71,11 @@ def test_selected_tokens_run_as_in_the_literal_version(name, capacity):
     model, vectors = routed(config)
     ids, *_ = example(config)
     found = []
-    trained = swap(model, RoutedBlock, lambda b: TopKBlock(b.block, b.router, capacity, found))
+    trained = swap(model, RoutedBlock, lambda b: TopKBlock(b.inner, b.router, capacity, found))
     logits = trained(ids)
     enters = literal.by_rank(capacity)
     for row in range(len(ids)):
-        plain = swap(model, RoutedBlock, lambda b: b.block)
+        plain = swap(model, RoutedBlock, lambda b: b.inner)
         expected, who = literal.run(plain, ids[row], vectors, enters)
         np.testing.assert_allclose(logits[row], expected, rtol=1e-9, atol=1e-12)
         assert [sorted(who[i]) for i in (0, 1)] == [s[row].tolist() for _, s in found]

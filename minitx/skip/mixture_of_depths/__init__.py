@@ -133,18 +133,18 @@ class RoutedBlock(Part):
     frees_rows = True  # the KV cache has rows only for tokens that entered
     one_sequence = True  # no batches of different lengths: each row has other tokens that enter
 
-    block: Part
+    inner: Part  # the block
     router: Part
 
     def __call__(self, x, layer: Layer):
         """x (T, D) -> (T, D)."""
         if x.ndim > 2:
             return self.each_row(x, layer)
-        return self.routed(self.block, x, layer)
+        return self.routed(self.inner, x, layer)
 
     def attend_from(self, x, layer: Layer):
         """Run the block for tokens x (T, D) whose keys and values, if they enter, are cached."""
-        return self.routed(self.block.attend_from, x, layer)
+        return self.routed(self.inner.attend_from, x, layer)
 
     def routed(self, run, x, layer: Layer):
         """x_i + r_i f(X)_i for the tokens i that enter; x_i for the others. f is the block without
@@ -167,7 +167,7 @@ class RoutedBlock(Part):
         if entered.any():
             tokens = layer.tokens
             layer.tokens = only(tokens, entered)
-            self.block.backfill(x[entered], layer)
+            self.inner.backfill(x[entered], layer)
             layer.tokens = tokens
 
     def each_row(self, x, layer: Layer):
