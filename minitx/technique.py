@@ -375,6 +375,17 @@ def _check_rows(lm: LM, put: dict[type, str]) -> None:
         )
 
 
+def need_independent_layers(name: str, root: Part) -> None:
+    """For the technique ``name``, which skips whole layers or changes their order: refuse a model
+    in which a layer reads what an earlier one stores."""
+    reading = next((node for _, node in walk(root) if node.reads_other_layers), None)
+    if reading is not None:
+        raise MinitxError(
+            f"{name} changes which layers run, or their order, but with {owner(reading)} a layer "
+            "reads the cache rows of an earlier one; use one of the two."
+        )
+
+
 def owner(node: Part, put: dict[type, str] | None = None) -> str:
     """The technique of a part: the one that introduced it, or whose file defines it."""
     return (put or {}).get(type(node)) or file_of(type(node))

@@ -25,6 +25,7 @@ class Part:
     frees_rows = False  # a layer's KV cache may hold fewer rows than there are tokens
     needs_all_rows = False  # needs one cache row for every token, in order
     has_history = False  # keeps state of a sequence beyond its keys and values
+    reads_other_layers = False  # reads cache rows that an earlier layer stores in the same step
     one_sequence = False  # cannot run sequences of different lengths in one batch
     matrix_layout = None  # of ``w``: "column-major", "row-major" or None (memory_layout.py)
 
@@ -142,8 +143,10 @@ def is_weight(f, value) -> bool:
 
 def map_weights(node: Part, make: Callable[[Any], Any]) -> Part:
     """A copy of the tree with ``make(array)`` for every weight; an array shared by two parts
-    (tied embeddings) is made once and stays shared. Tables stay as they are."""
+    (tied embeddings) is made once and stays shared, and so is a part that is used in two places.
+    Tables stay as they are."""
     made: dict[int, tuple] = {}
+    copied: dict[int, Part] = {}
 
     def once(array):
         if id(array) not in made:
@@ -151,6 +154,11 @@ def map_weights(node: Part, make: Callable[[Any], Any]) -> Part:
         return made[id(array)][1]
 
     def copy(node: Part) -> Part:
+        if id(node) not in copied:
+            copied[id(node)] = copy_once(node)
+        return copied[id(node)]
+
+    def copy_once(node: Part) -> Part:
         changed = {}
         for f in fields(node):
             value = getattr(node, f.name)
@@ -169,14 +177,20 @@ def map_weights(node: Part, make: Callable[[Any], Any]) -> Part:
 
 
 def draw(node: Part) -> str:
-    """The tree as indented text; a run of equal-looking blocks is folded into one entry."""
+    """The tree as indented text; a run of equal-looking blocks is folded into one entry, and of a
+    block that stands in several places the later ones only name the first."""
     return "\n".join(_lines("", node))
 
 
 def _lines(name: str, node: Part) -> list[str]:
     title = f"{name}: " if name else ""
     lines = [f"{title}{type(node).__name__}{_settings(node)}"]
-    for label, body in _folded([(n, _lines("", c)) for n, c in children(node)]):
+    drawn, names = [], {}
+    for child_name, child in children(node):
+        first = names.setdefault(id(child), child_name)
+        same = [f"{type(child).__name__}, the same as {first}"]
+        drawn.append((child_name, _lines("", child) if first == child_name else same))
+    for label, body in _folded(drawn):
         lines += [f"  {label}: {body[0]}"] + ["  " + line for line in body[1:]]
     return lines
 

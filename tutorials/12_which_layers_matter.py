@@ -11,9 +11,9 @@ a vector of D numbers.
 # %% The model
 import numpy as np
 from helpers import (
-    bar,
-    bar_chart,
     calibration_stories,
+    count_last,
+    decode_last,
     evaluate_stories,
     held_out_stories,
     load_stories,
@@ -23,9 +23,9 @@ from helpers import (
     title,
 )
 
-from minitx.ledger import counting
 from minitx.skip.layer_skip import block_influence
 from minitx.technique import apply
+from minitx.tree import nbytes
 
 lm = load_stories()
 L = lm.model.config.layers
@@ -133,8 +133,7 @@ for n in range(1, 5):
         curves[choose].append(scores.mean_loss - dense.mean_loss)
         row += [f"{curves[choose][-1]:+.4f}", right(scores)[2]]
     drawn = [
-        evaluate_stories(without(choose="random", count=n, seed=seed), held_out)
-        for seed in (0, 1)
+        evaluate_stories(without(choose="random", count=n, seed=seed), held_out) for seed in (0, 1)
     ]
     curves["random"].append(np.mean([scores.mean_loss for scores in drawn]) - dense.mean_loss)
     three = np.mean([scores.accuracy["3 hops"] for scores in drawn])
@@ -167,3 +166,74 @@ assert swapped[0] > 5 and max(swapped[4:6]) < 0.01
 # that is order=parallel. Layer 4 reads what layer 3 has looked up, so there the order counts. Layer
 # 1 turns words into something that the others can read at all, and layer 8 into something that the
 # output head can read: it is not missed (section 2), but it wants to be the last.
+
+# %% 6. Two layers, one set of weights
+# Instead of dropping a layer we could run another one twice. Then no multiply-add is saved, but the
+# weights of one layer need not be stored: that is layer fusion (ALBERT shares one set among all
+# layers). Each still has its own keys and values. Below, `layer_fusion` lets two, three or four
+# neighbours share the weights of the first of them, at the place where that costs least on
+# calibration stories. Next to it, the same layers are dropped instead, all but the first.
+title("6. Neighbours that share one set of weights, or are dropped")
+whole = nbytes(lm)
+fused, table = {}, []
+for size in (2, 3, 4):
+    changed = apply(lm, {"layer_fusion": {"size": size}})
+    blocks = changed.model.stack.blocks
+    place = next(i for i in range(L - 1) if blocks[i] is blocks[i + 1])
+    scores = evaluate_stories(changed, held_out)
+    fused[size] = scores.mean_loss - dense.mean_loss
+    gone = ",".join(str(layer) for layer in range(place + 1, place + size))
+    dropped = evaluate_stories(without(drop=gone), held_out)
+    layers = f"{place + 1} to {place + size}"
+    memory = f"{nbytes(changed) / whole:.2f}x"
+    loss = f"{dropped.mean_loss - dense.mean_loss:+.4f}"
+    table.append([layers, memory, f"{fused[size]:+.4f}", right(scores)[2], loss, right(dropped)[2]])
+print_table(["layers", "memory", "shared", "3 hops", "dropped", "3 hops"], table)
+assert fused[4] < 0.05
+# Both store the same weights. Sharing runs all eight layers, dropping only some of them, and yet
+# dropping costs less: for these layers, doing nothing is better than doing what another layer does.
+# Sharing pays where a layer cannot be left out; but there it has to be trained. In
+# weights/recipes/layer_fusion.json the first four layers run, and then the same four again: half
+# of the weights. At first 57% of the one-hop questions are answered, and of those with three hops
+# none. After 150 training steps it is 98% and 72%:
+#
+#     minitx train weights/recipes/layer_fusion.json --out runs/layer_fusion
+#     minitx evaluate -m runs/layer_fusion --stories 60
+
+# %% 7. The price
+# First the counts: what a token costs in multiply-adds (after 100 others), and what the model takes
+# in memory. Then the time of decoding that token, as a ratio. A number above 1 is faster.
+title("7. The price")
+text = lm.encode(held_out[0].text)[:100]
+models = {
+    "dense": lm,
+    "3 layers dropped": without(drop="4,5,6"),
+    "3 attentions dropped": without(unit="attention", drop="4,5,6"),
+    "4 layers share weights": apply(lm, {"layer_fusion": {"size": 4}}),
+}
+table = []
+for name, changed in models.items():
+    work = count_last(changed, text).total().multiply_adds
+    memory = f"{nbytes(changed) / whole:.2f}x"
+    faster = f"{speedup(decode_last(lm, text), decode_last(changed, text), 15):.2f}x"
+    table.append([name, f"{work:,}", memory, faster])
+print_table(["", "multiply-adds", "memory", "speed"], table)
+# A layer that is gone takes no time: of all techniques here, dropping layers is the one whose
+# multiply-adds turn into time one to one. An attention without its FFN is fewer multiply-adds, but
+# many small steps, so dropping it saves more time than one would think.
+#
+# Could the decision be made for each text? `layer_router` lets a small network read the prompt, and
+# `switchable` decides about all sub-layers at once. On these stories, which are much alike, they
+# gain little over a fixed list (minitx explain layer-router shows the figures).
+
+# %% Try this
+# An assertion may fail when you change things; delete it then.
+#
+# 1. In section 1, choose what C adds so that the influence is right: dropping B should do less harm
+#    than dropping A.
+# 2. In section 4, let choose be "last". Which n is the first at which it is worse than influence,
+#    and which layer is to blame?
+# 3. Run all middle layers backwards: apply(lm, {"layer_reorder": {"order": "reverse"}}). Then only
+#    5 to 7: {"order": "reverse", "first": 4, "last": 1}. Can you say beforehand what happens?
+# 4. `minitx frontier structure` compares these techniques, and many others, at the same share of
+#    multiply-adds. Which is best at three quarters, and does it stay the best at a half?

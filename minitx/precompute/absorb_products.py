@@ -9,9 +9,17 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.model import QKV, Attention, Linear, NoRope, split_heads
+from minitx.model import (
+    QKV,
+    Attend,
+    AttendUnequalGroups,
+    Attention,
+    Linear,
+    NoRope,
+    split_heads,
+)
 from minitx.state import Layer, Tokens
-from minitx.technique import need, swap, technique
+from minitx.technique import NoSuchPart, need, swap, technique
 from minitx.tree import Part, part
 
 
@@ -59,6 +67,8 @@ def absorb_products(
 
     def change(attn: Attention) -> Attention:
         need(attn.qkv, QKV)
+        if type(attn.attend) is AttendUnequalGroups:  # head_prune
+            raise NoSuchPart(Attend, found=attn.attend)
         for child in (attn.qkv.q, attn.qkv.k, attn.qkv.v, attn.out):
             need(child, Linear)
         rotary = type(attn.rope) is not NoRope

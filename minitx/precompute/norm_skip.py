@@ -26,6 +26,7 @@ from minitx.model import (
 )
 from minitx.progress import bar
 from minitx.shared.folding import fold_into
+from minitx.shared.least_loss import mean_loss
 from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part
 
@@ -34,7 +35,9 @@ from minitx.tree import Part, part
     level="pruning",
     exact=False,
     neutral={"count": 0},
-    after=("prune", "prune_structure", "vocab_prune"),
+    after=(
+        *("prune", "prune_structure", "head_prune", "layer_merge", "layer_fusion", "vocab_prune"),
+    ),
     demo={"count": 2, "stories": 1},
 )
 def norm_skip(
@@ -218,12 +221,10 @@ def lowest(losses) -> int:
 
 
 def loss(lm, texts) -> float:
-    """The mean negative log-likelihood of the texts' tokens, in nats."""
-    from minitx.training.loss import token_losses  # training imports techniques
-
+    """The mean negative log-likelihood of the texts' tokens, in nats; a model without norms may
+    overflow."""
     with np.errstate(over="ignore", invalid="ignore"):
-        losses = [token_losses(lm.logits(ids[:-1]), np.array(ids[1:])) for ids in texts]
-    return float(np.concatenate(losses).mean(dtype=np.float64))
+        return mean_loss(lm, texts)
 
 
 # Notes:

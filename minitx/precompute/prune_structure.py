@@ -13,6 +13,7 @@ from minitx.model import FFN, QKV, Activated, Attention, Linear, SwiGLU
 from minitx.shared.block_by_block import block_by_block
 from minitx.shared.observed_inputs import Moments
 from minitx.shared.share import share_of
+from minitx.shared.units import columns, columns_of, contributions, rows
 from minitx.technique import at_least, need, swap, technique
 from minitx.tree import Part, walk
 
@@ -109,17 +110,6 @@ def highest_scoring(scores, count: int):
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
-def contributions(gram, w, rows: int):
-    """sum |h_u W_u|^2 for each unit u, which has ``rows`` rows of w (in, out), from the Gram matrix
-    gram (in, in) = sum h^T h: it is trace(W_u^T gram_u W_u)."""
-    units = len(w) // rows
-    w = w.astype(np.float64).reshape(units, rows, -1)
-    own = np.arange(units)
-    # diagonal blocks: (units, rows, rows)
-    gram = gram.reshape(units, rows, units, rows)[own, :, own]
-    return np.einsum("uio,uij,ujo->u", w, gram, w, optimize=True)
-
-
 # Neurons -----------------------------------------------------------------------------------------
 
 
@@ -145,16 +135,6 @@ def neuron_scores(ffn: FFN, maps: list[Linear], seen: dict):
     for linear in maps:  # W_gate and W_up, or W_up alone
         scores = scores * np.linalg.norm(linear.w, axis=0)
     return scores
-
-
-def columns(linear: Linear, keep) -> Linear:
-    """Only these outputs."""
-    return Linear(linear.w.take(keep, axis=1), None if linear.b is None else linear.b[keep])
-
-
-def rows(linear: Linear, keep) -> Linear:
-    """Only these inputs."""
-    return replace(linear, w=linear.w[keep])
 
 
 # Heads -------------------------------------------------------------------------------------------
@@ -193,11 +173,6 @@ def head_scores(attn: Attention, seen: dict):
         return contributions(seen[id(attn.out)].gram, attn.out.w, d)
     values = (attn.qkv.v.w.astype(np.float64) ** 2).sum(0).reshape(-1, d).sum(1)  # (K,)
     return values.repeat(G) * (attn.out.w.astype(np.float64) ** 2).reshape(H, -1).sum(1)
-
-
-def columns_of(heads, d: int):
-    """The columns of these heads of width d."""
-    return (heads[:, None] * d + np.arange(d)).ravel()
 
 
 # Notes:

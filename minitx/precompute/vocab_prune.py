@@ -23,7 +23,7 @@ from minitx.tree import Part, part, table
     level="pruning",
     exact=False,
     neutral={"keep": 1 << 40},
-    after=("prune", "prune_structure"),
+    after=("prune", "prune_structure", "head_prune"),
     demo={"keep": 0, "stories": 1},
 )
 def vocab_prune(

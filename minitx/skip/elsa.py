@@ -102,7 +102,7 @@ def elsa(
         )
         if min_visible is None:
             min_visible = min(128, max(1, max(map(len, texts)) // 2))
-        learned = learn_thresholds(lm, p, texts, min_visible)  # (L, H)
+        learned = learn_thresholds(lm, p, texts, min_visible)
 
     def sparse(dense: Attend, index: int) -> Part:
         H, _, d = shapes[id(dense)]
@@ -317,9 +317,9 @@ def cosine_table(bits: int, bias: float) -> np.ndarray:
 # Offline: thresholds -----------------------------------------------------------------------------
 
 
-def learn_thresholds(lm, p: float, texts, min_visible: int = 1) -> np.ndarray:
-    """Thresholds (L, H) in float64, from the queries and keys of the dense model on these texts
-    (lists of ids)."""
+def learn_thresholds(lm, p: float, texts, min_visible: int = 1) -> list[np.ndarray]:
+    """Thresholds (H,) in float64 for each layer, from the queries and keys of the dense model on
+    these texts (lists of ids)."""
     found: list[list[np.ndarray]] = []
 
     def change(attn: Part, index: int) -> Part:
@@ -334,7 +334,7 @@ def learn_thresholds(lm, p: float, texts, min_visible: int = 1) -> np.ndarray:
             f"elsa: min_visible is {min_visible}, but the longest calibration text has "
             f"{max(map(len, texts))} tokens, and no query sees more keys; lower min_visible."
         )
-    return np.array([np.concatenate(layer, -1).mean(-1, dtype=np.float64) for layer in found])
+    return [np.concatenate(layer, -1).mean(-1, dtype=np.float64) for layer in found]
 
 
 @part

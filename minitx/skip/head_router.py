@@ -80,6 +80,7 @@ def head_router(
     Not for:   techniques that replace the attention of all heads (elsa, heavy_hitters, ...) or W_o
                (quantize, low_rank, ...). It saves nothing of the KV cache.
     Proof:     tests/skip/test_head_router.py; literal version: tests/skip/literal_head_router.py
+    Tutorial:  tutorials/13_which_heads_matter.py
     """
     H, L = lm.model.config.heads, len(blocks_of(lm))
     always, running = share_of(H, shared), max(1, share_of(H, active))
@@ -96,6 +97,7 @@ def head_router(
         need(attn.attend, Attend)
         need(attn.out, Linear)
         parts = {f.name: getattr(attn, f.name) for f in fields(attn)}
+        parts["attend"] = AttendOneKeyHead(attn.attend.scale)
         return RoutedAttention(**parts, router=routers[index])
 
     return wrap(lm, "attn", change)
@@ -139,22 +141,30 @@ class RoutedAttention(Attention):
         ctx = np.empty((T, H, n), q.dtype)
         for one in range(len(k)):
             if heads := [h for h in whole if h * len(k) // H == one]:
-                ctx[:, heads] = self.attend_some(q[heads], k, v, one, mask).swapaxes(0, 1)
+                ctx[:, heads] = self.attend(q[heads], k, v, one, mask).swapaxes(0, 1)
         for a, b in spans(whole):
             y += ops.linear(ctx[:, a:b].reshape(T, -1), w[a * n : b * n])
         # Each of the others on its own, with the tokens that run it.
         for h in (h for h in range(H) if 0 < count[h] < T):
             tokens = np.flatnonzero(runs[:, h])
             seen = mask_of_tokens(mask, tokens, T, k.shape[-2])
-            ctx_h = self.attend_some(q[h : h + 1, tokens], k, v, h * len(k) // H, seen)[0]
+            ctx_h = self.attend(q[h : h + 1, tokens], k, v, h * len(k) // H, seen)[0]
             y[tokens] += ops.linear(ctx_h, w[h * n : (h + 1) * n])
         return y
 
-    def attend_some(self, q, k, v, one: int, mask):
-        """Attention of queries q (heads, tokens, d), all of them served by one of the key heads."""
+
+@part
+class AttendOneKeyHead(Part):
+    """Softmax attention of query heads that all read the same key head."""
+
+    scale: float  # 1 / sqrt(d)
+
+    def __call__(self, q, k, v, one: int, mask):
+        """q (heads, tokens, d), k and v (K, S, d), of which key head ``one`` is read -> (heads,
+        tokens, d)."""
         its = slice(one, one + 1)
         mask = mask[..., its, :, :, :] if mask is not None and by_head(mask) else mask
-        return ops.attention(q, k[its], v[its] if len(v) > 1 else v, self.attend.scale, mask)
+        return ops.attention(q, k[its], v[its] if len(v) > 1 else v, self.scale, mask)
 
 
 def spans(heads: list[int]):

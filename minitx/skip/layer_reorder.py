@@ -12,7 +12,7 @@ from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
 from minitx.state import State
-from minitx.technique import SEEDS, at_least, need, swap, technique
+from minitx.technique import SEEDS, at_least, need, need_independent_layers, swap, technique
 from minitx.tree import Part, part
 
 
@@ -77,6 +77,7 @@ def layer_reorder(
     Not for:   skipless models; the table of first_layer, unless layer 0 stays first.
     Proof:     tests/skip/test_layer_reorder.py; literal version:
                tests/skip/literal_layer_reorder.py
+    Tutorial:  tutorials/12_which_layers_matter.py
     """
     check_model(lm)
     L = len(lm.model.stack.blocks)
@@ -88,6 +89,7 @@ def layer_reorder(
         groups = plan(order or "parallel", L, first, last, group, seed)
     if groups == plan("none", L, first, last, group, seed):
         return lm
+    need_independent_layers("layer_reorder", lm.model)
     check_first(lm, groups[0])
 
     def change(model: Transformer) -> Transformer:

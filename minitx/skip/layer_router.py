@@ -18,7 +18,15 @@ from minitx.shared.break_even import warn
 from minitx.shared.logistic_regression import fit_logistic, sigmoid, standard
 from minitx.shared.row_by_row import row_by_row
 from minitx.state import State
-from minitx.technique import SEEDS, at_least, between, need, swap, technique
+from minitx.technique import (
+    SEEDS,
+    at_least,
+    between,
+    need,
+    need_independent_layers,
+    swap,
+    technique,
+)
 from minitx.tree import Part, part
 
 
@@ -87,6 +95,7 @@ def layer_router(
         if threshold > 0:
             warn(f"layer_router: first={first} and last={last} leave no layer to skip.")
         return lm
+    need_independent_layers("layer_router", lm.model)
     texts = calibration_ids("layer_router", lm, stories)
     settings = layers, prompt
     seen = remembered("layer_router", lm, texts, settings, lambda: observe(lm, texts, *settings))

@@ -15,6 +15,7 @@ from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import Stack
 from minitx.progress import bar
+from minitx.shared.least_loss import mean_loss
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, walk
@@ -81,6 +82,7 @@ def layer_skip(
                early_exit with measure=saturation, which takes the unchanged x of a dropped layer
                for converged.
     Proof:     tests/skip/test_layer_skip.py; literal version: tests/skip/literal_layer_skip.py
+    Tutorial:  tutorials/12_which_layers_matter.py
     """
     check_model(lm)
     units = units_of(lm, unit)
@@ -187,7 +189,7 @@ def by_loss(lm, units: list[Unit], count: int, texts) -> list[Unit]:
     for n in range(count):
         rest = [unit for unit in units if unit not in plan]
         shown = bar(rest, f"{LABEL} {n + 1} of {count}", unit="candidate", delay=1.0)
-        losses = [loss(drop_units(lm, [*plan, unit]), texts) for unit in shown]
+        losses = [mean_loss(drop_units(lm, [*plan, unit]), texts) for unit in shown]
         plan += lowest(rest, 1, losses)
     return plan
 
@@ -255,14 +257,6 @@ def similarity(lm, units: Sequence[Unit], texts) -> np.ndarray:
             cosines[unit] += [cosine(x, x + f) for x, f in passed]
             passed.clear()
     return np.array([np.concatenate(cosines[unit]).mean() for unit in units])
-
-
-def loss(lm, texts) -> float:
-    """The mean negative log-likelihood of the texts' tokens, in nats."""
-    from minitx.training.loss import token_losses  # training imports skip
-
-    losses = [token_losses(lm.logits(ids[:-1]), np.array(ids[1:])) for ids in texts]
-    return float(np.concatenate(losses).mean(dtype=np.float64))
 
 
 def hidden_states(lm, texts) -> Iterator[np.ndarray]:

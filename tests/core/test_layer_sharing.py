@@ -102,6 +102,20 @@ def test_wrap_makes_a_part_for_each_place_with_its_index(family, order, slot):
 
 
 @each_order
+def test_the_tree_names_the_first_place_of_a_shared_block(order):
+    text = repr(stacked(order).model.stack)
+    assert text.endswith("2: Block, the same as blocks.0")
+    assert "the same as" not in repr(stacked(order, copies=True))
+
+
+@each_order
+def test_changed_weights_stay_shared(order):
+    lm = stacked(order)
+    blocks = map_weights(lm.model, lambda w: w * 2).stack.blocks
+    assert blocks[0] is blocks[2] and blocks[0] is not lm.model.stack.blocks[0]
+
+
+@each_order
 def test_swap_makes_a_shared_part_once(order):
     made = []
 

@@ -78,7 +78,11 @@ SKIP = {
     "exact_head": Default(EXACT, "weight_bytes", (0.75, 0.85), model="stories-draft"),
     "ffn_skip": Default((0.001, 0.01), "multiply_adds", (0.85, 0.92)),
     "head_router": Default((-0.003, 0.005), "multiply_adds", (0.9, 0.94), text=CHAINS),
+    "head_cascade": Default((0.0, 0.015), "multiply_adds", (0.93, 0.95), text=Text(stories=8)),
     "heavy_hitters": Default((-0.005, 0.01), "kv_cache", (0.49, 0.52), text=CHAIN),
+    "kv_share": Default((-0.001, 0.01), "kv_cache", (0.74, 0.76)),
+    "layer_fusion": Default((0.002, 0.02), "memory", (0.65, 0.68)),
+    "layer_merge": NoSaving((0.05, 0.2), "multiply_adds", (0.76, 0.79)),
     "layer_reorder": NoSaving((0.001, 0.015), "multiply_adds", (1.0, 1.0)),
     "layer_router": Default((0.0, 0.005), "multiply_adds", (0.7, 0.9), text=Text(stories=3)),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
@@ -91,7 +95,9 @@ SKIP = {
     "sink_window": Default((-0.005, 0.005), "kv_cache", (0.49, 0.51), text=CHAINS),
     "sparse_memory": Default((0.0, 0.015), "cache_bytes", (0.65, 0.75), text=CHAINS),
     "speculative": Default(EXACT, "weight_bytes", (0.4, 0.55)),
+    "switchable": Default((0.002, 0.015), "multiply_adds", (0.55, 0.65), text=Text(stories=8)),
     "token_prune": Default((0.004, 0.018), "multiply_adds", (0.79, 0.82), text=CHAIN),
+    "value_prune": Default((-0.003, 0.008), "multiply_adds", (0.89, 0.92), text=CHAIN),
 }
 
 SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer where it is slow
@@ -101,6 +107,7 @@ PRECOMPUTE = {
     "fold_norms": Default(EXACT, "memory", (0.998, 0.9995), text=FEW),
     "function_tables": NoSaving((-1e-4, 1e-4), "memory", (1.03, 1.05), text=FEW),
     "fuse_projections": NoSaving(EXACT, "weight_bytes", (1.0, 1.0), text=FEW),
+    "head_prune": Default((-0.001, 0.006), "multiply_adds", (0.91, 0.94), text=SOME),
     "low_rank": Default((0.002, 0.012), "multiply_adds", (0.92, 0.95), "stories-relu", SOME),
     "lut_bit_serial": Default((-0.003, 0.003), "weight_bytes", (0.29, 0.33), text=ONE),
     "lut_centroid": Default((-0.008, 0.008), "multiply_adds", (0.77, 0.82), text=ONE),

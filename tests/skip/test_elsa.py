@@ -546,7 +546,7 @@ TEXTS = [IDS[:30].tolist(), IDS[3:39].tolist(), IDS[20:21].tolist()]
 @pytest.mark.parametrize("p, min_visible", [(0.5, 1), (1.0, 1), (1.0, 8), (3.0, 2)])
 def test_learned_thresholds_equal_the_literal_version(family, p, min_visible):
     lm = tiny_lm(family, np.float64)
-    found = learn_thresholds(lm, p, TEXTS, min_visible)
+    found = np.array(learn_thresholds(lm, p, TEXTS, min_visible))
     assert found.shape == (2, 2)
     for t, seen in zip(found, recorded(lm, TEXTS)):
         scale = lm.model.config.head_width**-0.5
@@ -557,14 +557,14 @@ def test_learned_thresholds_equal_the_literal_version(family, p, min_visible):
 def test_learned_thresholds_of_a_text_longer_than_a_block_of_rows():
     lm = tiny_lm(model=tiny_model(dtype=np.float64, context=150))
     text = np.random.default_rng(3).integers(0, 258, 139).tolist()
-    found = learn_thresholds(lm, 1.0, [text], 70)
+    found = np.array(learn_thresholds(lm, 1.0, [text], 70))
     expected = literal.learn_thresholds(recorded(lm, [text])[1], 1.0, 8**-0.5, 70)
     np.testing.assert_allclose(found[1], expected, atol=1e-12)
 
 
 def test_learned_thresholds_rise_with_p_so_that_kept_keys_are_nested():
     lm, p = tiny_lm(), (0.1, 0.5, 1.0, 2.0, 4.0)
-    t = [learn_thresholds(lm, each, TEXTS) for each in p]
+    t = [np.array(learn_thresholds(lm, each, TEXTS)) for each in p]
     assert all((a <= b).all() and (a < b).any() for a, b in zip(t, t[1:]))
     q, k, _ = random_qkv(H=2, K=1)
     kept = [kept_of(elsa_part(each[0]), q, k) for each in t]

@@ -17,8 +17,8 @@ from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import Stack
+from minitx.shared.least_loss import mean_loss
 from minitx.skip.layer_reorder import in_words, plan
-from minitx.skip.layer_skip import loss
 from minitx.state import State
 from minitx.technique import apply
 from minitx.tree import Part, part
@@ -227,10 +227,10 @@ def test_first_layer_with_layer_0_in_its_place_stays_exact():
 def test_on_stories_late_layers_commute_and_early_ones_do_not():
     lm = minitx.load("stories")
     texts = calibration_ids("layer_reorder", lm, 3)
-    dense_loss = loss(lm, texts)
+    dense_loss = mean_loss(lm, texts)
 
     def price(**options) -> float:
-        return loss(apply(lm, {"layer_reorder": options}), texts) - dense_loss
+        return mean_loss(apply(lm, {"layer_reorder": options}), texts) - dense_loss
 
     assert abs(price(order="reverse", first=4)) < 0.005, "layers 4, 5 and 6 in reverse"
     assert price(order="reverse") > 1, "layers 1 to 6 in reverse"

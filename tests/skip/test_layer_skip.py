@@ -19,6 +19,7 @@ from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.model import Block, Stack
 from minitx.precompute.first_layer import first_layer
+from minitx.shared.least_loss import mean_loss
 from minitx.skip.layer_skip import (
     CRITERIA,
     Dropped,
@@ -28,7 +29,6 @@ from minitx.skip.layer_skip import (
     cosine,
     drop_units,
     layer_skip,
-    loss,
     lowest,
     similarity,
     units_of,
@@ -192,7 +192,7 @@ def test_scores_equal_the_literal_version(family, seed):
         units = units_of(lm, unit)
         expected = literal.similarity(lm.model, TEXTS, map(str, units))
         close(similarity(lm, units, TEXTS), np.array(expected), f"similarity of {unit} differs")
-    assert loss(lm, TEXTS) == pytest.approx(literal.loss(lm.model, TEXTS), rel=1e-12)
+    assert mean_loss(lm, TEXTS) == pytest.approx(literal.loss(lm.model, TEXTS), rel=1e-12)
 
 
 @family
@@ -215,10 +215,10 @@ def test_no_plan_is_better_than_the_best_of_all():
         texts = [p + n for p, n in zip(prompts, lm.generate(prompts, 16, temperature=1.0, seed=0))]
         units = units_of(lm, "layer")
         pairs = itertools.combinations(units, 3)
-        losses["exhaustive"].append(min(loss(drop_units(lm, pair), texts) for pair in pairs))
+        losses["exhaustive"].append(min(mean_loss(drop_units(lm, pair), texts) for pair in pairs))
         for choose in ("greedy", "influence", "angular"):
             plan = CRITERIA[choose](lm, units, 3, texts)
-            losses[choose].append(loss(drop_units(lm, plan), texts))
+            losses[choose].append(mean_loss(drop_units(lm, plan), texts))
     best = np.array(losses["exhaustive"])
     for choose in ("greedy", "influence", "angular"):
         assert (np.array(losses[choose]) >= best).all(), f"{choose} beats the exhaustive search"
@@ -666,9 +666,11 @@ def test_on_stories_criteria_agree_on_layers_4_to_6(stories):
 
 def test_on_stories_what_a_layer_costs_depends_on_which(stories):
     lm, texts = stories
-    dense = loss(lm, texts)
+    dense = mean_loss(lm, texts)
     assert 0.6 < dense < 0.9
-    costs = {drop: loss(layer_skip(lm, drop=drop), texts) - dense for drop in ("4,5,6", "2", "0")}
+    costs = {
+        drop: mean_loss(layer_skip(lm, drop=drop), texts) - dense for drop in ("4,5,6", "2", "0")
+    }
     assert 0 < costs["4,5,6"] < 0.015
     assert 0.02 < costs["2"] < 0.1
     assert 5 < costs["0"] < 15
@@ -677,5 +679,5 @@ def test_on_stories_what_a_layer_costs_depends_on_which(stories):
 def test_without_training_for_it_a_layer_cannot_go():
     lm = minitx.load("stories-parallel")
     texts = calibration_ids("layer_skip", lm, 2)
-    costs = [loss(layer_skip(lm, drop=str(i)), texts) - loss(lm, texts) for i in range(4)]
+    costs = [mean_loss(layer_skip(lm, drop=str(i)), texts) - mean_loss(lm, texts) for i in range(4)]
     assert 0.25 < min(costs) < 1

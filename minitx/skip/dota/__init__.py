@@ -99,6 +99,7 @@ def dota(
         need(attn.attend, Attend)
         if trained:
             need(attn.norm, RMSNorm, LayerNorm)
+            need_heads(detectors[index], attn, index)
         width = shapes[id(attn.attend)].width
         detector = QuantizedDetector.of(detectors[index], attn, width, bits)
         selector = DetectedKeys(keep, parallel_queries)
@@ -250,6 +251,17 @@ def trained_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
             "rank out, or use fit=post-hoc."
         )
     return found
+
+
+def need_heads(detector: Detector, attn: Attention, index: int) -> None:
+    """Refuse a detector that was trained for more heads than this layer has."""
+    trained = detector.w_q.shape[1] // detector.rank, detector.w_k.shape[1] // detector.rank
+    if trained != (attn.heads, attn.kv_heads):
+        raise MinitxError(
+            f"dota's detector of block {index} was trained for {trained[0]} query heads and "
+            f"{trained[1]} key heads, and the block has {attn.heads} and {attn.kv_heads} "
+            "(head_prune removes heads); use fit=post-hoc."
+        )
 
 
 def fitted_detectors(lm, rank: int | None) -> tuple[Detector, ...]:
