@@ -217,6 +217,20 @@ def test_all_enter_with_weight_1_equals_dense():
     check_close(in_chunks(lm, IDS, (12, *[1] * 28)), dense.logits(IDS), 1e-12, "one by one")
 
 
+def test_step_of_which_few_tokens_enter_can_be_undone_with_a_window():
+    """sink_window frees rows by the position at which the step began: of its six tokens perhaps
+    only the last one enters, and after a rewind to the first, that one may."""
+    _, lm, _ = models(threshold=1.5)
+    lm = apply(lm, {"sink_window": {"sinks": 1, "window": 8}})
+    once = in_chunks(lm, IDS, (34, *[1] * 6))
+    for last in range(30):  # other tokens in the step that is undone
+        state = lm.model.new_state()
+        lm.model(IDS[:34], state)
+        lm.model((IDS[:6] + last) % 258, state)
+        state.rewind(34)
+        check_close(in_chunks(lm, IDS[34:], [1] * 6, state), once[34:], 1e-12, "after a rewind")
+
+
 # Cost --------------------------------------------------------------------------------------------
 
 
