@@ -87,8 +87,9 @@ def group_of(path: str) -> str:
     if path.startswith("decode."):
         return f"decode.{group_of(path.removeprefix('decode.'))}"
     words = [word for word in path.split(".") if not word.isdigit()]
-    if "blocks" in words:
-        return ".".join(words[words.index("blocks") :][:2])
+    if "blocks" in words:  # whatever a technique wraps around the block or the part
+        below = [word for word in words[words.index("blocks") + 1 :] if word != "inner"]
+        return ".".join(["blocks", *below[:1]])
     for name in ("head", "embed"):
         if name in words:
             return name  # and whatever a technique wraps around it

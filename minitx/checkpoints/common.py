@@ -152,6 +152,11 @@ def fingerprint(*paths) -> str:
     return found.hexdigest()
 
 
+def weights_fingerprint(folder) -> str:
+    """The fingerprint of the weights in the folder: one file, or its shards."""
+    return fingerprint(*sorted(Path(folder).glob("model*.safetensors")))
+
+
 # Writing ------------------------------------------------------------------------------------------
 
 

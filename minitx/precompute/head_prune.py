@@ -79,6 +79,7 @@ def head_prune(
                (absorb_products, fuse_projections, shrink, heavy_hitters, ...).
     Proof:     tests/precompute/test_head_prune.py; literal version:
                tests/precompute/literal_head_prune.py
+    Tutorial:  tutorials/13_which_heads_matter.py
     """
     alive = [np.ones(attention_of(block).heads, bool) for block in blocks_of(lm)]
     wanted = share_of(sum(map(len, alive)), share)

@@ -80,6 +80,7 @@ def head_router(
     Not for:   techniques that replace the attention of all heads (elsa, heavy_hitters, ...) or W_o
                (quantize, low_rank, ...). It saves nothing of the KV cache.
     Proof:     tests/skip/test_head_router.py; literal version: tests/skip/literal_head_router.py
+    Tutorial:  tutorials/13_which_heads_matter.py
     """
     H, L = lm.model.config.heads, len(blocks_of(lm))
     always, running = share_of(H, shared), max(1, share_of(H, active))

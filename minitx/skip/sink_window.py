@@ -107,7 +107,9 @@ class WindowCache(Part):
         return self.inner.read(layer)
 
     def evict(self, layer: Layer) -> None:
-        first = int(layer.tokens.array[0])  # of the new tokens, the one that sees furthest back
+        # The new token that sees furthest back; or where the step began, if this layer runs only
+        # some of its tokens (mixture_of_depths): after a rewind to there, others may come.
+        first = min(int(layer.tokens.array[0]), layer.shared.step)
         rows = layer.row_tokens()
         # own: a token's position in its own sequence; array: in the batch, padding included.
         sink = (rows.own >= 0) & (rows.own < self.sinks)  # (S,), or (B, S) in a padded batch

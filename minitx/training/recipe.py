@@ -19,6 +19,7 @@ from minitx.training.data import MAX_BRIDGES
 from minitx.training.stories.grades import KINDS, Grade, grade_from
 
 MAX_NUMBERS = 2**32  # in memory while training: 16 GiB of float32
+ROUTED = "mixture_of_depths"
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # as write_model calls them
 
 
@@ -36,6 +37,15 @@ class DetectorLoss:
 
     k: int
     weight: float = 0.01
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """The loss of Mixture-of-Depths' routers, trained with the model: see
+    mixture_of_depths.routed_loss."""
+
+    capacity: float  # share of a row's tokens that enter each routed block
+    weight: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,12 @@ class Stage:
     hops: tuple[int, ...] | None = None
     layers: int | None = None  # train only this many blocks, from the first; None: all
     detector: DetectorLoss | None = None  # train DOTA's detectors with the model
+    router: RouterLoss | None = None  # train the routers of mixture_of_depths with the model
+
+    @property
+    def beside(self) -> str | None:
+        """What is trained beside the model with a loss of its own: "detector", "router" or None."""
+        return next((name for name in ("detector", "router") if getattr(self, name)), None)
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,13 @@ class Recipe:
     dtype: str = "float16"  # of the saved weights
     shards: int = 16  # parts of a batch, independent of the number of processes
     save_every: float = 120.0  # seconds between checkpoints
+
+    @property
+    def capacity(self) -> float | None:
+        """The capacity with which the routers of mixture_of_depths are trained at last; None
+        without routers."""
+        router = self.stages[-1].router
+        return None if router is None else router.capacity
 
     @property
     def rank(self) -> int | None:
@@ -161,6 +184,18 @@ def recipe_from(given: dict) -> Recipe:
                 f"Stage {stage.name!r}: hops must be at most {MAX_BRIDGES} integers, each at most "
                 f"{blocks} (the blocks it trains); got {list(stage.hops)}."
             )
+        if (stage.router is not None) != (ROUTED in recipe.techniques):
+            has = "has no router" if stage.router is None else "has a router"
+            raise MinitxError(
+                f"Stage {stage.name!r} {has}; give a router in every stage of a recipe whose "
+                f"techniques have {ROUTED}, and in no other."
+            )
+        router = recipe.techniques.get(ROUTED, {}).get("router", "auto")
+        if stage.router is not None and router != "fitted":
+            raise MinitxError(
+                f"Stage {stage.name!r} trains routers, which starts from fitted ones: the recipe's "
+                f"{ROUTED} must have the router 'fitted', got {abbreviate(router)}."
+            )
         if stage.detector is not None:
             check_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}: k")
             if stage.detector.k != recipe.rank:
@@ -228,6 +263,9 @@ def _stage(given, where: str) -> Stage:
         known["detector"] = DetectorLoss(
             **_checked(DetectorLoss, known["detector"], where, DETECTOR_RULES)
         )
+    if known.get("router") is not None:
+        where = f"router of {where}"
+        known["router"] = RouterLoss(**_checked(RouterLoss, known["router"], where, ROUTER_RULES))
     if known.get("hops") is not None:
         known["hops"] = tuple(known["hops"])
     if "betas" in known:
@@ -356,9 +394,14 @@ STAGE_RULES = {
     ),
     "layers": (lambda v: v is None or POSITIVE[0](v), "an integer >= 1"),
     "detector": (lambda v: v is None or isinstance(v, dict), "an object with k and weight"),
+    "router": (lambda v: v is None or isinstance(v, dict), "an object with capacity and weight"),
 }
 EXIT_RULES = {"scale": AT_LEAST_0, "rotation": POSITIVE}
 DETECTOR_RULES = {"k": POSITIVE, "weight": AT_LEAST_0}
+ROUTER_RULES = {
+    "capacity": (lambda v: _number(v) and 0 < v <= 1, "a number above 0, at most 1"),
+    "weight": AT_LEAST_0,
+}
 
 
 def _checked(cls, given, where: str, rules: dict[str, Rule]) -> dict:

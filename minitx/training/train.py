@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean as mean
 
 from minitx import progress
 from minitx.checkpoints.common import atomic_write, need_writable_folder, read
@@ -23,9 +24,11 @@ from minitx.checkpoints.tokenizer_json_write import write_tokenizer
 from minitx.errors import MinitxError, abbreviate
 from minitx.lab.evaluate import Tally, report
 from minitx.skip.dota.file import FILE as DETECTORS
+from minitx.skip.mixture_of_depths.file import FILE as ROUTERS
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from minitx.training.data import story_tokenizer
 from minitx.training.detector import initial_weights, write_trained
+from minitx.training.mixture_of_depths import write_routed
 from minitx.training.optimizer import ParameterLayout
 from minitx.training.recipe import DTYPES, Recipe, Stage, read_recipe
 from minitx.training.skipless_init import initial_model
@@ -39,7 +42,7 @@ CHECKPOINT, LOG, RECIPE = "checkpoint.npz", "training_log.json", "recipe.json"
 # Of a model that is there already.
 MODEL_FILES = (
     *(ONE_FILE, INDEX, CONFIG, "tokenizer.json", "tokenizer_config.json", DETECTORS),
-    *(PRECOMPUTED, PRECOMPUTED_ARRAYS),
+    *(ROUTERS, PRECOMPUTED, PRECOMPUTED_ARRAYS),
 )
 
 
@@ -170,8 +173,8 @@ class Run:
                 "step": p.step,
                 "tokens": p.tokens,
                 "seconds": round(p.seconds, 1),
-                "training_loss": round(sum(p.losses) / len(p.losses), 5),
-                **({"detector_loss": round(sum(p.errors) / len(p.errors), 5)} if p.errors else {}),
+                "training_loss": round(mean(p.losses), 5),
+                **({f"{stage.beside}_loss": round(mean(p.errors), 5)} if p.errors else {}),
                 "loss": round(r.loss, 5),
                 "floor": round(r.floor, 5),
                 "answer_loss": round(r.answer_loss, 5),
@@ -192,7 +195,7 @@ class Run:
         """For the progress bar: loss, tokens per second, accuracies of the last check."""
         p = self.progress
         words = [f"loss {p.losses[-1]:.3f}" if p.losses else "", f"{self.speed:,.0f} tok/s"]
-        words += [f"detector {error:.2f}" for error in p.errors[-1:]]
+        words += [f"{stage.beside} {error:.2f}" for error in p.errors[-1:]]
         if p.log and p.log[-1]["stage"] == stage.name:
             words += [f"{kind} {100 * a:.0f}%" for kind, a in p.log[-1]["accuracy"].items()]
         return ", ".join(word for word in words if word)
@@ -225,9 +228,12 @@ class Run:
 
     def write_folder(self, tokenizer, recipe_path) -> None:
         """Write the trained model with its recipe and the log: a plain one as a Hugging Face
-        folder, one with techniques as ``minitx precompute`` writes it."""
+        folder, one with routers likewise, with their file, one with other techniques as ``minitx
+        precompute`` writes it."""
         model = self.layout.model(self.arrays["weights"])
-        if self.recipe.techniques:
+        if self.recipe.capacity is not None:
+            write_routed(model, self.recipe.capacity, self.out, DTYPES[self.recipe.dtype])
+        elif self.recipe.techniques:
             write_with_techniques(self.recipe, model, tokenizer, self.out)
         else:
             write_model(model, self.out, DTYPES[self.recipe.dtype])

@@ -35,6 +35,7 @@ from minitx.training.layerskip import (
     shallow,
 )
 from minitx.training.loss import cross_entropy
+from minitx.training.mixture_of_depths import routed_gradients
 from minitx.training.optimizer import (
     ParameterLayout,
     adamw,
@@ -124,8 +125,8 @@ class Worker:
 
     def step(self, number: int, step: int, total: int) -> tuple:
         """One training step: ``step`` counts within the stage, ``total`` over all stages. Returns
-        the mean loss of the batch, its number of tokens, and in a stage with a detector the
-        detector's mean squared error."""
+        the mean loss of the batch, its number of tokens, and in a stage with a detector or a
+        router the loss of that."""
         stage = self.enter_stage(number)
         while (shard := self.claim_shard()) < self.recipe.shards:
             self.shard_gradient(stage, step, shard)
@@ -145,7 +146,7 @@ class Worker:
         lr_scale = learning_rate(step, stage.steps, 1.0, stage.warmup, stage.schedule, stage.final)
         for block in self.my_blocks:
             self.update_block(block, stage, total + 1, lr_scale, scale)
-        return loss / weight, int(tokens), *([error / weight] if stage.detector else [])
+        return loss / weight, int(tokens), *([error / weight] if stage.beside else [])
 
     def claim_shard(self) -> int:
         """The next shard that no worker has claimed."""
@@ -166,7 +167,11 @@ class Worker:
         def loss(model):
             return batch_loss(model, batch, stage, step, rows, seed)
 
-        if stage.detector is None:
+        if stage.router is not None:
+            found, sums[LOSS], sums[ERROR] = routed_gradients(
+                self.model, loss, stage.router.capacity, stage.router.weight, batch.weights
+            )
+        elif stage.detector is None:
             sums[LOSS], found, _ = gradients(self.model, loss)
         else:
             found, sums[LOSS], sums[ERROR] = joint_gradients(

@@ -12,12 +12,17 @@ from minitx.lab.evaluate import evaluate_model
 from minitx.training.recipe import read_recipe
 from minitx.tree import weights
 
-NAMES = ["stories", "stories-draft", "stories-parallel", "stories-relu", "stories-skipless"]
+NAMES = [
+    "stories", "stories-draft", "stories-mod", "stories-parallel", "stories-relu",
+    "stories-skipless",
+]  # fmt: skip
+WITH = {"stories-mod": {"mixture_of_depths": True}}  # trained for it
 
 
 def test_shipped_models_are_complete_and_small():
     assert sorted(shipped()) == NAMES
     assert (shipped()["stories"] / "dota.safetensors").exists()
+    assert (shipped()["stories-mod"] / "mixture_of_depths.safetensors").exists()
     size = sum(f.stat().st_size for folder in shipped().values() for f in folder.iterdir())
     assert size < 16e6
 
@@ -95,7 +100,7 @@ def test_readme_accuracy_matches_evaluation(name):
     """The table in weights/NAME/README.md must match `minitx evaluate` for the same weights."""
     text = (shipped()[name] / "README.md").read_text(encoding="utf-8")
     stated = {k: float(v) / 100 for k, v in re.findall(r"^(\w+) +\d +\d+ +([\d.]+) %", text, re.M)}
-    found = evaluate_model(minitx.load(name), 40)
+    found = evaluate_model(minitx.load(name, **WITH.get(name, {})), 40)
     assert set(found.by_kind) <= set(stated)
     for kind, accuracy in found.by_kind.items():
         # 40 stories have few answers of some kinds: allow 4 standard errors of a fraction.

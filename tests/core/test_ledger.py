@@ -63,6 +63,7 @@ def test_entries_by_path_sum_over_subtrees():
     assert counts.total("model.stack.blocks.1.ffn").multiply_adds == 7 * 3 * c.hidden * c.width
     assert counts.total("model.stack.blocks.1.ff") == Entry()
     assert group_of("model.stack.blocks.1.ffn.down") == "blocks.ffn"
+    assert group_of("model.stack.blocks.1.inner.ffn.inner.down") == "blocks.ffn"
     assert group_of("decode.draft.model.stack.blocks.0.attn.qkv.q") == "decode.blocks.attn"
     assert group_of("model.head") == "head" and group_of("") == ""
 

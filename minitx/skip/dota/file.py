@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx.checkpoints.common import fingerprint, need_finite
+from minitx.checkpoints.common import need_finite, weights_fingerprint
 from minitx.checkpoints.safetensors import read_header, read_tensors
 from minitx.checkpoints.safetensors_write import write_safetensors
 from minitx.config import Config
@@ -85,8 +85,3 @@ def need_same_heads(path, found: dict, config: Config, rank: int) -> None:
             f"heads, and this model has {ours[0]} and {ours[1]} (prune_structure removes heads); "
             "use fit=post-hoc."
         )
-
-
-def weights_fingerprint(folder) -> str:
-    """The fingerprint of the weights in the folder: one file, or its shards."""
-    return fingerprint(*sorted(Path(folder).glob("model*.safetensors")))
