@@ -57,6 +57,8 @@ def share_of_later_ffns(config) -> float:
 
 AT_RANDOM = {"choose": "random"}
 PLAN = {"unit": "both"}
+ROUTED = {"router": "fitted", "every": 1}  # all blocks but the first
+TRAINED_ROUTER = falling("threshold", 32.0, -32.0)  # of models that were trained with it: stories-mod
 
 METHODS = (
     # Baselines: which sub-layers are dropped, for all tokens, is drawn, or selected greedily.
@@ -80,6 +82,8 @@ METHODS = (
     Method("head_prune", falling("share", 0.95), random=AT_RANDOM),
     Method("head_cascade", falling("start=end", 0.95), {"unpruned": 0.3}, random=AT_RANDOM),
     Method("head_router", rising("active", 0.0), {"first": 1}, random=AT_RANDOM),
+    Method("mixture_of_depths", rising("capacity", 0.01), ROUTED, random={"router": "random"}),
+    Method("mixture_of_depths trained", TRAINED_ROUTER, {"router": "trained"}, "mixture_of_depths"),
     Method("token_prune", rising("keep", 0.01), random=AT_RANDOM),
     Method("lazy_tokens", rising("keep", 0.05), {"first": 1}, random=AT_RANDOM),
     Method("prune_structure neurons", falling("neurons", 0.95), {"heads": 0.0}, "prune_structure"),
