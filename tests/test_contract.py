@@ -449,7 +449,7 @@ IDLE = {
     "ffn_skip": {"layer_router", "layer_skip", "switchable"},
     "function_tables": {"layer_skip"},
     "head_cascade": {"layer_skip"},
-    "layer_skip": {"layer_router"},
+    "layer_skip": {"layer_router", "switchable"},
 }
 
 

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from tiny import END, TOKENIZER, tiny_lm
+from tiny import END, TOKENIZER, tiny_lm, tiny_model
 
 import minitx
 from minitx import calibration
@@ -117,10 +117,11 @@ def test_every_technique_that_calibrates_takes_the_text_that_is_given():
     settings |= {"dota": {"fit": "post-hoc"}, "early_exit": {"measure": "probe"}}
     settings["quantize"], settings["lut_product"] = {"awq": True}, {"search": True, "drop": 1.0}
     assert len(settings) >= 9
+    lm = tiny_lm(model=tiny_model(layers=5))  # so that there is a choice of neighbouring layers
     for name, options in settings.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MinitxWarning)  # dota wants more than there is
-            found = apply(tiny_lm(), {name: options}, calibrate=TEXT)
+            found = apply(lm, {name: options}, calibrate=TEXT)
         assert [(use.technique, use.source) for use in found.calibrated] == [(name, "pond.txt")]
 
 

@@ -19,7 +19,15 @@ from minitx.shared.random_baseline import random_scores
 from minitx.skip.mixture_of_depths.file import FILE, Trained, read_routers
 from minitx.skip.mixture_of_depths.fit import fit_routers
 from minitx.state import Layer
-from minitx.technique import SEEDS, above, at_least, blocks_of, technique, wrap
+from minitx.technique import (
+    SEEDS,
+    above,
+    at_least,
+    blocks_of,
+    need_independent_layers,
+    technique,
+    wrap,
+)
 from minitx.tree import Part, float_type, part, table
 
 
@@ -27,7 +35,7 @@ from minitx.tree import Part, float_type, part, table
     level="block",
     exact=False,
     neutral={"router": "random", "capacity": 1.0},
-    after=("layer_skip",),
+    after=("kv_share", "layer_skip"),
     demo={"router": "fitted", "capacity": 0.5, "stories": 4},
     event=("tokens that entered a block", "tokens routed"),
     presets={"paper": {"router": "fitted", "capacity": 0.125, "first": 1, "every": 2}},
@@ -100,6 +108,7 @@ def mixture_of_depths(
                tests/skip/literal_mixture_of_depths.py
     """
     check_residual(lm)
+    need_independent_layers("mixture_of_depths", lm.model)
     trained = trained_routers(lm, router)
     if trained is not None and router != "random":
         refuse_beside_trained(capacity=capacity, every=every, first=first)
