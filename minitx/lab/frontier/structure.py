@@ -58,7 +58,7 @@ def share_of_later_ffns(config) -> float:
 AT_RANDOM = {"choose": "random"}
 PLAN = {"unit": "both"}
 ROUTED = {"router": "fitted", "every": 1}  # all blocks but the first
-TRAINED_ROUTER = falling("threshold", 32.0, -32.0)  # of models that were trained with it: stories-mod
+TRAINED_ROUTER = falling("threshold", 32.0, -32.0)  # of models trained with it: stories-mod
 
 METHODS = (
     # Baselines: which sub-layers are dropped, for all tokens, is drawn, or selected greedily.
