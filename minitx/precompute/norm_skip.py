@@ -60,7 +60,7 @@ def norm_skip(
     ] = 2,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
-    """Skip norms: replace the per-token 1/rms by a constant and fold it into the next matrix.
+    """Skip norms: replace the per-token 1/rms with a constant, folded into the next matrix.
 
     Paper:     Baroni et al., "Transformers Don't Need LayerNorm at Inference Time: Scaling
                LayerNorm Removal to GPT-2 XL and the Implications for Mechanistic

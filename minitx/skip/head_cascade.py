@@ -37,7 +37,7 @@ def head_cascade(
         at_least(0, below=1),
     ] = 0.25,
     end: Annotated[
-        float, "the same after the last but one layer; linear in between", at_least(0, below=1)
+        float, "the same after the second-to-last layer; linear in between", at_least(0, below=1)
     ] = 0.25,
     unpruned: Annotated[
         float,
@@ -78,6 +78,7 @@ def head_cascade(
     Not for:   attention whose matrices are not plain (quantize, fuse_projections, ...), or that
                selects keys or rows itself (elsa, heavy_hitters, ...).
     Proof:     tests/skip/test_head_cascade.py; literal version: tests/skip/literal_head_cascade.py
+    Tutorial:  tutorials/13_which_heads_matter.py
     """
     L = len(blocks_of(lm))
     first = max(1, share_of(L, unpruned))  # layers that run all heads

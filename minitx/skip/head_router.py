@@ -1,7 +1,6 @@
 """Mixture-of-Head attention (MoH): each token runs only some of the attention heads.
 
-This file: the card and options, the attention and its routers (online), the fit of the linear gate
-and of the static baseline (offline), checks, notes.
+This file: the card and options, the attention and its routers (online), checks, notes.
 
 Letters: T new tokens, S cached tokens, D width, H query heads of width d, K key heads, G = H / K.
 """

@@ -56,8 +56,8 @@ def kv_share(
                Attention", NeurIPS 2024, arXiv 2405.12981.
     Fidelity:  a reconstruction from the abstract. The paper trains models that share from the
                start; sharing in a trained model and the choice of its layers are ours.
-    Kind:      approximate. Where layers share that matter, a short training afterwards restores
-               most of the quality (Notes).
+    Kind:      approximate. If layers share that matter, a short training restores most of the
+               quality (Notes).
     Idea:      Query heads may share one key head (multi-query attention); so may layers. The first
                layer of a group computes and caches keys and values, the others only queries.
     Offline:   size layers from ``first`` on are divided into groups of ``group``; the last group

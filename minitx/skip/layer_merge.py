@@ -54,12 +54,12 @@ def layer_merge(
                fixed size is merged, where the similarity is highest.
     Kind:      approximate. No setting pays on the shipped models: size=2 is nothing but a dropped
                layer (below), and size=3 costs 0.08 nats where dropping two layers costs 0.002.
-    Idea:      Neighbouring layers are alike. Keep one of them, and add what the others have
-               different.
-    Offline:   W_l, W_l+1, ..., W_l+m: the weights of m + 1 = size layers, matrices, norms and
+    Idea:      Neighbouring layers are alike. Keep one of them, and add the differences of the
+               others from it.
+    Offline:   W[l], W[l+1], ..., W[l+m]: the weights of m + 1 = size layers, matrices, norms and
                biases alike
-                 W = W_l + sum over k = 1..m of (W_l+k - W_l)
-               For m = 1 that is W = W_l+1: the model without layer l (layer_skip drop=l).
+                 W = W[l] + sum over k = 1..m of (W[l+k] - W[l])
+               For m = 1 that is W = W[l+1]: the model without layer l (layer_skip drop=l).
                first=None: for each l, the mean cosine between the last hidden states of the dense
                model and of the merged one, over calibration tokens; take the highest
     Online:    the dense model's steps, with one layer instead of ``size``.

@@ -25,7 +25,7 @@ from minitx.tree import Part, part
     presets={
         "reverse": {"order": "reverse"},
         "shuffle": {"order": "shuffle"},
-        "average": {"order": "parallel", "group": 1 << 40, "combine": "mean"},
+        "average": {"order": "parallel", "group": None, "combine": "mean"},
     },
 )
 def layer_reorder(
@@ -43,7 +43,11 @@ def layer_reorder(
     ] = None,
     first: Annotated[int, "layers at the beginning that keep their place", at_least(0)] = 1,
     last: Annotated[int, "layers at the end that keep their place", at_least(0)] = 1,
-    group: Annotated[int, "of order=parallel: layers that read the same input", at_least(1)] = 2,
+    group: Annotated[
+        int | None,
+        "of order=parallel: layers that read the same input; None: all of the middle",
+        at_least(1),
+    ] = 2,
     combine: Annotated[
         Literal["sum", "mean"], "of order=parallel: what becomes of the updates of a group"
     ] = "sum",
@@ -62,16 +66,16 @@ def layer_reorder(
                other, they may come in another order, or all read what the first of them reads.
     Offline:   a list of groups of layers, each layer once; middle layers: all but the ``first``
                first and the ``last`` last ones.
-               swap:     each two neighbours of the middle change places
+               swap:     each pair of neighbours in the middle: 0,2,1,4,3,...
                reverse:  the middle from its last layer to its first
                shuffle:  the middle in random order
                parallel: the middle in groups of ``group`` consecutive layers; else groups of one
-    Online:    for each group G:
-                 u[l] = f[l](x) - x        the update of layer l, for each l of G, all with one x
+    Online:    for each group:
+                 u[l] = f[l](x) - x        the update of layer l of the group, all with one x
                  x    = x + sum of u[l]    (combine=mean: x + mean of u[l])
                Each layer keeps its own KV cache, wherever it runs.
-    Saves:     no multiply-adds, weights or cache. With groups, sequential depth: M middle layers
-               in groups of g take ceil(M / g) steps one after another instead of M, so that
+    Saves:     no multiply-adds, weights or cache. With groups, sequential depth: n middle layers
+               in groups of g take ceil(n / g) steps one after another instead of n, so that
                machines or cores may run a group side by side.
     In NumPy:  no gain: one core runs a group's layers one after another.
     Not for:   skipless models; the table of first_layer, unless layer 0 stays first.
@@ -133,10 +137,10 @@ class ReorderedStack(Part):
 # Offline: orders ---------------------------------------------------------------------------------
 
 
-def plan(order: str, L: int, first: int, last: int, group: int, seed: int) -> list[tuple]:
+def plan(order: str, L: int, first: int, last: int, group: int | None, seed: int) -> list[tuple]:
     """Groups of the layers 0 .. L - 1, in the order in which they run."""
     middle = list(range(min(first, L), max(L - last, min(first, L))))
-    size = group if order == "parallel" else 1
+    size = 1 if order != "parallel" else group or len(middle) or 1
     if order == "swap":
         middle = [b for a in range(0, len(middle), 2) for b in reversed(middle[a : a + 2])]
     elif order == "reverse":

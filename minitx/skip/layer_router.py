@@ -61,15 +61,15 @@ def layer_router(
     ] = "gate",
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
-    """Route each sequence past layers by a gate per layer that reads the prompt (FiRST).
+    """Skip whole layers for a sequence, decided from its prompt by a small gate per layer (FiRST).
 
     Paper:     Jain et al., "FiRST: Finetuning Router-Selective Transformers for Input-Adaptive
                Latency Reduction", Findings of EMNLP 2025, arXiv 2410.12513.
     Fidelity:  a reconstruction from the abstract: a router per layer, decided once, by the prompt.
                Unconfirmed: its loss, and its LoRA, which is left out. Ours: labels and gates
                without backpropagation; the prompt itself skips, too.
-    Kind:      approximate; exact at threshold=0, below which no gate is. On stories no better than
-               a fixed list of layers at the same cost (layer_skip): the first 32 tokens of a story
+    Kind:      approximate; exact at threshold=0, since no gate is below 0. On stories no better
+               than a fixed list of layers at the same cost (layer_skip): the first 32 tokens of a story
                do not tell which layers the rest of it needs (Notes).
     Idea:      Which layers matter may depend on the text. Decide it once for each sequence: no
                token that runs a layer then meets one that did not, so the KV cache has no holes.
@@ -88,6 +88,7 @@ def layer_router(
     Not for:   scoring a text in one step, which is then its own prompt; batches with a KV cache
                (generate decodes prompts one by one); skipless models.
     Proof:     tests/skip/test_layer_router.py; literal version: tests/skip/literal_layer_router.py
+    Tutorial:  tutorials/12_which_layers_matter.py
     """
     check_model(lm)
     layers = range(first, len(lm.model.stack.blocks) - last)  # that may be skipped

@@ -60,6 +60,7 @@ def value_prune(
     Not for:   techniques that select keys before scoring them (elsa, a3, ...), after which few
                values are left.
     Proof:     tests/skip/test_value_prune.py; literal version: tests/skip/literal_value_prune.py
+    Tutorial:  tutorials/13_which_heads_matter.py
     """
     if keep == 1:
         return lm

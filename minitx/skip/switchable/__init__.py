@@ -52,7 +52,7 @@ def switchable(
     choose: Annotated[
         Literal["policy", "random", "static"],
         "who decides: the policy. Baselines: random draws units for each prompt, static removes "
-        "the same for all, least harm per multiply-add first",
+        "the same for all, smallest KL divergence per multiply-add first",
     ] = "policy",
     share: Annotated[
         float | None,
@@ -103,6 +103,7 @@ def switchable(
     Not for:   skipless models; batches with a KV cache (generate decodes prompts one by one);
                prompts in small pieces, of which the first decides.
     Proof:     tests/skip/test_switchable.py; literal version: tests/skip/literal_switchable.py
+    Tutorial:  tutorials/12_which_layers_matter.py
     """
     check_model(lm)
     if choose == "policy" and share is not None:
