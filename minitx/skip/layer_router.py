@@ -69,8 +69,8 @@ def layer_router(
                Unconfirmed: its loss, and its LoRA, which is left out. Ours: labels and gates
                without backpropagation; the prompt itself skips, too.
     Kind:      approximate; exact at threshold=0, since no gate is below 0. On stories no better
-               than a fixed list of layers at the same cost (layer_skip): the first 32 tokens of a story
-               do not tell which layers the rest of it needs (Notes).
+               than a fixed list of layers at the same cost (layer_skip): the first 32 tokens of a
+               story do not tell which layers the rest of it needs (Notes).
     Idea:      Which layers matter may depend on the text. Decide it once for each sequence: no
                token that runs a layer then meets one that did not, so the KV cache has no holes.
     Offline:   for each calibration text and each layer l that does not always run:

@@ -196,7 +196,7 @@ def test_all_the_work_remains_and_only_depth_falls(options):
         (dict(layers=""), "must name each of the layers"),
         (dict(layers="5,4,3,2,1,0", order="swap"), "got both layers and order; give only one"),
         (dict(first=-1), "layer_reorder: first must be an integer, at least 0; got -1"),
-        (dict(group=0), "layer_reorder: group must be an integer, at least 1; got 0"),
+        (dict(group=0), "layer_reorder: group must be an integer, at least 1, or None; got 0"),
     ],
 )
 def test_refusals_are_one_clear_sentence(options, message):
