@@ -425,12 +425,14 @@ def flags_text(args) -> str:
 
 
 def train(args) -> int:
+    from minitx.training.train import RECIPE
     from minitx.training.train import train as train_by
 
     recipe = Path(args.recipe)
     folder = recipe if recipe.is_dir() else recipe.parent
+    name = folder.resolve().name if recipe.name == RECIPE or recipe.is_dir() else recipe.stem
     # Never the recipe's own folder by default: for a shipped model it holds the shipped weights.
-    out = args.out or Path("runs") / folder.resolve().name
+    out = args.out or Path("runs") / name
     result = train_by(
         recipe, out, workers=args.workers, resume=not args.restart, time_limit=args.time_limit
     )

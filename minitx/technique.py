@@ -16,6 +16,7 @@ There are three ways to address the parts that it changes:
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 import sys
 import warnings
@@ -329,10 +330,13 @@ def apply(lm: LM, wanted: dict[str, dict | bool], calibrate=None) -> LM:
             )
         if options is not False:
             found = find(name)
+            if found.name in chosen:
+                raise MinitxError(f"{found.name} is given twice; give it once, with all options.")
             chosen[found.name] = found.checked({} if options is True else options)
     if not chosen:
         return to_column_major(lm)
     # For messages: which technique removed the last part of a type, and which introduced a type.
+    _check_levels(lm, map(find, chosen))
     taken: dict[type, str] = {}
     put: dict[type, str] = {}
     before_all = lm.calibrated
@@ -351,6 +355,20 @@ def apply(lm: LM, wanted: dict[str, dict | bool], calibrate=None) -> LM:
     if calibrate is not None and not calibrated:
         _warn_unused(chosen)
     return to_column_major(replace(lm, calibrated=(*before_all, *calibrated)))
+
+
+def _check_levels(lm: LM, chosen: Iterable[Technique]) -> None:
+    """Refuse a technique that has to come before one that the model (a saved one, say) has already,
+    if that was made for what it found."""
+    kinds_of_last = {type(node) for _, node in walk(lm.model) if node.needs_inner_first}
+    there = [find(name) for name in {file_of(kind) for kind in kinds_of_last} if name in names()]
+    for t, earlier in itertools.product(chosen, there):
+        inner = LEVELS.index(t.level) < LEVELS.index(earlier.level) or t.name in earlier.after
+        if inner and t is not earlier:
+            raise MinitxError(
+                f"{t.name} must be applied before {earlier.name}, which this model has already; "
+                f"apply both at once to the model without {earlier.name}, or use one of the two."
+            )
 
 
 def _warn_unused(chosen: Iterable[str]) -> None:

@@ -25,6 +25,9 @@ class Part:
     frees_rows = False  # a layer's KV cache may hold fewer rows than there are tokens
     needs_all_rows = False  # needs one cache row for every token, in order
     has_history = False  # keeps state of a sequence beyond its keys and values
+    # Made for the parts inside it as they are: techniques of inner levels can no longer be applied
+    # (to a saved model that has it).
+    needs_inner_first = False
     reads_other_layers = False  # reads cache rows that an earlier layer stores in the same step
     one_sequence = False  # cannot run sequences of different lengths in one batch
     matrix_layout = None  # of ``w``: "column-major", "row-major" or None (memory_layout.py)

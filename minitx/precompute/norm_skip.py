@@ -196,7 +196,8 @@ def measure(lm, units: Sequence[Unit], texts) -> dict[Unit, float]:
         lm = wrap(lm, slot, lambda node, index, slot=slot: watched(node, Unit(slot, index)))
     model = watched(lm.model, Unit("final", 0))
     for ids in bar(texts, "norm skip: measure", unit="text", delay=1.0):
-        model.norm(model.hidden(ids))
+        with np.errstate(over="ignore", invalid="ignore"):  # where norms are gone already
+            model.norm(model.hidden(ids))
     return {unit: float(1 / np.concatenate(pieces).mean()) for unit, pieces in found.items()}
 
 

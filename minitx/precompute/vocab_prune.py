@@ -239,7 +239,8 @@ def prune_to(lm, ids):
         if type(h) is TiedHead:
             inner = replace(h, w=rows(h.w))
         else:
-            inner = replace(h, w=h.w[:, ids], b=None if h.b is None else h.b[ids])
+            w = np.ascontiguousarray(h.w[:, ids])
+            inner = replace(h, w=w, b=None if h.b is None else h.b[ids])
         return PrunedHead(inner, lm.model.config.vocab_size, ids)
 
     new = swap(lm, TokenEmbedding, embedding)

@@ -118,6 +118,9 @@ def pruning_ratios(L: int, first: int, start: float, end: float) -> list[float]:
 class CascadeAttention(Part):
     """Attention of the heads that are alive; afterwards some of them may be pruned."""
 
+    # Declared for techniques that are combined with this one (tree.Part):
+    needs_inner_first = True
+
     decides = "step"  # all tokens of a step together select the heads
     has_history = True  # the accumulated outputs
 

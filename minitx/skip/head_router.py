@@ -81,23 +81,33 @@ def head_router(
     Proof:     tests/skip/test_head_router.py; literal version: tests/skip/literal_head_router.py
     Tutorial:  tutorials/13_which_heads_matter.py
     """
-    H, L = lm.model.config.heads, len(blocks_of(lm))
-    always, running = share_of(H, shared), max(1, share_of(H, active))
-    first = L // 2 if first is None else first
-    check_options(H, L, always, running, shared=shared, active=active, first=first)
-    if running == H:
+    if active == 1:
         return lm
-    routers = make_routers(lm, choose, always, running, seed)
+    L, context = len(blocks_of(lm)), lm.model.config.context
+    first = L // 2 if first is None else first
+    check_first(first, L)
+    drawn = None
+    if choose == "random":
+        most = lm.model.config.heads
+        drawn = random_scores(L * context, most, seed).reshape(L, context, most)
 
     def change(attn: Part, index: int) -> Part:
         if index < first:
             return attn
         need(attn, Attention)
+        H = attn.heads  # head_prune may leave each layer another number
+        always, running = share_of(H, shared), max(1, share_of(H, active))
+        check_shares(H, always, running, shared, active)
+        if running == H:
+            return attn
         need(attn.attend, Attend)
         need(attn.out, Linear)
+        router = NormRouter(H, always, running)
+        if drawn is not None:
+            router = RandomRouter(always, running, drawn[index, :, : H - always])
         parts = {f.name: getattr(attn, f.name) for f in fields(attn)}
         parts["attend"] = AttendOneKeyHead(attn.attend.scale)
-        return RoutedAttention(**parts, router=routers[index])
+        return RoutedAttention(**parts, router=router)
 
     return wrap(lm, "attn", change)
 
@@ -108,6 +118,9 @@ def head_router(
 @part
 class RoutedAttention(Attention):
     """Attention in which each token runs only the heads that the router selects for it."""
+
+    # Declared for techniques that are combined with this one (tree.Part):
+    needs_inner_first = True
 
     router: Part  # router(q, layer) returns booleans (..., T, H): which token runs which heads
 
@@ -227,24 +240,18 @@ def highest(scores, shared: int, running: int):
     return runs
 
 
-def make_routers(lm, choose: str, shared: int, running: int, seed: int) -> list[Part]:
-    """The router of each layer."""
-    L, H, context = len(blocks_of(lm)), lm.model.config.heads, lm.model.config.context
-    if choose == "norm":
-        return [NormRouter(H, shared, running)] * L
-    scores = random_scores(L * context, H - shared, seed).reshape(L, context, -1)
-    return [RandomRouter(shared, running, of_layer) for of_layer in scores]
-
-
 # Checks ------------------------------------------------------------------------------------------
 
 
-def check_options(H: int, L: int, always: int, running: int, *, shared, active, first) -> None:
+def check_shares(H: int, always: int, running: int, shared: float, active: float) -> None:
     if always > running:
         raise MinitxError(
             f"head_router: shared={shared:g} keeps {always} of {H} heads but active={active:g} "
             f"lets only {running} run; use a smaller shared or a larger active."
         )
+
+
+def check_first(first: int, L: int) -> None:
     if first > L:
         raise MinitxError(
             f"head_router: first must be at most {L}, the number of layers; got {first}."

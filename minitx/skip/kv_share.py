@@ -107,6 +107,9 @@ def kv_share(
 class LeaderCache(Part):
     """The KV cache of a layer whose rows other layers read: it notes where they are."""
 
+    # Declared for techniques that are combined with this one (tree.Part):
+    needs_inner_first = True
+
     inner: Part
     index: int  # of the layer
 
@@ -123,6 +126,7 @@ class FollowerAttention(Part):
     """Attention without keys and values of its own: queries only, over the leader's rows."""
 
     # Declared for techniques that are combined with this one (tree.Part):
+    needs_inner_first = True
     needs_all_rows = True  # reads the leader's row of every token
     reads_other_layers = True
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import ledger
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 from minitx.model import Stack, Transformer
 from minitx.state import State
 from minitx.technique import SEEDS, at_least, need, need_independent_layers, swap, technique
@@ -110,6 +110,9 @@ def layer_reorder(
 class ReorderedStack(Part):
     """The blocks, group after group; those of a group read the same input."""
 
+    # Declared for techniques that are combined with this one (tree.Part):
+    needs_inner_first = True
+
     inner: Part  # the dense stack
     order: str  # the groups in words, for the drawing: 0 (1 2) 3
     groups: tuple  # tuples of layer numbers, in the order in which they run
@@ -166,8 +169,8 @@ def read_layers(text: str, L: int) -> list[int]:
     names = [name.strip() for name in text.replace("+", ",").split(",")]
     if sorted(names) != sorted(map(str, range(L))):
         raise MinitxError(
-            f"layer_reorder: layers={text} must name each of the layers 0 to {L - 1} once, "
-            "separated by commas; to leave out layers, use layer_skip."
+            f"layer_reorder: layers={abbreviate(text)} must name each of the layers 0 to {L - 1} "
+            "once, separated by commas (by + in minitx sweep); to leave out layers, use layer_skip."
         )
     return [int(name) for name in names]
 

@@ -119,6 +119,7 @@ class RoutedStack(Part):
     """The blocks, without those that the router skips for this sequence."""
 
     # Declared for techniques that are combined with this one (tree.Part):
+    needs_inner_first = True
     decides = "sequence"
     has_history = True  # the decisions
     one_sequence = True  # the sequences of a batch run different layers
@@ -197,12 +198,13 @@ def observe(lm, texts, layers: range, prompt: int) -> Observed:
     model = lm.model
     summaries, divergences = [], []
     for ids in bar(texts, "layer router: leave out layers", unit="text", delay=1.0):
-        h = hidden_states(model, ids, layers)
         n = max(min(prompt, len(ids) - 1), 1)
+        with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
+            h = hidden_states(model, ids, layers)
+            dense = log_probabilities(model, ids, h[0], layers[0], n)
+            # A layer is left out: its input enters the next one.
+            without = [log_probabilities(model, ids, x, i + 1, n) for i, x in zip(layers, h)]
         summaries.append([x[:n].mean(0) for x in h])
-        dense = log_probabilities(model, ids, h[0], layers[0], n)
-        # A layer is left out: its input enters the next one.
-        without = (log_probabilities(model, ids, x, i + 1, n) for i, x in zip(layers, h))
         divergences.append([(np.exp(dense) * (dense - q)).sum(-1).mean() for q in without])
     return Observed(np.array(summaries), np.array(divergences))
 

@@ -141,6 +141,7 @@ class PruningStack(Part):
     needs_all_rows = True  # but of the others every row
     has_history = True  # the attention received so far, and which tokens are pruned where
     one_sequence = True  # no batches of different lengths
+    needs_inner_first = True  # a share for each layer that there is
 
     inner: Part  # the dense stack
     shares: tuple  # of the tokens that each layer keeps

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from minitx.model import Transformer
+from minitx.errors import MinitxError
+from minitx.model import Stack, Transformer
 from minitx.state import Layer
-from minitx.technique import wrap
+from minitx.technique import owner, wrap
 from minitx.training.data import as_uniform, hash_integers
 from minitx.tree import Part, part
 
@@ -58,7 +59,16 @@ def shallow(model: Transformer, layers: int | None) -> Transformer:
 
 
 def record(model: Transformer) -> tuple[Transformer, list]:
-    """A copy of the model that appends the hidden states (B, T, D) after each block to the list."""
+    """A copy of the model that appends the hidden states (B, T, D) after each block to the list.
+    MinitxError for a model whose blocks do not simply run one after another on all tokens."""
+    stack = getattr(model, "stack", None)
+    if stack is not None and type(stack) is not Stack:
+        name = owner(stack)
+        raise MinitxError(
+            f"With {name}, blocks do not run one after another on the same tokens, so there is no "
+            f"hidden state after each of them to read; leave {name} out, or what reads them "
+            "(--depths; early_exit and hops in a recipe)."
+        )
     into: list[Any] = []
     return wrap(model, "block", lambda block, i: Recorded(block, into)), into
 

@@ -101,7 +101,7 @@ class Recipe:
     techniques: dict = field(default_factory=dict)  # that are applied to it first: {name: options}
     grades: dict = field(default_factory=dict)  # custom grades: name -> fields of a Grade
     seed: int = 0
-    dtype: str = "float16"  # of the saved weights
+    dtype: str = "float16"  # of the saved weights; with techniques they are saved as float32
     shards: int = 16  # parts of a batch, independent of the number of processes
     save_every: float = 120.0  # seconds between checkpoints
 
@@ -154,7 +154,7 @@ def recipe_from(given: dict) -> Recipe:
     """The recipe given as a dict; MinitxError for the first invalid field."""
     known = _checked(Recipe, given, "the recipe", RECIPE_RULES)
     stages = tuple(_stage(stage, f"stage {i + 1}") for i, stage in enumerate(known["stages"]))
-    recipe = Recipe(**known | {"stages": stages})
+    recipe = Recipe(**known | {"stages": stages, "techniques": _by_name(known)})
     config = _config_of(recipe) if recipe.start is None else _config_of_start(recipe)
     for stage in stages:
         _check_reachable(stage, recipe.shares(stage))
@@ -203,7 +203,21 @@ def recipe_from(given: dict) -> Recipe:
                     f"Stage {stage.name!r}: expected a detector with k={recipe.rank}, as "
                     f"in the stage before, got k={stage.detector.k}; it is trained further."
                 )
+    if recipe.start is not None:
+        _check_trainable(recipe)
     return recipe
+
+
+def _by_name(known: dict) -> dict:
+    """The recipe's techniques with underscores in their names, as everywhere in Python."""
+    found: dict = {}
+    for name, options in known.get("techniques", {}).items():
+        if (name := name.replace("-", "_")) in found:
+            raise MinitxError(
+                f"The recipe's techniques have {abbreviate(name)} twice; give it once."
+            )
+        found[name] = options
+    return found
 
 
 def _config_of(recipe: Recipe) -> Config:
@@ -251,6 +265,19 @@ def _config_of_start(recipe: Recipe) -> Config:
                     f"recipe starts from {abbreviate(recipe.start)}; leave it out."
                 )
     return starting_model(recipe, story_tokenizer()).model.config
+
+
+def _check_trainable(recipe: Recipe) -> None:
+    """Refuse techniques through which the loss cannot be differentiated, before the first step."""
+    from minitx.training.data import story_tokenizer
+    from minitx.training.layerskip import record
+    from minitx.training.start import need_gradients, starting_model  # which need ``Recipe``
+
+    lm = starting_model(recipe, story_tokenizer())
+    if any(stage.early_exit or stage.hops for stage in recipe.stages):
+        record(lm.model)  # refuses blocks that do not run one after another
+    if recipe.capacity is None:  # routers have a form of their own for the training
+        need_gradients(recipe, lm)
 
 
 def _stage(given, where: str) -> Stage:

@@ -32,7 +32,7 @@ from minitx.training.mixture_of_depths import write_routed
 from minitx.training.optimizer import ParameterLayout
 from minitx.training.recipe import DTYPES, Recipe, Stage, read_recipe
 from minitx.training.skipless_init import initial_model
-from minitx.training.start import write_with_techniques
+from minitx.training.start import has_techniques, write_with_techniques
 from minitx.training.worker import SharedArrays, layout_of
 from minitx.training.worker_pool import WorkerPool
 from minitx.tree import weights
@@ -233,7 +233,7 @@ class Run:
         model = self.layout.model(self.arrays["weights"])
         if self.recipe.capacity is not None:
             write_routed(model, self.recipe.capacity, self.out, DTYPES[self.recipe.dtype])
-        elif self.recipe.techniques:
+        elif has_techniques(self.recipe):
             write_with_techniques(self.recipe, model, tokenizer, self.out)
         else:
             write_model(model, self.out, DTYPES[self.recipe.dtype])

@@ -232,6 +232,9 @@ def test_train(run, trained, workdir):
     assert trained[2] == ("recipe.json", runs, dict(workers=2, resume=False, time_limit=60))
     run("train", ".", "--out", "there")
     assert trained[3] == (".", "there", options)
+    (workdir / "tuned.json").write_text("{}")
+    run("train", str(workdir / "tuned.json"))
+    assert trained[4][1] == os.path.join("runs", "tuned")  # each of a folder of recipes its own
 
 
 def test_train_does_not_overwrite_a_model(run, workdir):

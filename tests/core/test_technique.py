@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from tiny import tiny_folder, tiny_lm
+from tiny import tiny_folder, tiny_lm, tiny_model
 
 import minitx
 from minitx import technique as module
@@ -275,3 +275,18 @@ def test_list_and_explain(capsys):
     assert main(["explain", "fold_norms", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["exact"] is True and found["options"] == {} and found["Fidelity"]
+
+
+def test_inner_technique_is_refused_where_an_outer_one_was_made_for_what_it_found():
+    """A saved model has its techniques already: what belongs inside them comes too late."""
+    lm = tiny_lm(model=tiny_model(layers=4))
+    shared = apply(lm, {"kv_share": {"first": 0}})
+    for later in ("layer_fusion", "layer_merge", "layer_skip"):
+        with pytest.raises(MinitxError, match=f"{later} must be applied before kv_share"):
+            apply(shared, {later: True})
+        options = {"drop": "3"} if later == "layer_skip" else {"first": 2, "size": 2}
+        apply(lm, {"kv_share": {"first": 0, "size": 2}, later: options})  # both at once
+    routed = apply(lm, {"head_router": {"first": 0}})
+    with pytest.raises(MinitxError, match="quantize must be applied before head_router"):
+        apply(routed, {"quantize": True})
+    apply(routed, {"early_exit": True})  # an outer one may follow

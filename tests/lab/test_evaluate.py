@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_compare import story_lm
 
 from minitx.build import random_model
 from minitx.config import Config
@@ -15,6 +16,7 @@ from minitx.lab import evaluate as evaluation
 from minitx.lab.evaluate import Profile, encode, evaluate, evaluate_model, exit_profile
 from minitx.lm import LM
 from minitx.model import Stack
+from minitx.technique import apply
 from minitx.training.data import end_id, story_tokenizer
 from minitx.training.stories import HOPS, guess_baselines, stories
 
@@ -162,3 +164,13 @@ def test_evaluate_bar_advances_by_the_stories_of_each_batch(monkeypatch):
     read = [evaluation.Encoded([1] * (n + 1), [0] * n, 0.0) for n in (3, 3, 5, 9)]
     rows = [len(batch.ids) for batch in evaluation.shown_batches(read, None, 6, shown=True)]
     assert rows == [2, 1, 1] and steps == [4, *rows], "total, then the stories of each batch"
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [("layer_reorder", {"layers": "1,0"}), ("lazy_tokens", {"keep": 0.5}), ("early_exit", {})],
+)
+def test_profile_by_depth_refuses_blocks_that_do_not_run_one_after_another(name, options):
+    lm = apply(story_lm(), {name: options})
+    with pytest.raises(MinitxError, match=f"With {name}, blocks do not run one after another"):
+        evaluate_model(lm, 1, depths=True)

@@ -249,3 +249,10 @@ def test_compare_has_finite_figures_where_the_text_has_dropped_tokens():
     changed = apply(dense, {"vocab_prune": {"keep": 300}}, calibrate=[[5, 6]])
     found = compare(dense, changed, "", Workload(stories=1, prompts=1, rounds=1), bar=False)
     assert 1 < found.reading.divergence < BELOW + 10 and "nan" not in str(found).lower()
+
+
+def test_pruned_head_is_stored_row_major():
+    """Offline work is done on row-major matrices; another layout would round otherwise once it is
+    saved and loaded."""
+    lm = apply(tiny_lm("gpt_neox"), {"vocab_prune": {"keep": 257}})
+    assert lm.model.head.inner.w.flags.c_contiguous

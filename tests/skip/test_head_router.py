@@ -175,3 +175,16 @@ def test_price_on_stories_is_below_that_of_random_and_of_the_same_heads():
     others = [loss(**settings, **o) - loss() for o in (dict(choose="random"), dict(shared=0.75))]
     assert -0.002 < price < 0.01 and min(others) > 2 * price, (price, others)
     assert -0.002 < loss(active=0.5) - loss() < 0.005, "the default"
+
+
+def test_layers_with_different_numbers_of_heads_each_run_their_share():
+    """head_prune leaves 2 heads in the first layer, and 4 in the second."""
+    lm = LM(tiny_model("gpt_neox", dtype=np.float64, heads=4, kv_heads=4), TOKENIZER)
+    pruned = {"head_prune": {"share": 0.3, "choose": "random"}}
+    routed = apply(lm, pruned | {"head_router": {"first": 0, "active": 0.5}})
+    heads = [block.attn.heads for block in routed.model.stack.blocks]
+    assert sorted(heads) == [2, 4]
+    for block, H in zip(routed.model.stack.blocks, heads):
+        q = np.random.default_rng(0).standard_normal((6, H * 4))
+        runs = block.attn.router(q, None)
+        assert runs.shape == (6, H) and (runs.sum(-1) == H // 2).all()

@@ -191,7 +191,7 @@ def test_all_the_work_remains_and_only_depth_falls(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(layers="0,1,2"), "layers=0,1,2 must name each of the layers 0 to 5 once"),
+        (dict(layers="0,1,2"), "layers='0,1,2' must name each of the layers 0 to 5 once"),
         (dict(layers="0,1,2,3,4,4"), "must name each of the layers 0 to 5 once, separated by"),
         (dict(layers=""), "must name each of the layers"),
         (dict(layers="5,4,3,2,1,0", order="swap"), "got both layers and order; give only one"),

@@ -12,7 +12,7 @@ from minitx.errors import MinitxError
 from minitx.technique import apply
 from minitx.training.autograd import gradients
 from minitx.training.data import story_tokenizer
-from minitx.training.recipe import recipe_from
+from minitx.training.recipe import Recipe, recipe_from
 from minitx.training.start import starting_model
 from minitx.training.train import train
 from minitx.training.worker import layout_of
@@ -79,7 +79,7 @@ def test_result_does_not_depend_on_the_number_of_workers(start, tmp_path):
 
 
 def test_layout_of_a_tree_is_its_weights_and_integers_are_left_alone(start):
-    recipe = recipe_from(from_start(start, techniques={"quantize": {"bits": 8}}))
+    recipe = Recipe("q", (), start=str(start), techniques={"quantize": {"bits": 8}})
     tree, layout = starting_model(recipe, TOKENIZER).model, layout_of(recipe, TOKENIZER)
     kinds = {path: w.dtype.kind for path, w in weights(tree).items()}
     assert set(layout.slots) == {path for path, kind in kinds.items() if kind == "f"}
@@ -147,3 +147,40 @@ def test_techniques_are_applied_as_by_their_flags(start):
     recipe = recipe_from(from_start(start, techniques=SKIP))
     expected = apply(minitx.load(start), SKIP)
     assert repr(starting_model(recipe, TOKENIZER).model) == repr(expected.model)
+
+
+# What cannot be trained, or not as it is ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, options", [("quantize", {"bits": 8}), ("value_prune", {})])
+def test_technique_without_a_gradient_is_refused_before_the_first_step(start, name, options):
+    with pytest.raises(MinitxError, match=f"^Training through {name} is not possible") as caught:
+        recipe_from(from_start(start, techniques={name: options}))
+    assert "train first" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_early_exit_loss_needs_blocks_that_run_one_after_another(start):
+    """Else "after block 3" would be the output of one block of a group, and not of the model."""
+    groups = {"layer_reorder": {"order": "parallel", "first": 0, "last": 0}}
+    stage = STAGE | {"early_exit": {"scale": 1.0, "rotation": 2}}
+    with pytest.raises(MinitxError, match="With layer_reorder, blocks do not run"):
+        recipe_from(from_start(start, techniques=groups, stages=[stage]))
+
+
+def test_technique_in_two_spellings_is_refused(start):
+    twice = {"kv_share": {}, "kv-share": {"size": 2}}
+    with pytest.raises(MinitxError, match="have 'kv_share' twice"):
+        recipe_from(from_start(start, techniques=twice))
+    with pytest.raises(MinitxError, match="kv_share is given twice"):
+        apply(minitx.load(start), twice)
+    recipe = recipe_from(from_start(start, techniques={"kv-share": {"size": 2}}))
+    assert recipe.techniques == {"kv_share": {"size": 2}}
+
+
+def test_trained_model_with_techniques_can_be_trained_further(start, tmp_path):
+    short = STAGE | {"steps": 1, "every": 1}
+    run(from_start(start, techniques=SKIP, stages=[short]), tmp_path / "one")
+    run(from_start(tmp_path / "one", stages=[short]), tmp_path / "two")
+    first, second = minitx.load(tmp_path / "one"), minitx.load(tmp_path / "two")
+    assert repr(first.model) == repr(second.model)
+    assert "--layer-skip drop=1" in str(read_origin(tmp_path / "two"))
