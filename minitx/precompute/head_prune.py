@@ -62,7 +62,7 @@ def head_prune(
                (rounds, l2 norm). Heads that share keys and values are our extension.
     Kind:      approximate. Three of ten heads of ``stories`` cost next to nothing.
     Idea:      Put a gate in front of the output of each head. Where the loss hardly depends on the
-               gate, the head can go. One backward pass gives the derivatives by all gates.
+               gate, it can go. One backward pass gives the gradient with respect to all gates.
     Offline:   gate g_h = 1 multiplies the output of head h (T, d), before W_o
                importance_h = mean over texts x of |dL(x) / dg_h|,   L(x): mean loss of x
                (two other readings are in use: Notes; normalize=layer: divided by the l2 norm of
@@ -166,8 +166,8 @@ def keep_heads(attn: Attention, heads) -> Attention:
 
 
 def importance(lm, alive: list, texts) -> list[np.ndarray]:
-    """The mean over texts of |derivative of the text's loss by the gate of each head|. Gates of
-    heads that are gone are 0."""
+    """The mean over texts of |derivative of the text's loss with respect to the gate of each head|.
+    Gates of heads that are gone are 0."""
     from minitx.training.autograd import grad_of  # training imports skip
 
     total = [np.zeros(len(heads)) for heads in alive]
