@@ -222,6 +222,33 @@ def test_dropped_tokens_have_rows_in_layer_0_only_and_positions_stay():
         assert layer.row_positions.tolist() == held, "a new token was dropped, or renumbered"
 
 
+@pytest.mark.parametrize("tokens", [None, random_tokens(1)], ids=["units", "units and tokens"])
+@pytest.mark.parametrize("prompt", [1, 5, 12])
+def test_tokens_after_the_prompt_in_the_first_step_decide_nothing(prompt, tokens):
+    """speculative's first step is [prompt, drafts] where the prompt has one token."""
+    for seed in range(5):
+        lm = switched(dense_lm(), random_network(seed), tokens)
+        alone, state = lm.model.new_state(), lm.model.new_state()
+        expected = in_chunks(lm, IDS[:20], (prompt, 20 - prompt), alone)
+        state.prompt = prompt
+        check_close(lm.model(IDS[:20], state), expected, 1e-10, "logits")
+        assert (decision_of(state.shared).keep == decision_of(alone.shared).keep).all()
+        assert [x.count for x in state.layers] == [x.count for x in alone.layers], "drafts dropped"
+
+
+@pytest.mark.parametrize("tokens", [None, random_tokens(1)], ids=["units", "units and tokens"])
+def test_speculative_with_a_prompt_of_one_token_generates_the_same(tokens):
+    found = set()
+    for seed in range(4):
+        lm = switched(dense_lm(), random_network(seed), tokens)
+        drafting = replace(lm, decode=apply(dense_lm(), {"speculative": {"draft": "self"}}).decode)
+        for first in (0, 65, 200):
+            expected = lm.generate([first], 12)
+            assert drafting.generate([first], 12) == expected
+            found.add(tuple(expected))
+    assert len(found) > 8, "the example decides the same for every prompt"
+
+
 # Counts ------------------------------------------------------------------------------------------
 
 

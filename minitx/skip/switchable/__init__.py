@@ -91,7 +91,7 @@ def switchable(
                g_e = c p (1 - p)                    exact
                dynamic barrier: step against g_e + lambda g_q; lambda grows with q - tolerance
                stories has its policies in a file; for other models the training runs on loading.
-    Online:    prompt: run layer 0;  s = mean of its output over the tokens
+    Online:    prompt: run layer 0;  s = mean of its output over the prompt's tokens
                p = sigmoid(tanh(s W1 + b1) W2 + b2);  unit u runs if p_u > 0.5
                These units run for the prompt and for every new token. A layer without attention
                caches nothing. tokens=true: later layers get only the prompt tokens for which
@@ -174,15 +174,16 @@ class SwitchableStack(Part):
         h = self.inner.run(x, state, 0, 1)  # (T, D)
         decision = decision_of(state.shared)
         if decision.keep is None:
-            decision.keep = self.policy(h.mean(0))
+            decision.keep = self.policy(h[: state.prompt].mean(0))
             if self.tokens is not None:
                 return self.run_kept(h, state)
         return self.inner.run(h, state, 1, len(self.blocks))
 
     def run_kept(self, h, state: State):
         """Later layers run on the kept tokens of the prompt only, at their original positions. Of a
-        dropped one, the output is that of layer 0."""
-        kept, tokens = self.tokens(h), state.tokens
+        dropped one, the output is that of layer 0. Tokens after the prompt (drafts) are kept."""
+        prompt, tokens = h[: state.prompt], state.tokens
+        kept = np.append(self.tokens(prompt), np.arange(len(prompt), len(h)))
         ledger.event("prompt tokens dropped", len(h) - len(kept))
         y = h.copy()
         state.tokens = tokens.only(kept)
@@ -343,6 +344,9 @@ def check_model(lm) -> None:
 #   token of the text that follows. The trained token policies drop none up to tolerance 0.02, and
 #   at 0.05 an eighth of the prompt for 0.04 nats more. Their cost is taken as proportional to the
 #   number of tokens, though attention is quadratic in it.
+# - The first step decides, by its tokens before ``state.prompt`` (all, where the length of the
+#   prompt is not known): drafts of speculative are not read, and never dropped. But speculative
+#   runs the prompt without its last token first, so without that one the decision is made.
 # - Random units are drawn for each prompt until their cost would fall below the share, so they cost
 #   slightly more than the policy.
 # - stories was trained with layer dropout, so late layers can go. Other models have less to skip:
