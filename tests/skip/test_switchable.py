@@ -543,6 +543,17 @@ def test_written_policies_are_read_again(tmp_path):
     assert repr(below) == repr(minitx.load(folder)), "a smaller tolerance must keep all units"
 
 
+def without_policies(tensors):
+    for name in list(tensors):
+        if name != "order":
+            del tensors[name]
+    tensors |= {"tolerances": np.zeros(0), "shares": np.zeros(0)}
+
+
+def flip_a_bit(tensors):
+    tensors["policies.0.w1"].view(np.uint32)[3, 2] ^= 1
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -551,6 +562,19 @@ def test_written_policies_are_read_again(tmp_path):
         (lambda t: t.update({"policies.0.w1": np.zeros((64, 16))}), "w1 has the shape .64, 16.; "),
         (lambda t: t.update({"more": np.zeros(1)}), "unexpected tensor 'more'; is it another"),
         (lambda t: t["tokens.0.w"].fill(np.nan), "tokens.0.w"),
+        (
+            lambda t: t["tolerances"].fill(-0.01),
+            "numbers above 0 and at most 1000 in tol.*got -0.0",
+        ),
+        (lambda t: t["tolerances"].fill(0), "in tolerances, got 0; train policies with"),
+        (
+            lambda t: t["shares"].fill(-0.5),
+            "expected numbers 0 to 1 in shares, got -0.5; train pol",
+        ),
+        (lambda t: t["shares"].fill(1e30), "expected numbers 0 to 1 in shares, got 1e.30; train p"),
+        (lambda t: t["policies.1.w2"].fill(-3e38), "in policies.1.w2, got -3e.38; train policies"),
+        (without_policies, "expected 1 to 100 policies, got 0; train policies with python -m"),
+        (flip_a_bit, "do not match their fingerprint, .* bring the original back, or train"),
     ],
 )
 def test_file_that_does_not_fit_is_refused(tmp_path, change, words):
@@ -572,6 +596,28 @@ def test_policies_of_other_weights_are_refused(tmp_path):
         MinitxError, match="was not trained for the weights beside it; delete it, or"
     ):
         minitx.load(folder, switchable=True)
+
+
+def test_link_to_a_file_that_is_gone_is_refused(tmp_path):
+    folder = folder_with_policies(tmp_path)
+    (folder / FILE).unlink()
+    (folder / FILE).symlink_to("elsewhere.safetensors")
+    with pytest.raises(MinitxError, match=f"{FILE}: is a link to a file that does not exist; "):
+        minitx.load(folder, switchable=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"choose": "static", "share": 0.5}, {"choose": "random"}])
+def test_policies_of_layers_that_are_gone_are_refused(options):
+    """And random units with a share, which the message suggests, need none."""
+    merge = {"layer_merge": {"size": 2, "first": 3}}
+    words = (
+        r"decides about 14 units, .* \(it has 12\), since a technique has removed layers; use cho"
+    )
+    with pytest.raises(MinitxError, match=words) as caught:
+        apply(stories()[0], merge | {"switchable": options})
+    assert "another model's file" not in str(caught.value)
+    lm = apply(stories()[0], merge | {"switchable": {"choose": "random", "share": 0.5}})
+    assert len(decided(lm, IDS)) == 12
 
 
 def test_command_trains_writes_and_measures(tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ This file: the card and options, the part that runs (online), checks, notes. Rea
 (the network), train.py (how it is trained), baselines.py, file.py (the shipped policies).
 """
 
+import os
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -100,8 +101,9 @@ def switchable(
                3 D F (2 D F without a gate). The policy takes 16 D + 16 U once per prompt (D width,
                H query and K key heads of width d, F hidden neurons, S cached tokens).
     In NumPy:  1.65x the speed at 0.56x the multiply-adds (stories): whole sub-layers are skipped.
-    Not for:   skipless models; batches with a KV cache (generate decodes prompts one by one);
-               prompts in small pieces, of which the first decides.
+    Not for:   skipless models; layer_merge on stories, whose policies decide about all its layers;
+               batches with a KV cache (generate decodes prompts one by one); prompts in small
+               pieces, of which the first decides.
     Proof:     tests/skip/test_switchable.py; literal version: tests/skip/literal_switchable.py
     Tutorial:  tutorials/12_which_layers_matter.py
     """
@@ -125,7 +127,7 @@ def switchable(
     from minitx.skip.switchable import train  # which runs models with a stack of this file
 
     training = train.Quick(stories, steps, tokens, seed)
-    shipped = shipped_policies(lm)
+    shipped = None if choose == "random" and share is not None else shipped_policies(lm)
     found = None
     if share is None:
         found = shipped.within(tolerance) if shipped else train.quick(lm, tolerance, training)
@@ -275,7 +277,7 @@ def unit_costs(lm) -> np.ndarray:
 
 def shipped_policies(lm):
     """The policies beside the weights, or None if there are none."""
-    if lm.folder is None or not (lm.folder / FILE).exists():
+    if lm.folder is None or not os.path.lexists(lm.folder / FILE):  # a link to nothing is refused
         return None
     return read_policies(lm.folder, lm.model.config.width, len(units_of(lm)), float_type(lm.model))
 
