@@ -158,8 +158,10 @@ def fingerprint(*paths) -> str:
 
 
 def weights_fingerprint(folder) -> str:
-    """The fingerprint of the weights in the folder: one file, or its shards."""
-    return fingerprint(*sorted(Path(folder).glob("model*.safetensors")))
+    """The fingerprint of the weights in the folder: one file, or its shards, or what minitx
+    precompute wrote."""
+    names = "model*.safetensors", "precomputed.safetensors"
+    return fingerprint(*(path for name in names for path in sorted(Path(folder).glob(name))))
 
 
 def arrays_fingerprint(tensors: dict[str, np.ndarray]) -> str:

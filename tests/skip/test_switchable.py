@@ -239,14 +239,14 @@ def test_tokens_after_the_prompt_in_the_first_step_decide_nothing(prompt, tokens
 @pytest.mark.parametrize("tokens", [None, random_tokens(1)], ids=["units", "units and tokens"])
 def test_speculative_with_a_prompt_of_one_token_generates_the_same(tokens):
     found = set()
-    for seed in range(4):
+    for seed in range(3):
         lm = switched(dense_lm(), random_network(seed), tokens)
         drafting = replace(lm, decode=apply(dense_lm(), {"speculative": {"draft": "self"}}).decode)
         for first in (0, 65, 200):
-            expected = lm.generate([first], 12)
-            assert drafting.generate([first], 12) == expected
+            expected = lm.generate([first], 8)
+            assert drafting.generate([first], 8) == expected
             found.add(tuple(expected))
-    assert len(found) > 8, "the example decides the same for every prompt"
+    assert len(found) > 6, "the example decides the same for every prompt"
 
 
 # Counts ------------------------------------------------------------------------------------------
@@ -634,6 +634,41 @@ def test_command_trains_writes_and_measures(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         train.main([str(folder), "--measure"])
     assert f"has no {FILE} to measure" in capsys.readouterr().err
+
+
+def never(*_):
+    raise AssertionError("training has begun")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("stories --stories 0", "--stories must be an integer, at least 1; got 0."),
+        ("stories --stories -1", "--stories must be an integer, at least 1; got -1."),
+        ("stories --steps 0", "--steps must be an integer, at least 1; got 0."),
+        ("stories --steps -3", "--steps must be an integer, at least 1; got -3."),
+        ("stories --seed -1", "--seed must be an integer, at least 0; got -1."),
+        ("stories --out nowhere/x", "there is no folder nowhere; create it first."),
+        ("stories --out .", "is a folder; give the name of a file."),
+        ("stories-skipless --out x", "switchable needs residual connections and this model is"),
+        ("kv_share", "switchable changes which layers run, or their order, but with kv_share"),
+        ("layer_reorder", "switchable needs a part of type Stack where layer_reorder has put"),
+        ("one_layer", "about the layers after the first, and one_layer has only one; give a"),
+    ],
+)
+def test_command_refuses_before_it_trains(tmp_path, capsys, monkeypatch, words, message):
+    changes = {"kv_share": {"kv_share": {"first": 0}}, "layer_reorder": {"layer_reorder": True}}
+    changes["one_layer"] = {"layer_merge": {"size": 8}}
+    if words in changes:
+        lm = replace(apply(stories()[0], changes[words]), folder=tmp_path)
+        monkeypatch.setattr(train, "load", lambda _: lm)
+    monkeypatch.setattr(train, "mixed_stories", never)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train.main(words.split())
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir()), "left a file"
 
 
 # Refusals ----------------------------------------------------------------------------------------
