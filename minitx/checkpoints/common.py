@@ -137,6 +137,11 @@ def read_npz(path, limit: int) -> dict[str, np.ndarray]:
 
 def unreadable(path, error: OSError) -> MinitxError:
     """The error for a file that the operating system cannot read."""
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return MinitxError(
+            f"{path}: is a link to a file that does not exist; bring that file back, or delete the "
+            "link."
+        )
     if isinstance(error, FileNotFoundError):
         return MinitxError(f"{path}: there is no such file.")
     return MinitxError(f"{path}: cannot be read ({error.strerror or error}).")
@@ -153,8 +158,20 @@ def fingerprint(*paths) -> str:
 
 
 def weights_fingerprint(folder) -> str:
-    """The fingerprint of the weights in the folder: one file, or its shards."""
-    return fingerprint(*sorted(Path(folder).glob("model*.safetensors")))
+    """The fingerprint of the weights in the folder: one file, or its shards, or what minitx
+    precompute wrote."""
+    names = "model*.safetensors", "precomputed.safetensors"
+    return fingerprint(*(path for name in names for path in sorted(Path(folder).glob(name))))
+
+
+def arrays_fingerprint(tensors: dict[str, np.ndarray]) -> str:
+    """The SHA-256 of arrays by name, as a file holds them in float32."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        values = np.ascontiguousarray(tensors[name], "<f4")
+        found.update(f"{name} {values.shape} ".encode())
+        found.update(values.tobytes())
+    return found.hexdigest()
 
 
 # Writing ------------------------------------------------------------------------------------------

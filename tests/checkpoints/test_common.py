@@ -22,6 +22,7 @@ from minitx.checkpoints.common import (
     read,
     read_json,
     read_npz,
+    weights_fingerprint,
 )
 from minitx.checkpoints.llama2c import read_llama2c
 from minitx.checkpoints.safetensors import read_header, read_tensor
@@ -207,3 +208,13 @@ def test_open_file_reports_errors_of_the_system_in_one_sentence(tmp_path):
     with pytest.raises(MinitxError, match="x: cannot be read .Input/output error"):
         with open_file(tmp_path / "x"):
             raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "precomputed.safetensors"])
+def test_fingerprint_of_a_folder_depends_on_its_weights(tmp_path, name):
+    (tmp_path / "switchable.safetensors").write_bytes(b"not the model's")
+    found = {weights_fingerprint(tmp_path)}
+    for content in (b"1", b"2"):
+        (tmp_path / name).write_bytes(content)
+        found.add(weights_fingerprint(tmp_path))
+    assert len(found) == 3

@@ -222,6 +222,33 @@ def test_dropped_tokens_have_rows_in_layer_0_only_and_positions_stay():
         assert layer.row_positions.tolist() == held, "a new token was dropped, or renumbered"
 
 
+@pytest.mark.parametrize("tokens", [None, random_tokens(1)], ids=["units", "units and tokens"])
+@pytest.mark.parametrize("prompt", [1, 5, 12])
+def test_tokens_after_the_prompt_in_the_first_step_decide_nothing(prompt, tokens):
+    """speculative's first step is [prompt, drafts] where the prompt has one token."""
+    for seed in range(5):
+        lm = switched(dense_lm(), random_network(seed), tokens)
+        alone, state = lm.model.new_state(), lm.model.new_state()
+        expected = in_chunks(lm, IDS[:20], (prompt, 20 - prompt), alone)
+        state.prompt = prompt
+        check_close(lm.model(IDS[:20], state), expected, 1e-10, "logits")
+        assert (decision_of(state.shared).keep == decision_of(alone.shared).keep).all()
+        assert [x.count for x in state.layers] == [x.count for x in alone.layers], "drafts dropped"
+
+
+@pytest.mark.parametrize("tokens", [None, random_tokens(1)], ids=["units", "units and tokens"])
+def test_speculative_with_a_prompt_of_one_token_generates_the_same(tokens):
+    found = set()
+    for seed in range(3):
+        lm = switched(dense_lm(), random_network(seed), tokens)
+        drafting = replace(lm, decode=apply(dense_lm(), {"speculative": {"draft": "self"}}).decode)
+        for first in (0, 65, 200):
+            expected = lm.generate([first], 8)
+            assert drafting.generate([first], 8) == expected
+            found.add(tuple(expected))
+    assert len(found) > 6, "the example decides the same for every prompt"
+
+
 # Counts ------------------------------------------------------------------------------------------
 
 
@@ -516,6 +543,17 @@ def test_written_policies_are_read_again(tmp_path):
     assert repr(below) == repr(minitx.load(folder)), "a smaller tolerance must keep all units"
 
 
+def without_policies(tensors):
+    for name in list(tensors):
+        if name != "order":
+            del tensors[name]
+    tensors |= {"tolerances": np.zeros(0), "shares": np.zeros(0)}
+
+
+def flip_a_bit(tensors):
+    tensors["policies.0.w1"].view(np.uint32)[3, 2] ^= 1
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -524,6 +562,19 @@ def test_written_policies_are_read_again(tmp_path):
         (lambda t: t.update({"policies.0.w1": np.zeros((64, 16))}), "w1 has the shape .64, 16.; "),
         (lambda t: t.update({"more": np.zeros(1)}), "unexpected tensor 'more'; is it another"),
         (lambda t: t["tokens.0.w"].fill(np.nan), "tokens.0.w"),
+        (
+            lambda t: t["tolerances"].fill(-0.01),
+            "numbers above 0 and at most 1000 in tol.*got -0.0",
+        ),
+        (lambda t: t["tolerances"].fill(0), "in tolerances, got 0; train policies with"),
+        (
+            lambda t: t["shares"].fill(-0.5),
+            "expected numbers 0 to 1 in shares, got -0.5; train pol",
+        ),
+        (lambda t: t["shares"].fill(1e30), "expected numbers 0 to 1 in shares, got 1e.30; train p"),
+        (lambda t: t["policies.1.w2"].fill(-3e38), "in policies.1.w2, got -3e.38; train policies"),
+        (without_policies, "expected 1 to 100 policies, got 0; train policies with python -m"),
+        (flip_a_bit, "do not match their fingerprint, .* bring the original back, or train"),
     ],
 )
 def test_file_that_does_not_fit_is_refused(tmp_path, change, words):
@@ -547,6 +598,28 @@ def test_policies_of_other_weights_are_refused(tmp_path):
         minitx.load(folder, switchable=True)
 
 
+def test_link_to_a_file_that_is_gone_is_refused(tmp_path):
+    folder = folder_with_policies(tmp_path)
+    (folder / FILE).unlink()
+    (folder / FILE).symlink_to("elsewhere.safetensors")
+    with pytest.raises(MinitxError, match=f"{FILE}: is a link to a file that does not exist; "):
+        minitx.load(folder, switchable=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"choose": "static", "share": 0.5}, {"choose": "random"}])
+def test_policies_of_layers_that_are_gone_are_refused(options):
+    """And random units with a share, which the message suggests, need none."""
+    merge = {"layer_merge": {"size": 2, "first": 3}}
+    words = (
+        r"decides about 14 units, .* \(it has 12\), since a technique has removed layers; use cho"
+    )
+    with pytest.raises(MinitxError, match=words) as caught:
+        apply(stories()[0], merge | {"switchable": options})
+    assert "another model's file" not in str(caught.value)
+    lm = apply(stories()[0], merge | {"switchable": {"choose": "random", "share": 0.5}})
+    assert len(decided(lm, IDS)) == 12
+
+
 def test_command_trains_writes_and_measures(tmp_path, capsys, monkeypatch):
     folder, out = folder_with_policies(tmp_path), tmp_path / "trained.safetensors"
     monkeypatch.setattr(train, "TOLERANCES", (0.02,))
@@ -561,6 +634,41 @@ def test_command_trains_writes_and_measures(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         train.main([str(folder), "--measure"])
     assert f"has no {FILE} to measure" in capsys.readouterr().err
+
+
+def never(*_):
+    raise AssertionError("training has begun")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("stories --stories 0", "--stories must be an integer, at least 1; got 0."),
+        ("stories --stories -1", "--stories must be an integer, at least 1; got -1."),
+        ("stories --steps 0", "--steps must be an integer, at least 1; got 0."),
+        ("stories --steps -3", "--steps must be an integer, at least 1; got -3."),
+        ("stories --seed -1", "--seed must be an integer, at least 0; got -1."),
+        ("stories --out nowhere/x", "there is no folder nowhere; create it first."),
+        ("stories --out .", "is a folder; give the name of a file."),
+        ("stories-skipless --out x", "switchable needs residual connections and this model is"),
+        ("kv_share", "switchable changes which layers run, or their order, but with kv_share"),
+        ("layer_reorder", "switchable needs a part of type Stack where layer_reorder has put"),
+        ("one_layer", "about the layers after the first, and one_layer has only one; give a"),
+    ],
+)
+def test_command_refuses_before_it_trains(tmp_path, capsys, monkeypatch, words, message):
+    changes = {"kv_share": {"kv_share": {"first": 0}}, "layer_reorder": {"layer_reorder": True}}
+    changes["one_layer"] = {"layer_merge": {"size": 8}}
+    if words in changes:
+        lm = replace(apply(stories()[0], changes[words]), folder=tmp_path)
+        monkeypatch.setattr(train, "load", lambda _: lm)
+    monkeypatch.setattr(train, "mixed_stories", never)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train.main(words.split())
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir()), "left a file"
 
 
 # Refusals ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ This file: the card and options, the part that runs (online), checks, notes. Rea
 (the network), train.py (how it is trained), baselines.py, file.py (the shipped policies).
 """
 
+import os
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -91,7 +92,7 @@ def switchable(
                g_e = c p (1 - p)                    exact
                dynamic barrier: step against g_e + lambda g_q; lambda grows with q - tolerance
                stories has its policies in a file; for other models the training runs on loading.
-    Online:    prompt: run layer 0;  s = mean of its output over the tokens
+    Online:    prompt: run layer 0;  s = mean of its output over the prompt's tokens
                p = sigmoid(tanh(s W1 + b1) W2 + b2);  unit u runs if p_u > 0.5
                These units run for the prompt and for every new token. A layer without attention
                caches nothing. tokens=true: later layers get only the prompt tokens for which
@@ -100,8 +101,9 @@ def switchable(
                3 D F (2 D F without a gate). The policy takes 16 D + 16 U once per prompt (D width,
                H query and K key heads of width d, F hidden neurons, S cached tokens).
     In NumPy:  1.65x the speed at 0.56x the multiply-adds (stories): whole sub-layers are skipped.
-    Not for:   skipless models; batches with a KV cache (generate decodes prompts one by one);
-               prompts in small pieces, of which the first decides.
+    Not for:   skipless models; layer_merge on stories, whose policies decide about all its layers;
+               batches with a KV cache (generate decodes prompts one by one); prompts in small
+               pieces, of which the first decides.
     Proof:     tests/skip/test_switchable.py; literal version: tests/skip/literal_switchable.py
     Tutorial:  tutorials/12_which_layers_matter.py
     """
@@ -125,7 +127,7 @@ def switchable(
     from minitx.skip.switchable import train  # which runs models with a stack of this file
 
     training = train.Quick(stories, steps, tokens, seed)
-    shipped = shipped_policies(lm)
+    shipped = None if choose == "random" and share is not None else shipped_policies(lm)
     found = None
     if share is None:
         found = shipped.within(tolerance) if shipped else train.quick(lm, tolerance, training)
@@ -174,15 +176,16 @@ class SwitchableStack(Part):
         h = self.inner.run(x, state, 0, 1)  # (T, D)
         decision = decision_of(state.shared)
         if decision.keep is None:
-            decision.keep = self.policy(h.mean(0))
+            decision.keep = self.policy(h[: state.prompt].mean(0))
             if self.tokens is not None:
                 return self.run_kept(h, state)
         return self.inner.run(h, state, 1, len(self.blocks))
 
     def run_kept(self, h, state: State):
         """Later layers run on the kept tokens of the prompt only, at their original positions. Of a
-        dropped one, the output is that of layer 0."""
-        kept, tokens = self.tokens(h), state.tokens
+        dropped one, the output is that of layer 0. Tokens after the prompt (drafts) are kept."""
+        prompt, tokens = h[: state.prompt], state.tokens
+        kept = np.append(self.tokens(prompt), np.arange(len(prompt), len(h)))
         ledger.event("prompt tokens dropped", len(h) - len(kept))
         y = h.copy()
         state.tokens = tokens.only(kept)
@@ -274,7 +277,7 @@ def unit_costs(lm) -> np.ndarray:
 
 def shipped_policies(lm):
     """The policies beside the weights, or None if there are none."""
-    if lm.folder is None or not (lm.folder / FILE).exists():
+    if lm.folder is None or not os.path.lexists(lm.folder / FILE):  # a link to nothing is refused
         return None
     return read_policies(lm.folder, lm.model.config.width, len(units_of(lm)), float_type(lm.model))
 
@@ -343,6 +346,9 @@ def check_model(lm) -> None:
 #   token of the text that follows. The trained token policies drop none up to tolerance 0.02, and
 #   at 0.05 an eighth of the prompt for 0.04 nats more. Their cost is taken as proportional to the
 #   number of tokens, though attention is quadratic in it.
+# - The first step decides, by its tokens before ``state.prompt`` (all, where the length of the
+#   prompt is not known): drafts of speculative are not read, and never dropped. But speculative
+#   runs the prompt without its last token first, so without that one the decision is made.
 # - Random units are drawn for each prompt until their cost would fall below the share, so they cost
 #   slightly more than the policy.
 # - stories was trained with layer dropout, so late layers can go. Other models have less to skip:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.calibration import calibration_ids, remembered
+from minitx.checkpoints.common import need_writable_file
 from minitx.errors import MinitxError
 from minitx.lm import load
 from minitx.progress import bar, say
@@ -26,7 +27,9 @@ from minitx.skip.switchable import decision_of, shipped_policies, switched, unit
 from minitx.skip.switchable.baselines import FixedPlan, RandomPlans
 from minitx.skip.switchable.file import FILE, Policies, Trained, write_policies
 from minitx.skip.switchable.policy import HIDDEN, PolicyNetwork, TokenPolicy
+from minitx.technique import apply, blocks_of
 from minitx.tree import float_type
+from minitx.values import need_count, need_seed
 
 PROMPT = 32  # tokens that the policy reads, as in minitx compare (lab/reading.py)
 START = 3.0  # |b2| before training: p is 0.95 for units that are kept at first, 0.05 for others
@@ -446,19 +449,28 @@ def main(words=None) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    lm = load(given.model)
+    stories, steps = need_count(given.stories, "--stories"), need_count(given.steps, "--steps")
+    seed, lm = need_seed(given.seed, "--seed"), load(given.model)
     if lm.folder is None or lm.tokenizer is None:
         raise MinitxError(
             f"Policies are trained on stories for the weights of a folder with a tokenizer, and "
             f"{given.model} is none; use the options stories and steps of switchable."
         )
+    if len(blocks_of(lm)) < 2:
+        raise MinitxError(
+            f"switchable decides about the layers after the first, and {given.model} has only one; "
+            "give a model with more layers."
+        )
+    apply(lm, {"switchable": {"choose": "random", "share": 0.5}})  # refuses what it does not fit
     policies = shipped_policies(lm) if given.measure else None
     if given.measure and policies is None:
         raise MinitxError(f"{lm.folder} has no {FILE} to measure; train one, without --measure.")
     if not given.measure:
-        texts = mixed_stories(lm, given.stories, "calibration", given.seed)
-        for policies in train(lm, texts, TOLERANCES, Pace(given.steps), given.seed):
-            write_policies(policies, lm.folder, given.out)
+        out = lm.folder / FILE if given.out is None else given.out
+        need_writable_file(out)
+        texts = mixed_stories(lm, stories, "calibration", seed)
+        for policies in train(lm, texts, TOLERANCES, Pace(steps), seed):
+            write_policies(policies, lm.folder, out)
     if policies is not None:
         print(measure(lm, policies, mixed_stories(lm, 10, "evaluation", 1)))
 
