@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from minitx.build import build, random_model
-from minitx.checkpoints.common import atomic_write, fingerprint, parse_json, read_npz
+from minitx.checkpoints.common import atomic_write, parse_json, read_npz, weights_fingerprint
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Transformer
@@ -156,7 +156,7 @@ def seeded_about(config: Config, seed: int) -> dict:
 
 def files_about(folder: Path) -> dict:
     """What a reference records about a model folder: the hash of its weights."""
-    return {"weights": fingerprint(*sorted(folder.glob("*.safetensors")))}
+    return {"weights": weights_fingerprint(folder)}
 
 
 def _hash(blocks) -> str:
