@@ -154,6 +154,7 @@ class SwitchableStack(Part):
     decides = "sequence"  # the first step, the prompt, decides for all
     has_history = True  # the decision
     one_sequence = True  # other units run for each sequence
+    needs_inner_first = True  # a decision for each unit that there is
 
     inner: Part  # the dense stack, whose sub-layers are ``Switched``
     policy: Part  # s (D,) -> (U,) booleans
