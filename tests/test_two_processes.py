@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from two_processes import CLAIMS
+from two_processes import CLAIMS, PIECE, pieces_of
 
 CAN_BE_TWO = (os.cpu_count() or 1) >= 2
 two = pytest.mark.skipif(not CAN_BE_TWO, reason="needs two processors")
@@ -222,3 +223,14 @@ def test_chosen_tests_run_in_one_process(tmp_path, words, expected):
     status, output = run(tmp_path, words, processes=1)
     assert (status, summary(output)) == (0, expected)
     assert len({process for *_, process in ran(tmp_path)}) == 1 and "two processes" not in output
+
+
+def test_long_file_is_divided_and_every_test_is_in_one_piece():
+    items = [SimpleNamespace(path="long", name=i) for i in range(2 * PIECE + 1)]
+    items.insert(5, SimpleNamespace(path="short", name=0))
+    pieces = pieces_of(items)
+    assert {piece: len(found) for piece, found in pieces.items()} == {
+        ("long", 0): PIECE, ("short", 0): 1, ("long", 1): PIECE, ("long", 2): 1,
+    }  # fmt: skip
+    long = [item.name for (path, _), found in pieces.items() if path == "long" for item in found]
+    assert long == list(range(2 * PIECE + 1))

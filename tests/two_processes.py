@@ -1,10 +1,10 @@
 """Run the whole suite in two processes, reported as one: one process takes test files from the
 front, the other from the back, until they meet.
 
-A process claims a file by creating a directory of its name, so no file runs twice. The second
-process writes what happens in it to a file, line by line. The first reads those lines and reports
-them as its own: every test appears once, in one list and one summary, and a failure anywhere is a
-failure of the suite. So is a test that neither process has finished.
+A process claims a file (a very long one in pieces) by creating a directory of its name, so no file
+runs twice. The second process writes what happens in it to a file, line by line. The first reads
+those lines and reports them as its own: every test appears once, in one list and one summary, and a
+failure anywhere is a failure of the suite. So is a test that neither process has finished.
 
 Shared is a run of everything, with any options that do not choose tests (-v, -x, --durations ...).
 A run of chosen files or tests, or in a debugger, is a usual run in one process; so is ``pytest
@@ -43,6 +43,19 @@ def share(config):
     return First(config)
 
 
+PIECE = 800  # tests: a longer file (the contract) is claimed in pieces, so that both end together
+
+
+def pieces_of(items) -> dict[tuple[Path, int], list]:
+    """The tests by file and number of the piece, in order."""
+    seen: dict[Path, int] = {}
+    found: dict[tuple[Path, int], list] = {}
+    for item in items:
+        count = seen[item.path] = seen.get(item.path, -1) + 1
+        found.setdefault((item.path, count // PIECE), []).append(item)
+    return found
+
+
 class Process:
     """Runs the tests of the files that this process claims."""
 
@@ -54,18 +67,17 @@ class Process:
         """Runs the tests instead of pytest's own loop, which runs if this returns None."""
         if session.testsfailed and not self.config.option.continue_on_collection_errors:
             return None  # it says what could not be collected
-        files: dict[Path, list] = {}
-        for item in session.items:
-            files.setdefault(item.path, []).append(item)
-        for path in self.in_order(list(files)):
-            if self.claim(path):
-                self.run(session, files[path])
+        pieces = pieces_of(session.items)
+        for piece in self.in_order(list(pieces)):
+            if self.claim(*piece):
+                self.run(session, pieces[piece])
         self.finish(session)
         return True
 
-    def claim(self, path: Path) -> bool:
+    def claim(self, path: Path, number: int) -> bool:
+        name = os.path.relpath(path, self.config.rootpath).replace(os.sep, "+")
         try:
-            (self.folder / os.path.relpath(path, self.config.rootpath).replace(os.sep, "+")).mkdir()
+            (self.folder / f"{name}+{number}").mkdir()
         except FileExistsError:
             return False
         return True

@@ -30,7 +30,7 @@ class Text:
     """What is read for the loss; the beginnings of the first two stories, or of the first chain,
     are continued for the counts."""
 
-    stories: int = 20
+    stories: int = 12
     chains: int = 0  # chains of stories instead, each as long as the context
     again: bool = False  # continue each beginning twice, for what is kept between prompts
 
