@@ -1,4 +1,4 @@
-"""Skip norms: a constant, measured on calibration text, takes the place of 1 / rms(x).
+"""Skip norms: a constant, measured on calibration text, replaces 1 / rms(x).
 
 The card and options, the one part that runs (online), measuring, ranking and folding (offline),
 notes.
@@ -75,7 +75,7 @@ def norm_skip(
                a constant does as well, and a constant is part of the next matrix.
     Offline:   repeat count times:
                  c_i  = 1 / mean rms(x) over the calibration tokens, for each norm i that is left
-                 skip the norm without which, with c_i in its place, the loss is lowest
+                 skip the norm i for which the loss with c_i is lowest
                W* = diag(c g) W,  c* = c + b W     for each matrix W that reads a norm with gain g
                LayerNorm, with bias b: rms(x - mean(x)) instead of rms(x). Subtracting the mean is
                linear, so it is folded too, exactly: subtract from each column of W* its mean.
@@ -216,7 +216,7 @@ class Watched(Part):
 
 
 def lowest(losses) -> int:
-    """The index of the lowest loss, the first of equals. NaN, where a model overflows, ranks
+    """The index of the lowest loss; ties go to the earlier one. NaN, where a model overflows, ranks
     last."""
     return int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
 

@@ -54,7 +54,7 @@ def vocab_prune(
                and in the logits.
     Kind:      approximate: logits of kept tokens are exact (after a prompt of kept tokens), dropped
                tokens are never generated (but by sampling at temperatures far above 1).
-    Idea:      A tokenizer for all texts has tokens that the texts at hand do not need. Each costs a
+    Idea:      A general tokenizer has many tokens that one kind of text never uses. Each costs a
                row of the embedding, a column of the head, and D multiply-adds per logit.
     Offline:   count the tokens of calibration text. Keep the most frequent ones, and always single
                bytes and special tokens, so that any text can still be encoded.
@@ -172,8 +172,7 @@ def kept_tokens(lm, keep: int | None, texts, choose: str, seed: int) -> np.ndarr
     wanted = int((always | (count > 0)).sum()) if keep is None else keep
     if choose == "random":
         count = np.random.default_rng(seed).permutation(V)
-    # The needed ones, then by frequency; of equally frequent ones the lower id, which BPE learned
-    # earlier.
+    # The needed ones, then by frequency; ties go to the lower id, which BPE learned earlier.
     order = np.lexsort((-count, ~always))
     kept = np.zeros(V, bool)
     kept[order[: max(wanted, int(always.sum()))]] = True

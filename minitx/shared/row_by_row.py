@@ -6,10 +6,12 @@ where a part says ``one_sequence``; a batch without a KV cache (``lm.logits`` of
 training step) comes here.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from minitx.errors import MinitxError
-from minitx.state import State
+from minitx.state import Layer, State
 from minitx.tree import Part
 
 
@@ -19,19 +21,29 @@ def row_by_row(stack: Part, x, state: State, because: str):
 
     because: how the message begins for a batch that has a KV cache, which cannot be divided:
     "NAME keeps different tokens for each sequence"."""
-    if state.layers[0].remember:
+
+    def run(row, start: int):
+        alone = State(len(state.layers), state.capacity, remember=False)
+        alone.prompt = None if state.prompt is None else state.prompt - start
+        alone.take(len(row))
+        return stack(row, alone)
+
+    return each_row(run, x, state.layers[0], because)
+
+
+def each_row(run: Callable, x, layer: Layer, because: str):
+    """``run(row, start)`` for each row of the batch x (..., T, D) without its ``start`` tokens of
+    padding, put together again. layer: any of the batch's."""
+    if layer.remember:
         raise MinitxError(
             f"{because} and got a batch of shape {x.shape[:-1]} with a KV cache; give one "
             "sequence, or use lm.generate, which decodes the prompts of a batch one by one."
         )
     *lead, T, width = x.shape
     rows = x.reshape(-1, T, width)
-    starts = np.zeros(len(rows), int) if state.start is None else state.start
+    starts = [0] * len(rows) if layer.start is None else layer.start.tolist()
     found = []
     for row, start in zip(rows, starts, strict=True):
-        alone = State(len(state.layers), state.capacity, remember=False)
-        alone.prompt = None if state.prompt is None else state.prompt - int(start)
-        alone.take(T - start)
-        y = stack(row[start:], alone)
+        y = run(row[start:], start)
         found.append(np.pad(y, ((start, 0), (0, 0))))  # (T, D'): padding gives zeros
     return np.reshape(found, (*lead, T, -1))

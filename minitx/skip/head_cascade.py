@@ -120,7 +120,6 @@ class CascadeAttention(Part):
 
     # Declared for techniques that are combined with this one (tree.Part):
     needs_inner_first = True
-
     decides = "step"  # all tokens of a step together select the heads
     has_history = True  # the accumulated outputs
 

@@ -73,7 +73,7 @@ def head_router(
                (The paper divides the scores by their standard deviation and takes the softmax
                before the top-k; neither changes which are highest.)
     Saves:     2 S d + d D multiply-adds per token and head that does not run, less d for each score
-               (S: cached tokens, d: head width). W_q is needed for the scores, so it runs in full.
+               (S: cached tokens, d: head width). The scores need all of q, so all of W_q runs.
     In NumPy:  slower: generation 0.6x to 0.7x of dense on stories. Dense attention is one product
                for all heads; here those that run take several small ones, besides the router.
     Not for:   techniques that replace the attention of all heads (elsa, heavy_hitters, ...) or W_o
@@ -194,9 +194,7 @@ def mask_of_sequence(mask, b: tuple):
 
 
 def mask_of_tokens(mask, tokens, T: int, S: int):
-    """The mask of some of the T tokens; None for the causal mask of the newest."""
-    if tokens is None:
-        return mask
+    """The mask of some of the T newest of S tokens. mask: that of all, None for the causal one."""
     if mask is None:
         return np.arange(S) > (S - T + tokens)[:, None]
     return mask[..., tokens, :]

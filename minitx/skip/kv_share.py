@@ -15,6 +15,7 @@ from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import QKV, Attention, merge_heads, split_heads
 from minitx.shared.least_loss import least_loss
+from minitx.shared.neighbours import check_first
 from minitx.state import Layer
 from minitx.technique import SEEDS, NoSuchPart, at_least, blocks_of, technique, wrap
 from minitx.tree import Part, part
@@ -86,7 +87,7 @@ def kv_share(
         return shared(lm, attns, start, size, group)
 
     if first is not None:
-        check_first(first, size, L)
+        check_first("kv_share", first, size, L)
     starts = range(L - size + 1) if first is None else [first]
     misfits = {start: misfit(attns, start, size, group) for start in starts}
     starts = [start for start, why in misfits.items() if why is None]
@@ -207,14 +208,6 @@ def attention_of(lm) -> dict[int, Part]:
 
 
 # Checks ------------------------------------------------------------------------------------------
-
-
-def check_first(first: int, size: int, L: int) -> None:
-    if first + size > L:
-        raise MinitxError(
-            f"kv_share: first is {first}; expected at most {L - size}, since {size} of the {L} "
-            "layers begin there; use a lower first, or a smaller size."
-        )
 
 
 def misfit(attns: dict[int, Part], start: int, size: int, group: int) -> MinitxError | None:

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx.calibration import calibration_ids
-from minitx.errors import MinitxError
 from minitx.model import Stack
 from minitx.shared.combine import combined
 from minitx.shared.least_loss import least_loss
+from minitx.shared.neighbours import check_first
 from minitx.technique import SEEDS, at_least, blocks_of, swap, technique
 from minitx.tree import Part
 
@@ -97,7 +97,7 @@ def layer_fusion(
 
     starts = range(len(blocks) - size + 1)
     if first is not None:
-        check_first(first, size, len(blocks))
+        check_first("layer_fusion", first, size, len(blocks))
         return fuse(first)
     if choose == "random":
         return fuse(int(np.random.default_rng(seed).integers(len(starts))))
@@ -136,17 +136,6 @@ def shared_weights(blocks: Sequence[Part], weights: str) -> Part:
 
 def with_blocks(lm, blocks: Sequence[Part]):
     return swap(lm, Stack, lambda stack: replace(stack, blocks=tuple(blocks)))
-
-
-# Checks ------------------------------------------------------------------------------------------
-
-
-def check_first(first: int, size: int, L: int) -> None:
-    if first + size > L:
-        raise MinitxError(
-            f"layer_fusion: first is {first}; expected at most {L - size}, since {size} of the "
-            f"{L} layers begin there; use a lower first, or a smaller size."
-        )
 
 
 # Notes:

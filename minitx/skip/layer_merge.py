@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx.calibration import calibration_ids
-from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
 from minitx.progress import bar
 from minitx.shared.combine import combined
+from minitx.shared.neighbours import check_first
 from minitx.technique import SEEDS, at_least, blocks_of, swap, technique
 from minitx.tree import Part
 
@@ -80,7 +80,7 @@ def layer_merge(
 
     starts = range(len(blocks) - size + 1)
     if first is not None:
-        check_first(first, size, len(blocks))
+        check_first("layer_merge", first, size, len(blocks))
         return merge(first)
     if choose == "random":
         return merge(int(np.random.default_rng(seed).integers(len(starts))))
@@ -95,7 +95,7 @@ def layer_merge(
 
 
 def merged_block(blocks: Sequence[Part]) -> Part:
-    """W_l + sum over k (W_l+k - W_l) = (1 - m) W_l + W_l+1 + ... + W_l+m."""
+    """W[l] + sum over k of (W[l+k] - W[l]) = (1 - m) W[l] + W[l+1] + ... + W[l+m]."""
     m = len(blocks) - 1
     return combined("layer_merge", blocks, [1 - m, *[1] * m])
 
@@ -118,22 +118,11 @@ def similarity(lm, merged, texts) -> float:
     return float(np.concatenate(cosines).mean())
 
 
-# Checks ------------------------------------------------------------------------------------------
-
-
-def check_first(first: int, size: int, L: int) -> None:
-    if first + size > L:
-        raise MinitxError(
-            f"layer_merge: first is {first}; expected at most {L - size}, since {size} of the "
-            f"{L} layers begin there; use a lower first, or a smaller size."
-        )
-
-
 # Notes:
 #
-# - What comes of the sum: of m + 1 layers, W = W_l+1 + ... + W_l+m - (m - 1) W_l. Unless the layers
-#   are nearly the same, these are weights that no layer has ever had; and what two layers add to
-#   the residual stream, one after another, is no sum of weights.
+# - What comes of the sum: of m + 1 layers, W = W[l+1] + ... + W[l+m] - (m - 1) W[l]. Unless the
+#   layers are nearly the same, these are weights that no layer has ever had; and what two layers
+#   add to the residual stream, one after another, is no sum of weights.
 # - The configuration of the merged model has fewer layers, so files written for the old ones no
 #   longer fit: dota refuses the detectors that were trained with stories (fit=post-hoc fits new
 #   ones).

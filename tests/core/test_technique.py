@@ -289,4 +289,4 @@ def test_inner_technique_is_refused_where_an_outer_one_was_made_for_what_it_foun
     routed = apply(lm, {"head_router": {"first": 0}})
     with pytest.raises(MinitxError, match="quantize must be applied before head_router"):
         apply(routed, {"quantize": True})
-    apply(routed, {"early_exit": True})  # an outer one may follow
+    apply(routed, {"early_exit": True})  # a technique of an outer level still fits

@@ -68,7 +68,7 @@ def test_dropped_token_by_hand_reads_the_row_with_the_largest_cosine():
 
 
 def test_frequent_tokens_by_hand_stay():
-    # counts: 7 three times, 9 twice, 3 and 5 once, of equals the lower; END is always kept.
+    # counts: 7 three times, 9 twice, 3 and 5 once; ties go to the lower id; END is always kept.
     lm, texts = without_tokenizer(), [[7, 9, 7, 5], [3, 7, 9]]
     assert needed_tokens(lm) == [END]
     for keep, expected in ((1, [END]), (3, [7, 9, END]), (4, [3, 7, 9, END])):

@@ -52,6 +52,6 @@ def similarity(model, texts, first, size):
 
 
 def best_first(model, texts, size):
-    """Where merging keeps the hidden states most similar; the lowest of equals."""
+    """Where merging keeps the hidden states most similar; ties go to the lower index."""
     places = range(len(model.stack.blocks) - size + 1)
     return max(places, key=lambda first: (similarity(model, texts, first, size), -first))

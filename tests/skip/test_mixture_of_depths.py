@@ -82,7 +82,7 @@ def test_tokens_that_enter_get_r_times_what_the_block_adds_by_hand():
     # (r > 0; 0 is not above 0), and the block sees only these two: f = (2, 0) and (4, 0).
     x = np.array([[1.0, 1.0], [1.0, -2.0], [1.0, 4.0], [1.0, 0.0]])
     block = RoutedBlock(Adds(), LearnedRouter(np.array([0.0, 0.5])))
-    # token 0: 1 + 0.5 * 2 = 2;   token 2: 1 + 2 * 4 = 9;   the others pass by
+    # token 0: 1 + 0.5 * 2 = 2;   token 2: 1 + 2 * 4 = 9;   the others skip the block
     expected = np.array([[2.0, 1.0], [1.0, -2.0], [9.0, 4.0], [1.0, 0.0]])
     layer = Layer.once(4)
     np.testing.assert_array_equal(block(x, layer), expected)
@@ -219,7 +219,7 @@ def test_all_enter_with_weight_1_equals_dense():
 
 def test_step_of_which_few_tokens_enter_can_be_undone_with_a_window():
     """sink_window frees rows by the position at which the step began: of its six tokens perhaps
-    only the last one enters, and after a rewind to the first, that one may."""
+    only the last one enters; after a rewind to the first, the first may enter."""
     _, lm, _ = models(threshold=1.5)
     lm = apply(lm, {"sink_window": {"sinks": 1, "window": 8}})
     once = in_chunks(lm, IDS, (34, *[1] * 6))

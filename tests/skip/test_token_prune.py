@@ -197,7 +197,9 @@ def test_every_step_equals_the_literal_version(family, options):
     for index, layer in enumerate(state.layers):
         rows = set(held(layer))
         assert set(literal.KV[index]) <= rows, f"layer {index} has lost a row"
-        assert len(rows - set(literal.KV[index])) <= 1, "one may go when the next step begins"
+        assert len(rows - set(literal.KV[index])) <= 1, (
+            "at most one row is freed when the next step begins"
+        )
         for row, i in enumerate(held(layer)):
             for cached, expected in zip((layer.keys, layer.values), literal.KV[index].get(i, ())):
                 np.testing.assert_allclose(cached[:, row], expected, atol=1e-12)

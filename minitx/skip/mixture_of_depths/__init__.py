@@ -16,6 +16,7 @@ from minitx import ledger, ops
 from minitx.calibration import calibration_ids, remembered
 from minitx.errors import MinitxError, MinitxWarning
 from minitx.shared.random_baseline import random_scores
+from minitx.shared.row_by_row import each_row
 from minitx.skip.mixture_of_depths.file import FILE, Trained, read_routers
 from minitx.skip.mixture_of_depths.fit import fit_routers
 from minitx.state import Layer
@@ -134,8 +135,8 @@ def mixture_of_depths(
 
 @part
 class RoutedBlock(Part):
-    """A block that only some tokens enter; they attend to those that have entered it, too. For the
-    others, the residual stream passes by."""
+    """A block that only some tokens enter, which attend to each other. The others skip it: their
+    hidden states stay as they are."""
 
     # Declared for techniques that are combined with this one (tree.Part). Each token is routed by
     # itself: decides = "token".
@@ -148,7 +149,9 @@ class RoutedBlock(Part):
     def __call__(self, x, layer: Layer):
         """x (T, D) -> (T, D)."""
         if x.ndim > 2:
-            return self.each_row(x, layer)
+            check_shared(layer)
+            because = "mixture_of_depths lets other tokens of each sequence into a block"
+            return each_row(lambda row, _: self(row, alone(row, layer)), x, layer, because)
         return self.routed(self.inner, x, layer)
 
     def attend_from(self, x, layer: Layer):
@@ -178,19 +181,6 @@ class RoutedBlock(Part):
             layer.tokens = only(tokens, entered)
             self.inner.backfill(x[entered], layer)
             layer.tokens = tokens
-
-    def each_row(self, x, layer: Layer):
-        """A batch x (..., T, D) without a KV cache: in each row, other tokens enter."""
-        check_batch(x, layer)
-        *lead, T, width = x.shape
-        rows = x.reshape(-1, T, width)
-        starts = np.zeros(len(rows), int) if layer.start is None else layer.start
-        found = []
-        for row, start in zip(rows, starts, strict=True):
-            alone = Layer(T, remember=False, index=layer.index).take(T - start)
-            y = self(row[start:], alone)
-            found.append(np.pad(y, ((start, 0), (0, 0))))  # (T, D): padding gives zeros
-        return np.reshape(found, (*lead, T, width))
 
 
 @part
@@ -225,6 +215,11 @@ class RandomRouter(Part):
     def __call__(self, x, layer: Layer):
         scores = self.scores[layer.index, layer.tokens.positions]  # (T,)
         return scores < self.capacity, np.full(len(x), self.weight, x.dtype)
+
+
+def alone(row, layer: Layer) -> Layer:
+    """The layer of one row (T, D) of a batch without a KV cache."""
+    return Layer(len(row), remember=False, index=layer.index).take(len(row))
 
 
 def only(tokens, entered):
@@ -306,8 +301,8 @@ def refuse_beside_trained(**options) -> None:
 def check_residual(lm) -> None:
     if lm.model.config.skipless:
         raise MinitxError(
-            "mixture_of_depths needs residual connections and this model is skipless: passing a "
-            "block by would drop the hidden state; leave mixture_of_depths out."
+            "mixture_of_depths needs residual connections and this model is skipless: skipping a "
+            "block would drop the hidden state; leave mixture_of_depths out."
         )
 
 
@@ -322,14 +317,10 @@ def check_width(lm) -> None:
         )
 
 
-def check_batch(x, layer: Layer) -> None:
-    if layer.remember:
-        raise MinitxError(
-            "mixture_of_depths lets other tokens of each sequence into a block and got a batch of "
-            f"shape {x.shape[:-1]} with a KV cache; give one sequence, or use lm.generate, which "
-            "decodes the prompts of a batch one by one."
-        )
-    if layer.shared.kept:
+def check_shared(layer: Layer) -> None:
+    """Refuse a batch of which another technique has memory that all blocks share: its rows could
+    not be told apart."""
+    if layer.shared.kept and not layer.remember:
         raise MinitxError(
             "mixture_of_depths runs the rows of a batch one by one, and another technique counts "
             "over all blocks what belongs to a row (ffn_skip does); give one sequence at a time."

@@ -23,6 +23,7 @@ from minitx.checkpoints.common import need_writable_file
 from minitx.errors import MinitxError
 from minitx.lm import load
 from minitx.progress import bar, say
+from minitx.shared.logistic_regression import sigmoid
 from minitx.skip.switchable import decision_of, shipped_policies, switched, unit_costs
 from minitx.skip.switchable.baselines import FixedPlan, RandomPlans
 from minitx.skip.switchable.file import FILE, Policies, Trained, write_policies
@@ -55,8 +56,8 @@ def initial(width: int, keep, rng, start: float = START) -> Weights:
 
 
 def backward(weights: Weights, s, dlogits) -> Weights:
-    """The gradient of a loss by the weights, for that by the logits (n, U) of the prompts s
-    (n, D)."""
+    """The gradient of a loss with respect to the weights, from that with respect to the logits
+    (n, U) of the prompts s (n, D)."""
     a = np.tanh(s @ weights["w1"] + weights["b1"])  # (n, hidden)
     da = (dlogits @ weights["w2"].T) * (1 - a * a)
     return {"w1": s.T @ da, "b1": da.sum(0), "w2": a.T @ dlogits, "b2": dlogits.sum(0)}
@@ -67,10 +68,6 @@ def logits_of(weights: Weights, s):
 
 
 # A step ------------------------------------------------------------------------------------------
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def quality_gradient(p, b, advantage):
