@@ -1,0 +1,314 @@
+"""Contextual sparsity: small predictors say which FFN neurons and heads a token needs (Deja Vu).
+
+This file: the card and options, the parts that run (online), how they are made, checks, notes. Read
+next: predictor.py (what selects), fit.py (how predictors are trained), file.py (the shipped ones),
+train.py (the command that trains and measures them).
+"""
+
+import os
+from dataclasses import fields
+from typing import Annotated, Literal
+
+import numpy as np
+
+from minitx import ledger, ops
+from minitx.errors import MinitxError
+from minitx.model import FFN, Attention
+from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
+from minitx.shared.random_baseline import random_scores
+from minitx.shared.share import share_of
+from minitx.shared.some_heads import attend_one_key_head, mask_of_sequence, mask_of_tokens
+from minitx.skip.contextual_sparsity.file import FILE, Trained, read_predictors
+from minitx.skip.contextual_sparsity.fit import Pace, Training, need_heads, need_neurons, quick
+from minitx.skip.contextual_sparsity.predictor import Above, RandomK, TopK
+from minitx.state import Layer, Tokens
+from minitx.technique import SEEDS, at_least, between, blocks_of, technique, wrap
+from minitx.tree import Part, part
+
+THRESHOLD = 1.0  # of the scores, if neither neurons nor threshold is given
+
+
+@technique(
+    level="attention",
+    exact=False,
+    neutral={"neurons": 1.0, "heads": 1.0},
+    demo={"neurons": 0.5, "heads": 0.5, "stories": 2},
+    event=("neurons run", "neurons"),
+    presets={"top-k": {"neurons": 0.3}, "aggressive": {"threshold": 2.0}},
+)
+def contextual_sparsity(
+    lm,
+    *,
+    neurons: Annotated[
+        float | None,
+        "share of the FFN neurons that run, those with the highest scores (at least one); 1: all, "
+        "without a predictor; default: those above the threshold instead",
+        between(0, 1),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        "run the neurons with a score above this; 0: those that are likelier active than not, in "
+        f"the terms of the weighted loss; default: {THRESHOLD:g}",
+        between(-100, 100),
+    ] = None,
+    heads: Annotated[
+        float,
+        "share of the attention heads that run, those with the highest scores (rounded down, but "
+        "at least one); 1: all, without a predictor",
+        between(0, 1),
+    ] = 1.0,
+    choose: Annotated[
+        Literal["predictor", "random"], "the predictors, or a random baseline (with neurons=)"
+    ] = "predictor",
+    rank: Annotated[
+        int | None,
+        "of the predictors; where the file beside the weights has another, they are trained on "
+        "loading; default: a quarter of the width",
+        at_least(1, limit=1000),
+    ] = None,
+    stories: Annotated[
+        int,
+        "to train on loading: calibration stories (with calibrate: passages of the text)",
+        at_least(1, limit=1000),
+    ] = 16,
+    epochs: Annotated[int, "to train on loading: passes over them", at_least(1, limit=100)] = 20,
+    monitor: Annotated[int, MONITOR, at_least(0)] = 0,
+    limit: Annotated[float, LIMIT, between(0, 1000)] = 0.1,
+    seed: Annotated[int, "of choose=random, and of training on loading", SEEDS] = 0,
+):
+    """Predict which FFN neurons and attention heads a token needs, and run only those (Deja Vu).
+
+    Paper:     Liu et al., "Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time", ICML
+               2023.
+    Fidelity:  the authors' code for the predictors and their loss, as notes on it describe them.
+               Ours: they read the input of the sub-layer itself, where the code reads one
+               sub-layer (for heads: one layer) ahead, so that they can run at the same time.
+    Kind:      approximate; exact with neurons=1 and heads=1.
+    Idea:      After ReLU most neurons are 0, others for each token. A map of low rank tells which
+               will be active for much less than computing them, so that both FFN matrices shrink
+               (zero skipping saves only the second). Likewise for heads that write little.
+    Offline:   for each layer: A (D, rank), B (rank, F), no bias, nothing between; from texts with
+               y_j = 1 if neuron j is above 0: weighted binary cross entropy, where inactive ones
+               weigh mean(y) + 0.005, and AdamW. W_1^T is stored: a neuron is a contiguous row.
+               Heads: B (rank, H); y_h = 1 for the half of the heads with the largest |ctx_h W_o,h|.
+    Online:    for each token, with n = norm(x):
+                 z = (n A) B                                 a score for each neuron
+                 S = {j: z_j > threshold}, or the top-k      (ties go to the lower index)
+                 h = ReLU(n W_1[:, S] + b_1[S]);  FFN = h W_2[S] + b_2
+               heads: k and v of all heads are cached; q_h, attention and rows of W_o only for the
+               top-k of the heads.
+    Saves:     2 D multiply-adds per neuron that does not run, less rank (D + F) per token and
+               layer; per head 2 D d + 2 S d, less rank (D + H). (S cached tokens, heads of width d)
+    In NumPy:  IN_NUMPY
+    Not for:   FFNs without ReLU (heads alone are possible: neurons=1), or whose matrices another
+               technique has replaced (quantize, ...). Predictors of a model that another technique
+               changed (fold_norms, prune, ...) are trained on loading.
+    Proof:     tests/skip/test_contextual_sparsity.py;
+               literal version: tests/skip/literal_contextual_sparsity.py
+    """
+    check_choice(neurons, threshold, choose)
+    threshold = THRESHOLD if threshold is None else threshold
+    training, slots = Training(rank, Pace(epochs), seed), {}
+    if neurons != 1:
+        for ffn in in_slot(lm, "ffn"):
+            need_neurons(ffn)
+        slots["ffn"] = neurons
+    if heads < 1:
+        for attn in in_slot(lm, "attn"):
+            need_heads(attn)
+        slots["attn"] = heads
+    selectors = {}
+    for slot, share in slots.items():
+        if choose == "random":
+            selectors[slot] = random_selectors(lm, slot, share, seed)
+        else:
+            predictors = shipped(lm, slot, rank) or quick(lm, slot, stories, training)
+            selectors[slot] = [select(p, share, threshold) for p in predictors]
+    return predicted(lm, selectors, monitor, limit)
+
+
+# Online: neurons ---------------------------------------------------------------------------------
+
+
+@part
+class NeuronRows(Part):
+    """A ReLU FFN with both matrices stored by neuron, one contiguous row for each; all run."""
+
+    norm: Part
+    w1: np.ndarray  # (F, D), W_1 transposed
+    b1: np.ndarray  # (F,)
+    w2: np.ndarray  # (F, D)
+    b2: np.ndarray | None  # (D,)
+
+    def __call__(self, x, layer: Layer):
+        h = ops.relu(ops.linear(self.norm(x), self.w1.T, self.b1))
+        return ops.linear(h, self.w2, self.b2)
+
+
+@part
+class PredictedNeurons(NeuronRows):
+    """The same, but each token runs only the neurons that are selected for it."""
+
+    # Declared for techniques that are combined with this one (tree.Part):
+    needs_inner_first = True
+
+    selector: Part
+
+    def __call__(self, x, layer: Layer):
+        n = self.norm(x)
+        runs = self.selector(n, layer)  # (..., T, F)
+        ledger.event("neurons", runs.size)
+        ledger.event("neurons run", runs)
+        tokens = zip(n.reshape(-1, n.shape[-1]), runs.reshape(-1, len(self.w1)), strict=True)
+        return np.stack([self.one_token(*token) for token in tokens]).reshape(x.shape)
+
+    def one_token(self, n, runs):
+        """n (D,), the normalized input; runs (F,), booleans -> (D,)."""
+        S = np.flatnonzero(runs)
+        w1, w2 = self.w1.take(S, 0), self.w2.take(S, 0)  # (|S|, D)
+        h = ops.relu(ops.linear(n, w1.T, self.b1[S]))  # (|S|,)
+        ledger.event("active neurons run", h > 0)
+        return ops.linear(h, w2, self.b2)
+
+
+# Online: heads -----------------------------------------------------------------------------------
+
+
+@part
+class PredictedHeads(Attention):
+    """Attention that caches the keys and values of all heads, and in which each token runs only the
+    heads that are selected for it. (Called with q, k and v, by a table of them, it runs all.)"""
+
+    needs_inner_first = True
+
+    selector: Part
+
+    def __call__(self, x, layer: Layer):
+        n = self.norm(x)
+        self.store(*self.qkv.kv(n), layer)
+        return self.attend_selected(n, layer)
+
+    def attend_from(self, x, layer: Layer):
+        return self.attend_selected(self.norm(x), layer)
+
+    def attend_selected(self, n, layer: Layer):
+        """Attention from tokens with the normalized inputs n (..., T, D)."""
+        runs = self.selector(n, layer)  # (..., T, H)
+        ledger.event("heads", runs.size)
+        ledger.event("heads run", runs)
+        k, v = self.cache.read(layer)  # (..., K, S, d)
+        mask, positions = layer.mask(), layer.tokens.lookup
+        if n.ndim == 2:
+            return self.one_sequence_of(n, runs, k, v, mask, layer.tokens.array)
+        if layer.start is None:
+            positions = np.broadcast_to(layer.tokens.array, n.shape[:-1])
+        found = [  # the sequences of a batch, which need different work
+            self.one_sequence_of(n[b], runs[b], k[b], v[b], mask_of_sequence(mask, b), positions[b])
+            for b in np.ndindex(n.shape[:-2])
+        ]
+        return np.stack(found).reshape(n.shape[:-1] + found[0].shape[-1:])
+
+    def one_sequence_of(self, n, runs, k, v, mask, positions):
+        """y (T, D) for n (T, D), runs (T, H), k and v (K, S, d) and the positions (T,)."""
+        H, K, T, w_o = self.heads, len(k), len(n), self.out.w
+        y = np.zeros((T, w_o.shape[1]), n.dtype)
+        if self.out.b is not None:
+            y += self.out.b  # belongs to no head
+        of_q, of_o = (columns(size, H) for size in (self.qkv.q.w.shape[1], len(w_o)))
+        for h in range(H):
+            tokens = np.flatnonzero(runs[:, h])
+            if not len(tokens):
+                continue
+            q = self.qkv.q.outputs(n[tokens], of_q[h])[None]  # (1, tokens, d)
+            q = self.rope(q, Tokens(positions[tokens]))
+            seen = mask_of_tokens(mask, tokens, T, k.shape[-2])
+            ctx = attend_one_key_head(q, k, v, h * K // H, self.attend.scale, seen)[0]
+            y[tokens] += ops.linear(ctx, w_o[of_o[h]])
+        return y
+
+
+def columns(width: int, H: int) -> list[slice]:
+    """Those of each of H heads, in a matrix of this width."""
+    return [slice(h * width // H, (h + 1) * width // H) for h in range(H)]
+
+
+# Making it ---------------------------------------------------------------------------------------
+
+
+def predicted(lm, selectors: dict[str, list], monitor: int = 0, limit: float = 0.0):
+    """The model whose neurons ("ffn") and heads ("attn") run as the selectors of each block say."""
+
+    def change_ffn(ffn: FFN, index: int) -> Part:
+        up, down = ffn.expand.up, ffn.down
+        b1 = np.zeros(len(down.w), down.w.dtype) if up.b is None else up.b
+        parts = ffn.norm, np.ascontiguousarray(up.w.T), b1, np.ascontiguousarray(down.w), down.b
+        some = PredictedNeurons(*parts, selector=selectors["ffn"][index])
+        return monitored(NeuronRows(*parts), [some], monitor, limit)
+
+    def change_attn(attn: Attention, index: int) -> Part:
+        parts = {f.name: getattr(attn, f.name) for f in fields(attn)}
+        return PredictedHeads(**parts, selector=selectors["attn"][index])
+
+    for slot, change in (("ffn", change_ffn), ("attn", change_attn)):
+        if slot in selectors:
+            lm = wrap(lm, slot, change)
+    return lm
+
+
+def select(predictor: Part, share: float | None, threshold: float) -> Part:
+    if share is None:
+        return Above(predictor, threshold)
+    return TopK(predictor, at_least_one(predictor.b.shape[1], share))
+
+
+def at_least_one(units: int, share: float) -> int:
+    return max(1, share_of(units, share))
+
+
+def random_selectors(lm, slot: str, share: float, seed: int) -> list[Part]:
+    found = []
+    for index, node in enumerate(in_slot(lm, slot)):
+        units = len(node.down.w) if slot == "ffn" else node.heads
+        number = 2 * index + (slot == "attn")  # other scores for each sub-layer
+        scores = random_scores(lm.model.config.context, units, seed + (number << 64))
+        found.append(RandomK(at_least_one(units, share), scores))
+    return found
+
+
+def in_slot(lm, slot: str) -> list[Part]:
+    """What each block has in this slot, in order."""
+    found = {}
+    wrap(lm, slot, lambda node, index: found.setdefault(index, node))
+    return list(found.values())
+
+
+def shipped(lm, slot: str, rank: int | None) -> tuple | None:
+    """The predictors beside the weights; None if there are none, or if they do not fit since
+    another technique has changed the model or another rank is wanted."""
+    if lm.folder is None or not os.path.lexists(lm.folder / FILE):  # a link to nothing is refused
+        return None
+    found: Trained = read_predictors(lm, lm.folder / FILE)
+    predictors = found.predictors[slot]
+    right_rank = rank is None or all(p.a.shape[1] == rank for p in predictors)
+    return predictors if found.fits(lm, slot) and right_rank else None
+
+
+# Checks ------------------------------------------------------------------------------------------
+
+
+def check_choice(neurons: float | None, threshold: float | None, choose: str) -> None:
+    if neurons is not None and threshold is not None:
+        raise MinitxError(
+            "contextual_sparsity: got both neurons and threshold; give the share of the neurons "
+            "that run, or the threshold of their scores."
+        )
+    if choose == "random" and neurons is None:
+        raise MinitxError(
+            "contextual_sparsity: choose=random runs a share of the neurons; give it as neurons= "
+            "(1 for all of them)."
+        )
+
+
+# Notes:
+#
+# - TODO
