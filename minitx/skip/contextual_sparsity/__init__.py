@@ -18,7 +18,7 @@ from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.share import share_of
 from minitx.shared.some_heads import attend_one_key_head, mask_of_sequence, mask_of_tokens
-from minitx.skip.contextual_sparsity.file import FILE, Trained, read_predictors
+from minitx.skip.contextual_sparsity.file import FILE, need_shapes, read_predictors
 from minitx.skip.contextual_sparsity.fit import Pace, Training, need_heads, need_neurons, quick
 from minitx.skip.contextual_sparsity.predictor import Above, RandomK, TopK
 from minitx.state import Layer, Tokens
@@ -63,7 +63,7 @@ def contextual_sparsity(
     rank: Annotated[
         int | None,
         "of the predictors; where the file beside the weights has another, they are trained on "
-        "loading; default: a quarter of the width",
+        "loading; default: a quarter of the width for neurons, a sixteenth for heads",
         at_least(1, limit=1000),
     ] = None,
     stories: Annotated[
@@ -267,19 +267,11 @@ def at_least_one(units: int, share: float) -> int:
 
 def random_selectors(lm, slot: str, share: float, seed: int) -> list[Part]:
     found = []
-    for index, node in enumerate(in_slot(lm, slot)):
-        units = len(node.down.w) if slot == "ffn" else node.heads
+    for index, units in enumerate(units_of(lm, slot)):
         number = 2 * index + (slot == "attn")  # other scores for each sub-layer
         scores = random_scores(lm.model.config.context, units, seed + (number << 64))
         found.append(RandomK(at_least_one(units, share), scores))
     return found
-
-
-def in_slot(lm, slot: str) -> list[Part]:
-    """What each block has in this slot, in order."""
-    found = {}
-    wrap(lm, slot, lambda node, index: found.setdefault(index, node))
-    return list(found.values())
 
 
 def shipped(lm, slot: str, rank: int | None) -> tuple | None:
@@ -287,10 +279,29 @@ def shipped(lm, slot: str, rank: int | None) -> tuple | None:
     another technique has changed the model or another rank is wanted."""
     if lm.folder is None or not os.path.lexists(lm.folder / FILE):  # a link to nothing is refused
         return None
-    found: Trained = read_predictors(lm, lm.folder / FILE)
-    predictors = found.predictors[slot]
-    right_rank = rank is None or all(p.a.shape[1] == rank for p in predictors)
-    return predictors if found.fits(lm, slot) and right_rank else None
+    trained = read_predictors(lm, lm.folder / FILE)
+    predictors = trained.predictors[slot]
+    if not trained.fits(lm, slot) or any(rank not in (None, len(p.b)) for p in predictors):
+        return None
+    need_shapes(lm.folder / FILE, predictors, lm.model.config.width, units_of(lm, slot))
+    return predictors
+
+
+def units_of(lm, slot: str) -> list[int]:
+    """The number of neurons ("ffn") or heads ("attn") of each block."""
+    return [len(x.down.w) if slot == "ffn" else x.heads for x in in_slot(lm, slot)]
+
+
+def in_slot(lm, slot: str) -> list[Part]:
+    """What each block has in this slot."""
+    found: dict[int, Part] = {}
+    wrap(lm, slot, lambda node, index: found.setdefault(index, node))
+    if len(found) < len(blocks_of(lm)):
+        raise MinitxError(
+            f"contextual_sparsity needs a part named {slot} in every block, and a block of this "
+            "model has none; load the model without the technique that replaced it."
+        )
+    return list(found.values())
 
 
 # Checks ------------------------------------------------------------------------------------------

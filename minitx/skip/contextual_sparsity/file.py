@@ -75,6 +75,8 @@ def read_predictors(lm, path) -> Trained:
             f"written; bring the original back, or {AGAIN}."
         )
     predictors = {slot: of_slot(path, found, name) for slot, name in SLOTS.items()}
+    if len(found) != 2 * sum(map(len, predictors.values())):
+        raise MinitxError(f"{path}: has tensors that are no predictors; {AGAIN}.")
     dtype = float_type(lm.model)
     return Trained(
         {slot: tuple(in_dtype(p, dtype) for p in ps) for slot, ps in predictors.items()},
@@ -84,21 +86,32 @@ def read_predictors(lm, path) -> Trained:
 
 def of_slot(path: Path, found: dict[str, np.ndarray], name: str) -> list[Predictor]:
     """The predictors ``name``.0, ``name``.1, ... of a file, whose tensors are checked."""
-    layers = sum(tensor.startswith(f"{name}.") for tensor in found) // 2
     predictors = []
-    for i in range(layers):
-        a, b = (found.get(f"{name}.{i}.{part}", np.zeros(0)) for part in ("a", "b"))
+    while f"{name}.{len(predictors)}.a" in found:
+        one = f"{name}.{len(predictors)}"
+        a, b = found[f"{one}.a"], found.get(f"{one}.b", np.zeros(0))
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != len(b):
             raise MinitxError(
-                f"{path}: expected {name}.{i}.a (D, rank) and {name}.{i}.b (rank, units), got "
-                f"the shapes {a.shape} and {b.shape}; {AGAIN}."
+                f"{path}: expected {one}.a (D, rank) and {one}.b (rank, units), got the shapes "
+                f"{a.shape} and {b.shape}; {AGAIN}."
             )
         for array in (a, b):
-            need_finite(path, f"{name}.{i}", array)
+            need_finite(path, one, array)
             if abs(array).max(initial=0) not in WEIGHTS:
-                raise MinitxError(f"{path}: expected numbers {WEIGHTS} in {name}.{i}; {AGAIN}.")
+                raise MinitxError(f"{path}: expected numbers {WEIGHTS} in {one}; {AGAIN}.")
         predictors.append(Predictor(a, b))
     return predictors
+
+
+def need_shapes(path: Path, predictors, width: int, units: list[int]) -> None:
+    """MinitxError unless there is a predictor for each layer, which has so many units."""
+    got = [(len(p.a), p.b.shape[1]) for p in predictors]
+    expected = [(width, n) for n in units]
+    if got != expected:
+        raise MinitxError(
+            f"{path}: contextual_sparsity expected predictors from D to units {expected}, layer by "
+            f"layer, got {got}; {AGAIN}."
+        )
 
 
 def sub_layers_fingerprint(lm, slot: str) -> str:

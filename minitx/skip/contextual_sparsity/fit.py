@@ -16,7 +16,7 @@ import numpy as np
 from minitx import ops
 from minitx.calibration import calibration_ids, remembered
 from minitx.errors import MinitxError
-from minitx.model import FFN, QKV, Activated, Attend, Attention, Linear
+from minitx.model import FFN, QKV, Activated, Attend, Attention, Linear, SwiGLU
 from minitx.progress import bar
 from minitx.shared.logistic_regression import sigmoid
 from minitx.skip.contextual_sparsity.predictor import Predictor
@@ -158,22 +158,25 @@ class Recorder(Part):
 # All predictors of a model -----------------------------------------------------------------------
 
 
+SHARES = {"ffn": 4, "attn": 16}  # the width divided by these is the default rank
+
+
 @dataclass(frozen=True)
 class Training:
     """The options of a training."""
 
-    rank: int | None = None  # default: a quarter of the width
+    rank: int | None = None  # default: a share of the width, SHARES
     pace: Pace = Pace()
     seed: int = 0
 
-    def rank_for(self, lm) -> int:
-        width = lm.model.config.width
-        return max(1, width // 4) if self.rank is None else self.rank
+    def rank_for(self, lm, slot: str) -> int:
+        default = max(1, lm.model.config.width // SHARES[slot])
+        return default if self.rank is None else self.rank
 
 
 def train_predictors(lm, slot: str, texts: Sequence, training: Training) -> tuple[Predictor, ...]:
     """A predictor for each block, of its neurons ("ffn") or heads ("attn")."""
-    rng, rank, dtype = np.random.default_rng(training.seed), training.rank_for(lm), np.float32
+    rng, rank, dtype = np.random.default_rng(training.seed), training.rank_for(lm, slot), np.float32
     found = []
     examples = bar(record(lm, slot, texts), "contextual sparsity: train", unit="layer", delay=1.0)
     for one in examples:
@@ -202,12 +205,12 @@ def in_dtype(predictor: Predictor, dtype) -> Predictor:
 
 def need_neurons(ffn: Part) -> None:
     need(ffn, FFN)
-    need(ffn.expand, Activated)
-    if ffn.expand.activation is not ops.relu:
+    need(ffn.expand, Activated, SwiGLU)
+    if getattr(ffn.expand, "activation", None) is not ops.relu:
+        name = "SwiGLU" if type(ffn.expand) is SwiGLU else ffn.expand.activation.__name__
         raise MinitxError(
             "contextual_sparsity predicts which neurons ReLU leaves above 0, and this model has "
-            f"{getattr(ffn.expand.activation, '__name__', 'another activation')}; use it on a "
-            "model with ReLU, or with neurons=1 and a share of the heads."
+            f"{name}; use a model with ReLU, or neurons=1 and a share of the heads."
         )
     need(ffn.expand.up, Linear)
     need(ffn.down, Linear)

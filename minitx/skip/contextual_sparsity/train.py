@@ -35,7 +35,6 @@ from minitx.values import need_count, need_seed
 
 STORIES = 200
 HELD_OUT = 20  # stories to measure on
-HEAD_RANK = 8
 
 
 def story_ids(lm, split: str, count: int) -> list[list[int]]:
@@ -45,15 +44,6 @@ def story_ids(lm, split: str, count: int) -> list[list[int]]:
 
     context = lm.model.config.context
     return [lm.tokenizer.encode(s.text)[:context] for s in islice(stories(split, "full", 0), count)]
-
-
-def train(lm, texts, training: Training, head_rank: int) -> dict[str, tuple]:
-    """Predictors of all neurons and of all heads."""
-    of_heads = replace(training, rank=head_rank)
-    return {
-        "ffn": train_predictors(lm, "ffn", texts, training),
-        "attn": train_predictors(lm, "attn", texts, of_heads),
-    }
 
 
 def measure(lm, predictors: dict[str, tuple], texts, shares: dict, threshold: float) -> str:
@@ -95,8 +85,7 @@ def main(words=None) -> None:
     parser.add_argument("--replace", action="store_true", help="the file, if there is one")
     parser.add_argument("--stories", type=int, default=STORIES)
     parser.add_argument("--epochs", type=int, default=Pace.epochs, help="passes over them")
-    parser.add_argument("--rank", type=int, help="default: a quarter of the width")
-    parser.add_argument("--head-rank", type=int, default=HEAD_RANK)
+    parser.add_argument("--rank", type=int, help="of neurons; default: a quarter of the width")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true", help="the file as it is: only measure it")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="to measure at")
@@ -110,8 +99,7 @@ def main(words=None) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    counts = given.stories, given.epochs, given.head_rank
-    stories, epochs, head_rank = map(need_count, counts, ("--stories", "--epochs", "--head-rank"))
+    stories, epochs = need_count(given.stories, "--stories"), need_count(given.epochs, "--epochs")
     rank = None if given.rank is None else need_count(given.rank, "--rank")
     seed, lm = need_seed(given.seed, "--seed"), load(given.model)
     if lm.folder is None or lm.tokenizer is None:
@@ -128,7 +116,9 @@ def run(given: argparse.Namespace) -> None:
     else:
         need_new_file(path, given.replace)
         texts = story_ids(lm, "calibration", stories)
-        found = train(lm, texts, Training(rank, Pace(epochs), seed), head_rank)
+        training = Training(rank, Pace(epochs), seed)
+        of_slot = {"ffn": training, "attn": replace(training, rank=None)}
+        found = {slot: train_predictors(lm, slot, texts, t) for slot, t in of_slot.items()}
         trained = write_predictors(lm, found, path)
         print(f"wrote {path}")
     shares = {"ffn": given.neurons, "attn": given.heads}
