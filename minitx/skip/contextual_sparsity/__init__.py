@@ -47,8 +47,8 @@ def contextual_sparsity(
     ] = None,
     threshold: Annotated[
         float | None,
-        "run the neurons with a score above this; 0: those that are likelier active than not, in "
-        f"the terms of the weighted loss; default: {THRESHOLD:g}",
+        "run the neurons with a score above this; 0: those whose sigmoid is above one half; "
+        f"default: {THRESHOLD:g}",
         between(-100, 100),
     ] = None,
     heads: Annotated[
@@ -79,34 +79,37 @@ def contextual_sparsity(
     """Predict which FFN neurons and attention heads a token needs, and run only those (Deja Vu).
 
     Paper:     Liu et al., "Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time", ICML
-               2023.
+               2023, arXiv 2310.17157.
     Fidelity:  the authors' code for the predictors and their loss, as notes on it describe them.
-               Ours: they read the input of the sub-layer itself, where the code reads one
-               sub-layer (for heads: one layer) ahead, so that they can run at the same time.
-    Kind:      approximate; exact with neurons=1 and heads=1.
-    Idea:      After ReLU most neurons are 0, others for each token. A map of low rank tells which
-               will be active for much less than computing them, so that both FFN matrices shrink
-               (zero skipping saves only the second). Likewise for heads that write little.
-    Offline:   for each layer: A (D, rank), B (rank, F), no bias, nothing between; from texts with
-               y_j = 1 if neuron j is above 0: weighted binary cross entropy, where inactive ones
-               weigh mean(y) + 0.005, and AdamW. W_1^T is stored: a neuron is a contiguous row.
+               Ours: predictors read the input of their own sub-layer; in the code, one sub-layer
+               (for heads: one layer) ahead, to run at the same time as it (Notes).
+    Kind:      approximate; exact with neurons=1 and heads=1. On stories-relu neurons pay, and heads
+               do not, so by default all heads run.
+    Idea:      ReLU leaves most neurons at 0, others for each token. A map of low rank predicts
+               which will be active, for far less than computing them, so that both FFN matrices
+               shrink. (Skipping zeros that are known shrinks only the second.) Likewise heads.
+    Offline:   each layer: A (D, rank) and B (rank, F), no bias, nothing between. y_j = 1 where
+               neuron j is above 0 on calibration text: weighted binary cross entropy in which
+               inactive neurons weigh mean(y) + 0.005; AdamW. stories-relu has trained ones.
+               W_1 is stored transposed: a neuron is a contiguous row of it, and of W_2.
                Heads: B (rank, H); y_h = 1 for the half of the heads with the largest |ctx_h W_o,h|.
     Online:    for each token, with n = norm(x):
                  z = (n A) B                                 a score for each neuron
                  S = {j: z_j > threshold}, or the top-k      (ties go to the lower index)
-                 h = ReLU(n W_1[:, S] + b_1[S]);  FFN = h W_2[S] + b_2
-               heads: k and v of all heads are cached; q_h, attention and rows of W_o only for the
-               top-k of the heads.
-    Saves:     2 D multiply-adds per neuron that does not run, less rank (D + F) per token and
-               layer; per head 2 D d + 2 S d, less rank (D + H). (S cached tokens, heads of width d)
-    In NumPy:  IN_NUMPY
+                 h = ReLU(n W_1[:, S] + b_1[S]);  y = h W_2[S] + b_2
+               heads: keys and values of all heads are cached; then q_h, attention and the rows
+               W_o,h only of the top-k heads.
+    Saves:     2 D multiply-adds per neuron that does not run, less rank (D + F); 2 D d + 2 S d per
+               head, less rank (D + H). Per token and layer (S cached tokens, heads of width d).
+    In NumPy:  slower on stories-relu, 0.6x of dense: selecting and gathering rows cost more than
+               the small products. An FFN of 1,024 x 4,096 breaks even at 23 % of the neurons.
     Not for:   FFNs without ReLU (heads alone are possible: neurons=1), or whose matrices another
-               technique has replaced (quantize, ...). Predictors of a model that another technique
-               changed (fold_norms, prune, ...) are trained on loading.
+               technique has replaced (quantize, ...). If one has changed the model (fold_norms,
+               prune, ...), predictors are trained on loading.
     Proof:     tests/skip/test_contextual_sparsity.py;
                literal version: tests/skip/literal_contextual_sparsity.py
     """
-    check_choice(neurons, threshold, choose)
+    check_choice(neurons, threshold, choose, monitor)
     threshold = THRESHOLD if threshold is None else threshold
     training, slots = Training(rank, Pace(epochs), seed), {}
     if neurons != 1:
@@ -307,7 +310,7 @@ def in_slot(lm, slot: str) -> list[Part]:
 # Checks ------------------------------------------------------------------------------------------
 
 
-def check_choice(neurons: float | None, threshold: float | None, choose: str) -> None:
+def check_choice(neurons: float | None, threshold: float | None, choose: str, monitor: int) -> None:
     if neurons is not None and threshold is not None:
         raise MinitxError(
             "contextual_sparsity: got both neurons and threshold; give the share of the neurons "
@@ -318,8 +321,68 @@ def check_choice(neurons: float | None, threshold: float | None, choose: str) ->
             "contextual_sparsity: choose=random runs a share of the neurons; give it as neurons= "
             "(1 for all of them)."
         )
+    if monitor and neurons == 1:
+        raise MinitxError(
+            "contextual_sparsity: monitor checks what the skipped neurons change, and with "
+            "neurons=1 all of them run; leave monitor out, or run fewer."
+        )
 
 
 # Notes:
 #
-# - TODO
+# - Unconfirmed in the paper (our source for its code is notes): how a head's output is measured,
+#   and that half of them count as active (the code's default share is 0.7). Its other settings are
+#   for models a hundred times as wide: rank 1000 (here D / 4, for heads D / 16), 20 epochs, batch
+#   1024 (here 64), learning rate 1e-4 (here 0.01, falling to 0), of all epochs the one with the
+#   best recall (here the last). For OPT-175B it ran 5,000 of 49,152 neurons, and 24 to 48 of 96
+#   heads in most layers.
+# - Recall alone says nothing: a predictor that runs all neurons has recall 1. The command
+#       python -m minitx.skip.contextual_sparsity.train stories-relu --measure
+#   prints it beside what runs, layer by layer, on 20 held-out stories. active: share of the units
+#   that are active; recall: of these, how many run; precision: of those that run, how many are
+#   active; random: the recall of as many random units.
+#
+#       threshold=1   active   run    recall   precision   random          heads=0.5, recall
+#       layer 0       0.293   0.294   0.880    0.877       0.322           0.917
+#       layer 1       0.119   0.140   0.919    0.783       0.160           0.878
+#       layer 2       0.206   0.220   0.865    0.808       0.237           0.851
+#       layer 3       0.343   0.335   0.828    0.849       0.342           0.802
+#       all           0.240   0.247   0.873    0.829       0.265           0.862
+#
+#   Random units in the same number have more than their share of luck in the threshold form, since
+#   tokens with more active neurons run more.
+# - The price on stories-relu (minitx sweep contextual-sparsity threshold=0,1,2 -m stories-relu
+#   --stories 60; the same with neurons=0.4,0.3,0.2; with neurons=0.4,0.5 choose=random; and with
+#   neurons=1 heads=0.75,0.5 choose=predictor,random). Loss is above dense, in nats per token; the
+#   hops are right answers to questions that need 1, 2 or 3 facts (many of them guesses: the model
+#   has not learned to look them up). Multiply-adds include the predictors.
+#
+#       setting                          multiply-adds   loss      1 / 2 / 3 hops   speed
+#       dense                            1.000x         0.0000    54 / 62 / 28
+#       threshold=0                      0.705x        +0.0005    52 / 62 / 36      0.56x
+#       threshold=1 (default)            0.671x        +0.0023    51 / 60 / 33      0.60x
+#       threshold=2                      0.641x        +0.0093    52 / 56 / 25      0.66x
+#       neurons=0.4                      0.744x        +0.0010    53 / 66 / 31      0.46x
+#       neurons=0.3                      0.687x        +0.0051    53 / 64 / 31      0.47x
+#       neurons=0.2                      0.630x        +0.0461    52 / 66 / 19      0.51x
+#       neurons=0.5 choose=random        0.713x        +2.4363    31 / 33 / 22      0.48x
+#       neurons=0.4 choose=random        0.655x        +3.4928    21 / 26 / 17      0.54x
+#       neurons=1 heads=0.75             0.956x        +0.0986    44 / 60 / 25      0.44x
+#       neurons=1 heads=0.75 ... random  0.951x        +0.5525    38 / 38 / 28      0.41x
+#       neurons=1 heads=0.5              0.907x        +0.4706    31 / 40 / 25      0.47x
+#       neurons=1 heads=0.5 ... random   0.902x        +1.3747    28 / 22 / 11      0.46x
+#
+#   A threshold is better than a top-k of equal cost: tokens and layers differ in how many neurons
+#   they need. Of four heads none can be spared, though the predictor finds those that write most.
+# - The rank decides: in a trial (600 steps of 512 tokens) the threshold at which about 30 % of the
+#   neurons run cost +0.0007 nats at rank 32, +0.03 at 16, +0.43 at 8 and +1.4 at 4; the predictor's
+#   own share of a dense FFN's multiply-adds is 16, 8, 4 and 2 %. Read one sub-layer early, before
+#   attention, rank 16 cost +0.17 instead of +0.03; nothing runs at the same time on one core, so
+#   nothing would be gained by it here.
+# - Predictors that are trained on loading (16 stories, 1 to 2 seconds on stories-relu) are not
+#   as good: with fold_norms the default costs +0.009.
+# - Training counts on one BLAS thread for the same bytes: threads add in another order.
+# - One FFN, rank D / 4, top-k, one token, microseconds of one core (dense; 50, 25, 10, 5 % of the
+#   neurons): 128 x 512: 29; 89, 78, 75, 67. 1,024 x 4,096: 1,578; 3,751, 1,701, 533, 326. A prompt
+#   runs token by token, which is slower still: dense products share the reading of weights.
+# - monitor: every n-th token runs all neurons too, from the same arrays (NeuronRows).

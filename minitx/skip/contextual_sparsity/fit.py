@@ -31,7 +31,7 @@ class Pace:
     """How long and how fast to train."""
 
     epochs: int = 20  # passes over the examples
-    batch: int = 512  # tokens of a step
+    batch: int = 64  # tokens of a step
     rate: float = 0.01  # learning rate of the first step; it falls linearly to 0
     decay: float = 0.01  # weight decay
 
