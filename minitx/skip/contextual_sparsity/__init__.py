@@ -387,6 +387,6 @@ def check_choice(neurons: float | None, threshold: float | None, choose: str, mo
 # - One FFN, rank D / 4, top-k, one token, microseconds of one core (dense; 50, 25, 10, 5 % of the
 #   neurons): 128 x 512: 29; 89, 78, 75, 67. 1,024 x 4,096: 1,578; 3,751, 1,701, 533, 326. A prompt
 #   runs token by token, which is slower still: dense products share the reading of weights.
-# - monitor: every n-th token runs all neurons too, from the same arrays (NeuronRows). It does not pay
-#   here: neurons=0.2 monitor=8 limit=0.1, 0.2, 0.4 cost +0.017, +0.028, +0.042 at 0.88x, 0.79x,
+# - monitor: every n-th token runs all neurons too, from the same arrays (NeuronRows). It does not
+#   pay here: neurons=0.2 monitor=8 limit=0.1, 0.2, 0.4 cost +0.017, +0.028, +0.042 at 0.88x, 0.79x,
 #   0.70x of the multiply-adds (20 stories), all more than a larger share of the neurons.
