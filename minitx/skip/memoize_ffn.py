@@ -271,8 +271,8 @@ def check(lm, first: int, choose: str, monitor: int) -> None:
 #   tokens answers half of the rest. Expect far fewer hits on natural text.
 # - Hit rates of layers 1 to 7 at the default, on 20 stories: 0.42 0.44 0.44 0.59 0.59 0.61 0.59;
 #   relative error of the hits' outputs: 0.22 0.19 0.14 0.25 0.24 0.26 0.22; share of false hits
-#   (error above 0.4): 0.12 0.05 0.02 0.13 0.12 0.17 0.08. Layer 0, with a table, hits at 0.48 with an
-#   error of 0.18, but its FFN writes 19 times the length of the embeddings, so first=0 costs most.
+#   (error above 0.4): 0.12 0.05 0.02 0.13 0.12 0.17 0.08. With a table, layer 0 hits at 0.48 with
+#   an error of 0.18, but its FFN writes 19 times the length of the embeddings: first=0 costs most.
 # - The monitor halves the price of a radius that is too large, and costs some of the saving; a good
 #   radius is better than both. It is for text whose distance from the calibration text is unknown.
 # - The table is filled offline and then frozen. Filled by the sequence itself (store each miss), it
