@@ -94,8 +94,8 @@ def memoize_attention(
     Saves:     D H d + S H d multiply-adds for a hit, of 2 D (H + K) d + 2 S H d, and the bytes of
                its S keys, less D r + N r + D for every lookup (K: key heads). A stored map is H S
                numbers, so a position takes N (H S + D + r) numbers in each layer.
-    In NumPy:  slower, decoding 0.78x of dense on stories: a lookup takes longer than the queries and
-               scores that a hit spares, at a few hundred keys.
+    In NumPy:  slower, decoding 0.78x of dense on stories: a lookup takes longer than the queries
+               and scores that a hit spares, at a few hundred keys.
     Not for:   sequences longer than the calibration text (no maps there); techniques that free
                cache rows or replace the attention (elsa, heavy_hitters, ...).
     Proof:     tests/skip/test_memoize_attention.py; literal version:
@@ -394,9 +394,10 @@ def check(first: int, L: int, choose: str, monitor: int) -> None:
 #   it out (layer_skip unit=attention) saves more and needs no memory.
 # - Why it saves so little: at S = 200 a hit spares 42 % of the multiply-adds of attention, which is
 #   two fifths of the model; but one token in six hits, mostly early in a story, where S is small:
-#   before the first events, all stories are much alike. Four times as many maps (size=32 stories=64)
-#   hit for one token in four, at 16 times the memory of the model: AttMEMO uses terabytes.
-# - Layers 0 to 7 on 20 stories, first=0 (error: relative, of the outputs of hits; false: above 0.4):
+#   before the first events, all stories are much alike. Four times as many maps (size=32
+#   stories=64) hit for one token in four, at 16 times the memory of the model: AttMEMO uses
+#   terabytes.
+# - Layers 0 to 7 on 20 stories, first=0 (error: relative, of what hits give; false: above 0.4):
 #       hit rate       0.32  0.20  0.15  0.15  0.18  0.18  0.18  0.18
 #       error          0.49  0.40  0.31  0.44  0.22  0.30  0.30  0.24
 #       false hits     0.62  0.41  0.34  0.49  0.16  0.28  0.29  0.18

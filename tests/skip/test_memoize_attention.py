@@ -14,7 +14,12 @@ from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
 from minitx.model import QKV, Attend, Attention, Cache, Linear, NoNorm, NoRope
 from minitx.shared.memo_table import MemoTable
-from minitx.skip.memoize_attention import MemoizedAttention, MonitoredAttention
+from minitx.skip.memoize_attention import (
+    MemoizedAttention,
+    MonitoredAttention,
+    RandomMaps,
+    hit_rate,
+)
 from minitx.state import Layer, Tokens
 from minitx.technique import apply
 from minitx.training.loss import token_losses
@@ -165,6 +170,19 @@ def test_batches_and_chunks_equal_one_sequence(options):
     rows = np.stack([IDS[:20], IDS[20:]])
     check_close(lm.logits(rows), np.stack([lm.logits(row) for row in rows]), 1e-12, "a batch")
     check_close(in_chunks(lm, IDS, (9, 1, 30)), lm.logits(IDS), 1e-12, "in chunks")
+
+
+def test_random_baseline_hits_as_often_as_tokens_that_are_not_stored():
+    # Position 0: 1 is stored, so it is left out; 1.2 is 0.2 of its length away, 3 is 2 away. So one
+    # of two others hits at radius 0.3.
+    attn = averaging([[(1.0, [1.0])]], 0.3)
+    assert hit_rate(attn, [np.array([[1.0]]), np.array([[1.2]]), np.array([[3.0]])]) == 0.5
+    assert hit_rate(attn, [np.array([[1.0]])]) == 0
+    stored = [[(1.0, [1.0]), (2.0, [1.0])], [(5.0, [1.0, 0.0]), (6.0, [0.0, 1.0])]]
+    scores = np.array([[0.9, 0.4], [0.0, 0.6]])  # position 0 misses; 1 hits, and gets the second
+    attn = averaging(stored, 0.0, RandomMaps, scores=scores, rate=0.5)
+    y = attn(np.array([[4.0], [8.0]]), Layer.once(2))
+    np.testing.assert_allclose(y[:, 0], [4, 8])
 
 
 def test_first_layers_have_no_database():

@@ -12,7 +12,7 @@ from minitx.errors import MinitxError
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
 from minitx.model import FFN, Activated, Linear, NoNorm
-from minitx.shared.memo_table import MemoTable, cover
+from minitx.shared.memo_table import MemoTable, cover, principal
 from minitx.skip.memoize_ffn import MemoizedFFN, MonitoredFFN
 from minitx.state import Layer
 from minitx.technique import apply
@@ -125,6 +125,24 @@ def test_what_is_stored_equals_the_literal_cover():
     keys = RNG.standard_normal((25, 3))
     for size in (4, 99):
         assert cover(keys, 0.7, size).tolist() == literal.cover(keys.tolist(), 0.7, size)
+
+
+def test_the_search_uses_principal_components_of_the_inputs():
+    """Of all calibration tokens, not only of those that are stored."""
+    options = {"memoize_ffn": DEMO | {"size": 999, "radius": 0.0, "rank": 4}}
+    memo = (
+        apply(tiny_lm(dtype=np.float64), options, calibrate=[IDS.tolist()])
+        .model.stack.blocks[0]
+        .ffn.memo
+    )
+    assert len(memo.keys) == len(IDS), "every token is stored"
+    np.testing.assert_allclose(abs(memo.basis.T @ principal(memo.keys, 4)), np.eye(4), atol=1e-9)
+    few = apply(
+        tiny_lm(dtype=np.float64),
+        {"memoize_ffn": options["memoize_ffn"] | {"size": 3}},
+        calibrate=[IDS.tolist()],
+    )
+    np.testing.assert_array_equal(few.model.stack.blocks[0].ffn.memo.basis, memo.basis)
 
 
 def test_calibration_text_itself_hits_everywhere_at_radius_zero():
