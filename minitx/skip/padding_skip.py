@@ -1,0 +1,226 @@
+"""Packed batches: the tokens of sequences of different lengths in one array, without padding.
+
+This file: the card, the token loop (online), the model for packed tokens (online), the cost
+formula, notes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from minitx import fast, ledger
+from minitx.decode import Autoregressive, Sampler, TokenLoop, new_state
+from minitx.model import (
+    FFN,
+    Attention,
+    Block,
+    ParallelBlock,
+    SkiplessBlock,
+    SkiplessParallelBlock,
+    Stack,
+    Transformer,
+)
+from minitx.state import Layer, State, Tokens
+from minitx.technique import need, technique
+from minitx.tree import Part, part, rebuild, walk
+
+
+@technique(
+    level="decode",
+    exact=True,
+    neutral=None,
+    after=("prefix_cache", "speculative"),
+    event=("tokens run", "tokens with padding"),
+)
+def padding_skip(lm):
+    """Pack the sequences of a ragged batch without padding, and drop those that have ended.
+
+    Paper:     Zhai et al., "ByteTransformer: A High-Performance Transformer Boosted for Variable-
+               Length Inputs", IPDPS 2023, arXiv 2210.03052. Yu et al., "Orca", OSDI 2022, drop
+               ended sequences and attend per sequence ("selective batching").
+    Fidelity:  a reconstruction from notes on ByteTransformer's code and summaries of Orca. Ours:
+               each sequence has a KV cache of its own. Orca's new requests do not join.
+    Kind:      exact: each sequence gets what it would get alone.
+    Idea:      In a batch, shorter prompts are padded to the longest, and sequences that have ended
+               run on until all have. Norms, projections and FFNs treat each token by itself: they
+               can read the real tokens of all sequences as one array.
+    Offline:   nothing.
+    Online:    one step, in which sequence i of n has T[i] new tokens; N = T[1] + ... + T[n]
+               cut[i] = T[1] + ... + T[i]           sequence i has the rows cut[i-1] .. cut[i] - 1
+               x (N, D): the new tokens, one sequence after another; each one's positions go on
+                   from its own last
+               norms, projections, rotation, FFN:   once, on all N rows
+               cache and attention:                 sequence by sequence, on its own rows and cache
+               logits:                              of the last row of each sequence
+               a sequence whose token ends the text leaves the batch
+    Saves:     padding: N of B max(T) rows are run, so of the products mean(T) / max(T) is left, and
+               less of attention. While generating: rows of sequences that have ended. Weights are
+               read once a step, as before. A single prompt, as in minitx compare, has no padding.
+    In NumPy:  MEASURED
+    Not for:   speculative and prefix_cache, which decode the prompts of a batch one by one. A part
+               of a technique that may keep something of its sequence runs on one sequence after
+               another. lm.logits of a batch has no padding.
+    Proof:     tests/skip/test_padding_skip.py; literal version: tests/skip/literal_padding_skip.py
+    """
+    need(lm.decode, Autoregressive)
+    return replace(lm, decode=PackedBatch(lm.decode))
+
+
+# Online: the loop --------------------------------------------------------------------------------
+
+
+@part
+class PackedBatch(TokenLoop):
+    """Each step runs the new tokens of all sequences that have not ended, packed."""
+
+    inner: Part  # the loop for one sequence
+
+    def __call__(
+        self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
+    ) -> Iterator[int]:
+        """One sequence has no padding: see ``TokenLoop``."""
+        return self.inner(model, state, ids, choose, limit)
+
+    def batch(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        choosers: Sequence[Sampler],
+        limit: int,
+    ) -> Iterator[list[int]]:
+        """B prompts: see ``TokenLoop``. A sequence that has ended repeats its last token."""
+        packed, B = pack(model), len(prompts)
+        states = {i: new_state(model, prompt) for i, prompt in enumerate(prompts)}
+        new, tokens = list(prompts), [0] * B  # new: the ids that each sequence runs next
+        for _ in range(limit):
+            if states:
+                ids = [new[i] for i in states]
+                ledger.event("tokens run", sum(map(len, ids)))
+                ledger.event("tokens with padding", B * max(map(len, ids)))
+                logits = next_logits(packed, ids, list(states.values()))  # (n, V)
+                for i, row in zip(states, logits):
+                    tokens[i] = choosers[i](row)
+                    new[i] = [tokens[i]]
+            yield list(tokens)
+            # The state of a sequence that has ended is dropped, and its KV cache with it.
+            states = {i: own for i, own in states.items() if tokens[i] not in model.config.eos}
+
+
+def next_logits(packed: Transformer, ids: Sequence[Sequence[int]], states: Sequence[State]):
+    """Logits (n, V) after each of n sequences, whose new ids continue its state."""
+    step = PackedState(states, [len(new) for new in ids])
+    x = packed.hidden(np.concatenate(ids), step)  # (N, D)
+    for state, new in zip(states, ids):
+        state.position += len(new)
+    last = np.array(step.cuts[1:]) - 1  # the last row of each sequence
+    return packed.head(packed.norm(x[last]))
+
+
+# Online: the model for packed tokens -------------------------------------------------------------
+
+
+def pack(model: Transformer) -> Transformer:
+    """The model for packed tokens x (N, D), made of the same parts. Only the cache, attention, and
+    parts that may keep something of a sequence see one sequence at a time."""
+
+    def change(node: Part) -> Part | None:
+        if type(node) in PASS_ON:
+            return None  # goes on to its children
+        if type(node) is FFN and by_token(node):
+            return node
+        if type(node) is Attention and all(
+            by_token(child) for child in (node.norm, node.qkv, node.rope, node.out)
+        ):
+            return replace(node, cache=PackedCache(node.cache), attend=PackedAttend(node.attend))
+        return EachSequence(node)
+
+    return replace(model, stack=rebuild(model.stack, change))
+
+
+PASS_ON = Stack, Block, ParallelBlock, SkiplessBlock, SkiplessParallelBlock
+
+
+def by_token(root: Part) -> bool:
+    """Does each row of the result depend on that row of x alone?"""
+    return all(node.decides == "token" and not node.has_history for _, node in walk(root))
+
+
+class Packed:
+    """n sequences side by side: sequence i has the rows cuts[i] .. cuts[i+1] - 1 of an array. own:
+    the ``State`` of each, or its ``Layer`` of one block."""
+
+    def __init__(self, own: Sequence, cuts: Sequence[int]):
+        self.own, self.cuts = own, cuts
+
+    def split(self, x) -> list[np.ndarray]:
+        """The rows of each sequence: x (..., N, D) -> n views (..., T, D)."""
+        return [x[..., a:b, :] for a, b in pairwise(self.cuts)]
+
+
+class PackedState(Packed):
+    """What the model takes instead of a ``State``: those of n sequences, for one step."""
+
+    def __init__(self, states: Sequence[State], lengths: Sequence[int]):
+        super().__init__(states, list(accumulate(lengths, initial=0)))
+        self.layers = [Packed(layers, self.cuts) for layers in zip(*(s.layers for s in states))]
+        self.capacity, self.position = states[0].capacity, 0
+        positions = [advance(state, T).array for state, T in zip(states, lengths)]
+        self.tokens = Tokens(np.concatenate(positions))  # (N,)
+
+    def take(self, N: int) -> Tokens:
+        return self.tokens
+
+    def need_batch(self, shape: tuple) -> None:
+        """Nothing to check: packed ids (N,) are one row."""
+
+
+def advance(state: State, T: int) -> Tokens:
+    """The T new tokens of one sequence, set in its state and in all its layers."""
+    tokens = state.take(T)
+    for layer in state.layers:
+        layer.tokens = tokens
+    return tokens
+
+
+@part
+class PackedCache(Part):
+    """The KV cache of each sequence."""
+
+    inner: Part
+
+    def store(self, k, v, layers: Packed):
+        """k and v (K, N, d)"""
+        for k, v, layer in zip(layers.split(k), layers.split(v), layers.own):  # (K, T, d)
+            self.inner.store(k, v, layer)
+
+    def read(self, layers: Packed):
+        """All keys and all values: two tuples of n arrays (K, S, d)."""
+        return zip(*(self.inner.read(layer) for layer in layers.own))
+
+
+@part
+class PackedAttend(Part):
+    """The queries of each sequence attend to its own keys."""
+
+    inner: Part
+
+    def __call__(self, q, k, v, layers: Packed):
+        """q (H, N, d), k and v from ``PackedCache.read`` -> (H, N, d)"""
+        found = map(self.inner, layers.split(q), k, v, layers.own)  # n arrays (H, T, d)
+        return np.concatenate(list(found), -2)
+
+
+@part
+class EachSequence(Part):
+    """Runs a part on one sequence after another, as it would run alone."""
+
+    inner: Part
+
+    @property
+    def blocks(self) -> tuple:
+        return self.inner.blocks  # of a stack
+
+    def __call__(self, x, packed: Packed):
+        return np.concatenate(list(map(self.inner, packed.split(x), packed.own)), -2)
