@@ -22,9 +22,9 @@ from minitx.model import (
     Stack,
     Transformer,
 )
-from minitx.state import Layer, State, Tokens
+from minitx.state import State, Tokens
 from minitx.technique import need, technique
-from minitx.tree import Part, part, rebuild, walk
+from minitx.tree import Part, part, rebuild, walk, weights
 
 
 @technique(
@@ -192,8 +192,8 @@ class PackedCache(Part):
 
     def store(self, k, v, layers: Packed):
         """k and v (K, N, d)"""
-        for k, v, layer in zip(layers.split(k), layers.split(v), layers.own):  # (K, T, d)
-            self.inner.store(k, v, layer)
+        for own_k, own_v, layer in zip(layers.split(k), layers.split(v), layers.own):
+            self.inner.store(own_k, own_v, layer)  # (K, T, d)
 
     def read(self, layers: Packed):
         """All keys and all values: two tuples of n arrays (K, S, d)."""
@@ -224,3 +224,18 @@ class EachSequence(Part):
 
     def __call__(self, x, packed: Packed):
         return np.concatenate(list(map(self.inner, packed.split(x), packed.own)), -2)
+
+
+# Cost --------------------------------------------------------------------------------------------
+
+
+def multiply_adds(model: Transformer, lengths: Sequence[tuple[int, int]]) -> int:
+    """Of one step of a dense model in which sequence i runs T new tokens, after which its cache has
+    S rows: ``lengths`` has (T, S) of each. A padded batch: the longest (T, S), B times."""
+    c = model.config
+    per_token = sum(w.size for w in weights(model.stack).values() if w.ndim == 2)
+    scores = sum((b - a) * end for T, S in lengths for a, b, end in fast.causal_blocks(T, S))
+    attention = 2 * c.layers * c.heads * c.head_width * scores
+    return (
+        sum(T for T, _ in lengths) * per_token + attention + len(lengths) * c.width * c.vocab_size
+    )
