@@ -281,7 +281,7 @@ def parser(flags=()) -> Parser:
         ("size", 16, "prompts in a batch"),
         ("longest", 256, "length of the longest prompt in tokens"),
         ("new", 64, "new tokens of the longest completion"),
-        ("rounds", 5, "rounds"),
+        ("rounds", 3, "rounds"),
     ):
         text = f"{meaning} (default {default})"
         batch.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)

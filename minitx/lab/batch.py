@@ -34,7 +34,7 @@ class BatchPlan:
     size: int = 16
     longest: int = 256
     new: int = 64
-    rounds: int = 5
+    rounds: int = 3
 
 
 @dataclass(frozen=True)

