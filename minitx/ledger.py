@@ -52,9 +52,17 @@ class Ledger:
     entries: dict[str, Entry] = field(default_factory=dict)
     events: Counter = field(default_factory=Counter)
     path: str = ""  # of the part that is running
+    paths: dict[int, list[str]] = field(default_factory=dict, repr=False)  # of each part, by id
 
-    def add(self, multiply_adds: int = 0, weight_bytes: int = 0, cache_bytes: int = 0) -> None:
-        entry = self.entries.setdefault(self.path, Entry())
+    def add(
+        self,
+        multiply_adds: int = 0,
+        weight_bytes: int = 0,
+        cache_bytes: int = 0,
+        part: Part | None = None,
+    ) -> None:
+        places = self.paths.get(id(part), [self.path])
+        entry = self.entries.setdefault(_path(places, self.path, ()), Entry())
         entry.multiply_adds += multiply_adds
         entry.weight_bytes += weight_bytes
         entry.cache_bytes += cache_bytes
@@ -107,11 +115,12 @@ def product(x, w) -> None:
         active.add(x.size * w.shape[-1], w.nbytes)
 
 
-def count(multiply_adds=0, weight_bytes=0, cache_bytes=0) -> None:
-    """Count work. Each argument is a number, or a function that is called only if a ledger is open
-    (for numbers that take time to compute)."""
+def count(multiply_adds=0, weight_bytes=0, cache_bytes=0, part: Part | None = None) -> None:
+    """Count work. Each number may be a function, which is called only if a ledger is open (for
+    numbers that take time to compute). part: whose work it is, if another than the running one's
+    (if its work is done elsewhere in another way)."""
     if active:
-        active.add(*map(_number, (multiply_adds, weight_bytes, cache_bytes)))
+        active.add(*map(_number, (multiply_adds, weight_bytes, cache_bytes)), part)
 
 
 def event(name: str, n=1) -> None:
@@ -138,8 +147,7 @@ def counting(root: Part) -> Iterator[Ledger]:
     """
     global active
     outer, active = active, Ledger()
-    ledger = active
-    paths: dict[int, list[str]] = {}
+    ledger, paths = active, active.paths
     for path, node in walk(root):
         paths.setdefault(id(node), []).append(path)
     methods = list(_methods({type(node) for _, node in walk(root)}))

@@ -259,7 +259,7 @@ class PackedSoftmax(PackedAttend):
             np.matmul(p[..., a:b], v[i], out=out[:, :, i])
         out /= np.add.reduceat(p, cuts[:-1], -1)[..., None]
         work = H * (d + width) * cuts[-1]
-        ledger.count(work, cache_bytes=lambda: sum(map(fast.cached_bytes, k, v)))
+        ledger.count(work, 0, lambda: sum(map(fast.cached_bytes, k, v)), part=self.inner)
         return out.reshape(H, N, width)
 
 

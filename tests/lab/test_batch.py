@@ -15,6 +15,7 @@ from minitx.lab.batch import LEVELS, BatchPlan, batches, unequal
 from minitx.skip.padding_skip import multiply_adds
 from minitx.technique import apply
 
+BARE = dict(tokenizer=None)  # random ids, which are made faster than stories
 PLAN = BatchPlan(size=4, longest=20, new=8, rounds=2)
 
 
@@ -30,7 +31,7 @@ def test_lengths_have_the_mean_that_is_asked_for():
 
 def test_multiply_adds_are_those_of_the_formula():
     """A batch of 4 prompts of up to 20 tokens, and completions of up to 8, the longest first."""
-    dense = tiny_lm()
+    dense = tiny_lm(**BARE)
     found = batches(dense, apply(dense, {"padding_skip": True}), "", PLAN, bar=False)
     for level, share in zip(found.levels, LEVELS):
         lengths, ends = unequal(4, 20, share), unequal(4, 8, share)[::-1]
@@ -47,7 +48,7 @@ def test_multiply_adds_are_those_of_the_formula():
 
 def test_all_ways_run_the_same_prompts_in_turns(monkeypatch):
     """One clock for all: a way takes as many seconds as it runs steps."""
-    dense, seen = tiny_lm(), []
+    dense, seen = tiny_lm(**BARE), []
 
     def counted(steps):
         n = sum(1 for _ in steps)
@@ -80,7 +81,7 @@ def test_plan_that_does_not_fit_is_refused(longest, new):
 
 def test_batch_prints_a_table_or_json(monkeypatch, capsys):
     def load(name, tokenizer=None, dtype=np.float32, **wanted):
-        return module.apply(tiny_lm(), wanted)
+        return module.apply(tiny_lm(**BARE), wanted)
 
     monkeypatch.setattr(minitx, "load", load)
     few = ["--size", "2", "--longest", "20", "--new", "4", "--rounds", "1"]

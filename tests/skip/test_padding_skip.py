@@ -219,6 +219,15 @@ def test_counted_work_equals_the_formula_on_the_card(kind):
     assert counts.total().multiply_adds == sum(multiply_adds(dense.model, step) for step in padded)
 
 
+@kinds
+def test_work_is_counted_where_the_dense_model_counts_it(kind):
+    """Equal prompts that do not end: the same work, part by part. Only that a row of the table of
+    positions is read for each sequence."""
+    prompts = [PROMPTS[0]] * 3
+    dense, packed = (run_batch(lm, prompts, (99,) * 3, 4)[2].entries for lm in lms(kind))
+    assert packed | {"model.embed": dense["model.embed"]} == dense
+
+
 def test_weights_are_read_once_a_step():
     """4 steps: each reads every matrix once, whatever the number of sequences."""
     dense, packed = lms()
