@@ -1,5 +1,6 @@
 """padding_skip: which rows are run, that each sequence gets what it gets alone, what it costs."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 
@@ -25,7 +26,7 @@ from minitx.skip.padding_skip import (
     pack,
     passes,
 )
-from minitx.state import Layer, State
+from minitx.state import Layer, State, Tokens
 from minitx.technique import apply, find, swap, wrap
 from minitx.tree import Part, part, walk
 
@@ -112,8 +113,9 @@ def test_packed_attention_equals_the_literal_version():
         assert not np.any(row[n:]), "padding is zero"
 
 
+@pytest.mark.parametrize("at", [7, 3], ids=["newest", "with later rows that it must not see"])
 @pytest.mark.parametrize("key_heads, value_heads, width", [(2, 2, 4), (4, 4, 4), (4, 1, 6)])
-def test_one_softmax_for_all_equals_a_softmax_for_each(key_heads, value_heads, width):
+def test_one_softmax_for_all_equals_a_softmax_for_each(key_heads, value_heads, width, at):
     """Caches of 5, 1 and 8 rows, and one query each; large scores, so that the maximum matters."""
     q, S = RNG.standard_normal((4, 3, 4)), (5, 1, 8)
     k = [300 * RNG.standard_normal((key_heads, n, 4)) for n in S]
@@ -122,6 +124,7 @@ def test_one_softmax_for_all_equals_a_softmax_for_each(key_heads, value_heads, w
     for keys, values, layer in zip(k, v, layers.own):
         layer.store(keys, values)
         layer.tokens = layer.tokens.only([-1])
+    layers.own[2].tokens = Tokens(np.array([at]))
     found = []
     for kind in (PackedAttend, PackedSoftmax):
         attend = kind(Attend(0.5))
@@ -185,6 +188,28 @@ def test_batch_stops_at_the_limit_and_at_the_end_of_the_context():
     assert packed.generate([[1] * 48, [2]]) == [[], []], "the longest prompt fills the context"
     with pytest.raises(MinitxError, match="exceeds the context"):
         packed.generate([[1] * 40, [2]], 9)
+
+
+def test_each_sequence_knows_the_length_of_its_prompt():
+    """Which techniques read that treat prompts and generated tokens differently."""
+    seen = []
+
+    @part
+    class Watched(Part):
+        inner: Part
+
+        def __call__(self, x, state):
+            seen.append((state.prompt, len(x), state.position))
+            return self.inner(x, state)
+
+        @property
+        def blocks(self):
+            return self.inner.blocks
+
+    packed = lms()[1]
+    watched = replace(packed.model, stack=Watched(packed.model.stack))
+    list(packed.decode.batch(watched, [[1, 2, 3], [4]], [Scripted(), Scripted()], 2))
+    assert seen == [(3, 3, 0), (1, 1, 0), (3, 1, 3), (1, 1, 1)]
 
 
 def test_no_token_runs_before_it_is_requested():
