@@ -11,6 +11,7 @@ from tiny import tiny_lm
 import minitx
 from minitx.cli import main
 from minitx.errors import MinitxError
+from minitx.lab.compare import compare
 from minitx.lab.energy import Constants, Energy, Estimate, read_constants
 from minitx.ledger import Entry, counting
 from minitx.technique import apply
@@ -180,6 +181,18 @@ def test_compare_json_has_the_energy_of_the_counted_work(loads, capsys):
     }
     assert energy["unit"] == "pJ per new token" and energy["constants"]["float32"] == 3.7 + 0.9
     assert energy["memory"] == {"dense": "dram", "changed": "dram"} and 0 < energy["ratio"] < 1
+
+
+def test_a_model_fits_on_chip_with_its_kv_cache_of_a_full_context():
+    from test_compare import PLAN, story_lm
+
+    lm = story_lm()
+    context, plain = lm.model.config.context, compare(lm, lm, "", PLAN, bar=False)
+    size = plain.size.weights + context * plain.size.cache
+    for room, place in ((1.001, "sram"), (0.999, "dram"), (0.5, "dram")):
+        found = plain.with_energy(Constants(on_chip=room * size / 1e6), context)
+        assert found.energy.memory == found.energy.dense_memory == place, f"{room} of its bytes"
+        assert found.energy.ratio == 1
 
 
 @pytest.mark.parametrize(
