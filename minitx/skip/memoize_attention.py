@@ -34,7 +34,7 @@ from minitx.tree import Part, part, table
     after=("quantize_cache",),
     demo={"size": 4, "radius": 2.0, "first": 0, "stories": 4},
     event="hits",
-    presets={"aggressive": {"radius": 0.6}, "large": {"size": 32, "stories": 64}},
+    presets={"aggressive": {"radius": 0.6}},
 )
 def memoize_attention(
     lm,

@@ -69,7 +69,6 @@ class Figures:
 
 EXACT = (-1e-5, 1e-5)
 CHAINS = Text(chains=2)
-FOUR = Text(stories=4)
 CHAIN = Text(chains=1)  # for those that run it token by token
 
 SKIP = {
@@ -89,8 +88,10 @@ SKIP = {
     "layer_router": Default((0.0, 0.005), "multiply_adds", (0.7, 0.9), text=Text(stories=3)),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
     "lazy_tokens": NoSaving((0.01, 0.1), "multiply_adds", (0.95, 1.0), text=CHAIN),
-    "memoize_attention": NoSaving((-0.005, 0.01), "multiply_adds", (0.97, 0.995), text=FOUR),
-    "memoize_ffn": Default((-0.005, 0.01), "multiply_adds", (0.6, 0.68), text=Text(stories=8)),
+    "memoize_attention": NoSaving(
+        (-0.005, 0.015), "multiply_adds", (0.96, 0.99), text=Text(stories=2)
+    ),
+    "memoize_ffn": Default((-0.005, 0.01), "multiply_adds", (0.6, 0.68), text=Text(stories=3)),
     "mixture_of_depths": Default(
         (0.001, 0.008), "multiply_adds", (0.55, 0.6), "stories-mod", dense="stories"
     ),
