@@ -33,7 +33,7 @@ from minitx.tree import Part, part, table
     demo={"size": 64, "radius": 0.8, "first": 0, "stories": 2},
     event="hits",
     presets={
-        "aggressive": {"radius": 0.4, "first": 0},
+        "aggressive": {"radius": 0.4},
         "monitored": {"radius": 0.5, "monitor": 16},
     },
 )
@@ -70,8 +70,8 @@ def memoize_ffn(
     Paper:     Alvarez et al., "Fuzzy Memoization for Floating-Point Multimedia Applications", IEEE
                Transactions on Computers 54(7), 2005: similar inputs share one stored result.
     Fidelity:  our own form for transformers, after the abstract (the paper memoizes single
-               multiplications in hardware); memoization and the quality monitor are also strategies
-               in Mittal's survey of approximate computing (ACM Computing Surveys 48(4), 2016).
+               floating-point operations in hardware). Memoization is also a strategy in Mittal's
+               survey of approximate computing (ACM Computing Surveys 48(4), 2016).
     Kind:      approximate; exact at size=0. At radius=0 only equal inputs hit.
     Idea:      The same words in similar contexts come again and again, and an FFN sees one token at
                a time. Look the token up in a table of earlier ones; if one is near, use its output.
@@ -278,6 +278,8 @@ def check(lm, first: int, choose: str, monitor: int) -> None:
 #       false hits     0.12  0.05  0.02  0.13  0.12  0.17  0.08
 #   With a table, layer 0 hits at 0.48 with an error of 0.18, but its FFN writes 19 times the length
 #   of the embeddings: first=0 costs most.
+# - monitor=n halvings=0 is an audit alone: "checks above the limit" of all "quality checks" (events)
+#   is the share of false hits.
 # - The monitor: radius=0.5 costs 0.020 with it instead of 0.058, but a smaller radius without it is
 #   cheaper still. It is for text of which nobody knows how near it is to the calibration text.
 # - The table is filled offline and then frozen. Filled by the sequence itself (store each miss), it
