@@ -1,4 +1,8 @@
-"""Orders of the inputs of a matrix, as arrays of input indices."""
+"""Orders in which a dot product adds its products, found offline from the weights alone.
+
+Each order function takes a matrix w (in, out) and gives an array order (in, out): output o adds the
+product of input ``order[k, o]`` as its k-th. An order that all outputs share is (in, 1).
+"""
 
 import numpy as np
 
@@ -8,6 +12,48 @@ def largest_first(w):
     return small(np.argsort(-abs(w), axis=0, kind="stable"))
 
 
+def positives_first(w):
+    """Positive weights, then the others; in both the largest magnitude first, so zeros come last.
+
+    If no input is negative, the running sum rises over the first and falls over the others.
+    """
+    return small(np.lexsort((-abs(w), w <= 0), axis=0))  # in the smallest integer type that fits
+
+
+def largest_rows_first(w):
+    """One order for all outputs: the inputs whose rows of weights have the largest norm first. For
+    signs there is no such order: an input's weight is positive for one output and negative for
+    another."""
+    return small(np.argsort(-(w.astype(np.float64) ** 2).sum(1), kind="stable"))[:, None]
+
+
+def original(w):
+    """As the matrix is stored: the baseline."""
+    return small(np.arange(len(w)))[:, None]
+
+
 def small(order):
     """The same indices in the smallest unsigned integer type that fits them, to save memory."""
     return order.astype(np.min_scalar_type(order.max()))
+
+
+def in_order(w, order):
+    """The weights (in, out) in the order in which each output adds them: w[order[k, o], o]."""
+    return np.ascontiguousarray(np.take_along_axis(w, order.astype(np.intp), axis=0))
+
+
+# Sums of some of the products ---------------------------------------------------------------------
+
+
+def partial_sums(x, w, order, tokens, outputs, a: int, b: int):
+    """For each pair i of a token and an output, the sum of the products number a .. b - 1:
+
+        sum over k = a .. b - 1 of  x[tokens[i], order[outputs[i], k]] w[outputs[i], k]
+
+    x (n, in); w (out, in) and order (out, in) or (1, in) have one contiguous row for each output,
+    which is read from the front; tokens and outputs (pairs,) -> (pairs,)."""
+    if len(order) == 1:  # a shared order
+        inputs = x[:, order[0, a:b]].take(tokens, 0)
+    else:
+        inputs = x[tokens[:, None], order[outputs, a:b]]
+    return np.einsum("pk,pk->p", inputs, w[outputs, a:b])
