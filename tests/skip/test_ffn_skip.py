@@ -487,3 +487,25 @@ def test_printed_model_shows_which_ffns_may_be_skipped():
     _, lm = models(choose="static", warm_up=2)
     assert sum(type(node) is PlannedFFN for _, node in walk(lm)) == 4
     assert "PlannedFFN(skipped 48, warm_up=2)" in repr(lm)
+
+
+@part
+class ByPosition(Part):
+    """An FFN whose result depends on the positions of its tokens, as one with a memory does."""
+
+    one_sequence = True
+    inner: Part
+
+    def __call__(self, x, layer):
+        own = layer.tokens.own
+        assert x.shape[-2] == own.shape[-1], "the FFN gets other tokens than its layer has"
+        return self.inner(x, layer) * (1 + own[..., None] % 3)
+
+
+def test_ffn_that_remembers_its_tokens_gets_the_positions_of_those_that_run():
+    lm = apply(swap(tiny_lm(dtype=np.float64), FFN, ByPosition), {"ffn_skip": SOME})
+    both = lm.logits([IDS, OTHER])  # a batch of two sequences
+    for b, ids in enumerate((IDS, OTHER)):
+        alone = in_chunks(lm, ids, [1] * len(ids))
+        np.testing.assert_allclose(both[b], alone, atol=1e-9, err_msg=f"row {b} of a batch")
+        np.testing.assert_allclose(lm.logits(ids), alone, atol=1e-9, err_msg="in one pass")

@@ -14,9 +14,9 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.shared.cosine import cosine
-from minitx.state import Layer
+from minitx.state import Layer, Tokens
 from minitx.technique import SEEDS, at_least, between, blocks_of, technique, wrap
-from minitx.tree import Part, part
+from minitx.tree import Part, part, walk
 
 
 @technique(
@@ -216,7 +216,20 @@ def run_except(ffn: Part, x, layer: Layer, skipped, skippable):
     if not skipped.any():
         return ffn(x, layer)
     f = np.zeros_like(x)
-    if not skipped.all():
+    if skipped.all():
+        return f
+    if x.ndim == 2:  # one sequence: an FFN may remember something of its tokens
+        tokens, layer.tokens = layer.tokens, layer.tokens.only(~skipped)
+        f[~skipped] = ffn(x[~skipped], layer)
+        layer.tokens = tokens
+    elif any(node.one_sequence for _, node in walk(ffn)):
+        for b, kept in enumerate(~skipped):
+            alone = Layer(layer.capacity, remember=False)
+            own = layer.tokens.own
+            alone.tokens = Tokens((own if own.ndim == 1 else own[b])[kept])
+            if kept.any():
+                f[b, kept] = ffn(x[b, kept], alone)
+    else:
         f[~skipped] = ffn(x[~skipped], layer)
     return f
 
