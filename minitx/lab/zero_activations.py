@@ -21,7 +21,7 @@ from minitx.ledger import counting
 from minitx.memory_layout import to_column_major
 from minitx.model import Linear
 from minitx.skip.zero_skip import ZeroSkippingLinear
-from minitx.technique import apply, blocks_of
+from minitx.technique import apply
 from minitx.tree import walk
 from minitx.values import between, need_integer
 
@@ -130,7 +130,9 @@ def main(words: list[str]) -> int:
 
 def number(name: str, text: str) -> int:
     """An option's value; MinitxError for what is none, or would take too long."""
-    return need_integer(int(text) if text.isdecimal() and len(text) < 10 else text, name, between(1, 1 << 14))
+    return need_integer(
+        int(text) if text.isdecimal() and len(text) < 10 else text, name, between(1, 1 << 14)
+    )
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def zero_skip(
                y  = h[nz] W_down[nz] + b_down                r rows of F
                With several tokens each has its own nz, so each is computed by itself. If less than
                min_sparsity of a token's neurons are 0, its product is dense.
-    Saves:     r D + F multiply-adds instead of F D per token (comparisons counted as one each): less
-               from one zero in D on. Bytes: r rows of W_down are read instead of F.
+    Saves:     r D + F multiply-adds per token instead of F D (a comparison counted as one), which
+               is less as soon as F / D neurons are 0. Bytes: r rows of W_down are read, not F.
     In NumPy:  copying rows costs more than BLAS saves until most are 0. Break-even on this machine
                (one BLAS thread): never at 512 x 128 (stories-relu), 85 % of zeros at 2,048 x 512,
                70 % at 4,096 x 1,024. stories-relu decodes at 0.8x, and reads prompts at 0.5x, which

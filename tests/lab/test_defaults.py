@@ -98,6 +98,7 @@ SKIP = {
     "switchable": Default((0.002, 0.015), "multiply_adds", (0.55, 0.65), text=Text(stories=8)),
     "token_prune": Default((0.004, 0.018), "multiply_adds", (0.79, 0.82), text=CHAIN),
     "value_prune": Default((-0.003, 0.008), "multiply_adds", (0.89, 0.92), text=CHAIN),
+    "zero_skip": Default(EXACT, "multiply_adds", (0.76, 0.81), "stories-relu", Text(stories=2)),
 }
 
 SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer where it is slow
