@@ -6,6 +6,8 @@ product of input ``order[k, o]`` as its k-th. An order that all outputs share is
 
 import numpy as np
 
+from minitx import ledger
+
 
 def largest_first(w):
     """For each output of w (in, out), its inputs by decreasing |w|; ties go to the lower index."""
@@ -45,15 +47,22 @@ def in_order(w, order):
 # Sums of some of the products ---------------------------------------------------------------------
 
 
+def by_output(w, order):
+    """The weights (in, out) and their order, stored so that each output's are contiguous, as they
+    are read: (out, in), and (out, in) or (1, in)."""
+    return in_order(w, order).T.copy(), order.T.copy()
+
+
 def partial_sums(x, w, order, tokens, outputs, a: int, b: int):
-    """For each pair i of a token and an output, the sum of the products number a .. b - 1:
+    """For each pair i of a token and an output, the sum of its products number a .. b - 1:
 
-        sum over k = a .. b - 1 of  x[tokens[i], order[outputs[i], k]] w[outputs[i], k]
+        sum over k = a .. b - 1 of  w[outputs[i], k] x[tokens[i], order[outputs[i], k]]
 
-    x (n, in); w (out, in) and order (out, in) or (1, in) have one contiguous row for each output,
-    which is read from the front; tokens and outputs (pairs,) -> (pairs,)."""
-    if len(order) == 1:  # a shared order
+    x (n, in), w and order from ``by_output``, tokens and outputs (pairs,) -> (pairs,)."""
+    if len(order) == 1:
         inputs = x[:, order[0, a:b]].take(tokens, 0)
     else:
         inputs = x[tokens[:, None], order[outputs, a:b]]
+    each = w.itemsize + (order.itemsize if len(order) > 1 else 0)  # bytes of a weight and its index
+    ledger.count(inputs.size, lambda: np.unique(outputs).size * inputs.shape[1] * each)
     return np.einsum("pk,pk->p", inputs, w[outputs, a:b])
