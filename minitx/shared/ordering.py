@@ -66,3 +66,14 @@ def partial_sums(x, w, order, tokens, outputs, a: int, b: int):
     each = w.itemsize + (order.itemsize if len(order) > 1 else 0)  # bytes of a weight and its index
     ledger.count(inputs.size, lambda: np.unique(outputs).size * inputs.shape[1] * each)
     return np.einsum("pk,pk->p", inputs, w[outputs, a:b])
+
+
+GATHERED = 1 << 20  # inputs gathered at a time, so that they fit in memory
+
+
+def few_at_a_time(run, x, gathered: int):
+    """run(rows) (n, out) for the rows (n, in) of x (..., in), a few at a time -> (..., out).
+    gathered: how many inputs it gathers for each row."""
+    rows, step = x.reshape(-1, x.shape[-1]), max(1, GATHERED // max(1, gathered))
+    pieces = [run(rows[a : a + step]) for a in range(0, len(rows), step)]
+    return np.concatenate(pieces).reshape(*x.shape[:-1], -1)

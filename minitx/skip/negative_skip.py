@@ -14,6 +14,7 @@ from minitx.calibration import calibration_ids
 from minitx.model import FFN, Linear
 from minitx.shared.ordering import (
     by_output,
+    few_at_a_time,
     largest_first,
     largest_rows_first,
     original,
@@ -109,8 +110,6 @@ def negative_skip(
 
 # Online ------------------------------------------------------------------------------------------
 
-PAIRS = 1 << 20  # inputs gathered at a time, so that they fit in memory
-
 
 @part
 class StoppedEarly(Part):
@@ -138,16 +137,9 @@ class StoppedEarly(Part):
         return StoppedEarly(w, inputs, b, limits_of_bound(w, every), None, every, mean)
 
     def __call__(self, x):
-        rows = x.reshape(-1, x.shape[-1])
-        if self.mean is not None:
-            rows = rows - self.mean
-        step = max(1, PAIRS // (len(self.w) * self.every))
-        pieces = [self.some(rows[a : a + step]) for a in range(0, len(rows), step)]
-        return np.concatenate(pieces).reshape(*x.shape[:-1], len(self.w))
-
-    def some(self, x):
-        """x (n, D) -> (n, F)"""
-        return self.shifted(x) if self.total is not None else self.bounded(x)
+        x = x if self.mean is None else x - self.mean
+        run = self.bounded if self.total is None else self.shifted
+        return few_at_a_time(run, x, len(self.w) * self.every)
 
     def shifted(self, x):
         """x - m >= 0, and x w = (x - m) w + m sum(w)"""

@@ -91,6 +91,9 @@ SKIP = {
     "mixture_of_depths": Default(
         (0.001, 0.008), "multiply_adds", (0.55, 0.6), "stories-mod", dense="stories"
     ),
+    "negative_predict": Default(
+        (-0.001, 0.003), "multiply_adds", (0.88, 0.92), "stories-relu", ONE
+    ),
     "negative_skip": Default(EXACT, "multiply_adds", (0.985, 0.996), "stories-relu", ONE),
     "predictive_attention": Default((0.0, 0.015), "cache_bytes", (0.5, 0.6), text=CHAINS),
     "prefix_cache": Default(EXACT, "multiply_adds", (0.75, 0.9), text=Text(again=True)),

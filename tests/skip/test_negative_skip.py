@@ -125,7 +125,7 @@ def test_many_tokens_equal_few_at_a_time(monkeypatch):
     x, w = RNG.standard_normal((25, 16)), RNG.standard_normal((16, 10))
     part = made(w, None, "bound", 4)
     whole = part(x)
-    monkeypatch.setattr("minitx.skip.negative_skip.PAIRS", 100)
+    monkeypatch.setattr("minitx.shared.ordering.GATHERED", 100)
     np.testing.assert_allclose(part(x), whole, atol=1e-14)
 
 
