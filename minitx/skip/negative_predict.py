@@ -148,7 +148,7 @@ class Predicted(Part):
         tokens, neurons = np.indices((n, F)).reshape(2, -1)
         acc = self.b[neurons] + partial_sums(x, self.w, self.order, tokens, neurons, 0, self.prefix)
         on = ~(acc < self.threshold[neurons])  # and NaN goes on
-        ledger.count(acc.size)  # comparisons
+        ledger.count(acc.size, weight_bytes=self.threshold.nbytes)  # comparisons
         if self.others is not None:
             on = on.reshape(n, F)[:, self.others].reshape(-1)
         acc, tokens, neurons = acc[on], tokens[on], neurons[on]

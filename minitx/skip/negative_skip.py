@@ -159,6 +159,7 @@ class StoppedEarly(Part):
         n, (F, D) = len(x), self.w.shape
         h, acc = np.zeros((n, F), x.dtype), acc.reshape(-1)
         tokens, neurons = np.indices((n, F)).reshape(2, -1)  # of the sums that are not stopped
+        ledger.count(weight_bytes=self.limit.nbytes)
         for check, a in enumerate(range(0, D, self.every)):
             acc = acc + partial_sums(x, self.w, self.order, tokens, neurons, a, a + self.every)
             ledger.event("terms computed", acc.size * min(self.every, D - a))

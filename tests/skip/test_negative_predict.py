@@ -84,6 +84,11 @@ def test_thresholds_lose_the_given_share_of_positive_values(miss):
     assert work == pytest.approx(plan.work * 60 * 9), "the plan's work is not the measured one"
 
 
+def test_nan_is_not_predicted_negative():
+    h = made(np.ones((4, 3)), None, 2, 0.0)(np.full((1, 4), np.nan))
+    assert np.isnan(h).all()
+
+
 def test_neuron_that_is_never_positive_is_predicted_negative_below_what_was_seen():
     sums, none = np.array([[-3.0], [-1], [-2]]), np.zeros((3, 1), bool)
     assert -1 < thresholds(sums, none, 0.0) < -0.99
@@ -103,7 +108,7 @@ def test_prefix_is_the_one_that_leaves_the_fewest_multiply_adds():
     assert best.prefix == 4, "of 4, 8, 12 ... the first that holds most of the five"
     for k in range(4, 32, 4):
         assert plan_of(up, x, k, 0.05).work >= best.work
-    assert tuned(up, x, 0.5, 0.05).prefix == 16, "a given share is taken"
+    assert [tuned(up, x, share, 0.05).prefix for share in (0.001, 0.25, 0.5)] == [1, 8, 16]
     assert tuned(Linear(w, np.full(20, 9.0)), x, None, 0.0) is None, "nothing to save: dense"
 
 

@@ -49,6 +49,8 @@ def test_shift_worked_example_by_hand():
         h, work, computed = run(made(w, np.array([bias]), "shift", every=1), x)
         assert h.item() == 0 and computed == terms, f"bias {bias}"
         assert literal.shift([1.0, -1, 2], [1.0, 2, -3], bias, 1) == (0, terms)
+    # Inputs >= 0 are not shifted, which is SnaPEA's own rule: 1 + 1 = 2, then 2 - 3*2 = -4.
+    assert run(made(w[[0, 2]], np.ones(1), "shift", every=1), abs(x[:, [0, 2]]))[2] == 2
     # 3 comparisons for m, 1 multiply-add for m sum(w), 2 terms, 1 comparison after them (the first
     # check comes while a positive weight is left).
     assert work == 3 + 1 + 2 + 1
