@@ -259,6 +259,11 @@ def parser(flags=()) -> Parser:
     )
     limit = "with --all: give a technique up after S seconds (default 300)"
     compare.add_argument("--time-limit", type=seconds, metavar="S", help=limit)
+    text = (
+        "also estimate the energy: counts times published constants in pJ, of which some may be "
+        "overridden, as in --energy dram=80 on_chip=2 (minitx/lab/energy.py says more)"
+    )
+    compare.add_argument("--energy", nargs="*", metavar="NAME=VALUE", help=text)
     add_json(compare)
 
     first = "time to first token for prompts that share a prefix"

@@ -97,7 +97,7 @@ class SaturatingLinear(Part):
         rows = x.reshape(-1, x.shape[-1])
         codes, scale = quantize_symmetric(rows, 8)  # each token has its own scale
         sums = accumulate(codes, self.codes, self.order, self.accumulator_bits)
-        ledger.product(x, self.codes)
+        ledger.product(x, self.codes, bits=8)
         ledger.count(weight_bytes=self.order.nbytes)
         ledger.event("dot products", sums.exact.size)
         ledger.event("persistent overflows", sums.persistent)
