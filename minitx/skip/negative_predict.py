@@ -56,7 +56,7 @@ def negative_predict(
     ] = 8,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
-    limit: Annotated[float, LIMIT, at_least(0)] = 0.5,
+    limit: Annotated[float, LIMIT, at_least(0)] = 0.2,
 ):
     """Predict from a few large terms that a neuron's sum ends below 0, and skip the other terms.
 
@@ -229,4 +229,7 @@ def thresholds(sums, positive, miss: float):
 # - A neuron that is never positive on the calibration text gets a threshold above all its sums.
 # - miss counts values, not how large they are: those that are lost are small ones mostly, since a
 #   sum that is far below 0 after its largest terms rarely ends far above.
+# - The relative error of an FFN's output is 0.02 at the default, 0.08 at miss=0.1 (medians over a
+#   text). The quality monitor costs more than it prevents here: at miss=0.1 monitor=8 limit=0.2,
+#   0.947x of the multiply-adds of that text instead of 0.887x, and no check is above the limit.
 # - zero_skip beside it skips the rows of W_down for the zeros that are predicted here.

@@ -134,5 +134,7 @@ def note(read: int, h) -> None:
 #   their numbers is in another cache line.
 # - Tokens of a prompt share hardly any zeros: the rows that at least one of them needs are soon all
 #   rows. So skipping them together would save nothing, and one by one they read rows several times.
-# - It combines with negative_skip and negative_predict, which find zeros of the first matrix before
-#   they are computed, and with prune_structure. Zero *weights* are another matter (pack_zeros).
+# - negative_skip and negative_predict find zeros before the first matrix has computed them. With
+#   both matrices: minitx compare -m stories-relu --zero-skip --negative-predict --stories 4 gives
+#   0.46x of the FFNs' multiply-adds and 0.69x of all, at +0.001 nats.
+# - Zero *weights* are another matter: pack_zeros.
