@@ -15,7 +15,7 @@ from functools import cache
 import pytest
 
 import minitx
-from minitx.lab.compare import Size, continuation, forget
+from minitx.lab.compare import NEW, Size, continuation, forget
 from minitx.lab.evaluate import Tally
 from minitx.lab.reading import add_up, stories_to_read
 from minitx.ledger import counting
@@ -33,6 +33,7 @@ class Text:
     stories: int = 12
     chains: int = 0  # chains of stories instead, each as long as the context
     again: bool = False  # continue each beginning twice, for what is kept between prompts
+    batch: bool = False  # continue beginnings of different lengths in one batch, to their ends
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ SKIP = {
         (-0.001, 0.003), "multiply_adds", (0.88, 0.92), "stories-relu", ONE
     ),
     "negative_skip": Default(EXACT, "multiply_adds", (0.985, 0.996), "stories-relu", ONE),
+    "padding_skip": Default(EXACT, "multiply_adds", (0.67, 0.73), text=Text(stories=4, batch=True)),
     "predictive_attention": Default((0.0, 0.015), "cache_bytes", (0.5, 0.6), text=CHAINS),
     "prefix_cache": Default(EXACT, "multiply_adds", (0.75, 0.9), text=Text(again=True)),
     "progressive_precision": Default((-0.003, 0.004), "cache_bytes", (0.61, 0.65), text=CHAIN),
@@ -147,8 +149,12 @@ def measured(lm: LM, text: Text) -> Figures:
         add_up(tally, lm, one)
     forget(lm)
     with counting(lm) as counts:
-        for prompt in read.prompts(1 if text.chains else 2) * (2 if text.again else 1):
-            continuation(lm, prompt)
+        if text.batch:
+            fifths = enumerate(read.texts[:4], 1)  # of four stories 1, 2, 3 and 4
+            lm.generate([text.ids[: len(text.ids) * n // 5] for n, text in fifths], NEW)
+        else:
+            for prompt in read.prompts(1 if text.chains else 2) * (2 if text.again else 1):
+                continuation(lm, prompt)
     work, size = counts.total(), Size.of(lm, read.texts[0].ids[: lm.model.config.context])
     loss, read_bytes = read.report(tally).loss, (work.weight_bytes, work.cache_bytes)
     return Figures(loss, work.multiply_adds, *read_bytes, size.weights, size.cache)
