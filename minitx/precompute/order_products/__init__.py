@@ -1,6 +1,6 @@
 """Ordered dot products: each adds its products in an order that was found from the weights.
 
-Here: the card and the ordered product (online). Beside it: orderings.py finds the orders (offline),
+Here: the card and the ordered product (online). Beside it: orderings.py names the orders (offline),
 accumulator.py simulates a narrow accumulator that adds in such an order.
 """
 
@@ -11,8 +11,9 @@ import numpy as np
 from minitx import ledger, ops
 from minitx.model import Linear
 from minitx.precompute.order_products.accumulator import SaturatingLinear
-from minitx.precompute.order_products.orderings import ORDERINGS, in_order
+from minitx.precompute.order_products.orderings import ORDERINGS
 from minitx.shared.linears import change_linears, linears
+from minitx.shared.ordering import in_order
 from minitx.technique import between, technique
 from minitx.tree import Part, part
 
