@@ -454,6 +454,9 @@ IDLE = {
     "function_tables": {"layer_skip"},
     "head_cascade": {"layer_skip"},
     "layer_skip": {"layer_router", "switchable"},
+    "negative_predict": {"layer_skip"},
+    "negative_skip": {"layer_skip"},
+    "zero_skip": {"layer_skip"},
 }
 
 

@@ -70,6 +70,7 @@ class Figures:
 EXACT = (-1e-5, 1e-5)
 CHAINS = Text(chains=2)
 CHAIN = Text(chains=1)  # for those that run it token by token
+SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer where it is slow
 
 SKIP = {
     "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.95), text=Text(stories=2)),
@@ -95,6 +96,10 @@ SKIP = {
     "mixture_of_depths": Default(
         (0.001, 0.008), "multiply_adds", (0.55, 0.6), "stories-mod", dense="stories"
     ),
+    "negative_predict": Default(
+        (-0.001, 0.003), "multiply_adds", (0.88, 0.92), "stories-relu", ONE
+    ),
+    "negative_skip": Default(EXACT, "multiply_adds", (0.985, 0.996), "stories-relu", ONE),
     "padding_skip": Default(EXACT, "multiply_adds", (0.67, 0.73), text=Text(stories=4, batch=True)),
     "predictive_attention": Default((0.0, 0.015), "cache_bytes", (0.5, 0.6), text=CHAINS),
     "prefix_cache": Default(EXACT, "multiply_adds", (0.75, 0.9), text=Text(again=True)),
@@ -105,9 +110,9 @@ SKIP = {
     "switchable": Default((0.002, 0.015), "multiply_adds", (0.55, 0.65), text=Text(stories=8)),
     "token_prune": Default((0.004, 0.018), "multiply_adds", (0.79, 0.82), text=CHAIN),
     "value_prune": Default((-0.003, 0.008), "multiply_adds", (0.89, 0.92), text=CHAIN),
+    "zero_skip": Default(EXACT, "multiply_adds", (0.76, 0.81), "stories-relu", FEW),
 }
 
-SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer where it is slow
 PRECOMPUTE = {
     "absorb_products": Default(EXACT, "kv_cache", (0.5, 0.5), "stories-relu", FEW),
     "first_layer": Default(EXACT, "multiply_adds", (0.79, 0.82), "stories-parallel", FEW),
