@@ -278,8 +278,8 @@ def check(lm, first: int, choose: str, monitor: int) -> None:
 #       false hits     0.12  0.05  0.02  0.13  0.12  0.17  0.08
 #   With a table, layer 0 hits at 0.48 with an error of 0.18, but its FFN writes 19 times the length
 #   of the embeddings: first=0 costs most.
-# - monitor=n halvings=0 is an audit alone: "checks above the limit" of all "quality checks" (events)
-#   is the share of false hits.
+# - monitor=n halvings=0 is an audit alone: of the events "quality checks", the "checks above the
+#   limit" are false hits.
 # - The monitor: radius=0.5 costs 0.020 with it instead of 0.058, but a smaller radius without it is
 #   cheaper still. It is for text of which nobody knows how near it is to the calibration text.
 # - The table is filled offline and then frozen. Filled by the sequence itself (store each miss), it
