@@ -333,8 +333,8 @@ REFUSED = [
     ("gpt2", {"neurons": 0.5, "threshold": 0.0}, "got both neurons and threshold; give the share"),
     ("gpt2", {"choose": "random"}, "choose=random runs a share of the neurons; give it as neuro"),
     ("gpt2", {"neurons": 1.0, "monitor": 4}, "with neurons=1 all of them run; leave monitor out"),
-    ("llama", {}, "which neurons ReLU leaves above 0, and this model has SwiGLU; use a model with"),
-    ("gpt_neox", {"neurons": 0.5}, "this model has gelu; use a model with ReLU, or neurons=1 and"),
+    ("llama", {}, "needs FFNs with ReLU, and those of this model have SwiGLU"),
+    ("gpt_neox", {"neurons": 0.5}, "needs FFNs with ReLU, and those of this model have gelu"),
 ]
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minitx import ops
 from minitx.calibration import calibration_ids, remembered
-from minitx.errors import MinitxError
-from minitx.model import FFN, QKV, Activated, Attend, Attention, Linear, SwiGLU
+from minitx.model import FFN, QKV, Attend, Attention, Linear
 from minitx.progress import bar
 from minitx.shared.logistic_regression import sigmoid
+from minitx.shared.relu_ffn import need_relu
 from minitx.skip.contextual_sparsity.predictor import Predictor
 from minitx.technique import blocks_of, need, wrap
 from minitx.tree import Part, float_type, part
@@ -205,13 +204,7 @@ def in_dtype(predictor: Predictor, dtype) -> Predictor:
 
 def need_neurons(ffn: Part) -> None:
     need(ffn, FFN)
-    need(ffn.expand, Activated, SwiGLU)
-    if getattr(ffn.expand, "activation", None) is not ops.relu:
-        name = "SwiGLU" if type(ffn.expand) is SwiGLU else ffn.expand.activation.__name__
-        raise MinitxError(
-            "contextual_sparsity predicts which neurons ReLU leaves above 0, and this model has "
-            f"{name}; use a model with ReLU, or neurons=1 and a share of the heads."
-        )
+    need_relu("contextual_sparsity", ffn)
     need(ffn.expand.up, Linear)
     need(ffn.down, Linear)
 
