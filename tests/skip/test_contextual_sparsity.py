@@ -506,8 +506,10 @@ def never(*_):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--stories 0", "--stories must be an integer, at least 1; got 0."),
-        ("--epochs -1", "--epochs must be an integer, at least 1; got -1."),
+        ("--stories 0", "stories must be an integer, at least 1; got 0."),
+        ("--epochs -1", "epochs must be an integer, at least 1; got -1."),
+        ("--measure --neurons 5", "neurons must be a number, 0 to 1, or None; got 5"),
+        ("--measure --threshold nan", "threshold must be a number, -100 to 100, or None; got"),
         ("", "already exists; give another --out, or --replace to replace it."),
         ("--out /nowhere/x", "there is no folder /nowhere; create it first."),
         ("--out link", "link already exists"),

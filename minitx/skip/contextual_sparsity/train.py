@@ -31,7 +31,7 @@ from minitx.skip.contextual_sparsity.fit import (
     train_predictors,
 )
 from minitx.state import Layer
-from minitx.values import need_count, need_seed
+from minitx.technique import find
 
 STORIES = 200
 HELD_OUT = 20  # stories to measure on
@@ -99,9 +99,10 @@ def main(words=None) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    stories, epochs = need_count(given.stories, "--stories"), need_count(given.epochs, "--epochs")
-    rank = None if given.rank is None else need_count(given.rank, "--rank")
-    seed, lm = need_seed(given.seed, "--seed"), load(given.model)
+    names = "stories", "epochs", "rank", "seed", "threshold", "neurons", "heads"
+    options = {name: getattr(given, name) for name in names}
+    options = find("contextual_sparsity").checked(options)  # refuses what is out of range
+    lm = load(given.model)
     if lm.folder is None or lm.tokenizer is None:
         raise MinitxError(
             f"Predictors are trained on stories for the weights of a folder with a tokenizer, and "
@@ -115,15 +116,15 @@ def run(given: argparse.Namespace) -> None:
         trained = read_predictors(lm, path)
     else:
         need_new_file(path, given.replace)
-        texts = story_ids(lm, "calibration", stories)
-        training = Training(rank, Pace(epochs), seed)
+        texts = story_ids(lm, "calibration", options["stories"])
+        training = Training(options["rank"], Pace(options["epochs"]), options["seed"])
         of_slot = {"ffn": training, "attn": replace(training, rank=None)}
         found = {slot: train_predictors(lm, slot, texts, t) for slot, t in of_slot.items()}
         trained = write_predictors(lm, found, path)
         print(f"wrote {path}")
-    shares = {"ffn": given.neurons, "attn": given.heads}
+    shares = {"ffn": options["neurons"], "attn": options["heads"]}
     texts = story_ids(lm, "evaluation", HELD_OUT)
-    print(measure(lm, trained.predictors, texts, shares, given.threshold))
+    print(measure(lm, trained.predictors, texts, shares, options["threshold"]))
 
 
 def need_new_file(path: Path, may_replace: bool) -> None:
