@@ -31,6 +31,7 @@ WHERE = {  # the products of a block, by the value of an option
     "attention": ("q", "kv", "out"),
     "ffn": ("up", "down"),
     "down": ("down",),
+    "qkv": ("q", "kv"),
 }
 
 
@@ -165,7 +166,7 @@ def replace_products(lm, where: str, make: Callable[[Linear, str, int], Part], l
             return node
         return swap(node, FFN, lambda found: ffn(found, index))
 
-    if "out" in names:
+    if "q" in names:
         lm = wrap(lm, "attn", change_attention)
     if "down" in names:
         lm = wrap(lm, "ffn", change_ffn)
