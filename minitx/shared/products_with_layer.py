@@ -32,6 +32,7 @@ WHERE = {  # the products of a block, by the value of an option
     "ffn": ("up", "down"),
     "down": ("down",),
     "qkv": ("q", "kv"),
+    "out": ("out",),
 }
 
 
@@ -166,7 +167,7 @@ def replace_products(lm, where: str, make: Callable[[Linear, str, int], Part], l
             return node
         return swap(node, FFN, lambda found: ffn(found, index))
 
-    if "q" in names:
+    if set(names) & {"q", "kv", "out"}:
         lm = wrap(lm, "attn", change_attention)
     if "down" in names:
         lm = wrap(lm, "ffn", change_ffn)

@@ -5,12 +5,13 @@ from functools import cache
 import literal_delta as literal
 import numpy as np
 import pytest
-from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm
+from tiny import FAMILIES, WIDE, check_close, error, in_chunks, tiny_lm, tiny_model
 
 import minitx
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
+from minitx.model import Linear
 from minitx.skip.delta import DeltaLinear, LargeInputs
 from minitx.state import Layer
 from minitx.technique import apply
@@ -107,6 +108,18 @@ def test_input_error_never_exceeds_the_limit():
     assert off.max() > 0.2
 
 
+@pytest.mark.parametrize("keep, better", [(0.9, "delta"), (0.0, "zero")])
+def test_comparing_with_the_token_before_pays_where_inputs_change_slowly(keep, better):
+    xs, w = slowly_changing(300, 32, keep=keep), np.random.default_rng(1).standard_normal((32, 8))
+    sent = {}
+    parts = {"delta": DeltaLinear(w, None, 0.3, 1 << 30), "zero": LargeInputs(w, None, 0.3)}
+    for name, linear in parts.items():
+        with counting(linear) as counts:
+            assert error(linear(xs, Layer(300).take(300)), xs @ w) < 0.2
+        sent[name] = counts.events["coordinates sent"] / counts.events["coordinates"]
+    assert min(sent, key=sent.get) == better, f"shares sent: {sent}"
+
+
 def test_nan_is_sent():
     xs = np.ones((3, 4))
     xs[1:, 2] = np.nan
@@ -128,7 +141,7 @@ def demo(family="llama", **options):
     return apply(tiny_lm(family, dtype=np.float64), {"delta": {"threshold": 0.5} | options})
 
 
-def test_rewind_continues_bit_for_bit_from_any_position():
+def test_rewind_continues_from_any_position():
     lm = demo()
     once, state = in_chunks(lm, IDS, (20, *[1] * 20)), lm.model.new_state()
     in_chunks(lm, IDS, (20, *[1] * 20), state)
@@ -136,6 +149,12 @@ def test_rewind_continues_bit_for_bit_from_any_position():
         state.rewind(back_to)
         found = in_chunks(lm, IDS[back_to:], (1,) * (40 - back_to), state)
         check_close(found, once[back_to:], 1e-13, f"rewound to {back_to}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_at_threshold_zero_equals_dense_up_to_rounding(family):
+    lm = demo(family, threshold=0.0)
+    check_close(lm.logits(IDS), tiny_lm(family, dtype=np.float64).logits(IDS), 1e-12, "threshold=0")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,6 +210,12 @@ def test_monitor_runs_the_dense_ffn_where_the_error_exceeds_its_limit():
         assert low <= share <= 1 if low else share == high
     with pytest.raises(MinitxError, match="delta: monitor=2 .* where=attention"):
         demo(where="attention", monitor=2)
+
+
+def test_rows_that_are_gathered_are_contiguous_beside_the_dense_matrix_of_the_monitor():
+    lm = apply(tiny_lm(model=tiny_model("llama", **WIDE)), {"delta": {"monitor": 4}})
+    layouts = {type(n): n.w.flags for _, n in walk(lm) if type(n) in (DeltaLinear, Linear)}
+    assert layouts[DeltaLinear].c_contiguous and layouts[Linear].f_contiguous
 
 
 def test_neutral_setting_is_the_dense_model_and_others_are_printed():
