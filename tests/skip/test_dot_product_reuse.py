@@ -190,16 +190,27 @@ def test_defaults_of_the_two_forms():
     assert region("llama", layers=3) == [0, 1, 2]
     assert region("llama", form="lsh", first=1, layers=2) == [1, 2]
     assert repr(apply(tiny_lm(), {"dot_product_reuse": {"size": 0}})) == repr(tiny_lm())
-    assert repr(apply(tiny_lm(), {"dot_product_reuse": {"first": 9}})) == repr(tiny_lm())
+    assert repr(apply(tiny_lm(), {"dot_product_reuse": {"first": 2}})) == repr(tiny_lm())
 
 
 def test_settings_that_cannot_work_are_refused_or_warned_of():
     with pytest.raises(MinitxError, match="slices is 3; expected a divisor of 16"):
         apply(tiny_lm(), {"dot_product_reuse": {"slices": 3}})
+    with pytest.raises(MinitxError, match="first must be at most 2, the number of layers; got 3"):
+        apply(tiny_lm(), {"dot_product_reuse": {"first": 3}})
     with pytest.warns(MinitxWarning, match="learned positions"):
         apply(tiny_lm("gpt2"), {"dot_product_reuse": True})
     with pytest.raises(MinitxError, match="dot_product_reuse .* delta"):
         apply(tiny_lm(), {"dot_product_reuse": True, "delta": True})
+
+
+def test_exact_form_fits_a_prefix_cache_and_lsh_does_not():
+    """Without the products of the prefix it computes more, and the same."""
+    dense, prompt = tiny_lm(dtype=np.float64), IDS[:20].tolist()
+    lm = apply(dense, {"dot_product_reuse": True, "prefix_cache": {"block": 4}})
+    assert [lm.generate(prompt, 9) for _ in range(2)] == [dense.generate(prompt, 9)] * 2
+    with pytest.raises(MinitxError, match="prefix_cache .* dot_product_reuse"):
+        apply(dense, {"dot_product_reuse": LSH, "prefix_cache": True})
 
 
 @cache
