@@ -213,9 +213,9 @@ class LargeInputs(Part):
 
 
 def check_monitor(where: str, monitor: int) -> None:
-    if monitor and where == "attention":
+    if monitor and where in ("attention", "out"):
         raise MinitxError(
-            f"delta: monitor={monitor} watches the FFN, which where=attention leaves dense; use "
+            f"delta: monitor={monitor} watches the FFN, which where={where} leaves dense; use "
             "where=all, or monitor=0."
         )
 

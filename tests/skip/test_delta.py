@@ -208,8 +208,9 @@ def test_monitor_runs_the_dense_ffn_where_the_error_exceeds_its_limit():
         assert counts.events["quality checks"] == 2 * 10
         share = counts.events["checks above the limit"] / 20
         assert low <= share <= 1 if low else share == high
-    with pytest.raises(MinitxError, match="delta: monitor=2 .* where=attention"):
-        demo(where="attention", monitor=2)
+    for where in ("attention", "out"):
+        with pytest.raises(MinitxError, match=f"delta: monitor=2 .* where={where}"):
+            demo(where=where, monitor=2)
 
 
 def test_rows_that_are_gathered_are_contiguous_beside_the_dense_matrix_of_the_monitor():

@@ -1,6 +1,5 @@
 """dot_product_reuse: which tokens share a product, that it is causal, and what it saves."""
 
-from contextlib import nullcontext
 from functools import cache
 
 import literal_dot_product_reuse as literal
@@ -9,7 +8,7 @@ import pytest
 from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm, tiny_model
 
 import minitx
-from minitx.errors import MinitxError, MinitxWarning
+from minitx.errors import MinitxError
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
 from minitx.skip.dot_product_reuse import ExactHash, ReusedLinear, SignHash
@@ -153,6 +152,13 @@ def test_exact_form_shares_all_products_of_a_repeated_token_in_layer_0():
         check_close(lm.logits(IDS), tiny_lm(family, dtype=np.float64).logits(IDS), 1e-12, "exact")
 
 
+def test_exact_form_finds_nothing_with_learned_positions():
+    lm = apply(tiny_lm("gpt2"), {"dot_product_reuse": True})
+    with counting(lm) as counts:
+        lm.logits(np.array([5, 5, 5, 5]))
+    assert counts.events["products"] and not counts.events["products re-used"]
+
+
 @pytest.mark.parametrize("slices", [1, 4])
 @pytest.mark.parametrize("form", ["exact", "lsh"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -160,8 +166,7 @@ def test_counted_work_equals_the_formula_on_the_card(family, form, slices):
     """A hash of s or s bits multiply-adds for each slice; s F for each product that is computed,
     and F to add one that is re-used if there are several slices."""
     options = {"form": form, "slices": slices, "bits": 3, "first": 0, "layers": 2, "where": "all"}
-    with pytest.warns(MinitxWarning) if (family, form) == ("gpt2", "exact") else nullcontext():
-        lm = apply(tiny_lm(family, dtype=np.float64), {"dot_product_reuse": options})
+    lm = apply(tiny_lm(family, dtype=np.float64), {"dot_product_reuse": options})
     state = lm.model.new_state()
     lm.model(IDS[:20], state)
     products = {p: n for p, n in walk(lm) if type(n) is ReusedLinear}
@@ -193,13 +198,11 @@ def test_defaults_of_the_two_forms():
     assert repr(apply(tiny_lm(), {"dot_product_reuse": {"first": 2}})) == repr(tiny_lm())
 
 
-def test_settings_that_cannot_work_are_refused_or_warned_of():
+def test_settings_that_cannot_work_are_refused():
     with pytest.raises(MinitxError, match="slices is 3; expected a divisor of 16"):
         apply(tiny_lm(), {"dot_product_reuse": {"slices": 3}})
     with pytest.raises(MinitxError, match="first must be at most 2, the number of layers; got 3"):
         apply(tiny_lm(), {"dot_product_reuse": {"first": 3}})
-    with pytest.warns(MinitxWarning, match="learned positions"):
-        apply(tiny_lm("gpt2"), {"dot_product_reuse": True})
     with pytest.raises(MinitxError, match="dot_product_reuse .* delta"):
         apply(tiny_lm(), {"dot_product_reuse": True, "delta": True})
 
