@@ -79,7 +79,7 @@ def delta(
     Saves:     D - n of D F multiply-adds for a matrix (D, F) if n coordinates are sent, and as many
                weights read, less 2 D for the rms and the comparisons. Instead D + F numbers are
                remembered per product (of every token, so that rewind can go back).
-    In NumPy:  slower: on stories at the default decoding is 0.3x of dense and a prompt, which runs
+    In NumPy:  slower: on stories at the default decoding is 0.4x of dense and a prompt, which runs
                token by token, 0.1x. A large matrix pays below about a third of coordinates sent, a
                small one never (Notes).
     Not for:   inputs that jump from token to token, which those of a language model do; batches:

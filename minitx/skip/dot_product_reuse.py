@@ -81,7 +81,7 @@ def dot_product_reuse(
     Saves:     s F multiply-adds (F outputs) per product re-used, less s (form=exact) or s bits
                for each hash and, with several slices, F to add. Each stored product takes F
                numbers of memory, a hit reads them.
-    In NumPy:  slower: decoding 0.9x of dense with form=exact and 0.75x with form=lsh; prompts 0.8x
+    In NumPy:  slower: decoding 0.9x of dense with form=exact and 0.8x with form=lsh; prompts 0.75x
                and 0.3x, since they run token by token.
     Not for:   form=exact beyond layer 0, with learned positions (no two vectors are equal), or on
                texts that seldom repeat a token. form=lsh in the first layers (Notes).
