@@ -1,0 +1,246 @@
+"""Loop perforation of matrix products: some inputs of each weight matrix are skipped for good.
+
+The card and options, the part that runs (online), the kept inputs and what fills in for the others
+(offline), notes. search.py: how much of each matrix is skipped.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+
+from minitx.calibration import calibration_ids
+from minitx.errors import MinitxError
+from minitx.model import Linear
+from minitx.progress import bar
+from minitx.shared.linears import change_linears, linears
+from minitx.shared.observed_inputs import watched
+from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
+from minitx.shared.share import share_of
+from minitx.skip.perforate.search import random_rates, searched_rates
+from minitx.technique import SEEDS, above, at_least, technique, wrap
+from minitx.tree import Part, part, table
+
+
+@technique(
+    level="matrices",
+    exact=False,
+    neutral={"rate": 0.0},
+    after=("low_rank",),
+    demo={"rate": 0.25, "rates": "uniform", "stories": 2},
+    presets={
+        "aggressive": {"rate": 0.3},
+        "blind": {"rate": 0.25, "pattern": "stride", "fill": "none", "rates": "uniform"},
+    },
+)
+def perforate(
+    lm,
+    *,
+    rate: Annotated[float, "share of the products' iterations to skip", at_least(0, below=1)] = 0.2,
+    pattern: Annotated[
+        Literal["norm", "stride", "truncate", "sample"],
+        "norm: skip the inputs that change the output least; stride: at equal distances; truncate: "
+        "the last ones; sample: random ones, the baseline",
+    ] = "norm",
+    fill: Annotated[
+        Literal["mean", "fit", "scale", "rate", "none"],
+        "what stands for the skipped terms: their mean; a least-squares fit of the kept ones; a "
+        "factor for each output; the factor 1 / (1 - rate); nothing",
+    ] = "mean",
+    rates: Annotated[
+        Literal["greedy", "uniform", "random"],
+        "each matrix's own rate, by a search; the same for all; or random ones, a baseline",
+    ] = "greedy",
+    matrices: Annotated[Literal["all", "ffn", "attention"], "which are perforated"] = "all",
+    stories: Annotated[
+        int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
+    ] = 16,
+    seed: Annotated[int, "of pattern=sample and rates=random", SEEDS] = 0,
+    monitor: Annotated[int, MONITOR, at_least(0)] = 0,
+    limit: Annotated[float, LIMIT, above(0, 100)] = 0.1,
+):
+    """Perforate matrix products: skip some iterations of the inner loop over the inputs.
+
+    Paper:     Sidiroglou-Douskos, Misailovic, Hoffmann and Rinard, "Managing Performance vs.
+               Accuracy Trade-offs with Loop Perforation", ESEC/FSE 2011.
+    Fidelity:  a reconstruction from summaries: skip iterations at equal distances, the last ones,
+               or random ones; perforate each loop alone, then combine greedily. Ours: inputs
+               skipped by norm, all fills but "rate" and "none", KL divergence as output error.
+    Kind:      approximate; exact at rate=0.
+    Idea:      y_j = sum over inputs i of x_i W_ij is a loop, and a program with fewer iterations
+               of it may still be good enough. Which are skipped is fixed, so what is left is a
+               smaller matrix.
+    Offline:   for each matrix W (in, out): the kept inputs S, and from calibration inputs x
+               mean:   c = sum over the skipped i of mean(x_i) W_i          alpha = 1
+               fit:    the W'_S and c with the least squared error
+               scale:  alpha_j = <y_j, p_j> / <p_j, p_j>,  p = x_S W_S       c = 0
+               rate:   alpha = in / |S|                                      c = 0
+               norm keeps the largest rms(x_i - fill_i) |W_i|;  fill_i = mean(x_i), or 0.
+               rates=greedy: KL(matrix, r) = divergence from the dense model on one text with only
+               this matrix perforated, at r = 1/4, 1/2, 3/4. Then again and again the step with the
+               least added KL per multiply-add saved, until ``rate`` of all is skipped.
+    Online:    y = x_S (alpha W_S) + c + b       alpha W_S and c + b are stored
+    Saves:     (in - |S|) out multiply-adds per token and as many weights, of each matrix.
+    In NumPy:  see Notes.
+    Not for:   techniques that need a whole matrix W_o or W_down (head_router, ...).
+    Proof:     tests/skip/test_perforate.py; literal version: tests/skip/literal_perforate.py
+    """
+    if monitor and matrices == "attention":
+        raise MinitxError(
+            "perforate: the quality monitor compares FFNs and matrices=attention perforates none; "
+            "use monitor=0, or matrices=ffn or all."
+        )
+    wanted = linears(lm.model, matrices)
+    if rate == 0:
+        return lm
+    texts = calibration_ids("perforate", lm, stories)
+    inputs = observe(lm, wanted, texts, gram=fill in ("scale", "fit"))
+    numbers = {key: number for number, key in enumerate(wanted)}
+
+    def make(linear: Linear, rate: float) -> Part:
+        key = id(linear)
+        return perforated(linear, rate, pattern, fill, inputs[key], (seed, numbers[key]))
+
+    chosen = [rate] * len(wanted)
+    if rates == "greedy":
+        settings = (pattern, fill, matrices, seed)
+        chosen = searched_rates(lm, wanted, rate, texts, make, settings)
+    elif rates == "random":
+        chosen = random_rates(wanted, rate, seed)
+    changed = change_linears(lm, wanted, lambda linear: make(linear, chosen[numbers[id(linear)]]))
+    return with_monitor(lm, changed, monitor, limit) if monitor else changed
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class Perforated(Part):
+    """A product over the kept inputs only."""
+
+    inner: Part  # (|S|, out), scaled; with a bias that stands for the skipped inputs
+    kept: np.ndarray = table()  # S (|S|,), ascending
+
+    def __call__(self, x):
+        return self.inner(x.take(self.kept, -1))
+
+    def outputs(self, x, columns):
+        """Only these columns of the result: a slice or an array of indices."""
+        return self.inner.outputs(x.take(self.kept, -1), columns)
+
+
+# Offline: which inputs are kept ------------------------------------------------------------------
+
+
+def kept_inputs(pattern: str, size: int, count: int, importance, seed) -> np.ndarray:
+    """The ``count`` inputs of ``size`` whose iterations run, ascending."""
+    if pattern == "truncate":
+        return np.arange(count)
+    if pattern == "stride":
+        return np.arange(count) * size // count
+    if pattern == "sample":
+        return np.sort(np.random.default_rng(seed).choice(size, count, replace=False))
+    return np.sort(np.argsort(-importance, kind="stable")[:count])  # ties: the lower index
+
+
+def importance(w, inputs: "Inputs", fill: str):
+    """(in,) rms(x_i - fill_i) |W_i|: how much the output changes if input i is skipped."""
+    squares = inputs.squares / inputs.count
+    if fill in ("mean", "fit"):
+        squares = np.maximum(squares - inputs.mean**2, 0)  # the variance
+    return np.sqrt(squares) * np.linalg.norm(w, axis=1)
+
+
+# Offline: what stands for the others -------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """Observer: sums over all inputs x (in,) of a matrix, in float64."""
+
+    wants_gram: bool
+    count: int = 0
+    total: np.ndarray | float = 0.0  # (in,) sum of x
+    squares: np.ndarray | float = 0.0  # (in,) sum of x^2
+    gram: np.ndarray | float = 0.0  # (in, in) sum of x^T x, if wanted
+
+    def add(self, rows) -> None:
+        rows = rows.astype(np.float64)
+        self.count += len(rows)
+        self.total = self.total + rows.sum(0)
+        self.squares = self.squares + (rows * rows).sum(0)
+        if self.wants_gram:
+            self.gram = self.gram + rows.T @ rows
+
+    @property
+    def mean(self):
+        return self.total / self.count
+
+
+def observe(lm, wanted: dict[int, Linear], texts, gram: bool) -> dict[int, Inputs]:
+    """What each wanted matrix of the model gets as inputs when it reads the texts."""
+    model, inputs = watched(lm.model, Linear, lambda: Inputs(gram), wanted)
+    for ids in bar(texts, "perforate: calibrate", unit="text", delay=1.0):
+        model.hidden(ids)
+    return inputs
+
+
+def perforated(linear: Linear, rate: float, pattern: str, fill: str, inputs: Inputs, seed) -> Part:
+    """The matrix without this share of its inputs; itself if that is less than one input."""
+    w = linear.w.astype(np.float64)
+    size = len(w)
+    skipped = min(share_of(size, rate), size - 1)
+    if not skipped:
+        return linear
+    kept = kept_inputs(pattern, size, size - skipped, importance(w, inputs, fill), seed)
+    left, c = filled(w, kept, fill, inputs)
+    b = c if linear.b is None else linear.b + c
+    dtype = linear.w.dtype
+    none = linear.b is None and not np.any(c)
+    return Perforated(Linear(left.astype(dtype), None if none else b.astype(dtype)), kept)
+
+
+def filled(w, kept, fill: str, inputs: Inputs):
+    """alpha W_S (|S|, out) and c (out,) for w (in, out)."""
+    left, zero = w[kept], np.zeros(w.shape[1])
+    if fill == "mean":
+        return left, inputs.mean @ w - inputs.mean[kept] @ left
+    if fill == "fit":
+        left = least_squares(w, kept, inputs)
+        return left, inputs.mean @ w - inputs.mean[kept] @ left
+    if fill == "scale":
+        gram = inputs.gram[kept]  # (|S|, in)
+        with_all = np.vecdot(left, gram @ w, axis=0)  # (out,) <y_j, p_j>
+        alone = np.vecdot(left, gram[:, kept] @ left, axis=0)  # <p_j, p_j>
+        return left * np.divide(with_all, alone, out=zero + 1, where=alone > 0), zero
+    if fill == "rate":
+        return left * (len(w) / len(kept)), zero
+    return left, zero
+
+
+DAMPING = 0.01  # of fill=fit, added to the diagonal in units of its mean
+
+
+def least_squares(w, kept, inputs: Inputs):
+    """W'_S (|S|, out) that minimizes the squared error of x_S W'_S + c, damped; centered, since c
+    takes care of the means."""
+    cov = inputs.gram / inputs.count - np.outer(inputs.mean, inputs.mean)
+    damping = DAMPING * (np.trace(cov) / len(cov) or 1.0)
+    a = cov[np.ix_(kept, kept)] + damping * np.eye(len(kept))
+    b = cov[kept] @ w + damping * w[kept]  # damped towards the weights as they are
+    return np.linalg.solve(a, b)
+
+
+# Offline: the quality monitor --------------------------------------------------------------------
+
+
+def with_monitor(dense: Part, changed: Part, every: int, limit: float) -> Part:
+    """The perforated model, where the monitor may use the exact FFN of each block instead."""
+    exact: dict[int, Part] = {}
+    wrap(dense, "ffn", lambda ffn, index: exact.setdefault(index, ffn))
+
+    def change(ffn: Part, index: int) -> Part:
+        same = ffn is exact[index]  # nothing in it is perforated
+        return ffn if same else monitored(exact[index], [ffn], every, limit)
+
+    return wrap(changed, "ffn", change)
