@@ -28,10 +28,10 @@ def perforate_keys(
     lm,
     *,
     sinks: Annotated[int, "first keys, which every query keeps", at_least(0)] = 4,
-    window: Annotated[int, "recent keys that a query keeps, its own included", at_least(1)] = 160,
+    window: Annotated[int, "recent keys that a query keeps, its own included", at_least(1)] = 192,
     stride: Annotated[
         int, "of the keys between them, keep those at positions divisible by this", at_least(1)
-    ] = 4,
+    ] = 8,
     form: Annotated[
         Literal["skip", "values"],
         "skip: softmax over the kept keys only; values: softmax over all keys, then only the "
@@ -184,7 +184,8 @@ class PerforatedValues(Part):
         rows, hidden = any_kept(kept)
         p = p.take(rows, -1)
         if hidden is not None:
-            p.reshape(hidden.shape)[hidden] = 0
+            by_head = p.reshape(*kept.shape[:-1], len(rows))  # a view into p
+            np.copyto(by_head, 0, where=hidden)
         v = v.take(rows, -2)
         scores, values = q.size * k.shape[-2], q.size // q.shape[-1] * v.shape[-1] * len(rows)
         ledger.count(scores + values, cache_bytes=k.nbytes + v.nbytes)
@@ -192,8 +193,12 @@ class PerforatedValues(Part):
 
 
 def any_kept(kept):
-    """The rows that any query keeps (n,), and the mask of those (..., K, G, T, n), True where a
-    query does not keep one; None if each keeps all of them."""
+    """The rows that any query keeps (n,), and the mask of those (..., 1, 1, T, n), True where a
+    query does not keep one; None if each keeps all of them. kept (..., K, G, T, S) is the same for
+    all heads."""
+    kept = kept[..., :1, :1, :, :]
     rows = np.flatnonzero(kept.any(tuple(range(kept.ndim - 1))))
     hidden = ~kept.take(rows, -1)
     return rows, hidden if hidden.any() else None
+
+
