@@ -187,11 +187,28 @@ def test_search_equals_the_literal_version():
         assert sum(r * s for r, s in zip(found, sizes)) <= rate * sum(sizes) + 1e-9
 
 
+def test_error_alone_is_that_of_the_whole_model():
+    """Though only the blocks from the changed matrix on run again."""
+    lm = tiny_lm("gpt_neox", dtype=np.float64)
+    wanted, texts = linears(lm.model, "all"), [IDS[:20].tolist(), IDS[20:].tolist()]
+
+    def make(linear, rate):
+        return Linear(linear.w * (1 - rate), linear.b)
+
+    found = search.errors_alone(lm.model, wanted, texts, make)
+    dense = [log_softmax(lm.logits(ids)) for ids in texts]
+    for m, (key, linear) in enumerate(wanted.items()):
+        changed = search.replaced(lm.model, key, make(linear, 0.5))
+        whole = [divergence(a, log_softmax(changed(ids))) for a, ids in zip(dense, texts)]
+        assert found[m][1] == pytest.approx(np.concatenate(whole).mean()), f"matrix {m}"
+    assert all(0 < a < b < c for a, b, c in found), "the error grows with the rate"
+
+
 def test_divergence_equals_the_literal_version():
     a, b = RNG.standard_normal((2, 3, 5))
     expected = np.mean([literal.divergence(x, y) for x, y in zip(a.tolist(), b.tolist())])
-    assert divergence(log_softmax(a), log_softmax(b)) == pytest.approx(expected)
-    assert divergence(log_softmax(a), log_softmax(a + 3)) == pytest.approx(0, abs=1e-12)
+    assert divergence(log_softmax(a), log_softmax(b)).mean() == pytest.approx(expected)
+    np.testing.assert_allclose(divergence(log_softmax(a), log_softmax(a + 3)), 0, atol=1e-12)
 
 
 # In a model --------------------------------------------------------------------------------------

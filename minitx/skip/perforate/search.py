@@ -10,22 +10,23 @@ from collections.abc import Callable
 import numpy as np
 
 from minitx.calibration import remembered
-from minitx.model import Linear
+from minitx.model import Linear, Stack, Transformer
 from minitx.progress import bar
-from minitx.tree import rebuild
+from minitx.technique import need
+from minitx.tree import Part, rebuild, walk
 
 RATES = (0.25, 0.5, 0.75)  # tried for each matrix
+TRIAL = 2  # calibration texts on which the error is measured
 
 
 def searched_rates(
     lm, wanted: dict[int, Linear], rate: float, texts, make: Callable, settings: tuple
 ) -> list[float]:
-    """The rate of each wanted matrix, so that ``rate`` of their multiply-adds is skipped. Errors
-    are measured on the first text. make(linear, rate): the perforated matrix, which the texts and
-    the settings determine."""
+    """The rate of each wanted matrix, so that ``rate`` of their multiply-adds is skipped.
+    make(linear, rate): the perforated matrix, which the texts and the settings determine."""
 
     def measure():
-        return errors_alone(lm, wanted, texts[0], make)
+        return errors_alone(lm.model, wanted, texts[:TRIAL], make)
 
     return combine(remembered("perforate", lm, texts, settings, measure), sizes_of(wanted), rate)
 
@@ -40,21 +41,72 @@ def sizes_of(wanted: dict[int, Linear]) -> list[int]:
     return [linear.w.size for linear in wanted.values()]
 
 
-def errors_alone(lm, wanted: dict[int, Linear], ids, make: Callable) -> list[tuple]:
+# Each matrix alone -------------------------------------------------------------------------------
+
+
+def errors_alone(model, wanted: dict[int, Linear], texts, make: Callable) -> list[tuple]:
     """For each matrix, the KL divergence at each of ``RATES`` if only this matrix is perforated."""
-    dense, found = log_softmax(lm.logits(ids)), []
+    need(model, Transformer)
+    need(model.stack, Stack)
+    trials, found = [Trial(model, ids) for ids in texts], []
     for key in bar(wanted, "perforate: search", unit="matrix", delay=1.0):
-        candidates = [replaced(lm.model, key, make(wanted[key], rate)) for rate in RATES]
-        found.append(tuple(divergence(dense, log_softmax(model(ids))) for model in candidates))
+        block = first_block_of(key, model.stack.blocks)
+        changed = (replaced(model, key, make(wanted[key], rate)) for rate in RATES)
+        errors = ([trial.errors(one, block) for trial in trials] for one in changed)
+        found.append(tuple(float(np.concatenate(error).mean()) for error in errors))
     return found
 
 
-def replaced(model, key: int, new):
+class Trial:
+    """A text that the dense model has read: the inputs of its blocks, and its output."""
+
+    def __init__(self, model, ids):
+        self.ids, self.inputs = ids, []
+        state = model.new_state(remember=False)
+        x = model.embed(np.array(ids), state.take(len(ids)).lookup)
+        for index in range(len(model.stack.blocks)):
+            self.inputs.append(x)
+            x = self.run(model, index, index + 1)
+        self.dense = log_softmax(model.head(model.norm(x)))
+
+    def run(self, model, first: int, last: int):
+        """Blocks first .. last - 1, from what the dense model's earlier blocks made of the text."""
+        state = model.new_state(remember=False)
+        state.take(len(self.ids))
+        with np.errstate(over="ignore"):  # as in Transformer.hidden: silu far below 0
+            return model.stack.run(self.inputs[first], state, first, last)
+
+    def errors(self, model, first: int):
+        """(T,) the KL divergence of a model that differs from the dense one from block ``first``
+        on."""
+        x = self.run(model, first, len(self.inputs))
+        return divergence(self.dense, log_softmax(model.head(model.norm(x))))
+
+
+def first_block_of(key: int, blocks) -> int:
+    return next(i for i, block in enumerate(blocks) if any(id(p) == key for _, p in walk(block)))
+
+
+def replaced(model, key: int, new: Part):
     """The model with another part instead of the matrix with this id."""
     return rebuild(model, lambda node: new if id(node) == key else None)
 
 
-def combine(alone: list[tuple], sizes: list[int], rate: float) -> list[float]:
+def log_softmax(logits):
+    z = logits.astype(np.float64)
+    z -= z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def divergence(dense, changed):
+    """KL(dense || changed) in nats for each token (T,), of log-probabilities (T, V)."""
+    return (np.exp(dense) * (dense - changed)).sum(-1)
+
+
+# Together ----------------------------------------------------------------------------------------
+
+
+def combine(alone: list, sizes: list[int], rate: float) -> list[float]:
     """The rate of each matrix: 0, or one of ``RATES``. alone[m][n]: the error if only matrix m is
     perforated, at RATES[n]. sizes[m]: its multiply-adds per token.
 
@@ -73,14 +125,3 @@ def combine(alone: list[tuple], sizes: list[int], rate: float) -> list[float]:
             return rates
         _, m, rates[m], errors[m], more = min(steps)
         saved += more
-
-
-def log_softmax(logits):
-    z = logits.astype(np.float64)
-    z -= z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
-
-def divergence(dense, changed) -> float:
-    """KL(dense || changed) in nats per token, of log-probabilities (T, V)."""
-    return float((np.exp(dense) * (dense - changed)).sum(-1).mean())
