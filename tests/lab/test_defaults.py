@@ -92,6 +92,7 @@ SKIP = {
     ),
     "perforate": Default((0.0, 0.008), "multiply_adds", (0.81, 0.84), text=Text(stories=8)),
     "perforate_keys": Default((0.0, 0.008), "cache_bytes", (0.48, 0.52), text=CHAINS),
+    "perforate_positions": Default((0.001, 0.009), "multiply_adds", (0.82, 0.85)),
     "predictive_attention": Default((0.0, 0.015), "cache_bytes", (0.5, 0.6), text=CHAINS),
     "prefix_cache": Default(EXACT, "multiply_adds", (0.75, 0.9), text=Text(again=True)),
     "sink_window": Default((-0.005, 0.005), "kv_cache", (0.49, 0.51), text=CHAINS),
