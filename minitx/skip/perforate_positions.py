@@ -170,9 +170,9 @@ class Outputs:
 
 # Notes:
 #
-# - Outputs of an FFN are no smooth function of the position: a token's output is for that token, and
-#   a copy of another's is worse than none. PerforatedCNN's interpolation needs neighbours that are
-#   alike, as pixels are.
+# - Outputs of an FFN are no smooth function of the position: a token's output is for that token,
+#   and a copy of another's is worse than none. PerforatedCNN's interpolation needs neighbours that
+#   are alike, as pixels are.
 # - For the same reason it does not matter which positions run: random ones, one in each run of
 #   ``stride``, do as well. What matters is the layer, which layer_skip unit=ffn leaves out whole.
 # - copy keeps D numbers per layer and position that ran, so that ``rewind`` can go back to them.

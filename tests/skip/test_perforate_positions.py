@@ -79,6 +79,13 @@ def test_rewind_copies_what_came_before():
     assert perforated(np.array([[70.0]]), layer.take(1)).item() == 0, "the output of position 0"
 
 
+def test_first_token_runs_with_copy_and_again_after_a_rewind():
+    perforated, layer = CopiedPositions(Tenfold(), np.zeros(4, bool)), Layer(4)
+    assert perforated(np.array([[1.0], [2.0]]), layer.take(2)).ravel().tolist() == [10, 10]
+    layer.rewind(0)
+    assert perforated(np.array([[3.0], [4.0]]), layer.take(2)).ravel().tolist() == [30, 30]
+
+
 def test_random_positions_are_as_many():
     drawn = as_many_at_random(random_scores(3, 41, 0), 4)
     assert drawn.shape == (3, 41) and (drawn[:, :40].reshape(3, 10, 4).sum(-1) == 1).all()
