@@ -20,7 +20,7 @@ from minitx.tree import Part, part, table
     level="ffn",
     exact=False,
     neutral={"stride": 1},
-    after=("ffn_skip", "function_tables"),
+    after=("ffn_skip", "function_tables", "memoize_ffn"),
     demo={"stride": 2, "first": 0},
     event=("FFN positions run", "FFN positions"),
     presets={"paper": {"fill": "copy"}, "aggressive": {"stride": 4}},
