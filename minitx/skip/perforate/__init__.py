@@ -269,7 +269,9 @@ def with_monitor(dense: Part, changed: Part, every: int, limit: float) -> Part:
 # - The search assumes that errors add up. It runs the model 6 times per matrix, from the block of
 #   the matrix on: 3 s on stories, but minutes on a large model (there, rates=uniform).
 # - ``monitor`` puts the exact FFN beside the perforated one, which costs memory; attention stays
-#   perforated.
+#   perforated. On stories a lower rate is better: rate=0.3 monitor=16 limit=0.3 leaves 0.91x of the
+#   multiply-adds at +0.006 nats per token and 1.09x of the memory (12 stories), rate=0.1 without it
+#   also 0.91x, at +0.000 and 0.91x.
 # - Figures on stories, one BLAS thread:
 #       minitx sweep perforate rate=0.1,0.2,0.3 --stories 60
 #       minitx sweep perforate rate=0.2 pattern=stride,truncate,sample --stories 60

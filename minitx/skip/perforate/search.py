@@ -11,6 +11,7 @@ import numpy as np
 
 from minitx.calibration import remembered
 from minitx.model import Linear, Stack, Transformer
+from minitx.ops import softmax
 from minitx.progress import bar
 from minitx.technique import need
 from minitx.tree import Part, rebuild, walk
@@ -67,7 +68,9 @@ class Trial:
         for index in range(len(model.stack.blocks)):
             self.inputs.append(x)
             x = self.run(model, index, index + 1)
-        self.dense = log_softmax(model.head(model.norm(x)))
+        logits = model.head(model.norm(x))
+        self.p = softmax(logits.astype(np.float64))
+        self.entropy = cross_entropy(self.p, logits)
 
     def run(self, model, first: int, last: int):
         """Blocks first .. last - 1, from what the dense model's earlier blocks made of the text."""
@@ -77,10 +80,10 @@ class Trial:
             return model.stack.run(self.inputs[first], state, first, last)
 
     def errors(self, model, first: int):
-        """(T,) the KL divergence of a model that differs from the dense one from block ``first``
-        on."""
+        """(T,) KL(dense || model) in nats for each token; the model differs from the dense one from
+        block ``first`` on."""
         x = self.run(model, first, len(self.inputs))
-        return divergence(self.dense, log_softmax(model.head(model.norm(x))))
+        return cross_entropy(self.p, model.head(model.norm(x))) - self.entropy
 
 
 def first_block_of(key: int, blocks) -> int:
@@ -92,15 +95,12 @@ def replaced(model, key: int, new: Part):
     return rebuild(model, lambda node: new if id(node) == key else None)
 
 
-def log_softmax(logits):
+def cross_entropy(p, logits):
+    """-sum of p log softmax(logits), in nats, (T,): p and logits (T, V)."""
     z = logits.astype(np.float64)
     z -= z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
-
-def divergence(dense, changed):
-    """KL(dense || changed) in nats for each token (T,), of log-probabilities (T, V)."""
-    return (np.exp(dense) * (dense - changed)).sum(-1)
+    score = np.vecdot(p, z)
+    return np.log(np.exp(z, out=z).sum(-1)) - score
 
 
 # Together ----------------------------------------------------------------------------------------
