@@ -26,6 +26,7 @@ from minitx.skip.perforate import (
     search,
 )
 from minitx.skip.perforate.search import RATES, combine, cross_entropy
+from minitx.skip.sparse_memory.inner_product import key_norm_bound
 from minitx.technique import apply
 from minitx.training.loss import token_losses
 from minitx.tree import nbytes, walk
@@ -288,6 +289,17 @@ def test_quantize_and_low_rank_go_together_with_it():
         assert parts_of(found) and np.isfinite(in_chunks(found, IDS, (12, *[1] * 28))).all(), name
 
 
+def test_sparse_memory_bounds_the_keys_of_a_perforated_matrix():
+    lm = with_perforation(tiny_lm(dtype=np.float64), rate=0.4, rates="uniform")
+    state = lm.model.new_state()
+    lm.model(IDS, state)
+    for block, layer in zip(lm.model.stack.blocks, state.layers, strict=True):
+        bound = key_norm_bound(block.attn, lm.model.config.width)
+        lengths = np.linalg.norm(layer.keys[:, : layer.count], axis=-1)
+        assert (lengths <= bound[:, None]).all(), "a key is longer than its bound"
+        assert (lengths.max(-1) > bound / 20).all(), "the bound says nothing"
+
+
 def test_quality_monitor_runs_the_exact_ffn():
     """Never above the limit: always the perforated FFN, except at checks. Always above it: after
     the first check (token 3) all is exact, until a check finds the error small, which is never."""
@@ -329,7 +341,7 @@ def added_loss(**options) -> float:
 def test_on_stories_norm_is_better_than_random_inputs():
     same = dict(rates="uniform", rate=0.125, stories=8)
     norm, random = added_loss(**same), added_loss(**same, pattern="sample")
-    assert 0.02 < norm < 0.25 and random > 2.5 * norm, f"{norm:+.3f}, at random {random:+.3f}"
+    assert 0.02 < norm < 0.35 and random > 2.5 * norm, f"{norm:+.3f}, at random {random:+.3f}"
 
 
 def test_on_stories_the_search_is_better_than_random_rates(monkeypatch):
