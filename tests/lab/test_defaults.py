@@ -101,6 +101,9 @@ SKIP = {
     "mixture_of_depths": Default(
         (0.001, 0.008), "multiply_adds", (0.55, 0.6), "stories-mod", dense="stories"
     ),
+    "perforate": Default((0.0, 0.008), "multiply_adds", (0.81, 0.84), text=Text(stories=8)),
+    "perforate_keys": Default((0.0, 0.008), "cache_bytes", (0.48, 0.52), text=CHAINS),
+    "perforate_positions": Default((0.001, 0.009), "multiply_adds", (0.82, 0.85)),
     "negative_predict": Default(
         (-0.001, 0.003), "multiply_adds", (0.88, 0.92), "stories-relu", ONE
     ),
