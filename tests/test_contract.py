@@ -452,7 +452,7 @@ IDLE = {
     "exact_head": {"speculative"},
     "ffn_skip": {"layer_router", "layer_skip", "switchable"},
     "function_tables": {"layer_skip"},
-    "head_cascade": {"layer_skip"},
+    "head_cascade": {"layer_router", "layer_skip"},
     "layer_skip": {"layer_router", "switchable"},
     "negative_predict": {"layer_skip"},
     "negative_skip": {"layer_skip"},
