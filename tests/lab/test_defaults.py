@@ -72,6 +72,7 @@ CHAIN = Text(chains=1)  # for those that run it token by token
 
 SKIP = {
     "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.95), text=Text(stories=2)),
+    "cats": Default((-0.004, 0.006), "multiply_adds", (0.84, 0.9), text=Text(stories=6)),
     "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAINS),
     "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
     "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=8)),
