@@ -97,7 +97,7 @@ SKIP = {
     "sparse_memory": Default((0.0, 0.015), "cache_bytes", (0.65, 0.75), text=CHAINS),
     "speculative": Default(EXACT, "weight_bytes", (0.4, 0.55)),
     "switchable": Default((0.002, 0.015), "multiply_adds", (0.55, 0.65), text=Text(stories=8)),
-    "teal": Default((-0.002, 0.015), "multiply_adds", (0.76, 0.82), text=Text(stories=6)),
+    "teal": Default((-0.003, 0.015), "multiply_adds", (0.76, 0.82), text=Text(stories=4)),
     "token_prune": Default((0.004, 0.018), "multiply_adds", (0.79, 0.82), text=CHAIN),
     "value_prune": Default((-0.003, 0.008), "multiply_adds", (0.89, 0.92), text=CHAIN),
 }
