@@ -158,18 +158,16 @@ class ThresholdedLinear(Part):
 #   judged on the last quarter of each text, by what it gets in the dense model, and the error is
 #   the norm of each feature over the tokens, averaged. Ours: the last step is shortened so that the
 #   target is met, and no matrix skips more than 95 % unless the target is higher.
-# - The authors leave the first part of a prompt dense when they evaluate, since its first tokens
-#   matter to all later ones (attention sinks). Here it makes no clear difference, so no token is
-#   dense: on 12 stories at 0.5 the loss from position 64 on was +0.031 above dense, and +0.025 with
+# - The authors leave the first half of a prompt dense when they evaluate; by a comment in their
+#   code, only its first tokens need that. Here it makes no clear difference, so no token is dense:
+#   on 12 stories at 0.5 (step=0.25) the loss from position 64 on was +0.031 above dense, +0.025 with
 #   the first 4 tokens dense, +0.022 with 16 (uniform: +0.067, +0.061, +0.074). At 0.3 all are equal
 #   up to 0.001. On SmolLM2-135M-Instruct (uniform, 0.25 and 0.4, 240 tokens of one text) dense
 #   first tokens were no better than none.
 # - SmolLM2-135M-Instruct (not shipped), sparsity=0.3, calibrated on other text, 192 tokens: KL
 #   divergence from dense 0.15 nats per token with allocation=uniform, 0.11 with greedy (step=1
 #   stories=1); 0.86x and 0.85x of the multiply-adds, 0.5x the speed.
-# - icdf(0.5 + p / 2) of a fitted normal distribution, as in the authors' code, assumes that inputs
-#   are symmetric around zero. That of W_down after ReLU or SwiGLU is not; a quantile of |x| always
-#   skips p.
-# - Of |x| > t with the threshold of one matrix: q, k and v read the same input and skip different
-#   shares of it.
+# - The authors read t off a histogram of x as its quantile 0.5 + p / 2, which skips p only if x is
+#   symmetric around zero. After ReLU it is not; a quantile of |x| always skips p.
+# - W_q, W_k and W_v read the same input with thresholds of their own, so each compares.
 # - Random inputs are drawn so that tokens differ, as many as the token has above the threshold.
