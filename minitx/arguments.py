@@ -259,6 +259,11 @@ def parser(flags=()) -> Parser:
     )
     limit = "with --all: give a technique up after S seconds (default 300)"
     compare.add_argument("--time-limit", type=seconds, metavar="S", help=limit)
+    text = (
+        "also estimate the energy: counts times published constants in pJ, of which some may be "
+        "overridden, as in --energy dram=80 on_chip=2 (minitx/lab/energy.py says more)"
+    )
+    compare.add_argument("--energy", nargs="*", metavar="NAME=VALUE", help=text)
     add_json(compare)
 
     first = "time to first token for prompts that share a prefix"
@@ -273,6 +278,19 @@ def parser(flags=()) -> Parser:
         text = f"{meaning} (default {default})"
         first.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
     add_json(first)
+
+    batch = "speed and multiply-adds of batches whose prompts differ in length"
+    batch = add(names, "batch", commands.batch, batch)
+    add_model(batch)
+    for name, default, meaning in (
+        ("size", 16, "prompts in a batch"),
+        ("longest", 256, "length of the longest prompt in tokens"),
+        ("new", 64, "new tokens of the longest completion"),
+        ("rounds", 3, "rounds"),
+    ):
+        text = f"{meaning} (default {default})"
+        batch.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
+    add_json(batch)
 
     sweep = add(names, "sweep", commands.sweep, "measure one technique at several settings")
     sweep.add_argument("name", help="name of a technique, such as ffn-skip")

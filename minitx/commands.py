@@ -290,15 +290,17 @@ def evaluate(args) -> None:
 
 def compare(args) -> int | None:
     from minitx.lab.compare import compare as measure
+    from minitx.lab.energy import read_constants
     from minitx.technique import apply
 
     if args.all:
         return compare_all(args)
+    energy = None if args.energy is None else read_constants(args.energy)
     work = workload(args, 100)
     calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer)
     changed = apply(dense, args.techniques, **calibrate)
-    found = measure(dense, changed, flags_text(args), work, grade(args))
+    found = measure(dense, changed, flags_text(args), work, grade(args), energy=energy)
     print_report(found, args.json)
 
 
@@ -308,6 +310,8 @@ def compare_all(args) -> int:
 
     if args.techniques:
         raise MinitxError("--all compares every technique at its defaults; give no other flags.")
+    if args.energy is not None:
+        raise MinitxError("--energy has no effect with --all: its table has no room for it.")
     work = workload(args, 40, 1024, prompts=2, rounds=2)
     calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer, **calibrate)
@@ -330,6 +334,17 @@ def first_token(args) -> None:
     )
     found = measure(dense, changed, flags_text(args), plan)
     print_report(found, args.json)
+
+
+def batch(args) -> None:
+    from minitx.lab.batch import BatchPlan, batches
+    from minitx.technique import apply
+
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer)
+    changed = apply(dense, args.techniques, **calibrate)
+    plan = BatchPlan(**{name: getattr(args, name) for name in ("size", "longest", "new", "rounds")})
+    print_report(batches(dense, changed, flags_text(args), plan), args.json)
 
 
 def sweep(args) -> None:

@@ -12,10 +12,14 @@ cache that they read, and the cost of a technique's decisions. Norms, activation
 softmax are not counted: they take a few operations per number. An *event* is something that a
 technique counts about itself: tokens that exited early, cache rows evicted.
 
+Multiply-adds are of floats unless the algorithm says of how many bits its integers are. Tables
+replace multiply-adds by additions, which are counted apart. Both matter for energy (lab/energy.py).
+
 An algorithm reports its work in a line of its own and never checks whether a ledger is open:
 
     ledger.product(x, w)                   # x @ w
     ledger.count(multiply_adds=3 * x.size) # anything else
+    ledger.count(q.size * S, bits=8)       # products of 8-bit integers
     ledger.event("keys kept", kept)        # booleans: summed only if a ledger is open
 """
 
@@ -36,12 +40,32 @@ class Entry:
     multiply_adds: int = 0
     weight_bytes: int = 0  # of the model's arrays
     cache_bytes: int = 0  # of keys and values
+    additions: int = 0  # without a multiplication: of table entries
+    integers: dict[int, int] = field(default_factory=dict)  # multiply-adds of b-bit integers, by b
+
+    @property
+    def floats(self) -> int:
+        """The multiply-adds that are not of integers."""
+        return self.multiply_adds - sum(self.integers.values())
 
     def __add__(self, other: "Entry") -> "Entry":
+        bits = sorted({*self.integers, *other.integers})
         return Entry(
             self.multiply_adds + other.multiply_adds,
             self.weight_bytes + other.weight_bytes,
             self.cache_bytes + other.cache_bytes,
+            self.additions + other.additions,
+            {b: self.integers.get(b, 0) + other.integers.get(b, 0) for b in bits},
+        )
+
+    def divided(self, n: int) -> "Entry":
+        """The work per token, say, of which there were n; rounded."""
+        return Entry(
+            round(self.multiply_adds / n),
+            round(self.weight_bytes / n),
+            round(self.cache_bytes / n),
+            round(self.additions / n),
+            {bits: round(count / n) for bits, count in self.integers.items()},
         )
 
 
@@ -52,12 +76,25 @@ class Ledger:
     entries: dict[str, Entry] = field(default_factory=dict)
     events: Counter = field(default_factory=Counter)
     path: str = ""  # of the part that is running
+    paths: dict[int, list[str]] = field(default_factory=dict, repr=False)  # of each part, by id
 
-    def add(self, multiply_adds: int = 0, weight_bytes: int = 0, cache_bytes: int = 0) -> None:
-        entry = self.entries.setdefault(self.path, Entry())
+    def add(
+        self,
+        multiply_adds: int = 0,
+        weight_bytes: int = 0,
+        cache_bytes: int = 0,
+        additions: int = 0,
+        bits: int | None = None,
+        part: Part | None = None,
+    ) -> None:
+        places = self.paths.get(id(part), [self.path])
+        entry = self.entries.setdefault(_path(places, self.path, ()), Entry())
         entry.multiply_adds += multiply_adds
         entry.weight_bytes += weight_bytes
         entry.cache_bytes += cache_bytes
+        entry.additions += additions
+        if bits is not None:
+            entry.integers[bits] = entry.integers.get(bits, 0) + multiply_adds
 
     def event(self, name: str, count: int = 1) -> None:
         self.events[name] += int(count)
@@ -101,17 +138,22 @@ def group_of(path: str) -> str:
 active: Ledger | None = None  # the open ledger, if any
 
 
-def product(x, w) -> None:
-    """Count the product x (..., in) @ w (in, out), which reads all of w."""
+def product(x, w, bits: int | None = None) -> None:
+    """Count the product x (..., in) @ w (in, out), which reads all of w. bits: as for ``count``."""
     if active:
-        active.add(x.size * w.shape[-1], w.nbytes)
+        active.add(x.size * w.shape[-1], w.nbytes, bits=bits)
 
 
-def count(multiply_adds=0, weight_bytes=0, cache_bytes=0) -> None:
-    """Count work. Each argument is a number, or a function that is called only if a ledger is open
-    (for numbers that take time to compute)."""
+def count(
+    multiply_adds=0, weight_bytes=0, cache_bytes=0, additions=0, bits=None, part=None
+) -> None:
+    """Count work. Each amount is a number, or a function that is called only if a ledger is open
+    (for numbers that take time to compute). bits: of the integers that are multiplied, of the wider
+    one if they differ; None: floats. part: whose work it is, if it is done outside that part; None:
+    that of the part that is running."""
     if active:
-        active.add(*map(_number, (multiply_adds, weight_bytes, cache_bytes)))
+        amounts = (multiply_adds, weight_bytes, cache_bytes, additions)
+        active.add(*map(_number, amounts), bits=bits, part=part)
 
 
 def event(name: str, n=1) -> None:
@@ -138,8 +180,7 @@ def counting(root: Part) -> Iterator[Ledger]:
     """
     global active
     outer, active = active, Ledger()
-    ledger = active
-    paths: dict[int, list[str]] = {}
+    ledger, paths = active, active.paths
     for path, node in walk(root):
         paths.setdefault(id(node), []).append(path)
     methods = list(_methods({type(node) for _, node in walk(root)}))

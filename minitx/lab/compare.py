@@ -10,7 +10,8 @@ Two measurements on the same texts, held-out stories or any text (reading.py):
   median over the rounds, with the minimum and maximum. Caches that outlive a sequence are cleared
   before each round (``minitx first-token`` measures those).
 
-Also reported: bytes of all arrays in memory, and bytes of KV cache per token. With chains, stories
+Also reported: bytes of all arrays in memory, bytes of KV cache per token and, if asked for, an
+estimate of the energy (energy.py). With chains, stories
 follow one another until the context is full, for techniques whose effect shows on long texts.
 
 The result is called identical if every argmax while reading and every continuation is the same;
@@ -19,7 +20,7 @@ anything else is approximate, whatever a technique claims.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import median
 
@@ -28,6 +29,7 @@ import numpy as np
 from minitx import progress
 from minitx.decode import Sampler, new_state
 from minitx.lab.bench import elapsed, timed
+from minitx.lab.energy import Constants, Estimate
 from minitx.lab.evaluate import Report, Tally, percent, table
 from minitx.lab.reading import (
     NEW,
@@ -118,6 +120,7 @@ class Comparison:
     size: Size
     measured: str = ""  # on what
     calibrated: tuple[str, ...] = ()  # what the techniques were calibrated on
+    energy: Estimate | None = None  # of generating
 
     @property
     def identical(self) -> bool:
@@ -145,10 +148,19 @@ class Comparison:
         """Bytes of the KV cache, relative to the dense model."""
         return self.size.cache / max(self.dense_size.cache, 1)
 
+    def with_energy(self, constants: Constants, context: int) -> "Comparison":
+        """With an estimate of the energy, for models with this context."""
+        sizes = (size.weights + context * size.cache for size in (self.dense_size, self.size))
+        work = self.generation.dense, self.generation.changed
+        return replace(self, energy=Estimate.of(constants, *work, *sizes))
+
     def as_dict(self) -> dict:
         found = asdict(self)
         for name in ("dense", "changed"):
             found["reading"][name] = getattr(self.reading, name).as_dict()
+        del found["energy"]
+        if self.energy is not None:
+            found["energy"] = self.energy.as_dict()
         return found | {"identical": self.identical, "multiply_adds": self.multiply_adds}
 
     def __str__(self) -> str:
@@ -156,14 +168,22 @@ class Comparison:
 
 
 def compare(
-    dense, changed, techniques: str, plan: Workload = Workload(), grade="full", bar=True
+    dense,
+    changed,
+    techniques: str,
+    plan: Workload = Workload(),
+    grade="full",
+    bar=True,
+    energy: Constants | None = None,
 ) -> Comparison:
-    """Compare two LMs that share a tokenizer. Raises MinitxError without one."""
+    """Compare two LMs that share a tokenizer. Raises MinitxError without one. energy: constants, to
+    estimate the energy too."""
     material = to_read(dense, plan, grade)
     runs = 2 * (len(material.texts) + len(material.prompts(plan.prompts))) + plan.rounds
     with progress.bar(runs, "compare", unit="run", shown=bar) as shown:
         known = measure_dense(dense, material, plan.prompts, shown.update)
-        return compare_with(known, changed, techniques, plan.rounds, shown.update)
+        found = compare_with(known, changed, techniques, plan.rounds, shown.update)
+    return found.with_energy(energy, dense.model.config.context) if energy else found
 
 
 def to_read(dense, plan: Workload, grade="full") -> Material:
@@ -315,10 +335,7 @@ def room(lm, prompt) -> int:
 
 
 def per_token(counts: Ledger, tokens: int) -> dict[str, Entry]:
-    return {
-        group: Entry(*(round(n / tokens) for n in (e.multiply_adds, e.weight_bytes, e.cache_bytes)))
-        for group, e in counts.by_group().items()
-    }
+    return {group: entry.divided(tokens) for group, entry in counts.by_group().items()}
 
 
 # Text --------------------------------------------------------------------------------------------
@@ -344,6 +361,8 @@ def as_text(c: Comparison) -> str:
         f"Speed: {speed:.2f}x the dense model's ({low:.2f}x to {high:.2f}x), which generates "
         f"{t.dense_tokens_per_second:,.0f} tokens/s.",
     ]
+    if c.energy is not None:
+        lines += ["", str(c.energy)]
     if t.events:
         lines += [
             "",

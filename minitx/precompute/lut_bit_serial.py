@@ -105,7 +105,9 @@ class BitSerialLinear(Part):
         rows = as_rows(x, groups * self.group)  # (n, in)
         dot = integer_product(rows, index, self.group)  # (n, out)
         count_reads(2 * dot.size, len(rows) * index.size, index.nbytes)
-        ledger.event("table entries computed", len(rows) * groups << self.group - 1)
+        computed = len(rows) * groups << self.group - 1
+        ledger.count(additions=computed)
+        ledger.event("table entries computed", computed)
         y = (dot - zero * rows.sum(1)[:, None]) * scale
         if self.b is not None:
             y += self.b[columns]

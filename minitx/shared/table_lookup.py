@@ -103,5 +103,5 @@ def as_rows(x, width: int):
 def count_reads(multiplications: int, reads: int, weight_bytes: int) -> None:
     """Count in the ledger. Every read is one addition too; the multiplications that remain count
     as multiply-adds."""
-    ledger.count(multiplications, weight_bytes)
+    ledger.count(multiplications, weight_bytes, additions=reads)
     ledger.event("table reads", reads)

@@ -143,7 +143,8 @@ class Predictor(Part):
         """q (..., H, T, d), codes (..., K, S, d) and scales (..., K, S) -> (..., K, G, T, S)"""
         *lead, H, T, d = q.shape
         K, S = key_codes.shape[-3], key_codes.shape[-2]
-        ledger.count(q.size * S, cache_bytes=key_codes.nbytes + key_scales.nbytes)
+        read = key_codes.nbytes + key_scales.nbytes
+        ledger.count(q.size * S, cache_bytes=read, bits=self.code.bits)
         codes, scales = self.code(q)
         codes = codes.reshape(*lead, K, H // K * T, d).astype(q.dtype)
         # Multiplied as floats, since BLAS has no integers. codes=integer: the sums are integers
@@ -171,6 +172,8 @@ class IntegerCode(Part):
 @part
 class LeadingOne(Part):
     """Each number rounded toward 0 to a power of two; all scales are 1."""
+
+    bits = None  # counted as floats, whose exponents they are
 
     def __call__(self, x):
         """x (..., d) -> codes (..., d), scales (...), both in the dtype of x"""

@@ -101,6 +101,34 @@ def test_events_and_extra_counts_are_summed():
     assert counts.by_group() == {"blocks.ffn": Entry(5, 2, 1)}
 
 
+def test_work_of_another_part_is_counted_as_its_own():
+    lm = tiny_lm()
+    head = lm.model.head
+    with counting(lm) as counts:
+        ledger.count(5, cache_bytes=lambda: 3, part=head)
+        ledger.count(2, part=tiny_lm("gpt2").model.head)  # of no model that is counted
+    ledger.count(7, part=head)
+    assert counts.entries == {"model.head": Entry(5, 0, 3), "": Entry(2)}
+
+
+def test_integers_are_counted_by_their_bits_within_all_multiply_adds():
+    x, w = np.zeros((2, 3), np.float32), np.zeros((3, 5), np.int8)
+    with counting(tiny_lm()) as counts:
+        ledger.product(x, w)
+        ledger.product(x, w, bits=8)
+        ledger.count(7, bits=4)
+        ledger.count(lambda: 2, cache_bytes=3, bits=8)
+        ledger.count(additions=lambda: 11)
+    total = counts.total()
+    assert total.multiply_adds == 30 + 30 + 7 + 2 and total.integers == {8: 32, 4: 7}
+    assert total.floats == 30, "what is not of integers is of floats"
+    assert total.additions == 11 and total.weight_bytes == 30 and total.cache_bytes == 3
+    both = total + Entry(5, 0, 0, 1, {2: 5})
+    assert both == Entry(74, 30, 3, 12, {2: 5, 4: 7, 8: 32})
+    assert both.divided(2) == Entry(37, 15, 2, 6, {2: 2, 4: 4, 8: 16})
+    assert total.integers == {8: 32, 4: 7}, "adding must not change the terms"
+
+
 def test_generation_cost_equals_sum_of_steps():
     lm = tiny_lm()
     with counting(lm) as counts:

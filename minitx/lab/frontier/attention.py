@@ -15,7 +15,7 @@ Latency at growing contexts is in attention_timing.py, what is printed in attent
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 
@@ -266,7 +266,7 @@ def measure(dense, lm, read: Sequence[Encoded], make_report, tick) -> Quality:
         tick()
     add_dense(keys, dense, read)
     shares = keys.kept / keys.seen, keys.mass / keys.rows, keys.best / keys.rows
-    return Quality(make_report(answers), *shares, mean(cost, len(read)))
+    return Quality(make_report(answers), *shares, cost.divided(len(read)))
 
 
 def add_dense(totals: KeyTotals, lm, read: Sequence[Encoded]) -> None:
@@ -301,10 +301,6 @@ def projections(dense) -> Entry:
     return Entry(
         spent.multiply_adds - attend.multiply_adds, spent.weight_bytes - attend.weight_bytes
     )
-
-
-def mean(cost: Entry, count: int) -> Entry:
-    return Entry(*(round(n / count) for n in astuple(cost)))
 
 
 def bytes_read(cost: Entry) -> int:

@@ -83,6 +83,19 @@ class Knob:
         return math.log(2) / (math.log(self.high / self.low) or 1)
 
 
+def rising(name: str, low: float, high: float = 1.0) -> Knob:
+    """The larger, the more is executed."""
+    return Knob(name, low, high, scale="linear")
+
+
+def falling(name: str, high, low: float = 0.0) -> Knob:
+    """The larger, the less is executed."""
+    return Knob(name, low, high, falling=True, scale="linear")
+
+
+AT_RANDOM = {"choose": "random"}  # the options that make a technique its own random baseline
+
+
 @dataclass(frozen=True)
 class Method:
     """A technique with fixed options, or a baseline; only its knob is left to be set.

@@ -6,21 +6,12 @@ fixed. ``random`` are the options that make it its own random baseline (``--rand
 without a knob saves bytes instead of multiply-adds and is shown at its own settings.
 """
 
-from minitx.lab.frontier.knobs import Knob, Method
+from minitx.lab.frontier.knobs import AT_RANDOM, Knob, Method, falling, rising
 
 
 def count(high, name: str = "count", low: int = 0) -> Knob:
     """How many are skipped (or merged into one): up to ``high(config)``."""
     return Knob(name, low, high, falling=True, scale="linear", integer=True)
-
-
-def rising(name: str, low: float, high: float = 1.0) -> Knob:
-    """The larger, the more is executed."""
-    return Knob(name, low, high, scale="linear")
-
-
-def falling(name: str, high, low: float = 0.0) -> Knob:
-    return Knob(name, low, high, falling=True, scale="linear")
 
 
 def tolerance(low: float, high: float = 10.0) -> Knob:
@@ -55,7 +46,6 @@ def share_of_later_ffns(config) -> float:
     return 1 - later_ffns(config)["cold_start"] / config.layers
 
 
-AT_RANDOM = {"choose": "random"}
 PLAN = {"unit": "both"}
 ROUTED = {"router": "fitted", "every": 1}  # all blocks but the first
 TRAINED_ROUTER = falling("threshold", 32.0, -32.0)  # of models trained with it: stories-mod

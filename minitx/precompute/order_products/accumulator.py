@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minitx import ledger
-from minitx.precompute.order_products.orderings import in_order
+from minitx.shared.ordering import in_order
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.tree import Part, part
 
@@ -97,7 +97,7 @@ class SaturatingLinear(Part):
         rows = x.reshape(-1, x.shape[-1])
         codes, scale = quantize_symmetric(rows, 8)  # each token has its own scale
         sums = accumulate(codes, self.codes, self.order, self.accumulator_bits)
-        ledger.product(x, self.codes)
+        ledger.product(x, self.codes, bits=8)
         ledger.count(weight_bytes=self.order.nbytes)
         ledger.event("dot products", sums.exact.size)
         ledger.event("persistent overflows", sums.persistent)

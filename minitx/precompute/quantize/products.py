@@ -98,7 +98,7 @@ class IntegerSumLinear(Part):
 
     def __call__(self, x):
         m = self.matrix
-        count(x, m)
+        count(x, m, bits=8)  # of x; the codes have 8 or 4
         codes, x_scales = quantize_symmetric(m.grouped(x), 8)  # (T, n, g), (T, n)
         T, n, g = codes.shape
         y = np.zeros((T, m.width), x.dtype)
@@ -131,8 +131,8 @@ def check_exact_sums(matrix: Part) -> None:
         )
 
 
-def count(x, matrix: Part) -> None:
-    ledger.count(x.size * matrix.width, matrix.stored_bytes)
+def count(x, matrix: Part, bits: int | None = None) -> None:
+    ledger.count(x.size * matrix.width, matrix.stored_bytes, bits=bits)
 
 
 def with_bias(y, x, b):

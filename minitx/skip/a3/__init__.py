@@ -107,9 +107,9 @@ def a3(
 # Online: greedy search ---------------------------------------------------------------------------
 
 
-def greedy_search(q: list[float], columns: Columns, M: int, S: int) -> list[float]:
+def greedy_search(q: list[float], columns: Columns, M: int, S: int, bits=None) -> list[float]:
     """The greedy sums of S keys for one query q (d). columns (d, n): those of the n sorted keys
-    that the query sees; the other keys get 0."""
+    that the query sees; the other keys get 0. bits: of the numbers, for the ledger."""
     largest, smallest = pop_products(q, columns, 1), pop_products(q, columns, -1)
     greedy, running, popped = [0.0] * S, 0.0, 0
     for _ in range(M):
@@ -124,7 +124,7 @@ def greedy_search(q: list[float], columns: Columns, M: int, S: int) -> list[floa
             popped += product != 0
     products = popped + 2 * len(q)  # 2 d products are computed before the first pop
     value_bytes, row_bytes = columns.values.itemsize, columns.rows.itemsize
-    ledger.count(products, cache_bytes=products * value_bytes + popped * row_bytes)
+    ledger.count(products, 0, products * value_bytes + popped * row_bytes, bits=bits)
     ledger.event("products popped", popped)
     return greedy
 
@@ -215,6 +215,7 @@ class GreedySelector(Part):
     def search(self, q, columns: Columns, first, end, iterations, S: int):
         """Greedy sums (..., K, G, T, S), one query after another."""
         greedy = np.zeros((*q.shape[:-1], S))
+        bits = self.rounding.bits if self.rounding else None
         *heads, G, T, _ = q.shape
         for head in np.ndindex(*heads):  # (..., K)
             of_head = columns.of_head(head)
@@ -225,7 +226,8 @@ class GreedySelector(Part):
                     continue
                 for g in range(G):
                     M = int(iterations[head][g, t])
-                    greedy[head][g, t] = greedy_search(q[head][g, t].tolist(), seen, M, S)
+                    query = q[head][g, t].tolist()
+                    greedy[head][g, t] = greedy_search(query, seen, M, S, bits)
         return greedy
 
 

@@ -20,6 +20,11 @@ class Rounding(Part):
     integer_bits: int
     fraction_bits: int
 
+    @property
+    def bits(self) -> int:
+        """Of a number, with its sign."""
+        return 1 + self.integer_bits + self.fraction_bits
+
     def __call__(self, x):
         unit = 2.0**-self.fraction_bits
         largest = 2.0**self.integer_bits - unit
@@ -40,6 +45,11 @@ class FixedPointAttend(Part):
     fraction_bits: int  # f
     rounding: Part | None  # of q, k and v; None: floats, and only the exponential is from tables
 
+    @property
+    def bits(self) -> int | None:
+        """Of the wider factor: a number of q, k and v, or a softmax weight from 0 to 1."""
+        return max(self.rounding.bits, 2 * self.fraction_bits + 1) if self.rounding else None
+
     def __call__(self, q, k, v, scale, kept, floor):
         """As ``sparse_attention.attend_masked``: q (..., H, T, d), k and v (..., K, S, d), kept
         booleans (..., K, G, T, S) -> (..., H, T, d), or as wide as the values are."""
@@ -47,7 +57,8 @@ class FixedPointAttend(Part):
         k, v = k[..., None, :, :], v[..., None, :, :]  # (..., K, 1, S, d)
         if q.shape[-2] == 1:
             k, v, kept = gather_kept(k, v, kept)
-        ledger.count(2 * q.size * k.shape[-2], cache_bytes=k.nbytes + v.nbytes)
+        read = k.nbytes + v.nbytes
+        ledger.count(2 * q.size * k.shape[-2], cache_bytes=read, bits=self.bits)
         if self.rounding:  # in float64, where sums of such numbers are exact
             rows, k, v = (self.rounding(x.astype(np.float64)) for x in (rows, k, v))
         s = rows @ k.swapaxes(-1, -2)  # (..., K, G, T, S)

@@ -102,7 +102,7 @@ def dota(
             need_heads(detectors[index], attn, index)
         width = shapes[id(attn.attend)].width
         detector = QuantizedDetector.of(detectors[index], attn, width, bits)
-        selector = DetectedKeys(keep, parallel_queries)
+        selector = DetectedKeys(keep, parallel_queries, bits)
         attn = replace(attn, attend=SparseAttention(selector, attn.attend.scale))
         return DetectingAttention(
             attn.norm, detector, attn, keep, "trained" if trained else "post-hoc"
@@ -120,6 +120,7 @@ class DetectedKeys(Part):
 
     keep: int
     parallel_queries: int  # only for the event "key loads"
+    bits: int | None = None  # of q~ and k~, for the ledger; None: floats
 
     def __call__(self, q, k, known, visible: Visible):
         """q~ and k~ come from ``DetectingAttention``; q and k are not read."""
@@ -128,7 +129,9 @@ class DetectedKeys(Part):
             np.searchsorted(positions, visible.own[0])
         )  # index of the first of these queries
         queries = queries[..., first : first + visible.T, :]
-        estimates = estimate(queries, keys[..., : visible.S, :], scales[..., : visible.S])
+        estimates = estimate(
+            queries, keys[..., : visible.S, :], scales[..., : visible.S], self.bits
+        )
         kept = top_k(visible.hide(estimates), np.minimum(self.keep, visible.count))
         ledger.event("key loads, one query at a time", kept)
         ledger.event(
@@ -147,13 +150,13 @@ class DetectedKeys(Part):
         return cache.queries, cache.positions, cache.keys[..., :S, :], cache.scales[..., :S]
 
 
-def estimate(queries, keys, scales):
+def estimate(queries, keys, scales, bits=None):
     """q~ . k~ (..., K, G, T, S), G = H / K, for queries (..., H, T, rank), keys (..., K, S, rank)
     and the keys' scales (..., K, S). Without the queries' scales, which do not change the order of
     a query's keys."""
     *lead, H, T, rank = queries.shape
     K, S = keys.shape[-3], keys.shape[-2]
-    ledger.count(queries.size * S, cache_bytes=keys.nbytes + scales.nbytes)
+    ledger.count(queries.size * S, cache_bytes=keys.nbytes + scales.nbytes, bits=bits)
     # Integers are multiplied as floats, since BLAS has no integers; their sums are exact.
     estimates = queries.reshape(*lead, K, -1, rank) @ keys.astype(queries.dtype).swapaxes(-1, -2)
     estimates *= scales[..., None, :]  # integers of different keys are not comparable

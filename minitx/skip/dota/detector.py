@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from minitx import ops
+from minitx import fast, ledger, ops
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.model import Attention, NoRope, Rope, Transformer, split_heads
@@ -143,7 +143,8 @@ class QuantizedDetector(Part):
         Scales are multiplied last. The product y w is an exact sum of integers and the rotation
         works on each token by itself, so a prompt and a single token round alike."""
         y, y_scale = y
-        z = self.rope(split_heads(ops.linear(y, w), len(s)), tokens)
+        ledger.product(y, w, self.bits)
+        z = self.rope(split_heads(fast.matmul(y, w), len(s)), tokens)
         z, z_scale = quantize(z, self.bits)
         return z, z_scale * y_scale[..., None, :] * s[..., 0]
 
