@@ -67,8 +67,8 @@ def cats(
                y = (g[A] * (x W_up[:, A])) W_down[A]    only these rows are read
     Saves:     2 D (F - n) multiply-adds of 3 D F per token, for n active neurons; F comparisons are
                added. Tokens that run at once (a prompt) use the union of their neurons.
-    In NumPy:  slower than dense up to about 75 % sparsity (at D = 576, F = 1,536; 80 % on stories):
-               gathered rows are copied first. 1.5x the FFN's speed at 90 %.
+    In NumPy:  slower than dense on stories at every sparsity below 95 %: its FFN is small. With
+               D = 576 and F = 1,536 as fast as dense at 75 %, 1.6x the FFN's speed at 90 %.
     Not for:   FFNs without a gate: after ReLU, zeros are skipped exactly (zero_skip), and GELU or
                SiLU alone need x W_up to know what is small. Matrices that are not plain (quantize).
     Proof:     tests/skip/test_cats.py; literal version: tests/skip/literal_cats.py
@@ -170,9 +170,9 @@ def gated_ffns(lm) -> list[FFN]:
 # - SmolLM2-135M-Instruct (not shipped) is less sparse: at 0.5, calibrated on other text, it loses
 #   0.08 nats per token of a short English text (2.99 dense) and executes 0.88x of its
 #   multiply-adds.
-# - The FFN alone, one token, CPU time against dense at the sparsities 0.5 / 0.7 / 0.8 / 0.9:
-#   D = 128, F = 352: 1.2 / 1.0 / 1.0 / 0.5; 576, 1,536: 1.7 / 1.2 / 0.9 / 0.6; 2,048, 5,632:
-#   1.6 / 0.7 / 0.6 / 0.5 (busy machine, best of nine).
+# - The FFN alone, one token, its time relative to dense at the sparsities 0.5 / 0.75 / 0.9 / 0.95
+#   (best of 25): D = 128, F = 352: 2.2 / 2.2 / 1.4 / 1.0; D = 576, F = 1,536: 1.6 / 1.0 / 0.6 /
+#   0.5.
 # - Thresholding |g * up| would be more accurate and save nothing in W_up: it has to be known first.
 # - The monitor compares the FFN's own output, whose relative error is large long before the loss
 #   moves: at sparsity=0.9 with limit=0.3, 40 % of the checks send an FFN back to exact.

@@ -109,8 +109,8 @@ def test_counted_work_equals_the_formula_on_the_card(tokens):
     active = abs(g / (1 + np.exp(-g))) > part.select.threshold
     n = int(active.any(0).sum())  # the union
     work = counts.total()
-    assert work.multiply_adds == tokens * (D * F + F + 2 * D * n)
-    assert work.weight_bytes == 4 * (D * F + 2 * D * n)
+    assert work.multiply_adds == tokens * (D * F + F + 2 * D * n), "multiply-adds differ"
+    assert work.weight_bytes == 4 * (D * F + 2 * D * n), "bytes of rows that are not used"
     assert counts.events == {"neurons active": active.sum(), "neurons": tokens * F}
     assert 0 < n < F or tokens > 2, "nothing was skipped"
 

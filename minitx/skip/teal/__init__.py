@@ -160,10 +160,10 @@ class ThresholdedLinear(Part):
 #   target is met, and no matrix skips more than 95 % unless the target is higher.
 # - The authors leave the first half of a prompt dense when they evaluate; by a comment in their
 #   code, only its first tokens need that. Here it makes no clear difference, so no token is dense:
-#   on 12 stories at 0.5 (step=0.25) the loss from position 64 on was +0.031 above dense, +0.025 with
-#   the first 4 tokens dense, +0.022 with 16 (uniform: +0.067, +0.061, +0.074). At 0.3 all are equal
-#   up to 0.001. On SmolLM2-135M-Instruct (uniform, 0.25 and 0.4, 240 tokens of one text) dense
-#   first tokens were no better than none.
+#   on 12 stories at 0.5 (step=0.25) the loss from position 64 on was +0.031 above dense, +0.025
+#   with the first 4 tokens dense, +0.022 with 16 (uniform: +0.067, +0.061, +0.074). At 0.3 all
+#   are equal up to 0.001. On SmolLM2-135M-Instruct (uniform, 0.25 and 0.4, 240 tokens of one text)
+#   dense first tokens were no better than none.
 # - SmolLM2-135M-Instruct (not shipped), sparsity=0.3, calibrated on other text, 192 tokens: KL
 #   divergence from dense 0.15 nats per token with allocation=uniform, 0.11 with greedy (step=1
 #   stories=1); 0.86x and 0.85x of the multiply-adds, 0.5x the speed.
