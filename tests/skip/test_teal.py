@@ -124,6 +124,19 @@ def test_greedy_step_goes_to_the_matrix_with_the_least_error_per_number_skipped(
     assert found == pytest.approx({"a": 0.1, "b": 0.95})
 
 
+def test_step_is_a_share_of_a_square_matrix(monkeypatch):
+    """step=0.5 of a 16 x 16 matrix: 128 numbers, for every matrix."""
+    steps = []
+
+    def spy(sizes, sparsity, step, error):
+        steps.append(step)
+        return dict.fromkeys(sizes, sparsity)
+
+    monkeypatch.setattr("minitx.skip.teal.allocation.greedy", spy)
+    thresholds(tiny_lm(), TEXTS, 0.4, 0.5)
+    assert steps == [128, 128], "not one allocation with this step for each block"
+
+
 @part
 class Masked(Part):
     """A dense product with zeros, as a check: no rows are skipped."""
