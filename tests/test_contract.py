@@ -456,6 +456,7 @@ IDLE = {
     "layer_skip": {"layer_router", "switchable"},
     "negative_predict": {"layer_skip"},
     "negative_skip": {"layer_skip"},
+    "perforate_positions": {"layer_skip"},
     "zero_skip": {"layer_skip"},
 }
 
