@@ -28,7 +28,7 @@ from minitx.tree import Part, part, walk
     neutral={"sparsity": 0.0},
     after=(
         *("low_rank", "lut_bit_serial", "lut_centroid", "lut_product", "order_products"),
-        *("pack_zeros", "quantize", "separate_magnitudes", "separate_signs"),
+        *("pack_zeros", "perforate", "quantize", "separate_magnitudes", "separate_signs"),
     ),
     demo={"sparsity": 0.5, "stories": 1},
     event=("neurons active", "neurons"),

@@ -26,7 +26,7 @@ from minitx.tree import Part, part
     neutral={"sparsity": 0.0},
     after=(
         *("cats", "low_rank", "lut_bit_serial", "lut_centroid", "lut_product", "order_products"),
-        *("pack_zeros", "quantize", "separate_magnitudes", "separate_signs"),
+        *("pack_zeros", "perforate", "quantize", "separate_magnitudes", "separate_signs"),
     ),
     demo={"sparsity": 0.5, "step": 0.5, "stories": 1},
     event=("inputs read", "inputs"),
