@@ -477,6 +477,34 @@ def test_truncated_file_and_link_to_a_file_that_is_gone_are_refused(folder):
         minitx.load(folder, contextual_sparsity=True)
 
 
+def test_predictors_that_overflow_float16_are_refused_before_anything_is_written(folder):
+    lm, path = minitx.load(folder), folder / "new.safetensors"
+    predictors = read_predictors(lm, folder / FILE).predictors
+    first = replace(predictors["ffn"][0], a=predictors["ffn"][0].a + 1e6)
+    with pytest.raises(MinitxError, match="holds NaN or Inf"):
+        write_predictors(lm, predictors | {"ffn": (first, *predictors["ffn"][1:])}, path)
+    assert not path.exists()
+
+
+# Numbers that are not finite ---------------------------------------------------------------------
+
+
+def test_nan_runs_units_so_that_it_is_not_hidden():
+    x, p = np.full((3, 4), np.nan), Predictor(np.ones((4, 2)), np.ones((2, 6)))
+    assert Above(p, 1.0)(x, Layer(3)).all()
+    assert (TopK(p, 2)(x, Layer(3)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"neurons": 1.0, "heads": 0.5}], ids=str)
+def test_training_on_hidden_states_that_are_not_finite_is_refused(options):
+    lm = dense_lm()
+    broken = lm.model.embed.w.copy()
+    broken[:, 0] = np.nan
+    lm = replace(lm, model=replace(lm.model, embed=replace(lm.model.embed, w=broken)))
+    with pytest.raises(MinitxError, match="hidden states of the model are NaN or Inf"):
+        apply(lm, {"contextual_sparsity": options | {"stories": 1}})
+
+
 # The command -------------------------------------------------------------------------------------
 
 
