@@ -76,8 +76,8 @@ def principal(keys, r: int):
 def need_finite(keys) -> None:
     if not np.isfinite(keys).all():
         raise MinitxError(
-            "Memoization stores what the model computes on calibration text, and some of that is NaN "
-            "or Inf; check the model's weights, or calibrate on another text."
+            "Memoization stores what the model computes on calibration text, and some of that is "
+            "NaN or Inf; check the model's weights, or calibrate on another text."
         )
 
 
