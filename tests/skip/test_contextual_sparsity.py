@@ -538,6 +538,7 @@ def never(*_):
         ("--epochs -1", "epochs must be an integer, at least 1; got -1."),
         ("--measure --neurons 5", "neurons must be a number, 0 to 1, or None; got 5"),
         ("--measure --threshold nan", "threshold must be a number, -100 to 100, or None; got"),
+        ("--measure --neurons 0.3 --threshold 2", "got both neurons and threshold; give the share"),
         ("", "already exists; give another --out, or --replace to replace it."),
         ("--out /nowhere/x", "there is no folder /nowhere; create it first."),
         ("--out link", "link already exists"),
@@ -554,6 +555,19 @@ def test_command_refuses_before_it_trains(folder, tmp_path, capsys, monkeypatch,
     assert message in capsys.readouterr().err
     assert (folder / FILE).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model"], "left a file"
+
+
+def test_interrupted_command_says_so_and_leaves_no_file(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_predictors", interrupted)
+    monkeypatch.setattr(train, "story_ids", short_texts)
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(folder), "--out", str(tmp_path / "new")])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "stopped.\n"
+    assert not (tmp_path / "new").exists()
 
 
 def test_command_replaces_a_file_if_asked(folder, monkeypatch):
