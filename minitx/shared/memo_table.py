@@ -10,6 +10,7 @@ Letters: N stored keys of width D, r the width that they are compared in, T new 
 import numpy as np
 
 from minitx import ledger, ops
+from minitx.errors import MinitxError
 from minitx.tree import Part, part, table
 
 STEPS = 1 << 20  # distances are multiples of 1 / STEPS
@@ -31,7 +32,8 @@ class MemoTable(Part):
     def of(cls, keys, basis) -> "MemoTable":
         short = keys @ basis
         half = (short * short).sum(-1) / 2
-        return cls(basis, short, half, keys, np.maximum(norms(keys), np.finfo(keys.dtype).tiny))
+        sizes = np.maximum(norms(keys), np.finfo(keys.dtype).tiny).astype(keys.dtype)
+        return cls(basis, short, half, keys, sizes)
 
     def nearest(self, x):
         """x (..., D) -> the indices (...) of the nearest keys, and the distances |x - key| / |key|
@@ -56,6 +58,7 @@ class MemoTable(Part):
 
 
 def norms(x):
+    x = x.astype(np.float64)  # in float32 the squares of tiny numbers are 0
     return np.sqrt(np.vecdot(x, x))
 
 
@@ -64,9 +67,18 @@ def norms(x):
 
 def principal(keys, r: int):
     """(D, r): the r directions in which the keys vary most (fewer if D is smaller)."""
-    centered = (keys - keys.mean(0)).astype(np.float64)
+    need_finite(keys)
+    centered = keys - keys.mean(0, dtype=np.float64)
     _, directions = np.linalg.eigh(centered.T @ centered)  # ascending
     return np.ascontiguousarray(directions[:, ::-1][:, :r]).astype(keys.dtype)
+
+
+def need_finite(keys) -> None:
+    if not np.isfinite(keys).all():
+        raise MinitxError(
+            "Memoization stores what the model computes on calibration text, and some of that is "
+            "NaN or Inf; check the model's weights, or calibrate on another text."
+        )
 
 
 def cover(keys, radius: float, size: int) -> np.ndarray:

@@ -149,7 +149,8 @@ class StoppedEarly(Part):
 
     def bounded(self, x):
         """relu(x w + b) = |x| relu(x / |x| w + b / |x|)"""
-        size = np.sqrt(np.vecdot(x, x))[:, None]
+        wide = x.astype(np.float64)  # whose squares overflow in float32 has a norm all the same
+        size = np.sqrt(np.vecdot(wide, wide))[:, None].astype(x.dtype)
         size[size == 0] = 1
         ledger.count(2 * x.size + 2 * size.size * len(self.b))
         return self.neurons(x / size, self.b / size) * size
