@@ -237,7 +237,7 @@ class RandomMaps(MemoizedAttention):
 
 @part
 class MonitoredAttention(MemoizedAttention):
-    """The same below the quality monitor, which halves the radius after a false hit."""
+    """The same under the quality monitor, which halves the radius after a false hit."""
 
     has_history = True  # the radius in use
 
@@ -254,7 +254,7 @@ class MonitoredAttention(MemoizedAttention):
             layer.tokens = tokens.only(some)
             hit = distance[some] <= self.radius * 0.5 ** (levels.top - levels.level)
             if checked and hit[0]:
-                y[some] = self.read(self.qkv.q(x[some]), layer)  # exact: it is there, so use it
+                y[some] = self.read(self.qkv.q(x[some]), layer)  # exact, and computed anyway
                 found = self.by_stored(entry[some], positions[some], layer)
                 error = relative_error(found, y[some])
                 levels.note(int(positions[some][0]), error, self.limit)

@@ -177,7 +177,7 @@ class RandomHits(MemoizedFFN):
 
 @part
 class MonitoredFFN(MemoizedFFN):
-    """The same below the quality monitor, which halves the radius after a false hit."""
+    """The same under the quality monitor, which halves the radius after a false hit."""
 
     has_history = True  # the radius in use
     one_sequence = True  # each sequence has its own
@@ -197,7 +197,7 @@ class MonitoredFFN(MemoizedFFN):
         for some, checked in pieces(positions, self.every):
             hit = distance[some] <= self.radius * 0.5 ** (levels.top - levels.level)
             if checked and hit[0]:
-                y[some] = self.run(x[some])  # exact: it is there, so use it
+                y[some] = self.run(x[some])  # exact, and computed anyway
                 error = relative_error(self.stored(entry[some]), y[some])
                 levels.note(int(positions[some][0]), error, self.limit)
             else:
