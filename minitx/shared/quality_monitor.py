@@ -1,9 +1,9 @@
 """A quality monitor: run exactly once in n tokens, and adapt how approximate the others may be.
 
 Mittal's survey of approximate computing (ACM Computing Surveys 48(4), 2016) names such a control
-loop; this is the simplest one. A sub-layer has several versions, numbered by level, from 0 (exact, or
-closest to it) to the most approximate. Every n-th token runs exactly and approximately, and the relative error of
-the approximate output decides which version the tokens after it use:
+loop; this is the simplest one. A sub-layer has several versions, numbered by level, from 0 (exact,
+or closest to it) to the most approximate. Every n-th token runs exactly and approximately, and the
+relative error of the approximate output decides which version the tokens after it use:
 
     error > limit        one level lower, closer to exact
     error <= limit / 2   one level higher, up to the most approximate version
