@@ -41,10 +41,10 @@ def zero_skip(
     Paper:     zero skipping, as David Spuler's page on calculation skipping lists it. For the FFNs
                of transformers: Liu et al., "Deja Vu", ICML 2023, which predicts the zeros.
     Fidelity:  common practice: no prediction, a zero is skipped when it is seen.
-    Kind:      exact: what is left out are products with 0. Only the order of the sum may differ.
+    Kind:      exact: only products with 0 are left out. The order of the sum may differ.
     Idea:      After a ReLU most neurons of a token are exactly 0 (stories-relu: three of four), and
                a zero times its row of W_down adds nothing.
-    Offline:   W_down (F, D) is stored row by row, so that the row of a neuron is contiguous.
+    Offline:   W_down (F, D) is stored row-major, so that the row of a neuron is contiguous.
     Online:    h  = relu(x W_up + b_up)                      as before
                nz = the neurons with h != 0                  F comparisons
                y  = h[nz] W_down[nz] + b_down                r rows of F
