@@ -23,7 +23,7 @@ from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major
 from minitx.model import NoNorm
-from minitx.skip.contextual_sparsity import NeuronRows, PredictedNeurons, predicted, train
+from minitx.skip.contextual_sparsity import FFNByNeuron, PredictedNeurons, predicted, train
 from minitx.skip.contextual_sparsity.file import FILE, read_predictors, write_predictors
 from minitx.skip.contextual_sparsity.fit import (
     AdamW,
@@ -96,7 +96,7 @@ def test_neurons_by_hand():
     ):
         assert selector(x, layer).tolist() == [runs]
     parts = NoNorm(), w1, b1, w2, b2
-    np.testing.assert_allclose(NeuronRows(*parts)(x, layer), [[1.5, 2.5]])
+    np.testing.assert_allclose(FFNByNeuron(*parts)(x, layer), [[1.5, 2.5]])
     some = PredictedNeurons(*parts, selector=Above(predictor, 0.0))
     with counting(some) as counts:
         np.testing.assert_allclose(some(x, layer), [[1.5, 0.5]])

@@ -139,7 +139,7 @@ def contextual_sparsity(
 
 
 @part
-class NeuronRows(Part):
+class FFNByNeuron(Part):
     """A ReLU FFN with both matrices stored by neuron, one contiguous row for each; all run."""
 
     norm: Part
@@ -154,7 +154,7 @@ class NeuronRows(Part):
 
 
 @part
-class PredictedNeurons(NeuronRows):
+class PredictedNeurons(FFNByNeuron):
     """The same, but each token runs only the neurons that are selected for it."""
 
     # Declared for techniques that are combined with this one (tree.Part):
@@ -253,7 +253,7 @@ def predicted(lm, selectors: dict[str, list], monitor: int = 0, limit: float = 0
         b1 = np.zeros(len(down.w), down.w.dtype) if up.b is None else up.b
         parts = ffn.norm, np.ascontiguousarray(up.w.T), b1, np.ascontiguousarray(down.w), down.b
         some = PredictedNeurons(*parts, selector=selectors["ffn"][index])
-        return monitored(NeuronRows(*parts), [some], monitor, limit)
+        return monitored(FFNByNeuron(*parts), [some], monitor, limit)
 
     def change_attn(attn: Attention, index: int) -> Part:
         parts = {f.name: getattr(attn, f.name) for f in fields(attn)}
@@ -392,6 +392,6 @@ def check_choice(neurons: float | None, threshold: float | None, choose: str, mo
 # - One FFN, rank D / 4, top-k, one token, microseconds of one core (dense; 50, 25, 10, 5 % of the
 #   neurons): 128 x 512: 29; 89, 78, 75, 67. 1,024 x 4,096: 1,578; 3,751, 1,701, 533, 326. A prompt
 #   runs token by token, which is slower still: dense products share the reading of weights.
-# - monitor: every n-th token runs all neurons too, from the same arrays (NeuronRows). It does not
+# - monitor: every n-th token runs all neurons too, from the same arrays (FFNByNeuron). It does not
 #   pay here: neurons=0.2 monitor=8 limit=0.1, 0.2, 0.4 cost +0.017, +0.028, +0.042 at 0.88x, 0.79x,
 #   0.70x of the multiply-adds (20 stories), all more than a larger share of the neurons.
