@@ -7,8 +7,8 @@ An estimate: the ledger's counts times published constants,
 
 for dedicated hardware that does nothing else. There is no static power, no control, no instruction
 fetch, no writing, and no cache that serves a byte twice; what the ledger does not count (norms,
-softmax) is free. It says which of two models takes less and why, not what a computer consumes. Energy
-is the measure of green computing (survey: arXiv 2311.00447).
+softmax) is free. It says which of two models takes less and why, not what a computer consumes.
+Energy is the measure of green computing (survey: arXiv 2311.00447).
 
 Where bytes are read from is one simple rule. A model whose arrays and whose KV cache of a full
 context together fit in the on-chip memory reads all its bytes from there (SRAM); any other reads
