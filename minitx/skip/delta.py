@@ -49,9 +49,9 @@ def delta(
         "delta: send the coordinates that changed. Baselines: zero compares with 0 instead, so "
         "small inputs are dropped and nothing is reused; random sends as many at random",
     ] = "delta",
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, at_least(0)] = 0.2,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Multiply only the input coordinates that changed since an earlier token (delta networks).
 

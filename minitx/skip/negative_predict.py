@@ -54,9 +54,9 @@ def negative_predict(
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 8,
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, at_least(0)] = 0.2,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Predict from a few large terms that a neuron's sum ends below 0, and skip the other terms.
 

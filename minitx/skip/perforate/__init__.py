@@ -56,9 +56,9 @@ def perforate(
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 16,
-    seed: Annotated[int, "of pattern=sample and rates=random", SEEDS] = 0,
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, above(0, 100)] = 0.1,
+    seed: Annotated[int, "of pattern=sample and rates=random", SEEDS] = 0,
 ):
     """Perforate matrix products: skip some iterations of the inner loop over the inputs.
 
