@@ -79,9 +79,9 @@ def delta(
     Saves:     (in - n) out multiply-adds for a matrix (in, out) if n coordinates are sent, and as
                many weights read, less 2 in for the rms and the comparisons. Instead in + out
                numbers are stored per product (and per token, so that rewind can go back).
-    In NumPy:  slower: on stories at the default decoding is 0.4x of dense and a prompt, which runs
-               token by token, 0.1x. A large matrix pays below about a third of coordinates sent, a
-               small one never (Notes).
+    In NumPy:  slower: on stories at the default decoding is 0.4x as fast as dense and a prompt,
+               which runs token by token, 0.1x. A large matrix pays if less than about a third of
+               the coordinates are sent, a small one hardly ever (Notes).
     Not for:   inputs that jump from token to token, which those of a language model do; batches:
                sequences run one by one.
     Proof:     tests/skip/test_delta.py; literal version: tests/skip/literal_delta.py
@@ -257,7 +257,7 @@ def check_monitor(where: str, monitor: int) -> None:
 #   x_t = 0.9 x_(t-1) + noise, threshold=0.3, its relative error (over 50 tokens each) reaches 4.6
 #   within 1,000 tokens, with refresh=20 0.55; here it is at most 0.14. So refresh only clears
 #   rounding (float32, threshold=0: below 1e-6 with refresh=20, above it without).
-# - Time of one product with a decoded token, dense over this one (one BLAS thread, a busy machine),
+# - Speed of one product with a decoded token, relative to dense (one BLAS thread, a busy machine),
 #   by the share of coordinates sent. Gathering rows costs a copy of each.
 #
 #       W              0.1      0.2      0.3      0.5      0.75

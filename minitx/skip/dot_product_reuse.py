@@ -83,8 +83,8 @@ def dot_product_reuse(
     Saves:     s * out multiply-adds per product reused (W: in, out), less s (form=exact) or
                s * bits for each hash and, with several slices, out to add. Each stored product
                takes out numbers of memory, which a hit reads.
-    In NumPy:  slower: decoding 0.9x of dense with form=exact and 0.8x with form=lsh; prompts 0.75x
-               and 0.3x, since they run token by token.
+    In NumPy:  slower: decoding 0.9x as fast as dense with form=exact and 0.8x with form=lsh;
+               prompts 0.75x and 0.3x, since they run token by token.
     Not for:   form=exact beyond layer 0, with learned positions (no two vectors are equal), or on
                texts that seldom repeat a token. form=lsh in the first layers (Notes).
     Proof:     tests/skip/test_dot_product_reuse.py; literal version:

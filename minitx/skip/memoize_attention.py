@@ -96,8 +96,8 @@ def memoize_attention(
     Saves:     D H d + S H d multiply-adds for a hit, of 2 D (H + K) d + 2 S H d, and the bytes of
                its S keys, less D r + N r + D for every lookup (K: key heads). A stored map is H S
                numbers, so a position takes N (H S + D + r) numbers in each layer.
-    In NumPy:  slower, decoding 0.78x of dense on stories: a lookup takes longer than the queries
-               and scores that a hit saves, at a few hundred keys.
+    In NumPy:  slower, decoding stories 0.78x as fast as dense: a lookup takes longer than the
+               queries and scores that a hit saves, at a few hundred keys.
     Not for:   sequences longer than the calibration text (no maps there); techniques that free
                cache rows or replace the attention (elsa, heavy_hitters, ...).
     Proof:     tests/skip/test_memoize_attention.py; literal version:

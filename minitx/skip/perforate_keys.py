@@ -51,7 +51,7 @@ def perforate_keys(
     Fidelity:  ours: the pattern is common practice; both forms and the defaults are our own.
     Kind:      approximate; exact at stride=1, which keeps every key.
     Idea:      The loop over keys runs only some of its iterations. Near keys and the first ones
-               matter most and always run; of the others, one represents its neighbours.
+               matter most and always run; of the others, every s-th represents its neighbours.
     Offline:   nothing.
     Online:    the query at position i keeps the keys j <= i with
                    j < sinks   or   j > i - window   or   j mod stride = 0
@@ -63,9 +63,10 @@ def perforate_keys(
                r = sinks + window + (S - sinks - window) / stride of S cached keys; values: S d +
                r d. The kept keys are the same in all heads, and nearly the same for neighbouring
                queries, so prompts save too (unlike with elsa, a3, ...).
-    In NumPy:  skip pays from about 2,000 cached keys: one decoded token takes 0.6x of dense
-               attention at 2,048 keys, 0.4x at 8,192, 0.2x at 32,768. On stories (512 keys) it is
-               slower, generation 0.7x. values: slower up to 8,192 keys, 0.8x of dense at 32,768.
+    In NumPy:  skip pays from about 2,000 cached keys: one decoded token takes 0.6x the time of
+               dense attention at 2,048 keys, 0.4x at 8,192, 0.2x at 32,768. On stories (512 keys)
+               generation is slower, 0.7x as fast. values: slower up to 8,192 keys, 0.8x the time
+               at 32,768.
     Not for:   saving memory: every row stays in the KV cache (Notes). sink_window keeps no keys in
                between, evicts them, and moves the sinks next to the window.
     Proof:     tests/skip/test_perforate_keys.py; literal version:

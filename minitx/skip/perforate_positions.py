@@ -64,8 +64,8 @@ def perforate_positions(
                (With copy, an FFN that has not run yet runs, whatever the position.)
     Saves:     3 D F multiply-adds (2 D F without a gate) per token and layer where it does not run:
                a share 1 - 1 / stride of the FFNs from ``first`` on.
-    In NumPy:  1.0x of dense on stories, whose FFNs are small; copy 0.9x. A prompt gathers the rows
-               of the tokens that run and multiplies those only.
+    In NumPy:  as fast as dense on stories, whose FFNs are small; copy 0.9x. A prompt gathers the
+               rows of the tokens that run and multiplies those only.
     Not for:   the first layers, whose FFN outputs matter most. Models without residual
                connections. It is no better than random positions (Notes).
     Proof:     tests/skip/test_perforate_positions.py; literal version:

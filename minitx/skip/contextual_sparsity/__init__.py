@@ -106,8 +106,8 @@ def contextual_sparsity(
                W_o,h only of the top-k heads.
     Saves:     2 D multiply-adds per neuron that does not run, less rank (D + F); 2 D d + 2 S d per
                head, less rank (D + H). Per token and layer (S cached tokens, heads of width d).
-    In NumPy:  slower on stories-relu, 0.6x of dense: selecting and gathering rows cost more than
-               the small products. An FFN of 1,024 x 4,096 breaks even at 23 % of the neurons.
+    In NumPy:  slower on stories-relu, 0.6x as fast as dense: selecting and gathering rows cost more
+               than the small products. An FFN of 1,024 x 4,096 breaks even at 23 % of the neurons.
     Not for:   FFNs without ReLU (heads alone are possible: neurons=1), or whose matrices another
                technique has replaced (quantize, ...). If one has changed the model (fold_norms,
                prune, ...), predictors are trained on loading.

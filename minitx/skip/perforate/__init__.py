@@ -81,9 +81,9 @@ def perforate(
                added KL per multiply-add saved, until a share ``rate`` of all is skipped.
     Online:    y = x[kept] (alpha W[kept]) + (c + b)      both in brackets are stored
     Saves:     (in - r) out multiply-adds per token and as many weights, of each matrix.
-    In NumPy:  1.0x on stories: with so few inputs, gathering them and adding c take what is saved.
-               At 512 x 1408 with a quarter skipped, a product takes 0.8x of the time for one token,
-               0.7x for 128.
+    In NumPy:  as fast as dense on stories: with so few inputs, gathering them and adding c take
+               what is saved. At 512 x 1408 with a quarter skipped, a product takes 0.8x the time
+               for one token, 0.7x for 128.
     Not for:   text of another kind than the calibration text; techniques that need a whole matrix
                W_o or W_down (head_router, ...).
     Proof:     tests/skip/test_perforate.py; literal version: tests/skip/literal_perforate.py
