@@ -74,6 +74,7 @@ SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer wher
 
 SKIP = {
     "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.95), text=Text(stories=2)),
+    "contextual_sparsity": Default((0.0, 0.012), "multiply_adds", (0.65, 0.69), "stories-relu"),
     "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAINS),
     "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
     "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=8)),
@@ -89,6 +90,10 @@ SKIP = {
     "layer_router": Default((0.0, 0.005), "multiply_adds", (0.7, 0.9), text=Text(stories=3)),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
     "lazy_tokens": NoSaving((0.01, 0.1), "multiply_adds", (0.95, 1.0), text=CHAIN),
+    "memoize_attention": NoSaving(
+        (-0.005, 0.015), "multiply_adds", (0.96, 0.99), text=Text(stories=2)
+    ),
+    "memoize_ffn": Default((-0.005, 0.01), "multiply_adds", (0.6, 0.68), text=Text(stories=3)),
     "mixture_of_depths": Default(
         (0.001, 0.008), "multiply_adds", (0.55, 0.6), "stories-mod", dense="stories"
     ),

@@ -47,7 +47,7 @@ def order_products(
                bits or stops early.
     Idea:      A running sum may overflow a narrow accumulator although the total fits (a transient
                overflow); another order may avoid it. And with inputs >= 0 and positive weights
-               first, a sum that falls below 0 stays there, so before a ReLU it can stop (negative_skip).
+               first, a sum that falls below 0 stays there: before a ReLU, negative_skip stops.
     Offline:   for each output o an order of the inputs, by its weights w[:, o]:
                positives_first     w > 0, then the others; both by decreasing |w|
                largest_first       by decreasing |w|
