@@ -452,10 +452,11 @@ IDLE = {
     "exact_head": {"speculative"},
     "ffn_skip": {"layer_router", "layer_skip", "switchable"},
     "function_tables": {"layer_skip"},
-    "head_cascade": {"layer_skip"},
+    "head_cascade": {"layer_router", "layer_skip"},
     "layer_skip": {"layer_router", "switchable"},
     "negative_predict": {"layer_skip"},
     "negative_skip": {"layer_skip"},
+    "perforate_positions": {"layer_skip"},
     "zero_skip": {"layer_skip"},
 }
 

@@ -75,6 +75,10 @@ SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer wher
 SKIP = {
     "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.95), text=Text(stories=2)),
     "contextual_sparsity": Default((0.0, 0.012), "multiply_adds", (0.65, 0.69), "stories-relu"),
+    "delta": Default((-0.004, 0.015), "multiply_adds", (0.72, 0.78), text=Text(stories=2)),
+    "dot_product_reuse": Default(
+        EXACT, "multiply_adds", (0.88, 0.93), "stories-parallel", Text(stories=2)
+    ),
     "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAINS),
     "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
     "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=8)),
@@ -97,6 +101,9 @@ SKIP = {
     "mixture_of_depths": Default(
         (0.001, 0.008), "multiply_adds", (0.55, 0.6), "stories-mod", dense="stories"
     ),
+    "perforate": Default((0.0, 0.008), "multiply_adds", (0.81, 0.84), text=Text(stories=8)),
+    "perforate_keys": Default((0.0, 0.008), "cache_bytes", (0.48, 0.52), text=CHAINS),
+    "perforate_positions": Default((0.001, 0.009), "multiply_adds", (0.82, 0.85)),
     "negative_predict": Default(
         (-0.001, 0.003), "multiply_adds", (0.88, 0.92), "stories-relu", ONE
     ),
