@@ -276,7 +276,7 @@ assert terms["bound, as stored"] > 0.99
 # (the prefix), and if their sum is below a threshold, it takes the neuron for 0. Each neuron has a
 # threshold of its own, as high as possible while at most the share `miss` of its positive values is
 # lost on four calibration stories. A positive value that is predicted to be 0 is a false negative.
-# We do it for layer 3, on our three stories. "terms" is the share that is computed: which k is best?
+# We do it for layer 3, on three stories. "terms" is the share that is computed. Which k is best?
 title("Predict from a prefix, layer 3")
 layer = 2  # from 0
 up, x = ups[layer], inputs[layer]
@@ -325,3 +325,297 @@ def draw(axes):
 
 save_picture("15_prefix_and_sum", draw)
 
+# %% The price of predictions
+# Now all layers, and what comes out. "work" is what is left of the multiply-adds of a decoded
+# token. The loss is the mean of -ln(probability of the next word) over the two stories. KL, the
+# KL divergence, says how far the probabilities of all words have moved from those of the dense
+# model, 0: not at all. Random takes as many neurons of each token for 0, but others. Is the price
+# low only because most neurons do not matter?
+title("Predictions in all layers")
+
+
+class Price(NamedTuple):
+    work: float  # multiply-adds per decoded token, dense = 1
+    read: float  # bytes of weights, dense = 1
+    loss: float  # nats per token, above that of the dense model
+    kl: float  # mean KL divergence from the dense model
+    speed: float  # of decoding a token, dense = 1
+
+
+def log_probabilities(model, ids):
+    logits = model.logits(ids[:-1]).astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # (tokens, V)
+
+
+class Dense:
+    """A dense model, with which others are compared, and what it says on some texts."""
+
+    def __init__(self, lm, texts):
+        self.lm, self.texts, self.work = lm, texts, work_of(lm, texts[0]).total()
+        self.expected = [log_probabilities(lm, ids) for ids in texts]
+
+
+def price(model, dense):
+    work, rises, divergences = work_of(model, dense.texts[0]).total(), [], []
+    for ids, expected in zip(dense.texts, dense.expected):
+        found = log_probabilities(model, ids)
+        rises.append((expected - found)[np.arange(len(ids) - 1), ids[1:]])
+        divergences.append(np.sum(np.exp(expected) * (expected - found), axis=-1))
+    return Price(
+        work.multiply_adds / dense.work.multiply_adds,
+        work.weight_bytes / dense.work.weight_bytes,
+        np.mean(np.concatenate(rises)),
+        np.mean(np.concatenate(divergences)),
+        speedup(decode_last(dense.lm, ids[:20]), decode_last(model, ids[:20])),
+    )
+
+
+def print_prices(prices):
+    table = []
+    for name, p in prices.items():
+        table.append([name, f"{p.work:.2f}", f"{p.loss:+.4f}", f"{p.kl:.4f}"])
+    print_table(["", "work", "loss", "KL"], table)
+
+
+relu, prices = Dense(lm, texts[:2]), {}
+for name, options in (
+    ("2% of misses", {"miss": 0.02}),
+    ("10% of misses", {"miss": 0.1}),
+    ("2% of misses, random", {"miss": 0.02, "choose": "random"}),
+):
+    changed = apply(lm, {"negative_predict": {"prefix": 0.375, "stories": 4, **options}})
+    prices[f"negative_predict, {name}"] = price(changed, relu)
+print_prices(prices)
+assert prices["negative_predict, 2% of misses"].kl < 0.001
+assert prices["negative_predict, 2% of misses, random"].kl > 1
+# A tenth of the model's work, a third of W_up's, is saved at next to no price; the same number of
+# random neurons ruins the model. (The loss of two stories is noisy to about 0.01: it may even fall.
+# KL is the better witness, since it looks at all words and is never below 0.)
+
+# %% 5. Without a ReLU: small, but not zero
+# Most models today have SwiGLU instead. A neuron is h = silu(gate) * up, where gate and up are
+# products of x with two matrices, W_gate and W_up, and silu(g) = g / (1 + e^-g). Nothing is exactly
+# 0, but numbers are small. To drop those is approximate. And which number has to be small? Here are
+# three neurons, and a threshold for each of two rules.
+title("5. Three neurons of a SwiGLU")
+gate, up = np.array([2, -0.1, -3]), np.array([0.1, 5, 1])
+act = ops.silu(gate)
+table = []
+for name, numbers in (("silu(gate)", act), ("up", up), ("h", act * up)):
+    table.append([name, *(f"{number:.2f}" for number in numbers)])
+print_table(["neuron", "1", "2", "3"], table)
+print(f"|silu(gate)| > 0.1: neurons {np.flatnonzero(abs(act) > 0.1) + 1}")
+print(f"|h| > 0.15:         neurons {np.flatnonzero(abs(act * up) > 0.15) + 1}")
+assert list(abs(act) > 0.1) == [True, False, True]
+assert list(abs(act * up) > 0.15) == [True, True, False]
+# CATS (2024) looks at silu(gate). A neuron that it drops needs neither its column of W_up nor its
+# row of W_down. But it drops neuron 2, whose h is the largest in magnitude: it cannot know `up`.
+# TEAL (2024) looks at the input of a matrix. Here that is h, the input of W_down: it drops neuron
+# 3, which is right, but saves a row of W_down only. It does so before every matrix, also where no
+# activation function has made anything small: the inputs of W_gate and W_up, and of attention.
+
+# %% ... small numbers in the model
+# The model `stories` has SwiGLU. How large is each |h|, compared with the largest one of its token
+# and layer?
+swiglu = minitx.load("stories")
+ffns = [node for _, node in walk(swiglu.model) if type(node) is FFN]
+recorded = inputs_of_up(swiglu, texts, "inputs")
+relative = []
+for ffn in ffns:
+    x = recorded[id(ffn.expand.up)]
+    h = abs(ops.silu(x @ ffn.expand.gate.w) * (x @ ffn.expand.up.w))
+    relative.append(h / h.max(-1, keepdims=True))
+title("|h| of SwiGLU, relative to the largest of its token")
+edges = [0, 0.001, 0.01, 0.1, 1.001]
+shares = np.histogram(np.concatenate(relative), edges)[0] / np.size(relative[0]) / len(ffns)
+bar_chart(["below 0.1%", "0.1% to 1%", "1% to 10%", "above 10%"], shares, "{:.1%}")
+zero = np.mean(np.concatenate(relative) == 0)
+print(f"exactly 0: {zero:.1%}")
+assert zero < 0.001 and shares[3] < 0.2
+
+# Hardly a neuron is exactly 0, but four of ten are below a hundredth of the largest. Dropping them
+# is approximate now: how much does it cost?
+
+# %% ... and their price
+# Thresholds are quantiles: the sparsity, say 0.5, is the share that is dropped on calibration
+# stories. TEAL has a threshold for each matrix. With "uniform" all drop the same share of their
+# inputs. "greedy" goes in steps: each lets that matrix drop more which then damages the output of
+# its block least. We compare at the same work, first 0.79, then 0.66. Look at KL.
+title("CATS and TEAL at the same work, on stories")
+settings = {
+    "cats 0.5": {"cats": {"sparsity": 0.5, "stories": 2}},
+    "cats 0.5, random": {"cats": {"sparsity": 0.5, "stories": 2, "choose": "random"}},
+    "teal 0.25, greedy": {"teal": {"sparsity": 0.25, "stories": 1}},
+    "teal 0.25, uniform": {"teal": {"sparsity": 0.25, "allocation": "uniform"}},
+    "cats 0.8": {"cats": {"sparsity": 0.8, "stories": 2}},
+    "teal 0.4, greedy": {"teal": {"sparsity": 0.4, "stories": 1}},
+    "teal 0.4, uniform": {"teal": {"sparsity": 0.4, "allocation": "uniform"}},
+}
+gated, models, small_numbers = Dense(swiglu, texts), {}, {}
+for name, options in settings.items():
+    models[name] = apply(swiglu, options)
+    small_numbers[name] = price(models[name], gated)
+print_prices(small_numbers)
+kl = {name: p.kl for name, p in small_numbers.items()}
+assert kl["teal 0.25, greedy"] < kl["cats 0.5"] < kl["teal 0.25, uniform"]
+assert kl["cats 0.8"] < kl["teal 0.4, greedy"] < kl["teal 0.4, uniform"]
+assert kl["cats 0.5, random"] > 1
+# At 0.79 greedy TEAL is a little ahead of CATS, at 0.66 CATS is ahead. And an allocation matters:
+# with the same share everywhere, TEAL costs more at both. Random neurons cost a thousand times as
+# much as those that CATS drops, so small numbers are indeed what can be spared.
+
+# %% ... what greedy drops
+# Where is the work that teal 0.4 saves? For each kind of matrix, the multiply-adds that are left,
+# dense = 1, the mean of the layers. With uniform, each would be left 0.6.
+title("TEAL 0.4, greedy: what is left of each matrix")
+before, after = work_of(swiglu, texts[0]), work_of(models["teal 0.4, greedy"], texts[0])
+matrices = ("qkv.q", "qkv.k", "qkv.v", "attn.out", "expand.gate", "expand.up", "ffn.down")
+left = [multiply_adds(after, matrix) / multiply_adds(before, matrix) for matrix in matrices]
+bar_chart(matrices, left, "{:.2f}")
+assert min(left) == left[-1] < 0.35
+# W_down drops three quarters: its inputs are the numbers of the chart above, most of them small.
+# W_k and W_v are spared altogether, which is partly an accident: they are half as large as W_q, and
+# a step of this quick greedy would empty them at once. (Above 1: comparisons are counted, too.) The
+# paper takes steps a tenth as large, which takes ten times as long. Exercise 3 tries smaller ones.
+
+# %% 6. Guess the active neurons before W_up
+# Back to ReLU. Could a cheap product guess which neurons will be active, before any of their sums?
+# Then both matrices shrink. Take the three neurons of section 1: the predictor first makes one
+# number of the four inputs (its rank is 1), and of that a score for each neuron. That is 4 + 3
+# multiply-adds; W_up takes 12. Does it find neuron 2, the one that is active?
+title("6. A predictor of rank 1, by hand")
+x = np.array([1, -2, 3, 1])
+a, b = np.array([-1, 1, 1, 1]), np.array([-1, 1, -1])
+scores = (x @ a) * b
+print(f"x a = {x @ a}, scores {scores}; the real sums are {x @ W_up}")
+print(f"predicted: neuron {np.flatnonzero(scores > 0) + 1}")
+print(f"multiply-adds: {len(a) + len(b)} to predict, {4 + 4} for neuron 2, 24 in the dense FFN")
+assert list(scores > 0) == [False, True, False]
+
+# %% ... recall
+# Deja Vu (2023) trains such predictors, here of rank 32, on texts. Ours are in a file beside the
+# weights. A token runs the neurons with the highest scores, say the top 30%. Recall: of the active
+# neurons, how many run? Random ones of the same number are the baseline, and the best that is
+# possible is to know h beforehand.
+title("Recall of active neurons, mean of the layers")
+predictors = shipped(lm, "ffn", None)
+
+
+def highest(scores, count):
+    """Booleans (tokens, F): the count highest of each token."""
+    found = np.zeros(scores.shape, bool)
+    np.put_along_axis(found, np.argsort(-scores, axis=-1)[:, :count], True, axis=-1)
+    return found
+
+
+def recalls(scores_by_layer, count):
+    """Of the active neurons, the share that runs; and their share of the sum of all h."""
+    found = []
+    for scores, h in zip(scores_by_layer, neurons):
+        run = highest(scores, count)
+        found.append([np.sum(run & (h > 0)) / np.sum(h > 0), np.sum(h[run]) / np.sum(h)])
+    return np.mean(found, axis=0)
+
+
+predicted = [predictor(x) for predictor, x in zip(predictors, inputs)]
+by_chance = [rng.random(h.shape) for h in neurons]
+curves, of_sum = {"random": [], "predictor": [], "best possible": []}, []
+runs = (0.1, 0.2, 0.3, 0.5)
+for share in runs:
+    count = round(share * F)
+    of_sum.append(recalls(predicted, count)[1])
+    for name, scores in zip(curves, (by_chance, predicted, neurons)):
+        curves[name].append(recalls(scores, count)[0])
+table = []
+for i, share in enumerate(runs):
+    cells = [f"{curve[i]:.2f}" for curve in curves.values()]
+    table.append([f"{share:.0%}", *cells, f"{of_sum[i]:.2f}"])
+print_table(["neurons run", *curves, "predictor, of the sum of h"], table)
+save_lines("15_recall", runs, curves, "share of the neurons that run", "recall of active neurons")
+assert curves["predictor"][2] > 0.8 and curves["predictor"][0] > 4 * curves["random"][0]
+
+# With 30% of the neurons, the predictor runs 87% of the active ones, and those make 96% of the sum
+# of all h: what it misses is small again. It is close to the best possible.
+
+# %% ... and what comes out
+# In the model: a fixed share of the neurons for each token and layer; random ones at the same work
+# (45%, since they need no predictor); or all neurons with a score above a threshold, which may be
+# many for one token and layer and few for another. Which selection is better at the same work?
+title("Predicted neurons")
+settings = {
+    "top 30%": {"neurons": 0.3},
+    "random 45%": {"neurons": 0.45, "choose": "random"},
+    "score > 0": {"threshold": 0.0},
+    "score > 1": {"threshold": 1.0},
+}
+guessed = {}
+for name, options in settings.items():
+    changed = apply(lm, {"contextual_sparsity": options})
+    guessed[f"contextual_sparsity, {name}"] = price(changed, relu)
+print_prices(guessed)
+kl = {name: p.kl for name, p in guessed.items()}
+assert kl["contextual_sparsity, score > 0"] < kl["contextual_sparsity, top 30%"] < 0.02
+assert kl["contextual_sparsity, random 45%"] > 1
+# The threshold: section 2 showed that layers differ, from 12% to 35% of active neurons. Now both
+# matrices have shrunk, and the predictor is paid for: three tenths of the model's work are saved.
+
+# %% 7. The price list
+# All of them once more, each compared with its own dense model. "bytes" is what a token reads of
+# the weights, "speed" that of decoding in NumPy. At the same work, which has the least KL? And is
+# one of them faster than dense?
+title("7. The price list: dense = 1")
+pair = apply(lm, {"zero_skip": {}, "negative_predict": {"prefix": 0.375, "stories": 4}})
+on_relu = {
+    "zero_skip": price(zero_skip, relu),
+    **prices,
+    "negative_predict and zero_skip": price(pair, relu),
+    **guessed,
+}
+for model, found in (("on stories-relu", on_relu), ("on stories", small_numbers)):
+    table = []
+    for name, p in found.items():
+        cells = f"{p.work:.2f}", f"{p.read:.2f}", f"{p.loss:+.4f}", f"{p.kl:.4f}", f"{p.speed:.2f}"
+        table.append([name.ljust(38), *cells])
+    print_table([model, "work", "bytes", "loss", "KL", "speed"], table)
+    print()
+print(f"negative_skip with inputs centered is exact; section 4: work {exact_work:.2f}")
+
+
+def draw_prices(axes):
+    for model, found in (("stories-relu", on_relu), ("stories", small_numbers)):
+        work, divergence = zip(*((p.work, max(p.kl, 1e-5)) for p in found.values()))
+        axes.scatter(work, divergence, label=model)
+    axes.set(xlabel="multiply-adds, dense = 1", ylabel="KL divergence", yscale="log")
+    axes.legend()
+
+
+save_picture("15_prices", draw_prices)
+both, deja_vu = on_relu["negative_predict and zero_skip"], on_relu["contextual_sparsity, score > 0"]
+assert abs(both.work - deja_vu.work) < 0.04 and both.kl < deja_vu.kl
+assert on_relu["zero_skip"].kl < 1e-6 and both.speed < 0.9 * deja_vu.speed
+# With ReLU, zero_skip comes first: exact, and a fifth of the work is gone. With negative_predict
+# beside it, seven tenths are left, and so they are with contextual_sparsity, whose KL is several
+# times as high: a score comes from 32 numbers, where negative_predict adds real terms. But look at
+# bytes and speed. In negative_predict each neuron reads inputs in an order of its own, and the
+# orders are read, too; it was made for chips that add term by term. contextual_sparsity leaves out
+# whole rows of both matrices, which suits any machine. Without ReLU, a fifth of the work can go at
+# a KL of 0.002.
+#
+# And the speed? None is clearly faster than dense. In NumPy, copying the rows of such small
+# matrices takes longer than multiplying them all. Section 2 showed when that changes: with larger
+# matrices, and with more zeros.
+
+# %% Try this
+# An assertion may fail when you change something. Then it tells you what changed: delete it.
+# 1. In section 3, find an input for which rule 1 stops after two terms and rule 2 only after three.
+#    (What if no input is negative, and most are 0?)
+# 2. In section 4, check after every 4, 8 or 32 terms: add "every" to the settings. Terms and
+#    multiply-adds do not have the same best setting: why?
+# 3. In section 5, add "step": 0.125 to "teal 0.4, greedy" (it takes a few seconds). What is left of
+#    W_k and W_v now? Does TEAL catch up with CATS?
+# 4. The thresholds of negative_predict come from 4 stories only. Let `relu` be judged on
+#    held_out_stories(6), with 10% of misses, and print the largest KL of a single token beside the
+#    mean. Then take 8 stories. What does a mean hide?
+# 5. Where is the break-even on your machine?
+#    python -m minitx.lab.zero_activations stories-relu hidden=4096 width=1024
