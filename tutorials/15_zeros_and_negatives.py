@@ -284,7 +284,7 @@ others = [lm.encode(story.text) for story in calibration_stories(4)]
 calibration = inputs_of_up(lm, others, "inputs")[id(up)]
 rank = np.argsort(largest_first(up.w), axis=0)  # of each weight within its neuron
 sums = x @ up.w + up.b  # (tokens, F)
-table, lost = [], {}
+table, measured = [], {}
 for k in (16, 48, 80):
     for miss in (0.02, 0.1):
         threshold = plan_of(up, calibration, k, miss).threshold  # (F,)
@@ -294,21 +294,24 @@ for k in (16, 48, 80):
         wrong = predicted & (sums > 0)
         count = np.sum(wrong) / np.sum(sums > 0)
         of_sum = np.sum(sums[wrong]) / np.sum(sums[sums > 0])
-        lost[k, miss] = computed, count, of_sum
+        measured[k, miss] = computed, count, of_sum
         shares = [f"{share:.1%}" for share in (np.mean(predicted), count, of_sum)]
         table.append([k, miss, f"{computed:.2f}", *shares])
 print(f"Neurons that are really 0: {np.mean(sums <= 0):.1%}")
 print_table(["k", "miss", "terms", "predicted 0", "false negatives", "of the sum of all h"], table)
-assert lost[48, 0.02][0] < min(0.65, lost[16, 0.02][0], lost[80, 0.02][0])
-assert lost[48, 0.1][2] < 0.3 * lost[48, 0.1][1]
-# A longer prefix finds more zeros, but has cost more before: the best is in between. With k = 48
-# and 2% of misses, 60% of the terms are computed: compare that with the 90% above. The last
-# column says why mistakes cost little: the values that are lost are small. A sum that is far below
-# 0 after its largest terms hardly ends far above.
+terms = {setting: numbers[0] for setting, numbers in measured.items()}
+assert terms[48, 0.02] < min(0.65, terms[16, 0.02], terms[80, 0.02])
+assert measured[48, 0.1][2] < 0.3 * measured[48, 0.1][1]
+# A longer prefix finds more zeros, but has cost more before. With 2% of misses the best is in
+# between: at k = 48 six tenths of the terms are computed, where certainty took nine tenths. With
+# 10%, k = 16 needs as few, but loses more. The last column says why mistakes cost little: the
+# values that are lost are small. A sum that is far below 0 after its largest terms hardly ends far
+# above.
 
 # %% ... a picture of one neuron
-# Each point is a token: the sum after 48 terms, and the sum in the end. What lies left of the
-# threshold is taken for 0: below the horizontal line rightly so, above it by mistake.
+# The neuron with the most mistakes. Each point is a token: its sum after 48 terms, and in the end.
+# What lies left of the threshold is taken for 0: below the horizontal line rightly so, above it by
+# mistake. How far above do the mistakes lie?
 plan = plan_of(up, calibration, 48, 0.1)
 prefix_sums = x @ np.where(rank < 48, up.w, 0) + up.b
 wrong = (prefix_sums < plan.threshold) & (sums > 0)
@@ -327,7 +330,7 @@ save_picture("15_prefix_and_sum", draw)
 
 # %% The price of predictions
 # Now all layers, and what comes out. "work" is what is left of the multiply-adds of a decoded
-# token. The loss is the mean of -ln(probability of the next word) over the two stories. KL, the
+# token. The loss is the mean of -ln(probability of the next word) over two of the stories. KL, the
 # KL divergence, says how far the probabilities of all words have moved from those of the dense
 # model, 0: not at all. Random takes as many neurons of each token for 0, but others. Is the price
 # low only because most neurons do not matter?
@@ -357,7 +360,8 @@ class Dense:
 
 
 def price(model, dense):
-    work, rises, divergences = work_of(model, dense.texts[0]).total(), [], []
+    few, work = dense.texts[0][:20], work_of(model, dense.texts[0]).total()
+    rises, divergences = [], []
     for ids, expected in zip(dense.texts, dense.expected):
         found = log_probabilities(model, ids)
         rises.append((expected - found)[np.arange(len(ids) - 1), ids[1:]])
@@ -367,7 +371,7 @@ def price(model, dense):
         work.weight_bytes / dense.work.weight_bytes,
         np.mean(np.concatenate(rises)),
         np.mean(np.concatenate(divergences)),
-        speedup(decode_last(dense.lm, ids[:20]), decode_last(model, ids[:20])),
+        speedup(decode_last(dense.lm, few), decode_last(model, few)),
     )
 
 
@@ -389,9 +393,9 @@ for name, options in (
 print_prices(prices)
 assert prices["negative_predict, 2% of misses"].kl < 0.001
 assert prices["negative_predict, 2% of misses, random"].kl > 1
-# A tenth of the model's work, a third of W_up's, is saved at next to no price; the same number of
-# random neurons ruins the model. (The loss of two stories is noisy to about 0.01: it may even fall.
-# KL is the better witness, since it looks at all words and is never below 0.)
+# A tenth of the model's work is saved at next to no price, and as many random neurons ruin it. Five
+# times as many misses save only a little more. (The loss of two stories is noisy to about 0.01. KL
+# is the better witness, since it looks at all words and is never below 0.)
 
 # %% 5. Without a ReLU: small, but not zero
 # Most models today have SwiGLU instead. A neuron is h = silu(gate) * up, where gate and up are
@@ -432,8 +436,7 @@ shares = np.histogram(np.concatenate(relative), edges)[0] / np.size(relative[0])
 bar_chart(["below 0.1%", "0.1% to 1%", "1% to 10%", "above 10%"], shares, "{:.1%}")
 zero = np.mean(np.concatenate(relative) == 0)
 print(f"exactly 0: {zero:.1%}")
-assert zero < 0.001 and shares[3] < 0.2
-
+assert zero < 0.001 and shares[0] + shares[1] > 0.35
 # Hardly a neuron is exactly 0, but four of ten are below a hundredth of the largest. Dropping them
 # is approximate now: how much does it cost?
 
@@ -460,7 +463,7 @@ print_prices(small_numbers)
 kl = {name: p.kl for name, p in small_numbers.items()}
 assert kl["teal 0.25, greedy"] < kl["cats 0.5"] < kl["teal 0.25, uniform"]
 assert kl["cats 0.8"] < kl["teal 0.4, greedy"] < kl["teal 0.4, uniform"]
-assert kl["cats 0.5, random"] > 1
+assert kl["cats 0.5, random"] > 500 * kl["cats 0.5"]
 # At 0.79 greedy TEAL is a little ahead of CATS, at 0.66 CATS is ahead. And an allocation matters:
 # with the same share everywhere, TEAL costs more at both. Random neurons cost a thousand times as
 # much as those that CATS drops, so small numbers are indeed what can be spared.
@@ -534,8 +537,7 @@ for i, share in enumerate(runs):
 print_table(["neurons run", *curves, "predictor, of the sum of h"], table)
 save_lines("15_recall", runs, curves, "share of the neurons that run", "recall of active neurons")
 assert curves["predictor"][2] > 0.8 and curves["predictor"][0] > 4 * curves["random"][0]
-
-# With 30% of the neurons, the predictor runs 87% of the active ones, and those make 96% of the sum
+# With 30% of the neurons, the predictor runs 88% of the active ones, and those make 96% of the sum
 # of all h: what it misses is small again. It is close to the best possible.
 
 # %% ... and what comes out
@@ -555,10 +557,11 @@ for name, options in settings.items():
     guessed[f"contextual_sparsity, {name}"] = price(changed, relu)
 print_prices(guessed)
 kl = {name: p.kl for name, p in guessed.items()}
-assert kl["contextual_sparsity, score > 0"] < kl["contextual_sparsity, top 30%"] < 0.02
+assert 3 * kl["contextual_sparsity, score > 0"] < kl["contextual_sparsity, top 30%"] < 0.02
 assert kl["contextual_sparsity, random 45%"] > 1
-# The threshold: section 2 showed that layers differ, from 12% to 35% of active neurons. Now both
-# matrices have shrunk, and the predictor is paid for: three tenths of the model's work are saved.
+# The threshold: with "score > 0", KL is a fifth of what it is with the top 30%. Section 2 showed
+# that layers need from 12% to 35% of their neurons, and tokens differ, too. Now both matrices have
+# shrunk, and the predictor is paid for: three tenths of the model's work are saved.
 
 # %% 7. The price list
 # All of them once more, each compared with its own dense model. "bytes" is what a token reads of
@@ -583,11 +586,14 @@ print(f"negative_skip with inputs centered is exact; section 4: work {exact_work
 
 
 def draw_prices(axes):
-    for model, found in (("stories-relu", on_relu), ("stories", small_numbers)):
-        work, divergence = zip(*((p.work, max(p.kl, 1e-5)) for p in found.values()))
-        axes.scatter(work, divergence, label=model)
-    axes.set(xlabel="multiply-adds, dense = 1", ylabel="KL divergence", yscale="log")
-    axes.legend()
+    points = {}
+    for name, p in (on_relu | small_numbers).items():
+        technique = "random" if "random" in name else name.partition(",")[0].partition(" 0.")[0]
+        points.setdefault(technique, []).append((p.work, max(p.kl, 1e-5)))
+    for technique, found in points.items():
+        axes.scatter(*zip(*found), label=technique)
+    axes.set(xlabel="multiply-adds, dense = 1", ylabel="KL divergence, at least 1e-5", yscale="log")
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 save_picture("15_prices", draw_prices)
@@ -614,8 +620,8 @@ assert on_relu["zero_skip"].kl < 1e-6 and both.speed < 0.9 * deja_vu.speed
 #    multiply-adds do not have the same best setting: why?
 # 3. In section 5, add "step": 0.125 to "teal 0.4, greedy" (it takes a few seconds). What is left of
 #    W_k and W_v now? Does TEAL catch up with CATS?
-# 4. The thresholds of negative_predict come from 4 stories only. Let `relu` be judged on
-#    held_out_stories(6), with 10% of misses, and print the largest KL of a single token beside the
-#    mean. Then take 8 stories. What does a mean hide?
+# 4. The thresholds of negative_predict come from 4 stories only. Read 6 stories in section 2, let
+#    `relu` judge on all of them, and print the largest KL of a single token beside the mean. Look
+#    at 10% of misses. Then calibrate on 8 stories. What does a mean hide?
 # 5. Where is the break-even on your machine?
 #    python -m minitx.lab.zero_activations stories-relu hidden=4096 width=1024
