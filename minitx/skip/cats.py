@@ -74,6 +74,7 @@ def cats(
     Not for:   FFNs without a gate: after ReLU, zeros are skipped exactly (zero_skip), and GELU or
                SiLU alone need x W_up to know what is small. Matrices in another format (quantize).
     Proof:     tests/skip/test_cats.py; literal version: tests/skip/literal_cats.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     ffns = gated_ffns(lm)
     if sparsity == 0:

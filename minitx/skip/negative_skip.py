@@ -89,6 +89,7 @@ def negative_skip(
     Not for:   SwiGLU and GELU, where a negative sum does not end as 0. Saving bytes or time.
     Proof:     tests/skip/test_negative_skip.py; literal version:
                tests/skip/literal_negative_skip.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     for _, node in walk(lm.model):
         if type(node) is FFN:

@@ -59,6 +59,7 @@ def zero_skip(
     Not for:   SwiGLU and GELU, whose neurons are small but not 0: dropping those is approximate.
                W_down in another format (quantize, low_rank, ...).
     Proof:     tests/skip/test_zero_skip.py; literal version: tests/skip/literal_zero_skip.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     if min_sparsity > 1:
         return lm

@@ -83,6 +83,7 @@ def teal(
                0.5x as fast. One matrix of 1,536 x 576: 0.4x at 50 %, 1.0x at 80 %, 2x at 90 %.
     Not for:   matrices in another format (quantize), batches. Head and embedding stay dense.
     Proof:     tests/skip/test_teal.py; literal version: tests/skip/literal_teal.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     from minitx.skip.teal.allocation import thresholds
 
