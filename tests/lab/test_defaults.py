@@ -71,10 +71,10 @@ CHAINS = Text(chains=2)
 CHAIN = Text(chains=1)  # for those that run it token by token
 
 SKIP = {
-    "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.95), text=Text(stories=2)),
-    "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAINS),
+    "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.75), text=Text(stories=1)),
+    "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAIN),
     "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
-    "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=8)),
+    "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=3)),
     "exact_head": Default(EXACT, "weight_bytes", (0.75, 0.85), model="stories-draft"),
     "ffn_skip": Default((0.001, 0.01), "multiply_adds", (0.85, 0.92)),
     "head_router": Default((-0.003, 0.005), "multiply_adds", (0.9, 0.94), text=CHAINS),
