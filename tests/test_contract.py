@@ -63,6 +63,7 @@ def options_of(name: str, setting: str) -> dict:
     return found[setting] if setting in found else found.get("default", {})
 
 
+@cache
 def dense_lm(family: str, dtype) -> LM:
     """A tiny model, or the one with large matrices."""
     if family == "large":
