@@ -279,6 +279,19 @@ def parser(flags=()) -> Parser:
         first.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
     add_json(first)
 
+    batch = "speed and multiply-adds of batches whose prompts differ in length"
+    batch = add(names, "batch", commands.batch, batch)
+    add_model(batch)
+    for name, default, meaning in (
+        ("size", 16, "prompts in a batch"),
+        ("longest", 256, "length of the longest prompt in tokens"),
+        ("new", 64, "new tokens of the longest completion"),
+        ("rounds", 3, "rounds"),
+    ):
+        text = f"{meaning} (default {default})"
+        batch.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
+    add_json(batch)
+
     sweep = add(names, "sweep", commands.sweep, "measure one technique at several settings")
     sweep.add_argument("name", help="name of a technique, such as ffn-skip")
     sweep.add_argument("settings", nargs="*", help="option=value,value,...")

@@ -336,6 +336,17 @@ def first_token(args) -> None:
     print_report(found, args.json)
 
 
+def batch(args) -> None:
+    from minitx.lab.batch import BatchPlan, batches
+    from minitx.technique import apply
+
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer)
+    changed = apply(dense, args.techniques, **calibrate)
+    plan = BatchPlan(**{name: getattr(args, name) for name in ("size", "longest", "new", "rounds")})
+    print_report(batches(dense, changed, flags_text(args), plan), args.json)
+
+
 def sweep(args) -> None:
     from minitx.lab import sweep as lab
     from minitx.technique import find

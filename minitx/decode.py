@@ -159,8 +159,9 @@ class TokenLoop(Part):
         choosers: Sequence[Sampler],
         limit: int,
     ) -> Iterator[list[int]]:
-        """The same for B prompts: yields B tokens at a time, one per prompt. The default decodes
-        them separately, taking turns: correct for every loop, but without any batching."""
+        """The same for B prompts: yields B tokens at a time, one per prompt; after the end of its
+        text (``config.eos``) a row may yield anything. The default decodes them separately, taking
+        turns: correct for every loop, but without any batching."""
         rows = [
             self(model, new_state(model, prompt), prompt, choose, limit)
             for prompt, choose in zip(prompts, choosers, strict=True)

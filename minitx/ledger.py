@@ -76,6 +76,7 @@ class Ledger:
     entries: dict[str, Entry] = field(default_factory=dict)
     events: Counter = field(default_factory=Counter)
     path: str = ""  # of the part that is running
+    paths: dict[int, list[str]] = field(default_factory=dict, repr=False)  # of each part, by id
 
     def add(
         self,
@@ -84,8 +85,10 @@ class Ledger:
         cache_bytes: int = 0,
         additions: int = 0,
         bits: int | None = None,
+        part: Part | None = None,
     ) -> None:
-        entry = self.entries.setdefault(self.path, Entry())
+        places = self.paths.get(id(part), [self.path])
+        entry = self.entries.setdefault(_path(places, self.path, ()), Entry())
         entry.multiply_adds += multiply_adds
         entry.weight_bytes += weight_bytes
         entry.cache_bytes += cache_bytes
@@ -141,13 +144,16 @@ def product(x, w, bits: int | None = None) -> None:
         active.add(x.size * w.shape[-1], w.nbytes, bits=bits)
 
 
-def count(multiply_adds=0, weight_bytes=0, cache_bytes=0, additions=0, bits=None) -> None:
+def count(
+    multiply_adds=0, weight_bytes=0, cache_bytes=0, additions=0, bits=None, part=None
+) -> None:
     """Count work. Each amount is a number, or a function that is called only if a ledger is open
     (for numbers that take time to compute). bits: of the integers that are multiplied, of the wider
-    one if they differ; None: floats."""
+    one if they differ; None: floats. part: whose work it is, if it is done outside that part; None:
+    that of the part that is running."""
     if active:
         amounts = (multiply_adds, weight_bytes, cache_bytes, additions)
-        active.add(*map(_number, amounts), bits=bits)
+        active.add(*map(_number, amounts), bits=bits, part=part)
 
 
 def event(name: str, n=1) -> None:
@@ -174,8 +180,7 @@ def counting(root: Part) -> Iterator[Ledger]:
     """
     global active
     outer, active = active, Ledger()
-    ledger = active
-    paths: dict[int, list[str]] = {}
+    ledger, paths = active, active.paths
     for path, node in walk(root):
         paths.setdefault(id(node), []).append(path)
     methods = list(_methods({type(node) for _, node in walk(root)}))

@@ -191,8 +191,8 @@ class LM(Part):
         ]
 
     def _rows(self, prompts, choosers, limit: int) -> list[list[int]]:
-        """The new ids of each row up to its end-of-text; finished rows keep running until all
-        are."""
+        """The new ids of each row up to its end-of-text. Finished rows keep running until all are,
+        unless the loop drops them."""
         rows: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
         for tokens in self.decode.batch(self.model, prompts, choosers, limit):

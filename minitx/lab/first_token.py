@@ -139,7 +139,7 @@ def prompts(lm, shared: int, own: int, count: int) -> list[list[int]]:
             "first-token: shared and own must be >= 1 and leave room for a new token in the "
             f"context of {config.context}, got {shared} and {own}."
         )
-    texts = _texts(lm)
+    texts = endless_texts(lm)
 
     def read(ids: list[int], n: int) -> list[int]:
         while len(ids) < n:
@@ -156,7 +156,8 @@ def prompts(lm, shared: int, own: int, count: int) -> list[list[int]]:
     return found
 
 
-def _texts(lm) -> Iterator[list[int]]:
+def endless_texts(lm) -> Iterator[list[int]]:
+    """The ids of held-out stories, then random ones; always the same."""
     if lm.tokenizer is not None:
         for story in stories("evaluation", "full", 0):
             yield lm.tokenizer.encode(story.text)

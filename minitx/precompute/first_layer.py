@@ -15,15 +15,17 @@ from minitx.model import (
     FFN,
     Attention,
     Block,
+    LayerNorm,
     Linear,
     ParallelBlock,
     PositionEmbedding,
+    RMSNorm,
     Stack,
     TokenEmbedding,
     Transformer,
 )
 from minitx.state import Layer
-from minitx.technique import need, owner, swap, technique
+from minitx.technique import NoSuchPart, need, swap, technique
 from minitx.tree import Part, children, map_weights, part
 
 
@@ -261,12 +263,10 @@ def added_tables(tokens, positions, norm: Part, qkv: Part) -> AddedTables:
     x = e.astype(np.float64) + p
     expected, found = project(x), (rows(e) + rows(p))[:, width:] * scale(x, eps) + c
     if not abs(found - expected).max() <= 1e-5 * abs(expected).max():
-        other = next((part for _, part in children(qkv) if type(part) is not Linear), norm)
-        raise MinitxError(
-            "first_layer splits tokens from learned positions, for which block 0 needs an RMSNorm "
-            f"or a LayerNorm and linear projections; it has the {type(other).__name__} of "
-            f"{owner(other)}; leave out one of the two techniques."
-        )
+        other = next((part for _, part in children(qkv) if type(part) is not Linear), None)
+        if other is not None:
+            raise NoSuchPart(Linear, found=other)
+        raise NoSuchPart(RMSNorm, LayerNorm, found=norm)
     tables = in_pieces(rows, tokens), in_pieces(rows, positions)
     return AddedTables(*tables, c[0].astype(tokens.dtype), scale, eps)
 

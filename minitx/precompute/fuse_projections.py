@@ -5,10 +5,9 @@ The card, the two parts that run (online), the concatenation (offline), notes.
 
 from dataclasses import replace
 
-import numpy as np
-
 from minitx import ops
 from minitx.model import QKV, Attend, Attention, Linear, SwiGLU
+from minitx.shared.linears import side_by_side
 from minitx.technique import need, swap, technique
 from minitx.tree import Part, part
 
@@ -105,14 +104,6 @@ def fuse_swiglu(inner: SwiGLU) -> FusedSwiGLU:
     for linear in (inner.gate, inner.up):
         need(linear, Linear)
     return FusedSwiGLU(side_by_side(inner.gate, inner.up), inner.gate.w.shape[1])
-
-
-def side_by_side(*maps: Linear) -> Linear:
-    """One linear map with the outputs of all of them, concatenated."""
-    w = np.concatenate([m.w for m in maps], axis=1)
-    if all(m.b is None for m in maps):
-        return Linear(w)
-    return Linear(w, np.concatenate([np.zeros_like(m.w[0]) if m.b is None else m.b for m in maps]))
 
 
 # Notes:

@@ -25,7 +25,7 @@ from minitx.tree import Part, part
     level="matrices",
     exact=False,
     neutral={"layers": 0},
-    after=("low_rank",),
+    after=("low_rank", "perforate"),
     event="table reads",
     presets={"paper": {"bits": 4, "group": 4}},
 )

@@ -20,7 +20,7 @@ from minitx.tree import Part, part
     level="matrices",
     exact=True,
     neutral={"min_sparsity": 1.1},
-    after=("low_rank",),
+    after=("low_rank", "perforate"),
     demo={"min_sparsity": 0.0},
 )
 def pack_zeros(

@@ -19,7 +19,7 @@ from minitx.tree import Part, part
     level="matrices",
     exact=False,
     neutral={"share": 1.0},
-    after=("low_rank",),
+    after=("low_rank", "perforate"),
     presets={"aggressive": {"bits": 4}},
 )
 def separate_magnitudes(

@@ -15,7 +15,7 @@ from minitx.technique import between, technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=True, neutral=None, after=("low_rank",))
+@technique(level="matrices", exact=True, neutral=None, after=("low_rank", "perforate"))
 def separate_signs(
     lm,
     *,

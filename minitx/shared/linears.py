@@ -1,6 +1,8 @@
-"""Select weight matrices of a model: those of the FFNs, of attention, or both."""
+"""Select weight matrices of a model: those of the FFNs, of attention, or both; join some to one."""
 
 from collections.abc import Callable
+
+import numpy as np
 
 from minitx.model import FFN, Attention, Linear
 from minitx.technique import NoSuchPart
@@ -37,3 +39,11 @@ def other_matrix(root: Part, above: tuple[type, ...]) -> Part | None:
 def change_linears(root: Part, wanted: dict[int, Linear], make: Callable[[Linear], Part]) -> Part:
     """A copy of the tree with ``make(linear)`` instead of each wanted ``Linear``."""
     return rebuild(root, lambda node: make(node) if id(node) in wanted else None)
+
+
+def side_by_side(*maps: Linear) -> Linear:
+    """One linear map with the outputs of all of them, concatenated."""
+    w = np.concatenate([m.w for m in maps], axis=1)
+    if all(m.b is None for m in maps):
+        return Linear(w)
+    return Linear(w, np.concatenate([np.zeros_like(m.w[0]) if m.b is None else m.b for m in maps]))

@@ -12,10 +12,11 @@ import numpy as np
 
 from minitx import ledger, ops
 from minitx.errors import MinitxError
-from minitx.model import Attend, Attention, Linear, by_head, split_heads
+from minitx.model import Attend, Attention, Linear, split_heads
 from minitx.shared.coarse import coarse
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.share import share_of
+from minitx.shared.some_heads import attend_one_key_head, mask_of_sequence, mask_of_tokens
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, between, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, table
@@ -174,9 +175,7 @@ class AttendOneKeyHead(Part):
     def __call__(self, q, k, v, one: int, mask):
         """q (heads, tokens, d), k and v (K, S, d), of which key head ``one`` is read -> (heads,
         tokens, d)."""
-        its = slice(one, one + 1)
-        mask = mask[..., its, :, :, :] if mask is not None and by_head(mask) else mask
-        return ops.attention(q, k[its], v[its] if len(v) > 1 else v, self.scale, mask)
+        return attend_one_key_head(q, k, v, one, self.scale, mask)
 
 
 def spans(heads: list[int]):
@@ -186,18 +185,6 @@ def spans(heads: list[int]):
         if i == len(heads) or heads[i] != heads[i - 1] + 1:
             yield heads[first], heads[i - 1] + 1
             first = i
-
-
-def mask_of_sequence(mask, b: tuple):
-    """Of the mask of a batch, that of sequence b: only padding and eviction make it differ."""
-    return mask[b] if mask is not None and mask.ndim > 4 else mask
-
-
-def mask_of_tokens(mask, tokens, T: int, S: int):
-    """The mask of some of the T newest of S tokens. mask: that of all, None for the causal one."""
-    if mask is None:
-        return np.arange(S) > (S - T + tokens)[:, None]
-    return mask[..., tokens, :]
 
 
 @part

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from minitx import ledger
 from minitx.checkpoints.find import shipped
-from minitx.decode import Sampler, TokenLoop
+from minitx.decode import Autoregressive, Sampler, TokenLoop
 from minitx.errors import MinitxError
 from minitx.lm import load
 from minitx.model import Stack, Transformer
@@ -81,6 +81,12 @@ def speculative(
     """
     if gamma == 0:
         return lm
+    if type(lm.decode) is not Autoregressive:
+        raise MinitxError(
+            "speculative replaces the decoding loop, and this model already has that of "
+            f"{owner(lm.decode)}; apply both at once to the model without it, or use one of the "
+            "two."
+        )
     found = find_draft(lm, draft)
     if nbytes(found) >= nbytes(lm.model):
         warn(

@@ -159,6 +159,7 @@ NUMBERS = {
     "evaluate": ("--stories",),
     "compare": ("--stories", "--chains"),
     "first-token": ("--shared", "--own", "--prompts", "--rounds"),
+    "batch": ("--size", "--longest", "--new", "--rounds"),
     "sweep elsa": ("--stories", "--chains"),
     "frontier attention": ("--share", "--chains", "--tokens", "--rounds"),
     "frontier structure": ("--share", "--stories", "--time-limit"),
@@ -252,6 +253,7 @@ PRINTED = [
     ["sweep", "ffn-skip", "threshold=0.9,0.95", "cold_start=3", "warm_up=0", "--stories", "1"],
     ["evaluate", "--stories", "3", "--depths"],
     ["first-token", "--prompts", "2", "--rounds", "1"],
+    ["batch", "--size", "1", "--longest", "8", "--new", "2", "--rounds", "1"],
     ["cost", "first-layer", "--config", str(ROOT / "weights" / "stories" / "config.json")],
     ["check", "stories-skipless"],
     [*["frontier", "attention", "--chains", "1", "--tokens", "48", "--rounds", "1"]]

@@ -111,16 +111,22 @@ def test_bad_calibration_is_refused_in_one_sentence(given, words):
     assert "\n" not in str(found.value) and len(str(found.value)) < 300
 
 
+ONLY_RELU = ("contextual_sparsity", "negative_predict", "negative_skip")
+
+
 def test_every_technique_that_calibrates_takes_the_text_that_is_given():
     """Those with an option ``stories``, and those whose number of texts is fixed."""
     settings = {t.name: {} for t in techniques() if "stories" in t.options}
     settings |= {"dota": {"fit": "post-hoc"}, "early_exit": {"measure": "probe"}}
     settings["quantize"], settings["lut_product"] = {"awq": True}, {"search": True, "drop": 1.0}
+    settings["negative_skip"] = {"center": True}
     assert len(settings) >= 9
-    lm = tiny_lm(model=tiny_model(layers=5))  # so that there is a choice of neighbouring layers
+    # Five layers, so that there is a choice of neighbouring ones.
+    llama, relu = (tiny_lm(model=tiny_model(family, layers=5)) for family in ("llama", "gpt2"))
     for name, options in settings.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MinitxWarning)  # dota wants more than there is
+            lm = relu if name in ONLY_RELU else llama
             found = apply(lm, {name: options}, calibrate=TEXT)
         assert [(use.technique, use.source) for use in found.calibrated] == [(name, "pond.txt")]
 

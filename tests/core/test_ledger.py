@@ -101,6 +101,16 @@ def test_events_and_extra_counts_are_summed():
     assert counts.by_group() == {"blocks.ffn": Entry(5, 2, 1)}
 
 
+def test_work_of_another_part_is_counted_as_its_own():
+    lm = tiny_lm()
+    head = lm.model.head
+    with counting(lm) as counts:
+        ledger.count(5, cache_bytes=lambda: 3, part=head)
+        ledger.count(2, part=tiny_lm("gpt2").model.head)  # of no model that is counted
+    ledger.count(7, part=head)
+    assert counts.entries == {"model.head": Entry(5, 0, 3), "": Entry(2)}
+
+
 def test_integers_are_counted_by_their_bits_within_all_multiply_adds():
     x, w = np.zeros((2, 3), np.float32), np.zeros((3, 5), np.int8)
     with counting(tiny_lm()) as counts:

@@ -70,7 +70,7 @@ COLUMNS = {
 
 def with_techniques(case: dict) -> LM:
     """A model of the kind that the techniques fit, without RoPE where there is one such."""
-    family = "skipless" if "remove_weights" in case else "gpt2"
+    family = "skipless" if "remove_weights" in case else "llama" if "cats" in case else "gpt2"
     return apply(tiny_lm(family, np.float64), case)
 
 

@@ -15,7 +15,7 @@ from functools import cache
 import pytest
 
 import minitx
-from minitx.lab.compare import Size, continuation, forget
+from minitx.lab.compare import NEW, Size, continuation, forget
 from minitx.lab.evaluate import Tally
 from minitx.lab.reading import add_up, stories_to_read
 from minitx.ledger import counting
@@ -33,6 +33,8 @@ class Text:
     stories: int = 12
     chains: int = 0  # chains of stories instead, each as long as the context
     again: bool = False  # continue the beginning twice, for what is kept between prompts
+    again: bool = False  # continue each beginning twice, for what is kept between prompts
+    batch: bool = False  # continue beginnings of different lengths in one batch, to their ends
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,16 @@ class Figures:
 EXACT = (-1e-5, 1e-5)
 CHAINS = Text(chains=2)
 CHAIN = Text(chains=1)  # for those that run it token by token
+SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer where it is slow
 
 SKIP = {
     "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.75), text=Text(stories=1)),
+    "cats": Default((-0.004, 0.006), "multiply_adds", (0.84, 0.9), text=Text(stories=6)),
+    "contextual_sparsity": Default((0.0, 0.012), "multiply_adds", (0.65, 0.69), "stories-relu"),
+    "delta": Default((-0.004, 0.015), "multiply_adds", (0.72, 0.78), text=Text(stories=2)),
+    "dot_product_reuse": Default(
+        EXACT, "multiply_adds", (0.88, 0.93), "stories-parallel", Text(stories=2)
+    ),
     "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAIN),
     "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
     "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=3)),
@@ -87,9 +96,21 @@ SKIP = {
     "layer_router": Default((0.0, 0.005), "multiply_adds", (0.7, 0.9), text=Text(stories=3)),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
     "lazy_tokens": NoSaving((0.01, 0.1), "multiply_adds", (0.95, 1.0), text=CHAIN),
+    "memoize_attention": NoSaving(
+        (-0.005, 0.015), "multiply_adds", (0.96, 0.99), text=Text(stories=2)
+    ),
+    "memoize_ffn": Default((-0.005, 0.01), "multiply_adds", (0.6, 0.68), text=Text(stories=3)),
     "mixture_of_depths": Default(
         (0.001, 0.008), "multiply_adds", (0.55, 0.6), "stories-mod", dense="stories"
     ),
+    "perforate": Default((0.0, 0.008), "multiply_adds", (0.81, 0.84), text=Text(stories=8)),
+    "perforate_keys": Default((0.0, 0.008), "cache_bytes", (0.48, 0.52), text=CHAINS),
+    "perforate_positions": Default((0.001, 0.009), "multiply_adds", (0.82, 0.85)),
+    "negative_predict": Default(
+        (-0.001, 0.003), "multiply_adds", (0.88, 0.92), "stories-relu", ONE
+    ),
+    "negative_skip": Default(EXACT, "multiply_adds", (0.985, 0.996), "stories-relu", ONE),
+    "padding_skip": Default(EXACT, "multiply_adds", (0.67, 0.73), text=Text(stories=4, batch=True)),
     "predictive_attention": Default((0.0, 0.015), "cache_bytes", (0.5, 0.6), text=CHAINS),
     "prefix_cache": Default(EXACT, "multiply_adds", (0.75, 0.9), text=Text(again=True)),
     "progressive_precision": Default((-0.003, 0.004), "cache_bytes", (0.61, 0.65), text=CHAIN),
@@ -97,11 +118,12 @@ SKIP = {
     "sparse_memory": Default((0.0, 0.015), "cache_bytes", (0.65, 0.75), text=CHAINS),
     "speculative": Default(EXACT, "weight_bytes", (0.4, 0.55)),
     "switchable": Default((0.002, 0.015), "multiply_adds", (0.55, 0.65), text=Text(stories=8)),
+    "teal": Default((-0.003, 0.015), "multiply_adds", (0.76, 0.82), text=Text(stories=4)),
     "token_prune": Default((0.004, 0.018), "multiply_adds", (0.79, 0.82), text=CHAIN),
     "value_prune": Default((-0.003, 0.008), "multiply_adds", (0.89, 0.92), text=CHAIN),
+    "zero_skip": Default(EXACT, "multiply_adds", (0.76, 0.81), "stories-relu", FEW),
 }
 
-SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer where it is slow
 PRECOMPUTE = {
     "absorb_products": Default(EXACT, "kv_cache", (0.5, 0.5), "stories-relu", FEW),
     "first_layer": Default(EXACT, "multiply_adds", (0.79, 0.82), "stories-parallel", FEW),
@@ -142,8 +164,12 @@ def measured(lm: LM, text: Text) -> Figures:
         add_up(tally, lm, one)
     forget(lm)
     with counting(lm) as counts:
-        for prompt in read.prompts(1) * (2 if text.again else 1):
-            continuation(lm, prompt)
+        if text.batch:
+            fifths = enumerate(read.texts[:4], 1)  # of four stories 1, 2, 3 and 4
+            lm.generate([text.ids[: len(text.ids) * n // 5] for n, text in fifths], NEW)
+        else:
+            for prompt in read.prompts(1) * (2 if text.again else 1):
+                continuation(lm, prompt)
     work, size = counts.total(), Size.of(lm, read.texts[0].ids[: lm.model.config.context])
     loss, read_bytes = read.report(tally).loss, (work.weight_bytes, work.cache_bytes)
     return Figures(loss, work.multiply_adds, *read_bytes, size.weights, size.cache)

@@ -50,10 +50,18 @@ def found():
     return compare_attention(story_lm(), PLAN, bar=False)
 
 
-def test_methods_are_the_five_techniques_and_the_baselines():
-    five = {"a3", "elsa", "dota", "predictive_attention", "sparse_memory"}
-    assert {m.name for m in METHODS} == five | set(BASELINES)
-    assert five <= set(names())
+def test_methods_are_the_six_techniques_and_the_baselines():
+    six = {"a3", "elsa", "dota", "perforate_keys", "predictive_attention", "sparse_memory"}
+    assert {m.name for m in METHODS} == six | set(BASELINES)
+    assert six <= set(names())
+
+
+def test_perforate_keys_reaches_its_shares():
+    """Its strides are integers, so the shares have steps: it comes close, from either side."""
+    grid = replace(PLAN, methods=("perforate_keys",), shares=(0.5, 0.25), tokens=256)
+    half, quarter = compare_attention(story_lm(), grid, bar=False).points
+    assert abs(half.calibrated - 0.5) < 0.06 and abs(quarter.calibrated - 0.25) < 0.03
+    assert 1 < int(half.setting.removeprefix("stride=")) < int(quarter.setting[len("stride=") :])
 
 
 # Attention mass ----------------------------------------------------------------------------------

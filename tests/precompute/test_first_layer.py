@@ -309,7 +309,10 @@ class Unscaled(Part):
 def test_first_layer_unknown_norm_is_refused_only_with_learned_positions():
     change = dict(first_layer=True)
     lm = swap(make("learned"), core.LayerNorm, lambda norm: Unscaled())
-    with pytest.raises(MinitxError, match="^first_layer splits .* the Unscaled of"):
+    with pytest.raises(
+        MinitxError,
+        match="^first_layer needs .* RMSNorm or LayerNorm where the model has a Unscaled",
+    ):
         apply(lm, change)
     lm = swap(make("serial"), core.RMSNorm, lambda norm: Unscaled())
     check_close(apply(lm, change).logits(IDS), lm.logits(IDS), 1e-12, "logits")

@@ -22,8 +22,9 @@ from minitx.precompute.order_products.accumulator import (
     bits_needed,
     limits,
 )
-from minitx.precompute.order_products.orderings import ORDERINGS, in_order
+from minitx.precompute.order_products.orderings import ORDERINGS
 from minitx.shared.observed_inputs import Rows, watch_inputs
+from minitx.shared.ordering import in_order
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.technique import apply
 from minitx.tree import nbytes, walk

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import literal_dota as literal
 import numpy as np
@@ -355,6 +356,13 @@ def test_fit_has_the_least_error_nearby(name):
             for d in found
         )
         assert error(near) > best * (1 - slack), "a w_k nearby has a smaller error"
+
+
+def test_least_squares_of_scores_that_are_all_zero_gives_zeros():
+    """As where a technique has skipped every input of W_q: the equations are 0 w = 0."""
+    zeros = np.zeros((5, 3))
+    text = SimpleNamespace(y=zeros, turn=np.zeros((5, 3, 3)))
+    assert not solve([(text, np.zeros((5, 3, 3)), zeros)]).any()
 
 
 @pytest.mark.parametrize("side", ["w_q", "w_k"])

@@ -694,3 +694,10 @@ def test_another_technique_in_the_target_keeps_its_text(technique, draft):
             continue
         assert both.generate(PROMPT, 30) == alone.generate(PROMPT, 30)
         return
+
+
+@pytest.mark.parametrize("other", ["prefix_cache", "padding_skip", "speculative"])
+def test_decoding_loop_that_is_there_is_not_dropped_silently(other):
+    lm = apply(tiny_lm(), {other: {"draft": "lookup"} if other == "speculative" else True})
+    with pytest.raises(MinitxError, match=f"already has that of {other}; apply both at once"):
+        apply(lm, {"speculative": {"draft": "lookup"}})

@@ -25,6 +25,11 @@ METHODS = (
     Method("elsa", Knob("p", 1 / 64, 64.0, start=0.25, falling=True), {"min_visible": 1}),
     Method("dota", keys("keep")),
     Method(
+        "perforate_keys",
+        Knob("stride", 1, 512, start=1.0, falling=True, integer=True),
+        {"window": 16},
+    ),
+    Method(
         "predictive_attention",
         Knob("share", 0.001, 1.0, start=1.0),
         {"threshold": 0.0, "min_keys": 1},

@@ -59,6 +59,14 @@ FAMILIES = (
         "structure",
         ("random", "static"),
     ),
+    Family(
+        "calculation",
+        "multiply-adds",
+        (0.9, 0.75, 0.5),
+        "techniques that skip products: zeros, negatives, predicted and re-used ones, perforation",
+        "calculation",
+        ("random", "static"),
+    ),
 )
 
 

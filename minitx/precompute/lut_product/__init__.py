@@ -26,7 +26,7 @@ from minitx.tree import Part, part, table
     level="matrices",
     exact=False,
     neutral={"layers": 0},
-    after=("low_rank",),
+    after=("low_rank", "perforate"),
     event="table reads",
     presets={"aggressive": {"input_bits": 4, "weight_bits": 4, "length": 2}},
 )

@@ -1,6 +1,6 @@
 """Ordered dot products: each adds its products in an order that was found from the weights.
 
-Here: the card and the ordered product (online). Beside it: orderings.py finds the orders (offline),
+Here: the card and the ordered product (online). Beside it: orderings.py names the orders (offline),
 accumulator.py simulates a narrow accumulator that adds in such an order.
 """
 
@@ -11,13 +11,14 @@ import numpy as np
 from minitx import ledger, ops
 from minitx.model import Linear
 from minitx.precompute.order_products.accumulator import SaturatingLinear
-from minitx.precompute.order_products.orderings import ORDERINGS, in_order
+from minitx.precompute.order_products.orderings import ORDERINGS
 from minitx.shared.linears import change_linears, linears
+from minitx.shared.ordering import in_order
 from minitx.technique import between, technique
 from minitx.tree import Part, part
 
 
-@technique(level="matrices", exact=True, neutral=None, after=("low_rank",))
+@technique(level="matrices", exact=True, neutral=None, after=("low_rank", "perforate"))
 def order_products(
     lm,
     *,
@@ -46,7 +47,7 @@ def order_products(
                bits or stops early.
     Idea:      A running sum may overflow a narrow accumulator although the total fits (a transient
                overflow); another order may avoid it. And with inputs >= 0 and positive weights
-               first, a sum that falls below 0 stays there, so before a ReLU it could stop.
+               first, a sum that falls below 0 stays there: before a ReLU, negative_skip stops.
     Offline:   for each output o an order of the inputs, by its weights w[:, o]:
                positives_first     w > 0, then the others; both by decreasing |w|
                largest_first       by decreasing |w|
@@ -58,8 +59,8 @@ def order_products(
                With a shared order, BLAS decides the order of float sums.
                accumulator_bits=n: x and w in int8, added exactly in this order; each running sum is
                clipped to n bits, and the overflows are counted
-    Saves:     no multiply-adds; nothing stops early yet. An order for each output costs 1 byte per
-               weight (2 from 257 inputs on), which is read as well; a shared one hardly anything.
+    Saves:     no multiply-adds: here all products are added. An order for each output costs 1 byte
+               per weight (2 from 257 inputs on), read as well; a shared one hardly anything.
     In NumPy:  several times slower, since every output gathers its own inputs; a shared order costs
                little. The accumulator is simulated step by step, and slower by far.
     Not for:   narrower accumulators in the shipped models: no order allows them (Notes). The head

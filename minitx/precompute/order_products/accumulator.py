@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minitx import ledger
-from minitx.precompute.order_products.orderings import in_order
+from minitx.shared.ordering import in_order
 from minitx.shared.symmetric import quantize_symmetric
 from minitx.tree import Part, part
 

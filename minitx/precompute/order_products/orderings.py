@@ -1,28 +1,9 @@
-"""Orders in which a dot product adds its products, found offline from the weights alone.
-
-Each function takes a matrix w (in, out) and gives an array order (in, out): output o adds the
-product of input ``order[k, o]`` as its k-th. An order that all outputs share is (in, 1).
-"""
+"""The orders by name. Those that a technique which stops early uses too are in shared/ordering.py;
+here is the one that only makes sense for a narrow accumulator."""
 
 import numpy as np
 
-from minitx.shared.ordering import largest_first, small
-
-
-def in_order(w, order):
-    """The weights (in, out) in the order in which each output adds them: w[order[k, o], o]."""
-    return np.ascontiguousarray(np.take_along_axis(w, order.astype(np.intp), axis=0))
-
-
-# Orders ------------------------------------------------------------------------------------------
-
-
-def positives_first(w):
-    """Positive weights, then the others; in both the largest magnitude first, so zeros come last.
-
-    If no input is negative, the running sum rises over the first and falls over the others.
-    """
-    return small(np.lexsort((-abs(w), w <= 0), axis=0))  # in the smallest integer type that fits
+from minitx.shared.ordering import largest_first, largest_rows_first, original, positives_first
 
 
 def alternating(w):
@@ -44,21 +25,6 @@ def alternating(w):
         total += w[order[k], each]
         positive, other = positive + rise, other + ~rise
     return order
-
-
-def largest_rows_first(w):
-    """One order for all outputs: the inputs whose rows of weights have the largest norm first. For
-    signs there is no such order: an input's weight is positive for one output and negative for
-    another."""
-    return small(np.argsort(-(w.astype(np.float64) ** 2).sum(1), kind="stable"))[:, None]
-
-
-# Baseline ----------------------------------------------------------------------------------------
-
-
-def original(w):
-    """As the matrix is stored."""
-    return small(np.arange(len(w)))[:, None]
 
 
 ORDERINGS = {

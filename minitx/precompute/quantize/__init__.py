@@ -30,7 +30,7 @@ from minitx.tree import Part, part
     level="matrices",
     exact=False,
     neutral={"bits": 32},
-    after=("low_rank", "lut_product", "lut_centroid", "lut_bit_serial"),
+    after=("low_rank", "perforate", "lut_product", "lut_centroid", "lut_bit_serial"),
     presets={"aggressive": {"bits": 4}},
 )
 def quantize(

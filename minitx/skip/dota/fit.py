@@ -141,5 +141,6 @@ def solve(sums: Sequence[tuple]):
         both = outer_products(y).reshape(-1, rank**2).T @ squares.reshape(-1, rank**2)
         left = left + both.reshape([rank] * 4).swapaxes(1, 2).reshape(rank**2, rank**2)
         right = right + y.T @ np.einsum("tkn,tn->tk", turn, products)
-    left = left + RIDGE * np.trace(left) / len(left) * np.eye(len(left))
+    ridge = RIDGE * np.trace(left) / len(left) or 1.0  # 1: all is zero, and so will w be
+    left = left + ridge * np.eye(len(left))
     return np.linalg.solve(left, right.reshape(-1)).reshape(right.shape)

@@ -90,7 +90,7 @@ def sparse_memory(
     context = lm.model.config.context
     slots = context if slots is None else min(slots, context)
     attentions = [node for _, node in walk(lm) if type(node) is Attention]
-    bounds = {id(attn.attend): key_norm_bound(attn) for attn in attentions}
+    bounds = {id(attn.attend): key_norm_bound(attn, lm.model.config.width) for attn in attentions}
     shapes = score_shapes(lm.model)
 
     def change(dense: Attend) -> SparseAttention:

@@ -32,12 +32,14 @@ def augment_queries(q, R):
     return np.concatenate([scaled, np.zeros_like(scaled[..., :1])], -1)
 
 
-def key_norm_bound(attn: Part) -> np.ndarray | None:
+def key_norm_bound(attn: Part, D: int | None = None) -> np.ndarray | None:
     """R (K,): no key of these heads is longer, for any token; None if the weights do not tell.
 
     A norm with gain g and bias c gives n = g x / rms(x) + c, with |x / rms(x)| <= sqrt(D). RoPE
     keeps lengths. So with keys n W_k + b
         |k| <= sqrt(D) ||diag(g) W_k||_2 + |c W_k + b|.
+
+    D: the width of the model, where W_k has fewer rows (perforate); default: its rows.
     """
     norm = vars(attn.norm)
     known = norm.keys() <= {"gain", "bias", "eps"}  # only eps, if gain and bias are folded
@@ -45,7 +47,7 @@ def key_norm_bound(attn: Part) -> np.ndarray | None:
     plain = all(type(leaf) is Linear for leaf in leaves)  # x W + b: not quantized, not a table
     if not known or not plain or not hasattr(attn.qkv, "kv"):
         return None
-    D, dtype = len(leaves[0].w), leaves[0].w.dtype
+    D, dtype = D or len(leaves[0].w), leaves[0].w.dtype
     # W_k may be part of a fused matrix; the projections of the unit vectors are its rows anyway.
     b = attn.qkv.kv(np.zeros((1, D), dtype))[0].astype(np.float64)  # (1, K*d)
     w = attn.qkv.kv(np.eye(D, dtype=dtype))[0] - b  # (D, K*d)

@@ -1,0 +1,274 @@
+"""Delta networks: multiply only the input coordinates that changed since they were last sent.
+
+This file: the card and options, the product that runs (online), its memory, notes.
+"""
+
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+
+from minitx import ledger, ops
+from minitx.errors import MinitxError
+from minitx.model import Linear
+from minitx.shared.products_with_layer import WHERE, Remembering, replace_products
+from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
+from minitx.state import Layer
+from minitx.technique import SEEDS, at_least, technique, wrap
+from minitx.tree import Part, part
+
+
+@technique(
+    level="ffn",
+    exact=False,
+    neutral={"refresh": 1},
+    after=("function_tables",),
+    demo={"threshold": 0.5, "refresh": 8},
+    event=("coordinates sent", "coordinates"),
+    presets={"aggressive": {"threshold": 0.5}},
+)
+def delta(
+    lm,
+    *,
+    threshold: Annotated[
+        float,
+        "a coordinate is sent if it differs from what was last sent by more than this times the "
+        "rms of the input; 0: any change",
+        at_least(0),
+    ] = 0.3,
+    where: Annotated[
+        Literal["all", "attention", "ffn", "out", "down"],
+        "which products: of attention (q, k, v, out), of the FFN, or only the one that writes the "
+        "result of attention (out) or of the FFN (down)",
+    ] = "all",
+    refresh: Annotated[
+        int, "all coordinates are sent once in this many tokens; 1: always", at_least(1)
+    ] = 64,
+    choose: Annotated[
+        Literal["delta", "zero", "random"],
+        "coordinates that changed. Baselines: zero compares with 0 instead, so small inputs are "
+        "dropped and nothing is re-used; random sends as many as changed, but any",
+    ] = "delta",
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+    monitor: Annotated[int, MONITOR, at_least(0)] = 0,
+    limit: Annotated[float, LIMIT, at_least(0)] = 0.2,
+):
+    """Multiply only the input coordinates that changed since an earlier token (delta networks).
+
+    Paper:     Neil et al., "Delta Networks for Optimized Recurrent Network Computation", ICML 2017,
+               arXiv 1612.05571. The same idea with quantized inputs: Riera et al., "Computation
+               Reuse in DNNs by Exploiting Input Similarity", ISCA 2018.
+    Fidelity:  a reconstruction from the abstract and from notes. The paper trains for it, here
+               nothing is trained. Ours: a threshold relative to the rms of each input; refresh.
+    Kind:      approximate; exact up to rounding at threshold=0, dense at refresh=1. What it saves
+               on text is hardly re-use: choose=zero, which keeps nothing of earlier tokens, saves
+               more at a lower price, except in the products ``out`` (Notes).
+    Idea:      A linear map of an input that has changed a little has changed a little:
+               x' W = x W + (x' - x) W. Coordinates that stay need no multiplication, and their rows
+               of W are not read. In audio and video, most inputs stay from step to step.
+    Offline:   a copy of each W with contiguous rows.
+    Online:    for each product y = x W + b, token by token; sent and y are those of the token
+               before; at the first one, and once in ``refresh`` tokens: sent = x, y = x W + b
+               limit   = threshold * rms(x)
+               d       = x - sent
+               changed = |d| > limit
+               y      += sum over the changed i of d_i W_i
+               sent_i  = x_i for these i only: what the others differ by is not forgotten, so the
+                         error of each input coordinate never exceeds the limit (no drift)
+               Norms, activations and attention read y and are computed anew for every token; the
+               KV cache stores results.
+    Saves:     D - n of D F multiply-adds for a matrix (D, F) if n coordinates are sent, and as many
+               weights read, less 2 D for the rms and the comparisons. Instead D + F numbers are
+               remembered per product (of every token, so that rewind can go back).
+    In NumPy:  slower: on stories at the default decoding is 0.4x of dense and a prompt, which runs
+               token by token, 0.1x. A large matrix pays below about a third of coordinates sent, a
+               small one never (Notes).
+    Not for:   inputs that jump from token to token, which those of a language model do; batches:
+               sequences run one by one.
+    Proof:     tests/skip/test_delta.py; literal version: tests/skip/literal_delta.py
+    """
+    if refresh == 1:
+        return lm
+    check_monitor(where, monitor)
+
+    def make(linear: Linear, name: str, index: int) -> Part:
+        w = linear.w.copy()  # row-major, beside the dense one where the monitor needs both
+        if choose == "zero":
+            return LargeInputs(w, linear.b, threshold)
+        drawn = (seed, index, WHERE["all"].index(name)) if choose == "random" else None
+        return DeltaLinear(w, linear.b, threshold, refresh, drawn)
+
+    changed = replace_products(lm, where, make)
+    if not monitor:
+        return changed
+    dense: dict[int, Part] = {}
+    wrap(lm, "ffn", lambda node, index: dense.setdefault(index, node))
+    return wrap(changed, "ffn", lambda node, i: monitored(dense[i], [node], monitor, limit))
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class DeltaLinear(Remembering):
+    """x W + b, updated from the token before by the coordinates of x that changed."""
+
+    matrix_layout = "row-major"  # rows of W are gathered
+    w: np.ndarray  # (in, out)
+    b: np.ndarray | None
+    threshold: float
+    refresh: int
+    random: tuple | None = None  # seeds of the baseline
+
+    def one(self, x, layer: Layer):
+        """x (T, in) -> (T, out), for the tokens of one sequence in order."""
+        kept = layer.memory.recall(self, Sent)
+        y = np.empty((len(x), self.w.shape[1]), x.dtype)
+        for t, position in enumerate(layer.tokens.array.tolist()):
+            if position > kept.position:
+                kept.after.append(self.token(x[t], kept.after, position))
+                y[t] = kept.after[-1].y
+            else:  # later tokens have been here already: this one is not part of their sequence
+                y[t] = ops.linear(x[t], self.w, self.b)
+        return y
+
+    def token(self, x, before: "list[Token]", position: int) -> "Token":
+        """The state after one token x (in,), from the state before it."""
+        ledger.event("coordinates", x.size)
+        if not before or position // self.refresh != before[-1].position // self.refresh:
+            ledger.event("coordinates sent", x.size)
+            return Token(position, x, ops.linear(x, self.w, self.b))
+        _, sent, y = before[-1]
+        i = self.changed(x, sent, position)
+        ledger.event("coordinates sent", len(i))
+        y = y + ops.linear(x[i] - sent[i], self.w[i])
+        sent = sent.copy()
+        sent[i] = x[i]  # the others stay: what they differ by adds up until it is sent
+        return Token(position, sent, y)
+
+    def changed(self, x, sent, position: int):
+        """The indices of the coordinates to send."""
+        i = far(x, sent, self.threshold)
+        if self.random is None:
+            return i
+        rng = np.random.default_rng((*self.random, position))
+        return np.sort(rng.permutation(x.size)[: len(i)])
+
+
+def far(x, sent, threshold: float):
+    """The indices of the coordinates of x (in,) that are far from what was sent."""
+    wide = x.astype(np.float64)  # in float32, large numbers have no squares, and tiny ones 0
+    limit = threshold * np.sqrt(np.vecdot(wide, wide) / x.size)
+    ledger.count(2 * x.size)  # the rms and the comparisons
+    return np.flatnonzero(~(abs(x - sent) <= limit))  # so that NaN is sent, too
+
+
+class Token(NamedTuple):
+    """The state after a token."""
+
+    position: int
+    sent: np.ndarray  # (in,) of each coordinate, the value that was last sent
+    y: np.ndarray  # (out,) sent W + b
+
+
+class Sent:
+    """The state after each token of a sequence. Only the last one is read; the others are what
+    ``rewind`` goes back to."""
+
+    def __init__(self):
+        self.after: list[Token] = []
+
+    @property
+    def position(self) -> int:
+        return self.after[-1].position if self.after else -1
+
+    def rewind(self, position: int) -> None:
+        while self.position >= position:
+            self.after.pop()
+
+    def __deepcopy__(self, memo) -> "Sent":
+        other = Sent()
+        other.after = list(self.after)  # arrays are never changed
+        return other
+
+
+@part
+class LargeInputs(Part):
+    """A baseline without memory: x W + b of the coordinates that are far from 0."""
+
+    matrix_layout = "row-major"
+    w: np.ndarray  # (in, out)
+    b: np.ndarray | None
+    threshold: float
+
+    def __call__(self, x, layer: Layer):
+        y = np.empty((*x.shape[:-1], self.w.shape[1]), x.dtype)
+        for t in np.ndindex(x.shape[:-1]):
+            i = far(x[t], 0.0, self.threshold)
+            ledger.event("coordinates", x.shape[-1])
+            ledger.event("coordinates sent", len(i))
+            y[t] = ops.linear(x[t][i], self.w[i], self.b)
+        return y
+
+
+# Checks ------------------------------------------------------------------------------------------
+
+
+def check_monitor(where: str, monitor: int) -> None:
+    if monitor and where in ("attention", "out"):
+        raise MinitxError(
+            f"delta: monitor={monitor} watches the FFN, which where={where} leaves dense; use "
+            "where=all, or monitor=0."
+        )
+
+
+# Notes:
+#
+# - Does it pay to compare with the last token's input instead of with 0? Only if |x_t - x_(t-1)| is
+#   below |x_t|. For independent inputs the ratio is sqrt(2) = 1.41. Its median over the tokens of 6
+#   stories, as a mean over the layers:
+#
+#       model               q, k, v     out     gate, up     down
+#       stories               1.35      0.84      1.28       1.38
+#       stories-parallel      1.28      1.14      1.26       1.30
+#       stories-relu          1.05      0.67      0.88       1.11
+#
+#   So consecutive tokens are nearly unrelated; only what attention returns, an average over earlier
+#   tokens, changes slowly in two of the models. On inputs x_t = 0.9 x_(t-1) + noise (ratio 0.45)
+#   threshold=0.3 sends 51 % of the coordinates, choose=zero 77 % (tests/skip/test_delta.py).
+# - Figures on stories (minitx sweep delta threshold=0.2,0.3,0.5 choose=delta --stories 30, and with
+#   choose=zero; choose=random threshold=0.02,0.2). Loss: above dense, in nats per token. Hops: % of
+#   answers that are right, by the facts that they combine.
+#
+#       choose    threshold    multiply-adds    loss       1 / 2 / 3 hops
+#       dense                     1.000x        0.0000     100 / 96 / 100
+#       delta     0.2             0.812x       +0.0012     100 / 93 / 100
+#       delta     0.3             0.742x       +0.0036     100 / 93 / 100
+#       delta     0.5             0.625x       +0.0222     100 / 93 / 100
+#       zero      0.2             0.749x       +0.0011     100 / 93 / 100
+#       zero      0.3             0.670x       +0.0037     100 / 93 / 100
+#       zero      0.5             0.547x       +0.0168     100 / 93 /  95
+#       random    0.02            0.979x       +0.5194      82 / 79 /  79
+#       random    0.2             0.599x       +7.1042       4 /  4 /   0
+#
+#   where=out, on 16 stories: delta threshold=0.5 0.957x +0.0013, zero threshold=0.3 0.980x +0.0018.
+#   (choose=random: "as many" is counted along its own text, whose hidden states differ; so compare
+#   at equal multiply-adds, not at an equal threshold.)
+# - Drift: an error that is not sent is at most the limit of its coordinate, however long the text.
+#   The naive variant, which compares with the previous input, forgets it, and errors add up: on
+#   x_t = 0.9 x_(t-1) + noise, threshold=0.3, its relative error (over 50 tokens each) reaches 4.6
+#   within 1,000 tokens, with refresh=20 0.55; here it is at most 0.14. So refresh only clears
+#   rounding (float32, threshold=0: below 1e-6 with refresh=20, above it without).
+# - Time of one product with a decoded token, dense over this one (one BLAS thread, a busy machine),
+#   by the share of coordinates sent. Gathering rows costs a copy of each.
+#
+#       W              0.1      0.2      0.3      0.5      0.75
+#       352 x 128      0.45x    0.41x    0.38x    0.32x    0.20x
+#       128 x 704      1.12x    1.00x    0.89x    0.53x    0.41x
+#       576 x 3072     2.97x    1.70x    1.20x    0.72x    0.49x
+#
+# - A token that reaches a layer after later ones have (techniques that skip and revive tokens) is
+#   multiplied densely, and does not count as the token before.
+# - The monitor compares an FFN's result with that of the dense FFN. where=ffn threshold=0.5 on 16
+#   stories: 0.716x at +0.0088 without it; monitor=16 limit=0.3 0.794x at +0.0062, limit=0.2 0.894x
+#   at +0.0039. A lower threshold does better (0.3: 0.799x at +0.0004), and needs no second copy of
+#   the matrices.
