@@ -44,7 +44,7 @@ def at_rows(x, active, rows):
 
 
 def gathered(w, rows):
-    """``w[rows]``; w itself if that is all of it."""
+    """``w[rows]``; w itself if these are all rows."""
     return w if len(rows) == len(w) else w[rows]
 
 
@@ -54,7 +54,7 @@ def sum_of_rows(x, w, rows, b=None):
     if x.size > len(rows):
         return ops.linear(x, w, b)
     ledger.product(x, w)
-    y = x @ w  # it was just copied: BLAS is fast on what is in the cache (see fast.matmul)
+    y = x @ w  # w was just copied, so it is in the cache, where BLAS is fast (see fast.matmul)
     return y if b is None else y + b
 
 
