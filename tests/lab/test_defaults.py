@@ -32,9 +32,9 @@ class Text:
 
     stories: int = 12
     chains: int = 0  # chains of stories instead, each as long as the context
+    again: bool = False  # continue the beginning twice, for what is kept between prompts
     again: bool = False  # continue each beginning twice, for what is kept between prompts
     batch: bool = False  # continue beginnings of different lengths in one batch, to their ends
-    again: bool = False  # continue the beginning twice, for what is kept between prompts
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,12 @@ SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer wher
 
 SKIP = {
     "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.75), text=Text(stories=1)),
-    "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.95), text=Text(stories=2)),
     "cats": Default((-0.004, 0.006), "multiply_adds", (0.84, 0.9), text=Text(stories=6)),
     "contextual_sparsity": Default((0.0, 0.012), "multiply_adds", (0.65, 0.69), "stories-relu"),
     "delta": Default((-0.004, 0.015), "multiply_adds", (0.72, 0.78), text=Text(stories=2)),
     "dot_product_reuse": Default(
         EXACT, "multiply_adds", (0.88, 0.93), "stories-parallel", Text(stories=2)
     ),
-    "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAINS),
-    "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.75), text=Text(stories=1)),
     "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAIN),
     "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
     "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=3)),
@@ -173,8 +170,6 @@ def measured(lm: LM, text: Text) -> Figures:
         else:
             for prompt in read.prompts(1) * (2 if text.again else 1):
                 continuation(lm, prompt)
-        for prompt in read.prompts(1) * (2 if text.again else 1):
-            continuation(lm, prompt)
     work, size = counts.total(), Size.of(lm, read.texts[0].ids[: lm.model.config.context])
     loss, read_bytes = read.report(tally).loss, (work.weight_bytes, work.cache_bytes)
     return Figures(loss, work.multiply_adds, *read_bytes, size.weights, size.cache)
