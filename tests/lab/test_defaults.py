@@ -33,7 +33,6 @@ class Text:
     stories: int = 12
     chains: int = 0  # chains of stories instead, each as long as the context
     again: bool = False  # continue the beginning twice, for what is kept between prompts
-    again: bool = False  # continue each beginning twice, for what is kept between prompts
     batch: bool = False  # continue beginnings of different lengths in one batch, to their ends
 
 
