@@ -26,14 +26,18 @@ class Magnitudes:
 
 @part
 class AboveThreshold(Part):
-    """Active is what exceeds the threshold in magnitude."""
+    """Active are the numbers that exceed the threshold in magnitude."""
 
     threshold: float
 
     def __call__(self, x):
         """x (..., n) -> booleans (..., n)."""
         ledger.count(x.size)  # comparisons
-        return abs(x) > self.threshold
+        return is_above(x, self.threshold)
+
+
+def is_above(x, threshold: float):
+    return ~(abs(x) <= threshold)  # NaN is, so that it is not hidden
 
 
 STRIDE = 7919  # a prime
@@ -41,8 +45,8 @@ STRIDE = 7919  # a prime
 
 @part
 class AsManyAtRandom(Part):
-    """Random baseline: for each token as many as are above the threshold, n, but from a random
-    order, which begins at another place for each n, so that tokens differ."""
+    """Random baseline: for each token n activations, as many as are above the threshold, that are
+    consecutive in a random order. The first one depends on n, so that tokens differ."""
 
     threshold: float
     rank: np.ndarray = table()  # (inputs,): the place of each in the order
@@ -53,5 +57,5 @@ class AsManyAtRandom(Part):
 
     def __call__(self, x):
         ledger.count(x.size)
-        n = (abs(x) > self.threshold).sum(-1, keepdims=True)
+        n = is_above(x, self.threshold).sum(-1, keepdims=True)
         return (self.rank + STRIDE * n) % len(self.rank) < n

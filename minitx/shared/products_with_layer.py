@@ -1,9 +1,10 @@
 """Attention and FFN whose products with a matrix also get the ``Layer``, for products that remember
 what they computed for earlier tokens of the sequence.
 
-A ``Linear`` is called with x alone. ``replace_products`` puts parts into every block that are
-called as product(x, layer). Matrices that read the same input become one: [W_k W_v], [W_gate W_up].
-W_q stays apart, since some techniques compute queries at another time than keys and values.
+A ``Linear`` is called with x alone. ``replace_products`` replaces those of every block by parts
+that are called as product(x, layer). Matrices with the same input are joined: [W_k W_v] and
+[W_gate W_up]. W_q stays separate, since some techniques compute queries at another time than keys
+and values.
 """
 
 from collections.abc import Callable

@@ -23,7 +23,7 @@ from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major
 from minitx.model import NoNorm
-from minitx.skip.contextual_sparsity import NeuronRows, PredictedNeurons, predicted, train
+from minitx.skip.contextual_sparsity import FFNByNeuron, PredictedNeurons, predicted, train
 from minitx.skip.contextual_sparsity.file import FILE, read_predictors, write_predictors
 from minitx.skip.contextual_sparsity.fit import (
     AdamW,
@@ -77,11 +77,11 @@ def test_neurons_by_hand():
     """D = 2, F = 3, rank 1. n = (1, 2): n A = 1 * 1 + 2 * 1 = 3.
 
     z = 3 * (1, -1, 0.5) = (3, -3, 1.5)
-    threshold 0: S = {0, 2}; threshold 2: S = {0}; top-1: {0}.
-    neuron 0: h = 1 * 1 + 2 * 0 + 0 = 1;    row of W_2 (1, 0)
-    neuron 1: h = 1 * 0 + 2 * 1 + 0 = 2;    row of W_2 (0, 1)    active, but not predicted
-    neuron 2: h = -1 - 2 + 1 = -2, so 0;    row of W_2 (5, 5)    predicted, but not active
-    FFN over {0, 2} = 1 (1, 0) + 0 (5, 5) + b_2 (0.5, 0.5) = (1.5, 0.5); dense: (1.5, 2.5)
+    threshold 0 runs neurons 0 and 2; threshold 2 runs 0; top-1 runs 0.
+    neuron 0: h = 1 * 1 + 2 * 0 + 0 = 1;    row of W_down (1, 0)
+    neuron 1: h = 1 * 0 + 2 * 1 + 0 = 2;    row of W_down (0, 1)    active, but not predicted
+    neuron 2: h = -1 - 2 + 1 = -2, so 0;    row of W_down (5, 5)    predicted, but not active
+    FFN over 0 and 2 = 1 (1, 0) + 0 (5, 5) + b_down (0.5, 0.5) = (1.5, 0.5); dense: (1.5, 2.5)
     """
     predictor = Predictor(np.array([[1.0], [1.0]]), np.array([[1.0, -1.0, 0.5]]))
     w1 = np.array([[1.0, 0], [0, 1], [-1, -1]])  # a neuron in each row
@@ -96,7 +96,7 @@ def test_neurons_by_hand():
     ):
         assert selector(x, layer).tolist() == [runs]
     parts = NoNorm(), w1, b1, w2, b2
-    np.testing.assert_allclose(NeuronRows(*parts)(x, layer), [[1.5, 2.5]])
+    np.testing.assert_allclose(FFNByNeuron(*parts)(x, layer), [[1.5, 2.5]])
     some = PredictedNeurons(*parts, selector=Above(predictor, 0.0))
     with counting(some) as counts:
         np.testing.assert_allclose(some(x, layer), [[1.5, 0.5]])
@@ -188,7 +188,7 @@ def without_neurons(stack):
 
 @kind
 def test_counted_work_equals_the_formula_on_the_card(kind):
-    """A token after S - 1 others, with |S| of F neurons and r of H heads: 2 D (F - |S|) and
+    """A token after S - 1 others, with n of F neurons and r of H heads: 2 D (F - n) and
     (H - r) (2 D d + 2 S d) less, the predictors' rank (D + F) + rank (D + H) more."""
     dense = dense_lm(kind)
     c, rank = dense.model.config, 3
@@ -477,6 +477,34 @@ def test_truncated_file_and_link_to_a_file_that_is_gone_are_refused(folder):
         minitx.load(folder, contextual_sparsity=True)
 
 
+def test_predictors_that_overflow_float16_are_refused_before_anything_is_written(folder):
+    lm, path = minitx.load(folder), folder / "new.safetensors"
+    predictors = read_predictors(lm, folder / FILE).predictors
+    first = replace(predictors["ffn"][0], a=predictors["ffn"][0].a + 1e6)
+    with pytest.raises(MinitxError, match="holds NaN or Inf"):
+        write_predictors(lm, predictors | {"ffn": (first, *predictors["ffn"][1:])}, path)
+    assert not path.exists()
+
+
+# Numbers that are not finite ---------------------------------------------------------------------
+
+
+def test_nan_runs_units_so_that_it_is_not_hidden():
+    x, p = np.full((3, 4), np.nan), Predictor(np.ones((4, 2)), np.ones((2, 6)))
+    assert Above(p, 1.0)(x, Layer(3)).all()
+    assert (TopK(p, 2)(x, Layer(3)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"neurons": 1.0, "heads": 0.5}], ids=str)
+def test_training_on_hidden_states_that_are_not_finite_is_refused(options):
+    lm = dense_lm()
+    broken = lm.model.embed.w.copy()
+    broken[:, 0] = np.nan
+    lm = replace(lm, model=replace(lm.model, embed=replace(lm.model.embed, w=broken)))
+    with pytest.raises(MinitxError, match="hidden states of the model are NaN or Inf"):
+        apply(lm, {"contextual_sparsity": options | {"stories": 1}})
+
+
 # The command -------------------------------------------------------------------------------------
 
 
@@ -510,6 +538,7 @@ def never(*_):
         ("--epochs -1", "epochs must be an integer, at least 1; got -1."),
         ("--measure --neurons 5", "neurons must be a number, 0 to 1, or None; got 5"),
         ("--measure --threshold nan", "threshold must be a number, -100 to 100, or None; got"),
+        ("--measure --neurons 0.3 --threshold 2", "got both neurons and threshold; give the share"),
         ("", "already exists; give another --out, or --replace to replace it."),
         ("--out /nowhere/x", "there is no folder /nowhere; create it first."),
         ("--out link", "link already exists"),
@@ -528,6 +557,19 @@ def test_command_refuses_before_it_trains(folder, tmp_path, capsys, monkeypatch,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model"], "left a file"
 
 
+def test_interrupted_command_says_so_and_leaves_no_file(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_predictors", interrupted)
+    monkeypatch.setattr(train, "story_ids", short_texts)
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(folder), "--out", str(tmp_path / "new")])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "stopped.\n"
+    assert not (tmp_path / "new").exists()
+
+
 def test_command_replaces_a_file_if_asked(folder, monkeypatch):
     monkeypatch.setattr(train, "story_ids", short_texts)
     before = (folder / FILE).read_bytes()
@@ -544,22 +586,22 @@ def dense():
 
 
 @cache
-def price(**options) -> float:
+def added_loss(**options) -> float:
     """Loss on two held-out stories."""
     lm = apply(dense(), {"contextual_sparsity": options}) if options else dense()
     read, tally = stories_to_read(lm, 2), Tally.empty()
     for one in read.texts:
         add_up(tally, lm, one)
-    return read.report(tally).loss - (price() if options else 0.0)
+    return read.report(tally).loss - (added_loss() if options else 0.0)
 
 
-def test_price_on_stories_is_a_hundredth_of_that_of_random_neurons():
+def test_added_loss_on_stories_relu_is_a_hundredth_of_that_of_random_neurons():
     """At the default about a quarter of the neurons run. Random ones: twice as many, so that they
     cost at least as much with no predictor to pay for."""
     default, top, chance = (
-        price(threshold=1.0),
-        price(neurons=0.3),
-        price(neurons=0.5, choose="random"),
+        added_loss(threshold=1.0),
+        added_loss(neurons=0.3),
+        added_loss(neurons=0.5, choose="random"),
     )
     assert -0.002 < default < 0.012 and 0 < top < 0.02, (default, top)
     assert chance > 1.0, f"random neurons cost {chance:+.3f}"

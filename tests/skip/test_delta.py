@@ -44,9 +44,9 @@ def test_worked_example_by_hand():
     """W has the rows (1, 0), (0, 1), (2, 2), threshold 0.5.
 
     x = (2, 2, 2)        first token: all sent       y = (2 + 4, 2 + 4)         = (6, 6)
-    x = (2.9, 2, 4)      rms 3.06, limit 1.53:       y = (6, 6) + 2 (2, 2)      = (10, 10)
+    x = (2.9, 2, 4)      rms 3.08, tolerance 1.54:   y = (6, 6) + 2 (2, 2)      = (10, 10)
                          only |4 - 2| exceeds it     (dense: 10.9, 10)
-    x = (3.7, 2, 4)      rms 3.36, limit 1.68:       3.7 - 2 = 1.7 against what was last sent, 2,
+    x = (3.7, 2, 4)      rms 3.35, tolerance 1.68:   3.7 - 2 = 1.7 against what was last sent, 2,
                          though 3.7 - 2.9 = 0.8:     y = (10 + 1.7, 10)         = (11.7, 10)
     """
     xs = np.array([[2.0, 2, 2], [2.9, 2, 4], [3.7, 2, 4]])
@@ -124,6 +124,16 @@ def test_nan_is_sent():
     xs = np.ones((3, 4))
     xs[1:, 2] = np.nan
     assert np.isnan(product(xs, np.eye(4))[1:]).any(-1).all(), "an overflow was hidden"
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_decision_does_not_depend_on_the_scale_of_float32_inputs(scale):
+    """Their squares are beyond float32: the rms would be Inf, or 0."""
+    xs, w = slowly_changing(50, 8), RNG.standard_normal((8, 3))
+    for kind in (lambda w: DeltaLinear(w, None, 0.4, 1 << 30), lambda w: LargeInputs(w, None, 0.4)):
+        found = kind(w.astype("f4"))((scale * xs).astype("f4"), Layer(50).take(50))
+        expected = kind(w)(xs, Layer(50).take(50))
+        np.testing.assert_allclose(found / np.float64(scale), expected, rtol=0, atol=1e-4)
 
 
 def test_token_that_comes_after_later_ones_is_dense_and_not_remembered():
