@@ -33,7 +33,11 @@ class AboveThreshold(Part):
     def __call__(self, x):
         """x (..., n) -> booleans (..., n)."""
         ledger.count(x.size)  # comparisons
-        return abs(x) > self.threshold
+        return is_above(x, self.threshold)
+
+
+def is_above(x, threshold: float):
+    return ~(abs(x) <= threshold)  # NaN is, so that it is not hidden
 
 
 STRIDE = 7919  # a prime
@@ -53,5 +57,5 @@ class AsManyAtRandom(Part):
 
     def __call__(self, x):
         ledger.count(x.size)
-        n = (abs(x) > self.threshold).sum(-1, keepdims=True)
+        n = is_above(x, self.threshold).sum(-1, keepdims=True)
         return (self.rank + STRIDE * n) % len(self.rank) < n

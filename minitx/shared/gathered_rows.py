@@ -5,13 +5,28 @@ or rows of a column-major matrix, takes some twenty times as long.
 
 For one token only the active rows are used. Several tokens that run at once use the union of their
 active rows, with 0 where a row is not active for a token: that is what is computed and counted. A
-prompt of some ten tokens needs nearly all rows, so there it is a dense product.
+prompt of some ten tokens needs nearly all rows, so there it is a dense product. Or they run one by
+one (``token_by_token``), each with its own rows: fewer multiply-adds, and much slower in NumPy.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
 from minitx import ledger, ops
 from minitx.tree import Part, part
+
+# What the option ``prompts`` of a technique says that uses these products.
+PROMPTS = (
+    "tokens that run at once use the union of their rows, which NumPy multiplies faster; or skip: "
+    "each only its own, one after another"
+)
+
+
+def token_by_token(run: Callable, x):
+    """``run(row)`` (out,) for each token x (..., n) -> (..., out)."""
+    found = [run(row) for row in x.reshape(-1, x.shape[-1])]
+    return np.reshape(found, (*x.shape[:-1], -1))
 
 
 def union_of(active):

@@ -10,6 +10,7 @@ Letters: N stored keys of width D, r principal components by which they are comp
 import numpy as np
 
 from minitx import ledger, ops
+from minitx.errors import MinitxError
 from minitx.tree import Part, part, table
 
 STEPS = 1 << 20  # distances are multiples of 1 / STEPS
@@ -31,7 +32,8 @@ class MemoTable(Part):
     def of(cls, keys, basis) -> "MemoTable":
         short = keys @ basis
         half = (short * short).sum(-1) / 2
-        return cls(basis, short, half, keys, np.maximum(norms(keys), np.finfo(keys.dtype).tiny))
+        sizes = np.maximum(norms(keys), np.finfo(keys.dtype).tiny).astype(keys.dtype)
+        return cls(basis, short, half, keys, sizes)
 
     def nearest(self, x):
         """x (..., D) -> the indices (...) of the nearest keys, and the distances |x - key| / |key|
@@ -57,6 +59,7 @@ class MemoTable(Part):
 
 
 def norms(x):
+    x = x.astype(np.float64)  # in float32 the squares of tiny numbers are 0
     return np.sqrt(np.vecdot(x, x))
 
 
@@ -65,9 +68,18 @@ def norms(x):
 
 def principal(x, r: int):
     """The first r principal components (D, r) of x (n, D); fewer if D is smaller."""
-    centered = (x - x.mean(0)).astype(np.float64)
+    need_finite(x)
+    centered = x - x.mean(0, dtype=np.float64)
     _, directions = np.linalg.eigh(centered.T @ centered)  # ascending
     return np.ascontiguousarray(directions[:, ::-1][:, :r]).astype(x.dtype)
+
+
+def need_finite(keys) -> None:
+    if not np.isfinite(keys).all():
+        raise MinitxError(
+            "Memoization stores what the model computes on calibration text, and some of that is "
+            "NaN or Inf; check the model's weights, or calibrate on another text."
+        )
 
 
 def cover(keys, radius: float, size: int) -> np.ndarray:

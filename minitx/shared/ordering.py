@@ -75,5 +75,6 @@ def few_at_a_time(run, x, gathered: int):
     """run(rows) (n, out) for the rows (n, in) of x (..., in), a few at a time -> (..., out).
     gathered: how many inputs ``run`` gathers for each row."""
     rows, step = x.reshape(-1, x.shape[-1]), max(1, GATHERED // max(1, gathered))
-    pieces = [run(rows[a : a + step]) for a in range(0, len(rows), step)]
-    return np.concatenate(pieces).reshape(*x.shape[:-1], -1)
+    starts = range(0, max(1, len(rows)), step)  # a step may have no token
+    y = np.concatenate([run(rows[a : a + step]) for a in starts])
+    return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -14,7 +14,7 @@ from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import FFN, Activated, Linear, SwiGLU
 from minitx.shared.activation_threshold import AboveThreshold, AsManyAtRandom, Magnitudes
-from minitx.shared.gathered_rows import NeuronRows, at_rows, union_of
+from minitx.shared.gathered_rows import PROMPTS, NeuronRows, at_rows, token_by_token, union_of
 from minitx.shared.observed_inputs import Rows, watch_inputs
 from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
 from minitx.state import Layer
@@ -48,6 +48,7 @@ def cats(
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 8,
+    prompts: Annotated[Literal["union", "skip"], PROMPTS] = "union",
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, above(0)] = 0.3,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
@@ -67,12 +68,13 @@ def cats(
                rows = the active neurons: |g| > t
                y    = (g[rows] * (x W_up[:, rows])) W_down[rows]    only these rows are read
     Saves:     2 D (F - n) multiply-adds of 3 D F per token, for n active neurons; F comparisons are
-               added. Tokens that run at once (a prompt) use the union of their neurons.
+               added. Tokens that run at once (a prompt) use the union of their neurons (prompts).
     In NumPy:  slower than dense on stories at every sparsity below 95 %, since its FFN is small. An
                FFN with D = 576 and F = 1,536 is as fast as dense at 75 %, 1.6x as fast at 90 %.
     Not for:   FFNs without a gate: after ReLU, zeros are skipped exactly (zero_skip), and GELU or
                SiLU alone need x W_up to know what is small. Matrices in another format (quantize).
     Proof:     tests/skip/test_cats.py; literal version: tests/skip/literal_cats.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     ffns = gated_ffns(lm)
     if sparsity == 0:
@@ -85,7 +87,7 @@ def cats(
         select: Part = AboveThreshold(t)
         if choose == "random":
             select = AsManyAtRandom.of(t, ffn.expand.gate.w.shape[1], (seed, ffns.index(ffn)))
-        return monitored(ffn, [ThresholdedFFN.of(ffn, select)], monitor, limit)
+        return monitored(ffn, [PROMPT[prompts].of(ffn, select)], monitor, limit)
 
     return swap(lm, FFN, change)
 
@@ -105,14 +107,17 @@ class ThresholdedFFN(Part):
     up: NeuronRows  # W_up^T (F, D)
     down: NeuronRows  # W_down (F, D)
 
-    @staticmethod
-    def of(ffn: FFN, select: Part) -> "ThresholdedFFN":
+    @classmethod
+    def of(cls, ffn: FFN, select: Part) -> "ThresholdedFFN":
         up, down = ffn.expand.up, ffn.down
         rows = NeuronRows(np.ascontiguousarray(up.w.T), up.b), NeuronRows(down.w, down.b)
-        return ThresholdedFFN(ffn.norm, ffn.expand.gate, select, *rows)
+        return cls(ffn.norm, ffn.expand.gate, select, *rows)
 
     def __call__(self, x, layer: Layer):
-        x = self.norm(x)  # (..., D)
+        return self.active_neurons(self.norm(x))
+
+    def active_neurons(self, x):
+        """x (..., D) -> (..., D), with the neurons that at least one of these tokens needs."""
         g = ops.silu(self.gate(x))  # (..., F)
         active = self.select(g)
         ledger.event("neurons active", active)
@@ -120,6 +125,17 @@ class ThresholdedFFN(Part):
         rows = union_of(active)
         h = at_rows(g, active, rows) * self.up.dot(x, rows)  # (..., n)
         return self.down.sum(h, rows)
+
+
+@part
+class EachTokenFFN(ThresholdedFFN):
+    """The same, for one token after another."""
+
+    def __call__(self, x, layer: Layer):
+        return token_by_token(self.active_neurons, self.norm(x))
+
+
+PROMPT = {"union": ThresholdedFFN, "skip": EachTokenFFN}
 
 
 # Offline -----------------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ def negative_predict(
                of another kind than the calibration text.
     Proof:     tests/skip/test_negative_predict.py; literal version:
                tests/skip/literal_negative_predict.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     if prefix == 1:
         return lm

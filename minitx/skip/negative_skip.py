@@ -89,6 +89,7 @@ def negative_skip(
     Not for:   SwiGLU and GELU, where a negative sum does not end as 0. Saving bytes or time.
     Proof:     tests/skip/test_negative_skip.py; literal version:
                tests/skip/literal_negative_skip.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     for _, node in walk(lm.model):
         if type(node) is FFN:
@@ -149,7 +150,8 @@ class StoppedEarly(Part):
 
     def bounded(self, x):
         """relu(x w + b) = |x| relu(x / |x| w + b / |x|)"""
-        size = np.sqrt(np.vecdot(x, x))[:, None]
+        wide = x.astype(np.float64)  # whose squares overflow in float32 has a norm all the same
+        size = np.sqrt(np.vecdot(wide, wide))[:, None].astype(x.dtype)
         size[size == 0] = 1
         ledger.count(2 * x.size + 2 * size.size * len(self.b))
         return self.neurons(x / size, self.b / size) * size

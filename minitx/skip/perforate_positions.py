@@ -137,6 +137,8 @@ class CopiedPositions(SkippedPositions):
     has_history = True  # remembers outputs
 
     def one(self, x, layer: Layer):
+        if not len(x):
+            return x
         positions, before = layer.tokens.array, layer.memory.recall(self, Outputs)
         some, last = self.runs[positions], before.rows[-1:]  # last: one row, or none yet
         some[0] |= not last  # nothing to copy

@@ -59,6 +59,7 @@ def zero_skip(
     Not for:   SwiGLU and GELU, whose neurons are small but not 0: dropping those is approximate.
                W_down in another format (quantize, low_rank, ...).
     Proof:     tests/skip/test_zero_skip.py; literal version: tests/skip/literal_zero_skip.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     if min_sparsity > 1:
         return lm
@@ -90,7 +91,9 @@ class ZeroSkippingLinear(Part):
         if len(rows) == 1:
             y = self.one_token(rows[0])[None]
         elif self.prompts == "skip":
-            y = np.stack([self.one_token(row) for row in rows])
+            y = np.empty((len(rows), self.w.shape[1]), h.dtype)
+            for t, row in enumerate(rows):
+                y[t] = self.one_token(row)
         else:
             y = self.dense(rows)
         return y.reshape(*h.shape[:-1], y.shape[-1])

@@ -42,3 +42,10 @@ def test_random_baseline_selects_as_many_but_others_for_each_token():
     assert random.any(0).mean() > 0.8 and not random.all(0).any(), "the same for every token"
     np.testing.assert_array_equal(AsManyAtRandom.of(1.0, 40, 3)(x[7]), random[7])
     assert (AsManyAtRandom.of(1.0, 40, 4)(x) != random).any(), "the seed makes no difference"
+
+
+def test_nan_is_active_and_not_hidden():
+    x = np.array([[np.nan, 0.1, 2.0]])
+    assert AboveThreshold(1.0)(x).tolist() == [[True, False, True]]
+    assert AboveThreshold(np.nan)(x).all(), "calibrated on a model with NaN"
+    assert AsManyAtRandom.of(1.0, 3, 0)(x).sum() == 2

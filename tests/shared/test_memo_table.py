@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.shared.memo_table import MemoTable, cover, principal, within
 
@@ -32,6 +33,20 @@ def test_nearest_of_some_keys_looks_at_no_others():
         assert entry == first + abs(keys[first:end] - keys[7] - 0.01).__pow__(2).sum(1).argmin()
         away = np.linalg.norm(keys[entry] - keys[7] - 0.01) / np.linalg.norm(keys[entry])
         assert distance == pytest.approx(away, abs=1e-6)
+
+
+def test_distance_of_tiny_float32_keys_is_not_0():
+    keys = (1e-25 * RNG.standard_normal((20, 6))).astype("f4")  # squares: 0
+    found = MemoTable.of(keys, principal(keys, 6))
+    assert found.nearest(2 * keys)[1].min() > 0.1
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_keys_that_are_not_finite_are_refused(number):
+    keys = RNG.standard_normal((9, 4))
+    keys[3, 1] = number
+    with pytest.raises(MinitxError, match="NaN or Inf; check the model's weights"):
+        principal(keys, 2)
 
 
 def test_counted_work_of_a_lookup():

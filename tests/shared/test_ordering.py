@@ -40,3 +40,9 @@ def test_few_rows_at_a_time(monkeypatch):
     found = few_at_a_time(lambda rows: (sizes.append(len(rows)), rows * 2)[1], x, 4)
     assert sizes == [2, 2, 2, 1]
     np.testing.assert_array_equal(found, x * 2)
+
+
+def test_few_rows_at_a_time_accept_a_step_without_rows():
+    for shape in ((0, 3), (2, 0, 3)):
+        found = few_at_a_time(lambda rows: rows[:, :2] + 1, np.ones(shape), 1)
+        assert found.shape == (*shape[:-1], 2)

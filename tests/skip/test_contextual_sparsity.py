@@ -477,6 +477,34 @@ def test_truncated_file_and_link_to_a_file_that_is_gone_are_refused(folder):
         minitx.load(folder, contextual_sparsity=True)
 
 
+def test_predictors_that_overflow_float16_are_refused_before_anything_is_written(folder):
+    lm, path = minitx.load(folder), folder / "new.safetensors"
+    predictors = read_predictors(lm, folder / FILE).predictors
+    first = replace(predictors["ffn"][0], a=predictors["ffn"][0].a + 1e6)
+    with pytest.raises(MinitxError, match="holds NaN or Inf"):
+        write_predictors(lm, predictors | {"ffn": (first, *predictors["ffn"][1:])}, path)
+    assert not path.exists()
+
+
+# Numbers that are not finite ---------------------------------------------------------------------
+
+
+def test_nan_runs_units_so_that_it_is_not_hidden():
+    x, p = np.full((3, 4), np.nan), Predictor(np.ones((4, 2)), np.ones((2, 6)))
+    assert Above(p, 1.0)(x, Layer(3)).all()
+    assert (TopK(p, 2)(x, Layer(3)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"neurons": 1.0, "heads": 0.5}], ids=str)
+def test_training_on_hidden_states_that_are_not_finite_is_refused(options):
+    lm = dense_lm()
+    broken = lm.model.embed.w.copy()
+    broken[:, 0] = np.nan
+    lm = replace(lm, model=replace(lm.model, embed=replace(lm.model.embed, w=broken)))
+    with pytest.raises(MinitxError, match="hidden states of the model are NaN or Inf"):
+        apply(lm, {"contextual_sparsity": options | {"stories": 1}})
+
+
 # The command -------------------------------------------------------------------------------------
 
 
@@ -510,6 +538,7 @@ def never(*_):
         ("--epochs -1", "epochs must be an integer, at least 1; got -1."),
         ("--measure --neurons 5", "neurons must be a number, 0 to 1, or None; got 5"),
         ("--measure --threshold nan", "threshold must be a number, -100 to 100, or None; got"),
+        ("--measure --neurons 0.3 --threshold 2", "got both neurons and threshold; give the share"),
         ("", "already exists; give another --out, or --replace to replace it."),
         ("--out /nowhere/x", "there is no folder /nowhere; create it first."),
         ("--out link", "link already exists"),
@@ -526,6 +555,19 @@ def test_command_refuses_before_it_trains(folder, tmp_path, capsys, monkeypatch,
     assert message in capsys.readouterr().err
     assert (folder / FILE).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model"], "left a file"
+
+
+def test_interrupted_command_says_so_and_leaves_no_file(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_predictors", interrupted)
+    monkeypatch.setattr(train, "story_ids", short_texts)
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(folder), "--out", str(tmp_path / "new")])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "stopped.\n"
+    assert not (tmp_path / "new").exists()
 
 
 def test_command_replaces_a_file_if_asked(folder, monkeypatch):

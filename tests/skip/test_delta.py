@@ -126,6 +126,16 @@ def test_nan_is_sent():
     assert np.isnan(product(xs, np.eye(4))[1:]).any(-1).all(), "an overflow was hidden"
 
 
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_decision_does_not_depend_on_the_scale_of_float32_inputs(scale):
+    """Their squares are beyond float32: the rms would be Inf, or 0."""
+    xs, w = slowly_changing(50, 8), RNG.standard_normal((8, 3))
+    for kind in (lambda w: DeltaLinear(w, None, 0.4, 1 << 30), lambda w: LargeInputs(w, None, 0.4)):
+        found = kind(w.astype("f4"))((scale * xs).astype("f4"), Layer(50).take(50))
+        expected = kind(w)(xs, Layer(50).take(50))
+        np.testing.assert_allclose(found / np.float64(scale), expected, rtol=0, atol=1e-4)
+
+
 def test_token_that_comes_after_later_ones_is_dense_and_not_remembered():
     xs, w = slowly_changing(6, 5), RNG.standard_normal((5, 3))
     layer, linear = Layer(6), DeltaLinear(w, None, 0.5, 1 << 30)

@@ -173,6 +173,18 @@ def test_nan_is_not_taken_for_a_zero():
         assert np.isnan(made(w, None, method, 4)(x)).all(), method
 
 
+@pytest.mark.parametrize("scale", [1e25, 1e-23, 1e-30])
+def test_inputs_whose_squares_leave_float32_are_multiplied_exactly(scale):
+    rng = np.random.default_rng(1)
+    x, w = (scale * rng.standard_normal((5, 16))).astype("f4"), rng.standard_normal((16, 40))
+    b = (scale * rng.standard_normal(40)).astype("f4")
+    for method in FIRST:
+        found = made(w.astype("f4"), b, method, 4)(x)
+        assert found.dtype == np.float32
+        expected = relu(x.astype(float), w, b)
+        assert abs(found - expected).max() < 1e-5 * expected.max(), method
+
+
 @pytest.mark.parametrize("family, activation", [("llama", "SwiGLU"), ("gpt_neox", "gelu")])
 def test_models_without_relu_are_refused(family, activation):
     with pytest.raises(MinitxError, match=f"negative_skip needs FFNs with ReLU.*{activation}"):

@@ -139,3 +139,10 @@ def test_on_stories_copies_are_worse_than_nothing():
     dense_loss = loss(None)
     none, copy = loss({"stride": 2}) - dense_loss, loss({"fill": "copy"}) - dense_loss
     assert -0.02 < none < 0.02 and copy > none + 0.02, f"none {none:+.3f}, copy {copy:+.3f}"
+
+
+def test_step_without_tokens_changes_nothing():
+    lm = apply(tiny_lm(), {"perforate_positions": {"fill": "copy", "first": 0}})
+    state = lm.model.new_state()
+    assert lm.model(IDS[:0], state).shape[0] == 0
+    assert (lm.model(IDS, state) == lm.logits(IDS)).all()

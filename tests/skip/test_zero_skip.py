@@ -142,3 +142,10 @@ def test_report_names_the_break_even(capsys):
         assert zero_activations.main(words) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
+
+
+def test_step_without_tokens_has_no_rows():
+    w = RNG.standard_normal((6, 3))
+    for prompts in ("skip", "dense"):
+        found = ZeroSkippingLinear(w, None, 0.0, prompts)(np.ones((0, 6)))
+        assert found.shape == (0, 3), f"prompts={prompts}"

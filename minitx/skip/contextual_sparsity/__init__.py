@@ -113,6 +113,7 @@ def contextual_sparsity(
                prune, ...), predictors are trained on loading.
     Proof:     tests/skip/test_contextual_sparsity.py;
                literal version: tests/skip/literal_contextual_sparsity.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     check_choice(neurons, threshold, choose, monitor)
     threshold = THRESHOLD if threshold is None else threshold

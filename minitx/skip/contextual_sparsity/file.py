@@ -44,12 +44,15 @@ class Trained:
 def write_predictors(lm, predictors: dict[str, tuple[Predictor, ...]], path) -> Trained:
     """Write the predictors of the model, which was read from a folder. Returns them as the file has
     them, rounded to float16."""
-    tensors = {
-        f"{SLOTS[slot]}.{i}.{name}": getattr(p, name).astype(np.float16)
-        for slot, found in predictors.items()
-        for i, p in enumerate(found)
-        for name in ("a", "b")
-    }
+    with np.errstate(over="ignore"):  # refused by ``need_finite``
+        tensors = {
+            f"{SLOTS[slot]}.{i}.{name}": getattr(p, name).astype(np.float16)
+            for slot, found in predictors.items()
+            for i, p in enumerate(found)
+            for name in ("a", "b")
+        }
+    for name, array in tensors.items():
+        need_finite(path, name, array)  # before anything is written
     metadata = {"format": FORMAT, "weights": weights_fingerprint(lm.folder)}
     metadata |= {SLOTS[slot]: sub_layers_fingerprint(lm, slot) for slot in SLOTS}
     metadata |= {"predictors": arrays_fingerprint(tensors)}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minitx.calibration import calibration_ids, remembered
+from minitx.errors import MinitxError
 from minitx.model import FFN, QKV, Attend, Attention, Linear
 from minitx.progress import bar
 from minitx.shared.logistic_regression import sigmoid
@@ -180,9 +181,21 @@ def train_predictors(lm, slot: str, texts: Sequence, training: Training) -> tupl
     examples = bar(record(lm, slot, texts), "contextual sparsity: train", unit="layer", delay=1.0)
     for one in examples:
         x, y = one.arrays()
-        learned = learn(x.astype(dtype), y, rank, training.pace, rng)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            learned = learn(x.astype(dtype), y, rank, training.pace, rng)
+        need_trained(x, learned)
         found.append(in_dtype(learned, float_type(lm.model)))
     return tuple(found)
+
+
+def need_trained(x, learned: Predictor) -> None:
+    finite = [np.isfinite(array).all() for array in (x, learned.a, learned.b)]
+    if not all(finite):
+        what = "its predictors are" if finite[0] else "the hidden states of the model are"
+        raise MinitxError(
+            f"contextual_sparsity cannot be trained: {what} NaN or Inf on the calibration text; "
+            "check the model's weights, or calibrate on another text."
+        )
 
 
 def quick(lm, slot: str, stories: int, training: Training) -> tuple[Predictor, ...]:

@@ -25,6 +25,13 @@ class Predictor(Part):
         return ops.linear(ops.linear(x, self.a), self.b)  # (..., units)
 
 
+def comparable(z):
+    """Scores (..., units), rounded so that their order does not depend on the last bits. NaN comes
+    first: where x is NaN, units run, so that it is not hidden."""
+    z = coarse(z)
+    return np.where(np.isnan(z), np.inf, z)
+
+
 @part
 class Above(Part):
     """The units with a score above the threshold: more for one token than for another."""
@@ -33,7 +40,7 @@ class Above(Part):
     threshold: float
 
     def __call__(self, x, layer: Layer):
-        return coarse(self.predictor(x)) > self.threshold
+        return comparable(self.predictor(x)) > self.threshold
 
 
 @part
@@ -44,7 +51,7 @@ class TopK(Part):
     count: int
 
     def __call__(self, x, layer: Layer):
-        return top_k(coarse(self.predictor(x)), self.count)
+        return top_k(comparable(self.predictor(x)), self.count)
 
 
 @part

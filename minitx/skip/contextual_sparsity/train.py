@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from minitx import progress
 from minitx.checkpoints.common import need_writable_file
 from minitx.errors import MinitxError
 from minitx.lm import load
-from minitx.skip.contextual_sparsity import THRESHOLD, in_slot, select
+from minitx.skip.contextual_sparsity import THRESHOLD, check_choice, in_slot, select
 from minitx.skip.contextual_sparsity.file import FILE, read_predictors, write_predictors
 from minitx.skip.contextual_sparsity.fit import (
     Pace,
@@ -88,7 +89,7 @@ def main(words=None) -> None:
     parser.add_argument("--rank", type=int, help="of neurons; default: a quarter of the width")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true", help="the file as it is: only measure it")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="to measure at")
+    parser.add_argument("--threshold", type=float, help=f"to measure at; default: {THRESHOLD:g}")
     parser.add_argument("--neurons", type=float, help="to measure at: a share instead")
     parser.add_argument("--heads", type=float, default=0.5, help="to measure at: their share")
     given = parser.parse_args(words)
@@ -96,12 +97,16 @@ def main(words=None) -> None:
         run(given)
     except MinitxError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        progress.close_all()
+        parser.exit(130, "stopped.\n")
 
 
 def run(given: argparse.Namespace) -> None:
     names = "stories", "epochs", "rank", "seed", "threshold", "neurons", "heads"
     options = {name: getattr(given, name) for name in names}
     options = find("contextual_sparsity").checked(options)  # refuses what is out of range
+    check_choice(options["neurons"], options["threshold"], "predictor", monitor=0)
     lm = load(given.model)
     if lm.folder is None or lm.tokenizer is None:
         raise MinitxError(
@@ -124,7 +129,8 @@ def run(given: argparse.Namespace) -> None:
         print(f"wrote {path}")
     shares = {"ffn": options["neurons"], "attn": options["heads"]}
     texts = story_ids(lm, "evaluation", HELD_OUT)
-    print(measure(lm, trained.predictors, texts, shares, options["threshold"]))
+    threshold = THRESHOLD if options["threshold"] is None else options["threshold"]
+    print(measure(lm, trained.predictors, texts, shares, threshold))
 
 
 def need_new_file(path: Path, may_replace: bool) -> None:

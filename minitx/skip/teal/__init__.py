@@ -14,7 +14,7 @@ from minitx import ledger
 from minitx.calibration import calibration_ids
 from minitx.model import Linear
 from minitx.shared.activation_threshold import AboveThreshold, AsManyAtRandom
-from minitx.shared.gathered_rows import at_rows, sum_of_rows, union_of
+from minitx.shared.gathered_rows import PROMPTS, at_rows, sum_of_rows, token_by_token, union_of
 from minitx.shared.linears import change_linears, linears
 from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, part
@@ -54,6 +54,7 @@ def teal(
         "of greedy: what a step adds to the sparsity of W_q; it adds less to a larger matrix",
         between(0.02, 1),
     ] = 0.5,
+    prompts: Annotated[Literal["union", "skip"], PROMPTS] = "union",
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 2,
@@ -77,11 +78,12 @@ def teal(
                y    = x[rows] W[rows] + b               only these rows are read
     Saves:     one row of W, so ``out`` multiply-adds, per skipped input; an input costs a
                comparison. Tokens that run at once (a prompt) use the union of their active inputs,
-               which is soon all of them.
+               which is soon all of them (prompts).
     In NumPy:  slower than dense below about 75 % sparsity, where the loss is too high: stories runs
                0.5x as fast. One matrix of 1,536 x 576: 0.4x at 50 %, 1.0x at 80 %, 2x at 90 %.
     Not for:   matrices in another format (quantize), batches. Head and embedding stay dense.
     Proof:     tests/skip/test_teal.py; literal version: tests/skip/literal_teal.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     from minitx.skip.teal.allocation import thresholds
 
@@ -96,7 +98,7 @@ def teal(
         select: Part = AboveThreshold(t[id(linear)])
         if choose == "random":
             select = AsManyAtRandom.of(t[id(linear)], len(linear.w), (seed, order[id(linear)]))
-        return ThresholdedLinear.of(linear, select)
+        return PROMPT[prompts].of(linear, select)
 
     return change_linears(lm, found, change)
 
@@ -115,21 +117,36 @@ class ThresholdedLinear(Part):
     b: np.ndarray | None
     select: Part
 
-    @staticmethod
-    def of(linear: Linear, select: Part) -> "ThresholdedLinear":
-        return ThresholdedLinear(linear.w, linear.b, select)
+    @classmethod
+    def of(cls, linear: Linear, select: Part) -> "ThresholdedLinear":
+        return cls(linear.w, linear.b, select)
 
     def __call__(self, x):
         return self.outputs(x, slice(None))
 
     def outputs(self, x, columns):
         """Only these output columns: a slice, or an array of indices."""
+        return self.active_inputs(x, columns)
+
+    def active_inputs(self, x, columns):
+        """With the inputs that at least one of these tokens x (..., in) needs."""
         active = self.select(x)
         ledger.event("inputs read", active)
         ledger.event("inputs", active.size)
         rows = union_of(active)
         b = None if self.b is None else self.b[columns]
         return sum_of_rows(at_rows(x, active, rows), self.w[:, columns], rows, b)
+
+
+@part
+class EachTokenLinear(ThresholdedLinear):
+    """The same, for one token after another."""
+
+    def outputs(self, x, columns):
+        return token_by_token(lambda row: self.active_inputs(row, columns), x)
+
+
+PROMPT = {"union": ThresholdedLinear, "skip": EachTokenLinear}
 
 
 # Notes:
