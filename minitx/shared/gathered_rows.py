@@ -25,6 +25,8 @@ PROMPTS = (
 
 def token_by_token(run: Callable, x):
     """``run(row)`` (out,) for each token x (..., n) -> (..., out)."""
+    if not x.size:
+        return run(x)  # a step without tokens
     found = [run(row) for row in x.reshape(-1, x.shape[-1])]
     return np.reshape(found, (*x.shape[:-1], -1))
 
