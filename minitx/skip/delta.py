@@ -85,6 +85,7 @@ def delta(
     Not for:   inputs that jump from token to token, which those of a language model do; batches:
                sequences run one by one.
     Proof:     tests/skip/test_delta.py; literal version: tests/skip/literal_delta.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     if refresh == 1:
         return lm

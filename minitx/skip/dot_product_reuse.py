@@ -89,6 +89,7 @@ def dot_product_reuse(
                texts that seldom repeat a token. form=lsh in the first layers (Notes).
     Proof:     tests/skip/test_dot_product_reuse.py; literal version:
                tests/skip/literal_dot_product_reuse.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     blocks, lsh = blocks_of(lm), form == "lsh"
     first = len(blocks) // 2 * lsh if first is None else first

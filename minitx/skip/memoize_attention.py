@@ -102,6 +102,7 @@ def memoize_attention(
                cache rows or replace the attention (elsa, heavy_hitters, ...).
     Proof:     tests/skip/test_memoize_attention.py; literal version:
                tests/skip/literal_memoize_attention.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     L = len(blocks_of(lm))
     first = L // 4 if first is None else first

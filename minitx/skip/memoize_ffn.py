@@ -93,6 +93,7 @@ def memoize_ffn(
     Not for:   text unlike the calibration text (no token is near); FFNs that another technique has
                changed (ffn_skip, ...). The first layer of stories: errors there cost most.
     Proof:     tests/skip/test_memoize_ffn.py; literal version: tests/skip/literal_memoize_ffn.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     check(lm, first, choose, monitor)
     if size == 0:

@@ -71,6 +71,7 @@ def perforate_keys(
                between, evicts them, and moves the sinks next to the window.
     Proof:     tests/skip/test_perforate_keys.py; literal version:
                tests/skip/literal_perforate_keys.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     if stride == 1 or sinks + window >= lm.model.config.context:
         return lm

@@ -70,6 +70,7 @@ def perforate_positions(
                connections. It is no better than random positions (Notes).
     Proof:     tests/skip/test_perforate_positions.py; literal version:
                tests/skip/literal_perforate_positions.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     if lm.model.config.skipless:
         raise MinitxError(

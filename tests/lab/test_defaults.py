@@ -32,9 +32,8 @@ class Text:
 
     stories: int = 12
     chains: int = 0  # chains of stories instead, each as long as the context
-    again: bool = False  # continue each beginning twice, for what is kept between prompts
-    batch: bool = False  # continue beginnings of different lengths in one batch, to their ends
     again: bool = False  # continue the beginning twice, for what is kept between prompts
+    batch: bool = False  # continue beginnings of different lengths in one batch, to their ends
 
 
 @dataclass(frozen=True)
@@ -168,10 +167,8 @@ def measured(lm: LM, text: Text) -> Figures:
             fifths = enumerate(read.texts[:4], 1)  # of four stories 1, 2, 3 and 4
             lm.generate([text.ids[: len(text.ids) * n // 5] for n, text in fifths], NEW)
         else:
-            for prompt in read.prompts(1 if text.chains else 2) * (2 if text.again else 1):
+            for prompt in read.prompts(1) * (2 if text.again else 1):
                 continuation(lm, prompt)
-        for prompt in read.prompts(1) * (2 if text.again else 1):
-            continuation(lm, prompt)
     work, size = counts.total(), Size.of(lm, read.texts[0].ids[: lm.model.config.context])
     loss, read_bytes = read.report(tally).loss, (work.weight_bytes, work.cache_bytes)
     return Figures(loss, work.multiply_adds, *read_bytes, size.weights, size.cache)

@@ -87,6 +87,7 @@ def perforate(
     Not for:   text of another kind than the calibration text; techniques that need a whole matrix
                W_o or W_down (head_router, ...).
     Proof:     tests/skip/test_perforate.py; literal version: tests/skip/literal_perforate.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     if monitor and matrices == "attention":
         raise MinitxError(
