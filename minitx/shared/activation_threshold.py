@@ -37,7 +37,7 @@ class AboveThreshold(Part):
 
 
 def is_above(x, threshold: float):
-    return ~(abs(x) <= threshold)  # NaN is, so that it is not hidden
+    return ~(abs(x) <= threshold)  # NaN counts as above, so that it is not hidden
 
 
 STRIDE = 7919  # a prime

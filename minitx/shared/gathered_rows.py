@@ -16,15 +16,17 @@ import numpy as np
 from minitx import ledger, ops
 from minitx.tree import Part, part
 
-# What the option ``prompts`` of a technique says that uses these products.
+# The help text of the option ``prompts``, for every technique that uses these products.
 PROMPTS = (
-    "tokens that run at once use the union of their rows, which NumPy multiplies faster; or skip: "
-    "each only its own, one after another"
+    "when several tokens run at once. union: multiply all of them by the union of their rows, "
+    "which is faster in NumPy; skip: each token only by its own rows, one after another"
 )
 
 
 def token_by_token(run: Callable, x):
     """``run(row)`` (out,) for each token x (..., n) -> (..., out)."""
+    if not x.size:
+        return run(x)  # a step without tokens
     found = [run(row) for row in x.reshape(-1, x.shape[-1])]
     return np.reshape(found, (*x.shape[:-1], -1))
 

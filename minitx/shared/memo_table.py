@@ -68,14 +68,14 @@ def norms(x):
 
 def principal(x, r: int):
     """The first r principal components (D, r) of x (n, D); fewer if D is smaller."""
-    need_finite(x)
+    need_finite_inputs(x)
     centered = x - x.mean(0, dtype=np.float64)
     _, directions = np.linalg.eigh(centered.T @ centered)  # ascending
     return np.ascontiguousarray(directions[:, ::-1][:, :r]).astype(x.dtype)
 
 
-def need_finite(keys) -> None:
-    if not np.isfinite(keys).all():
+def need_finite_inputs(x) -> None:
+    if not np.isfinite(x).all():
         raise MinitxError(
             "Memoization stores what the model computes on calibration text, and some of that is "
             "NaN or Inf; check the model's weights, or calibrate on another text."

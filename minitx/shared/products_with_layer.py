@@ -22,7 +22,7 @@ from minitx.model import (
     split_heads,
 )
 from minitx.shared.linears import side_by_side
-from minitx.shared.row_by_row import each_row
+from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.technique import need, swap, wrap
 from minitx.tree import Part, part
@@ -48,7 +48,7 @@ class Remembering(Part):
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "a product that remembers earlier tokens runs one sequence at a time"
-            return each_row(lambda row, _: self.one(row, Layer.once(len(row))), x, layer, because)
+            return each_sequence(self.one, x, layer, because)
         return self.one(x, layer)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from minitx import ledger
 from minitx.shared.coarse import coarse
-from minitx.shared.row_by_row import each_row
+from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.tree import Part, part
 
@@ -101,7 +101,7 @@ class Monitored(Part):
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "the quality monitor uses another version for each sequence"
-            return each_row(lambda row, _: self.one(row, Layer.once(len(row))), x, layer, because)
+            return each_sequence(self.one, x, layer, because)
         return self.one(x, layer)
 
     def one(self, x, layer: Layer):

@@ -87,7 +87,7 @@ def cats(
         select: Part = AboveThreshold(t)
         if choose == "random":
             select = AsManyAtRandom.of(t, ffn.expand.gate.w.shape[1], (seed, ffns.index(ffn)))
-        return monitored(ffn, [PROMPT[prompts].of(ffn, select)], monitor, limit)
+        return monitored(ffn, [KINDS[prompts].of(ffn, select)], monitor, limit)
 
     return swap(lm, FFN, change)
 
@@ -114,10 +114,10 @@ class ThresholdedFFN(Part):
         return cls(ffn.norm, ffn.expand.gate, select, *rows)
 
     def __call__(self, x, layer: Layer):
-        return self.active_neurons(self.norm(x))
+        return self.run(self.norm(x))
 
-    def active_neurons(self, x):
-        """x (..., D) -> (..., D), with the neurons that at least one of these tokens needs."""
+    def run(self, x):
+        """x (..., D) -> (..., D), over the neurons that at least one of these tokens needs."""
         g = ops.silu(self.gate(x))  # (..., F)
         active = self.select(g)
         ledger.event("neurons active", active)
@@ -132,10 +132,10 @@ class EachTokenFFN(ThresholdedFFN):
     """The same, for one token after another."""
 
     def __call__(self, x, layer: Layer):
-        return token_by_token(self.active_neurons, self.norm(x))
+        return token_by_token(self.run, self.norm(x))
 
 
-PROMPT = {"union": ThresholdedFFN, "skip": EachTokenFFN}
+KINDS = {"union": ThresholdedFFN, "skip": EachTokenFFN}
 
 
 # Offline -----------------------------------------------------------------------------------------

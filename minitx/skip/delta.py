@@ -157,7 +157,7 @@ class DeltaLinear(Remembering):
 
 def far(x, sent, threshold: float):
     """The indices of the coordinates of x (in,) that are far from what was sent."""
-    wide = x.astype(np.float64)  # in float32, large numbers have no squares, and tiny ones 0
+    wide = x.astype(np.float64)  # in float32 large squares overflow, tiny ones are 0
     tolerance = threshold * np.sqrt(np.vecdot(wide, wide) / x.size)
     ledger.count(2 * x.size)  # the rms and the comparisons
     return np.flatnonzero(~(abs(x - sent) <= tolerance))  # so that NaN is sent, too

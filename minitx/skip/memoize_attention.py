@@ -21,7 +21,7 @@ from minitx.shared.attention_weights import attend_in_blocks
 from minitx.shared.memo_table import MemoTable, cover, principal
 from minitx.shared.quality_monitor import LIMIT, MONITOR, levels_of, pieces, relative_error
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.row_by_row import each_row
+from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, table
@@ -151,7 +151,7 @@ class MemoizedAttention(Attention):
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "memoize_attention looks up each sequence's tokens by itself"
-            return each_row(lambda row, _: self(row, Layer.once(len(row))), x, layer, because)
+            return each_sequence(self, x, layer, because)
         x = self.norm(x)
         self.store(*self.qkv.kv(x), layer)  # of hits too: later tokens need them
         return self.from_normalized(x, layer)

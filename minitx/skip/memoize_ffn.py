@@ -19,7 +19,7 @@ from minitx.progress import bar
 from minitx.shared.memo_table import MemoTable, cover, principal
 from minitx.shared.quality_monitor import LIMIT, MONITOR, levels_of, pieces, relative_error
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.row_by_row import each_row
+from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, table
@@ -191,7 +191,7 @@ class MonitoredFFN(MemoizedFFN):
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "memoize_ffn with a monitor uses another radius for each sequence"
-            return each_row(lambda row, _: self(row, Layer.once(len(row))), x, layer, because)
+            return each_sequence(self, x, layer, because)
         x = self.norm(x)
         entry, distance = self.memo.nearest(x)  # (T,)
         levels, y = levels_of(self, layer, self.halvings), np.empty_like(x)

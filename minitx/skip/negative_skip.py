@@ -150,7 +150,7 @@ class StoppedEarly(Part):
 
     def bounded(self, x):
         """relu(x w + b) = |x| relu(x / |x| w + b / |x|)"""
-        wide = x.astype(np.float64)  # whose squares overflow in float32 has a norm all the same
+        wide = x.astype(np.float64)  # in float32 large squares overflow
         size = np.sqrt(np.vecdot(wide, wide))[:, None].astype(x.dtype)
         size[size == 0] = 1
         ledger.count(2 * x.size + 2 * size.size * len(self.b))

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import fast, ledger, ops
-from minitx.model import Attend, AttendUnequalGroups
+from minitx.model import Attend
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.sparse_attention import SparseAttention, Visible, top_k
+from minitx.shared.sparse_attention import SparseAttention, Visible, need_equal_groups, top_k
 from minitx.state import Layer
-from minitx.technique import SEEDS, NoSuchPart, at_least, blocks_of, swap, technique, wrap
-from minitx.tree import Part, part, table, walk
+from minitx.technique import SEEDS, at_least, blocks_of, swap, technique, wrap
+from minitx.tree import Part, part, table
 
 
 @technique(
@@ -80,8 +80,7 @@ def perforate_keys(
         random = random_scores(len(blocks_of(lm)), lm.model.config.context, seed)
 
     def change(attn: Part, index: int) -> Part:
-        if unequal := [node for _, node in walk(attn) if type(node) is AttendUnequalGroups]:
-            raise NoSuchPart(Attend, found=unequal[0])  # head_prune
+        need_equal_groups(attn)
         keys = KeysByPosition(sinks, window, stride)
         if random is not None:
             keys = RandomKeys(sinks, window, stride, random[index])

@@ -11,7 +11,7 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.row_by_row import each_row
+from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, blocks_of, technique, wrap
 from minitx.tree import Part, part, table
@@ -107,7 +107,7 @@ class SkippedPositions(Part):
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "perforate_positions runs FFNs at other positions of each sequence"
-            return each_row(lambda row, _: self.one(row, Layer.once(len(row))), x, layer, because)
+            return each_sequence(self.one, x, layer, because)
         return self.one(x, layer)
 
     def one(self, x, layer: Layer):

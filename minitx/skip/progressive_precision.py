@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import fast, ledger
-from minitx.model import Attend, AttendUnequalGroups
+from minitx.model import Attend
 from minitx.shared.coarse import coarse_scales
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.sparse_attention import per_key
+from minitx.shared.sparse_attention import need_equal_groups, per_key
 from minitx.shared.symmetric import quantize_to
 from minitx.state import Layer
-from minitx.technique import SEEDS, NoSuchPart, between, blocks_of, swap, technique, wrap
-from minitx.tree import Part, part, table, walk
+from minitx.technique import SEEDS, between, blocks_of, swap, technique, wrap
+from minitx.tree import Part, part, table
 
 QUERY_BITS = 8  # of a query, which is at hand and is not read from memory
 
@@ -91,8 +91,7 @@ def progressive_precision(
         random = drawn.reshape(-1, heads, context)
 
     def change(attn: Part, index: int) -> Part:
-        if unequal := [node for _, node in walk(attn) if type(node) is AttendUnequalGroups]:
-            raise NoSuchPart(Attend, found=unequal[0])  # head_prune
+        need_equal_groups(attn)
         drawn = None if random is None else random[index]
         code = KeyCode(high, low)
 

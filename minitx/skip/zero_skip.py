@@ -32,8 +32,8 @@ def zero_skip(
     ] = 0.0,
     prompts: Annotated[
         Literal["skip", "dense"],
-        "when several tokens run at once: skip the zeros of each token, or multiply all of them by "
-        "the whole matrix, which is faster in NumPy",
+        "when several tokens run at once. skip: skip the zeros of each token; dense: multiply all "
+        "of them by the whole matrix, which is faster in NumPy",
     ] = "skip",
 ):
     """Skip the multiply-adds of neurons that ReLU set to 0: read only the other rows of W_down.

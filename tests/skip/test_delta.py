@@ -100,7 +100,7 @@ def test_refresh_clears_the_rounding_errors_of_float32():
     assert cleared < 1e-6 < kept < 1e-5, f"without refresh {kept:.1e}, with {cleared:.1e}"
 
 
-def test_input_error_never_exceeds_the_limit():
+def test_input_error_never_exceeds_the_tolerance():
     xs = slowly_changing(200, 10)
     layer, linear = Layer(200), DeltaLinear(np.eye(10), None, 0.4, 1 << 30)
     off = abs(linear(xs, layer.take(200)) - xs)  # with W = I, y is what was sent

@@ -98,7 +98,7 @@ def teal(
         select: Part = AboveThreshold(t[id(linear)])
         if choose == "random":
             select = AsManyAtRandom.of(t[id(linear)], len(linear.w), (seed, order[id(linear)]))
-        return PROMPT[prompts].of(linear, select)
+        return KINDS[prompts].of(linear, select)
 
     return change_linears(lm, found, change)
 
@@ -126,10 +126,10 @@ class ThresholdedLinear(Part):
 
     def outputs(self, x, columns):
         """Only these output columns: a slice, or an array of indices."""
-        return self.active_inputs(x, columns)
+        return self.run(x, columns)
 
-    def active_inputs(self, x, columns):
-        """With the inputs that at least one of these tokens x (..., in) needs."""
+    def run(self, x, columns):
+        """x (..., in) -> (..., columns), over the inputs that any of these tokens needs."""
         active = self.select(x)
         ledger.event("inputs read", active)
         ledger.event("inputs", active.size)
@@ -143,10 +143,10 @@ class EachTokenLinear(ThresholdedLinear):
     """The same, for one token after another."""
 
     def outputs(self, x, columns):
-        return token_by_token(lambda row: self.active_inputs(row, columns), x)
+        return token_by_token(lambda row: self.run(row, columns), x)
 
 
-PROMPT = {"union": ThresholdedLinear, "skip": EachTokenLinear}
+KINDS = {"union": ThresholdedLinear, "skip": EachTokenLinear}
 
 
 # Notes:
