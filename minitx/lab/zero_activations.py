@@ -72,7 +72,8 @@ class Zeros:
 
 def measure(lm, name: str, stories: int = 4, hidden: int = 0, width: int = 0) -> Zeros:
     """Count on held-out stories and time; hidden, width: 0 for the model's own."""
-    texts = [text.ids for text in encode(lm.tokenizer, held_out(lm, stories))]
+    context = lm.model.config.context
+    texts = [text.ids[:context] for text in encode(lm.tokenizer, held_out(lm, stories))]
     skipping = apply(lm, {"zero_skip": {}})
     parts = {path: node for path, node in walk(skipping) if type(node) is ZeroSkippingLinear}
     with counting(skipping) as counts:

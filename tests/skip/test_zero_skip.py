@@ -174,3 +174,8 @@ def test_step_without_tokens_has_no_rows():
     for prompts in ("skip", "dense"):
         found = ZeroSkippingLinear(w, None, 0.0, prompts)(np.ones((0, 6)))
         assert found.shape == (0, 3), f"prompts={prompts}"
+
+
+def test_report_truncates_stories_to_a_short_context():
+    found = zero_activations.measure(tiny_lm("gpt2"), "tiny", stories=1, hidden=8, width=4)
+    assert len(found.zeros) == 2 and "(48 tokens)" in str(found)
