@@ -234,8 +234,8 @@ class PredictedHeads(Attention):
 
 @part
 class AttendSomeHeads(Attend):
-    """A type of its own, since some heads do not run: techniques that read or replace the weights of
-    all heads (lazy_tokens, token_prune) refuse it."""
+    """A type of its own, since some heads do not run: techniques that read or replace the weights
+    of all heads (lazy_tokens, token_prune) refuse it."""
 
 
 def columns(width: int, H: int) -> list[slice]:
