@@ -133,7 +133,7 @@ def calibration_ids(name: str, lm, count: int, instead: str = "") -> list[list[i
     if lm.tokenizer is None and not isinstance(source, Rows):
         raise MinitxError(
             f"{name} learns from calibration text and this model has no tokenizer to encode "
-            f"it; load it with tokenizer=PATH, give calibrate= token ids"
+            f"it; load it with tokenizer=PATH, {'' if instead else 'or '}give calibrate= token ids"
             f"{instead and f', or {instead}'}."
         )
     found = source.ids(lm, count)

@@ -238,3 +238,10 @@ def test_sweep_of_another_option_fits_once(monkeypatch):
 def test_main_refuses_two_texts_on_stdin(capsys):
     assert main(["compare", "--prune", "--text", "-", "--calibrate", "-"]) == 2
     assert "Only one of --text and --calibrate" in capsys.readouterr().err
+
+
+def test_message_without_a_tokenizer_lists_what_to_do():
+    for instead, end in (("", "PATH, or give calibrate= token ids."), ("use x", "ids, or use x.")):
+        with pytest.raises(MinitxError) as caught:
+            calibration_ids("prune", tiny_lm(tokenizer=None), 1, instead)
+        assert str(caught.value).endswith(end)

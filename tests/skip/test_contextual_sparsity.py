@@ -38,7 +38,7 @@ from minitx.skip.contextual_sparsity.fit import (
 )
 from minitx.skip.contextual_sparsity.predictor import Above, Predictor, RandomK, TopK
 from minitx.state import Layer
-from minitx.technique import apply, blocks_of
+from minitx.technique import apply, blocks_of, find
 
 IDS = np.random.default_rng(5).integers(0, 258, 24)
 # Of both orders of a block, with grouped heads and RoPE, and what has biases everywhere.
@@ -350,6 +350,16 @@ def test_heads_alone_are_predicted_in_a_model_without_relu():
     few = {"neurons": 1.0, "heads": 0.5, "stories": 1, "epochs": 1}
     lm = apply(lm, {"contextual_sparsity": few})
     assert "PredictedHeads" in repr(lm) and "PredictedNeurons" not in repr(lm)
+
+
+@pytest.mark.parametrize("other", ["lazy_tokens", "token_prune"])
+def test_techniques_that_read_the_weights_of_all_heads_are_refused(other):
+    options = find(other).demo
+    wanted = {"contextual_sparsity": {"neurons": 1.0, "heads": 0.5, "stories": 1}, other: options}
+    with pytest.raises(
+        MinitxError, match=f"{other} .* Attend, which contextual_sparsity has"
+    ):
+        apply(dense_lm(), wanted)
 
 
 def test_model_without_tokenizer_is_refused_but_for_the_baseline():

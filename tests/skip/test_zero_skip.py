@@ -138,10 +138,35 @@ def test_report_names_the_break_even(capsys):
     assert zero_activations.main(["stories=1", "hidden=32", "width=8"]) == 0
     out = capsys.readouterr().out
     assert f"{len(texts[0])} tokens" in out and "32 x 8" in out
-    for words in (["stories=0"], ["hidden=x"], ["a", "b"], ["c=1"], ["hidden=" + "9" * 5000]):
+    for words in (
+        ["stories=0"],
+        ["hidden=x"],
+        ["a", "b"],
+        ["c=1"],
+        ["hidden=" + "9" * 5000],
+        ["width=2"] * 2,
+    ):
         assert zero_activations.main(words) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
+
+
+def test_report_has_help_and_may_be_stopped(capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zero_activations, "measure", stopped)
+    assert zero_activations.main(["--help"]) == 0
+    assert "stories=4" in capsys.readouterr().out
+    assert zero_activations.main([]) == 130
+    assert capsys.readouterr().err == "minitx: stopped.\n"
+
+
+def test_slow_products_are_repeated_less_often(monkeypatch):
+    monkeypatch.setattr(zero_activations, "LONGEST", -1.0)
+    calls = []
+    zero_activations.fastest(calls.append, np.ones(1))
+    assert len(calls) == 1
 
 
 def test_step_without_tokens_has_no_rows():
@@ -149,3 +174,8 @@ def test_step_without_tokens_has_no_rows():
     for prompts in ("skip", "dense"):
         found = ZeroSkippingLinear(w, None, 0.0, prompts)(np.ones((0, 6)))
         assert found.shape == (0, 3), f"prompts={prompts}"
+
+
+def test_report_truncates_stories_to_a_short_context():
+    found = zero_activations.measure(tiny_lm("gpt2"), "tiny", stories=1, hidden=8, width=4)
+    assert len(found.zeros) == 2 and "(48 tokens)" in str(found)

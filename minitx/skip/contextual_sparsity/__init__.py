@@ -13,7 +13,7 @@ import numpy as np
 
 from minitx import ledger, ops
 from minitx.errors import MinitxError
-from minitx.model import FFN, Attention
+from minitx.model import FFN, Attend, Attention
 from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.share import share_of
@@ -238,6 +238,12 @@ class PredictedHeads(Attention):
         return y
 
 
+@part
+class AttendSomeHeads(Attend):
+    """A type of its own, since some heads do not run: techniques that read or replace the weights
+    of all heads (lazy_tokens, token_prune) refuse it."""
+
+
 def columns(width: int, H: int) -> list[slice]:
     """Those of each of H heads, in a matrix of this width."""
     return [slice(h * width // H, (h + 1) * width // H) for h in range(H)]
@@ -258,6 +264,7 @@ def predicted(lm, selectors: dict[str, list], monitor: int = 0, limit: float = 0
 
     def change_attn(attn: Attention, index: int) -> Part:
         parts = {f.name: getattr(attn, f.name) for f in fields(attn)}
+        parts["attend"] = AttendSomeHeads(attn.attend.scale)
         return PredictedHeads(**parts, selector=selectors["attn"][index])
 
     for slot, change in (("ffn", change_ffn), ("attn", change_attn)):
