@@ -46,8 +46,8 @@ def at_rows(x, active, rows):
 
 
 def gathered(w, rows):
-    """``w[rows]``; w itself if these are all rows."""
-    return w if len(rows) == len(w) else w[rows]
+    """``w[rows]`` (``take`` is a little faster); w itself if these are all rows."""
+    return w if len(rows) == len(w) else w.take(rows, 0)
 
 
 def sum_of_rows(x, w, rows, b=None):

@@ -10,6 +10,7 @@ import numpy as np
 
 from minitx import ledger, ops
 from minitx.model import FFN, Linear
+from minitx.shared.gathered_rows import sum_of_rows
 from minitx.shared.relu_ffn import need_relu
 from minitx.technique import at_least, need, swap, technique
 from minitx.tree import Part, part
@@ -105,7 +106,7 @@ class ZeroSkippingLinear(Part):
         if len(nz) > (1 - self.min_sparsity) * len(h):
             return self.dense(h)
         note(len(nz), h)
-        return ops.linear(h[nz], self.w.take(nz, 0), self.b)
+        return sum_of_rows(h[nz], self.w, nz, self.b)
 
     def dense(self, h):
         """h (..., F) -> (..., D), reading every row."""

@@ -14,6 +14,7 @@ import numpy as np
 from minitx import ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import FFN, Attend, Attention
+from minitx.shared.gathered_rows import dot_with_rows, sum_of_rows
 from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.share import share_of
@@ -176,10 +177,9 @@ class PredictedNeurons(FFNByNeuron):
     def one_token(self, n, runs):
         """n (D,), the normalized input; runs (F,), booleans -> (D,)."""
         run = np.flatnonzero(runs)  # (r,) the indices of those that run
-        w1, w2 = self.w1.take(run, 0), self.w2.take(run, 0)  # (r, D)
-        h = ops.relu(ops.linear(n, w1.T, self.b1[run]))  # (r,)
+        h = ops.relu(dot_with_rows(n, self.w1, run, self.b1))  # (r,)
         ledger.event("active neurons run", h > 0)
-        return ops.linear(h, w2, self.b2)
+        return sum_of_rows(h, self.w2, run, self.b2)
 
 
 # Online: heads -----------------------------------------------------------------------------------
