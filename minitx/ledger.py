@@ -75,6 +75,7 @@ class Ledger:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     events: Counter = field(default_factory=Counter)
+    events_at: dict[str, Counter] = field(default_factory=dict)  # the same, by path
     path: str = ""  # of the part that is running
     paths: dict[int, list[str]] = field(default_factory=dict, repr=False)  # of each part, by id
 
@@ -98,6 +99,7 @@ class Ledger:
 
     def event(self, name: str, count: int = 1) -> None:
         self.events[name] += int(count)
+        self.events_at.setdefault(self.path, Counter())[name] += int(count)
 
     def total(self, below: str = "") -> Entry:
         """The sum over a part and everything below it (default: over all)."""

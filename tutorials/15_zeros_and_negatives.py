@@ -624,4 +624,4 @@ assert on_relu["zero_skip"].kl < 1e-6 and both.speed < 0.9 * deja_vu.speed
 #    `relu` judge on all of them, and print the largest KL of a single token beside the mean. Look
 #    at 10% of misses. Then calibrate on 8 stories. What does a mean hide?
 # 5. Where is the break-even on your machine?
-#    python -m minitx.lab.zero_activations stories-relu hidden=4096 width=1024
+#    python -m minitx.lab.product_times zero_skip 4096 1024

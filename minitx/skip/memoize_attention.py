@@ -32,8 +32,8 @@ from minitx.tree import Part, part, table
     exact=False,
     neutral={"size": 0},
     after=("quantize_cache",),
-    demo={"size": 4, "radius": 2.0, "first": 0, "stories": 4},
-    event="hits",
+    demo={"size": 4, "radius": 1.0, "first": 0, "stories": 4},
+    event=("hits", "lookups"),
     presets={"aggressive": {"radius": 0.6}},
 )
 def memoize_attention(

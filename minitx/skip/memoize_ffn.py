@@ -31,7 +31,7 @@ from minitx.tree import Part, part, table
     neutral={"size": 0},
     after=("ffn_skip", "function_tables"),
     demo={"size": 64, "radius": 0.8, "first": 0, "stories": 2},
-    event="hits",
+    event=("hits", "lookups"),
     presets={
         "aggressive": {"radius": 0.4},
         "monitored": {"radius": 0.5, "monitor": 16},

@@ -94,11 +94,13 @@ def test_events_and_extra_counts_are_summed():
     counts = Ledger()
     counts.event("skipped")
     counts.event("skipped", np.int64(2))
-    assert counts.events == {"skipped": 3}
+    assert counts.events == {"skipped": 3} and counts.events_at == {"": {"skipped": 3}}
     counts.path = "model.stack.blocks.0.ffn"
     counts.add(5, weight_bytes=2)
     counts.add(cache_bytes=1)
     assert counts.by_group() == {"blocks.ffn": Entry(5, 2, 1)}
+    counts.event("skipped")
+    assert counts.events == {"skipped": 4} and counts.events_at[counts.path] == {"skipped": 1}
 
 
 def test_work_of_another_part_is_counted_as_its_own():

@@ -9,12 +9,11 @@ from tiny import WIDE, check_close, tiny_lm, tiny_model
 
 import minitx
 from minitx.errors import MinitxError
-from minitx.lab import zero_activations
-from minitx.lab.evaluate import encode, held_out
+from minitx.lab.layer_events import layer_events
 from minitx.ledger import counting
 from minitx.memory_layout import to_column_major
 from minitx.skip.zero_skip import ZeroSkippingLinear
-from minitx.technique import apply, blocks_of
+from minitx.technique import apply, blocks_of, find
 
 RNG = np.random.default_rng(8)
 IDS = RNG.integers(0, 258, 40)
@@ -120,53 +119,10 @@ def test_other_formats_are_refused_by_name(other):
 
 def test_zeros_of_stories_relu():
     """Three of four neurons are 0, in the second layer nearly nine of ten."""
-    found = zero_activations.measure(loaded(), "stories-relu", stories=1, hidden=64, width=16)
-    assert 0.7 < np.mean(found.zeros) < 0.8, f"mean share of zeros: {np.mean(found.zeros):.2f}"
-    assert found.zeros.index(max(found.zeros)) == 1 and max(found.zeros) > 0.82
-    for share, left in zip(found.zeros, found.executed):
-        assert left == pytest.approx(1 - share + 1 / 128), "r D + F of F D"
-
-
-def test_report_names_the_break_even(capsys):
-    texts = [text.ids for text in encode(loaded().tokenizer, held_out(loaded(), 1))]
-    made = dict(name="x", texts="y", zeros=[0.5], executed=[0.6], shape=(8, 4))
-    ten = [1.0] * 10
-    report = zero_activations.Zeros(**made, gathered=[2.0] * 4 + [0.5] * 6, dense=ten)
-    assert report.break_even == "Gathering rows is faster from 75% of zeros on."
-    assert "slower at every" in zero_activations.Zeros(**made, gathered=ten, dense=ten).break_even
-    assert "50.0%" in str(report) and "0.600x" in str(report)
-    assert zero_activations.main(["stories=1", "hidden=32", "width=8"]) == 0
-    out = capsys.readouterr().out
-    assert f"{len(texts[0])} tokens" in out and "32 x 8" in out
-    for words in (
-        ["stories=0"],
-        ["hidden=x"],
-        ["a", "b"],
-        ["c=1"],
-        ["hidden=" + "9" * 5000],
-        ["width=2"] * 2,
-    ):
-        assert zero_activations.main(words) == 2
-        out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1
-
-
-def test_report_has_help_and_may_be_stopped(capsys, monkeypatch):
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(zero_activations, "measure", stopped)
-    assert zero_activations.main(["--help"]) == 0
-    assert "stories=4" in capsys.readouterr().out
-    assert zero_activations.main([]) == 130
-    assert capsys.readouterr().err == "minitx: stopped.\n"
-
-
-def test_slow_products_are_repeated_less_often(monkeypatch):
-    monkeypatch.setattr(zero_activations, "LONGEST", -1.0)
-    calls = []
-    zero_activations.fastest(calls.append, np.ones(1))
-    assert len(calls) == 1
+    found = layer_events(loaded(), find("zero_skip"), {}, stories=1).events
+    read = [found[i]["rows of W_down read"] / found[i]["rows of W_down"] for i in "0123"]
+    assert 0.2 < np.mean(read) < 0.3, f"mean share of neurons that are not 0: {np.mean(read):.2f}"
+    assert read.index(min(read)) == 1 and min(read) < 0.18
 
 
 def test_step_without_tokens_has_no_rows():
@@ -174,8 +130,3 @@ def test_step_without_tokens_has_no_rows():
     for prompts in ("skip", "dense"):
         found = ZeroSkippingLinear(w, None, 0.0, prompts)(np.ones((0, 6)))
         assert found.shape == (0, 3), f"prompts={prompts}"
-
-
-def test_report_truncates_stories_to_a_short_context():
-    found = zero_activations.measure(tiny_lm("gpt2"), "tiny", stories=1, hidden=8, width=4)
-    assert len(found.zeros) == 2 and "(48 tokens)" in str(found)
