@@ -17,6 +17,7 @@ their own loop over tokens; ``Monitored`` is a part for the "ffn" slot.
 """
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import numpy as np
 
@@ -25,10 +26,19 @@ from minitx.shared.coarse import coarse
 from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.tree import Part, part
+from minitx.values import at_least
 
-# The help texts of the options monitor and limit, for every technique that has them.
-MONITOR = "quality monitor: every n-th token also runs exactly and adapts the others; 0: none"
-LIMIT = "of the monitor: the largest relative error allowed in a sub-layer's output"
+# The types of the options monitor and limit, for every technique that has them.
+Monitor = Annotated[
+    int,
+    "quality monitor: every n-th token also runs exactly and adapts the others; 0: none",
+    at_least(0),
+]
+Limit = Annotated[
+    float,
+    "of the monitor: the largest relative error allowed in a sub-layer's output",
+    at_least(0),
+]
 
 
 class Levels:

@@ -16,9 +16,9 @@ from minitx.model import FFN, Activated, Linear, SwiGLU
 from minitx.shared.activation_threshold import AboveThreshold, AsManyAtRandom, Magnitudes
 from minitx.shared.gathered_rows import PROMPTS, NeuronRows, at_rows, token_by_token, union_of
 from minitx.shared.observed_inputs import Rows, watch_inputs
-from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
+from minitx.shared.quality_monitor import Limit, Monitor, monitored
 from minitx.state import Layer
-from minitx.technique import SEEDS, above, at_least, blocks_of, need, swap, technique
+from minitx.technique import SEEDS, at_least, blocks_of, need, swap, technique
 from minitx.tree import Part, part, walk
 
 
@@ -49,8 +49,8 @@ def cats(
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 8,
     prompts: Annotated[Literal["union", "skip"], PROMPTS] = "union",
-    monitor: Annotated[int, MONITOR, at_least(0)] = 0,
-    limit: Annotated[float, LIMIT, above(0)] = 0.3,
+    monitor: Monitor = 0,
+    limit: Limit = 0.3,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Skip neurons of a SwiGLU FFN whose gate is below a threshold.

@@ -12,7 +12,7 @@ from minitx import ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import Linear
 from minitx.shared.products_with_layer import WHERE, Remembering, replace_products
-from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
+from minitx.shared.quality_monitor import Limit, Monitor, monitored
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, technique, wrap
 from minitx.tree import Part, part
@@ -49,8 +49,8 @@ def delta(
         "delta: send the coordinates that changed. Baselines: zero compares with 0 instead, so "
         "small inputs are dropped and nothing is reused; random sends as many at random",
     ] = "delta",
-    monitor: Annotated[int, MONITOR, at_least(0)] = 0,
-    limit: Annotated[float, LIMIT, at_least(0)] = 0.2,
+    monitor: Monitor = 0,
+    limit: Limit = 0.2,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Multiply only the input coordinates that changed since an earlier token (delta networks).

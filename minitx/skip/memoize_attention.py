@@ -19,7 +19,7 @@ from minitx.model import Attend, Attention, merge_heads
 from minitx.progress import bar
 from minitx.shared.attention_weights import attend_in_blocks
 from minitx.shared.memo_table import MemoTable, cover, principal
-from minitx.shared.quality_monitor import LIMIT, MONITOR, levels_of, pieces, relative_error
+from minitx.shared.quality_monitor import Limit, Monitor, levels_of, pieces, relative_error
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
@@ -58,8 +58,8 @@ def memoize_attention(
         "nearest: tokens within the radius of a stored one get its weights. Baseline: as many "
         "random tokens get random stored weights of their position",
     ] = "nearest",
-    monitor: Annotated[int, MONITOR, at_least(0)] = 0,
-    limit: Annotated[float, LIMIT, at_least(0)] = 0.4,
+    monitor: Monitor = 0,
+    limit: Limit = 0.4,
     halvings: Annotated[
         int,
         "of the monitor: how many times it may halve the radius; 0: it only counts false hits",

@@ -17,7 +17,7 @@ from minitx.errors import MinitxError
 from minitx.model import FFN
 from minitx.progress import bar
 from minitx.shared.memo_table import MemoTable, cover, principal
-from minitx.shared.quality_monitor import LIMIT, MONITOR, levels_of, pieces, relative_error
+from minitx.shared.quality_monitor import Limit, Monitor, levels_of, pieces, relative_error
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
@@ -55,8 +55,8 @@ def memoize_ffn(
         "nearest: tokens within the radius of a stored one get its output. Baselines: as many "
         "random tokens get a random stored output (random), or the nearest one's (random_tokens)",
     ] = "nearest",
-    monitor: Annotated[int, MONITOR, at_least(0)] = 0,
-    limit: Annotated[float, LIMIT, at_least(0)] = 0.4,
+    monitor: Monitor = 0,
+    limit: Limit = 0.4,
     halvings: Annotated[
         int,
         "of the monitor: how many times it may halve the radius; 0: it only counts false hits",

@@ -14,7 +14,7 @@ from minitx.calibration import calibration_ids
 from minitx.model import FFN, Linear
 from minitx.shared.break_even import warn
 from minitx.shared.ordering import by_output, few_at_a_time, largest_first, partial_sums
-from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
+from minitx.shared.quality_monitor import Limit, Monitor, monitored
 from minitx.shared.relu_ffn import inputs_of_up, need_relu
 from minitx.shared.share import share_of
 from minitx.technique import SEEDS, above, at_least, between, need, swap, technique
@@ -54,8 +54,8 @@ def negative_predict(
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 8,
-    monitor: Annotated[int, MONITOR, at_least(0)] = 0,
-    limit: Annotated[float, LIMIT, at_least(0)] = 0.2,
+    monitor: Monitor = 0,
+    limit: Limit = 0.2,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Predict from a few large terms that a neuron's sum ends below 0, and skip the other terms.

@@ -15,7 +15,7 @@ from minitx import ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import FFN, Attend, Attention
 from minitx.shared.gathered_rows import dot_with_rows, sum_of_rows
-from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
+from minitx.shared.quality_monitor import Limit, Monitor, monitored
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.share import share_of
 from minitx.shared.some_heads import attend_one_key_head, mask_of_sequence, mask_of_tokens
@@ -78,8 +78,8 @@ def contextual_sparsity(
     epochs: Annotated[
         int, "passes over them, if predictors are trained on loading", at_least(1, limit=100)
     ] = 20,
-    monitor: Annotated[int, MONITOR, at_least(0)] = 0,
-    limit: Annotated[float, LIMIT, between(0, 1000)] = 0.1,
+    monitor: Monitor = 0,
+    limit: Limit = 0.1,
     seed: Annotated[int, "of choose=random, and of training on loading", SEEDS] = 0,
 ):
     """Predict which FFN neurons and attention heads a token needs, and run only those (Deja Vu).
