@@ -52,7 +52,7 @@ METHODS = (
         random={"rates": "random"},
     ),
     Method("perforate uniform", falling("rate", 0.95), UNIFORM, "perforate"),
-    Method("perforate_positions", STRIDE, {"first": 0}, random=AT_RANDOM),
+    Method("perforate_positions", STRIDE, random=AT_RANDOM),
     Method("perforate_keys", WINDOW, {"stride": 64}, random=AT_RANDOM),
     # Exact, or fewer bytes instead of multiply-adds.
     Method("zero_skip", None),
