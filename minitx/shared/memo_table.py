@@ -2,7 +2,8 @@
 input, and how far away it is. The technique keeps the values, what it stores for each key.
 
 Offline: ``cover`` selects which inputs to store, ``MemoTable.of`` makes the table. It never changes
-afterwards, so a result depends only on the input and not on what was run before it.
+afterwards, so a result depends only on the input and not on what was run before it. Under a quality
+monitor (``RadiusMonitor``) the radius within which a key is near enough also depends on that.
 
 Letters: N stored keys of width D, r principal components by which they are compared.
 """
@@ -11,6 +12,8 @@ import numpy as np
 
 from minitx import ledger, ops
 from minitx.errors import MinitxError
+from minitx.shared.quality_monitor import levels_of, pieces, relative_error
+from minitx.state import Layer
 from minitx.tree import Part, part, table
 
 STEPS = 1 << 20  # distances are multiples of 1 / STEPS
@@ -56,6 +59,40 @@ class MemoTable(Part):
         ledger.count(x.size)
         away = norms(x - ops.rows(self.keys, entry)) / self.sizes[entry]
         return np.rint(away * STEPS) / STEPS
+
+
+@part
+class RadiusMonitor(Part):
+    """Mixin: a memoized sub-layer under the quality monitor, which halves the radius after a false
+    hit. The sub-layer has a ``radius`` and three methods:
+
+    answer(x, entry, hit, layer)    its outputs, stored ones where ``hit``
+    exact(x, layer)                 what it computes without the table
+    stored(entry, layer)            the stored outputs
+    """
+
+    has_history = True  # the radius in use
+
+    every: int = 1  # n: every n-th token that hits also runs exactly
+    limit: float = 0.0  # of the relative error
+    halvings: int = 0  # at most
+
+    def adapted(self, x, entry, distance, layer: Layer):
+        """The outputs (T, D) of normalized tokens x (T, D) of one sequence, from the nearest keys
+        (T,) and their distances (T,)."""
+        tokens, y = layer.tokens, np.empty_like(x)
+        levels = levels_of(self, layer, self.halvings)
+        for some, checked in pieces(tokens.array, self.every):
+            layer.tokens = tokens.only(some)
+            hit = distance[some] <= self.radius * 0.5 ** (levels.top - levels.level)
+            if checked and hit[0]:
+                y[some] = self.exact(x[some], layer)  # and computed anyway
+                error = relative_error(self.stored(entry[some], layer), y[some])
+                levels.note(int(layer.tokens.array[0]), error, self.limit)
+            else:
+                y[some] = self.answer(x[some], entry[some], hit, layer)
+        layer.tokens = tokens
+        return y
 
 
 def norms(x):

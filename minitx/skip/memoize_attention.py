@@ -18,8 +18,8 @@ from minitx.errors import MinitxError
 from minitx.model import Attend, Attention, merge_heads
 from minitx.progress import bar
 from minitx.shared.attention_weights import attend_in_blocks
-from minitx.shared.memo_table import MemoTable, cover, principal
-from minitx.shared.quality_monitor import Limit, Monitor, levels_of, pieces, relative_error
+from minitx.shared.memo_table import MemoTable, RadiusMonitor, cover, principal
+from minitx.shared.quality_monitor import Limit, Monitor
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
@@ -187,17 +187,22 @@ class MemoizedAttention(Attention):
         ledger.event("lookups", hit.size)
         ledger.event("hits", hit)
         if not hit.any():
-            return self.read(self.qkv.q(x), layer)
+            return self.exact(x, layer)
         y, tokens = np.empty_like(x), layer.tokens
         if not hit.all():
             layer.tokens = tokens.only(~hit)
-            y[~hit] = self.read(self.qkv.q(x[~hit]), layer)
-            layer.tokens = tokens
-        y[hit] = self.by_stored(entry[hit], tokens.array[hit], layer)
+            y[~hit] = self.exact(x[~hit], layer)
+        layer.tokens = tokens.only(hit)
+        y[hit] = self.stored(entry[hit], layer)
+        layer.tokens = tokens
         return y
 
-    def by_stored(self, entries, positions, layer: Layer):
-        """y (hits, D): the values of this sequence, weighted by the stored maps."""
+    def exact(self, x, layer: Layer):
+        return self.read(self.qkv.q(x), layer)
+
+    def stored(self, entries, layer: Layer):
+        """y (T, D): the values of this sequence, weighted by the stored maps."""
+        positions = layer.tokens.array
         _, v = self.cache.read(layer)  # (K, S, n)
         context = np.empty((self.heads, len(entries), v.shape[-1]), v.dtype)
         for a in range(0, len(entries), fast.ROWS):  # a block of tokens at a time
@@ -237,32 +242,11 @@ class RandomMaps(MemoizedAttention):
 
 
 @part
-class MonitoredAttention(MemoizedAttention):
+class MonitoredAttention(RadiusMonitor, MemoizedAttention):
     """The same under the quality monitor, which halves the radius after a false hit."""
 
-    has_history = True  # the radius in use
-
-    every: int = 1  # n
-    limit: float = 0.0
-    halvings: int = 0
-
     def from_normalized(self, x, layer: Layer):
-        tokens, y = layer.tokens, np.empty_like(x)
-        positions = tokens.array
-        entry, distance = self.look_up(x, positions)  # (T,)
-        levels = levels_of(self, layer, self.halvings)
-        for some, checked in pieces(positions, self.every):
-            layer.tokens = tokens.only(some)
-            hit = distance[some] <= self.radius * 0.5 ** (levels.top - levels.level)
-            if checked and hit[0]:
-                y[some] = self.read(self.qkv.q(x[some]), layer)  # exact, and computed anyway
-                found = self.by_stored(entry[some], positions[some], layer)
-                error = relative_error(found, y[some])
-                levels.note(int(positions[some][0]), error, self.limit)
-            else:
-                y[some] = self.answer(x[some], entry[some], hit, layer)
-        layer.tokens = tokens
-        return y
+        return self.adapted(x, *self.look_up(x, layer.tokens.array), layer)
 
 
 # Offline -----------------------------------------------------------------------------------------

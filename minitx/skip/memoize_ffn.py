@@ -16,8 +16,8 @@ from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import FFN
 from minitx.progress import bar
-from minitx.shared.memo_table import MemoTable, cover, principal
-from minitx.shared.quality_monitor import Limit, Monitor, levels_of, pieces, relative_error
+from minitx.shared.memo_table import MemoTable, RadiusMonitor, cover, principal
+from minitx.shared.quality_monitor import Limit, Monitor
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
@@ -139,27 +139,27 @@ class MemoizedFFN(FFN):
     def __call__(self, x, layer: Layer):
         x = self.norm(x)
         entry, distance = self.memo.nearest(x)  # (..., T)
-        return self.answer(x, entry, distance <= self.radius)
+        return self.answer(x, entry, distance <= self.radius, layer)
 
-    def answer(self, x, entry, hit):
+    def answer(self, x, entry, hit, layer: Layer):
         """The outputs (..., D) for the normalized x (..., D): stored ones where ``hit`` (...)."""
         ledger.event("lookups", hit.size)
         ledger.event("hits", hit)
         if hit.all():
-            return self.stored(entry)
+            return self.stored(entry, layer)
         if not hit.any():
-            return self.run(x)
+            return self.exact(x, layer)
         y = np.empty_like(x)
-        y[hit] = self.stored(entry[hit])
-        y[~hit] = self.run(x[~hit])
+        y[hit] = self.stored(entry[hit], layer)
+        y[~hit] = self.exact(x[~hit], layer)
         return y
 
-    def stored(self, entry):
+    def stored(self, entry, layer: Layer):
         found = self.values[entry]
         ledger.count(weight_bytes=found.nbytes)
         return found
 
-    def run(self, x):
+    def exact(self, x, layer: Layer):
         return self.down(self.expand(x))
 
 
@@ -174,37 +174,21 @@ class RandomHits(MemoizedFFN):
         x = self.norm(x)
         entry, _ = self.memo.nearest(x)
         hit = self.scores[layer.tokens.lookup] < self.rate  # (T,) or (B, T)
-        return self.answer(x, entry, np.broadcast_to(hit, entry.shape))
+        return self.answer(x, entry, np.broadcast_to(hit, entry.shape), layer)
 
 
 @part
-class MonitoredFFN(MemoizedFFN):
+class MonitoredFFN(RadiusMonitor, MemoizedFFN):
     """The same under the quality monitor, which halves the radius after a false hit."""
 
-    has_history = True  # the radius in use
-    one_sequence = True  # each sequence has its own
-
-    every: int = 1  # n
-    limit: float = 0.0
-    halvings: int = 0
+    one_sequence = True  # each sequence has its own radius
 
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "memoize_ffn with a monitor uses another radius for each sequence"
             return each_sequence(self, x, layer, because)
         x = self.norm(x)
-        entry, distance = self.memo.nearest(x)  # (T,)
-        levels, y = levels_of(self, layer, self.halvings), np.empty_like(x)
-        positions = layer.tokens.array
-        for some, checked in pieces(positions, self.every):
-            hit = distance[some] <= self.radius * 0.5 ** (levels.top - levels.level)
-            if checked and hit[0]:
-                y[some] = self.run(x[some])  # exact, and computed anyway
-                error = relative_error(self.stored(entry[some]), y[some])
-                levels.note(int(positions[some][0]), error, self.limit)
-            else:
-                y[some] = self.answer(x[some], entry[some], hit)
-        return y
+        return self.adapted(x, *self.memo.nearest(x), layer)
 
 
 # Offline -----------------------------------------------------------------------------------------

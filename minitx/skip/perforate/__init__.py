@@ -272,9 +272,9 @@ def with_monitor(dense: Part, changed: Part, every: int, limit: float) -> Part:
 # - The search assumes that errors add up. It runs the model 6 times per matrix, from the block of
 #   the matrix on: 3 s on stories, but minutes on a large model (there, rates=uniform).
 # - ``monitor`` puts the exact FFN beside the perforated one, which costs memory; attention stays
-#   perforated. On 12 stories (minitx sweep perforate rate=0.2,0.3 monitor=16 --stories 12; rate=0.1
-#   without it) a lower rate is better: 0.915x and 0.894x of the multiply-adds at +0.0021 and +0.0059
-#   nats per token, with 1.1x of the memory; rate=0.1 0.911x at +0.0007, with 0.91x.
+#   perforated. On 12 stories (minitx sweep perforate rate=0.2,0.3 monitor=16 --stories 12; and
+#   rate=0.1 without it) a lower rate is better: 0.915x and 0.894x of the multiply-adds at +0.0021
+#   and +0.0059 nats per token, with 1.1x of the memory; rate=0.1 0.911x at +0.0007, with 0.91x.
 #       python -m minitx.lab.layer_events perforate monitor=16 limit=0.8 --stories 10
 #   An FFN's output is far off long before the loss moves, since the search perforates what hardly
 #   matters: with limit=0.3 every check is above it, with 0.8 half are, with 1 4 %.
