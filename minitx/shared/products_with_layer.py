@@ -38,7 +38,7 @@ WHERE = {  # the products of a block, by the value of an option
 
 
 @part
-class Remembering(Part):
+class StatefulProduct(Part):
     """Base class: a product that remembers earlier tokens of its sequence. Subclasses have
     ``one(x, layer)`` for x (T, in) of one sequence, whose tokens come in ascending order."""
 
@@ -117,7 +117,7 @@ class LayerActivated(Part):
 
 
 @part
-class WithoutLayer(Part):
+class StatelessProduct(Part):
     """A product that remembers nothing."""
 
     linear: Part
@@ -138,7 +138,7 @@ def replace_products(lm, where: str, make: Callable[[Linear, str, int], Part], l
         for linear in linears:
             need(linear, Linear)
         one = side_by_side(*linears) if len(linears) > 1 else linears[0]
-        return make(one, name, index) if name in names else WithoutLayer(one)
+        return make(one, name, index) if name in names else StatelessProduct(one)
 
     def attention(attn: Attention, index: int) -> Part:
         need(attn.qkv, QKV)

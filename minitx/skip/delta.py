@@ -11,7 +11,7 @@ import numpy as np
 from minitx import ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import Linear
-from minitx.shared.products_with_layer import WHERE, Remembering, replace_products
+from minitx.shared.products_with_layer import WHERE, StatefulProduct, replace_products
 from minitx.shared.quality_monitor import Limit, Monitor, monitored
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, technique, wrap
@@ -110,7 +110,7 @@ def delta(
 
 
 @part
-class DeltaLinear(Remembering):
+class DeltaLinear(StatefulProduct):
     """x W + b, updated from the token before by the coordinates of x that changed."""
 
     matrix_layout = "row-major"  # rows of W are gathered

@@ -10,7 +10,7 @@ import numpy as np
 from minitx import ledger, ops
 from minitx.errors import MinitxError
 from minitx.model import Linear, ParallelBlock, SkiplessParallelBlock
-from minitx.shared.products_with_layer import WHERE, Remembering, replace_products
+from minitx.shared.products_with_layer import WHERE, StatefulProduct, replace_products
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, between, blocks_of, technique
 from minitx.tree import Part, float_type, part, table
@@ -120,7 +120,7 @@ def dot_product_reuse(
 
 
 @part
-class ReusedLinear(Remembering):
+class ReusedLinear(StatefulProduct):
     """x W + b, with the product of an earlier vector of the same hash where there is one."""
 
     matrix_layout = "column-major"

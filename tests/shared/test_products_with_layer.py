@@ -6,7 +6,12 @@ from tiny import FAMILIES, check_close, in_chunks, tiny_lm
 
 from minitx.errors import MinitxError
 from minitx.model import Attention, Linear
-from minitx.shared.products_with_layer import WHERE, Remembering, WithoutLayer, replace_products
+from minitx.shared.products_with_layer import (
+    WHERE,
+    StatefulProduct,
+    StatelessProduct,
+    replace_products,
+)
 from minitx.state import Layer
 from minitx.technique import apply, blocks_of
 from minitx.tree import part, walk
@@ -15,7 +20,7 @@ IDS = np.random.default_rng(2).integers(0, 258, 24)
 
 
 @part
-class Recording(Remembering):
+class Recording(StatefulProduct):
     linear: Linear
     seen: list
 
@@ -45,9 +50,11 @@ def test_model_computes_what_it_did_and_the_named_products_get_the_layer(family,
 
 
 def test_only_the_given_layers_are_changed():
-    lm = replace_products(tiny_lm(), "all", lambda linear, *_: WithoutLayer(linear), range(1, 2))
+    lm = replace_products(
+        tiny_lm(), "all", lambda linear, *_: StatelessProduct(linear), range(1, 2)
+    )
     first, second = (repr(block) for block in blocks_of(lm))
-    assert "WithoutLayer" not in first and second.count("WithoutLayer") == 5
+    assert "StatelessProduct" not in first and second.count("StatelessProduct") == 5
 
 
 def test_keys_can_be_stored_and_queries_asked_apart():
@@ -73,5 +80,5 @@ def test_attention_of_another_technique_and_other_matrices_are_refused():
     for other in ({"head_router": {"first": 0}}, {"quantize": {}}):
         lm = apply(tiny_lm(), other)
         with pytest.raises(MinitxError):
-            replace_products(lm, "attention", lambda linear, *_: WithoutLayer(linear))
-    assert not any(type(node) is WithoutLayer for _, node in walk(tiny_lm()))
+            replace_products(lm, "attention", lambda linear, *_: StatelessProduct(linear))
+    assert not any(type(node) is StatelessProduct for _, node in walk(tiny_lm()))

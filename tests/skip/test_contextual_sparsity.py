@@ -27,14 +27,14 @@ from minitx.skip.contextual_sparsity import FFNByNeuron, PredictedNeurons, predi
 from minitx.skip.contextual_sparsity.file import FILE, read_predictors, write_predictors
 from minitx.skip.contextual_sparsity.fit import (
     AdamW,
-    Pace,
+    Hyperparameters,
     Training,
     gradients,
     learn,
     longest_half,
     loss,
-    quick,
     record,
+    train_on_loading,
 )
 from minitx.skip.contextual_sparsity.predictor import Above, Predictor, RandomK, TopK
 from minitx.state import Layer
@@ -250,8 +250,8 @@ def test_gradients_equal_finite_differences_and_the_literal_loss():
 def test_first_step_of_adamw_by_hand():
     """The first direction is g / |g|: 1 (rate) * (sign + 0.5 (decay) w). Of two steps, the second
     has half the rate."""
-    pace = Pace(rate=1.0, decay=0.5)
-    optimizer = AdamW([np.array([2.0, -4.0])], pace, steps=2)
+    hyper = Hyperparameters(rate=1.0, decay=0.5)
+    optimizer = AdamW([np.array([2.0, -4.0])], hyper, steps=2)
     (w,) = optimizer.step([np.array([2.0, -4.0])], [np.array([0.1, 7.0])])
     np.testing.assert_allclose(w, [2 - (1 + 1), -4 - (1 - 2)], atol=1e-6)
     (w,) = optimizer.step([w], [np.array([0.1, 7.0])])
@@ -263,8 +263,10 @@ def test_training_finds_a_map_of_low_rank():
     rng = np.random.default_rng(1)
     x = rng.standard_normal((600, 5))
     y = x @ rng.standard_normal((5, 2)) @ rng.standard_normal((2, 7)) > 0.5
-    p = learn(x, y, 2, Pace(epochs=30, batch=100, rate=0.05), rng)
-    again = learn(x, y, 2, Pace(epochs=30, batch=100, rate=0.05), np.random.default_rng(1))
+    p = learn(x, y, 2, Hyperparameters(epochs=30, batch=100, rate=0.05), rng)
+    again = learn(
+        x, y, 2, Hyperparameters(epochs=30, batch=100, rate=0.05), np.random.default_rng(1)
+    )
     assert again.a.shape == (5, 2) and again.b.shape == (2, 7)
     run = Above(p, 0.0)(x, None)
     assert (run & y).sum() / y.sum() > 0.95, "active units are missed"
@@ -290,7 +292,7 @@ def test_examples_are_what_the_sub_layers_read_and_which_units_are_active():
 def test_model_without_a_file_is_trained_when_it_is_loaded_always_the_same():
     few = {"stories": 2, "epochs": 2, "neurons": 0.5, "heads": 0.5}
     one, other = (apply(dense_lm(), {"contextual_sparsity": few | s}) for s in ({}, {"seed": 1}))
-    found = quick(dense_lm(), "ffn", 2, Training(None, Pace(2)))
+    found = train_on_loading(dense_lm(), "ffn", 2, Training(None, Hyperparameters(2)))
     for block, p in zip(blocks_of(one), found):
         used = block.ffn.selector.predictor
         np.testing.assert_array_equal(used.a, p.a, "not deterministic")

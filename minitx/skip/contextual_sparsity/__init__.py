@@ -20,7 +20,13 @@ from minitx.shared.random_baseline import random_scores
 from minitx.shared.share import share_of
 from minitx.shared.some_heads import attend_one_key_head, mask_of_sequence, mask_of_tokens
 from minitx.skip.contextual_sparsity.file import FILE, need_shapes, read_predictors
-from minitx.skip.contextual_sparsity.fit import Pace, Training, need_heads, need_neurons, quick
+from minitx.skip.contextual_sparsity.fit import (
+    Hyperparameters,
+    Training,
+    need_heads,
+    need_neurons,
+    train_on_loading,
+)
 from minitx.skip.contextual_sparsity.predictor import Above, RandomK, TopK
 from minitx.state import Layer, Tokens
 from minitx.technique import SEEDS, at_least, between, blocks_of, technique, wrap
@@ -88,7 +94,8 @@ def contextual_sparsity(
                2023, arXiv 2310.17157.
     Fidelity:  the authors' code for the predictors and their loss, as notes on it describe them.
                Ours: predictors read the input of their own sub-layer; in the code, one sub-layer
-               (for heads: one layer) ahead, to run at the same time as it (Notes).
+               (for heads: one layer) ahead, to run at the same time as it (Notes). Ours too: half
+               of a token's heads count as active; the code's default share is 0.7.
     Kind:      approximate; exact with neurons=1 and heads=1. On stories-relu neurons pay, and heads
                do not, so by default all heads run.
     Idea:      ReLU sets most neurons to 0, different ones for each token. A low-rank map predicts
@@ -118,7 +125,7 @@ def contextual_sparsity(
     """
     check_choice(neurons, threshold, choose, monitor)
     threshold = THRESHOLD if threshold is None else threshold
-    training, slots = Training(rank, Pace(epochs), seed), {}
+    training, slots = Training(rank, Hyperparameters(epochs), seed), {}
     if neurons != 1:
         for ffn in in_slot(lm, "ffn"):
             need_neurons(ffn)
@@ -132,7 +139,7 @@ def contextual_sparsity(
         if choose == "random":
             selectors[slot] = random_selectors(lm, slot, share, seed)
         else:
-            predictors = shipped(lm, slot, rank) or quick(lm, slot, stories, training)
+            predictors = shipped(lm, slot, rank) or train_on_loading(lm, slot, stories, training)
             selectors[slot] = [select(p, share, threshold) for p in predictors]
     return predicted(lm, selectors, monitor, limit)
 
@@ -345,12 +352,11 @@ def check_choice(neurons: float | None, threshold: float | None, choose: str, mo
 
 # Notes:
 #
-# - Unconfirmed in the paper (our source for its code is notes): how a head's output is measured,
-#   and that half of them count as active (the code's default share is 0.7). Its other settings are
-#   for models a hundred times as wide: rank 1000 (here D / 4, for heads D / 16), 20 epochs, batch
-#   1024 (here 64), learning rate 1e-4 (here 0.01, falling to 0), of all epochs the one with the
-#   best recall (here the last). For OPT-175B it ran 5,000 of 49,152 neurons, and 24 to 48 of 96
-#   heads in most layers.
+# - Unconfirmed in the paper (our source for its code is notes): how a head's output is measured.
+#   Its settings are for models a hundred times as wide: rank 1000 (here D / 4, for heads D / 16),
+#   20 epochs, batch 1024 (here 64), learning rate 1e-4 (here 0.01, falling to 0), of all epochs the
+#   one with the best recall (here the last). For OPT-175B it ran 5,000 of 49,152 neurons, and 24 to
+#   48 of 96 heads in most layers.
 # - Recall alone says nothing: a predictor that runs all neurons has recall 1. The command
 #       python -m minitx.skip.contextual_sparsity.train stories-relu --measure
 #   prints it beside what runs, layer by layer, on 20 held-out stories. active: share of the units

@@ -1,5 +1,5 @@
 """Train predictors, with the model frozen: the loss and its gradient by hand, AdamW, what is
-recorded of the model, and the quick training when a model is loaded.
+recorded of the model, and the training when a model is loaded.
 
     y = 1 for an active unit, else 0;  z = (x A) B;  p = sigmoid(z)
     loss = - mean over tokens of the sum over units of weight (y log p + (1 - y) log(1 - p))
@@ -27,7 +27,7 @@ from minitx.tree import Part, float_type, part
 
 
 @dataclass(frozen=True)
-class Pace:
+class Hyperparameters:
     """The hyperparameters of training."""
 
     epochs: int = 20  # passes over the examples
@@ -36,19 +36,19 @@ class Pace:
     decay: float = 0.01  # weight decay
 
 
-def learn(x, y, rank: int, pace: Pace, rng) -> Predictor:
+def learn(x, y, rank: int, hyper: Hyperparameters, rng) -> Predictor:
     """A predictor of y (n, units), booleans, from x (n, D)."""
     n, D = x.shape
     a = rng.standard_normal((D, rank)).astype(x.dtype) * D**-0.5
     b = rng.standard_normal((rank, y.shape[1])).astype(x.dtype) * rank**-0.5
     rare = float(y.mean()) + 0.005
-    steps = pace.epochs * -(-n // pace.batch)
-    optimizer = AdamW([a, b], pace, steps)
+    steps = hyper.epochs * -(-n // hyper.batch)
+    optimizer = AdamW([a, b], hyper, steps)
     order = np.array([], int)
     for _ in range(steps):
         if not len(order):
             order = rng.permutation(n)
-        some, order = order[: pace.batch], order[pace.batch :]
+        some, order = order[: hyper.batch], order[hyper.batch :]
         a, b = optimizer.step([a, b], gradients(a, b, x[some], y[some], rare))
     return Predictor(a, b)
 
@@ -71,13 +71,13 @@ def gradients(a, b, x, y, rare: float):
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), for a list of arrays."""
 
-    def __init__(self, weights, pace: Pace, steps: int):
-        self.pace, self.steps, self.t = pace, steps, 0
+    def __init__(self, weights, hyper: Hyperparameters, steps: int):
+        self.hyper, self.steps, self.t = hyper, steps, 0
         self.mean = [np.zeros_like(w) for w in weights]
         self.square = [np.zeros_like(w) for w in weights]
 
     def step(self, weights, gradients) -> list:
-        rate = self.pace.rate * (1 - self.t / self.steps)
+        rate = self.hyper.rate * (1 - self.t / self.steps)
         self.t += 1
         found = []
         for w, g, mean, square in zip(weights, gradients, self.mean, self.square, strict=True):
@@ -85,7 +85,7 @@ class AdamW:
             square += 0.001 * (g * g - square)
             direction = mean / (1 - 0.9**self.t)
             direction /= np.sqrt(square / (1 - 0.999**self.t)) + 1e-8
-            found.append(w - rate * (direction + self.pace.decay * w))
+            found.append(w - rate * (direction + self.hyper.decay * w))
         return found
 
 
@@ -166,7 +166,7 @@ class Training:
     """The options of a training."""
 
     rank: int | None = None  # default: a share of the width, SHARES
-    pace: Pace = Pace()
+    hyper: Hyperparameters = Hyperparameters()
     seed: int = 0
 
     def rank_for(self, lm, slot: str) -> int:
@@ -182,7 +182,7 @@ def train_predictors(lm, slot: str, texts: Sequence, training: Training) -> tupl
     for one in examples:
         x, y = one.arrays()
         with np.errstate(over="ignore", invalid="ignore"):  # refused below
-            learned = learn(x.astype(dtype), y, rank, training.pace, rng)
+            learned = learn(x.astype(dtype), y, rank, training.hyper, rng)
         need_trained(x, learned)
         found.append(in_dtype(learned, float_type(lm.model)))
     return tuple(found)
@@ -198,7 +198,7 @@ def need_trained(x, learned: Predictor) -> None:
         )
 
 
-def quick(lm, slot: str, stories: int, training: Training) -> tuple[Predictor, ...]:
+def train_on_loading(lm, slot: str, stories: int, training: Training) -> tuple[Predictor, ...]:
     """Predictors trained on a few calibration texts while a model is loaded."""
     texts = calibration_ids("contextual_sparsity", lm, stories, "use choose=random")
 

@@ -24,7 +24,7 @@ from minitx.lm import load
 from minitx.skip.contextual_sparsity import THRESHOLD, check_choice, in_slot, select
 from minitx.skip.contextual_sparsity.file import FILE, read_predictors, write_predictors
 from minitx.skip.contextual_sparsity.fit import (
-    Pace,
+    Hyperparameters,
     Training,
     need_heads,
     need_neurons,
@@ -85,7 +85,9 @@ def main(words=None) -> None:
     parser.add_argument("--out", type=Path, help=f"the file; default: {FILE} beside the weights")
     parser.add_argument("--replace", action="store_true", help="the file, if there is one")
     parser.add_argument("--stories", type=int, default=STORIES)
-    parser.add_argument("--epochs", type=int, default=Pace.epochs, help="passes over them")
+    parser.add_argument(
+        "--epochs", type=int, default=Hyperparameters.epochs, help="passes over them"
+    )
     parser.add_argument("--rank", type=int, help="of neurons; default: a quarter of the width")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true", help="the file as it is: only measure it")
@@ -122,7 +124,7 @@ def run(given: argparse.Namespace) -> None:
     else:
         need_new_file(path, given.replace)
         texts = story_ids(lm, "calibration", options["stories"])
-        training = Training(options["rank"], Pace(options["epochs"]), options["seed"])
+        training = Training(options["rank"], Hyperparameters(options["epochs"]), options["seed"])
         of_slot = {"ffn": training, "attn": replace(training, rank=None)}
         found = {slot: train_predictors(lm, slot, texts, t) for slot, t in of_slot.items()}
         trained = write_predictors(lm, found, path)
