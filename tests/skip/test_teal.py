@@ -14,7 +14,7 @@ from minitx.ledger import Entry, counting
 from minitx.model import Linear
 from minitx.shared.activation_threshold import AboveThreshold
 from minitx.shared.linears import linears
-from minitx.skip.teal import ThresholdedLinear
+from minitx.skip.teal import ThresholdedLinear, with_threshold
 from minitx.skip.teal.allocation import JudgedBlock, greedy, thresholds
 from minitx.state import Layer
 from minitx.technique import apply, swap
@@ -157,7 +157,7 @@ def test_step_is_a_share_of_a_square_matrix(monkeypatch):
         return dict.fromkeys(sizes, sparsity)
 
     monkeypatch.setattr("minitx.skip.teal.allocation.greedy", spy)
-    thresholds(tiny_lm(), TEXTS, 0.4, 0.5)
+    thresholds(tiny_lm(), TEXTS, 0.4, 0.5, with_threshold)
     assert steps == [128, 128], "not one allocation with this step for each block"
 
 
@@ -180,7 +180,7 @@ def test_error_is_that_of_the_last_quarter_of_each_text(family):
     model = tiny_lm(family, dtype=np.float64).model
     block, wanted = model.stack.blocks[0], linears(model, "all")
     inputs = [model.embed(np.array(ids), slice(0, len(ids))) for ids in TEXTS]
-    judged = JudgedBlock(block, 0, inputs, wanted)
+    judged = JudgedBlock(block, 0, inputs, wanted, with_threshold)
     shares = {key: 0.2 + 0.05 * number for number, key in enumerate(judged.matrices)}
     t = judged.thresholds(shares)
     masked = swap(block, Linear, lambda linear: Masked(linear.w, linear.b, t[id(linear)]))
@@ -198,7 +198,7 @@ def test_error_is_that_of_the_last_quarter_of_each_text(family):
 def test_each_block_skips_the_target_on_the_calibration_text(step):
     """Weighted by the matrices' sizes, with the inputs that the dense model has."""
     lm = tiny_lm("llama", dtype=np.float64)
-    t = thresholds(lm, TEXTS, 0.4, step)
+    t = thresholds(lm, TEXTS, 0.4, step, with_threshold)
     for index, block in enumerate(lm.model.stack.blocks):
         inputs = [lm.model.embed(np.array(ids), slice(0, len(ids))) for ids in TEXTS]
         for before in lm.model.stack.blocks[:index]:
@@ -239,7 +239,7 @@ def test_thresholds_are_the_literal_quantiles():
     lm = tiny_lm("gpt2", dtype=np.float64)
     first = lm.model.stack.blocks[0]
     x = first.attn.norm(lm.model.embed(IDS, slice(0, 40)))
-    t = thresholds(lm, [IDS.tolist()], 0.3, None)
+    t = thresholds(lm, [IDS.tolist()], 0.3, None, with_threshold)
     expected = literal.threshold(x.ravel().tolist(), 0.3)
     for linear in (first.attn.qkv.q, first.attn.qkv.k, first.attn.qkv.v):
         assert t[id(linear)] == pytest.approx(expected, rel=1e-4)

@@ -16,6 +16,7 @@ from minitx.model import Linear
 from minitx.shared.activation_threshold import AboveThreshold, AsManyAtRandom
 from minitx.shared.gathered_rows import PROMPTS, at_rows, sum_of_rows, token_by_token, union_of
 from minitx.shared.linears import change_linears, linears
+from minitx.skip.teal.allocation import thresholds
 from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, part
 
@@ -85,13 +86,11 @@ def teal(
     Proof:     tests/skip/test_teal.py; literal version: tests/skip/literal_teal.py
     Tutorial:  tutorials/15_zeros_and_negatives.py
     """
-    from minitx.skip.teal.allocation import thresholds
-
     found = linears(lm.model, "all")
     if sparsity == 0:
         return lm
     texts = calibration_ids("teal", lm, stories)
-    t = thresholds(lm, texts, sparsity, step if allocation == "greedy" else None)
+    t = thresholds(lm, texts, sparsity, step if allocation == "greedy" else None, with_threshold)
     order = {key: number for number, key in enumerate(found)}
 
     def change(linear: Linear) -> Part:
@@ -101,6 +100,11 @@ def teal(
         return KINDS[prompts].of(linear, select)
 
     return change_linears(lm, found, change)
+
+
+def with_threshold(linear: Linear, threshold: float) -> Part:
+    """The matrix with the inputs above this threshold only."""
+    return ThresholdedLinear.of(linear, AboveThreshold(threshold))
 
 
 # Online ------------------------------------------------------------------------------------------

@@ -17,11 +17,10 @@ import numpy as np
 
 from minitx.model import Linear, Stack, Transformer
 from minitx.progress import bar
-from minitx.shared.activation_threshold import AboveThreshold, Magnitudes
+from minitx.shared.activation_threshold import Magnitudes
 from minitx.shared.coarse import coarse
 from minitx.shared.linears import change_linears, linears
 from minitx.shared.observed_inputs import Rows, watched
-from minitx.skip.teal import ThresholdedLinear
 from minitx.state import Layer
 from minitx.technique import need
 from minitx.tree import Part, walk
@@ -30,9 +29,11 @@ MOST = 0.95  # share of its inputs that a matrix may skip, if the target is not 
 JUDGED = 0.25  # share of each text, at its end, on which the error is measured
 
 
-def thresholds(lm, texts, sparsity: float, step: float | None) -> dict[int, float]:
+def thresholds(
+    lm, texts, sparsity: float, step: float | None, skip: Callable[[Linear, float], Part]
+) -> dict[int, float]:
     """The threshold of each matrix, by the ``id`` of its ``Linear``. step: None for the same
-    sparsity everywhere.
+    sparsity everywhere. skip(linear, threshold): the matrix that skips the inputs up to it.
 
     Each block is judged by itself, on what it gets in the dense model."""
     model = lm.model
@@ -41,7 +42,7 @@ def thresholds(lm, texts, sparsity: float, step: float | None) -> dict[int, floa
     wanted, found = linears(model, "all"), {}
     inputs = [model.embed(np.asarray(ids), slice(0, len(ids))) for ids in texts]
     for index, block in enumerate(bar(model.stack.blocks, "teal", unit="block", delay=1.0)):
-        judged = JudgedBlock(block, index, inputs, wanted)
+        judged = JudgedBlock(block, index, inputs, wanted, skip)
         if not judged.matrices.keys() <= found.keys():  # else: a block that is used twice
             shares = dict.fromkeys(judged.matrices, sparsity)
             if step is not None:
@@ -73,8 +74,10 @@ def greedy(sizes: dict, sparsity: float, step: float, error: Callable) -> dict:
 class JudgedBlock:
     """A block, and what it reads and writes in the dense model: lists of (T, D), one per text."""
 
-    def __init__(self, block: Part, index: int, inputs: list, wanted: Container[int]):
-        self.block, self.index, self.inputs = block, index, inputs
+    def __init__(
+        self, block: Part, index: int, inputs: list, wanted: Container[int], skip: Callable
+    ):
+        self.block, self.index, self.inputs, self.skip = block, index, inputs, skip
         self.matrices = {id(node): node for _, node in walk(block) if id(node) in wanted}
         recorder, seen = watched(block, Linear, Rows, wanted)
         self.outputs = [self.run(recorder, x, 0) for x in inputs]
@@ -88,10 +91,10 @@ class JudgedBlock:
         over the last tokens of the texts, averaged over the features."""
         t = self.thresholds(shares)
 
-        def skip(linear: Linear) -> Part:
-            return ThresholdedLinear.of(linear, AboveThreshold(t[id(linear)]))
+        def change(linear: Linear) -> Part:
+            return self.skip(linear, t[id(linear)])
 
-        block, errors = change_linears(self.block, self.matrices, skip), []
+        block, errors = change_linears(self.block, self.matrices, change), []
         for x, y in zip(self.inputs, self.outputs, strict=True):
             first = int(len(x) * (1 - JUDGED))
             errors.append(self.run(block, x, first) - y[first:])
