@@ -79,7 +79,7 @@ def delta(
     Saves:     (in - n) out multiply-adds for a matrix (in, out) if n coordinates are sent, and as
                many weights read, less 2 in for the rms and the comparisons. Instead in + out
                numbers are stored per product (and per token, so that rewind can go back).
-    In NumPy:  slower: on stories at the default decoding is 0.4x as fast as dense and a prompt,
+    In NumPy:  slower: on stories at the default generation is 0.3x as fast as dense and a prompt,
                which runs token by token, 0.1x. A large matrix pays if less than about a third of
                the coordinates are sent, a small one hardly ever (Notes).
     Not for:   inputs that jump from token to token, which those of a language model do; batches:
@@ -225,16 +225,20 @@ def check_monitor(where: str, monitor: int) -> None:
 # Notes:
 #
 # - Does it pay to compare with the last token's input instead of with 0? Only if |x_t - x_(t-1)| is
-#   below |x_t|. For independent inputs the ratio is sqrt(2) = 1.41. Its median over the tokens of 6
-#   stories, as a mean over the layers:
+#   below |x_t|. For independent inputs the ratio is sqrt(2) = 1.41. Coordinates sent at the default
+#   threshold, of 6 stories (python -m minitx.lab.layer_events delta choose=delta -m MODEL --stories
+#   6 --parts, and with choose=zero):
 #
-#       model               q, k, v     out     gate, up     down
-#       stories               1.35      0.84      1.28       1.38
-#       stories-parallel      1.28      1.14      1.26       1.30
-#       stories-relu          1.05      0.67      0.88       1.11
+#       model               choose    q, k, v    out     gate, up    down
+#       stories             delta       82 %     59 %      80 %      47 %
+#                           zero        74 %     73 %      74 %      32 %
+#       stories-parallel    delta       81 %     70 %      81 %      43 %
+#                           zero        77 %     72 %      76 %      43 %
+#       stories-relu        delta       75 %     48 %      71 %      31 %
+#                           zero        77 %     75 %      76 %      20 %
 #
 #   So consecutive tokens are nearly unrelated; only what attention returns, an average over earlier
-#   tokens, changes slowly in two of the models. On inputs x_t = 0.9 x_(t-1) + noise (ratio 0.45)
+#   tokens, changes slowly, in two of the models. On inputs x_t = 0.9 x_(t-1) + noise (ratio 0.45)
 #   threshold=0.3 sends 51 % of the coordinates, choose=zero 77 % (tests/skip/test_delta.py).
 # - Figures on stories (minitx sweep delta threshold=0.2,0.3,0.5 choose=delta --stories 30, and with
 #   choose=zero; choose=random threshold=0.02,0.2). Loss: above dense, in nats per token. Hops: % of
@@ -259,14 +263,16 @@ def check_monitor(where: str, monitor: int) -> None:
 #   x_t = 0.9 x_(t-1) + noise, threshold=0.3, its relative error (over 50 tokens each) reaches 4.6
 #   within 1,000 tokens, with refresh=20 0.55; here it is at most 0.14. So refresh only clears
 #   rounding (float32, threshold=0: below 1e-6 with refresh=20, above it without).
-# - Speed of one product with a decoded token, relative to dense (one BLAS thread, a busy machine),
-#   by the share of coordinates sent. Gathering rows costs a copy of each.
+# - Time of one product with a decoded token, relative to dense (one BLAS thread), by the share of
+#   coordinates sent. Gathering rows costs a copy of each.
 #
-#       W              0.1      0.2      0.3      0.5      0.75
-#       352 x 128      0.45x    0.41x    0.38x    0.32x    0.20x
-#       128 x 704      1.12x    1.00x    0.89x    0.53x    0.41x
-#       576 x 3072     2.97x    1.70x    1.20x    0.72x    0.49x
+#       python -m minitx.lab.product_times ...    0.1     0.2     0.3     0.5     0.75
+#       delta 352 128                             2.6x    2.9x    3.1x    3.4x    5.3x
+#       delta 128 704                             1.4x    1.5x    1.7x    2.6x    3.1x
+#       delta 576 3072                            0.4x    0.7x    0.9x    1.6x    2.1x
 #
+#   With the bookkeeping of the whole model: minitx compare --delta, and minitx first-token --delta
+#   for prompts.
 # - A token that reaches a layer after later ones have (techniques that skip and revive tokens) is
 #   multiplied densely, and does not count as the token before.
 # - The monitor compares an FFN's result with that of the dense FFN. where=ffn threshold=0.5 on 16

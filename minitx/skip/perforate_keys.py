@@ -63,10 +63,9 @@ def perforate_keys(
                r = sinks + window + (S - sinks - window) / stride of S cached keys; values: S d +
                r d. The kept keys are the same in all heads, and nearly the same for neighbouring
                queries, so prompts save too (unlike with elsa, a3, ...).
-    In NumPy:  skip pays from about 2,000 cached keys: one decoded token takes 0.6x the time of
-               dense attention at 2,048 keys, 0.4x at 8,192, 0.2x at 32,768. On stories (512 keys)
-               generation is slower, 0.7x as fast. values: slower up to 8,192 keys, 0.8x the time
-               at 32,768.
+    In NumPy:  skip pays from about 2,000 cached keys: with a quarter of them kept, attention of one
+               decoded token is 0.4x as fast as dense at 512 keys, 1.4x at 2,048, 1.5x at 4,096
+               (Notes). values computes all scores and gains less.
     Not for:   saving memory: every row stays in the KV cache (Notes). sink_window keeps no keys in
                between, evicts them, and moves the sinks next to the window.
     Proof:     tests/skip/test_perforate_keys.py; literal version:
@@ -241,6 +240,7 @@ def any_kept(kept):
 #   window=16 and the stride that keeps half of the keys, these have 64 % of the exact attention
 #   mass and loss is +0.212 above dense; a plain window of as many keys has 73 % and +0.066, random
 #   keys 65 % and +1.327, predicted ones 80 % and +0.001.
+#   That command also times one decoded token at up to 4,096 keys.
 # - Adding log(stride) to the scores of strided keys, so that each stands for its neighbours too,
 #   changed little in a trial with 2 chains: +0.031 instead of +0.035 at window=128 stride=4, +0.088
 #   instead of +0.083 at window=64. It is not here.

@@ -254,5 +254,6 @@ def packed_bytes(codes, bits: int) -> int:
 #   flat attention averages over many keys, and so over their errors. Besides, large errors make any
 #   softmax look peaked. So the opposite rule is the better one; but 3 or 4 bits for all, which read
 #   about as little, are as good. The rules rank the same on stories-relu.
-# - Bytes of keys and values read per token, in chains of 512 tokens: 0.58x with the high 4 bits
-#   alone, 0.63x at the defaults, 0.55x with 2 bits.
+# - KV cache bytes per token, in chains of 512 tokens (minitx compare --progressive-precision
+#   --chains 2 --stories 10): 0.63x at the defaults; 0.58x with the high 4 bits alone (threshold=0),
+#   0.55x with 2 bits (high=2 threshold=0).

@@ -54,9 +54,9 @@ def zero_skip(
     Saves:     r D + F multiply-adds per token instead of F D (a comparison counted as one), which
                is less once more than F / D neurons are 0. Bytes: r rows of W_down are read, not F.
     In NumPy:  copying rows costs more than BLAS saves until most are 0. Break-even on this machine
-               (one BLAS thread): never at 512 x 128 (stories-relu), 85 % of zeros at 2,048 x 512,
-               70 % at 4,096 x 1,024. stories-relu decodes 0.8x as fast as dense and reads prompts
-               0.5x as fast, which prompts=dense avoids.
+               (one BLAS thread): never at 512 x 128 (stories-relu), 80 % of zeros at 2,048 x 512,
+               75 % at 4,096 x 1,024. stories-relu generates 0.85x as fast as dense and reads
+               prompts 0.5x as fast, which prompts=dense avoids.
     Not for:   SwiGLU and GELU, whose neurons are small but not 0: dropping those is approximate.
                W_down in another format (quantize, low_rank, ...).
     Proof:     tests/skip/test_zero_skip.py; literal version: tests/skip/literal_zero_skip.py
@@ -121,19 +121,15 @@ def note(read: int, h) -> None:
 
 # Notes:
 #
-# - Zeros and multiply-adds of each layer, and the time of gathered rows against the dense product:
-#       python -m minitx.lab.zero_activations stories-relu
-#       python -m minitx.lab.zero_activations stories-relu hidden=4096 width=1024
-#   On 4 held-out stories:
-#
-#       layer    zero neurons    multiply-adds of W_down
-#       0        70.3 %          0.305x
-#       1        87.8 %          0.130x
-#       2        79.1 %          0.217x
-#       3        65.3 %          0.355x
-#
-#   Time of one token's product at 4,096 x 1,024, dense 0.30 ms: with 50 % of zeros 0.66 ms, 70 %
-#   0.27, 80 % 0.18, 90 % 0.10, 99 % 0.02. At 512 x 128, dense 4.8 us: 50 % 10.0, 90 % 6.6.
+# - The rows that each layer reads, and the time of one token's product with W_down:
+#       python -m minitx.lab.layer_events zero_skip -m stories-relu
+#       python -m minitx.lab.product_times zero_skip 4096 1024
+#   On 4 held-out stories, layers 0 to 3 read 29.7, 12.2, 20.9 and 34.7 % of the rows. At 4,096 x
+#   1,024 the time relative to dense is 1.8x with 50 % of zeros, 1.1x with 70 %, 0.7x with 80 %,
+#   0.4x with 90 % and 0.1x with 99 %; at 512 x 128 it is 2.0x with 50 % and 1.4x with 90 %.
+#   Speed of generation and of prompts:
+#       minitx compare --zero-skip -m stories-relu --stories 10
+#       minitx first-token --zero-skip -m stories-relu --shared 200
 # - Rows, never columns: gathering columns of a matrix is some twenty times slower, since each of
 #   their numbers is in another cache line.
 # - Tokens of a prompt share hardly any zeros: the rows that at least one of them needs are soon all

@@ -115,7 +115,7 @@ def contextual_sparsity(
     Saves:     2 D multiply-adds per neuron that does not run, less rank (D + F); 2 D d + 2 S d per
                head, less rank (D + H). Per token and layer (S cached tokens, heads of width d).
     In NumPy:  slower on stories-relu, 0.6x as fast as dense: selecting and gathering rows cost more
-               than the small products. An FFN of 1,024 x 4,096 breaks even at 23 % of the neurons.
+               than the small products. An FFN of 1,024 x 4,096 breaks even at 20 % of the neurons.
     Not for:   FFNs without ReLU (heads alone are possible: neurons=1), or whose matrices another
                technique has replaced (quantize, ...). If one has changed the model (fold_norms,
                prune, ...), predictors are trained on loading.
@@ -395,17 +395,21 @@ def check_choice(neurons: float | None, threshold: float | None, choose: str, mo
 #
 #   A threshold is better than a top-k of equal cost: tokens and layers differ in how many neurons
 #   they need. None of four heads can be spared, though the predictor finds those that write most.
-# - The rank decides: in a trial (600 steps of 512 tokens) the threshold at which about 30 % of the
-#   neurons run cost +0.0007 nats at rank 32, +0.03 at 16, +0.43 at 8 and +1.4 at 4; the predictor's
-#   own share of a dense FFN's multiply-adds is 16, 8, 4 and 2 %. Read one sub-layer early, before
-#   attention, rank 16 cost +0.17 instead of +0.03; nothing runs at the same time on one core, so
-#   nothing would be gained by it here.
-# - Predictors that are trained on loading (16 stories, 1 to 2 seconds on stories-relu) are not
-#   as good: with fold_norms the default costs +0.009.
+# - The rank decides (minitx sweep contextual-sparsity neurons=0.3 rank=4,8,16,32 -m stories-relu
+#   --stories 20, which trains those below 32 on loading): 30 % of the neurons cost +1.67 nats at
+#   rank 4, +0.56 at 8, +0.049 at 16 and +0.0076 at 32, where 0.609x, 0.620x, 0.642x and 0.687x of
+#   the multiply-adds are left: the predictor's own are 2, 4, 8 and 16 % of a dense FFN's.
+# - Predictors that are trained on loading (16 stories, 1 to 2 seconds on stories-relu) are not as
+#   good: minitx compare --fold-norms --contextual-sparsity -m stories-relu --stories 20 has a loss
+#   of +0.007 above dense.
 # - Training counts on one BLAS thread for the same bytes: threads add in another order.
-# - One FFN, rank D / 4, top-k, one token, microseconds of one core (dense; 50, 25, 10, 5 % of the
-#   neurons): 128 x 512: 29; 89, 78, 75, 67. 1,024 x 4,096: 1,578; 3,751, 1,701, 533, 326. A prompt
-#   runs token by token, which is slower still: dense products share the reading of weights.
+# - One FFN, rank D / 4, top-k, one token, its time relative to dense with 50, 25, 10 and 5 % of the
+#   neurons:
+#       python -m minitx.lab.product_times contextual_sparsity 128 512      4.0, 4.1, 3.4, 3.4
+#       python -m minitx.lab.product_times contextual_sparsity 1024 4096    2.1, 1.3, 0.7, 0.5
+#   A prompt runs token by token, which is slower still: dense products share the reading of
+#   weights.
 # - monitor: every n-th token runs all neurons too, from the same arrays (FFNByNeuron). It does not
-#   pay here: neurons=0.2 monitor=8 limit=0.1, 0.2, 0.4 cost +0.017, +0.028, +0.042 at 0.88x, 0.79x,
-#   0.70x of the multiply-adds (20 stories), all more than a larger share of the neurons.
+#   pay here: minitx sweep contextual-sparsity neurons=0.2 monitor=8 limit=0.1,0.2,0.4 -m
+#   stories-relu --stories 20: +0.017, +0.028, +0.042 at 0.88x, 0.79x, 0.70x of the multiply-adds,
+#   all more than a larger share of the neurons.

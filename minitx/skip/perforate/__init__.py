@@ -82,8 +82,8 @@ def perforate(
     Online:    y = x[kept] (alpha W[kept]) + (c + b)      both in brackets are stored
     Saves:     (in - r) out multiply-adds per token and as many weights, of each matrix.
     In NumPy:  as fast as dense on stories: with so few inputs, gathering them and adding c take
-               what is saved. At 512 x 1408 with a quarter skipped, a product takes 0.8x the time
-               for one token, 0.7x for 128.
+               what is saved. At 512 x 1408 with a quarter skipped, a product takes 0.8x the time,
+               for one token and for 128 (python -m minitx.lab.product_times perforate 512 1408).
     Not for:   text of another kind than the calibration text; techniques that need a whole matrix
                W_o or W_down (head_router, ...).
     Proof:     tests/skip/test_perforate.py; literal version: tests/skip/literal_perforate.py
