@@ -357,9 +357,7 @@ def test_heads_alone_are_predicted_in_a_model_without_relu():
 def test_techniques_that_read_the_weights_of_all_heads_are_refused(other):
     options = find(other).demo
     wanted = {"contextual_sparsity": {"neurons": 1.0, "heads": 0.5, "stories": 1}, other: options}
-    with pytest.raises(
-        MinitxError, match=f"{other} .* Attend, which contextual_sparsity has"
-    ):
+    with pytest.raises(MinitxError, match=f"{other} .* Attend, which contextual_sparsity has"):
         apply(dense_lm(), wanted)
 
 
