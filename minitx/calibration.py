@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -118,22 +116,10 @@ def _size(rows: list[list[int]]) -> str:
 
 
 def _stories(count: int) -> list:
-    """The first ``count`` stories. Writing one takes 10 ms, so each is written once."""
-    endless, written = _written()
-    try:
-        written += islice(endless, max(0, count - len(written)))
-    except KeyboardInterrupt:  # which ends the stream: begin a new one next time
-        _written.cache_clear()
-        raise
-    return written[:count]
+    """The first ``count`` stories."""
+    from minitx.training.stories import first_stories  # only where the default source is used
 
-
-@cache
-def _written() -> tuple[Iterator, list]:
-    """The endless stream of stories, and those that were taken from it."""
-    from minitx.training.stories import stories  # only where the default source is used
-
-    return stories("calibration", "full", 0), []
+    return first_stories("calibration", "full", 0, count)
 
 
 # What techniques ask for -------------------------------------------------------------------------

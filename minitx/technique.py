@@ -290,7 +290,8 @@ def find(name: str) -> Technique:
         near = nearest(key, known)
         hint = f"did you mean {near!r}?" if near else "minitx list shows all of them."
         raise MinitxError(f"There is no technique {abbreviate(name)}; {hint}")
-    importlib.import_module(known[key])
+    if key not in REGISTRY:
+        importlib.import_module(known[key])
     return REGISTRY[key]
 
 

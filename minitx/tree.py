@@ -6,6 +6,7 @@ parts, and plain settings. The functions of this file work on any part, whatever
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -59,22 +60,30 @@ def table(**options) -> Any:
 
 def children(node: Part) -> Iterator[tuple[str, Part]]:
     """(field name, child) for each child part, tuples numbered: ``blocks.3``."""
-    for f in fields(node):
-        value = getattr(node, f.name)
+    for name in field_names(type(node)):
+        value = getattr(node, name)
         if isinstance(value, Part):
-            yield f.name, value
+            yield name, value
         elif isinstance(value, tuple):
             for i, item in enumerate(value):
                 if isinstance(item, Part):
-                    yield f"{f.name}.{i}", item
+                    yield f"{name}.{i}", item
+
+
+@cache
+def field_names(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
 
 
 def walk(node: Part, path: str = "") -> Iterator[tuple[str, Part]]:
     """(path, part) for the node itself and everything below it, from the root down. A part that
     is used in two places comes twice."""
-    yield path, node
-    for name, child in children(node):
-        yield from walk(child, f"{path}.{name}" if path else name)
+    waiting = [(path, node)]
+    while waiting:
+        path, node = waiting.pop()
+        yield path, node
+        below = [(f"{path}.{name}" if path else name, child) for name, child in children(node)]
+        waiting += reversed(below)
 
 
 def rebuild(node: Part, change: Callable[[Part], Part | None], seen: dict | None = None) -> Part:
@@ -91,8 +100,8 @@ def rebuild(node: Part, change: Callable[[Part], Part | None], seen: dict | None
 
 def _rebuild_children(node: Part, change, seen: dict) -> Part:
     changed = {}
-    for f in fields(node):
-        old = getattr(node, f.name)
+    for name in field_names(type(node)):
+        old = getattr(node, name)
         if isinstance(old, Part):
             new = rebuild(old, change, seen)
         elif isinstance(old, tuple):
@@ -101,7 +110,7 @@ def _rebuild_children(node: Part, change, seen: dict) -> Part:
         else:
             continue
         if new is not old:
-            changed[f.name] = new
+            changed[name] = new
     return replace(node, **changed) if changed else node
 
 

@@ -325,7 +325,7 @@ def reader(changed):
 
 
 names = ["dense", *MODELS]
-seconds = time_side_by_side(reader(lm), *map(reader, MODELS.values()), repeats=5)
+seconds = time_side_by_side(reader(lm), *map(reader, MODELS.values()), repeats=3)
 for name, time in zip(names, seconds):
     print(f"  {name:12} {seconds[0] / time:.2f} {bar(seconds[0] / time, 2)}")
 # The gap gains nothing: its checks take the time that its exits save, and with a larger vocabulary

@@ -79,7 +79,7 @@ def row_of(name, kept, scores):
     return [name, kept, f"{scores.mean_loss:.3f}", *hops]
 
 
-stories = held_out_stories(20)
+stories = held_out_stories(12)
 dense_scores = evaluate_stories(lm, stories)
 loss = {}
 table = [row_of("dense", "all", dense_scores)]

@@ -199,7 +199,7 @@ assert [row[1] for row in log] == ["", "", "", "B", "A"]
 title("5. At a fifth of the keys")
 lm = load_stories()
 c = lm.model.config
-stories = held_out_stories(10, "two_hops")
+stories = held_out_stories(7, "two_hops")
 ids = lm.encode(stories[0].text) + lm.encode(stories[1].text)  # for section 6
 
 
@@ -260,7 +260,7 @@ title(f"6. The price of one token after {len(ids) - 1} others")
 projections = c.layers * c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads)
 all_models = {"dense": lm, **models(keep=len(ids) // 5)}
 steps = [decode_last(model, ids) for model in all_models.values()]
-seconds = time_side_by_side(*steps, repeats=15)
+seconds = time_side_by_side(*steps, repeats=8)
 
 table, work = [], {}
 for i, (name, model) in enumerate(all_models.items()):

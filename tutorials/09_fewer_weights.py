@@ -33,7 +33,7 @@ import minitx
 from minitx.tree import nbytes, weights
 
 lm = load_stories()
-stories = held_out_stories(16)
+stories = held_out_stories(10)
 ids = lm.encode(stories[0].text)[:64]
 
 

@@ -11,7 +11,6 @@ import tempfile
 import textwrap
 import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import minitx
 from minitx.ledger import Ledger, counting
 from minitx.training.data import StoryEncoder
 from minitx.training.loss import token_losses
-from minitx.training.stories import HOPS, KINDS, stories
+from minitx.training.stories import HOPS, KINDS, first_stories
 
 COLUMNS = 100  # of text on the screen
 
@@ -209,12 +208,12 @@ def count_last(lm, ids) -> Ledger:
 def held_out_stories(count, grade="full"):
     """Stories that no model was trained on and no technique is calibrated on. ``story.text`` is the
     text of one."""
-    return list(islice(stories("evaluation", grade, 0), count))
+    return first_stories("evaluation", grade, 0, count)
 
 
 def calibration_stories(count, grade="full"):
     """Stories to calibrate on (choose thresholds, say), which are not held out for judging."""
-    return list(islice(stories("calibration", grade, 0), count))
+    return first_stories("calibration", grade, 0, count)
 
 
 @dataclass

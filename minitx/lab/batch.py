@@ -2,7 +2,7 @@
 
 The dense model pads them to the longest, and runs each sequence until all have ended. It takes
 turns with the changed model, and with itself on one prompt after another, at several mean lengths.
-The completions are as unequal as the prompts: a sequence ends after as many tokens as planned,
+Completions differ in length as prompts do: a sequence ends after a planned number of tokens,
 whatever it says. A ratio is the median over the rounds. Time is CPU time; with one BLAS thread
 (OPENBLAS_NUM_THREADS=1) on an idle machine that equals wall time.
 """
@@ -138,7 +138,7 @@ def read(texts, n: int) -> list[int]:
 
 
 class EndsAfter(Sampler):
-    """The likeliest token each time, but that the text ends after ``count`` tokens, not before."""
+    """Greedy decoding, except that the text ends after exactly ``count`` tokens."""
 
     def __init__(self, count: int, eos: Sequence[int]):
         super().__init__(temperature=1.0)  # at 0 a loop may choose by itself

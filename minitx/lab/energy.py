@@ -7,8 +7,8 @@ An estimate: the ledger's counts times published constants,
 
 for dedicated hardware that does nothing else. There is no static power, no control, no instruction
 fetch, no writing, and no cache that serves a byte twice; what the ledger does not count (norms,
-softmax) is free. It says which of two models takes less and why, not what a computer draws. Energy
-is the measure of green computing (survey: arXiv 2311.00447).
+softmax) is free. It says which of two models takes less and why, not what a computer consumes.
+Energy is the measure of green computing (survey: arXiv 2311.00447).
 
 Where bytes are read from is one simple rule. A model whose arrays and whose KV cache of a full
 context together fit in the on-chip memory reads all its bytes from there (SRAM); any other reads
@@ -36,7 +36,7 @@ LARGEST = 1e9  # a constant beyond this is a mistake, and might overflow
 
 @dataclass(frozen=True)
 class Constants:
-    """What one operation takes, in pJ; each may be overridden."""
+    """Energy of one operation, in pJ; each may be overridden."""
 
     float32: float = FLOAT32_MULTIPLY + FLOAT32_ADD  # a multiply-add
     addition: float = FLOAT32_ADD  # of floats, without a multiplication
@@ -69,7 +69,7 @@ class Constants:
 
 @dataclass(frozen=True)
 class Energy:
-    """pJ, by what takes them."""
+    """Energy in pJ, by what consumes it."""
 
     multiply_adds: float = 0.0  # and additions
     weights: float = 0.0  # reading them

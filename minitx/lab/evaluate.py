@@ -9,7 +9,6 @@ one story after another as generation would, and any other text is read in windo
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from minitx.text import Text, start_of
 from minitx.training.data import END, ORDINARY, PADDING, StoryEncoder, end_id
 from minitx.training.layerskip import record
 from minitx.training.loss import token_losses
-from minitx.training.stories import HOPS, KINDS, Story, guess_baselines, stories
+from minitx.training.stories import HOPS, KINDS, Story, first_stories, guess_baselines, stories
 
 ENTRIES = len(KINDS) + 1  # ordinary text, then each kind of answer
 
@@ -278,7 +277,7 @@ def held_out(lm, count: int, grade="full", seed: int = 0) -> list[Story]:
         )
     if type(count) is not int or count < 1:
         raise MinitxError(f"stories must be an integer >= 1, got {count!r}.")
-    return list(islice(stories("evaluation", grade, seed), count))
+    return first_stories("evaluation", grade, seed, count)
 
 
 def best_guess(stories: Sequence[Story]) -> dict[str, float]:

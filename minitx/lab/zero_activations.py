@@ -32,7 +32,7 @@ LONGEST = 0.5  # seconds after which there is no other one
 
 @dataclass(frozen=True)
 class Zeros:
-    """What is counted, and timed at each of ``SHARES``."""
+    """What was counted, and the times at each of ``SHARES``."""
 
     name: str
     texts: str
@@ -143,7 +143,7 @@ def main(words: list[str]) -> int:
 
 
 def number(name: str, text: str) -> int:
-    """An option's value; MinitxError for what is none, or would take too long."""
+    """An option's value; MinitxError unless it is an integer from 1 to 2^14."""
     return need_integer(
         int(text) if text.isdecimal() and len(text) < 10 else text, name, between(1, 1 << 14)
     )

@@ -26,7 +26,7 @@ class Magnitudes:
 
 @part
 class AboveThreshold(Part):
-    """Active is what exceeds the threshold in magnitude."""
+    """Active are the numbers that exceed the threshold in magnitude."""
 
     threshold: float
 
@@ -37,7 +37,7 @@ class AboveThreshold(Part):
 
 
 def is_above(x, threshold: float):
-    return ~(abs(x) <= threshold)  # NaN is, so that it is not hidden
+    return ~(abs(x) <= threshold)  # NaN counts as above, so that it is not hidden
 
 
 STRIDE = 7919  # a prime
@@ -45,8 +45,8 @@ STRIDE = 7919  # a prime
 
 @part
 class AsManyAtRandom(Part):
-    """Random baseline: for each token as many as are above the threshold, n, but from a random
-    order, which begins at another place for each n, so that tokens differ."""
+    """Random baseline: for each token n activations, as many as are above the threshold, that are
+    consecutive in a random order. The first one depends on n, so that tokens differ."""
 
     threshold: float
     rank: np.ndarray = table()  # (inputs,): the place of each in the order

@@ -5,13 +5,30 @@ or rows of a column-major matrix, takes some twenty times as long.
 
 For one token only the active rows are used. Several tokens that run at once use the union of their
 active rows, with 0 where a row is not active for a token: that is what is computed and counted. A
-prompt of some ten tokens needs nearly all rows, so there it is a dense product.
+prompt of some ten tokens needs nearly all rows, so there it is a dense product. Or they run one by
+one (``token_by_token``), each with its own rows: fewer multiply-adds, and much slower in NumPy.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
 from minitx import ledger, ops
 from minitx.tree import Part, part
+
+# The help text of the option ``prompts``, for every technique that uses these products.
+PROMPTS = (
+    "when several tokens run at once. union: multiply all of them by the union of their rows, "
+    "which is faster in NumPy; skip: each token only by its own rows, one after another"
+)
+
+
+def token_by_token(run: Callable, x):
+    """``run(row)`` (out,) for each token x (..., n) -> (..., out)."""
+    if not x.size:
+        return run(x)  # a step without tokens
+    found = [run(row) for row in x.reshape(-1, x.shape[-1])]
+    return np.reshape(found, (*x.shape[:-1], -1))
 
 
 def union_of(active):
@@ -29,7 +46,7 @@ def at_rows(x, active, rows):
 
 
 def gathered(w, rows):
-    """``w[rows]``; w itself if that is all of it."""
+    """``w[rows]``; w itself if these are all rows."""
     return w if len(rows) == len(w) else w[rows]
 
 
@@ -39,7 +56,7 @@ def sum_of_rows(x, w, rows, b=None):
     if x.size > len(rows):
         return ops.linear(x, w, b)
     ledger.product(x, w)
-    y = x @ w  # it was just copied: BLAS is fast on what is in the cache (see fast.matmul)
+    y = x @ w  # w was just copied, so it is in the cache, where BLAS is fast (see fast.matmul)
     return y if b is None else y + b
 
 

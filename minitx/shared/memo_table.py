@@ -1,10 +1,10 @@
 """A table of vectors that were seen before, for memoization: find the stored key nearest to a new
-input, and how far away it is. What is stored for each key is kept by the technique.
+input, and how far away it is. The technique keeps the values, what it stores for each key.
 
 Offline: ``cover`` selects which inputs to store, ``MemoTable.of`` makes the table. It never changes
 afterwards, so a result depends only on the input and not on what was run before it.
 
-Letters: N stored keys of width D, r the width that they are compared in, T new inputs.
+Letters: N stored keys of width D, r principal components by which they are compared.
 """
 
 import numpy as np
@@ -19,8 +19,8 @@ BLOCK = 512  # rows of a distance matrix at a time
 
 @part
 class MemoTable(Part):
-    """N keys. The nearest one is found by the first r principal components of the keys, for N r
-    multiply-adds instead of N D; the distance to that one is then measured exactly."""
+    """N keys. The nearest one is found by r principal components, for D r + N r multiply-adds
+    instead of N D; the distance to that one is then measured exactly."""
 
     basis: np.ndarray = table()  # (D, r) orthonormal columns
     short: np.ndarray = table()  # (N, r) = keys @ basis
@@ -39,7 +39,8 @@ class MemoTable(Part):
         """x (..., D) -> the indices (...) of the nearest keys, and the distances |x - key| / |key|
         (...)."""
         short = ops.linear(x, self.basis)  # (..., r)
-        # |s - k|^2 / 2 = |k|^2 / 2 - s k + a number that is the same for all keys
+        # For s = short and a short key k: |s - k|^2 / 2 = |k|^2 / 2 - s . k + |s|^2 / 2,
+        # where the last term is the same for all keys.
         entry = (self.half - ops.linear(short, self.short.T)).argmin(-1)
         return entry, self.distance(x, entry)
 
@@ -65,16 +66,16 @@ def norms(x):
 # Offline -----------------------------------------------------------------------------------------
 
 
-def principal(keys, r: int):
-    """(D, r): the r directions in which the keys vary most (fewer if D is smaller)."""
-    need_finite(keys)
-    centered = keys - keys.mean(0, dtype=np.float64)
+def principal(x, r: int):
+    """The first r principal components (D, r) of x (n, D); fewer if D is smaller."""
+    need_finite_inputs(x)
+    centered = x - x.mean(0, dtype=np.float64)
     _, directions = np.linalg.eigh(centered.T @ centered)  # ascending
-    return np.ascontiguousarray(directions[:, ::-1][:, :r]).astype(keys.dtype)
+    return np.ascontiguousarray(directions[:, ::-1][:, :r]).astype(x.dtype)
 
 
-def need_finite(keys) -> None:
-    if not np.isfinite(keys).all():
+def need_finite_inputs(x) -> None:
+    if not np.isfinite(x).all():
         raise MinitxError(
             "Memoization stores what the model computes on calibration text, and some of that is "
             "NaN or Inf; check the model's weights, or calibrate on another text."
@@ -82,11 +83,11 @@ def need_finite(keys) -> None:
 
 
 def cover(keys, radius: float, size: int) -> np.ndarray:
-    """The indices of at most ``size`` of the keys (n, D), selected greedily: again and again the
-    one that has most keys within its radius which are within the radius of none before. Ties go to
-    the lower index; it ends early if no key is left."""
+    """The indices of at most ``size`` of the keys (n, D), selected greedily: each time the one with
+    most keys within its radius that are within the radius of none selected before. Ties go to the
+    lower index; it ends early if no key is left."""
     near = within(keys, radius)  # (n, n)
-    count = near.sum(0)  # (n,) for each key, how many of those left are within its radius
+    count = near.sum(0)  # (n,) for each key, how many of ``left`` are within its radius
     left, chosen = np.ones(len(keys), bool), []
     while len(chosen) < size and left.any():
         chosen.append(int(count.argmax()))

@@ -23,8 +23,8 @@ def positives_first(w):
 
 
 def largest_rows_first(w):
-    """One order for all outputs: the inputs whose rows of weights have the largest norm first. For
-    signs there is no such order: an input's weight is positive for one output and negative for
+    """One order for all outputs: the inputs whose rows of weights have the largest norm first. By
+    sign there is no shared order: an input's weight is positive for one output and negative for
     another."""
     return small(np.argsort(-(w.astype(np.float64) ** 2).sum(1), kind="stable"))[:, None]
 
@@ -73,7 +73,7 @@ GATHERED = 1 << 20  # inputs gathered at a time, so that they fit in memory
 
 def few_at_a_time(run, x, gathered: int):
     """run(rows) (n, out) for the rows (n, in) of x (..., in), a few at a time -> (..., out).
-    gathered: how many inputs it gathers for each row."""
+    gathered: how many inputs ``run`` gathers for each row."""
     rows, step = x.reshape(-1, x.shape[-1]), max(1, GATHERED // max(1, gathered))
     starts = range(0, max(1, len(rows)), step)  # a step may have no token
     y = np.concatenate([run(rows[a : a + step]) for a in starts])

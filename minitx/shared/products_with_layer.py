@@ -1,9 +1,10 @@
 """Attention and FFN whose products with a matrix also get the ``Layer``, for products that remember
 what they computed for earlier tokens of the sequence.
 
-A ``Linear`` is called with x alone. ``replace_products`` puts parts into every block that are
-called as product(x, layer). Matrices that read the same input become one: [W_k W_v], [W_gate W_up].
-W_q stays apart, since some techniques compute queries at another time than keys and values.
+A ``Linear`` is called with x alone. ``replace_products`` replaces those of every block by parts
+that are called as product(x, layer). Matrices with the same input are joined: [W_k W_v] and
+[W_gate W_up]. W_q stays separate, since some techniques compute queries at another time than keys
+and values.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from minitx.model import (
     split_heads,
 )
 from minitx.shared.linears import side_by_side
-from minitx.shared.row_by_row import each_row
+from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.technique import need, swap, wrap
 from minitx.tree import Part, part
@@ -47,7 +48,7 @@ class Remembering(Part):
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "a product that remembers earlier tokens runs one sequence at a time"
-            return each_row(lambda row, _: self.one(row, Layer.once(len(row))), x, layer, because)
+            return each_sequence(self.one, x, layer, because)
         return self.one(x, layer)
 
 

@@ -1,19 +1,19 @@
-"""A quality monitor: run exactly now and then, and adapt how approximate the rest may be.
+"""A quality monitor: run exactly once in n tokens, and adapt how approximate the others may be.
 
-Mittal's survey of approximate computing (ACM Computing Surveys 48(4), 2016) names the control loop;
-what is here is the simplest one. A sub-layer comes in several versions, from exact to the most
-approximate. Every n-th token runs exactly and approximately, and their relative error decides which
-version the tokens after it use:
+Mittal's survey of approximate computing (ACM Computing Surveys 48(4), 2016) names such a control
+loop; this is the simplest one. A sub-layer has several versions, numbered by level, from 0 (exact,
+or closest to it) to the most approximate. Every n-th token runs exactly and approximately, and the
+relative error of the approximate output decides which version the tokens after it use:
 
-    error > limit        one version closer to exact
-    error <= limit / 2   one version more approximate, up to the most approximate one
-    otherwise            the same version
+    error > limit        one level lower, closer to exact
+    error <= limit / 2   one level higher, up to the most approximate version
+    otherwise            the same level
 
-Tokens are taken in order, and a decision is remembered by its position, so a prompt that is read at
-once, in chunks or token by token gives the same, and ``rewind`` takes decisions back.
+Tokens run in order, and a decision is remembered by its position, so a prompt that is read at once,
+in chunks or token by token gives the same result, and ``rewind`` undoes decisions.
 
 Two classes: ``Levels`` remembers the decisions of one sequence and layer, for techniques that have
-their own loop over tokens; ``Monitored`` is a ready part for the "ffn" slot.
+their own loop over tokens; ``Monitored`` is a part for the "ffn" slot.
 """
 
 from collections.abc import Iterator
@@ -22,17 +22,18 @@ import numpy as np
 
 from minitx import ledger
 from minitx.shared.coarse import coarse
-from minitx.shared.row_by_row import each_row
+from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.tree import Part, part
 
-# What the options of a technique say that uses it.
-MONITOR = "quality monitor: every n-th token also runs exactly and adapts the rest; 0: none"
-LIMIT = "of the monitor: the relative error of a sub-layer's output that is allowed"
+# The help texts of the options monitor and limit, for every technique that has them.
+MONITOR = "quality monitor: every n-th token also runs exactly and adapts the others; 0: none"
+LIMIT = "of the monitor: the largest relative error allowed in a sub-layer's output"
 
 
 class Levels:
-    """The version in use, from 0 (exact) to ``top``, and how it came to be: in ``layer.memory``."""
+    """The level in use, from 0 (closest to exact) to ``top``, and its changes, in the order of the
+    tokens; kept in ``layer.memory``."""
 
     def __init__(self, top: int):
         self.top = top
@@ -43,7 +44,7 @@ class Levels:
         return self.changes[-1][1] if self.changes else self.top
 
     def note(self, position: int, error: float, limit: float) -> None:
-        """The token at this position was checked."""
+        """Adapt the level to the error that was found at this position."""
         level = self.level
         if error > limit:
             level = max(level - 1, 0)
@@ -60,7 +61,7 @@ class Levels:
 
 
 def levels_of(owner, layer: Layer, top: int) -> Levels:
-    """The levels of this sequence, which begins with the most approximate version."""
+    """The levels of this sequence, which begins with the most approximate one."""
     return layer.memory.recall((owner, Levels), lambda: Levels(top))
 
 
@@ -103,7 +104,7 @@ class Monitored(Part):
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "the quality monitor uses another version for each sequence"
-            return each_row(lambda row, _: self.one(row, Layer.once(len(row))), x, layer, because)
+            return each_sequence(self.one, x, layer, because)
         return self.one(x, layer)
 
     def one(self, x, layer: Layer):
@@ -122,17 +123,17 @@ class Monitored(Part):
         return self.versions[levels.level](x, layer)
 
     def check(self, x, layer: Layer, levels: Levels):
-        """Run one token exactly, and compare: where all is exact now, with the version that would
-        come next."""
+        """Run one token exactly, and compare with the version in use; at level 0 with level 1, the
+        one that would be used next."""
         exact = self.versions[0](x, layer)
         found = self.versions[max(levels.level, 1)](x, layer)
         error = relative_error(found, exact)
         levels.note(int(layer.tokens.array[0]), error, self.limit)
-        return exact  # it is there, so use it
+        return exact  # it has been computed, so use it
 
 
 def monitored(exact: Part, versions, every: int, limit: float) -> Part:
-    """``versions``, from the least to the most approximate, below the quality monitor; just the
+    """``versions``, from the least to the most approximate, under the quality monitor; only the
     last one if ``every`` is 0."""
     if every == 0:
         return versions[-1]

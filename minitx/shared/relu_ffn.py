@@ -28,8 +28,8 @@ def need_relu(name: str, ffn: FFN) -> None:
 
 
 def inputs_of_up(lm, texts: list[list[int]], label: str) -> dict[int, np.ndarray]:
-    """The inputs (n, D) of each W_up while the model reads the texts, by the id of its part; none
-    for an FFN that another technique always skips."""
+    """The inputs (n, D) of each W_up while the model reads the texts, by the id of its part. An FFN
+    that another technique always skips has none."""
     wanted = {id(node.expand.up) for _, node in walk(lm.model) if type(node) is FFN}
     observed, observers = watched(lm.model, Linear, Rows, wanted)
     for ids in bar(texts, label, unit="text", delay=1.0):

@@ -31,6 +31,11 @@ def row_by_row(stack: Part, x, state: State, because: str):
     return each_row(run, x, state.layers[0], because)
 
 
+def each_sequence(run: Callable, x, layer: Layer, because: str):
+    """``run(row, layer)`` for each row of the batch x (..., T, D), with a layer of its own."""
+    return each_row(lambda row, _: run(row, Layer.once(len(row))), x, layer, because)
+
+
 def each_row(run: Callable, x, layer: Layer, because: str):
     """``run(row, start)`` for each row of the batch x (..., T, D) without its ``start`` tokens of
     padding, put together again. layer: any of the batch's."""

@@ -31,8 +31,10 @@ from functools import cached_property
 import numpy as np
 
 from minitx import fast, ledger, ops
+from minitx.model import Attend, AttendUnequalGroups
 from minitx.state import Layer
-from minitx.tree import Part, part
+from minitx.technique import NoSuchPart
+from minitx.tree import Part, part, walk
 
 
 @part
@@ -225,3 +227,13 @@ def attend_masked(q, k, v, scale, kept, floor=0.0):
         p[p < floor] = 0
         ledger.event("keys kept", lambda: np.count_nonzero(p))
     return fast.weighted_sum(p, v).reshape(*q.shape[:-1], v.shape[-1])
+
+
+# Checks ------------------------------------------------------------------------------------------
+
+
+def need_equal_groups(attn: Part) -> None:
+    """NoSuchPart if key heads serve different numbers of query heads (head_prune)."""
+    for _, node in walk(attn):
+        if type(node) is AttendUnequalGroups:
+            raise NoSuchPart(Attend, found=node)

@@ -1,4 +1,4 @@
-"""CATS: neurons of a SwiGLU network whose gate is small are skipped in the two other matrices.
+"""CATS: neurons of a SwiGLU FFN whose gate is small are skipped in the two other matrices.
 
 The card and options, the FFN that runs (online), the thresholds (offline), notes.
 
@@ -14,7 +14,7 @@ from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.model import FFN, Activated, Linear, SwiGLU
 from minitx.shared.activation_threshold import AboveThreshold, AsManyAtRandom, Magnitudes
-from minitx.shared.gathered_rows import NeuronRows, at_rows, union_of
+from minitx.shared.gathered_rows import PROMPTS, NeuronRows, at_rows, token_by_token, union_of
 from minitx.shared.observed_inputs import Rows, watch_inputs
 from minitx.shared.quality_monitor import LIMIT, MONITOR, monitored
 from minitx.state import Layer
@@ -38,15 +38,17 @@ def cats(
     lm,
     *,
     sparsity: Annotated[
-        float, "share of the neurons that is skipped, on the calibration text", at_least(0, below=1)
+        float, "share of the neurons to skip, on the calibration text", at_least(0, below=1)
     ] = 0.5,
     choose: Annotated[
         Literal["gate", "random"],
-        "which neurons are active: those with the largest gates, or a random baseline of as many",
+        "which neurons are active: those with the largest gates, or, as a baseline, as many at "
+        "random",
     ] = "gate",
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 8,
+    prompts: Annotated[Literal["union", "skip"], PROMPTS] = "union",
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, above(0)] = 0.3,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
@@ -59,19 +61,20 @@ def cats(
                histogram; nothing is fine-tuned afterwards.
     Kind:      approximate; exact at sparsity=0.
     Idea:      A hidden neuron is silu(gate) * up. Where |silu(gate)| is small, the neuron is nearly
-               zero whatever up is. So compute all gates, and up and down only for the others.
+               0 unless up is huge. So compute all gates, and up and down only for the others.
     Offline:   t = the ``sparsity`` quantile of |silu(x W_gate)|, one per layer, over calibration
                tokens. W_up is stored transposed: one neuron per row, as in W_down.
-    Online:    g = silu(x W_gate)                       all F neurons
-               A = the neurons with |g| > t
-               y = (g[A] * (x W_up[:, A])) W_down[A]    only these rows are read
+    Online:    g    = silu(x W_gate)                                all F neurons
+               rows = the active neurons: |g| > t
+               y    = (g[rows] * (x W_up[:, rows])) W_down[rows]    only these rows are read
     Saves:     2 D (F - n) multiply-adds of 3 D F per token, for n active neurons; F comparisons are
-               added. Tokens that run at once (a prompt) use the union of their neurons.
-    In NumPy:  slower than dense on stories at every sparsity below 95 %: its FFN is small. With
-               D = 576 and F = 1,536 as fast as dense at 75 %, 1.6x the FFN's speed at 90 %.
+               added. Tokens that run at once (a prompt) use the union of their neurons (prompts).
+    In NumPy:  slower than dense on stories at every sparsity below 95 %, since its FFN is small. An
+               FFN with D = 576 and F = 1,536 is as fast as dense at 75 %, 1.6x as fast at 90 %.
     Not for:   FFNs without a gate: after ReLU, zeros are skipped exactly (zero_skip), and GELU or
-               SiLU alone need x W_up to know what is small. Matrices that are not plain (quantize).
+               SiLU alone need x W_up to know what is small. Matrices in another format (quantize).
     Proof:     tests/skip/test_cats.py; literal version: tests/skip/literal_cats.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     ffns = gated_ffns(lm)
     if sparsity == 0:
@@ -84,7 +87,7 @@ def cats(
         select: Part = AboveThreshold(t)
         if choose == "random":
             select = AsManyAtRandom.of(t, ffn.expand.gate.w.shape[1], (seed, ffns.index(ffn)))
-        return monitored(ffn, [ThresholdedFFN.of(ffn, select)], monitor, limit)
+        return monitored(ffn, [KINDS[prompts].of(ffn, select)], monitor, limit)
 
     return swap(lm, FFN, change)
 
@@ -104,14 +107,17 @@ class ThresholdedFFN(Part):
     up: NeuronRows  # W_up^T (F, D)
     down: NeuronRows  # W_down (F, D)
 
-    @staticmethod
-    def of(ffn: FFN, select: Part) -> "ThresholdedFFN":
+    @classmethod
+    def of(cls, ffn: FFN, select: Part) -> "ThresholdedFFN":
         up, down = ffn.expand.up, ffn.down
         rows = NeuronRows(np.ascontiguousarray(up.w.T), up.b), NeuronRows(down.w, down.b)
-        return ThresholdedFFN(ffn.norm, ffn.expand.gate, select, *rows)
+        return cls(ffn.norm, ffn.expand.gate, select, *rows)
 
     def __call__(self, x, layer: Layer):
-        x = self.norm(x)  # (..., D)
+        return self.run(self.norm(x))
+
+    def run(self, x):
+        """x (..., D) -> (..., D), over the neurons that at least one of these tokens needs."""
         g = ops.silu(self.gate(x))  # (..., F)
         active = self.select(g)
         ledger.event("neurons active", active)
@@ -119,6 +125,17 @@ class ThresholdedFFN(Part):
         rows = union_of(active)
         h = at_rows(g, active, rows) * self.up.dot(x, rows)  # (..., n)
         return self.down.sum(h, rows)
+
+
+@part
+class EachTokenFFN(ThresholdedFFN):
+    """The same, for one token after another."""
+
+    def __call__(self, x, layer: Layer):
+        return token_by_token(self.run, self.norm(x))
+
+
+KINDS = {"union": ThresholdedFFN, "skip": EachTokenFFN}
 
 
 # Offline -----------------------------------------------------------------------------------------
@@ -137,7 +154,7 @@ def gate_thresholds(lm, texts, sparsity: float) -> dict[int, float]:
 
 def gated_ffns(lm) -> list[FFN]:
     """The FFNs of the model, all of which must have a gate and plain matrices."""
-    blocks_of(lm)
+    blocks_of(lm)  # or NoSuchPart
     ffns = [node for _, node in walk(lm.model) if type(node) is FFN]
     for ffn in ffns:
         if type(ffn.expand) is Activated:
@@ -168,7 +185,7 @@ def gated_ffns(lm) -> list[FFN]:
 #       0.5       random       0.868x    +1.9129    54 / 51 /  53    0.7x
 #
 # - SmolLM2-135M-Instruct (not shipped) is less sparse: at 0.5, calibrated on other text, it loses
-#   0.08 nats per token of a short English text (2.99 dense) and executes 0.88x of its
+#   0.08 nats per token on a short English text (2.99 dense) and executes 0.88x of its
 #   multiply-adds.
 # - The FFN alone, one token, its time relative to dense at the sparsities 0.5 / 0.75 / 0.9 / 0.95
 #   (best of 25): D = 128, F = 352: 2.2 / 2.2 / 1.4 / 1.0; D = 576, F = 1,536: 1.6 / 1.0 / 0.6 /

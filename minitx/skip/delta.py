@@ -1,6 +1,7 @@
-"""Delta networks: multiply only the input coordinates that changed since they were last sent.
+"""Delta networks: multiply only the input coordinates that changed since an earlier token.
 
-This file: the card and options, the product that runs (online), its memory, notes.
+This file: the card and options, the product that runs (online), its state, a baseline, checks,
+notes.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -31,26 +32,26 @@ def delta(
     *,
     threshold: Annotated[
         float,
-        "a coordinate is sent if it differs from what was last sent by more than this times the "
-        "rms of the input; 0: any change",
+        "a coordinate is sent (multiplied) if it differs from the value last sent by more than "
+        "this times the rms of the input; 0: if it differs at all",
         at_least(0),
     ] = 0.3,
     where: Annotated[
         Literal["all", "attention", "ffn", "out", "down"],
-        "which products: of attention (q, k, v, out), of the FFN, or only the one that writes the "
-        "result of attention (out) or of the FFN (down)",
+        "which products: of attention (q, k, v, out), of the FFN, or only the last one of "
+        "attention (out) or of the FFN (down)",
     ] = "all",
     refresh: Annotated[
         int, "all coordinates are sent once in this many tokens; 1: always", at_least(1)
     ] = 64,
     choose: Annotated[
         Literal["delta", "zero", "random"],
-        "coordinates that changed. Baselines: zero compares with 0 instead, so small inputs are "
-        "dropped and nothing is re-used; random sends as many as changed, but any",
+        "delta: send the coordinates that changed. Baselines: zero compares with 0 instead, so "
+        "small inputs are dropped and nothing is reused; random sends as many at random",
     ] = "delta",
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, at_least(0)] = 0.2,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Multiply only the input coordinates that changed since an earlier token (delta networks).
 
@@ -59,32 +60,32 @@ def delta(
                Reuse in DNNs by Exploiting Input Similarity", ISCA 2018.
     Fidelity:  a reconstruction from the abstract and from notes. The paper trains for it, here
                nothing is trained. Ours: a threshold relative to the rms of each input; refresh.
-    Kind:      approximate; exact up to rounding at threshold=0, dense at refresh=1. What it saves
-               on text is hardly re-use: choose=zero, which keeps nothing of earlier tokens, saves
-               more at a lower price, except in the products ``out`` (Notes).
-    Idea:      A linear map of an input that has changed a little has changed a little:
-               x' W = x W + (x' - x) W. Coordinates that stay need no multiplication, and their rows
-               of W are not read. In audio and video, most inputs stay from step to step.
+    Kind:      approximate; exact up to rounding at threshold=0, dense at refresh=1. On text little
+               of what it saves is reuse: choose=zero, which remembers nothing, saves more at a
+               lower loss, except in the products ``out`` (Notes).
+    Idea:      If an input changes a little, so does its product: x' W = x W + (x' - x) W.
+               Coordinates that do not change need no multiplication, and their rows of W are not
+               read. In audio and video, most inputs hardly change from step to step.
     Offline:   a copy of each W with contiguous rows.
     Online:    for each product y = x W + b, token by token; sent and y are those of the token
                before; at the first one, and once in ``refresh`` tokens: sent = x, y = x W + b
-               limit   = threshold * rms(x)
-               d       = x - sent
-               changed = |d| > limit
-               y      += sum over the changed i of d_i W_i
-               sent_i  = x_i for these i only: what the others differ by is not forgotten, so the
-                         error of each input coordinate never exceeds the limit (no drift)
+               tolerance = threshold * rms(x)
+               i         = the coordinates with |x - sent| > tolerance
+               y        += sum over i of (x_i - sent_i) W_i
+               sent_i    = x_i for these i only: the others keep their difference, so the error of
+                           an input coordinate never exceeds the tolerance (no drift)
                Norms, activations and attention read y and are computed anew for every token; the
                KV cache stores results.
-    Saves:     D - n of D F multiply-adds for a matrix (D, F) if n coordinates are sent, and as many
-               weights read, less 2 D for the rms and the comparisons. Instead D + F numbers are
-               remembered per product (of every token, so that rewind can go back).
-    In NumPy:  slower: on stories at the default decoding is 0.4x of dense and a prompt, which runs
-               token by token, 0.1x. A large matrix pays below about a third of coordinates sent, a
-               small one never (Notes).
+    Saves:     (in - n) out multiply-adds for a matrix (in, out) if n coordinates are sent, and as
+               many weights read, less 2 in for the rms and the comparisons. Instead in + out
+               numbers are stored per product (and per token, so that rewind can go back).
+    In NumPy:  slower: on stories at the default decoding is 0.4x as fast as dense and a prompt,
+               which runs token by token, 0.1x. A large matrix pays if less than about a third of
+               the coordinates are sent, a small one hardly ever (Notes).
     Not for:   inputs that jump from token to token, which those of a language model do; batches:
                sequences run one by one.
     Proof:     tests/skip/test_delta.py; literal version: tests/skip/literal_delta.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     if refresh == 1:
         return lm
@@ -142,7 +143,7 @@ class DeltaLinear(Remembering):
         ledger.event("coordinates sent", len(i))
         y = y + ops.linear(x[i] - sent[i], self.w[i])
         sent = sent.copy()
-        sent[i] = x[i]  # the others stay: what they differ by adds up until it is sent
+        sent[i] = x[i]  # the others keep their difference until it is large enough
         return Token(position, sent, y)
 
     def changed(self, x, sent, position: int):
@@ -156,10 +157,10 @@ class DeltaLinear(Remembering):
 
 def far(x, sent, threshold: float):
     """The indices of the coordinates of x (in,) that are far from what was sent."""
-    wide = x.astype(np.float64)  # in float32, large numbers have no squares, and tiny ones 0
-    limit = threshold * np.sqrt(np.vecdot(wide, wide) / x.size)
+    wide = x.astype(np.float64)  # in float32 large squares overflow, tiny ones are 0
+    tolerance = threshold * np.sqrt(np.vecdot(wide, wide) / x.size)
     ledger.count(2 * x.size)  # the rms and the comparisons
-    return np.flatnonzero(~(abs(x - sent) <= limit))  # so that NaN is sent, too
+    return np.flatnonzero(~(abs(x - sent) <= tolerance))  # so that NaN is sent, too
 
 
 class Token(NamedTuple):
@@ -253,12 +254,12 @@ def check_monitor(where: str, monitor: int) -> None:
 #   where=out, on 16 stories: delta threshold=0.5 0.957x +0.0013, zero threshold=0.3 0.980x +0.0018.
 #   (choose=random: "as many" is counted along its own text, whose hidden states differ; so compare
 #   at equal multiply-adds, not at an equal threshold.)
-# - Drift: an error that is not sent is at most the limit of its coordinate, however long the text.
-#   The naive variant, which compares with the previous input, forgets it, and errors add up: on
+# - Drift: a difference that is not sent is at most the tolerance, however long the text. The naive
+#   variant, which compares with the previous input, forgets it, and errors add up: on
 #   x_t = 0.9 x_(t-1) + noise, threshold=0.3, its relative error (over 50 tokens each) reaches 4.6
 #   within 1,000 tokens, with refresh=20 0.55; here it is at most 0.14. So refresh only clears
 #   rounding (float32, threshold=0: below 1e-6 with refresh=20, above it without).
-# - Time of one product with a decoded token, dense over this one (one BLAS thread, a busy machine),
+# - Speed of one product with a decoded token, relative to dense (one BLAS thread, a busy machine),
 #   by the share of coordinates sent. Gathering rows costs a copy of each.
 #
 #       W              0.1      0.2      0.3      0.5      0.75

@@ -1,4 +1,4 @@
-"""Dot-product re-use: tokens whose vectors have the same hash share one product with the matrix.
+"""Dot-product reuse: tokens whose vectors have the same hash share one product with the matrix.
 
 This file: the card and options, the product and the two hashes (online), its memory, notes.
 """
@@ -22,7 +22,7 @@ from minitx.tree import Part, float_type, part, table
     neutral={"size": 0},
     after=("delta", "function_tables"),
     demo={"form": "lsh", "bits": 2, "slices": 2, "first": 0},
-    event="products re-used",
+    event="products reused",
     presets={"deep-reuse": {"form": "lsh"}, "aggressive": {"form": "lsh", "bits": 8}},
 )
 def dot_product_reuse(
@@ -34,29 +34,31 @@ def dot_product_reuse(
     ] = "exact",
     where: Annotated[
         Literal["all", "attention", "ffn", "down", "qkv"] | None,
-        "which products: of attention (q, k, v, out), of the FFN, its second one (down), or only "
-        "q, k, v; default: qkv for form=exact in serial blocks, else all",
+        "which products: of attention (q, k, v, out), of the FFN, only its last one (down), or "
+        "only q, k, v; default: qkv for form=exact in serial blocks, else all",
     ] = None,
     first: Annotated[
-        int | None, "the first layer; default: 0 for form=exact, L // 2 for form=lsh", at_least(0)
+        int | None,
+        "the first layer that reuses products; default: 0 for form=exact, L // 2 for form=lsh",
+        at_least(0),
     ] = None,
     layers: Annotated[
         int | None,
-        "how many layers from there on; default: 1 for form=exact, else all",
+        "how many layers from first on; default: 1 for form=exact, else all",
         at_least(0),
     ] = None,
     slices: Annotated[
-        int, "a vector is divided into this many, which are looked up one by one", at_least(1)
+        int, "slices of a vector, each of which has its own hash and table", at_least(1)
     ] = 1,
-    bits: Annotated[int, "of form=lsh: sign bits of a hash", between(1, 64)] = 12,
+    bits: Annotated[int, "of form=lsh: sign bits in a hash", between(1, 64)] = 12,
     size: Annotated[
         int,
-        "products that a table holds, of one matrix and slice; 0: nothing is re-used",
+        "products that the table of a matrix and slice holds; 0: nothing is reused",
         at_least(0),
     ] = 512,
     choose: Annotated[
         Literal["hash", "random"],
-        "the product of the same hash, or, as a baseline, one of a random earlier token",
+        "reuse the product of the same hash, or, as a baseline, that of a random earlier token",
     ] = "hash",
     seed: Annotated[int, "of the sign bits and of choose=random", SEEDS] = 0,
 ):
@@ -68,25 +70,26 @@ def dot_product_reuse(
                multiplies the centroid of all vectors of a bucket, which in a text would include
                later tokens. Here the first token of a bucket gives the product for later ones.
     Kind:      approximate with form=lsh; form=exact, the default, is exact up to rounding.
-    Idea:      Similar vectors have similar products with a matrix W. A hash that is equal for
-               similar vectors finds an earlier one whose product is there already. In layer 0 of
-               a RoPE model, x depends on the token alone, so a repeated token has an equal vector.
+    Idea:      Similar vectors have similar products with a matrix W. A hash that is often equal
+               for similar vectors finds an earlier one, whose product is known. In layer 0 of a
+               RoPE model, x depends on the token alone, so a repeated token has an equal vector.
     Offline:   form=lsh: R (s, bits), random, for each matrix and each slice of s inputs.
-    Online:    x W is the sum over slices i of x_i W_i, with s inputs and s rows of W each; for each
-               token in order, for each slice, with one table per sequence:
+    Online:    x W = sum over slices i of x_i W_i, with s inputs and s rows of W in each; for each
+               token in order and each slice, with one table per sequence, matrix and slice:
                code = the bits of x_i (form=exact), or the signs of x_i R_i (form=lsh)
-               code in the table:  re-use the product that is stored there
+               code in the table:  reuse the product that is stored there
                otherwise:          x_i W_i; stored if the table holds fewer than ``size``
                Nothing is evicted: later tokens, of this step or another, find what was stored.
-    Saves:     s F multiply-adds (F outputs) per product re-used, less s (form=exact) or s bits
-               for each hash and, with several slices, F to add. Each stored product takes F
-               numbers of memory, a hit reads them.
-    In NumPy:  slower: decoding 0.9x of dense with form=exact and 0.8x with form=lsh; prompts 0.75x
-               and 0.3x, since they run token by token.
+    Saves:     s * out multiply-adds per product reused (W: in, out), less s (form=exact) or
+               s * bits for each hash and, with several slices, out to add. Each stored product
+               takes out numbers of memory, which a hit reads.
+    In NumPy:  slower: decoding 0.9x as fast as dense with form=exact and 0.8x with form=lsh;
+               prompts 0.75x and 0.3x, since they run token by token.
     Not for:   form=exact beyond layer 0, with learned positions (no two vectors are equal), or on
                texts that seldom repeat a token. form=lsh in the first layers (Notes).
     Proof:     tests/skip/test_dot_product_reuse.py; literal version:
                tests/skip/literal_dot_product_reuse.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     blocks, lsh = blocks_of(lm), form == "lsh"
     first = len(blocks) // 2 * lsh if first is None else first
@@ -158,9 +161,9 @@ class ReusedLinear(Remembering):
             if len(stored.rows) < self.size:
                 stored.add(code, position, product)
             return product
-        ledger.event("products re-used")
+        ledger.event("products reused")
         row = stored.rows[code]
-        if self.random is not None:
+        if self.random is not None:  # the baseline
             row = np.random.default_rng((*self.random, i, position)).integers(len(stored.rows))
         product = stored.products[row]
         additions = product.size if self.slices > 1 else 0  # to the sum over the slices
@@ -249,7 +252,7 @@ def check_slices(slices: int, n: int, name: str) -> None:
 #   tokens, of which 61 % have come before): 61 % in layer 0 for q, k, v, and in stories-parallel
 #   for the FFN, too; 0 % anywhere else. A norm rounds a single row and several rows differently, so
 #   a token of the prompt that comes again while decoding may miss, and is stored once more: 60 to
-#   74 % of products are re-used while decoding after a prompt, 64 to 75 % after single tokens.
+#   74 % of products are reused while decoding after a prompt, 64 to 75 % after single tokens.
 # - minitx sweep dot-product-reuse form=exact --stories 30 -m stories-parallel: 0.898x of the
 #   multiply-adds, loss +0.0000. On stories, whose blocks are serial, 0.99x. first_layer, a table
 #   of all tokens of the vocabulary, saves more; this needs no table beforehand, and in

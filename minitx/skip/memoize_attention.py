@@ -1,10 +1,10 @@
-"""Memoize attention maps: a token near one seen at the same position gets its attention weights.
+"""Memoize attention weights: a token near one seen at the same position gets the weights of that.
 
 This file: the card and options, the attention with a database (online), how the database is filled
 (offline), checks, notes. The search for the nearest key is minitx/shared/memo_table.py.
 
 Letters: T new tokens, S cached tokens, D width, H query heads of width d, K key heads, N stored
-tokens at one position, r width of the search.
+tokens at one position, r principal components.
 """
 
 from dataclasses import fields, replace
@@ -21,7 +21,7 @@ from minitx.shared.attention_weights import attend_in_blocks
 from minitx.shared.memo_table import MemoTable, cover, principal
 from minitx.shared.quality_monitor import LIMIT, MONITOR, levels_of, pieces, relative_error
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.row_by_row import each_row
+from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, blocks_of, need, technique, wrap
 from minitx.tree import Part, part, table
@@ -47,20 +47,22 @@ def memoize_attention(
         "distance |x - key| / |key| from a stored token up to which a token gets its weights",
         at_least(0),
     ] = 0.3,
-    rank: Annotated[int, "width r in which the nearest key is searched", at_least(1)] = 8,
+    rank: Annotated[
+        int, "principal components r by which the nearest key is found", at_least(1)
+    ] = 8,
     first: Annotated[
-        int | None, "first layers, which have no database; default: L // 4", at_least(0)
+        int | None, "layers at the beginning that have no database; default: L // 4", at_least(0)
     ] = None,
     choose: Annotated[
         Literal["nearest", "random"],
-        "nearest: tokens within the radius get the nearest one's weights. Baseline: as many random "
-        "tokens get random stored weights of their position",
+        "nearest: tokens within the radius of a stored one get its weights. Baseline: as many "
+        "random tokens get random stored weights of their position",
     ] = "nearest",
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, at_least(0)] = 0.4,
     halvings: Annotated[
         int,
-        "of the monitor: how often it may halve the radius; 0: it only counts false hits",
+        "of the monitor: how many times it may halve the radius; 0: it only counts false hits",
         at_least(0),
     ] = 3,
     stories: Annotated[
@@ -68,7 +70,7 @@ def memoize_attention(
     ] = 32,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
-    """Memoize attention weights: a token near a stored one re-uses that one's attention map.
+    """Memoize attention weights: a token near a stored one reuses the attention map of that one.
 
     Paper:     Feng et al., "AttMEMO: Accelerating Transformers with Memoization on Big Memory
                Systems", 2023, arXiv 2301.09262.
@@ -77,15 +79,15 @@ def memoize_attention(
                components; the map of one token (its row), for causal models with a KV cache; first
                layers without a database.
     Kind:      approximate; exact at size=0. No setting pays on the shipped models: hits are few and
-               spare little, and the database is several times as large as the model (Notes).
-    Idea:      Tokens in similar contexts spread their attention alike. If one at the same position
-               was near, take its attention weights; queries and scores need not be computed. Only
-               the weights are re-used, the values are those of this sequence.
+               save little, and the database is several times as large as the model (Notes).
+    Idea:      Tokens in similar contexts have similar attention weights. If a stored token of the
+               same position is near, take its weights: query and scores need not be computed. Only
+               the weights are reused, the values are those of this sequence.
     Offline:   x = norm(hidden state), p = softmax(q k^T / sqrt(d))    of all calibration tokens
-               at each position keep N of them: those with most others within their radius
-               key = x,  value = p (H, S),  A = the first r principal components of the keys
+               at each position store N, greedily: those with most others within their radius
+               key = x,  value = p (H, S),  A = the first r principal components of all x
     Online:    for each token, at position S - 1:   k, v are computed and cached
-               i = the key at that position nearest to x A
+               i = of the keys at that position, the one for which |x A - key_i A| is smallest
                |x - key_i| <= radius |key_i|:  p = p_i                             (a hit)
                otherwise:                      p = softmax(q k^T / sqrt(d))        (a miss)
                attention = p v W_o             v: of this sequence
@@ -94,12 +96,13 @@ def memoize_attention(
     Saves:     D H d + S H d multiply-adds for a hit, of 2 D (H + K) d + 2 S H d, and the bytes of
                its S keys, less D r + N r + D for every lookup (K: key heads). A stored map is H S
                numbers, so a position takes N (H S + D + r) numbers in each layer.
-    In NumPy:  slower, decoding 0.78x of dense on stories: a lookup takes longer than the queries
-               and scores that a hit spares, at a few hundred keys.
+    In NumPy:  slower, decoding stories 0.78x as fast as dense: a lookup takes longer than the
+               queries and scores that a hit saves, at a few hundred keys.
     Not for:   sequences longer than the calibration text (no maps there); techniques that free
                cache rows or replace the attention (elsa, heavy_hitters, ...).
     Proof:     tests/skip/test_memoize_attention.py; literal version:
                tests/skip/literal_memoize_attention.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     L = len(blocks_of(lm))
     first = L // 4 if first is None else first
@@ -148,7 +151,7 @@ class MemoizedAttention(Attention):
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "memoize_attention looks up each sequence's tokens by itself"
-            return each_row(lambda row, _: self(row, Layer.once(len(row))), x, layer, because)
+            return each_sequence(self, x, layer, because)
         x = self.norm(x)
         self.store(*self.qkv.kv(x), layer)  # of hits too: later tokens need them
         return self.from_normalized(x, layer)
@@ -235,7 +238,7 @@ class RandomMaps(MemoizedAttention):
 
 @part
 class MonitoredAttention(MemoizedAttention):
-    """The same below the quality monitor, which halves the radius after a false hit."""
+    """The same under the quality monitor, which halves the radius after a false hit."""
 
     has_history = True  # the radius in use
 
@@ -252,7 +255,7 @@ class MonitoredAttention(MemoizedAttention):
             layer.tokens = tokens.only(some)
             hit = distance[some] <= self.radius * 0.5 ** (levels.top - levels.level)
             if checked and hit[0]:
-                y[some] = self.read(self.qkv.q(x[some]), layer)  # exact: it is there, so use it
+                y[some] = self.read(self.qkv.q(x[some]), layer)  # exact, and computed anyway
                 found = self.by_stored(entry[some], positions[some], layer)
                 error = relative_error(found, y[some])
                 levels.note(int(positions[some][0]), error, self.limit)
@@ -392,7 +395,7 @@ def check(first: int, L: int, choose: str, monitor: int) -> None:
 #
 #   From layer 4 on, random maps do as well: there attention hardly matters in stories, and leaving
 #   it out (layer_skip unit=attention) saves more and needs no memory.
-# - Why it saves so little: at S = 200 a hit spares 42 % of the multiply-adds of attention, which is
+# - Why it saves so little: at S = 200 a hit saves 42 % of the multiply-adds of attention, which is
 #   two fifths of the model; but one token in six hits, mostly early in a story, where S is small:
 #   before the first events, all stories are much alike. Four times as many maps (size=32
 #   stories=64) hit for one token in four, at 16 times the memory of the model: AttMEMO uses
@@ -402,7 +405,7 @@ def check(first: int, L: int, choose: str, monitor: int) -> None:
 #       error          0.49  0.40  0.31  0.44  0.22  0.30  0.30  0.24
 #       false hits     0.62  0.41  0.34  0.49  0.16  0.28  0.29  0.18
 #   In layer 0 the input is the embedding, so a hit is the same word at the same position, and yet
-#   most are false: the input tells what a token looks for, but not where in this sequence that is.
+#   most are false: the input says what a token looks for, but not where in this sequence that is.
 # - One false hit can cost an answer. With maps of 12 stories, "the goat is still in the meadow" got
 #   weights that point at another place: 11 nats on one token, 0.16 a token over the whole story.
 # - The monitor helps with that (radius=0.6 costs +0.010 instead of +0.037 with monitor=8, on 8

@@ -36,27 +36,27 @@ def negative_predict(
     prefix: Annotated[
         float | None,
         "share of the terms that are added before the prediction; 1: all, so nothing is predicted; "
-        "default: the eighth that leaves the fewest multiply-adds on the calibration text, in each "
-        "layer",
+        "default: for each layer the one of 1/8, 2/8, ... 7/8 with the fewest multiply-adds on the "
+        "calibration text",
         above(0, 1),
     ] = None,
     miss: Annotated[
         float,
-        "share of each neuron's positive values on the calibration text that may be lost, because "
-        "they are predicted negative",
+        "share of each neuron's positive values on the calibration text that may be predicted "
+        "negative, and so become 0",
         between(0, 1),
     ] = 0.02,
     choose: Annotated[
         Literal["prefix", "random"],
-        "which neurons are predicted negative: by their own sums, or, a random baseline, by those "
-        "of other neurons, so that it is as many of each token",
+        "which neurons are predicted negative: by their own sums, or, as a random baseline, by "
+        "those of other neurons, so that each token skips as many",
     ] = "prefix",
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 8,
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, at_least(0)] = 0.2,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """Predict from a few large terms that a neuron's sum ends below 0, and skip the other terms.
 
@@ -72,11 +72,11 @@ def negative_predict(
                prefix of k terms and each neuron:
                  threshold = the highest at which at most the share miss of its positive values is
                              lost
-               of k = D/8, 2 D/8, ... 7 D/8, for each layer, the one that leaves the fewest
-               multiply-adds; a layer where none leaves fewer stays dense
-    Online:    p = b + sum of the first k terms
-               h = 0          if p < threshold
-               h = relu(p + the other D - k terms)    otherwise
+               k = of D/8, 2 D/8, ... 7 D/8, for each layer, the one with the fewest multiply-adds;
+               a layer in which none has fewer than the dense product stays dense
+    Online:    acc = b + sum of the first k terms
+               acc < threshold:  h = 0
+               otherwise:        acc += the other D - k terms;  h = relu(acc)
     Saves:     D - k of D multiply-adds for each neuron that is predicted negative, less one
                comparison per neuron. The orders are D F small integers, read like weights.
     In NumPy:  5 times slower: every neuron gathers its own inputs, and one such gather takes longer
@@ -85,6 +85,7 @@ def negative_predict(
                of another kind than the calibration text.
     Proof:     tests/skip/test_negative_predict.py; literal version:
                tests/skip/literal_negative_predict.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     if prefix == 1:
         return lm

@@ -42,8 +42,8 @@ def negative_skip(
     *,
     method: Annotated[
         Literal["shift", "bound"],
-        "what makes it certain: inputs shifted to be >= 0 with only negative weights left, or the "
-        "Cauchy-Schwarz bound of the terms that are left",
+        "when the sign is certain. shift: inputs are shifted to be >= 0, and only negative weights "
+        "are left; bound: by the Cauchy-Schwarz bound on the terms that are left",
     ] = "bound",
     order: Annotated[
         Literal["positives_first", "largest_first", "largest_rows_first", "original"] | None,
@@ -69,11 +69,11 @@ def negative_skip(
     Fidelity:  a reconstruction from the abstract and summaries. SnaPEA's inputs are >= 0; those of
                an FFN have both signs, and its rule would be wrong. Ours: the two rules below.
     Kind:      exact, up to rounding: the zeros are those of ReLU.
-    Idea:      Of a negative sum ReLU needs only the sign. Add the terms in an order, found offline,
+    Idea:      ReLU needs only the sign of a negative sum. Add the terms in an order, found offline,
                that settles the sign early (order_products), and stop once the terms that are left
                cannot lift the sum above 0.
     Offline:   shift: for each neuron, its positive weights first, then the negative ones, both by
-                      decreasing magnitude; and r, the sum of its weights
+                      decreasing magnitude; and r (total), the sum of its weights
                bound: for each neuron, its weights by decreasing magnitude; and the norm |w_rest| of
                       those that are left at each check
     Online:    shift: m = min(0, min_i x_i);  x' = x - m >= 0;  acc = b + m r
@@ -81,7 +81,7 @@ def negative_skip(
                       only fall: if acc <= 0, stop
                bound: acc = b;  acc += x_i w_i, term by term; if acc + |w_rest| |x| <= 0, stop
                       (Cauchy-Schwarz; x is first divided by |x|, so that a check is one comparison)
-               Stopped: the neuron is 0; else relu(acc). A check comes after every 16 terms.
+               h = 0 if stopped, else relu(acc). The check comes once in ``every`` terms.
     Saves:     the terms after the stop. A check costs a comparison, a token D + F multiply-adds
                (shift) or 2 D + 2 F (bound). The orders are D F small integers, read like weights.
     In NumPy:  9 times slower. Every neuron gathers its own inputs, and one such gather takes longer
@@ -89,6 +89,7 @@ def negative_skip(
     Not for:   SwiGLU and GELU, where a negative sum does not end as 0. Saving bytes or time.
     Proof:     tests/skip/test_negative_skip.py; literal version:
                tests/skip/literal_negative_skip.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     for _, node in walk(lm.model):
         if type(node) is FFN:
@@ -113,8 +114,8 @@ def negative_skip(
 
 @part
 class StoppedEarly(Part):
-    """relu(x @ w + b), where each dot product stops at the first check that finds it certain to end
-    at or below 0.
+    """relu(x @ w + b), where each dot product stops at the first check after which it is certain to
+    end at or below 0.
 
     x (..., D) -> (..., F). Stored by neuron, in the order in which its terms are added.
     """
@@ -123,7 +124,7 @@ class StoppedEarly(Part):
     order: np.ndarray  # (F, D) or (1, D): the input of each weight
     b: np.ndarray  # (F,)
     limit: np.ndarray  # (F, checks): stop if the sum so far is at most this
-    total: np.ndarray | None  # (F,): the sum of a neuron's weights, for shift; None: bound
+    total: np.ndarray | None  # (F,): r, the sum of a neuron's weights, for shift; None: bound
     every: int
     mean: np.ndarray | None = None  # (D,): subtracted from x, its product is in b
 
@@ -149,7 +150,7 @@ class StoppedEarly(Part):
 
     def bounded(self, x):
         """relu(x w + b) = |x| relu(x / |x| w + b / |x|)"""
-        wide = x.astype(np.float64)  # whose squares overflow in float32 has a norm all the same
+        wide = x.astype(np.float64)  # in float32 large squares overflow
         size = np.sqrt(np.vecdot(wide, wide))[:, None].astype(x.dtype)
         size[size == 0] = 1
         ledger.count(2 * x.size + 2 * size.size * len(self.b))

@@ -40,14 +40,17 @@ def padding_skip(
     lm,
     *,
     tokens: Annotated[
-        int, "tokens in a pass, unless one prompt has more; 1: each sequence alone", at_least(1)
+        int,
+        "maximum number of tokens in a pass, unless one prompt has more; 1: each sequence alone",
+        at_least(1),
     ] = 256,
 ):
     """Pack the sequences of a ragged batch without padding, and drop those that have ended.
 
     Paper:     Zhai et al., "ByteTransformer: A High-Performance Transformer Boosted for Variable-
-               Length Inputs", IPDPS 2023, arXiv 2210.03052. Yu et al., "Orca", OSDI 2022: ended
-               sequences leave; attention runs one sequence at a time ("selective batching").
+               Length Inputs", IPDPS 2023, arXiv 2210.03052. Yu et al., "Orca", OSDI 2022: sequences
+               that have ended leave the batch; attention runs one sequence at a time ("selective
+               batching").
     Fidelity:  a reconstruction from notes on ByteTransformer's code and from summaries of Orca. Not
                here: requests that join a running batch.
     Kind:      exact up to rounding: each sequence gets what it would get alone.
@@ -55,16 +58,16 @@ def padding_skip(
                run on until all have. But norms, projections and FFNs treat each token by itself, so
                they can run on an array of nothing but the real tokens of all sequences.
     Offline:   nothing.
-    Online:    a pass over n sequences; sequence i has T[i] new tokens, N = T[1] + ... + T[n]
-               cut[i] = T[1] + ... + T[i]           sequence i has the rows cut[i-1] .. cut[i] - 1
+    Online:    a pass over n sequences; sequence i has T[i] new tokens, N = sum of T
+               cuts[i] = T[0] + ... + T[i-1]        sequence i: rows cuts[i] .. cuts[i+1] - 1
                x (N, D): all new tokens, sequence after sequence, each with its own positions
-               norms, projections, rotation, FFN:   once, on all N rows
+               norms, projections, RoPE, FFN:       once, on all N rows
                KV cache and attention:              sequence by sequence, each on its own rows
                logits:                              of the last row of each sequence
                A sequence whose new token ends the text leaves the batch.
-    Saves:     N of B max(T) rows are run. Of a prompt's products mean(T) / max(T) is left, and less
-               of its attention; of decoding, the share of steps in which a sequence has not ended.
-               A single prompt, as in minitx compare, has no padding.
+    Saves:     N of B max(T) rows are run (B: all sequences of the batch). Of the prompts' products
+               mean(T) / max(T) remains, and less of their attention; of decoding, the share of
+               steps before a sequence ends. A single prompt (minitx compare) has no padding.
     In NumPy:  16 prompts on stories: read 1.2x (equal lengths) to 4.2x (mean: a quarter of the
                longest) as fast as padded, about as fast as one by one. Decoded 0.8x as fast while
                all run, 1.2x to 2.4x if completions average 0.6 to 0.25 of the longest (Notes).

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import fast, ledger, ops
-from minitx.model import Attend, AttendUnequalGroups
+from minitx.model import Attend
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.sparse_attention import SparseAttention, Visible, top_k
+from minitx.shared.sparse_attention import SparseAttention, Visible, need_equal_groups, top_k
 from minitx.state import Layer
-from minitx.technique import SEEDS, NoSuchPart, at_least, blocks_of, swap, technique, wrap
-from minitx.tree import Part, part, table, walk
+from minitx.technique import SEEDS, at_least, blocks_of, swap, technique, wrap
+from minitx.tree import Part, part, table
 
 
 @technique(
@@ -38,7 +38,8 @@ def perforate_keys(
         "values of the kept ones, without renormalizing",
     ] = "skip",
     choose: Annotated[
-        Literal["stride", "random"], "by position; or as many keys at random, a baseline"
+        Literal["stride", "random"],
+        "keep keys by position, or, as a baseline, as many at random",
     ] = "stride",
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
@@ -50,25 +51,27 @@ def perforate_keys(
     Fidelity:  ours: the pattern is common practice; both forms and the defaults are our own.
     Kind:      approximate; exact at stride=1, which keeps every key.
     Idea:      The loop over keys runs only some of its iterations. Near keys and the first ones
-               matter most and always run; of the others, one stands for its neighbours.
+               matter most and always run; of the others, every s-th represents its neighbours.
     Offline:   nothing.
     Online:    the query at position i keeps the keys j <= i with
                    j < sinks   or   j > i - window   or   j mod stride = 0
-               skip:    softmax and weighted sum over the kept keys. No factor 1 / rate: the softmax
-                        normalizes itself, and a factor on top of that doubles the output at half
-                        of the keys (tested).
+               skip:    softmax and weighted sum over the kept keys. No factor for the skipped ones:
+                        the softmax normalizes itself, so a factor 2 at half of the keys would
+                        double the output (tested).
                values:  p = softmax over all keys;  out = sum over the kept j of p_j v_j
     Saves:     2 r d instead of 2 S d multiply-adds per query head and decoded token, with
                r = sinks + window + (S - sinks - window) / stride of S cached keys; values: S d +
                r d. The kept keys are the same in all heads, and nearly the same for neighbouring
                queries, so prompts save too (unlike with elsa, a3, ...).
-    In NumPy:  skip pays from about 2,000 cached keys: one decoded token takes 0.6x of dense
-               attention at 2,048 keys, 0.4x at 8,192, 0.2x at 32,768. On stories (512 keys) it is
-               slower, generation 0.7x. values: slower up to 8,192 keys, 0.8x of dense at 32,768.
+    In NumPy:  skip pays from about 2,000 cached keys: one decoded token takes 0.6x the time of
+               dense attention at 2,048 keys, 0.4x at 8,192, 0.2x at 32,768. On stories (512 keys)
+               generation is slower, 0.7x as fast. values: slower up to 8,192 keys, 0.8x the time
+               at 32,768.
     Not for:   saving memory: every row stays in the KV cache (Notes). sink_window keeps no keys in
                between, evicts them, and moves the sinks next to the window.
     Proof:     tests/skip/test_perforate_keys.py; literal version:
                tests/skip/literal_perforate_keys.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     if stride == 1 or sinks + window >= lm.model.config.context:
         return lm
@@ -77,8 +80,7 @@ def perforate_keys(
         random = random_scores(len(blocks_of(lm)), lm.model.config.context, seed)
 
     def change(attn: Part, index: int) -> Part:
-        if unequal := [node for _, node in walk(attn) if type(node) is AttendUnequalGroups]:
-            raise NoSuchPart(Attend, found=unequal[0])  # head_prune
+        need_equal_groups(attn)
         keys = KeysByPosition(sinks, window, stride)
         if random is not None:
             keys = RandomKeys(sinks, window, stride, random[index])
@@ -233,12 +235,12 @@ def any_kept(kept):
 #       192     8       skip    random  0.93x            +0.685     69 /  67 / 100 %
 #       64      8       skip    random  0.85x            +2.040     38 /  78 /  86 %
 #
-#   Strided keys help at every window, but spent on a larger window as many keys help more: stories
-#   are shorter than 200 tokens, and few facts lie further back.
-#   So says minitx frontier attention --methods perforate-keys,predictive-attention,window,random
-#   --chains 4 --share 0.5,0.25: with window=16 and the stride that keeps half of the keys, 64 % of
-#   the exact attention lies on them and loss is +0.212 above dense; a plain window of as many keys
-#   has 73 % and +0.066, random keys 65 % and +1.327, predicted ones 80 % and +0.001.
+#   Strided keys help at every window, but as many keys more in the window help more: stories are
+#   shorter than 200 tokens, and few facts lie further back. The same with minitx frontier attention
+#   --methods perforate-keys,predictive-attention,window,random --chains 4 --share 0.5,0.25: with
+#   window=16 and the stride that keeps half of the keys, these have 64 % of the exact attention
+#   mass and loss is +0.212 above dense; a plain window of as many keys has 73 % and +0.066, random
+#   keys 65 % and +1.327, predicted ones 80 % and +0.001.
 # - Adding log(stride) to the scores of strided keys, so that each stands for its neighbours too,
 #   changed little in a trial with 2 chains: +0.031 instead of +0.035 at window=128 stride=4, +0.088
 #   instead of +0.083 at window=64. It is not here.

@@ -1,6 +1,7 @@
 """Loop perforation over positions: the FFN runs at some positions only (PerforatedCNN).
 
-The card and options, the two parts that run (online), notes.
+The card and options, the two parts that run (online), the random baseline's positions (offline),
+notes.
 """
 
 from typing import Annotated, Literal
@@ -10,7 +11,7 @@ import numpy as np
 from minitx import ledger
 from minitx.errors import MinitxError
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.row_by_row import each_row
+from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
 from minitx.technique import SEEDS, at_least, blocks_of, technique, wrap
 from minitx.tree import Part, part, table
@@ -30,15 +31,18 @@ def perforate_positions(
     *,
     stride: Annotated[int, "the FFN runs at positions divisible by this", at_least(1)] = 2,
     first: Annotated[
-        int | None, "first layers, whose FFNs run at every position; default: L // 2", at_least(0)
+        int | None,
+        "layers at the beginning whose FFNs run at every position; default: L // 2",
+        at_least(0),
     ] = None,
     fill: Annotated[
         Literal["none", "copy"],
-        "what stands for the FFN's output at other positions: nothing, or the output at the "
+        "the FFN's output at other positions: nothing is added, or a copy of the output at the "
         "nearest earlier position where it ran",
     ] = "none",
     choose: Annotated[
-        Literal["stride", "random"], "at equal distances; or as many random positions, a baseline"
+        Literal["stride", "random"],
+        "positions at equal distances, or, as a baseline, as many at random",
     ] = "stride",
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
@@ -50,21 +54,23 @@ def perforate_positions(
                Ours: the FFN of a transformer instead of a convolution, fill=none, the layers.
     Kind:      approximate; exact at stride=1.
     Idea:      In an image, neighbouring positions have nearly the same outputs, so a layer may run
-               at some and copy them to the others. Do the positions of a text, too? (No: Notes.)
+               at some and copy them to the others. The same for the positions of a text, where
+               outputs turn out not to be alike (Notes).
     Offline:   nothing.
     Online:    in each layer from ``first`` on, for the token at position i:
                  if i mod stride = 0:   y_i = FFN(x_i)
-                 otherwise none:        y_i = 0         the residual stream goes on as it is
+                 otherwise none:        y_i = 0         the residual stream is unchanged
                            copy:        y_i = y_j,  j < i the nearest position where the FFN ran
-               (An FFN that has not run yet runs with copy, whatever the position.)
+               (With copy, an FFN that has not run yet runs, whatever the position.)
     Saves:     3 D F multiply-adds (2 D F without a gate) per token and layer where it does not run:
                a share 1 - 1 / stride of the FFNs from ``first`` on.
-    In NumPy:  1.0x of dense on stories, whose FFNs are small; copy 0.9x. A prompt gathers the rows
-               of the tokens that run and multiplies those only.
-    Not for:   the first layers, whose output depends on the token. Models without residual
+    In NumPy:  as fast as dense on stories, whose FFNs are small; copy 0.9x. A prompt gathers the
+               rows of the tokens that run and multiplies those only.
+    Not for:   the first layers, whose FFN outputs matter most. Models without residual
                connections. It is no better than random positions (Notes).
     Proof:     tests/skip/test_perforate_positions.py; literal version:
                tests/skip/literal_perforate_positions.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     if lm.model.config.skipless:
         raise MinitxError(
@@ -86,16 +92,6 @@ def perforate_positions(
     return wrap(lm, "ffn", lambda ffn, i: ffn if i < first else kind(ffn, np.array(runs[i])))
 
 
-def as_many_at_random(scores, stride: int):
-    """(L, context) booleans: one position in each run of ``stride`` positions, the one with the
-    highest score."""
-    L, context = scores.shape
-    padded = np.pad(scores, ((0, 0), (0, -context % stride)), constant_values=-1)
-    best = padded.reshape(L, -1, stride).argmax(-1)  # (L, runs)
-    found = best[..., None] == np.arange(stride)
-    return found.reshape(L, -1)[:, :context]
-
-
 # Online ------------------------------------------------------------------------------------------
 
 
@@ -111,7 +107,7 @@ class SkippedPositions(Part):
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
             because = "perforate_positions runs FFNs at other positions of each sequence"
-            return each_row(lambda row, _: self.one(row, Layer.once(len(row))), x, layer, because)
+            return each_sequence(self.one, x, layer, because)
         return self.one(x, layer)
 
     def one(self, x, layer: Layer):
@@ -137,15 +133,15 @@ class SkippedPositions(Part):
 
 @part
 class CopiedPositions(SkippedPositions):
-    """An FFN that runs at some positions; the others get a copy of the output before theirs."""
+    """An FFN that runs at some positions; the others get a copy of the last output before them."""
 
-    has_history = True  # the outputs
+    has_history = True  # remembers outputs
 
     def one(self, x, layer: Layer):
         if not len(x):
             return x
         positions, before = layer.tokens.array, layer.memory.recall(self, Outputs)
-        some, last = self.runs[positions], before.rows[-1:]
+        some, last = self.runs[positions], before.rows[-1:]  # last: one row, or none yet
         some[0] |= not last  # nothing to copy
         new = self.run(x, some, layer)
         before.add(positions[some], new)
@@ -170,11 +166,24 @@ class Outputs:
         del self.positions[count:], self.rows[count:]
 
 
+# Offline -----------------------------------------------------------------------------------------
+
+
+def as_many_at_random(scores, stride: int):
+    """(L, context) booleans: one position in each run of ``stride`` positions, the one with the
+    highest score."""
+    L, context = scores.shape
+    padded = np.pad(scores, ((0, 0), (0, -context % stride)), constant_values=-1)
+    best = padded.reshape(L, -1, stride).argmax(-1)  # (L, runs)
+    found = best[..., None] == np.arange(stride)
+    return found.reshape(L, -1)[:, :context]
+
+
 # Notes:
 #
-# - Outputs of an FFN are no smooth function of the position: a token's output is for that token,
-#   and a copy of another's is worse than none. PerforatedCNN's interpolation needs neighbours that
-#   are alike, as pixels are.
+# - The outputs of an FFN are not a smooth function of the position: they depend on the token, and a
+#   copy of another token's output is worse than none. PerforatedCNN's interpolation needs
+#   neighbours that are alike, as pixels are.
 # - For the same reason it does not matter which positions run: random ones, one in each run of
 #   ``stride``, do as well. What matters is the layer, which layer_skip unit=ffn leaves out whole.
 # - copy keeps D numbers per layer and position that ran, so that ``rewind`` can go back to them.

@@ -1,4 +1,5 @@
-"""SpAtten's progressive quantization: scores from the high bits of the keys, redone where flat.
+"""SpAtten's progressive quantization: scores from the high bits of the keys first, then, where
+attention is flat, from all bits.
 
 The card and options, the attention that runs (online), how keys are coded, notes.
 """
@@ -8,14 +9,14 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import fast, ledger
-from minitx.model import Attend, AttendUnequalGroups
+from minitx.model import Attend
 from minitx.shared.coarse import coarse_scales
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.sparse_attention import per_key
+from minitx.shared.sparse_attention import need_equal_groups, per_key
 from minitx.shared.symmetric import quantize_to
 from minitx.state import Layer
-from minitx.technique import SEEDS, NoSuchPart, between, blocks_of, swap, technique, wrap
-from minitx.tree import Part, part, table, walk
+from minitx.technique import SEEDS, between, blocks_of, swap, technique, wrap
+from minitx.tree import Part, part, table
 
 QUERY_BITS = 8  # of a query, which is at hand and is not read from memory
 
@@ -34,10 +35,10 @@ QUERY_BITS = 8  # of a query, which is at hand and is not read from memory
 def progressive_precision(
     lm,
     *,
-    high: Annotated[int, "bits of each number of a key that are always read", between(2, 8)] = 4,
+    high: Annotated[int, "high bits of each number of a key, always read", between(2, 8)] = 4,
     low: Annotated[
         int | None,
-        "further bits, read where scores are redone; None: the float key is read instead",
+        "low bits, read where scores are redone; None: the float key is read instead",
         between(1, 8),
     ] = 4,
     threshold: Annotated[
@@ -48,8 +49,8 @@ def progressive_precision(
     ] = 0.1,
     choose: Annotated[
         Literal["flat", "peaked", "random"],
-        "flat: as the paper does. peaked: redo if the largest weight is above the threshold. "
-        "random: a baseline that redoes this share (threshold) of the queries of each head",
+        "flat: the paper's rule, as above; peaked: redo if the largest weight is above the "
+        "threshold; random: redo the share threshold of each head's queries, a baseline",
     ] = "flat",
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
@@ -60,23 +61,24 @@ def progressive_precision(
     Fidelity:  the decision, and low bits of keys stored apart, as in the authors' code for their
                hardware; the rest is a reconstruction from summaries. Ours: a scale for each key,
                rounding, queries in 8 bits, values left alone, low=None, choose=peaked.
-    Kind:      approximate; exact at threshold=1 low=None, which read float keys. On stories the
-               paper's rule is worse than chance, and always 4 bits are enough (Notes).
+    Kind:      approximate; exact at threshold=1 low=None, which reads float keys. On stories the
+               paper's rule is worse than redoing random queries, and 4 bits are enough (Notes).
     Idea:      Where one key has nearly all the weight, an error in the scores changes little. Where
                weights are flat it changes more. So read more bits of the keys there.
     Offline:   nothing.
     Online:    each key k (d,), once, when it is new:
                    scale = max|k| / m,   m = floor(((2^high - 1) 2^low - 1) / 2)
-                   rint(k / scale) = 2^low high part + low part    (both signed integers)
+                   rint(k / scale) = 2^low * high part + low part    (both signed integers)
                each query, in 8 bits:
                    p = softmax(scores of the high parts)
                    if max(p) <= threshold: p = softmax(scores of both parts)
                out = sum of p_j v_j
-    Saves:     bytes of keys: `high` of 32 bits, and `low` more for key heads with a redone query. A
-               key's scale takes 4 bytes. No multiply-adds: 2 S d per query head and token, and S d
-               more where redone; but those of scores are of 8-bit integers (low=None: floats).
+    Saves:     bytes of keys: ``high`` of 32 bits are read, and ``low`` more for key heads with a
+               redone query; a key's scale takes 4 bytes. No multiply-adds: 2 S d per query head and
+               token, and S d more where redone; but scores multiply 8-bit integers (redone with
+               low=None: floats).
     In NumPy:  slower: BLAS has no integers, so all codes become floats again for every token.
-    Not for:   prompts: of 64 queries that read keys together, one or another needs the low bits.
+    Not for:   prompts: of 64 queries that read keys together, at least one needs the low bits.
     Proof:     tests/skip/test_progressive_precision.py; literal version:
                tests/skip/literal_progressive_precision.py
     """
@@ -89,8 +91,7 @@ def progressive_precision(
         random = drawn.reshape(-1, heads, context)
 
     def change(attn: Part, index: int) -> Part:
-        if unequal := [node for _, node in walk(attn) if type(node) is AttendUnequalGroups]:
-            raise NoSuchPart(Attend, found=unequal[0])  # head_prune
+        need_equal_groups(attn)
         drawn = None if random is None else random[index]
         code = KeyCode(high, low)
 
@@ -226,7 +227,7 @@ def packed_bytes(codes, bits: int) -> int:
 #   threshold, and all of its key's bits are then multiplied again. Here the low parts alone are
 #   multiplied and added. A weight of exactly the threshold counts as flat, so that threshold=1
 #   redoes all; it is rounded to 20 bits (shared/coarse.py), so that of two equal keys each has 1/2.
-# - The paper cuts the low bits off; here the high part is the nearest multiple, so that errors of
+# - The paper truncates the low bits; here the high part is the nearest multiple, so that errors of
 #   the first pass have mean 0. The thresholds and the bits per task of the paper are unconfirmed.
 # - Bytes per token and key head: S (d high/8 + 4) of codes and scales, S d low/8 more (or 4 S d of
 #   float keys with low=None) if any of its query heads is redone, and 4 S d of values. Bits count
@@ -248,10 +249,10 @@ def packed_bytes(codes, bits: int) -> int:
 #       2       random half        1.01x            +0.0376     96 /  87 / 100 %   0.38x
 #       2       peaked             1.02x            +0.0031     99 /  93 / 100 %   0.45x
 #
-#   Where some queries are redone, it is 40 to 60 % of them (of chains of 512 tokens 64 %). The idea
-#   fails here: attention that looks one word up is peaked, and a wrong score looks up another word;
+#   Where some queries are redone, it is 40 to 60 % of them (in chains of 512 tokens 64 %). The idea
+#   fails here: attention that looks up one word is peaked, and a wrong score looks up another word;
 #   flat attention averages over many keys, and so over their errors. Besides, large errors make any
 #   softmax look peaked. So the opposite rule is the better one; but 3 or 4 bits for all, which read
-#   about as little, are as good. stories-relu ranks the rules alike.
+#   about as little, are as good. The rules rank the same on stories-relu.
 # - Bytes of keys and values read per token, in chains of 512 tokens: 0.58x with the high 4 bits
 #   alone, 0.63x at the defaults, 0.55x with 2 bits.

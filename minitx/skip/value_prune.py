@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 import numpy as np
 
 from minitx import fast, ledger
-from minitx.model import Attend, AttendUnequalGroups
+from minitx.model import Attend
 from minitx.shared.coarse import coarse
 from minitx.shared.random_baseline import random_scores
-from minitx.shared.sparse_attention import top_k
+from minitx.shared.sparse_attention import need_equal_groups, top_k
 from minitx.state import Layer
-from minitx.technique import SEEDS, NoSuchPart, above, blocks_of, swap, technique, wrap
-from minitx.tree import Part, part, table, walk
+from minitx.technique import SEEDS, above, blocks_of, swap, technique, wrap
+from minitx.tree import Part, part, table
 
 
 @technique(
@@ -69,8 +69,7 @@ def value_prune(
         random = random_scores(len(blocks_of(lm)), lm.model.config.context, seed)
 
     def change(attn: Part, index: int) -> Part:
-        if unequal := [node for _, node in walk(attn) if type(node) is AttendUnequalGroups]:
-            raise NoSuchPart(Attend, found=unequal[0])  # head_prune
+        need_equal_groups(attn)
         drawn = None if random is None else random[index]
         return swap(attn, Attend, lambda dense: PrunedValues(dense.scale, keep, drawn))
 

@@ -26,14 +26,14 @@ def zero_skip(
     *,
     min_sparsity: Annotated[
         float,
-        "share of zero neurons from which a token reads only the other rows; below, all of them; "
-        "above 1: never",
+        "a token skips rows if at least this share of its neurons is 0, and is multiplied densely "
+        "otherwise; above 1: always densely",
         at_least(0),
     ] = 0.0,
     prompts: Annotated[
         Literal["skip", "dense"],
-        "several tokens at once: skip zeros token by token, or multiply them all by the whole "
-        "matrix, which NumPy does faster",
+        "when several tokens run at once. skip: skip the zeros of each token; dense: multiply all "
+        "of them by the whole matrix, which is faster in NumPy",
     ] = "skip",
 ):
     """Skip the multiply-adds of neurons that ReLU set to 0: read only the other rows of W_down.
@@ -41,24 +41,25 @@ def zero_skip(
     Paper:     zero skipping, as David Spuler's page on calculation skipping lists it. For the FFNs
                of transformers: Liu et al., "Deja Vu", ICML 2023, which predicts the zeros.
     Fidelity:  common practice: no prediction, a zero is skipped when it is seen.
-    Kind:      exact: what is left out are products with 0. Only the order of the sum may differ.
+    Kind:      exact: only products with 0 are left out. The order of the sum may differ.
     Idea:      After a ReLU most neurons of a token are exactly 0 (stories-relu: three of four), and
                a zero times its row of W_down adds nothing.
-    Offline:   W_down (F, D) is stored row by row, so that the row of a neuron is contiguous.
+    Offline:   W_down (F, D) is stored row-major, so that the row of a neuron is contiguous.
     Online:    h  = relu(x W_up + b_up)                      as before
                nz = the neurons with h != 0                  F comparisons
                y  = h[nz] W_down[nz] + b_down                r rows of F
-               With several tokens each has its own nz, so each is computed by itself. If less than
-               min_sparsity of a token's neurons are 0, its product is dense.
+               Each token has its own nz, so several tokens are computed one by one. A token of
+               which less than the share min_sparsity is 0 is multiplied densely.
     Saves:     r D + F multiply-adds per token instead of F D (a comparison counted as one), which
-               is less as soon as F / D neurons are 0. Bytes: r rows of W_down are read, not F.
+               is less once more than F / D neurons are 0. Bytes: r rows of W_down are read, not F.
     In NumPy:  copying rows costs more than BLAS saves until most are 0. Break-even on this machine
                (one BLAS thread): never at 512 x 128 (stories-relu), 85 % of zeros at 2,048 x 512,
-               70 % at 4,096 x 1,024. stories-relu decodes at 0.8x, and reads prompts at 0.5x, which
-               prompts=dense avoids.
+               70 % at 4,096 x 1,024. stories-relu decodes 0.8x as fast as dense and reads prompts
+               0.5x as fast, which prompts=dense avoids.
     Not for:   SwiGLU and GELU, whose neurons are small but not 0: dropping those is approximate.
                W_down in another format (quantize, low_rank, ...).
     Proof:     tests/skip/test_zero_skip.py; literal version: tests/skip/literal_zero_skip.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     if min_sparsity > 1:
         return lm
@@ -77,7 +78,7 @@ def zero_skip(
 
 @part
 class ZeroSkippingLinear(Part):
-    """``h @ w + b`` (..., F) -> (..., D) from the rows of w whose h is not 0."""
+    """h w + b, h (..., F) -> (..., D), reading only the rows of w whose h is not 0."""
 
     matrix_layout = "row-major"  # a neuron's row is contiguous
     w: np.ndarray  # (F, D)
@@ -99,12 +100,12 @@ class ZeroSkippingLinear(Part):
 
     def one_token(self, h):
         """h (F,) -> (D,)"""
-        nonzero = np.flatnonzero(h)  # a comparison for each neuron
-        ledger.count(multiply_adds=h.size)
-        if len(nonzero) > (1 - self.min_sparsity) * len(h):
+        nz = np.flatnonzero(h)  # (r,)
+        ledger.count(multiply_adds=h.size)  # a comparison for each neuron
+        if len(nz) > (1 - self.min_sparsity) * len(h):
             return self.dense(h)
-        note(len(nonzero), h)
-        return ops.linear(h[nonzero], self.w.take(nonzero, 0), self.b)
+        note(len(nz), h)
+        return ops.linear(h[nz], self.w.take(nz, 0), self.b)
 
     def dense(self, h):
         """h (..., F) -> (..., D), reading every row."""

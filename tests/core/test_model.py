@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from tiny import padded_mask
+from tiny import padded_mask, tiny_model
 
 from minitx import ops
 from minitx.build import build, random_model, shapes
 from minitx.config import Config
 from minitx.errors import MinitxError
 from minitx.state import Layer, State
-from minitx.tree import draw, map_weights, rebuild, weights
+from minitx.tree import children, draw, map_weights, rebuild, walk, weights
 
 LLAMA = dict(family="llama", vocab_size=50, width=24, layers=3, heads=4, kv_heads=2, head_width=8)
 LLAMA |= dict(hidden=40, context=160, rope_width=8)
@@ -271,3 +271,17 @@ def test_random_model_refuses_a_bad_seed_or_dtype():
     for dtype in ("foo", None, np.float16, int):
         with pytest.raises(MinitxError, match="dtype must be float32 or float64"):
             random_model(config, dtype=dtype)
+
+
+def test_walk_visits_a_part_before_its_children_and_these_in_order():
+    def plain(path, node):
+        found = [(path, node)]
+        for name, child in children(node):
+            found += plain(f"{path}.{name}" if path else name, child)
+        return found
+
+    model = tiny_model()
+    found = list(walk(model))
+    assert found == plain("", model)
+    assert [path for path, _ in found][:4] == ["", "embed", "stack", "stack.blocks.0"], found[:4]
+    assert [path for path, _ in walk(model.norm, "here")] == ["here"]

@@ -14,6 +14,7 @@ from minitx.lab.compare import Workload
 from minitx.lab.compare_all import compare_all
 from minitx.technique import find, technique, techniques
 from minitx.text import Text
+from minitx.training.stories import first_stories
 
 TEXT = Text("The balance of once and twice: a fence, a pond, and a stone. " * 20, "pond.txt")
 WORK = Workload(text=TEXT, tokens=60, prompts=1, rounds=1)
@@ -78,6 +79,7 @@ def test_ctrl_c_keeps_the_rows_so_far(run, workdir, monkeypatch):
 
 
 def test_rows_of_all_techniques_are_figures_or_a_reason():
+    first_stories("calibration", "full", 0, 32)  # once, not in the process of each technique
     found = compare_all(tiny_lm(), WORK, bar=False)
     assert [row.flag for row in found.rows] == [t.flag for t in techniques()]
     rows = {row.flag: row for row in found.rows}

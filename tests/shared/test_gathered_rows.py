@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from minitx.ledger import counting
-from minitx.shared.gathered_rows import NeuronRows, at_rows, sum_of_rows, union_of
+from minitx.shared.gathered_rows import (
+    NeuronRows,
+    at_rows,
+    sum_of_rows,
+    token_by_token,
+    union_of,
+)
 from minitx.tree import Part, part
 
 RNG = np.random.default_rng(2)
@@ -54,3 +60,11 @@ def test_dot_products_are_those_of_the_rows():
     rows = np.array([1, 2, 7])
     found = NeuronRows(w, b).dot(x, rows)
     np.testing.assert_allclose(found, (x @ w.T + b)[:, rows], atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1,), (6,), (2, 3), (0,), (2, 0)])
+def test_token_by_token_equals_all_at_once_also_without_tokens(shape):
+    w, x = RNG.standard_normal((9, 5)), RNG.standard_normal((*shape, 9))
+    found = token_by_token(lambda row: row @ w, x)
+    assert found.shape == (*shape, 5)
+    np.testing.assert_allclose(found, x @ w, atol=1e-12)

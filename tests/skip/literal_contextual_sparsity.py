@@ -23,14 +23,15 @@ def top(z, count):
     return sorted(sorted(range(len(z)), key=lambda j: (-z[j], j))[:count])
 
 
-def ffn(n, W1, b1, W2, b2, S):
-    """ReLU(n W1[:, S] + b1[S]) W2[S] + b2 for one token: W1 [D][F], W2 [F][D]."""
-    y = list(b2)
-    for j in S:
-        h = b1[j] + sum(n[i] * W1[i][j] for i in range(len(n)))
+def ffn(n, W_up, b_up, W_down, b_down, neurons):
+    """relu(n W_up + b_up) W_down + b_down for one token, over these neurons only: W_up [D][F],
+    W_down [F][D]."""
+    y = list(b_down)
+    for j in neurons:
+        h = b_up[j] + sum(n[i] * W_up[i][j] for i in range(len(n)))
         if h > 0:
             for o in range(len(y)):
-                y[o] += h * W2[j][o]
+                y[o] += h * W_down[j][o]
     return y
 
 

@@ -1,4 +1,4 @@
-"""Dot-product re-use, literally: one token, one slice and one output at a time.
+"""Dot-product reuse, literally: one token, one slice and one output at a time.
 
 Python lists, dicts and floats; nothing here is shared with minitx.
 """
@@ -15,7 +15,7 @@ def sign_bits(x, planes):
 
 
 def products(xs, w, slices=1, planes=None, size=None):
-    """x W for each of xs [token][input], and for each token and slice whether it was re-used.
+    """x W for each of xs [token][input], and for each token and slice whether it was reused.
     planes[slice][input][bit]: of the LSH form; None: only equal slices share a product."""
     s = len(w) // slices
     tables = [{} for _ in range(slices)]

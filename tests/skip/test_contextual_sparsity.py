@@ -24,7 +24,7 @@ from minitx.ledger import counting
 from minitx.lm import LM
 from minitx.memory_layout import to_column_major
 from minitx.model import NoNorm
-from minitx.skip.contextual_sparsity import NeuronRows, PredictedNeurons, predicted, train
+from minitx.skip.contextual_sparsity import FFNByNeuron, PredictedNeurons, predicted, train
 from minitx.skip.contextual_sparsity.file import FILE, read_predictors, write_predictors
 from minitx.skip.contextual_sparsity.fit import (
     AdamW,
@@ -78,11 +78,11 @@ def test_neurons_by_hand():
     """D = 2, F = 3, rank 1. n = (1, 2): n A = 1 * 1 + 2 * 1 = 3.
 
     z = 3 * (1, -1, 0.5) = (3, -3, 1.5)
-    threshold 0: S = {0, 2}; threshold 2: S = {0}; top-1: {0}.
-    neuron 0: h = 1 * 1 + 2 * 0 + 0 = 1;    row of W_2 (1, 0)
-    neuron 1: h = 1 * 0 + 2 * 1 + 0 = 2;    row of W_2 (0, 1)    active, but not predicted
-    neuron 2: h = -1 - 2 + 1 = -2, so 0;    row of W_2 (5, 5)    predicted, but not active
-    FFN over {0, 2} = 1 (1, 0) + 0 (5, 5) + b_2 (0.5, 0.5) = (1.5, 0.5); dense: (1.5, 2.5)
+    threshold 0 runs neurons 0 and 2; threshold 2 runs 0; top-1 runs 0.
+    neuron 0: h = 1 * 1 + 2 * 0 + 0 = 1;    row of W_down (1, 0)
+    neuron 1: h = 1 * 0 + 2 * 1 + 0 = 2;    row of W_down (0, 1)    active, but not predicted
+    neuron 2: h = -1 - 2 + 1 = -2, so 0;    row of W_down (5, 5)    predicted, but not active
+    FFN over 0 and 2 = 1 (1, 0) + 0 (5, 5) + b_down (0.5, 0.5) = (1.5, 0.5); dense: (1.5, 2.5)
     """
     predictor = Predictor(np.array([[1.0], [1.0]]), np.array([[1.0, -1.0, 0.5]]))
     w1 = np.array([[1.0, 0], [0, 1], [-1, -1]])  # a neuron in each row
@@ -97,7 +97,7 @@ def test_neurons_by_hand():
     ):
         assert selector(x, layer).tolist() == [runs]
     parts = NoNorm(), w1, b1, w2, b2
-    np.testing.assert_allclose(NeuronRows(*parts)(x, layer), [[1.5, 2.5]])
+    np.testing.assert_allclose(FFNByNeuron(*parts)(x, layer), [[1.5, 2.5]])
     some = PredictedNeurons(*parts, selector=Above(predictor, 0.0))
     with counting(some) as counts:
         np.testing.assert_allclose(some(x, layer), [[1.5, 0.5]])
@@ -189,7 +189,7 @@ def without_neurons(stack):
 
 @kind
 def test_counted_work_equals_the_formula_on_the_card(kind):
-    """A token after S - 1 others, with |S| of F neurons and r of H heads: 2 D (F - |S|) and
+    """A token after S - 1 others, with n of F neurons and r of H heads: 2 D (F - n) and
     (H - r) (2 D d + 2 S d) less, the predictors' rank (D + F) + rank (D + H) more."""
     dense = dense_lm(kind)
     c, rank = dense.model.config, 3
@@ -603,22 +603,22 @@ def dense():
 
 
 @cache
-def price(**options) -> float:
+def added_loss(**options) -> float:
     """Loss on two held-out stories."""
     lm = apply(dense(), {"contextual_sparsity": options}) if options else dense()
     read, tally = stories_to_read(lm, 2), Tally.empty()
     for one in read.texts:
         add_up(tally, lm, one)
-    return read.report(tally).loss - (price() if options else 0.0)
+    return read.report(tally).loss - (added_loss() if options else 0.0)
 
 
-def test_price_on_stories_is_a_hundredth_of_that_of_random_neurons():
+def test_added_loss_on_stories_relu_is_a_hundredth_of_that_of_random_neurons():
     """At the default about a quarter of the neurons run. Random ones: twice as many, so that they
     cost at least as much with no predictor to pay for."""
     default, top, chance = (
-        price(threshold=1.0),
-        price(neurons=0.3),
-        price(neurons=0.5, choose="random"),
+        added_loss(threshold=1.0),
+        added_loss(neurons=0.3),
+        added_loss(neurons=0.5, choose="random"),
     )
     assert -0.002 < default < 0.012 and 0 < top < 0.02, (default, top)
     assert chance > 1.0, f"random neurons cost {chance:+.3f}"

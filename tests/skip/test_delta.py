@@ -44,9 +44,9 @@ def test_worked_example_by_hand():
     """W has the rows (1, 0), (0, 1), (2, 2), threshold 0.5.
 
     x = (2, 2, 2)        first token: all sent       y = (2 + 4, 2 + 4)         = (6, 6)
-    x = (2.9, 2, 4)      rms 3.06, limit 1.53:       y = (6, 6) + 2 (2, 2)      = (10, 10)
+    x = (2.9, 2, 4)      rms 3.08, tolerance 1.54:   y = (6, 6) + 2 (2, 2)      = (10, 10)
                          only |4 - 2| exceeds it     (dense: 10.9, 10)
-    x = (3.7, 2, 4)      rms 3.36, limit 1.68:       3.7 - 2 = 1.7 against what was last sent, 2,
+    x = (3.7, 2, 4)      rms 3.35, tolerance 1.68:   3.7 - 2 = 1.7 against what was last sent, 2,
                          though 3.7 - 2.9 = 0.8:     y = (10 + 1.7, 10)         = (11.7, 10)
     """
     xs = np.array([[2.0, 2, 2], [2.9, 2, 4], [3.7, 2, 4]])
@@ -100,7 +100,7 @@ def test_refresh_clears_the_rounding_errors_of_float32():
     assert cleared < 1e-6 < kept < 1e-5, f"without refresh {kept:.1e}, with {cleared:.1e}"
 
 
-def test_input_error_never_exceeds_the_limit():
+def test_input_error_never_exceeds_the_tolerance():
     xs = slowly_changing(200, 10)
     layer, linear = Layer(200), DeltaLinear(np.eye(10), None, 0.4, 1 << 30)
     off = abs(linear(xs, layer.take(200)) - xs)  # with W = I, y is what was sent

@@ -148,7 +148,7 @@ def test_exact_form_shares_all_products_of_a_repeated_token_in_layer_0():
         assert found - {"out"} == set(names)
         with counting(lm) as counts:
             in_chunks(lm, np.array([5, 7, 5, 5, 7, 9]), (1,) * 6)
-        assert counts.events["products re-used"] == 3 * len(names), family
+        assert counts.events["products reused"] == 3 * len(names), family
         check_close(lm.logits(IDS), tiny_lm(family, dtype=np.float64).logits(IDS), 1e-12, "exact")
 
 
@@ -156,7 +156,7 @@ def test_exact_form_finds_nothing_with_learned_positions():
     lm = apply(tiny_lm("gpt2"), {"dot_product_reuse": True})
     with counting(lm) as counts:
         lm.logits(np.array([5, 5, 5, 5]))
-    assert counts.events["products"] and not counts.events["products re-used"]
+    assert counts.events["products"] and not counts.events["products reused"]
 
 
 @pytest.mark.parametrize("slices", [1, 4])
@@ -164,7 +164,7 @@ def test_exact_form_finds_nothing_with_learned_positions():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counted_work_equals_the_formula_on_the_card(family, form, slices):
     """A hash of s or s bits multiply-adds for each slice; s F for each product that is computed,
-    and F to add one that is re-used if there are several slices."""
+    and F to add one that is reused if there are several slices."""
     options = {"form": form, "slices": slices, "bits": 3, "first": 0, "layers": 2, "where": "all"}
     lm = apply(tiny_lm(family, dtype=np.float64), {"dot_product_reuse": options})
     state = lm.model.new_state()
@@ -181,7 +181,7 @@ def test_counted_work_equals_the_formula_on_the_card(family, form, slices):
         assert rest == (slices - reused) * s * F + reused * F * (slices > 1), path
         hits += reused
     assert counts.events["products"] == len(products) * slices
-    assert counts.events["products re-used"] == hits
+    assert counts.events["products reused"] == hits
     assert form == "exact" or hits
 
 
@@ -224,11 +224,11 @@ def loss_and_work(model, **options):
     with counting(lm) as counts:
         losses = token_losses(lm.logits(ids[:-1]), np.array(ids[1:]))
     events = counts.events
-    share = events["products re-used"] / max(events["products"], 1)
+    share = events["products reused"] / max(events["products"], 1)
     return float(losses.mean()), counts.total().multiply_adds, share
 
 
-def test_exact_form_on_shipped_models_saves_without_a_price():
+def test_exact_form_on_shipped_models_saves_without_added_loss():
     for model, left in (("stories-parallel", (0.9, 0.93)), ("stories", (0.98, 0.995))):
         dense, all_work, _ = loss_and_work(model)
         loss, work, _ = loss_and_work(model, form="exact")
@@ -242,7 +242,7 @@ def test_lsh_form_on_stories_is_better_than_random_and_better_late_than_early():
     random, same, again = loss_and_work("stories", form="lsh", choose="random")
     early, _, _ = loss_and_work("stories", form="lsh", first=0, layers=1)
     assert 0.85 < work / all_work < 0.93 and 0.2 < share < 0.5
-    assert abs(again - share) < 0.1, "random re-uses another number"
+    assert abs(again - share) < 0.1, "random reuses another number"
     assert -0.01 < loss - dense < 0.04, f"{loss - dense:+.4f} nats per token"
     assert random - dense > 2 * (loss - dense), f"random: {random - dense:+.4f}"
     assert early - dense > 0.5, f"layer 0: {early - dense:+.4f}"

@@ -516,7 +516,7 @@ def test_the_tree_shows_the_scoring_layers():
 @pytest.fixture(scope="module")
 def stories():
     lm = minitx.load("stories")
-    return lm, encode(lm.tokenizer, held_out(lm, 48))
+    return lm, encode(lm.tokenizer, held_out(lm, 16))
 
 
 def test_stories_prompt_costs_what_the_card_says(stories):
@@ -558,5 +558,5 @@ def test_stories_next_token_is_closer_to_dense_with_attention_than_with_random(s
     for choose in ("attention", "random"):
         lm = apply(dense, {"lazy_tokens": dict(keep=0.3, first=1, choose=choose)})
         kl[choose] = divergence(dense, lm, prompts)
-    assert 0.35 < kl["attention"] < 0.47, kl
-    assert 0.75 < kl["random"] < 0.95, kl
+    assert 0.31 < kl["attention"] < 0.42, kl
+    assert 0.85 < kl["random"] < 1.08, kl

@@ -1,4 +1,4 @@
-"""perforate: which inputs are kept, what fills in for the others, the search, the price."""
+"""perforate: which inputs are kept, what replaces the others, the search, what it costs."""
 
 from functools import cache
 

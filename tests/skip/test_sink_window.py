@@ -186,7 +186,7 @@ def test_on_stories_the_window_has_a_price_by_hops():
     for window in (252, 60):
         lm = apply(dense, {"sink_window": {"window": window}})
         found = compare(
-            dense, lm, "", Workload(stories=4, prompts=1, rounds=1, chains=3), bar=False
+            dense, lm, "", Workload(stories=1, prompts=1, rounds=1, chains=2), bar=False
         )
         prices[window] = found.reading.changed.loss - found.reading.dense.loss
         assert found.cache == pytest.approx((4 + window) / 512, abs=0.01)

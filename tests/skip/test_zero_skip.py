@@ -97,7 +97,7 @@ def test_model_reads_as_many_rows_as_neurons_are_not_zero():
         assert work == 40 * 24 + (40 * 24 - count) * 16, f"layer {i}"
 
 
-def test_large_matrix_is_stored_row_by_row():
+def test_large_matrix_is_stored_row_major():
     dense = to_column_major(tiny_lm(model=tiny_model("gpt2", dtype=np.float64, **WIDE)))
     lm = apply(dense, {"zero_skip": {}})
     for block in blocks_of(lm):

@@ -7,18 +7,11 @@ only SwiGLU; the command says which do not fit the model. Exact techniques have 
 
 from minitx.lab.frontier.knobs import AT_RANDOM, Knob, Method, falling, rising
 
-
-def later_layers(config) -> int:
-    """``first`` of a technique that runs all layers before it as they are."""
-    return config.layers
-
-
-PERFORATED = {"rates": "uniform", "stories": 4}
-# Half of the FFNs' positions, from the last layer only to all layers.
-EVERY_SECOND = {"stride": 2}
 BITS = Knob("bits", 1, 32, scale="linear", integer=True)
 WINDOW = Knob("window", 1, 512, integer=True)
-FIRST = Knob("first", 0, later_layers, scale="linear", integer=True)
+STRIDE = Knob("stride", 1, 64, falling=True, integer=True)
+EACH_TOKEN = {"prompts": "skip"}  # as in decoding; the union of a text's tokens is all rows
+UNIFORM = {"rates": "uniform", "stories": 4}
 
 METHODS = (
     # Baselines: inputs of all matrices are dropped at random, for all tokens (nothing replaces
@@ -26,18 +19,18 @@ METHODS = (
     Method(
         "random",
         falling("rate", 0.95),
-        PERFORATED | {"pattern": "sample", "fill": "none"},
+        UNIFORM | {"pattern": "sample", "fill": "none"},
         "perforate",
         seeds=(0, 1),
     ),
     Method("static", falling("neurons", 0.95), {"heads": 0.0}, "prune_structure"),
     # Zeros and small numbers
-    Method("cats", falling("sparsity", 0.99), random=AT_RANDOM),
-    Method("teal", falling("sparsity", 0.95), random=AT_RANDOM),
+    Method("cats", falling("sparsity", 0.99), EACH_TOKEN, random=AT_RANDOM),
+    Method("teal", falling("sparsity", 0.95), EACH_TOKEN, random=AT_RANDOM),
     Method(
         "teal uniform",
         falling("sparsity", 0.95),
-        {"allocation": "uniform"},
+        EACH_TOKEN | {"allocation": "uniform"},
         "teal",
         random=AT_RANDOM,
     ),
@@ -45,7 +38,7 @@ METHODS = (
     Method("negative_predict", falling("miss", 1.0), random=AT_RANDOM),
     Method("contextual_sparsity", rising("neurons", 0.02), random=AT_RANDOM),
     Method(
-        "contextual_sparsity threshold", falling("threshold", 6.0, -4.0), {}, "contextual_sparsity"
+        "contextual_sparsity threshold", falling("threshold", 6.0, -10.0), {}, "contextual_sparsity"
     ),
     # Re-use
     Method("delta", falling("threshold", 3.0), random=AT_RANDOM),
@@ -55,12 +48,11 @@ METHODS = (
     # Perforation
     Method(
         "perforate",
-        falling("rate", 0.95),
-        {"stories": 4},
-        random={"pattern": "sample", "rates": "uniform"},
+        falling("rate", 0.75),
+        random={"rates": "random"},
     ),
-    Method("perforate uniform", falling("rate", 0.95), PERFORATED, "perforate"),
-    Method("perforate_positions", FIRST, EVERY_SECOND, random=AT_RANDOM),
+    Method("perforate uniform", falling("rate", 0.95), UNIFORM, "perforate"),
+    Method("perforate_positions", STRIDE, random=AT_RANDOM),
     Method("perforate_keys", WINDOW, {"stride": 64}, random=AT_RANDOM),
     # Exact, or fewer bytes instead of multiply-adds.
     Method("zero_skip", None),

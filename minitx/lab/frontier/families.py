@@ -63,7 +63,7 @@ FAMILIES = (
         "calculation",
         "multiply-adds",
         (0.9, 0.75, 0.5),
-        "techniques that skip products: zeros, negatives, predicted and re-used ones, perforation",
+        "techniques that skip products: zeros, negatives, predicted and reused ones, perforation",
         "calculation",
         ("random", "static"),
     ),

@@ -67,6 +67,7 @@ def order_products(
                is not reordered.
     Proof:     tests/precompute/test_order_products.py;
                literal version: tests/precompute/literal_order_products.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
 
     def ordered(linear: Linear):

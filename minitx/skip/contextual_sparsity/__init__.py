@@ -1,8 +1,8 @@
 """Contextual sparsity: small predictors say which FFN neurons and heads a token needs (Deja Vu).
 
 This file: the card and options, the parts that run (online), how they are made, checks, notes. Read
-next: predictor.py (what selects), fit.py (how predictors are trained), file.py (the shipped ones),
-train.py (the command that trains and measures them).
+next: predictor.py (the predictor and the selection), fit.py (how predictors are trained), file.py
+(the shipped ones), train.py (the command that trains and measures them).
 """
 
 import os
@@ -41,8 +41,8 @@ def contextual_sparsity(
     *,
     neurons: Annotated[
         float | None,
-        "share of the FFN neurons that run, those with the highest scores (at least one); 1: all, "
-        "without a predictor; default: those above the threshold instead",
+        "share of the FFN neurons that run, those with the highest scores (rounded down, but at "
+        "least one); 1: all, without a predictor; default: those above the threshold instead",
         between(0, 1),
     ] = None,
     threshold: Annotated[
@@ -58,20 +58,25 @@ def contextual_sparsity(
         between(0, 1),
     ] = 1.0,
     choose: Annotated[
-        Literal["predictor", "random"], "the predictors, or a random baseline (with neurons=)"
+        Literal["predictor", "random"],
+        "neurons and heads are selected by the predictors, or at random, a baseline (needs "
+        "neurons)",
     ] = "predictor",
     rank: Annotated[
         int | None,
-        "of the predictors; where the file beside the weights has another, they are trained on "
-        "loading; default: a quarter of the width for neurons, a sixteenth for heads",
+        "rank of the predictors; if the file beside the weights has another one, they are trained "
+        "on loading; default: a quarter of the width for neurons, a sixteenth for heads",
         at_least(1, limit=1000),
     ] = None,
     stories: Annotated[
         int,
-        "to train on loading: calibration stories (with calibrate: passages of the text)",
+        "calibration stories (with calibrate: passages of the text), if predictors are trained on "
+        "loading",
         at_least(1, limit=1000),
     ] = 16,
-    epochs: Annotated[int, "to train on loading: passes over them", at_least(1, limit=100)] = 20,
+    epochs: Annotated[
+        int, "passes over them, if predictors are trained on loading", at_least(1, limit=100)
+    ] = 20,
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, between(0, 1000)] = 0.1,
     seed: Annotated[int, "of choose=random, and of training on loading", SEEDS] = 0,
@@ -85,29 +90,30 @@ def contextual_sparsity(
                (for heads: one layer) ahead, to run at the same time as it (Notes).
     Kind:      approximate; exact with neurons=1 and heads=1. On stories-relu neurons pay, and heads
                do not, so by default all heads run.
-    Idea:      ReLU leaves most neurons at 0, others for each token. A map of low rank predicts
-               which will be active, for far less than computing them, so that both FFN matrices
-               shrink. (Skipping zeros that are known shrinks only the second.) Likewise heads.
+    Idea:      ReLU sets most neurons to 0, different ones for each token. A low-rank map predicts
+               which will be active, for far less than computing them, so that both FFN products
+               shrink. (zero_skip, which sees the zeros, shrinks only the second.) Likewise heads.
     Offline:   each layer: A (D, rank) and B (rank, F), no bias, nothing between. y_j = 1 where
                neuron j is above 0 on calibration text: weighted binary cross entropy in which
                inactive neurons weigh mean(y) + 0.005; AdamW. stories-relu has trained ones.
-               W_1 is stored transposed: a neuron is a contiguous row of it, and of W_2.
+               W_up is stored transposed: a neuron is a contiguous row of it, and of W_down.
                Heads: B (rank, H); y_h = 1 for the half of the heads with the largest |ctx_h W_o,h|.
     Online:    for each token, with n = norm(x):
                  z = (n A) B                                 a score for each neuron
-                 S = {j: z_j > threshold}, or the top-k      (ties go to the lower index)
-                 h = ReLU(n W_1[:, S] + b_1[S]);  y = h W_2[S] + b_2
+                 run = the neurons j with z_j > threshold, or the top-k (ties: lower index)
+                 h = relu(n W_up[:, run] + b_up[run]);  y = h W_down[run] + b_down
                heads: keys and values of all heads are cached; then q_h, attention and the rows
                W_o,h only of the top-k heads.
     Saves:     2 D multiply-adds per neuron that does not run, less rank (D + F); 2 D d + 2 S d per
                head, less rank (D + H). Per token and layer (S cached tokens, heads of width d).
-    In NumPy:  slower on stories-relu, 0.6x of dense: selecting and gathering rows cost more than
-               the small products. An FFN of 1,024 x 4,096 breaks even at 23 % of the neurons.
+    In NumPy:  slower on stories-relu, 0.6x as fast as dense: selecting and gathering rows cost more
+               than the small products. An FFN of 1,024 x 4,096 breaks even at 23 % of the neurons.
     Not for:   FFNs without ReLU (heads alone are possible: neurons=1), or whose matrices another
                technique has replaced (quantize, ...). If one has changed the model (fold_norms,
                prune, ...), predictors are trained on loading.
     Proof:     tests/skip/test_contextual_sparsity.py;
                literal version: tests/skip/literal_contextual_sparsity.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     check_choice(neurons, threshold, choose, monitor)
     threshold = THRESHOLD if threshold is None else threshold
@@ -134,13 +140,13 @@ def contextual_sparsity(
 
 
 @part
-class NeuronRows(Part):
+class FFNByNeuron(Part):
     """A ReLU FFN with both matrices stored by neuron, one contiguous row for each; all run."""
 
     norm: Part
-    w1: np.ndarray  # (F, D), W_1 transposed
+    w1: np.ndarray  # (F, D), W_up transposed
     b1: np.ndarray  # (F,)
-    w2: np.ndarray  # (F, D)
+    w2: np.ndarray  # (F, D), W_down
     b2: np.ndarray | None  # (D,)
 
     def __call__(self, x, layer: Layer):
@@ -149,7 +155,7 @@ class NeuronRows(Part):
 
 
 @part
-class PredictedNeurons(NeuronRows):
+class PredictedNeurons(FFNByNeuron):
     """The same, but each token runs only the neurons that are selected for it."""
 
     # Declared for techniques that are combined with this one (tree.Part):
@@ -169,9 +175,9 @@ class PredictedNeurons(NeuronRows):
 
     def one_token(self, n, runs):
         """n (D,), the normalized input; runs (F,), booleans -> (D,)."""
-        S = np.flatnonzero(runs)
-        w1, w2 = self.w1.take(S, 0), self.w2.take(S, 0)  # (|S|, D)
-        h = ops.relu(ops.linear(n, w1.T, self.b1[S]))  # (|S|,)
+        run = np.flatnonzero(runs)  # (r,) the indices of those that run
+        w1, w2 = self.w1.take(run, 0), self.w2.take(run, 0)  # (r, D)
+        h = ops.relu(ops.linear(n, w1.T, self.b1[run]))  # (r,)
         ledger.event("active neurons run", h > 0)
         return ops.linear(h, w2, self.b2)
 
@@ -254,7 +260,7 @@ def predicted(lm, selectors: dict[str, list], monitor: int = 0, limit: float = 0
         b1 = np.zeros(len(down.w), down.w.dtype) if up.b is None else up.b
         parts = ffn.norm, np.ascontiguousarray(up.w.T), b1, np.ascontiguousarray(down.w), down.b
         some = PredictedNeurons(*parts, selector=selectors["ffn"][index])
-        return monitored(NeuronRows(*parts), [some], monitor, limit)
+        return monitored(FFNByNeuron(*parts), [some], monitor, limit)
 
     def change_attn(attn: Attention, index: int) -> Part:
         parts = {f.name: getattr(attn, f.name) for f in fields(attn)}
@@ -358,9 +364,9 @@ def check_choice(neurons: float | None, threshold: float | None, choose: str, mo
 #       layer 3       0.343   0.335   0.828    0.849       0.342           0.802
 #       all           0.240   0.247   0.873    0.829       0.265           0.862
 #
-#   Random units in the same number have more than their share of luck in the threshold form, since
-#   tokens with more active neurons run more.
-# - The price on stories-relu (minitx sweep contextual-sparsity threshold=0,1,2 -m stories-relu
+#   With a threshold, random units find more than the share that runs, since tokens with more active
+#   neurons run more.
+# - Figures on stories-relu (minitx sweep contextual-sparsity threshold=0,1,2 -m stories-relu
 #   --stories 60; the same with neurons=0.4,0.3,0.2; with neurons=0.4,0.5 choose=random; and with
 #   neurons=1 heads=0.75,0.5 choose=predictor,random). Loss is above dense, in nats per token; the
 #   hops are right answers to questions that need 1, 2 or 3 facts (many of them guesses: the model
@@ -382,7 +388,7 @@ def check_choice(neurons: float | None, threshold: float | None, choose: str, mo
 #       neurons=1 heads=0.5 ... random   0.902x        +1.3747    28 / 22 / 11      0.46x
 #
 #   A threshold is better than a top-k of equal cost: tokens and layers differ in how many neurons
-#   they need. Of four heads none can be spared, though the predictor finds those that write most.
+#   they need. None of four heads can be spared, though the predictor finds those that write most.
 # - The rank decides: in a trial (600 steps of 512 tokens) the threshold at which about 30 % of the
 #   neurons run cost +0.0007 nats at rank 32, +0.03 at 16, +0.43 at 8 and +1.4 at 4; the predictor's
 #   own share of a dense FFN's multiply-adds is 16, 8, 4 and 2 %. Read one sub-layer early, before
@@ -394,6 +400,6 @@ def check_choice(neurons: float | None, threshold: float | None, choose: str, mo
 # - One FFN, rank D / 4, top-k, one token, microseconds of one core (dense; 50, 25, 10, 5 % of the
 #   neurons): 128 x 512: 29; 89, 78, 75, 67. 1,024 x 4,096: 1,578; 3,751, 1,701, 533, 326. A prompt
 #   runs token by token, which is slower still: dense products share the reading of weights.
-# - monitor: every n-th token runs all neurons too, from the same arrays (NeuronRows). It does not
+# - monitor: every n-th token runs all neurons too, from the same arrays (FFNByNeuron). It does not
 #   pay here: neurons=0.2 monitor=8 limit=0.1, 0.2, 0.4 cost +0.017, +0.028, +0.042 at 0.88x, 0.79x,
 #   0.70x of the multiply-adds (20 stories), all more than a larger share of the neurons.

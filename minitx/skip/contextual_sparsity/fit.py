@@ -28,7 +28,7 @@ from minitx.tree import Part, float_type, part
 
 @dataclass(frozen=True)
 class Pace:
-    """How long and how fast to train."""
+    """The hyperparameters of training."""
 
     epochs: int = 20  # passes over the examples
     batch: int = 64  # tokens of a step

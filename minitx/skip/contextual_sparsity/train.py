@@ -62,14 +62,14 @@ def measure(lm, predictors: dict[str, tuple], texts, shares: dict, threshold: fl
 def figures(active, run, rng) -> tuple:
     """active and run (tokens, units), booleans: the share that is active, and that runs; recall;
     precision; and the recall of as many random units for each token."""
-    chance = np.take_along_axis(run, rng.random(run.shape).argsort(-1), -1)
-    both, by_chance = (run & active).sum(), (chance & active).sum()
+    shuffled = np.take_along_axis(run, rng.random(run.shape).argsort(-1), -1)
+    both, random = (run & active).sum(), (shuffled & active).sum()
     return (
         active.mean(),
         run.mean(),
         both / max(active.sum(), 1),
         both / max(run.sum(), 1),
-        by_chance / max(active.sum(), 1),
+        random / max(active.sum(), 1),
     )
 
 

@@ -1,7 +1,7 @@
-"""Loop perforation of matrix products: some inputs of each weight matrix are skipped for good.
+"""Loop perforation of matrix products: some inputs of each weight matrix are always skipped.
 
-The card and options, the part that runs (online), the kept inputs and what fills in for the others
-(offline), notes. search.py: how much of each matrix is skipped.
+The card and options, the part that runs (online), which inputs are kept and what replaces the terms
+of the others (offline), notes. search.py: how much of each matrix is skipped.
 """
 
 from dataclasses import dataclass
@@ -36,28 +36,29 @@ from minitx.tree import Part, part, table
 def perforate(
     lm,
     *,
-    rate: Annotated[float, "share of the products' iterations to skip", at_least(0, below=1)] = 0.2,
+    rate: Annotated[float, "share of the multiply-adds to skip", at_least(0, below=1)] = 0.2,
     pattern: Annotated[
         Literal["norm", "stride", "truncate", "sample"],
-        "norm: skip the inputs that change the output least; stride: at equal distances; truncate: "
-        "the last ones; sample: random ones, the baseline",
+        "norm: skip the inputs that change the output least; stride: inputs at equal distances; "
+        "truncate: the last ones; sample: random ones, a baseline",
     ] = "norm",
     fill: Annotated[
         Literal["mean", "fit", "scale", "rate", "none"],
-        "what stands for the skipped terms: their mean; a least-squares fit of the kept ones; a "
-        "factor for each output; the factor 1 / (1 - rate); nothing",
+        "what replaces the skipped terms. mean: their mean; fit: least squares on the kept inputs; "
+        "scale: a factor for each output; rate: the factor 1 / (1 - rate); none: nothing",
     ] = "mean",
     rates: Annotated[
         Literal["greedy", "uniform", "random"],
-        "each matrix's own rate, by a search; the same for all; or random ones, a baseline",
+        "greedy: a rate for each matrix, by a search; uniform: the same for all; random: random "
+        "ones, a baseline",
     ] = "greedy",
     matrices: Annotated[Literal["all", "ffn", "attention"], "which are perforated"] = "all",
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 16,
-    seed: Annotated[int, "of pattern=sample and rates=random", SEEDS] = 0,
     monitor: Annotated[int, MONITOR, at_least(0)] = 0,
     limit: Annotated[float, LIMIT, above(0, 100)] = 0.1,
+    seed: Annotated[int, "of pattern=sample and rates=random", SEEDS] = 0,
 ):
     """Perforate matrix products: skip some iterations of the inner loop over the inputs.
 
@@ -67,24 +68,26 @@ def perforate(
                a greedy search. Ours: pattern=norm, fills, KL divergence as the output's error.
     Kind:      approximate; exact at rate=0.
     Idea:      y_j = sum of x_i W_ij over inputs i is a loop. A program may be good enough with
-               fewer iterations of it. Which are skipped is fixed, so a smaller matrix is left.
-    Offline:   for each matrix W (in, out): the kept inputs S and, from calibration inputs x,
-               mean:   c = sum over the skipped i of mean(x_i) W_i          (alpha = 1, the default)
-               scale:  alpha_j = <y_j, p_j> / <p_j, p_j>,  p = x_S W_S       (c = 0)
-               rate:   alpha = in / |S|  (c = 0)         none:  alpha = 1, c = 0
-               fit:    c and, instead of alpha W_S, the matrix with the least squared error
-               norm keeps the inputs with the largest rms(x_i - f_i) |W_i|: f_i = mean(x_i), or 0.
+               fewer iterations of it. Which ones are skipped is fixed: a smaller matrix remains.
+    Offline:   for each matrix W (in, out): the r inputs to keep and, from calibration inputs x,
+               mean:   c = sum over the skipped i of mean(x_i) W_i     (alpha = 1, the default)
+               scale:  alpha_j = <y_j, p_j> / <p_j, p_j>,  p = x[kept] W[kept]     (c = 0)
+               rate:   alpha = in / r,  c = 0          none:  alpha = 1,  c = 0
+               fit:    c and, instead of alpha W[kept], the matrix with the least squared error
+               norm keeps the inputs with the largest rms(x_i - f_i) |W_i|; f_i = mean(x_i) for the
+               fills mean and fit, else 0.
                rates=greedy: the KL divergence from the dense model on two texts with only one
                matrix perforated, at 1/4, 1/2, 3/4. Then again and again the step with the least
                added KL per multiply-add saved, until a share ``rate`` of all is skipped.
-    Online:    y = x_S (alpha W_S) + c + b            alpha W_S and c + b are stored
-    Saves:     (in - |S|) out multiply-adds per token and as many weights, of each matrix.
-    In NumPy:  1.0x on stories: with so few inputs, gathering them and adding c take what is saved.
-               Of 512 x 1408 a product with one token takes 0.8x at a quarter skipped, with 128
-               tokens 0.7x.
+    Online:    y = x[kept] (alpha W[kept]) + (c + b)      both in brackets are stored
+    Saves:     (in - r) out multiply-adds per token and as many weights, of each matrix.
+    In NumPy:  as fast as dense on stories: with so few inputs, gathering them and adding c take
+               what is saved. At 512 x 1408 with a quarter skipped, a product takes 0.8x the time
+               for one token, 0.7x for 128.
     Not for:   text of another kind than the calibration text; techniques that need a whole matrix
                W_o or W_down (head_router, ...).
     Proof:     tests/skip/test_perforate.py; literal version: tests/skip/literal_perforate.py
+    Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
     if monitor and matrices == "attention":
         raise MinitxError(
@@ -119,8 +122,8 @@ def perforate(
 class Perforated(Part):
     """A product over the kept inputs only."""
 
-    inner: Part  # (|S|, out), scaled; with a bias that stands for the skipped inputs
-    kept: np.ndarray = table()  # S (|S|,), ascending
+    inner: Part  # alpha W[kept] (r, out), with the bias c + b
+    kept: np.ndarray = table()  # (r,) the inputs that are kept, ascending
 
     def __call__(self, x):
         return self.inner(x.take(self.kept, -1))
@@ -152,7 +155,7 @@ def importance(w, inputs: "Inputs", fill: str):
     return np.sqrt(squares) * np.linalg.norm(w, axis=1)
 
 
-# Offline: what stands for the others -------------------------------------------------------------
+# Offline: what replaces the others ---------------------------------------------------------------
 
 
 @dataclass
@@ -179,7 +182,7 @@ class Inputs:
 
 
 def observe(lm, wanted: dict[int, Linear], texts, gram: bool) -> dict[int, Inputs]:
-    """What each wanted matrix of the model gets as inputs when it reads the texts."""
+    """The inputs of each wanted matrix while the model reads the texts."""
     model, inputs = watched(lm.model, Linear, lambda: Inputs(gram), wanted)
     for ids in bar(texts, "perforate: calibrate", unit="text", delay=1.0):
         model.hidden(ids)
@@ -202,7 +205,7 @@ def perforated(linear: Linear, rate: float, pattern: str, fill: str, inputs: Inp
 
 
 def filled(w, kept, fill: str, inputs: Inputs):
-    """alpha W_S (|S|, out) and c (out,) for w (in, out)."""
+    """alpha W[kept] (r, out) and c (out,) for w (in, out)."""
     left, zero = w[kept], np.zeros(w.shape[1])
     if fill == "mean":
         return left, inputs.mean @ w - inputs.mean[kept] @ left
@@ -210,7 +213,7 @@ def filled(w, kept, fill: str, inputs: Inputs):
         left = least_squares(w, kept, inputs)
         return left, inputs.mean @ w - inputs.mean[kept] @ left
     if fill == "scale":
-        gram = inputs.gram[kept]  # (|S|, in)
+        gram = inputs.gram[kept]  # (r, in)
         with_all = np.vecdot(left, gram @ w, axis=0)  # (out,) <y_j, p_j>
         alone = np.vecdot(left, gram[:, kept] @ left, axis=0)  # <p_j, p_j>
         return left * np.divide(with_all, alone, out=zero + 1, where=alone > 0), zero
@@ -223,8 +226,8 @@ DAMPING = 0.01  # of fill=fit, added to the diagonal in units of its mean
 
 
 def least_squares(w, kept, inputs: Inputs):
-    """W'_S (|S|, out) that minimizes the squared error of x_S W'_S + c, damped; centered, since c
-    takes care of the means."""
+    """The matrix W' (r, out) that minimizes the squared error of x[kept] W' + c, damped. From
+    centered inputs, since c takes care of the means."""
     cov = inputs.gram / inputs.count - np.outer(inputs.mean, inputs.mean)
     damping = DAMPING * (np.trace(cov) / len(cov) or 1.0)
     a = cov[np.ix_(kept, kept)] + damping * np.eye(len(kept))

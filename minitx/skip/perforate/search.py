@@ -1,4 +1,4 @@
-"""The search of loop perforation: how much of each loop is skipped.
+"""The search of loop perforation: which share of each loop is skipped.
 
 First every loop is perforated alone, at a few rates, and the error of the program's output is
 measured. Then rates are combined greedily. A loop is a matrix, and the error is the KL divergence
@@ -110,8 +110,8 @@ def combine(alone: list, sizes: list[int], rate: float) -> list[float]:
     """The rate of each matrix: 0, or one of ``RATES``. alone[m][n]: the error if only matrix m is
     perforated, at RATES[n]. sizes[m]: its multiply-adds per token.
 
-    Again and again, raise the rate of one matrix: where the error grows least per multiply-add that
-    is saved, among the steps after which at most ``rate`` of all multiply-adds is skipped."""
+    In each step raise the rate of one matrix: the one whose error grows least per multiply-add
+    saved, among the steps after which at most ``rate`` of all multiply-adds is skipped."""
     budget = rate * sum(sizes) * (1 + 1e-9)
     rates, errors, saved = [0.0] * len(sizes), [0.0] * len(sizes), 0.0
     while True:

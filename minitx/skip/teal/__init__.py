@@ -1,4 +1,4 @@
-"""TEAL: each matrix uses only those of its inputs that are large, and does not read the other rows.
+"""TEAL: each matrix is multiplied by its large inputs only; the rows of the others are not read.
 
 This file: the card and options, the product that runs (online), thresholds, notes. Read next:
 allocation.py (how much each matrix of a block skips, offline).
@@ -14,7 +14,7 @@ from minitx import ledger
 from minitx.calibration import calibration_ids
 from minitx.model import Linear
 from minitx.shared.activation_threshold import AboveThreshold, AsManyAtRandom
-from minitx.shared.gathered_rows import at_rows, sum_of_rows, union_of
+from minitx.shared.gathered_rows import PROMPTS, at_rows, sum_of_rows, token_by_token, union_of
 from minitx.shared.linears import change_linears, linears
 from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, part
@@ -37,24 +37,24 @@ def teal(
     *,
     sparsity: Annotated[
         float,
-        "share of the multiply-adds of each block's matrices that is skipped, on the calibration "
-        "text",
+        "share of the multiply-adds of each block's matrices to skip, on the calibration text",
         at_least(0, below=1),
     ] = 0.4,
     allocation: Annotated[
         Literal["greedy", "uniform"],
-        "greedy: the matrices of a block skip different shares, those that cost least; uniform: "
-        "all skip the same share of their inputs",
+        "greedy: the matrices of a block skip different shares, found by a greedy search for the "
+        "smallest error; uniform: all skip the same share of their inputs",
     ] = "greedy",
     choose: Annotated[
         Literal["magnitude", "random"],
-        "which inputs are used: those above the threshold, or a random baseline of as many",
+        "which inputs are used: those above the threshold, or, as a baseline, as many at random",
     ] = "magnitude",
     step: Annotated[
         float,
-        "of greedy: how much a step adds to the sparsity of W_q; to that of a larger matrix, less",
+        "of greedy: what a step adds to the sparsity of W_q; it adds less to a larger matrix",
         between(0.02, 1),
     ] = 0.5,
+    prompts: Annotated[Literal["union", "skip"], PROMPTS] = "union",
     stories: Annotated[
         int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
     ] = 2,
@@ -67,22 +67,23 @@ def teal(
     Fidelity:  the authors' code for the allocation and its error. Thresholds are exact quantiles;
                the authors fit histograms of four inputs per block. No token stays dense (Notes).
     Kind:      approximate; exact at sparsity=0.
-    Idea:      y = sum of x_i W[i] over the inputs i. Many x_i are small in every layer, also where
+    Idea:      y = sum of x_i W[i] over the inputs i. Many x_i are small in every layer, even where
                no activation function makes them so, and W[i] need not be read for those. Not all
-               matrices bear it equally, so each gets a sparsity p of its own.
+               matrices tolerate it equally, so each gets its own sparsity p.
     Offline:   t = the p quantile of |x| for each matrix, over calibration tokens. Greedy, for each
                block: all p = 0; raise the p of the matrix whose step costs the block's output
                least; repeat until the block skips ``sparsity``. A step skips equally many weights
                in any matrix. allocation=uniform: p = sparsity everywhere.
-    Online:    A = the inputs with |x| > t
-               y = x[A] W[A] + b                        only these rows are read
+    Online:    rows = the active inputs: |x| > t
+               y    = x[rows] W[rows] + b               only these rows are read
     Saves:     one row of W, so ``out`` multiply-adds, per skipped input; an input costs a
-               comparison. Tokens that run at once (a prompt) use the union of their inputs, which
-               soon is all of them.
-    In NumPy:  slower than dense below about 75 % sparsity, which costs too much: 0.5x on stories.
-               One matrix of 1,536 x 576: 0.4x at 50 %, 1.0x at 80 %, 2x at 90 %.
-    Not for:   matrices that are not plain (quantize), batches. Head and embedding stay dense.
+               comparison. Tokens that run at once (a prompt) use the union of their active inputs,
+               which is soon all of them (prompts).
+    In NumPy:  slower than dense below about 75 % sparsity, where the loss is too high: stories runs
+               0.5x as fast. One matrix of 1,536 x 576: 0.4x at 50 %, 1.0x at 80 %, 2x at 90 %.
+    Not for:   matrices in another format (quantize), batches. Head and embedding stay dense.
     Proof:     tests/skip/test_teal.py; literal version: tests/skip/literal_teal.py
+    Tutorial:  tutorials/15_zeros_and_negatives.py
     """
     from minitx.skip.teal.allocation import thresholds
 
@@ -97,7 +98,7 @@ def teal(
         select: Part = AboveThreshold(t[id(linear)])
         if choose == "random":
             select = AsManyAtRandom.of(t[id(linear)], len(linear.w), (seed, order[id(linear)]))
-        return ThresholdedLinear.of(linear, select)
+        return KINDS[prompts].of(linear, select)
 
     return change_linears(lm, found, change)
 
@@ -116,21 +117,36 @@ class ThresholdedLinear(Part):
     b: np.ndarray | None
     select: Part
 
-    @staticmethod
-    def of(linear: Linear, select: Part) -> "ThresholdedLinear":
-        return ThresholdedLinear(linear.w, linear.b, select)
+    @classmethod
+    def of(cls, linear: Linear, select: Part) -> "ThresholdedLinear":
+        return cls(linear.w, linear.b, select)
 
     def __call__(self, x):
         return self.outputs(x, slice(None))
 
     def outputs(self, x, columns):
         """Only these output columns: a slice, or an array of indices."""
+        return self.run(x, columns)
+
+    def run(self, x, columns):
+        """x (..., in) -> (..., columns), over the inputs that any of these tokens needs."""
         active = self.select(x)
         ledger.event("inputs read", active)
         ledger.event("inputs", active.size)
         rows = union_of(active)
         b = None if self.b is None else self.b[columns]
         return sum_of_rows(at_rows(x, active, rows), self.w[:, columns], rows, b)
+
+
+@part
+class EachTokenLinear(ThresholdedLinear):
+    """The same, for one token after another."""
+
+    def outputs(self, x, columns):
+        return token_by_token(lambda row: self.run(row, columns), x)
+
+
+KINDS = {"union": ThresholdedLinear, "skip": EachTokenLinear}
 
 
 # Notes:

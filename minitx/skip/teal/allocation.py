@@ -42,7 +42,7 @@ def thresholds(lm, texts, sparsity: float, step: float | None) -> dict[int, floa
     inputs = [model.embed(np.asarray(ids), slice(0, len(ids))) for ids in texts]
     for index, block in enumerate(bar(model.stack.blocks, "teal", unit="block", delay=1.0)):
         judged = JudgedBlock(block, index, inputs, wanted)
-        if not judged.matrices.keys() <= found.keys():  # else: a block that stands in two places
+        if not judged.matrices.keys() <= found.keys():  # else: a block that is used twice
             shares = dict.fromkeys(judged.matrices, sparsity)
             if step is not None:
                 sizes = {key: linear.w.size for key, linear in judged.matrices.items()}
@@ -53,8 +53,8 @@ def thresholds(lm, texts, sparsity: float, step: float | None) -> dict[int, floa
 
 
 def greedy(sizes: dict, sparsity: float, step: float, error: Callable) -> dict:
-    """The share p of its inputs that each matrix skips. sizes: numbers in each matrix, by any key;
-    step: how many of them a step skips; error(shares): of the block. Ties go to the earlier
+    """The share p of its inputs that each matrix skips. sizes: weights of each matrix, by any key;
+    step: how many weights a step skips; error(shares): of the block. Ties go to the earlier
     matrix."""
     shares, most = dict.fromkeys(sizes, 0.0), max(MOST, sparsity)
     left = sparsity * sum(sizes.values())

@@ -21,6 +21,8 @@ import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import islice
 
 from minitx.errors import MinitxError, abbreviate, one_of
 from minitx.training.stories.generator import StoryGenerator
@@ -37,6 +39,7 @@ __all__ = [
     "Answer",
     "Grade",
     "Story",
+    "first_stories",
     "grade_from",
     "guess_baselines",
     "split_of",
@@ -64,6 +67,26 @@ def stories(split: str, grade: Grade | str | dict, seed: int) -> Iterator[Story]
         raise MinitxError(f"Unknown split {abbreviate(split)}; {one_of(str(split), SPLITS)}")
     seed = need_seed(seed, "The seed of stories")
     return _sample(split, grade_from(grade), random.Random(seed).random)
+
+
+def first_stories(split: str, grade: Grade | str | dict, seed: int, count: int) -> list[Story]:
+    """The first ``count`` of ``stories``. One of a small split takes 10 ms, so those of a grade
+    with a name are written once."""
+    if not isinstance(grade, str) or type(seed) is not int:
+        return list(islice(stories(split, grade, seed), count))
+    endless, written = _written(split, grade, seed)
+    try:
+        written += islice(endless, max(0, count - len(written)))
+    except BaseException:  # Ctrl-C, say, which ends the stream: begin a new one next time
+        _written.cache_clear()
+        raise
+    return written[:count]
+
+
+@cache
+def _written(split: str, grade: str, seed: int) -> tuple[Iterator[Story], list[Story]]:
+    """The endless stream of stories, and those that were taken from it."""
+    return stories(split, grade, seed), []
 
 
 def _sample(split: str, grade: Grade, uniform) -> Iterator[Story]:

@@ -177,8 +177,8 @@ class StoryGenerator:
     def can_mention(self):
         """Facts to mention: places or colours, once the story has named at least two of them."""
         named = self.writer.named
-        enough = {kind: len(named[QUESTIONS[kind][1]]) > 1 for kind in ("where", "colour")}
-        return [fact for fact in self.world.possible_mentions() if enough[fact[0]]]
+        places, colours = (len(named[QUESTIONS[kind][1]]) > 1 for kind in ("where", "colour"))
+        return self.world.possible_mentions(places, colours)
 
     def mention(self, fact):
         attribute, entity, value = fact
@@ -226,12 +226,11 @@ class StoryGenerator:
 
         These are not answered yet, and the story has named at least two values of their type.
         """
-        weights, facts = self.grade.questions, {}
-        for fact in self.world.facts():
-            kind, attribute, entity, value = fact
-            if weights.get(kind, 0) > 0 and self.world.is_unanswered(attribute, entity, value):
-                if len(self.writer.named[QUESTIONS[attribute][1]]) > 1:
-                    facts.setdefault(kind, []).append(fact)
+        weights, named, facts = self.grade.questions, self.writer.named, {}
+        for fact in self.world.unanswered_facts():
+            kind, attribute, _, _ = fact
+            if weights.get(kind, 0) > 0 and len(named[QUESTIONS[attribute][1]]) > 1:
+                facts.setdefault(kind, []).append(fact)
         return facts
 
     def question(self, fact):
@@ -250,8 +249,8 @@ class StoryGenerator:
 
     # Limits of the grade: the options, or none if the limit is reached
 
-    def within_max_people(self, options):
-        return options if len(self.world.people) < self.grade.max_people else ()
+    def newcomers(self):
+        return self.world.new_people() if len(self.world.people) < self.grade.max_people else ()
 
     def within_max_things(self, options):
         return options if len(self.world.things) < self.grade.max_things else ()
@@ -273,8 +272,8 @@ QUESTIONS = {  # attribute: (name of the template, type of the answer, slot of t
 FIRST_KINDS = ("meet", "arrive", "move", "scene", "chat")
 # kind of sentence: (its options, the method that writes one of them). No options: not possible now.
 ACTIONS = {
-    "meet": (lambda g: g.within_max_people(g.world.new_people()), StoryGenerator.meet),
-    "arrive": (lambda g: g.within_max_people(g.world.new_people()), StoryGenerator.arrive),
+    "meet": (StoryGenerator.newcomers, StoryGenerator.meet),
+    "arrive": (StoryGenerator.newcomers, StoryGenerator.arrive),
     "move": (lambda g: g.world.people, StoryGenerator.move),
     "see": (lambda g: g.within_max_things(("a thing",)), StoryGenerator.see),
     "find": (lambda g: g.within_max_things(g.world.people), StoryGenerator.find),

@@ -46,17 +46,22 @@ class World:
         links = self.chain(entity)
         return tuple(links[1 : links.index(value)])
 
+    def unanswered_facts(self) -> list[tuple[str, str, str, str]]:
+        """``facts`` whose question has not been answered with this value since it changed."""
+        answered = self.answered
+        return [fact for fact in self.facts() if answered.get(fact[1:3]) != fact[3]]
+
     def facts(self) -> Iterator[tuple[str, str, str, str]]:
         """Everything that can be asked, as ``(kind, attribute, entity, value)``."""
         at = self.at
+        holders = [at.get(thing) for thing in self.things]
         for who in self.people:
             if who in at:
                 yield "where1", "where", who, at[who]
             if who in self.food:
                 yield "count", "count", who, NUMBERS[self.food[who][1]]
-            in_hand = [thing for thing in self.things if at.get(thing) == who]
-            if len(in_hand) == 1:
-                yield "colour2", "colour of", who, self.colour[in_hand[0]]
+            if holders.count(who) == 1:
+                yield "colour2", "colour of", who, self.colour[self.things[holders.index(who)]]
         for item in self.things + self.boxes:
             if item not in at:
                 continue
@@ -67,27 +72,20 @@ class World:
                 yield "who" if links[1] == holder else "who2", "who", item, holder
             if links[1] in self.boxes:
                 yield "inside", "inside", item, links[1]
-            if place and not self.has_shortcut(links):
+            if place and not (len(links) == 4 and self.has_shortcut(*links)):
                 yield f"where{len(links) - 1}", "where", item, place
         for thing in self.things:
             yield "colour", "colour", thing, self.colour[thing]
 
-    def has_shortcut(self, links: list[str]) -> bool:
+    def has_shortcut(self, thing: str, box: str, person: str, place: str) -> bool:
         """Does an earlier answer shorten the chain thing -> box -> person -> place?
 
         Such an answer stated who has the thing, or the place of the box or of another thing in it.
         """
-        if len(links) < 4:
-            return False
-        thing, box, person, place = links
         answered, at = self.answered, self.at
         if answered.get(("where", box)) == place or answered.get(("who", thing)) == person:
             return True
         return any(at.get(t) == box and answered.get(("where", t)) == place for t in self.things)
-
-    def is_unanswered(self, attribute: str, entity: str, value: str) -> bool:
-        """Has no question been answered with this value since it changed?"""
-        return self.answered.get((attribute, entity)) != value
 
     def in_reach(self, who: str, box: str) -> bool:
         """Does the person have the box, or are both in the same place?"""
@@ -150,14 +148,15 @@ class World:
     def people_without_food(self) -> list[str]:
         return [who for who in self.people if who not in self.food]
 
-    def possible_mentions(self) -> list[tuple[str, str, str]]:
-        """(attribute, entity, value): places of people and colours of things, not stated again
-        since they changed."""
-        places = [("where", who, self.at[who]) for who in self.people if who in self.at]
-        colours = [("colour", thing, self.colour[thing]) for thing in self.things]
+    def possible_mentions(self, places: bool, colours: bool) -> list[tuple[str, str, str]]:
+        """(attribute, entity, value): places of people and colours of things, if wanted, not stated
+        again since they changed."""
+        facts = []
+        if places:
+            facts += [("where", who, self.at[who]) for who in self.people if who in self.at]
+        if colours:
+            facts += [("colour", thing, self.colour[thing]) for thing in self.things]
+        answered, mentioned = self.answered, self.mentioned
         return [
-            (attribute, entity, value)
-            for attribute, entity, value in places + colours
-            if self.is_unanswered(attribute, entity, value)
-            and self.mentioned.get((attribute, entity)) != value
+            fact for fact in facts if answered.get(fact[:2]) != fact[2] != mentioned.get(fact[:2])
         ]

@@ -15,6 +15,7 @@ from minitx.training.stories import (
     HOPS,
     KINDS,
     SPLITS,
+    first_stories,
     split_of,
     stories,
     vocabulary,
@@ -54,8 +55,8 @@ def take(n, grade, split="train", seed=1):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """600 stories of every grade, including some that only recipes use."""
-    return {name: take(600, grade) for name, grade in {**GRADES, **OTHERS}.items()}
+    """400 stories of every grade, including some that only recipes use."""
+    return {name: take(400, grade) for name, grade in {**GRADES, **OTHERS}.items()}
 
 
 HARD = {"value_first": True, "shortly": SHORT}
@@ -306,7 +307,7 @@ def test_vocabulary_word_has_one_meaning():
 def test_splits_share_no_story():
     """With few distinct stories: if splits could share one, they would here."""
     short = {"from": "one_hop_tiny", "max_people": 2, "min_people": 2, "max_questions": 1}
-    texts = {split: {s.text for s in take(1500, short, split)} for split in SPLITS}
+    texts = {split: {s.text for s in take(800, short, split)} for split in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
         assert not texts[one] & texts[other]
     for split, found in texts.items():
@@ -322,3 +323,23 @@ def test_invalid_split_or_seed_is_refused():
     for seed in (-1, 1.0, "1", True, None):
         with pytest.raises(MinitxError, match="seed"):
             stories("train", "full", seed)
+
+
+def test_first_stories_are_those_of_the_stream_and_are_written_once(monkeypatch):
+    first = first_stories("train", "one_hop", 5, 3)
+    assert first == take(3, "one_hop", seed=5)
+    more = first_stories("train", "one_hop", 5, 6)
+    assert more == take(6, "one_hop", seed=5) and all(a is b for a, b in zip(first, more))
+    assert first_stories("train", "one_hop", 6, 1) == take(1, "one_hop", seed=6)
+    grade = {"from": "one_hop", "max_words": 60}  # has no name
+    assert first_stories("train", grade, 5, 2) == take(2, grade, seed=5)
+    with pytest.raises(MinitxError, match="seed"):
+        first_stories("train", "one_hop", True, 1)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StoryGenerator, "generate", interrupted)
+        first_stories("train", "one_hop", 5, 9)
+    assert first_stories("train", "one_hop", 5, 9) == take(9, "one_hop", seed=5)
