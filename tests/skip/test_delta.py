@@ -190,6 +190,8 @@ def test_counted_work_equals_the_formula_on_the_card(family, choose):
         sent, rest = divmod(counts.entries[path].multiply_adds - 2 * D, F)
         assert rest == 0 and 0 <= sent <= D
         assert counts.entries[path].weight_bytes == sent * F * 8, "rows that are not sent are read"
+        stored = D + F if type(node) is DeltaLinear else 0
+        assert counts.entries[path].cache_bytes == stored * 8, "what is remembered is read"
         inputs, widths = inputs + sent, widths + D
     assert counts.events == {"coordinates sent": inputs, "coordinates": widths}
     assert inputs < 0.95 * widths
