@@ -271,3 +271,9 @@ def test_on_stories_it_is_better_than_random_coordinates_but_not_than_dropping_s
         after, work = loss_and_work(choose=choose, threshold=threshold)
         assert loss[0] < after - dense < loss[1], f"{choose}: {after - dense:+.3f} nats"
         assert left[0] < work / all_work < left[1], f"{choose}: {work / all_work:.3f} of the work"
+
+
+def test_batch_with_a_cache_is_refused_by_name():
+    lm = demo()
+    with pytest.raises(MinitxError, match="^delta remembers .* batch of shape .*; give one sequence"):
+        lm.model(np.stack([IDS, IDS]), lm.model.new_state())
