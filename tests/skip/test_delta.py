@@ -275,5 +275,5 @@ def test_on_stories_it_is_better_than_random_coordinates_but_not_than_dropping_s
 
 def test_batch_with_a_cache_is_refused_by_name():
     lm = demo()
-    with pytest.raises(MinitxError, match="^delta remembers .* batch of shape .*; give one sequence"):
+    with pytest.raises(MinitxError, match="^delta remembers .* batch of shape .*; give one"):
         lm.model(np.stack([IDS, IDS]), lm.model.new_state())
