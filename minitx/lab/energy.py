@@ -133,7 +133,7 @@ class Estimate:
                 name: {part: energy.as_dict() for part, energy in parts.items()}
                 for name, parts in models.items()
             },
-            "ratio": self.ratio,
+            "ratio": None if math.isnan(self.ratio) else self.ratio,  # JSON has no NaN
         }
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ from minitx.model import (
 from minitx.shared.linears import side_by_side
 from minitx.shared.row_by_row import each_sequence
 from minitx.state import Layer
-from minitx.technique import need, swap, wrap
+from minitx.technique import file_of, need, swap, wrap
 from minitx.tree import Part, part
 
 WHERE = {  # the products of a block, by the value of an option
@@ -47,7 +47,7 @@ class StatefulProduct(Part):
 
     def __call__(self, x, layer: Layer):
         if x.ndim > 2:
-            because = "a product that remembers earlier tokens runs one sequence at a time"
+            because = f"{file_of(type(self))} remembers earlier tokens of one sequence at a time"
             return each_sequence(self.one, x, layer, because)
         return self.one(x, layer)
 

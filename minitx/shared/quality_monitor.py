@@ -90,8 +90,11 @@ def pieces(positions, every: int) -> Iterator[tuple[slice, bool]]:
 
 def relative_error(found, exact) -> float:
     """|found - exact| / |exact| over all numbers, to 20 bits, so that a comparison does not depend
-    on the last bits; 0 where both are 0, Inf where only ``exact`` is."""
-    wrong = float(np.linalg.norm((found - exact).astype(np.float64)))
+    on the last bits; 0 where both are 0, Inf where only ``exact`` is, or where ``found`` is not
+    finite."""
+    if not np.isfinite(found).all():
+        return np.inf
+    wrong = float(np.linalg.norm(found.astype(np.float64) - exact))
     size = float(np.linalg.norm(exact.astype(np.float64)))
     if size == 0:
         return np.inf if wrong else 0.0

@@ -19,10 +19,11 @@ def need_relu(name: str, ffn: FFN) -> None:
             raise NoSuchPart(Activated, found=ffn.expand.activation)
         if ffn.expand.activation is ops.relu:
             return
-    other = "SwiGLU" if type(ffn.expand) is SwiGLU else ffn.expand.activation.__name__
+    gated = type(ffn.expand) is SwiGLU
+    other = "SwiGLU" if gated else ffn.expand.activation.__name__
     raise MinitxError(
         f"{name} needs FFNs with ReLU, and those of this model have {other}, whose neurons are "
-        "often small but hardly ever exactly 0; use a technique that skips small activations."
+        f"often small but hardly ever exactly 0; use {'cats or ' * gated}teal for small ones."
     )
 
 

@@ -32,6 +32,7 @@ CASES = [
     {"order_products": {"order": "largest_rows_first"}},
     {"order_products": {"accumulator_bits": 12}},
     {"prune": {"sparsity": 0.5}, "pack_zeros": True},
+    {"teal": {"prompts": "skip"}},
     {"shrink": True, "low_rank": {"share": 0.75}},
 ]
 # What these compute for some columns they compute as for all, in the same order: the same bits.

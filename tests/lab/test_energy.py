@@ -206,3 +206,10 @@ def test_a_model_fits_on_chip_with_its_kv_cache_of_a_full_context():
 def test_bad_energy_is_refused_before_anything_runs(words, message, capsys):
     assert main(["compare", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_ratio_to_a_model_that_takes_no_energy_is_null_in_json():
+    free = Constants(**dict.fromkeys(("float32", "addition", "int8", "dram", "sram"), 0.0))
+    work = {"head": Entry(10, 40)}
+    found = Estimate.of(free, work, work, 1e9, 1e9)
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["ratio"] is None

@@ -123,6 +123,13 @@ def test_relative_error_of_zeros():
     assert relative_error(zero, one) == 1
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_result_that_is_not_finite_is_above_any_limit(number):
+    found = np.array([1.0, number])
+    assert relative_error(found, np.ones(2)) == np.inf, "an approximate version could overflow"
+    assert relative_error(found, found) == np.inf
+
+
 def test_no_monitor_is_the_most_approximate_version():
     assert monitored(EXACT, [FINE, ROUGH], 0, 0.1) is ROUGH
     assert monitored(EXACT, [FINE, ROUGH], 2, 0.1).versions == (EXACT, FINE, ROUGH)

@@ -12,6 +12,7 @@ from random_sets import broken_law, large_matrices
 from tiny import TOKENIZER, check_close, in_chunks, tiny_folder, tiny_model
 
 import minitx
+from minitx import cli
 from minitx.checkpoints.common import arrays_fingerprint
 from minitx.checkpoints.find import shipped
 from minitx.checkpoints.safetensors import read_header, read_tensors
@@ -565,6 +566,14 @@ def test_command_refuses_before_it_trains(folder, tmp_path, capsys, monkeypatch,
     assert message in capsys.readouterr().err
     assert (folder / FILE).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model"], "left a file"
+
+
+def test_command_says_why_a_saved_model_has_no_neurons_to_predict(folder, tmp_path, capsys):
+    assert cli.main(["precompute", str(tmp_path / "saved"), "-m", str(folder), "--zero-skip"]) == 0
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path / "saved"), "--out", str(tmp_path / "new")])
+    message = "contextual_sparsity needs a part of type Linear where zero_skip has put a"
+    assert message in capsys.readouterr().err
 
 
 def test_interrupted_command_says_so_and_leaves_no_file(folder, tmp_path, capsys, monkeypatch):

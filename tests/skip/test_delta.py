@@ -190,6 +190,8 @@ def test_counted_work_equals_the_formula_on_the_card(family, choose):
         sent, rest = divmod(counts.entries[path].multiply_adds - 2 * D, F)
         assert rest == 0 and 0 <= sent <= D
         assert counts.entries[path].weight_bytes == sent * F * 8, "rows that are not sent are read"
+        stored = D + F if type(node) is DeltaLinear else 0
+        assert counts.entries[path].cache_bytes == stored * 8, "what is remembered is read"
         inputs, widths = inputs + sent, widths + D
     assert counts.events == {"coordinates sent": inputs, "coordinates": widths}
     assert inputs < 0.95 * widths
@@ -269,3 +271,9 @@ def test_on_stories_it_is_better_than_random_coordinates_but_not_than_dropping_s
         after, work = loss_and_work(choose=choose, threshold=threshold)
         assert loss[0] < after - dense < loss[1], f"{choose}: {after - dense:+.3f} nats"
         assert left[0] < work / all_work < left[1], f"{choose}: {work / all_work:.3f} of the work"
+
+
+def test_batch_with_a_cache_is_refused_by_name():
+    lm = demo()
+    with pytest.raises(MinitxError, match="^delta remembers .* batch of shape .*; give one"):
+        lm.model(np.stack([IDS, IDS]), lm.model.new_state())

@@ -784,3 +784,13 @@ def test_more_tolerance_skips_more_of_the_generated_text():
             changed.generate(prompt, 8)
         counts.append(found.total().multiply_adds)
     assert counts == sorted(counts, reverse=True) and counts[-1] < 0.55 * counts[0]
+
+
+def test_interrupted_training_command_says_so(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train.main(["stories"])
+    assert caught.value.code == 130 and capsys.readouterr().err == "stopped.\n"

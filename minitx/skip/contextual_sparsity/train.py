@@ -21,18 +21,16 @@ from minitx import progress
 from minitx.checkpoints.common import need_writable_file
 from minitx.errors import MinitxError
 from minitx.lm import load
-from minitx.skip.contextual_sparsity import THRESHOLD, check_choice, in_slot, select
+from minitx.skip.contextual_sparsity import THRESHOLD, check_choice, select
 from minitx.skip.contextual_sparsity.file import FILE, read_predictors, write_predictors
 from minitx.skip.contextual_sparsity.fit import (
     Hyperparameters,
     Training,
-    need_heads,
-    need_neurons,
     record,
     train_predictors,
 )
 from minitx.state import Layer
-from minitx.technique import find
+from minitx.technique import apply, find
 
 STORIES = 200
 HELD_OUT = 20  # stories to measure on
@@ -115,9 +113,8 @@ def run(given: argparse.Namespace) -> None:
             f"Predictors are trained on stories for the weights of a folder with a tokenizer, and "
             f"{given.model} is none; contextual_sparsity trains them when it is loaded."
         )
-    for slot, need in (("ffn", need_neurons), ("attn", need_heads)):
-        for node in in_slot(lm, slot):
-            need(node)
+    # Refuses a model whose neurons or heads cannot be selected, and says why.
+    apply(lm, {"contextual_sparsity": {"neurons": 0.5, "heads": 0.5, "choose": "random"}})
     path = lm.folder / FILE if given.out is None else given.out
     if given.measure:
         trained = read_predictors(lm, path)

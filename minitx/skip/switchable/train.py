@@ -22,7 +22,7 @@ from minitx.calibration import calibration_ids, remembered
 from minitx.checkpoints.common import need_writable_file
 from minitx.errors import MinitxError
 from minitx.lm import load
-from minitx.progress import bar, say
+from minitx.progress import bar, close_all, say
 from minitx.shared.logistic_regression import sigmoid
 from minitx.skip.switchable import decision_of, shipped_policies, switched, unit_costs
 from minitx.skip.switchable.baselines import FixedPlan, RandomPlans
@@ -443,6 +443,9 @@ def main(words=None) -> None:
         run(given)
     except MinitxError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        close_all()
+        parser.exit(130, "stopped.\n")
 
 
 def run(given: argparse.Namespace) -> None:
