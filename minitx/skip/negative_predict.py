@@ -232,8 +232,8 @@ def thresholds(sums, positive, miss: float):
 #   sum that is far below 0 after its largest terms rarely ends far above.
 # - Why 8 calibration stories: with 4 of them and miss=0.1, a few tokens are far off. On 6 stories
 #   (minitx compare --negative-predict miss=0.1 stories=4 -m stories-relu --stories 6) the mean KL
-#   divergence is 0.012 nats per token, a quarter of it from one token of 1,147; with 8 it is 0.0039.
-#   The largest KL of a single token is an exercise of the tutorial.
+#   divergence is 0.012 nats per token, a quarter of it from one token of 1,147; with 8 it is
+#   0.0039. The largest KL of a single token is an exercise of the tutorial.
 # - The quality monitor costs more than it prevents here:
 #       python -m minitx.lab.layer_events negative_predict miss=0.1 monitor=8 -m stories-relu
 #   leaves 0.936x of the blocks' multiply-adds instead of 0.865x (without monitor=8), and 0.6 % of

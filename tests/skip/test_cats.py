@@ -5,12 +5,13 @@ from functools import cache
 import literal_cats as literal
 import numpy as np
 import pytest
+from own_rows import check_own_rows
 from tiny import WIDE, check_close, tiny_lm, tiny_model
 
 import minitx
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import encode, held_out
-from minitx.ledger import Entry, counting
+from minitx.ledger import counting
 from minitx.model import FFN, Linear, NoNorm, SwiGLU
 from minitx.shared.activation_threshold import AboveThreshold
 from minitx.skip.cats import ThresholdedFFN, gate_thresholds
@@ -116,27 +117,7 @@ def test_counted_work_equals_the_formula_on_the_card(tokens):
 
 
 def test_prompt_with_each_tokens_own_rows_costs_what_single_tokens_cost():
-    options = {"sparsity": 0.8, "stories": 1}
-    together, each = (
-        apply(tiny_lm("llama"), {"cats": options | {"prompts": prompts}})
-        for prompts in ("union", "skip")
-    )
-    with counting(each) as at_once:
-        logits = each.logits(IDS)
-    np.testing.assert_allclose(logits, together.logits(IDS), atol=1e-4, err_msg="other results")
-    state, one_by_one = each.model.new_state(), Entry()
-    for token in IDS:
-        with counting(each) as counts:
-            each.model([token], state)
-        one_by_one += sum_of_ffns(counts)
-    assert sum_of_ffns(at_once) == one_by_one, "tokens that run at once share rows"
-    with counting(together) as union:
-        together.logits(IDS)
-    assert sum_of_ffns(union).multiply_adds > 1.3 * one_by_one.multiply_adds
-
-
-def sum_of_ffns(counts) -> Entry:
-    return counts.by_group()["blocks.ffn"]
+    check_own_rows("cats", {"sparsity": 0.8, "stories": 1})
 
 
 def test_neutral_setting_is_the_dense_model():

@@ -5,12 +5,13 @@ from functools import cache
 import literal_teal as literal
 import numpy as np
 import pytest
+from own_rows import check_own_rows
 from tiny import KINDS, WIDE, tiny_lm, tiny_model
 
 import minitx
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import encode, held_out
-from minitx.ledger import Entry, counting
+from minitx.ledger import counting
 from minitx.model import Linear
 from minitx.shared.activation_threshold import AboveThreshold
 from minitx.shared.linears import linears
@@ -81,27 +82,7 @@ def test_rows_are_contiguous_in_large_matrices():
 
 
 def test_prompt_with_each_tokens_own_rows_costs_what_single_tokens_cost():
-    options = {"sparsity": 0.6, "stories": 1}
-    together, each = (
-        apply(tiny_lm("llama"), {"teal": options | {"prompts": prompts}})
-        for prompts in ("union", "skip")
-    )
-    with counting(each) as at_once:
-        logits = each.logits(IDS)
-    np.testing.assert_allclose(logits, together.logits(IDS), atol=1e-4, err_msg="other results")
-    state, one_by_one = each.model.new_state(), Entry()
-    for token in IDS:
-        with counting(each) as counts:
-            each.model([token], state)
-        one_by_one += sum_of_ffns(counts)
-    assert sum_of_ffns(at_once) == one_by_one, "tokens that run at once share rows"
-    with counting(together) as union:
-        together.logits(IDS)
-    assert sum_of_ffns(union).multiply_adds > 1.3 * one_by_one.multiply_adds
-
-
-def sum_of_ffns(counts) -> Entry:
-    return counts.by_group()["blocks.ffn"]
+    check_own_rows("teal", {"sparsity": 0.6, "stories": 1})
 
 
 def test_neutral_setting_is_the_dense_model():
