@@ -22,7 +22,7 @@ from minitx import ops, progress
 from minitx.errors import MinitxError
 from minitx.lab.layout import table
 from minitx.memory_layout import to_column_major
-from minitx.model import FFN, Activated, Linear, SwiGLU
+from minitx.model import FFN, Activated, Linear, NoNorm, SwiGLU
 from minitx.shared.activation_threshold import AboveThreshold, Magnitudes
 from minitx.skip.cats import ThresholdedFFN
 from minitx.skip.contextual_sparsity import PredictedNeurons
@@ -83,7 +83,7 @@ def perforate(x, outputs: int, share: float) -> tuple[Run, Run]:
 def cats(x, neurons: int, share: float) -> tuple[Run, Run]:
     D = x.shape[1]
     gate, up, down = matrix(D, neurons), matrix(D, neurons), matrix(neurons, D)
-    dense = FFN(same, SwiGLU(Linear(gate), Linear(up)), Linear(down))
+    dense = FFN(NoNorm(), SwiGLU(Linear(gate), Linear(up)), Linear(down))
     select = AboveThreshold(Magnitudes(ops.silu(x @ gate)).threshold(share))
     return with_ffn(ThresholdedFFN.of(dense, select), dense, x)
 
@@ -91,9 +91,9 @@ def cats(x, neurons: int, share: float) -> tuple[Run, Run]:
 def contextual_sparsity(x, neurons: int, share: float) -> tuple[Run, Run]:
     D, rank = x.shape[1], max(1, x.shape[1] // 4)
     up, b, down = matrix(D, neurons), numbers(neurons), matrix(neurons, D)
-    dense = FFN(same, Activated(Linear(up, b), ops.relu), Linear(down))
+    dense = FFN(NoNorm(), Activated(Linear(up, b), ops.relu), Linear(down))
     top = TopK(Predictor(matrix(D, rank), matrix(rank, neurons)), neurons - skipped(neurons, share))
-    some = PredictedNeurons(same, up.T.copy(), b, down, None, selector=top)
+    some = PredictedNeurons(NoNorm(), up.T.copy(), b, down, None, selector=top)
     return with_ffn(some, dense, x)
 
 
@@ -108,11 +108,6 @@ def with_matrix(product, w, x) -> tuple[Run, Run]:
 def with_ffn(some, dense, x) -> tuple[Run, Run]:
     some, dense, layer = to_column_major(some), to_column_major(dense), Layer.once(len(x))
     return lambda: some(x, layer), lambda: dense(x, layer)
-
-
-def same(x):
-    """Instead of a norm, which costs both the same."""
-    return x
 
 
 def skipped(size: int, share: float) -> int:

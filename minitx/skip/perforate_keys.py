@@ -242,5 +242,4 @@ def any_kept(kept):
 #   keys 65 % and +1.327, predicted ones 80 % and +0.001.
 #   That command also times one decoded token at up to 4,096 keys.
 # - Adding log(stride) to the scores of strided keys, so that each stands for its neighbours too,
-#   changed little in a trial with 2 chains: +0.031 instead of +0.035 at window=128 stride=4, +0.088
-#   instead of +0.083 at window=64. It is not here.
+#   changed little in a trial, for the better or the worse. It is not here.

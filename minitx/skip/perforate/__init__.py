@@ -263,8 +263,9 @@ def with_monitor(dense: Part, changed: Part, every: int, limit: float) -> Part:
 #   mean is exact on average whatever the signs, costs nothing online, and needs one number per
 #   input. The blind factor of rate doubles what is kept, which helps only where the skipped terms
 #   have the same sign. fit is better still where there is text enough for as many numbers as it
-#   has: at rates=uniform rate=0.125 it costs stories +0.236 with 4 calibration stories, +0.032
-#   with 16 and +0.020 with 64, where mean costs +0.163, +0.096 and +0.095 (12 stories read).
+#   has: minitx sweep perforate rates=uniform rate=0.125 fill=fit,mean stories=4,16,64 --stories 12:
+#   with 4, 16 and 64 calibration stories fit costs +0.237, +0.030 and +0.017, mean +0.159, +0.093
+#   and +0.093.
 # - pattern=sample with fill=rate is unbiased over seeds (tested). Not here: a new draw for each
 #   token with probabilities like |x_i| |W_i|, for which a matrix would have to know the position.
 # - A skipped input of W_down is a neuron that W_gate and W_up still compute; prune_structure

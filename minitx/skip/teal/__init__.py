@@ -174,17 +174,14 @@ KINDS = {"union": ThresholdedLinear, "skip": EachTokenLinear}
 #       0.4       greedy      random         0.791x    +6.5909     2 /  2 /   3    0.4x
 #
 #   The random rows are of step=0.25.
-# - The authors step by 0.05, which takes ten times as long to allocate as 0.5 and gains little: on
-#   20 stories at 0.4, +0.0042 (0.05), +0.0064 (0.5), +0.0059 (1). As in their code, a block is
+# - The authors step by 0.05, which takes ten times as long to allocate as 0.5 and gains little
+#   (minitx sweep teal step=0.05,0.5,1 --stories 20): +0.0042, +0.0064 and +0.0059. As in their code, a block is
 #   judged on the last quarter of each text, by what it gets in the dense model, and the error is
 #   the norm of each feature over the tokens, averaged. Ours: the last step is shortened so that the
 #   target is met, and no matrix skips more than 95 % unless the target is higher.
 # - The authors leave the first half of a prompt dense when they evaluate; by a comment in their
-#   code, only its first tokens need that. Here it makes no clear difference, so no token is dense:
-#   on 12 stories at 0.5 (step=0.25) the loss from position 64 on was +0.031 above dense, +0.025
-#   with the first 4 tokens dense, +0.022 with 16 (uniform: +0.067, +0.061, +0.074). At 0.3 all
-#   are equal up to 0.001. On SmolLM2-135M-Instruct (uniform, 0.25 and 0.4, 240 tokens of one text)
-#   dense first tokens were no better than none.
+#   code, only its first tokens need that. On stories and on SmolLM2-135M-Instruct it made no clear
+#   difference in a trial (the first 4 or 16 tokens dense), so no token is dense.
 # - SmolLM2-135M-Instruct (not shipped), sparsity=0.3, calibrated on other text, 192 tokens: KL
 #   divergence from dense 0.15 nats per token with allocation=uniform, 0.11 with greedy (step=1
 #   stories=1); 0.86x and 0.85x of the multiply-adds, 0.5x the speed.
