@@ -3,10 +3,11 @@
     python -m minitx.lab.layer_events memoize_ffn radius=0.3 -m stories --stories 20
     python -m minitx.lab.layer_events delta threshold=0.5 --parts
 
-The model reads held-out stories, each in one pass. A row is a layer; with --parts it is a part of
-the block, over all layers. Multiply-adds are relative to those of the same part of the dense model
-("-": it has no such part). An event that is counted beside the number of times that it might have
-happened ("hits" beside "lookups") is printed as a share of that.
+The model reads held-out stories, each in one pass (techniques that use the union of several tokens'
+rows are asked for each token's own by prompts=skip). A row is a layer; with --parts it is a part of
+the block, over all layers. Multiply-adds are those of the part and of what is inside it, relative
+to the same part of the dense model ("-": it has no such part). An event that is counted beside the
+number of times that it might have happened ("hits" beside "lookups") is printed as a share of that.
 """
 
 import argparse
@@ -41,8 +42,9 @@ class LayerEvents:
         rows = [["", "multiply-adds", *(some for some, _ in shares), *counted]]
         for key in sorted({*self.multiply_adds, *self.events}, key=in_order):
             events, dense = self.events.get(key, Counter()), work_below(self.dense, key)
-            work = ratio(self.multiply_adds.get(key, 0), dense)
-            rows.append([key, work, *figures(events, shares, counted)])
+            if events or dense:  # else: a small part inside another one, which counts its work
+                work = ratio(work_below(self.multiply_adds, key), dense)
+                rows.append([key, work, *figures(events, shares, counted)])
         work = ratio(sum(self.multiply_adds.values()), sum(self.dense.values()))
         rows.append(["all", work, *figures(whole, shares, counted)])
         said = [f"{some}: % of {every}." for some, every in shares]

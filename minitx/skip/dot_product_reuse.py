@@ -22,7 +22,7 @@ from minitx.tree import Part, float_type, part, table
     neutral={"size": 0},
     after=("delta", "function_tables"),
     demo={"form": "lsh", "bits": 2, "slices": 2, "first": 0},
-    event="products reused",
+    event=("products reused", "products"),
     presets={"deep-reuse": {"form": "lsh"}, "aggressive": {"form": "lsh", "bits": 8}},
 )
 def dot_product_reuse(
@@ -248,11 +248,11 @@ def check_slices(slices: int, n: int, name: str) -> None:
 
 # Notes:
 #
-# - Share of tokens whose vector is bit for bit that of an earlier token (6 stories of 130 to 230
-#   tokens, of which 61 % have come before): 61 % in layer 0 for q, k, v, and in stories-parallel
-#   for the FFN, too; 0 % anywhere else. A norm rounds a single row and several rows differently, so
-#   a token of the prompt that comes again while decoding may miss, and is stored once more: 60 to
-#   74 % of products are reused while decoding after a prompt, 64 to 75 % after single tokens.
+# - Where a vector is bit for bit that of an earlier token (python -m minitx.lab.layer_events
+#   dot_product_reuse layers=4 --stories 6, and --parts): for q, k, v of layer 0, 61 % of the
+#   products of six stories are reused, and in stories-parallel (-m stories-parallel) those of the
+#   FFN, too; none anywhere else. A norm rounds a single row and several rows differently, so a
+#   token of the prompt that comes again while decoding may miss, and is stored once more.
 # - minitx sweep dot-product-reuse form=exact --stories 30 -m stories-parallel: 0.898x of the
 #   multiply-adds, loss +0.0000. On stories, whose blocks are serial, 0.99x. first_layer, a table
 #   of all tokens of the vocabulary, saves more; this needs no table beforehand, and in
@@ -271,9 +271,9 @@ def check_slices(slices: int, n: int, name: str) -> None:
 # - Why not in the first layers: there a vector says which token it is, and to share a product is to
 #   mistake one token for another. form=lsh first=0 bits=24: 0.881x, +0.54 nats (16 stories).
 #   Deep layers change the residual stream little, so that even random products cost only +0.035.
-# - Slices, at bits=12 on 16 stories: slices=1 0.868x at +0.0156, 4 0.870x at +0.0070, 8 0.875x at
-#   +0.0098: about as many products are shared, but seldom all of a token with the same one. Time
-#   grows with their number.
+# - Slices (minitx sweep dot-product-reuse form=lsh bits=12 slices=1,4,8 --stories 16): 0.868x at
+#   +0.0156, 0.870x at +0.0070 and 0.875x at +0.0098: about as many products are shared, but seldom
+#   all of a token with the same one. Time grows with their number.
 # - The paper's centroids (``centroid_products`` in the literal version) are not offered: an early
 #   token's product would contain later tokens, and depend on how a text is divided into steps.
 # - The first of a bucket stays its product for the whole sequence. A token that reaches a layer
