@@ -175,10 +175,11 @@ KINDS = {"union": ThresholdedLinear, "skip": EachTokenLinear}
 #
 #   The random rows are of step=0.25.
 # - The authors step by 0.05, which takes ten times as long to allocate as 0.5 and gains little
-#   (minitx sweep teal step=0.05,0.5,1 --stories 20): +0.0042, +0.0064 and +0.0059. As in their code, a block is
-#   judged on the last quarter of each text, by what it gets in the dense model, and the error is
-#   the norm of each feature over the tokens, averaged. Ours: the last step is shortened so that the
-#   target is met, and no matrix skips more than 95 % unless the target is higher.
+#   (minitx sweep teal step=0.05,0.5,1 --stories 20): +0.0042, +0.0064 and +0.0059. As in their
+#   code, a block is judged on the last quarter of each text, by what it gets in the dense model,
+#   and the error is the norm of each feature over the tokens, averaged. Ours: the last step is
+#   shortened so that the target is met, and no matrix skips more than 95 % unless the target is
+#   higher.
 # - The authors leave the first half of a prompt dense when they evaluate; by a comment in their
 #   code, only its first tokens need that. On stories and on SmolLM2-135M-Instruct it made no clear
 #   difference in a trial (the first 4 or 16 tokens dense), so no token is dense.
