@@ -69,6 +69,13 @@ def test_exact_version_is_left_when_the_next_one_is_good_enough():
     np.testing.assert_allclose(y[:, 0], [0, 2.2, 2.0, 0.4, 16, 16, 16, 16, 8])
 
 
+def test_exact_version_stays_while_the_next_one_is_not_good_enough():
+    x = column(*[0.2] * 9)  # rough and fine give 0 instead of 0.4
+    y = with_monitor()(x, Layer.once(9))
+    # checks: 1 rough fails -> fine; 3 fine fails -> exact; 5 and 7: fine would fail again
+    np.testing.assert_allclose(y[:, 0], [0, 0.4, 0, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
+
+
 def numbers(n):
     return np.random.default_rng(0).uniform(-9, 9, (n, 3))
 

@@ -8,12 +8,13 @@ import pytest
 from tiny import FAMILIES, check_close, in_chunks, tiny_lm
 
 import minitx
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
 from minitx.model import FFN, Activated, Linear, NoNorm
 from minitx.shared.memo_table import MemoTable, cover, principal
-from minitx.skip.memoize_ffn import MemoizedFFN, MonitoredFFN
+from minitx.skip.memoize_ffn import MemoizedFFN, MonitoredFFN, inputs_and_outputs
 from minitx.state import Layer
 from minitx.technique import apply
 from minitx.training.loss import token_losses
@@ -214,6 +215,18 @@ def test_baselines_hit_by_plan_and_random_ones_give_other_outputs():
     assert sorted(nearest.tolist()) == sorted(random.tolist()) and (nearest != random).any()
     with pytest.raises(MinitxError, match="memoize_ffn: monitor=2 .* choose=random"):
         apply(tiny_lm(), {"memoize_ffn": {"choose": "random", "monitor": 2}})
+
+
+def test_rate_of_the_baseline_is_that_of_calibration_tokens_that_are_not_stored():
+    lm = tiny_lm()
+    random = apply(lm, {"memoize_ffn": DEMO | {"choose": "random"}})
+    texts = calibration_ids("test", lm, DEMO["stories"])
+    for index, block in enumerate(random.model.stack.blocks):
+        x, _ = inputs_and_outputs(lm, texts)[index]
+        stored = set(cover(x, DEMO["radius"], DEMO["size"]).tolist())
+        others = [row for i, row in enumerate(x) if i not in stored]
+        hits = [block.ffn.memo.nearest(row)[1] <= DEMO["radius"] for row in others]
+        assert block.ffn.rate == pytest.approx(np.mean(hits)), "stored tokens, which hit, count"
 
 
 def test_another_technique_in_the_place_of_the_ffn_is_refused_by_name():
