@@ -14,6 +14,7 @@ from minitx import ledger, ops
 from minitx.errors import MinitxError
 from minitx.shared.quality_monitor import levels_of, pieces, relative_error
 from minitx.state import Layer
+from minitx.technique import blocks_of
 from minitx.tree import Part, part, table
 
 STEPS = 1 << 20  # distances are multiples of 1 / STEPS
@@ -98,6 +99,21 @@ class RadiusMonitor(Part):
 def norms(x):
     x = x.astype(np.float64)  # in float32 the squares of tiny numbers are 0
     return np.sqrt(np.vecdot(x, x))
+
+
+# Checks ------------------------------------------------------------------------------------------
+
+
+def check_options(name: str, lm, first: int, choose: str, monitor: int) -> None:
+    """Refuse options of the technique ``name`` that do not go together."""
+    L = len(blocks_of(lm))
+    if first > L:
+        raise MinitxError(f"{name}: first must be at most {L}, the number of layers; got {first}.")
+    if monitor and choose != "nearest":
+        raise MinitxError(
+            f"{name}: monitor={monitor} adapts the radius, which choose={choose} does not have; "
+            "use monitor=0 or choose=nearest."
+        )
 
 
 # Offline -----------------------------------------------------------------------------------------

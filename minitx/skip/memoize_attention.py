@@ -1,7 +1,7 @@
 """Memoize attention weights: a token near one seen at the same position gets the weights of that.
 
 This file: the card and options, the attention with a database (online), how the database is filled
-(offline), checks, notes. The search for the nearest key is minitx/shared/memo_table.py.
+(offline), notes. The search for the nearest key is minitx/shared/memo_table.py.
 
 Letters: T new tokens, S cached tokens, D width, H query heads of width d, K key heads, N stored
 tokens at one position, r principal components.
@@ -14,11 +14,10 @@ import numpy as np
 
 from minitx import fast, ledger
 from minitx.calibration import calibration_ids
-from minitx.errors import MinitxError
 from minitx.model import Attend, Attention, merge_heads
 from minitx.progress import bar
 from minitx.shared.attention_weights import attend_in_blocks
-from minitx.shared.memo_table import MemoTable, RadiusMonitor, cover, principal
+from minitx.shared.memo_table import MemoTable, RadiusMonitor, check_options, cover, principal
 from minitx.shared.quality_monitor import Limit, Monitor
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.row_by_row import each_sequence
@@ -106,7 +105,7 @@ def memoize_attention(
     """
     L = len(blocks_of(lm))
     first = L // 4 if first is None else first
-    check(first, L, choose, monitor)
+    check_options("memoize_attention", lm, first, choose, monitor)
     if size == 0:
         return lm
     texts = calibration_ids("memoize_attention", lm, stories)
@@ -343,21 +342,6 @@ def hit_rate(memo: MemoizedAttention, inputs) -> float:
     distance = np.concatenate([memo.look_up(x, range(len(x)))[1] for x in inputs])
     others = distance[distance > 0]
     return float((others <= memo.radius).mean()) if len(others) else 0.0
-
-
-# Checks ------------------------------------------------------------------------------------------
-
-
-def check(first: int, L: int, choose: str, monitor: int) -> None:
-    if first > L:
-        raise MinitxError(
-            f"memoize_attention: first must be at most {L}, the number of layers; got {first}."
-        )
-    if monitor and choose != "nearest":
-        raise MinitxError(
-            f"memoize_attention: monitor={monitor} adapts the radius, which choose={choose} does "
-            "not have; use monitor=0 or choose=nearest."
-        )
 
 
 # Notes:

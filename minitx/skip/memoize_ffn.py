@@ -1,7 +1,7 @@
 """Memoize the FFN: a token near one that was seen before gets the stored output of that one.
 
 This file: the card and options, the FFN with a table (online), how the table is filled (offline),
-checks, notes. The table itself is minitx/shared/memo_table.py.
+notes. The table itself is minitx/shared/memo_table.py.
 
 Letters: T new tokens, D width, F hidden width of the FFN, N stored tokens, r principal components.
 """
@@ -13,10 +13,9 @@ import numpy as np
 
 from minitx import ledger
 from minitx.calibration import calibration_ids
-from minitx.errors import MinitxError
 from minitx.model import FFN
 from minitx.progress import bar
-from minitx.shared.memo_table import MemoTable, RadiusMonitor, cover, principal
+from minitx.shared.memo_table import MemoTable, RadiusMonitor, check_options, cover, principal
 from minitx.shared.quality_monitor import Limit, Monitor
 from minitx.shared.random_baseline import random_scores
 from minitx.shared.row_by_row import each_sequence
@@ -95,7 +94,7 @@ def memoize_ffn(
     Proof:     tests/skip/test_memoize_ffn.py; literal version: tests/skip/literal_memoize_ffn.py
     Tutorial:  tutorials/16_nothing_new_under_the_sun.py
     """
-    check(lm, first, choose, monitor)
+    check_options("memoize_ffn", lm, first, choose, monitor)
     if size == 0:
         return lm
     texts = calibration_ids("memoize_ffn", lm, stories)
@@ -220,22 +219,6 @@ class WatchedFFN(FFN):
         y = self.down(self.expand(x))
         self.found.append((x, y))
         return y
-
-
-# Checks ------------------------------------------------------------------------------------------
-
-
-def check(lm, first: int, choose: str, monitor: int) -> None:
-    L = len(blocks_of(lm))
-    if first > L:
-        raise MinitxError(
-            f"memoize_ffn: first must be at most {L}, the number of layers; got {first}."
-        )
-    if monitor and choose != "nearest":
-        raise MinitxError(
-            f"memoize_ffn: monitor={monitor} adapts the radius, which choose={choose} does not "
-            "have; use monitor=0 or choose=nearest."
-        )
 
 
 # Notes:

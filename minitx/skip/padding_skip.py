@@ -314,8 +314,8 @@ def multiply_adds(model: Transformer, lengths: Sequence[tuple[int, int]]) -> int
 #
 #   4 prompts are decoded 2.0x, 1.6x, 1.3x, 0.9x and 0.8x as fast (at 0.33, 0.53, 0.62, 0.91, 1).
 # - Why prompts are read as fast alone: 256 rows keep BLAS busy, and their arrays fit the CPU's
-#   cache. All 16 prompts in one pass (tokens=4096) take 1.25x as long as passes of 256 tokens.
-#   Prompts of up to 32 tokens are read 1.4x as fast packed as alone.
+#   cache. All 16 prompts in one pass take up to 1.25x as long as passes of 256 tokens (minitx batch
+#   --padding-skip tokens=4096). Prompts of up to 32 tokens (--longest 32) are no faster either.
 # - Why decoding is slower while all run: the padded batch attends with one call for all sequences,
 #   the packed one with a few for each.
 # - Weights are read once a pass. A step of decoding is one pass for up to 256 sequences.
