@@ -63,6 +63,12 @@ def test_checks_of_the_monitor_are_printed_as_a_share():
     assert "100.0%" in str(found), "every check of random weights is above 0.001"
 
 
+def test_part_inside_another_has_no_row_unless_it_counts_events_or_is_in_the_dense_model():
+    found = LayerEvents("x", (), {}, {"ffn": 6, "ffn.router": 2}, {"ffn.down": 16})
+    rows = [line.split() for line in str(found).splitlines()[3:]]
+    assert rows == [["ffn", "0.500x"], ["all", "0.500x"]], "8 of 16, the router's included"
+
+
 def test_technique_without_events_has_multiply_adds_only():
     found = layer_events(tiny_lm(), find("perforate"), {"rate": 0.5, "rates": "uniform"}, 1)
     assert str(found).splitlines()[-4].split() == ["multiply-adds"]
