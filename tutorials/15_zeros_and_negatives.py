@@ -92,16 +92,16 @@ assert 0.7 < np.mean(zeros) < 0.8 and together > 0.6
 
 # %% ... skipped
 # `zero_skip` does what section 1 did. Each part of a model writes its multiply-adds down, and a
-# ledger adds them up. Here it does so for 24 tokens that are decoded one by one, after 32 others.
+# ledger adds them up. Here it does so for 16 tokens that are decoded one by one, after 32 others.
 # What does a token cost, and are the logits the same?
 
 
 def work_of(model, ids):
-    """The ledger of decoding 24 tokens of a text."""
+    """The ledger of decoding 16 tokens of a text."""
     state = model.model.new_state()
     model.model.next_argmax(ids[:32], state)
     with counting(model) as counts:
-        for token in ids[32:56]:
+        for token in ids[32:48]:
             model.model.next_argmax([token], state)
     return counts
 
@@ -116,7 +116,7 @@ dense, skipped = work_of(lm, texts[0]), work_of(zero_skip, texts[0])
 table = []
 for name, part in (("W_up", "expand.up"), ("W_down", "ffn.down"), ("all", "")):
     before, after = multiply_adds(dense, part), multiply_adds(skipped, part)
-    table.append([name, before // 24, after // 24, f"{after / before:.2f}"])
+    table.append([name, before // 16, after // 16, f"{after / before:.2f}"])
 print_table(["multiply-adds", "dense", "zero_skip", "share"], table)
 error = abs(lm.logits(texts[0]) - zero_skip.logits(texts[0])).max()
 print(f"Largest difference of a logit: {error:.6f}")
