@@ -270,7 +270,7 @@ for name, options in settings.items():
     table.append([name, f"{terms[name]:.2f}", f"{work:.2f}", f"{error:.6f}"])
     assert error < 1e-4
 print_table(["rule", "terms of W_up", "multiply-adds of W_up", "largest error of a logit"], table)
-exact_work = multiply_adds(counts) / multiply_adds(dense)
+exact_work = multiply_adds(counts) / multiply_adds(dense)  # `counts` and `changed`: the last row
 speed = speedup(decode_last(lm, ids), decode_last(changed, ids), repeats=5)
 print(f"The last row leaves {exact_work:.2f} of the work of the whole model.")
 print(f"Decoding with it: {speed:.2f}x the speed, {verdict(speed)}")
@@ -297,7 +297,8 @@ for threshold in (-2, 1):
     table.append([threshold, np.sum(below), len(lost), np.sum(lost)])
 print_table(["threshold", "predicted 0", "of these false", "sum lost, of 8"], table)
 assert table == [[-2, 1, 0, 0], [1, 3, 1, 1]]
-# -2 stops one token early, and 1 stops three. What is lost is the smallest of the positive sums.
+# -2 stops one token early, and 1 stops three. (A sum at the threshold itself goes on.) What is lost
+# is the smallest of the positive sums.
 
 # %% ... prefix and threshold in the model
 # Each neuron has a threshold of its own, as high as possible while at most the share `miss` of its
@@ -643,7 +644,7 @@ assert on_relu["zero_skip"].kl < 1e-6 and both.speed < 0.9 * deja_vu.speed
 # whole rows of both matrices, which suits any machine. Without ReLU, a fifth of the work can go at
 # a KL of 0.002.
 #
-# And the speed? None is clearly faster than dense, and what saves by neuron is a third as fast. In
+# And the speed? None is clearly faster than dense, and negative_predict is a third as fast. In
 # NumPy, copying the rows of such small matrices takes longer than multiplying them all. Section 2
 # showed when that changes: with larger matrices, and with more zeros.
 #
@@ -669,7 +670,7 @@ def draw_prices(axes):
 
 
 save_picture("15_prices", draw_prices)
-# Nothing: less work has its price. But at any work random choices cost hundreds of times as much.
+# Nothing: less work has its price. But random choices cost a hundred times as much or more.
 
 # %% Try this
 # An assertion may fail when you change something. Then it tells you what changed: delete it.
