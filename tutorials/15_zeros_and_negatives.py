@@ -147,7 +147,7 @@ def relative_times(inputs, outputs, shares):
         def all_rows(h=h):
             return h @ column_major
 
-        with_rows, dense_time = time_side_by_side(gathered, all_rows, repeats=15)
+        with_rows, dense_time = time_side_by_side(gathered, all_rows, repeats=25)
         found.append(with_rows / dense_time)
     return found
 

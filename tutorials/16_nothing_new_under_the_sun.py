@@ -514,13 +514,13 @@ for layer in range(1, L):
     for position, level in changes:
         in_use[position + 1 :] = level
     print(f"  layer {layer + 1}  {''.join(map(str, in_use[::4]))}")
-# In this story it settles, at 0.35 or below, which is what section 5 found. In others it goes up and
-# down, or stays at 0.7 in a layer to the end (look at texts[2] and texts[3]): a check sees one token
-# in eight, and the next tokens may be others. And each story begins at 0.7 again, and has read
-# dozens of tokens before it has learned that this is too much. So if you know what the text will be
-# like, choose the setting beforehand, as in section 5. The monitor is for text of which you do not
-# know how near it is to the calibration text; and a table needs it least, since on text of another
-# kind it has few hits anyway.
+# In this story it settles, at 0.35 or below, which is what section 5 found. In others it goes up
+# and down, or stays at 0.7 in a layer to the end (look at texts[2] and texts[3]): a check sees one
+# token in eight, and the tokens between may differ from it. And each story begins at 0.7 again, and
+# has read dozens of tokens before it has learned that this is too much. So if you know what the
+# text will be like, choose the setting beforehand, as in section 5. The monitor is for text of
+# which you do not know how near it is to the calibration text; and a table needs it least, since on
+# text of another kind it has few hits anyway.
 
 # %% 8. The price list
 # All of them in order of their multiply-adds, with the speed of decoding: 4 tokens after 40 others,
