@@ -545,7 +545,7 @@ def decode_four(model):
 chosen = ["dense", "delta, ffn", "zero, ffn", "delta, out", "equal vectors", "equal hashes"]
 chosen += ["radius 0.35", "limit 0.4", "norm, mean", "half, late FFNs", "every 2nd token"]
 tasks = [decode_four(models[name]) for name in chosen]
-seconds = dict(zip(chosen, time_side_by_side(*tasks, repeats=8)))
+seconds = dict(zip(chosen, time_side_by_side(*tasks, repeats=5)))
 table = []
 for name in sorted(chosen, key=work_of):
     table.append([*cells(name), f"{seconds['dense'] / seconds[name]:.2f}x"])
