@@ -60,7 +60,7 @@ def test_perforate_keys_reaches_its_shares():
     """Its strides are integers, so the shares have steps: it comes close, from either side."""
     grid = replace(PLAN, methods=("perforate_keys",), shares=(0.5, 0.25), tokens=256)
     half, quarter = compare_attention(story_lm(), grid, bar=False).points
-    assert abs(half.calibrated - 0.5) < 0.06 and abs(quarter.calibrated - 0.25) < 0.03
+    assert abs(half.calibrated - 0.5) < 0.08 and abs(quarter.calibrated - 0.25) < 0.03
     assert 1 < int(half.setting.removeprefix("stride=")) < int(quarter.setting[len("stride=") :])
 
 
