@@ -186,8 +186,8 @@ def as_many_at_random(scores, stride: int):
 #   neighbours that are alike, as pixels are.
 # - For the same reason it does not matter which positions run: random ones, one in each run of
 #   ``stride``, do as well. What matters is the layer, which layer_skip unit=ffn leaves out whole.
-# - stories hardly needs its late FFNs (--layer-skip unit=ffn drops them). SmolLM2-135M-Instruct (not
-#   shipped) does: minitx compare --perforate-positions on 128 tokens of a text, 0.84x of the
+# - stories hardly needs its late FFNs (--layer-skip unit=ffn drops them). SmolLM2-135M-Instruct
+#   (not shipped) does: minitx compare --perforate-positions on 128 tokens of a text, 0.84x of the
 #   multiply-adds, 2.96 nats per token become 9.08.
 # - copy keeps D numbers per layer and position that ran, so that ``rewind`` can go back to them.
 # - Figures on stories, one BLAS thread:
