@@ -4,16 +4,18 @@ Bad input gives one sentence on stderr and exit status 2. arguments.py declares 
 commands.py does the work.
 """
 
-import os
 import sys
-import warnings
 
 from minitx import progress
 from minitx.arguments import read_arguments
-from minitx.errors import MinitxError, MinitxWarning, one_line
-
-BAD_INPUT = 2
-INTERRUPTED, CLOSED_PIPE = 130, 141  # as in a shell: 128 + the signal number
+from minitx.errors import MinitxError, one_line
+from minitx.exit_status import (
+    BAD_INPUT,
+    CLOSED_PIPE,
+    INTERRUPTED,
+    drop_output,
+    notes_on_stderr,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,9 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     try:
         args = read_arguments(arguments)
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", MinitxWarning)
-            warnings.showwarning = show_once()
+        with notes_on_stderr():
             status = args.run(args) or 0
         if sys.stdout:
             sys.stdout.flush()  # now, while an error can still be reported
@@ -44,36 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail("there is not enough memory for this.", BAD_INPUT)
 
 
-def show_once():
-    """``show_warning``, once for each message: a sweep may repeat it for every setting."""
-    shown = set()
-
-    def show(message, *rest, **more) -> None:
-        if str(message) not in shown:
-            shown.add(str(message))
-            show_warning(message, *rest, **more)
-
-    return show
-
-
-def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """Notes of minitx as one line on stderr; other warnings as Python prints them."""
-    if issubclass(category, MinitxWarning):
-        progress.say(f"minitx: note: {message}")
-    elif sys.stderr:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
-
-
 def fail(message: str, status: int) -> int:
     progress.close_all()
     progress.say(f"minitx: {one_line(message)}")
     return status
-
-
-def drop_output() -> None:
-    """Flush the output or, if that fails, drop it: Python would try again at exit."""
-    try:
-        if sys.stdout:  # None if it was closed from the start
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,8 +14,7 @@ import argparse
 from collections import Counter
 from dataclasses import dataclass
 
-from minitx import progress
-from minitx.errors import MinitxError
+from minitx.exit_status import run_module
 from minitx.lab.evaluate import encode, held_out
 from minitx.lab.layout import fit, table
 from minitx.ledger import Ledger, counting, is_below
@@ -122,15 +121,13 @@ def main(words=None) -> None:
     parser.add_argument("--stories", type=int, default=4, help="to read; default: %(default)s")
     parser.add_argument("--parts", action="store_true", help="a row for each part of a block")
     given = parser.parse_args(words)
-    try:
-        technique = find(given.technique)
-        options = technique.read(given.options)
-        print(layer_events(load(given.model), technique, options, given.stories, given.parts))
-    except MinitxError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        progress.close_all()
-        parser.exit(130, "stopped.\n")
+    run_module(parser, lambda: run(given))
+
+
+def run(given: argparse.Namespace) -> None:
+    technique = find(given.technique)
+    options = technique.read(given.options)
+    print(layer_events(load(given.model), technique, options, given.stories, given.parts))
 
 
 if __name__ == "__main__":

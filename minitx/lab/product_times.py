@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minitx import ops, progress
-from minitx.errors import MinitxError
+from minitx import ops
+from minitx.exit_status import run_module
 from minitx.lab.layout import table
 from minitx.memory_layout import to_column_major
 from minitx.model import FFN, Activated, Linear, NoNorm, SwiGLU
@@ -180,16 +180,14 @@ def main(words=None) -> None:
     parser.add_argument("outputs", type=int, help="or the neurons of an FFN")
     parser.add_argument("--tokens", type=int, default=1, help="default: %(default)s")
     given = parser.parse_args(words)
-    try:
-        sizes = (given.inputs, given.outputs, given.tokens)
-        for name, size in zip(("inputs", "outputs", "tokens"), sizes):
-            need_integer(size, name, between(1, 1 << 14))
-        print(measure(given.product, *sizes))
-    except MinitxError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        progress.close_all()
-        parser.exit(130, "stopped.\n")
+    run_module(parser, lambda: run(given))
+
+
+def run(given: argparse.Namespace) -> None:
+    sizes = (given.inputs, given.outputs, given.tokens)
+    for name, size in zip(("inputs", "outputs", "tokens"), sizes):
+        need_integer(size, name, between(1, 1 << 14))
+    print(measure(given.product, *sizes))
 
 
 if __name__ == "__main__":

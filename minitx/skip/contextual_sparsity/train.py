@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minitx import progress
 from minitx.checkpoints.common import need_writable_file
 from minitx.errors import MinitxError
+from minitx.exit_status import run_module
 from minitx.lm import load
 from minitx.skip.contextual_sparsity import THRESHOLD, check_choice, select
 from minitx.skip.contextual_sparsity.file import FILE, read_predictors, write_predictors
@@ -93,13 +93,7 @@ def main(words=None) -> None:
     parser.add_argument("--neurons", type=float, help="to measure at: a share instead")
     parser.add_argument("--heads", type=float, default=0.5, help="to measure at: their share")
     given = parser.parse_args(words)
-    try:
-        run(given)
-    except MinitxError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        progress.close_all()
-        parser.exit(130, "stopped.\n")
+    run_module(parser, lambda: run(given))
 
 
 def run(given: argparse.Namespace) -> None:

@@ -21,8 +21,9 @@ import numpy as np
 from minitx.calibration import calibration_ids, remembered
 from minitx.checkpoints.common import need_writable_file
 from minitx.errors import MinitxError
+from minitx.exit_status import run_module
 from minitx.lm import load
-from minitx.progress import bar, close_all, say
+from minitx.progress import bar, say
 from minitx.shared.logistic_regression import sigmoid
 from minitx.skip.switchable import decision_of, shipped_policies, switched, unit_costs
 from minitx.skip.switchable.baselines import FixedPlan, RandomPlans
@@ -439,13 +440,7 @@ def main(words=None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true", help="the file as it is: only measure it")
     given = parser.parse_args(words)
-    try:
-        run(given)
-    except MinitxError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        close_all()
-        parser.exit(130, "stopped.\n")
+    run_module(parser, lambda: run(given))
 
 
 def run(given: argparse.Namespace) -> None:
