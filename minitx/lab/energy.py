@@ -46,7 +46,7 @@ class Constants:
     on_chip: float = 0.0  # not energy, but size: MB of on-chip memory
 
     def integer(self, bits: int) -> float:
-        """A multiply-add of integers of so many bits. Ours: a multiplier has an adder for each bit
+        """A multiply-add of b-bit integers. Ours: a multiplier has an adder for each bit
         of each factor, so it grows with the square (at 32 bits this gives 3.7; published: 3.2)."""
         return self.int8 * (bits / 8) ** 2
 
@@ -58,7 +58,8 @@ class Constants:
         return Energy(work, entry.weight_bytes * byte, entry.cache_bytes * byte)
 
     def memory(self, nbytes: float) -> str:
-        """Where a model of so many bytes (arrays, and the KV cache of a full context) reads."""
+        """Where a model reads that takes ``nbytes`` (arrays, and the KV cache of a full
+        context)."""
         return "sram" if nbytes <= self.on_chip * 1e6 else "dram"
 
     def __str__(self) -> str:

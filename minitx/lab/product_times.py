@@ -52,7 +52,7 @@ def zero_skip(x, outputs: int, share: float) -> tuple[Run, Run]:
     zeros = np.argsort(x, axis=1)[:, : skipped(x.shape[1], share)]
     x = x.copy()
     np.put_along_axis(x, zeros, 0, axis=1)
-    return with_matrix(ZeroSkippingLinear(w, None, 0.0, "skip"), w, x)
+    return with_matrix(ZeroSkippingLinear(w, None, 0.0), w, x)
 
 
 def teal(x, outputs: int, share: float) -> tuple[Run, Run]:

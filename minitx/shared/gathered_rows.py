@@ -1,4 +1,4 @@
-"""Products with some rows of a matrix: rows that are not needed are neither read nor multiplied.
+"""Products with some rows of a matrix: the others are neither read nor multiplied.
 
 The matrix holds one input or neuron per row. Rows must be contiguous in memory: gathering columns,
 or rows of a column-major matrix, takes some twenty times as long.

@@ -241,5 +241,5 @@ def any_kept(kept):
 #   mass and loss is +0.212 above dense; a plain window of as many keys has 73 % and +0.066, random
 #   keys 65 % and +1.327, predicted ones 80 % and +0.001.
 #   That command also times one decoded token at up to 4,096 keys.
-# - Adding log(stride) to the scores of strided keys, so that each stands for its neighbours too,
+# - Adding log(stride) to the scores of strided keys, so that each represents its neighbours too,
 #   changed little in a trial, for the better or the worse. It is not here.

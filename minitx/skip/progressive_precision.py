@@ -4,6 +4,7 @@ attention is flat, from all bits.
 The card and options, the attention that runs (online), how keys are coded, notes.
 """
 
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from minitx.state import Layer
 from minitx.technique import SEEDS, between, blocks_of, swap, technique, wrap
 from minitx.tree import Part, part, table
 
-QUERY_BITS = 8  # of a query, which is at hand and is not read from memory
+QUERY_BITS = 8  # of a query, which is not read from the cache
 
 
 @technique(
@@ -77,28 +78,22 @@ def progressive_precision(
                redone query; a key's scale takes 4 bytes. No multiply-adds: 2 S d per query head and
                token, and S d more where redone; but scores multiply 8-bit integers (redone with
                low=None: floats).
-    In NumPy:  slower: BLAS has no integers, so all codes become floats again for every token.
+    In NumPy:  slower: BLAS has no integer products, so all codes are converted to floats for every
+               token.
     Not for:   prompts: of 64 queries that read keys together, at least one needs the low bits.
     Proof:     tests/skip/test_progressive_precision.py; literal version:
                tests/skip/literal_progressive_precision.py
     """
     if low is None and threshold == (0 if choose == "peaked" else 1):
         return lm  # the high parts would be read for nothing
-    random = None
-    if choose == "random":
-        heads, context = lm.model.config.heads, lm.model.config.context
-        drawn = random_scores(len(blocks_of(lm)) * heads, context, seed)
-        random = drawn.reshape(-1, heads, context)
+    L, heads, context = len(blocks_of(lm)), lm.model.config.heads, lm.model.config.context
+    drawn = random_scores(L * heads, context, seed).reshape(L, heads, context)
 
     def change(attn: Part, index: int) -> Part:
         need_equal_groups(attn)
-        drawn = None if random is None else random[index]
-        code = KeyCode(high, low)
-
-        def progressive(dense: Attend) -> ProgressiveAttend:
-            return ProgressiveAttend(code, dense.scale, threshold, choose, drawn)
-
-        return swap(attn, Attend, progressive)
+        scores = [drawn[index]] if choose == "random" else []
+        code, rule = KeyCode(high, low), RULES[choose](threshold, *scores)
+        return swap(attn, Attend, lambda dense: ProgressiveAttend(code, dense.scale, rule))
 
     return wrap(lm, "attn", change)
 
@@ -113,9 +108,7 @@ class ProgressiveAttend(Part):
     needs_all_rows = True  # needs every token's cache row: codes are kept by row
     code: Part
     scale: float  # 1 / sqrt(d)
-    threshold: float
-    choose: str  # which queries to redo: "flat", "peaked" or "random"
-    random: np.ndarray | None = table(default=None)  # (H, context) scores of the baseline
+    rule: Part  # which queries to redo
 
     def __call__(self, q, k, v, layer: Layer):
         known = per_key(self, k, self.code, layer)
@@ -125,15 +118,15 @@ class ProgressiveAttend(Part):
         for a, b, end in fast.query_blocks(T, S, mask):
             hidden = fast.newest_mask(b - a) if mask is None else mask[..., a:b, :end]
             queries = q[..., a:b, :].reshape(*k.shape[:-2], -1, q.shape[-1])  # (..., K, G*t, d)
-            drawn = None if self.random is None else self.drawn(layer, a, b, queries.shape[:-1])
+            rule = partial(self.rule, layer=layer, a=a, b=b)
             keys, values = k[..., :end, :], v[..., :end, :]
-            p = self.weights(queries, keys, known, hidden, b - a, drawn)  # (..., K, G*t, end)
+            p = self.weights(queries, keys, known, hidden, b - a, rule)  # (..., K, G*t, end)
             work = queries.size // q.shape[-1] * end * v.shape[-1]
             ledger.count(work, cache_bytes=fast.cached_bytes(values, values))
             out[..., a:b, :] = fast.weighted_sum(p, values).reshape(out[..., a:b, :].shape)
         return out  # (..., H, T, d)
 
-    def weights(self, q, k, known, hidden, t: int, drawn):
+    def weights(self, q, k, known, hidden, t: int, rule):
         """Attention weights, not normalized, of the queries q (..., K, G*t, d) of one block."""
         end, d = k.shape[-2:]
         high, low, scales = known[0][..., :end, :], known[1][..., :end, :], known[2][..., :end]
@@ -144,7 +137,9 @@ class ProgressiveAttend(Part):
         dots = q_codes @ high.astype(q.dtype).swapaxes(-1, -2) * self.code.step
         scores = dots * unit
         p = fast.exponentials(scores.copy(), hidden, t)
-        redo = self.redo(p, drawn)  # (..., K, G*t)
+        redo = rule(coarse_scales(1 / p.sum(-1)))  # (..., K, G*t); the largest of p is 1
+        ledger.event("queries seen", redo.size)
+        ledger.event("queries redone", redo)
         if not redo.any():
             return p
         for h in np.ndindex(redo.shape[:-1]):  # each key head, of each sequence
@@ -161,22 +156,43 @@ class ProgressiveAttend(Part):
                 ledger.count(rows.size * d * end, cache_bytes=read, bits=QUERY_BITS)
         return fast.exponentials(scores, hidden, t)
 
-    def redo(self, p, drawn):
-        """Booleans (..., K, G*t): which queries to redo, by their attention weights p."""
-        largest = coarse_scales(1 / p.sum(-1))  # its exponential is 1
-        if self.choose == "random":
-            redo = drawn < self.threshold
-        else:
-            redo = (largest <= self.threshold) == (self.choose == "flat")
-        ledger.event("queries seen", redo.size)
-        ledger.event("queries redone", redo)
-        return redo
 
-    def drawn(self, layer: Layer, a: int, b: int, shape: tuple):
-        """Random scores of the queries a .. b - 1, in the shape (..., K, G*t)."""
+# Online: which queries to redo -------------------------------------------------------------------
+
+
+@part
+class Flat(Part):
+    """The paper's rule: those whose largest attention weight is at most the threshold."""
+
+    threshold: float
+
+    def __call__(self, largest, layer: Layer, a: int, b: int):
+        """Booleans like the largest weights (..., K, G*t) of the queries a .. b - 1 of a step."""
+        return largest <= self.threshold
+
+
+@part
+class Peaked(Flat):
+    """The opposite: those whose largest attention weight is above it."""
+
+    def __call__(self, largest, layer: Layer, a: int, b: int):
+        return largest > self.threshold
+
+
+@part
+class AtRandom(Flat):
+    """The baseline: a random share of the queries of each head."""
+
+    scores: np.ndarray = table()  # (H, context)
+
+    def __call__(self, largest, layer: Layer, a: int, b: int):
         positions = np.maximum(layer.tokens.own[..., a:b], 0)  # (t,) or (B, t)
-        by_head = np.moveaxis(self.random[:, positions], 0, -2)  # (..., H, t)
-        return np.broadcast_to(by_head.reshape(*by_head.shape[:-2], *shape[-2:]), shape)
+        by_head = np.moveaxis(self.scores[:, positions], 0, -2)  # (..., H, t)
+        by_head = by_head.reshape(*by_head.shape[:-2], *largest.shape[-2:])
+        return np.broadcast_to(by_head, largest.shape) < self.threshold
+
+
+RULES = {"flat": Flat, "peaked": Peaked, "random": AtRandom}
 
 
 # How keys are coded ------------------------------------------------------------------------------
@@ -191,7 +207,7 @@ class KeyCode(Part):
 
     @property
     def step(self) -> int:
-        """What 1 in the high part stands for."""
+        """The weight of 1 in the high part."""
         return 2 ** (self.low or 0)
 
     @property
@@ -216,7 +232,7 @@ class KeyCode(Part):
 
 
 def packed_bytes(codes, bits: int) -> int:
-    """Bytes of codes (..., d) of so many bits each, each vector packed into whole bytes."""
+    """Bytes of codes (..., d), ``bits`` bits each; a vector is padded to a full byte."""
     d = codes.shape[-1]
     return codes.size // d * -(-d * bits // 8)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from minitx import ledger, ops
 from minitx.model import FFN, Linear
-from minitx.shared.gathered_rows import sum_of_rows
+from minitx.shared.gathered_rows import sum_of_rows, token_by_token
 from minitx.shared.relu_ffn import need_relu
 from minitx.technique import at_least, need, swap, technique
 from minitx.tree import Part, part
@@ -68,7 +68,7 @@ def zero_skip(
     def change(ffn: FFN) -> Part:
         need_relu("zero_skip", ffn)
         need(ffn.down, Linear)
-        down = ZeroSkippingLinear(ffn.down.w, ffn.down.b, min_sparsity, prompts)
+        down = KINDS[prompts](ffn.down.w, ffn.down.b, min_sparsity)
         return replace(ffn, down=down)
 
     return swap(lm, FFN, change)
@@ -85,19 +85,9 @@ class ZeroSkippingLinear(Part):
     w: np.ndarray  # (F, D)
     b: np.ndarray | None
     min_sparsity: float
-    prompts: str
 
     def __call__(self, h):
-        rows = h.reshape(-1, h.shape[-1])
-        if len(rows) == 1:
-            y = self.one_token(rows[0])[None]
-        elif self.prompts == "skip":
-            y = np.empty((len(rows), self.w.shape[1]), h.dtype)
-            for t, row in enumerate(rows):
-                y[t] = self.one_token(row)
-        else:
-            y = self.dense(rows)
-        return y.reshape(*h.shape[:-1], y.shape[-1])
+        return token_by_token(self.one_token, h)
 
     def one_token(self, h):
         """h (F,) -> (D,)"""
@@ -106,12 +96,23 @@ class ZeroSkippingLinear(Part):
         if len(nz) > (1 - self.min_sparsity) * len(h):
             return self.dense(h)
         note(len(nz), h)
-        return sum_of_rows(h[nz], self.w, nz, self.b)
+        return sum_of_rows(h[..., nz], self.w, nz, self.b)
 
     def dense(self, h):
         """h (..., F) -> (..., D), reading every row."""
         note(h.size, h)
         return ops.linear(h, self.w, self.b)
+
+
+@part
+class DensePrompts(ZeroSkippingLinear):
+    """The same for one token; several at once are multiplied by the whole matrix."""
+
+    def __call__(self, h):
+        return super().__call__(h) if h.size == h.shape[-1] else self.dense(h)
+
+
+KINDS = {"skip": ZeroSkippingLinear, "dense": DensePrompts}
 
 
 def note(read: int, h) -> None:

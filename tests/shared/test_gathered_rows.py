@@ -1,4 +1,4 @@
-"""Products with some rows of a matrix: what is not needed is neither read nor counted."""
+"""Products with some rows of a matrix: the other rows are neither read nor counted."""
 
 import numpy as np
 import pytest

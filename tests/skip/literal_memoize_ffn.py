@@ -15,7 +15,7 @@ def size(a):
 
 
 def cover(keys, radius, most):
-    """Indices of keys to store: again and again the one that has most keys within its radius which
+    """Indices of keys to store: each time the one that has most keys within its radius which
     no stored one has."""
     left, chosen = set(range(len(keys))), []
     while left and len(chosen) < most:

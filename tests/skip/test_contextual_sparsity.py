@@ -431,7 +431,7 @@ def flip_a_bit(tensors):
         (flip_a_bit, {}, "do not match their fingerprint, so it was changed after it was written"),
         (lambda t: t.pop("heads.0.b"), {}, "do not match their fingerprint"),
         (lambda t: None, {"weights": "x"}, "trained for other weights than those in .*; delete it"),
-        (lambda t: None, {"format": "pt"}, "is no file of predictors; train them with python -m"),
+        (lambda t: None, {"format": "pt"}, "is not a predictor file; train them with python -m"),
     ],
     ids=["bit", "missing", "weights", "format"],
 )

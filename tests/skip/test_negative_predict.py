@@ -173,7 +173,7 @@ def loaded():
     return minitx.load("stories-relu")
 
 
-def test_on_stories_relu_the_prediction_is_better_than_chance():
+def test_on_stories_relu_the_prediction_is_better_than_random_predictions():
     dense = loaded()
     ids = encode(dense.tokenizer, held_out(dense, 1))[0].ids[:60]
 
@@ -189,4 +189,4 @@ def test_on_stories_relu_the_prediction_is_better_than_chance():
     assert work == pytest.approx(same, rel=0.03), "not at equal cost"
     assert 0.89 < work / all_of_it < 0.94, f"{work / all_of_it:.3f} of the multiply-adds"
     assert -0.01 < after - before < 0.03, f"{after - before:+.4f} nats per token"
-    assert random - before > 1, f"chance costs {random - before:+.3f}"
+    assert random - before > 1, f"the random baseline costs {random - before:+.3f}"

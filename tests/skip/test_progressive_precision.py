@@ -12,7 +12,7 @@ import minitx
 from minitx import fast
 from minitx.lab.evaluate import encode, held_out
 from minitx.ledger import counting
-from minitx.skip.progressive_precision import KeyCode, ProgressiveAttend
+from minitx.skip.progressive_precision import RULES, Flat, KeyCode, ProgressiveAttend
 from minitx.state import Layer
 from minitx.technique import apply
 from minitx.training.loss import token_losses
@@ -23,7 +23,7 @@ IDS = RNG.integers(0, 258, 40)
 
 def attend(q, k, v, high, low, threshold, steps=None, scale=0.5, choose="flat"):
     """Attention in one step or several, with the events that it counts."""
-    part = ProgressiveAttend(KeyCode(high, low), scale, threshold, choose)
+    part = ProgressiveAttend(KeyCode(high, low), scale, RULES[choose](threshold))
     layer, out, at = Layer(k.shape[-2]), [], 0
     with counting(part) as counts:
         for size in steps or (k.shape[-2],):
@@ -63,7 +63,7 @@ def test_worked_example_by_hand():
         (0.5, "peaked", 12.96),
         (0.9, "peaked", 11),
     ):
-        part = ProgressiveAttend(KeyCode(3, 2), scale, threshold, choose)
+        part = ProgressiveAttend(KeyCode(3, 2), scale, RULES[choose](threshold))
         found = part(q, k, v, layer).item()
         assert found == pytest.approx(expected), f"{choose}, threshold={threshold}"
         lists = q.tolist(), k.tolist(), v.tolist()
@@ -190,7 +190,7 @@ def test_low_parts_of_a_key_head_are_read_once_for_all_its_queries():
     layer.store(k, k)
     layer.tokens = layer.tokens.only([2])
     for queries, low_parts in ((q[[0, 0]], 0), (q, 1), (q[[1, 1]], 1)):
-        part = ProgressiveAttend(KeyCode(4, 4), 1.0, 0.5, "flat")
+        part = ProgressiveAttend(KeyCode(4, 4), 1.0, Flat(0.5))
         with counting(part) as counts:
             part(queries, *layer.rows(), layer)
         values, scales, parts = 3 * 2 * 8, 3 * 8, 3 * 1  # float64; 2 numbers of 4 bits
@@ -204,7 +204,8 @@ def test_neutral_setting_is_the_dense_model_and_the_tree_shows_the_options():
         same = apply(lm, {"progressive_precision": options | {"low": None}})
         assert repr(same.model) == repr(lm.model)
     drawn = repr(apply(lm, {"progressive_precision": {"threshold": 0.3}}).model)
-    assert "attend: ProgressiveAttend(scale=0.353553, threshold=0.3, choose=flat)" in drawn
+    assert "attend: ProgressiveAttend(scale=0.353553)" in drawn
+    assert "rule: Flat(threshold=0.3)" in drawn
     assert "code: KeyCode(high=4, low=4)" in drawn
 
 
@@ -237,7 +238,7 @@ def test_on_stories_four_bits_are_enough_and_two_are_not():
     assert on_stories(high=2, threshold=0.0)[0] > 0.1
 
 
-def test_on_stories_the_papers_rule_is_worse_than_chance_and_its_opposite_better():
+def test_on_stories_the_papers_rule_is_worse_than_random_and_its_opposite_better():
     """At equal shares of redone queries, high parts of 2 bits: as the card says."""
     flat, share = on_stories(high=2, threshold=0.1)
     random, same = on_stories(high=2, threshold=round(share, 3), choose="random")

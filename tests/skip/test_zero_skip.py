@@ -12,7 +12,7 @@ from minitx.errors import MinitxError
 from minitx.lab.layer_events import layer_events
 from minitx.ledger import counting
 from minitx.memory_layout import to_column_major
-from minitx.skip.zero_skip import ZeroSkippingLinear
+from minitx.skip.zero_skip import KINDS, DensePrompts, ZeroSkippingLinear
 from minitx.technique import apply, blocks_of, find
 
 RNG = np.random.default_rng(8)
@@ -37,7 +37,7 @@ def test_worked_example_by_hand():
     comparisons and 2 * 2 multiply-adds, of 8 dense."""
     w = np.array([[1.0, 2], [3, 4], [5, 6], [7, 8]])
     b = np.array([10.0, 20])
-    y, work, read, events = run(ZeroSkippingLinear(w, b, 0.0, "skip"), np.array([[2.0, 0, 0, 3]]))
+    y, work, read, events = run(ZeroSkippingLinear(w, b, 0.0), np.array([[2.0, 0, 0, 3]]))
     assert y.tolist() == [[33, 48]]
     assert (work, read) == (4 + 4, 2 * 2 * 8)
     assert events == {"rows of W_down": 4, "rows of W_down read": 2}
@@ -48,7 +48,7 @@ def test_worked_example_by_hand():
 def test_equals_the_literal_version(sparsity):
     h = RNG.standard_normal((3, 5, 30)) * (RNG.random((3, 5, 30)) >= sparsity)
     w, b = RNG.standard_normal((30, 7)), RNG.standard_normal(7)
-    found, work, _, events = run(ZeroSkippingLinear(w, b, 0.0, "skip"), h)
+    found, work, _, events = run(ZeroSkippingLinear(w, b, 0.0), h)
     rows = [literal.down(row.tolist(), w.tolist(), b.tolist()) for row in h.reshape(-1, 30)]
     expected = np.reshape([y for y, _ in rows], (3, 5, 7))
     np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="W_down's output")
@@ -63,14 +63,14 @@ def test_token_with_too_few_zeros_is_dense(zeros, read):
     h = np.ones((1, 10))
     h[0, :zeros] = 0
     w = RNG.standard_normal((10, 3))
-    y, work, _, events = run(ZeroSkippingLinear(w, None, 0.6, "skip"), h)
+    y, work, _, events = run(ZeroSkippingLinear(w, None, 0.6), h)
     assert events["rows of W_down read"] == read and work == 10 + 3 * read
     np.testing.assert_allclose(y, h @ w)
 
 
 def test_prompt_is_dense_if_asked_and_a_single_token_is_not():
     h, w = np.maximum(RNG.standard_normal((6, 12)), 0), RNG.standard_normal((12, 4))
-    part = ZeroSkippingLinear(w, None, 0.0, "dense")
+    part = DensePrompts(w, None, 0.0)
     y, work, _, events = run(part, h)
     assert work == 6 * 12 * 4 and events["rows of W_down read"] == 72
     np.testing.assert_array_equal(y, h @ w)
@@ -128,5 +128,5 @@ def test_zeros_of_stories_relu():
 def test_step_without_tokens_has_no_rows():
     w = RNG.standard_normal((6, 3))
     for prompts in ("skip", "dense"):
-        found = ZeroSkippingLinear(w, None, 0.0, prompts)(np.ones((0, 6)))
+        found = KINDS[prompts](w, None, 0.0)(np.ones((0, 6)))
         assert found.shape == (0, 3), f"prompts={prompts}"

@@ -66,7 +66,7 @@ def read_predictors(lm, path) -> Trained:
     path = Path(path)
     found, metadata = read_tensors(path), read_header(path).metadata
     if metadata.get("format") != FORMAT:
-        raise MinitxError(f"{path}: is no file of predictors; {AGAIN}.")
+        raise MinitxError(f"{path} is not a predictor file; {AGAIN}.")
     if metadata.get("weights") != weights_fingerprint(lm.folder):
         raise MinitxError(
             f"{path}: its predictors were trained for other weights than those in {lm.folder}; "

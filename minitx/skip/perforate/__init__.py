@@ -77,7 +77,7 @@ def perforate(
                norm keeps the inputs with the largest rms(x_i - f_i) |W_i|; f_i = mean(x_i) for the
                fills mean and fit, else 0.
                rates=greedy: the KL divergence from the dense model on two texts with only one
-               matrix perforated, at 1/4, 1/2, 3/4. Then again and again the step with the least
+               matrix perforated, at 1/4, 1/2, 3/4. Then repeatedly the step with the least
                added KL per multiply-add saved, until a share ``rate`` of all is skipped.
     Online:    y = x[kept] (alpha W[kept]) + (c + b)      both in brackets are stored
     Saves:     (in - r) out multiply-adds per token and as many weights, of each matrix.
