@@ -45,11 +45,12 @@ from minitx.values import between as between
 # before one of an outer level. So the first-layer table is made from weights that are already
 # folded, and a feed-forward network that is skipped may itself be a table lookup. "pruning" removes
 # weights, "weights" rewrites the remaining matrices, "matrices" changes how each is stored and
-# multiplied, "scores" selects which keys are scored. Within a level, ``after`` names the techniques
-# that come first.
+# multiplied, "scores" selects which keys are scored; "decode" replaces or wraps the decoding loop,
+# and "answer" decides about a whole completion: who writes it, or whether it is known already.
+# Within a level, ``after`` names the techniques that come first.
 LEVELS = (
     "pruning", "weights", "matrices",
-    "scores", "attention", "ffn", "block", "stack", "head", "decode",
+    "scores", "attention", "ffn", "block", "stack", "head", "decode", "answer",
 )  # fmt: skip
 PACKAGES = ("minitx.precompute", "minitx.skip")
 

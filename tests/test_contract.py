@@ -119,8 +119,10 @@ family = pytest.mark.parametrize("family", KINDS)
 each_setting = pytest.mark.parametrize(
     "name, setting", [(t.name, setting) for t in ALL.values() for setting in settings(t)]
 )
-inner = pytest.mark.parametrize("name", [t.name for t in ALL.values() if t.level != "decode"])
-loops = pytest.mark.parametrize("name", [t.name for t in ALL.values() if t.level == "decode"])
+LOOPS = [t.name for t in ALL.values() if t.level in ("decode", "answer")]
+inner = pytest.mark.parametrize("name", [name for name in ALL if name not in LOOPS])
+loops = pytest.mark.parametrize("name", LOOPS)
+other_loops = pytest.mark.parametrize("name", [name for name in LOOPS if not ALL[name].exact])
 
 
 # One technique -----------------------------------------------------------------------------------
@@ -356,7 +358,7 @@ def test_options_are_declared_and_defaults_are_valid(name):
     assert t.checked(t.neutral or {}) == (t.neutral or {})
     assert t.checked(t.demo) == t.demo
     assert t.exact or t.neutral is not None
-    assert t.event is not None or t.level not in ("scores", "stack", "head", "decode")
+    assert t.event is not None or t.level not in ("scores", "stack", "head", "decode", "answer")
 
 
 @each
@@ -591,11 +593,12 @@ def test_in_order_sorts_by_level_then_by_after():
 @loops
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 2}], ids=str)
 def test_decoding_loop_has_the_models_distribution_by_enumeration(name, options):
-    """Three tokens of a vocabulary of three, by enumeration of all draws."""
+    """Three tokens of a vocabulary of three, by enumeration of all draws. Of an approximate loop,
+    when its options are neutral."""
     if not options:
         options = {"temperature": 1.0}
     model = tiny_model("llama", vocab_size=3, bos=None, eos=(), dtype=np.float64)
-    lm = apply(LM(model), {name: ALL[name].demo})
+    lm = apply(LM(model), {name: exact_options(name)})
     prompt = [1, 2, 0, 1, 1, 2, 0, 1]
 
     def run(sampler):
@@ -605,14 +608,30 @@ def test_decoding_loop_has_the_models_distribution_by_enumeration(name, options)
     assert total_variation(found, model_distribution(model, prompt, 3, **options)) < 1e-9
 
 
+def exact_options(name: str) -> dict:
+    """With these a loop yields what the plain one does."""
+    return ALL[name].demo if ALL[name].exact else ALL[name].neutral
+
+
 @loops
 @family
 def test_decoding_loop_stops_at_limit_and_end_of_context(name, family):
-    dense, lm = tiny_lm(family, dtype=np.float64), changed(name, family)
+    setting = "demo" if ALL[name].exact else "neutral"
+    dense, lm = tiny_lm(family, dtype=np.float64), changed(name, family, setting)
     expected = greedy(dense, PROMPT, 36)
     for limit in range(6):
         assert greedy(lm, PROMPT, limit) == expected[:limit], f"limit {limit}"
     assert greedy(lm, PROMPT, 36) == expected  # 12 + 36 tokens fill the context
+    assert lm.generate([1] * 48) == [] and len(lm.generate([1] * 47)) <= 1
+
+
+@other_loops
+@family
+def test_approximate_loop_yields_at_most_limit_tokens_and_stops_at_end_of_context(name, family):
+    lm = changed(name, family)
+    for limit in (*range(6), 36):  # 12 + 36 tokens fill the context
+        assert len(greedy(lm, PROMPT, limit)) == limit
+        assert greedy(lm, PROMPT, limit) == greedy(lm, PROMPT, limit)
     assert lm.generate([1] * 48) == [] and len(lm.generate([1] * 47)) <= 1
 
 
@@ -626,7 +645,7 @@ def test_decoding_loop_stops_at_end_of_text(name):
 
     for n in (0, 3, 7):
         lm = ends(n)
-        found = apply(lm, {name: ALL[name].demo}).generate(PROMPT, NEW)
+        found = apply(lm, {name: exact_options(name)}).generate(PROMPT, NEW)
         assert found == lm.generate(PROMPT, NEW) and len(found) <= n
 
 

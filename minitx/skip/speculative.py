@@ -13,12 +13,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from minitx import ledger
 from minitx.checkpoints.find import shipped
-from minitx.decode import Autoregressive, Sampler, TokenLoop
+from minitx.decode import Sampler, TokenLoop
 from minitx.errors import MinitxError
 from minitx.lm import load
 from minitx.model import Stack, Transformer
 from minitx.second_model import first_blocks, load_second, why_another_vocabulary
 from minitx.shared.break_even import warn
+from minitx.shared.plain_loop import need_plain_loop
 from minitx.state import State
 from minitx.technique import at_least, need, owner, technique
 from minitx.tree import Part, nbytes, part, walk
@@ -81,12 +82,7 @@ def speculative(
     """
     if gamma == 0:
         return lm
-    if type(lm.decode) is not Autoregressive:
-        raise MinitxError(
-            "speculative replaces the decoding loop, and this model already has that of "
-            f"{owner(lm.decode)}; apply both at once to the model without it, or use one of the "
-            "two."
-        )
+    need_plain_loop(lm, "speculative")
     found = find_draft(lm, draft)
     if nbytes(found) >= nbytes(lm.model):
         warn(
