@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated
 
-import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-
 from minitx.decode import Sampler
 from minitx.model import Transformer
 from minitx.shared.draft_and_verify import Draft, Drafting, Proposal, Speculative
-from minitx.shared.draft_length import FixedLength
+from minitx.shared.draft_length import AdaptiveLength, FixedLength
 from minitx.shared.plain_loop import need_plain_loop
 from minitx.state import State
 from minitx.technique import at_least, technique
@@ -36,7 +33,10 @@ def prompt_lookup(
     gamma: Annotated[
         int, "draft tokens per round, at most; 0 is plain decoding", at_least(0, limit=1024)
     ] = 4,
-    longest: Annotated[int, "tokens to search for, at most", at_least(1, limit=1024)] = 3,
+    longest: Annotated[int, "tokens to search for, at most", at_least(1, limit=64)] = 3,
+    adapt: Annotated[
+        bool, "after each round, gamma grows by 2 if all was accepted, else it shrinks by 1"
+    ] = False,
 ):
     """Propose what followed the last tokens earlier in the text; one forward pass verifies it.
 
@@ -66,7 +66,8 @@ def prompt_lookup(
     if gamma == 0:
         return lm
     need_plain_loop(lm, "prompt_lookup")
-    return replace(lm, decode=Speculative(PromptLookup(longest), FixedLength(gamma)))
+    length = AdaptiveLength(gamma) if adapt else FixedLength(gamma)
+    return replace(lm, decode=Speculative(PromptLookup(longest), length))
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -83,23 +84,34 @@ class PromptLookup(Draft):
 
 
 class Searching(Drafting):
-    """A ``PromptLookup`` at work on one sequence: the text is all that it needs."""
+    """A ``PromptLookup`` at work on one sequence. Its index of the text only grows, since the loop
+    shows it no token that may still be rejected."""
 
     def __init__(self, model: Transformer, state: State, longest: int):
         super().__init__(model, state)
-        self.longest = longest
+        self.index = NgramIndex(longest)
 
     def propose(self, text: list[int], sampler: Sampler) -> Iterator[Proposal]:
-        return map(Proposal, continuation(text, self.longest))
+        return map(Proposal, self.index.continuation(text))
 
 
-def continuation(text: list[int], longest: int) -> list[int]:
-    """The tokens that followed an earlier occurrence of the last n tokens, for the largest n <=
-    ``longest`` that occurs; the latest occurrence if there are several."""
-    ids = np.array(text)
-    for n in range(min(longest, len(text) - 1), 0, -1):
-        earlier = sliding_window_view(ids[:-1], n)  # all runs of n tokens, except the last one
-        matches = np.flatnonzero((earlier == ids[-n:]).all(-1))
-        if len(matches):
-            return text[int(matches[-1]) + n :]
-    return []
+class NgramIndex:
+    """Where each run of 1 .. ``longest`` tokens of a growing text was seen last."""
+
+    def __init__(self, longest: int):
+        self.longest = longest
+        self.after: dict[tuple[int, ...], int] = {}  # run: the position that followed it last
+        self.read = 1  # the runs before the positions below this are in
+
+    def continuation(self, text: list[int]) -> list[int]:
+        """The tokens that followed an earlier occurrence of the last n tokens, for the largest n
+        that has one; the latest occurrence if there are several. The text must begin with that of
+        the last call."""
+        for end in range(self.read, len(text)):
+            for n in range(1, min(self.longest, end) + 1):
+                self.after[tuple(text[end - n : end])] = end
+        self.read = max(self.read, len(text))
+        for n in range(min(self.longest, len(text) - 1), 0, -1):
+            if (end := self.after.get(tuple(text[-n:]))) is not None:
+                return text[end:]
+        return []

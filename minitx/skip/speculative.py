@@ -24,10 +24,10 @@ from minitx.shared.draft_and_verify import (
     Speculative,
     draw_one_by_one,
 )
-from minitx.shared.draft_length import FixedLength
+from minitx.shared.draft_length import Adapt, Gamma, Stop, draft_length
 from minitx.shared.plain_loop import need_plain_loop
 from minitx.state import State
-from minitx.technique import at_least, technique
+from minitx.technique import technique
 from minitx.tree import nbytes, part
 
 
@@ -42,9 +42,9 @@ def speculative(
     lm,
     *,
     draft: Annotated[str, f"the model that proposes tokens: {SMALL_NAMES}"] = "auto",
-    gamma: Annotated[
-        int, "draft tokens per round; 0 is plain decoding", at_least(0, limit=1024)
-    ] = 4,
+    gamma: Gamma = 8,
+    stop: Stop = 0.3,
+    adapt: Adapt = False,
 ):
     """A draft model proposes tokens; one forward pass verifies them all.
 
@@ -95,7 +95,7 @@ def speculative(
             f"of the target {nbytes(lm.model):,}, so proposing costs more than it saves even if "
             "every token is accepted; use a smaller draft, or prompt_lookup."
         )
-    return replace(lm, decode=Speculative(DraftModel(found), FixedLength(gamma)))
+    return replace(lm, decode=Speculative(DraftModel(found), draft_length(gamma, stop, adapt)))
 
 
 # Online: the draft -------------------------------------------------------------------------------

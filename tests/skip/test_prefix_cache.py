@@ -230,7 +230,7 @@ def test_a_seed_draws_the_same_tokens_as_without_the_cache(options):
             assert lm.generate(prompt, 12, temperature=0.9, seed=seed, **options) == expected
 
 
-DRAFTING = {"prompt_lookup": {}, "speculative": {"draft": "self"}}
+DRAFTING = {"prompt_lookup": {}, "self_speculative": {}, "speculative": {"draft": "self"}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ from minitx import ledger
 from minitx.decode import Sampler
 from minitx.shared.draft_and_verify import Speculative
 from minitx.shared.draft_length import FixedLength
-from minitx.skip.prompt_lookup import PromptLookup, continuation, prompt_lookup
+from minitx.skip.prompt_lookup import NgramIndex, PromptLookup, prompt_lookup
 from minitx.technique import apply
 
 PROMPT = [5, 1, 2, 3, 9, 8, 1, 2, 3]
@@ -24,6 +24,10 @@ PROMPT = [5, 1, 2, 3, 9, 8, 1, 2, 3]
 #                    9 8 1 2         the four tokens that followed them
 
 
+def continuation(text, longest):
+    return NgramIndex(longest).continuation(text)
+
+
 def test_prompt_lookup_by_hand():
     assert continuation(PROMPT, 3)[:4] == [9, 8, 1, 2]
     assert continuation([1, 2, 3, 4], 3) == [], "nothing occurs twice"
@@ -33,13 +37,16 @@ def test_prompt_lookup_by_hand():
     assert continuation([4], 3) == [] and continuation([4, 4], 3) == [4]
 
 
-def test_prompt_lookup_equals_the_literal_version():
+def test_index_of_a_growing_text_equals_the_literal_search():
     rng = np.random.default_rng(0)
-    for _ in range(300):
-        text = rng.integers(0, rng.integers(2, 6), rng.integers(1, 20)).tolist()
-        longest, limit = int(rng.integers(1, 5)), int(rng.integers(0, 6))
-        expected = literal.prompt_lookup(text, longest, limit)
-        assert continuation(text, longest)[:limit] == expected
+    for _ in range(100):
+        text = rng.integers(0, rng.integers(2, 6), 20).tolist()
+        longest, end = int(rng.integers(1, 5)), 1
+        index = NgramIndex(longest)
+        while end <= 20:  # the text grows by some tokens at a time
+            expected = literal.prompt_lookup(text[:end], longest, 99)
+            assert index.continuation(text[:end]) == expected, f"{end} tokens of {text}"
+            end += int(rng.integers(1, 5))
 
 
 def test_proposals_are_certain_so_q_is_one_hot():

@@ -7,14 +7,14 @@ and with the literal version.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import replace
 from itertools import islice
 
 import literal_speculative as literal
 import numpy as np
 import pytest
 from enumeration import exact_distribution, model_distribution, total_variation
+from markov import constant, markov
 from tiny import FAMILIES, decode, tiny_folder, tiny_lm, tiny_model
 
 import minitx
@@ -42,7 +42,6 @@ from minitx.skip.speculative import (
     speedup,
     tokens_per_round,
 )
-from minitx.state import State
 from minitx.technique import apply, decides, techniques
 from minitx.tree import Part, part
 
@@ -136,79 +135,6 @@ def test_greedy_shortcut_is_the_rule_for_one_hot_distributions():
 
 
 # Sequences: Markov models, by enumeration --------------------------------------------------------
-
-
-class NotedState(State):
-    """A state that notes the ids, so that a Markov model can look them up."""
-
-    def __init__(self):
-        super().__init__(0, 10**6)
-        self.ids = []
-
-    def rewind(self, position):
-        super().rewind(position)
-        del self.ids[position:]
-
-
-@dataclass
-class Shape:
-    vocab_size: int = 3
-    context: int = 10**6
-
-
-@dataclass(eq=False)
-class Markov(Part):
-    """A model in which the next token depends on the last two: ``w[a, b]`` (V,) are the
-    probabilities after tokens a, b."""
-
-    w: np.ndarray
-    config: Shape = field(default_factory=Shape)
-
-    def new_state(self):
-        return NotedState()
-
-    def hidden(self, ids, state):
-        state.ids += list(ids)
-        state.position += len(ids)
-
-    def __call__(self, ids, state):
-        assert state.position == len(state.ids)
-        self.hidden(ids, state)
-        n = len(state.ids)
-        pairs = [state.ids[max(i - 2, 0) : i] for i in range(n - len(ids) + 1, n + 1)]
-        return np.log(np.stack([self.after(pair) for pair in pairs]))
-
-    def next_logits(self, ids, state):
-        return self(ids, state)[-1]
-
-    def after(self, text):
-        a, b = (0, *text)[-2:]
-        return self.w[a, b]
-
-    def fractions(self, text):
-        """The same as exact fractions, whose sum is exactly 1."""
-        row = [Fraction(share) for share in self.after(text)]
-        return [share / sum(row) for share in row]
-
-    def distribution(self, text, n):
-        """{n tokens after the text: probability}"""
-        found = {(): 1.0}
-        for _ in range(n):
-            found = {
-                (*new, token): share * p
-                for new, share in found.items()
-                for token, p in enumerate(self.after((*text, *new)))
-            }
-        return found
-
-
-def markov(seed, sharpness=1.0):
-    return Markov(np.random.default_rng(seed).dirichlet([sharpness] * 3, (3, 3)))
-
-
-def constant(p):
-    """A model that gives the same probabilities after every text."""
-    return Markov(np.broadcast_to(np.array(p), (3, 3, 3)))
 
 
 def loop(draft, gamma):
@@ -536,7 +462,7 @@ def test_draft_is_a_part_of_the_tree():
     lm = apply(tiny_lm(), {"speculative": {"draft": "self"}})
     drawn = repr(lm.decode)
     assert drawn.startswith("Speculative\n  draft: DraftModel\n    model: Transformer")
-    assert drawn.endswith("\n  length: FixedLength(gamma=4)")
+    assert drawn.endswith("\n  length: StopWhenUnsure(gamma=8, stop=0.3)")
     assert len(lm.decode.draft.model.stack.blocks) == 1 and len(lm.model.stack.blocks) == 2
     assert lm.decode.draft.model.stack.blocks[0] is lm.model.stack.blocks[0], "weights are shared"
 
@@ -674,7 +600,11 @@ def test_counted_work_follows_from_proposals_and_target_passes():
 
 # Together with other techniques ------------------------------------------------------------------
 
-LOOPS = {"speculative": {"draft": "self", "gamma": 3}, "prompt_lookup": {"gamma": 3}}
+LOOPS = {
+    "speculative": {"draft": "self", "gamma": 3},
+    "prompt_lookup": {"gamma": 3},
+    "self_speculative": {"gamma": 3},
+}
 
 
 @pytest.mark.parametrize("technique", techniques(), ids=lambda t: t.name)
