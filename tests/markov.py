@@ -73,8 +73,9 @@ class Markov(Part):
         return found
 
 
-def markov(seed, sharpness=1.0):
-    return Markov(np.random.default_rng(seed).dirichlet([sharpness] * 3, (3, 3)))
+def markov(seed, sharpness=1.0, V=3):
+    w = np.random.default_rng(seed).dirichlet([sharpness] * V, (V, V))
+    return Markov(w, Shape(V))
 
 
 def constant(p):

@@ -94,17 +94,18 @@ def test_options_name_the_rule():
 # Exactness, by enumeration -----------------------------------------------------------------------
 
 
-RULES = [StopWhenUnsure(2, 0.4), AdaptiveStop(2, 0.4), AdaptiveLength(1)]
+RULES = [StopWhenUnsure(3, 0.4), AdaptiveStop(3, 0.4), AdaptiveLength(2)]
 TOKENS = 4
+P, Q = markov(0, V=2), markov(1, V=2)
 
 
-def distribution(rule, p, q):
+def distribution(rule):
     """That of the next tokens, and the different divisions into rounds that were seen."""
-    loop, rounds = Speculative(DraftModel(q), rule), set()
+    loop, rounds = Speculative(DraftModel(Q), rule), set()
 
     def run(sampler):
         with ledger.counting(loop) as counts:
-            text = tuple(decode(loop, p, (1, 2), sampler, TOKENS))
+            text = tuple(decode(loop, P, (1, 0), sampler, TOKENS))
         rounds.add(tuple(counts.events.values()))
         return text
 
@@ -114,10 +115,9 @@ def distribution(rule, p, q):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 def test_no_rule_changes_the_distribution(rule, monkeypatch):
     monkeypatch.setattr(MovingStop, "step", 4.0)  # so that a few rounds move the threshold far
-    p, q = markov(0), markov(1)
-    found, rounds = distribution(rule, p, q)
-    assert total_variation(found, p.distribution((1, 2), TOKENS)) < 1e-13
-    _, without = distribution(FixedLength(rule.gamma), p, q)
+    found, rounds = distribution(rule)
+    assert total_variation(found, P.distribution((1, 0), TOKENS)) < 1e-13
+    _, without = distribution(FixedLength(rule.gamma))
     assert rounds != without, "the rule does nothing"
 
 
@@ -128,6 +128,5 @@ def test_dropping_the_unsure_token_would_change_the_distribution(monkeypatch):
         return [proposal for proposal in real(proposals, most, stop) if proposal.confidence >= stop]
 
     monkeypatch.setattr(module, "until_unsure", without_it)
-    p, q = markov(0), markov(1)
-    found, _ = distribution(StopWhenUnsure(2, 0.4), p, q)
-    assert total_variation(found, p.distribution((1, 2), TOKENS)) > 0.02
+    found, _ = distribution(StopWhenUnsure(3, 0.4))
+    assert total_variation(found, P.distribution((1, 0), TOKENS)) > 0.02

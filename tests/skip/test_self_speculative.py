@@ -178,9 +178,13 @@ def test_shared_cache_saves_the_first_layers_of_a_draft_with_its_own_cache():
     theirs, more = run(apply(tiny_lm(), {"speculative": {"draft": "self"} | options}), PROMPT, 25)
     assert ours == theirs and counts.events == more.events
     runs_twice = more.total("decode.draft.model.stack").multiply_adds
-    assert counts.total().multiply_adds == more.total().multiply_adds - runs_twice
+    ours, theirs = counts.total().multiply_adds, more.total().multiply_adds - runs_twice
+    # Of one token after another the ledger counts the visible keys, of a chunk all pairs.
+    path = "model.stack.blocks.0.attn.attend"
+    pairs = more.total(path).multiply_adds - counts.total(path).multiply_adds
+    assert pairs > 0 and ours == theirs - pairs
     once = counts.total("model.stack.blocks.0").multiply_adds
-    assert 0.9 < runs_twice / once <= 1, "that is nearly all of the first half once more"
+    assert 0.75 < runs_twice / once <= 1, "that is most of the first half once more"
 
 
 def test_figures_on_stories():
@@ -244,6 +248,6 @@ def test_models_whose_first_layers_cannot_run_alone_are_refused():
     with pytest.raises(MinitxError, match="self_speculative .*sink_window frees cache rows"):
         apply(lm, {"sink_window": {"sinks": 2, "window": 5}, "self_speculative": {}})
     with pytest.raises(MinitxError, match="head_cascade decides by the step; use one of the two"):
-        apply(lm, {"head_cascade": {"stories": 2}, "self_speculative": {}})
+        apply(lm, {"head_cascade": {}, "self_speculative": {}})
     with pytest.raises(MinitxError, match="already has that of prompt_lookup; apply both at once"):
         changed(apply(lm, {"prompt_lookup": {}}))
