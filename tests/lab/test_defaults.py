@@ -88,6 +88,7 @@ SKIP = {
     "head_cascade": Default((0.0, 0.015), "multiply_adds", (0.93, 0.95), text=Text(stories=8)),
     "head_router": Default((-0.003, 0.005), "multiply_adds", (0.9, 0.94), text=CHAINS),
     "heavy_hitters": Default((-0.005, 0.01), "kv_cache", (0.49, 0.52), text=CHAIN),
+    "jacobi": NoSaving(EXACT, "weight_bytes", (0.9, 1.0)),
     "kv_share": Default((-0.001, 0.01), "kv_cache", (0.74, 0.76)),
     "layer_fusion": Default((0.002, 0.02), "memory", (0.65, 0.68)),
     "layer_merge": NoSaving((0.05, 0.2), "multiply_adds", (0.76, 0.79)),
@@ -95,6 +96,7 @@ SKIP = {
     "layer_router": Default((0.0, 0.005), "multiply_adds", (0.7, 0.9), text=Text(stories=3)),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
     "lazy_tokens": NoSaving((0.01, 0.1), "multiply_adds", (0.95, 1.0), text=CHAIN),
+    "lookahead": Default(EXACT, "weight_bytes", (0.5, 0.8)),
     "memoize_attention": NoSaving(
         (-0.005, 0.015), "multiply_adds", (0.96, 0.99), text=Text(stories=2)
     ),
