@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitx.arguments import read_flags, split_flags
-from minitx.decode import Sampler, new_state
+from minitx.decode import Sampler
 from minitx.errors import MinitxError
 from minitx.exit_status import run_module
 from minitx.lab.compare import forget
@@ -36,8 +36,8 @@ from minitx.ledger import counting
 from minitx.lm import LM, load
 from minitx.model import Transformer
 from minitx.progress import bar
-from minitx.state import State
-from minitx.technique import apply, decides
+from minitx.shared.same_beginning import state_for
+from minitx.technique import apply
 from minitx.training.data import StoryEncoder
 from minitx.training.stories import HOPS, Story
 from minitx.tree import walk
@@ -130,7 +130,7 @@ def answer(lm: LM, questions: Sequence[Question], shared=False, shown=False, **s
     state, held = None, ()  # one sequence's state, and the prompt that it holds
     for number, question in enumerate(bar(questions, "answer", unit="question", shown=shown)):
         prompt = question.prompt
-        state = going_back(lm, state, held, prompt) if shared else new_state(lm.model, prompt)
+        state = state_for(lm.model, prompt, held, state if shared else None)
         held = prompt
         sampler = Sampler(**with_seed(sampling, number))
         with counting_calls(lm) as passes, counting(lm) as counts:
@@ -151,20 +151,6 @@ def answer(lm: LM, questions: Sequence[Question], shared=False, shown=False, **s
 def with_seed(sampling: dict, number: int) -> dict:
     seed = sampling.get("seed")
     return sampling if seed is None else sampling | {"seed": seed + number}
-
-
-def going_back(lm: LM, state: State | None, held: Sequence[int], prompt: list[int]) -> State:
-    """The state of the last question, rewound to its prompt, which this one begins with; an empty
-    state where that is not possible."""
-    begins = len(held) < len(prompt) and prompt[: len(held)] == list(held)
-    if state is None or not begins or decides(lm.model) != "token":
-        return new_state(lm.model, prompt)
-    try:
-        state.rewind(min(state.position, len(held)))
-    except MinitxError:  # a technique has freed cache rows
-        return new_state(lm.model, prompt)
-    state.prompt = len(prompt)
-    return state
 
 
 def models_of(lm: LM) -> dict[int, str]:
