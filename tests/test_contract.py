@@ -483,6 +483,7 @@ IDLE = {
     "function_tables": {"layer_skip"},
     "head_cascade": {"layer_router", "layer_skip"},
     "layer_skip": {"layer_router", "switchable"},
+    "mixture_of_depths": {"layer_router"},
     "negative_predict": {"layer_skip"},
     "negative_skip": {"layer_skip"},
     "perforate_positions": {"layer_skip"},
