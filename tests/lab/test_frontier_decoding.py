@@ -16,6 +16,7 @@ from minitx.lab.frontier.decoding import (
     Calls,
     Measured,
     Plan,
+    Runner,
     Work,
     agreement,
     compare_decoding,
@@ -117,7 +118,7 @@ def test_calls_of_a_draft_that_shares_blocks_are_counted_as_its_own():
         counts.entered = calls = Calls(lm)
         list(continuation(lm, [1, 2, 3, 4], 12, Sampler()))
     assert calls.counts["model"] == counts.events["target passes"]
-    drafts = counts.total().multiply_adds and sum(calls.counts.values()) - calls.counts["model"]
+    drafts = sum(calls.counts.values()) - calls.counts["model"]
     assert drafts == counts.events["draft tokens proposed"]
 
 
@@ -172,7 +173,9 @@ def test_prompts_seen_before_run_their_last_token_only(found):
         work[cached] = entry
     expected = work[19].multiply_adds / work[0].multiply_adds
     assert seen.multiply_adds == pytest.approx(expected, rel=1e-12)
-    assert row(found, CACHE.name).figures.multiply_adds == 1, "new prompts save nothing"
+    for sampling in (GREEDY, SAMPLED):
+        new = row(found, CACHE.name, sampling).figures
+        assert new.multiply_adds == 1, f"{sampling}: new prompts save nothing"
     assert seen.same == 2 and seen.calls == {"model": 1.0}
 
 
@@ -207,18 +210,58 @@ def test_agreement_ends_at_the_first_difference():
 def test_ratios_are_those_of_each_rounds_sums():
     """Round 1: 4 s for 8 tokens against 2 s for 8: twice as fast. Round 2: 4 times."""
     one = Measured(GREEDY, [[1]], 8)
-    one.work = {(name, False): Work([[0] * 8], Entry(8, 8, 8), {}) for name in (PLAIN, "fast")}
+    plain, fast = Work([[0] * 8], Entry(800, 80, 8), {}), Work([[0] * 4], Entry(600, 10, 2), {})
+    one.work = {(PLAIN, False): plain, ("fast", False): fast, ("fast", True): fast}
     one.rounds = [
         {(PLAIN, False): (1.0, 4.0, 8), ("fast", False): (2.0, 2.0, 8)},
         {(PLAIN, False): (1.0, 4.0, 8), ("fast", False): (1.0, 2.0, 16)},
     ]
+    for times_of_seen in one.rounds:  # prompts seen before: beside plain decoding at that time
+        times_of_seen |= {(PLAIN, True): (6.0, 6.0, 8), ("fast", True): (1.0, 1.0, 4)}
+    seen = one.figures("fast", True, one.rounds)
+    assert seen.speed["median"] == 3 and seen.first["median"] == 6
     figures = one.figures("fast", False, one.rounds)
+    costs = figures.multiply_adds, figures.weight_bytes, figures.cache_bytes
+    assert costs == (1.5, 0.25, 0.5), "150 per token instead of 100; 2.5 of 10; 0.5 of 1"
     assert figures.speed == {"median": 3, "lowest": 2, "highest": 4}
     assert figures.first == {"median": 0.75, "lowest": 0.5, "highest": 1}
     assert figures.tokens_per_call is None, "the model did not run"
     assert one.plain_speed(2) == 2 and one.plain_first(2) == 1
     assert times(figures.speed) == "3.00 2.00-4.00"
     assert times({"median": 12.34, "lowest": 9.0, "highest": 15.0}) == "12.3 9.0-15.0"
+
+
+@part
+class Remembers(TokenLoop):
+    """Plain decoding that notes which prompts it has seen since it was told to forget."""
+
+    inner: TokenLoop
+    seen: list
+    calls: list  # (number of the prompt, whether it was seen before)
+
+    def __call__(self, model, state, ids, choose, limit):
+        self.calls.append((choose.seed, tuple(ids) in self.seen))
+        self.seen.append(tuple(ids))
+        return self.inner(model, state, ids, choose, limit)
+
+    def forget(self):
+        self.seen.clear()
+
+
+def test_every_round_has_new_prompts_and_then_the_same_again():
+    lm, calls = endless(), []
+    remembers = replace(lm, decode=Remembers(lm.decode, [], calls))
+    one = Measured(SAMPLED, [[1, 2], [3, 4]], 2)
+    runners = [Runner(DENSE, lm), Runner(way("remembers", "prefix_cache", {}), remembers)]
+    for runner in runners:
+        one.count(runner)
+    for _ in range(2):
+        one.time(lambda: None)
+    assert calls == 3 * [(0, False), (1, False), (0, True), (1, True)], "counted, then two rounds"
+    both = (PLAIN, "remembers")
+    for sums in one.rounds:
+        assert list(sums) == [(name, seen) for seen in (False, True) for name in both]
+        assert all(tokens == 4 for _, _, tokens in sums.values()), "of both prompts"
 
 
 # What is measured --------------------------------------------------------------------------------
