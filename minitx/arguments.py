@@ -376,6 +376,17 @@ def add_frontier(names, flags) -> None:
         add_json(command)
 
 
+def add_sequences(command: Parser) -> None:
+    chains = "token sequences: chains of stories, or windows of the text (default 8; of a text 2)"
+    command.add_argument("--chains", type=count, metavar="N", help=chains)
+    tokens = "tokens per sequence (default: fill the context; of a text at most 512)"
+    command.add_argument("--tokens", type=count, metavar="N", help=tokens)
+    add_grade(command)
+    add_text(command)
+    rounds = "timing rounds (default 15)"
+    command.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
+
+
 def add_shares(command: Parser, family) -> None:
     """The options of families that are compared at the same share of something."""
     known = ",".join(f"{share:g}" for share in family.shares)
@@ -412,17 +423,6 @@ def add_decoding(command: Parser) -> None:
     add_text(command)
     text = "the second model of methods that need one: a draft, say (default stories-draft)"
     command.add_argument("--small", default="stories-draft", metavar="MODEL", help=text)
-
-
-def add_sequences(command: Parser) -> None:
-    chains = "token sequences: chains of stories, or windows of the text (default 8; of a text 2)"
-    command.add_argument("--chains", type=count, metavar="N", help=chains)
-    tokens = "tokens per sequence (default: fill the context; of a text at most 512)"
-    command.add_argument("--tokens", type=count, metavar="N", help=tokens)
-    add_grade(command)
-    add_text(command)
-    rounds = "timing rounds (default 15)"
-    command.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
 
 
 def add(names, name: str, run, text: str) -> Parser:
