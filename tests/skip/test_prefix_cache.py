@@ -285,6 +285,20 @@ def test_a_draft_proposes_the_same_from_reused_rows():
             assert found[0] == found[1] == found[2]
 
 
+def test_of_a_draft_only_the_prompt_is_stored_and_under_its_own_weights():
+    """Blocks of one token: what the draft writes, one or two tokens at a time, is no beginning."""
+    dense, other = tiny_lm(dtype=np.float64), tiny_model(seed=3, dtype=np.float64)
+    lm = cached(replace(dense, decode=Speculative(DraftModel(other), 3)), block=1)
+    lm.generate(IDS[:13], 9)
+    seed = lm.decode.store.seed(lm.decode.inner.draft.model)
+    hashes = [seed]
+    extend(hashes, IDS, 1, 13)
+    target = [lm.decode.store.seed(lm.model)]
+    extend(target, IDS[:13] + dense.generate(IDS[:13], 9), 1, 22)
+    assert {*lm.decode.store.blocks} <= {*hashes[1:], *target[1:]}
+    assert {*hashes[1:]} <= {*lm.decode.store.blocks}, "the prompt of the draft"
+
+
 def test_a_draft_that_remembers_more_than_keys_and_values_runs_the_whole_prompt():
     dense = tiny_lm(dtype=np.float64)
     odd = wrap(dense, "attn", lambda attn, index: Unfit(attn, has_history=True)).model
