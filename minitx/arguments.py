@@ -324,6 +324,8 @@ def parser(flags=()) -> Parser:
     precompute.add_argument("out", metavar="OUT_DIR", help="a new folder, which -m OUT_DIR loads")
     add_model(precompute)
 
+    add_cache(names, flags)
+
     train = add(names, "train", commands.train, "train a model from a recipe")
     train.add_argument("recipe", help="a recipe.json, or the folder that contains one")
     train.add_argument("--out", metavar="DIR", help="folder to write (default: runs/NAME)")
@@ -389,6 +391,23 @@ def add_frontier(names, flags) -> None:
             command.add_argument("--time-limit", type=seconds, metavar="S", help=text)
         command.add_argument("--png", metavar="FILE", help="also draw curves (needs matplotlib)")
         add_json(command)
+
+
+def add_cache(names, flags) -> None:
+    """``minitx cache stats`` and ``minitx cache clear``."""
+    text = "statistics of the answers that --answer-cache stored, or remove them"
+    cache = add(names, "cache", lambda args: cache.error("expected stats or clear"), text)
+    cache.choice = "minitx cache command"
+    tasks = cache.add_subparsers(metavar="stats|clear")
+    stats = add(tasks, "stats", commands.cache_stats, "what the file holds, by model")
+    clear = add(tasks, "clear", commands.cache_clear, "remove all answers, or those of one model")
+    for command in (stats, clear):
+        text = "file with the answers (default: answers.sqlite in $MINITX_CACHE or ~/.cache/minitx)"
+        command.add_argument("--file", metavar="FILE", help=text)
+        command.flags = flags
+    text = "only answers of the model with this name"
+    clear.add_argument("--model", dest="of", metavar="NAME", help=text)
+    add_json(stats)
 
 
 def add_sequences(command: Parser) -> None:

@@ -439,6 +439,47 @@ def flags_text(args) -> str:
     return " ".join(map(str.strip, flags))
 
 
+def cache_stats(args) -> None:
+    from minitx.lab.layout import table
+    from minitx.shared.answer_store import statistics
+
+    found = statistics(cache_file(args))
+    if args.json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    limit = f" of at most {found.most:,}" if found.most else ""
+    print(f"{found.file}: {in_words(found.answers)}, {found.bytes:,}{limit} bytes")
+    if not found.answers:
+        return
+    print(f"{found.hits:,} hits so far; stored {at(found.oldest)} to {at(found.newest)}\n")
+    rows = [["model", "answers", "bytes", "hits"]]
+    for m in found.models:
+        name = m.model or "(no name)"
+        rows.append([name, f"{m.answers:,}", f"{m.bytes:,}", f"{m.hits:,}"])
+    print(table(rows))
+
+
+def cache_clear(args) -> None:
+    from minitx.shared.answer_store import clear
+
+    path = cache_file(args)
+    print(f"{path}: {in_words(clear(path, args.of))} removed")
+
+
+def cache_file(args) -> Path:
+    from minitx.shared.answer_store import default_file
+
+    return default_file() if args.file is None else Path(args.file)
+
+
+def in_words(answers: int) -> str:
+    return f"{answers:,} answer{'s' * (answers != 1)}"
+
+
+def at(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
 def train(args) -> int:
     from minitx.training.train import RECIPE
     from minitx.training.train import train as train_by

@@ -217,6 +217,7 @@ def _noted(method, ledger: Ledger, paths: dict[int, list[str]]):
         finally:
             ledger.path = before
 
+    noted.__wrapped__ = method  # for digest.py, to which it stays the same method
     return noted
 
 

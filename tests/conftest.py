@@ -1,11 +1,17 @@
 """Shared fixtures: a working directory and a way to run commands in it; tokenizers. The whole suite
 runs in two processes (two_processes.py)."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 
 # Must be set before NumPy is imported. Two processes with two BLAS threads each would compete.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
+
+# Answers are kept in a folder that is removed at the end: no test may touch the user's.
+os.environ["MINITX_CACHE"] = tempfile.mkdtemp(prefix="minitx-tests-")
 
 import pytest
 import two_processes
@@ -16,6 +22,8 @@ from minitx.checkpoints import find
 from minitx.checkpoints.tokenizer_json import read_tokenizer
 from minitx.cli import main
 from minitx.lab.cost import cost
+
+atexit.register(shutil.rmtree, os.environ["MINITX_CACHE"], ignore_errors=True)
 
 
 def pytest_configure(config):

@@ -7,8 +7,10 @@ The contract runs a small sample (``sample``) that is always the same. To search
     python tests/random_sets.py case 7-12 [...]   one of them again
 """
 
+import os
 import random
 import sys
+import tempfile
 import traceback
 import warnings
 from contextlib import contextmanager
@@ -215,4 +217,6 @@ def main(count: str, seed: str = "0", *one_of: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MINITX_CACHE"] = folder  # not the user's
+        main(*sys.argv[1:])

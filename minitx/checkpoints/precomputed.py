@@ -156,12 +156,17 @@ def read_precomputed(folder, dtype=np.float32) -> tuple[Transformer, Part]:
             "precompute again."
         )
     path = folder / JSON_FILE
-    parts = deserialize(path, content.get("entries"), read_as_stored(folder / ARRAYS_FILE))
-    model, decode = (_root(path, parts, content, name) for name in ("model", "decode"))
+    arrays = read_as_stored(folder / ARRAYS_FILE)
+
+    def roots() -> tuple[Part, Part]:
+        parts = deserialize(path, content.get("entries"), arrays)
+        return _root(path, parts, content, "model"), _root(path, parts, content, "decode")
+
+    model, decode = roots()
     if type(model) is not Transformer:
         raise MinitxError(f"{path}: 'model' must be a Transformer, got a {type(model).__name__}.")
     _smoke_test(path, model, decode, dtype)
-    return model, decode
+    return roots()  # other parts: those of the test have forgotten what they store, and where
 
 
 def _read_content(folder: Path) -> dict:
@@ -208,7 +213,8 @@ SMOKE_TOKENS = 24
 
 
 def _smoke_test(path: Path, model: Transformer, decode: Part, dtype: np.dtype) -> None:
-    """Run a short text as generation does: parts that are each valid may still not fit together."""
+    """Run a short text as generation does: parts that are each valid may still not fit together.
+    The parts forget what they store before it, and what they stored of this text after it."""
     c = model.config
     counts = {len(node.blocks) for _, node in walk(model) if hasattr(node, "blocks")}
     if counts != {c.layers}:
@@ -217,6 +223,7 @@ def _smoke_test(path: Path, model: Transformer, decode: Part, dtype: np.dtype) -
     tables += [node.cos for _, node in walk(model) if type(node) is Rope]
     if any(len(table) != c.context for table in tables):
         raise MinitxError(f"{path}: expected tables with a row for each of {c.context} positions.")
+    _forget(model, decode)
     try:
         logits, new = _run(model, decode)
     except Exception as error:  # anything NumPy or a part may raise for wrong shapes or types
@@ -239,6 +246,11 @@ def _run(model: Transformer, decode: Part) -> tuple[np.ndarray, list[int]]:
         logits = [model(step, state) for step in (ids[:-1], ids[-1:]) if step]
         model(ids)  # without a cache
         new = list(decode(model, new_state(model, ids), ids, Sampler(), min(3, context - T)))
-    for _, node in (*walk(model), *walk(decode)):
-        node.forget()  # what it stored of this text
+    _forget(model, decode)
     return np.concatenate(logits), new
+
+
+def _forget(*roots: Part) -> None:
+    for root in roots:
+        for _, node in walk(root):
+            node.forget()

@@ -74,6 +74,7 @@ SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer wher
 
 SKIP = {
     "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.75), text=Text(stories=1)),
+    "answer_cache": Default(EXACT, "multiply_adds", (0.499, 0.501), text=Text(again=True)),
     "cats": Default((-0.004, 0.006), "multiply_adds", (0.84, 0.9), text=Text(stories=6)),
     "contextual_sparsity": Default((0.0, 0.012), "multiply_adds", (0.65, 0.69), "stories-relu"),
     "delta": Default((-0.004, 0.015), "multiply_adds", (0.72, 0.78), text=Text(stories=2)),

@@ -1,0 +1,244 @@
+"""The answer cache: a request that was answered before is answered without running the model.
+
+This file: the card and options, the token loop (online), the text that the normalized tier compares
+(offline), notes. The key of a request is in shared/answer_key.py, the file with the answers in
+shared/answer_store.py.
+"""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from minitx import ledger
+from minitx.decode import Sampler, TokenLoop
+from minitx.errors import MinitxError
+from minitx.model import Transformer
+from minitx.shared.answer_key import digest_of, key_of, prompt_field, request
+from minitx.shared.answer_store import MEMORY, AnswerStore, check_file, default_file
+from minitx.state import State
+from minitx.technique import at_least, decides, technique
+from minitx.tree import Part, part, table
+
+
+@technique(
+    level="answer",
+    exact=True,
+    neutral={"megabytes": 0.0},
+    demo={"file": MEMORY},
+    event="exact hits",
+)
+def answer_cache(
+    lm,
+    *,
+    megabytes: Annotated[
+        float, "size limit of all answers; 0: no cache", at_least(0, limit=1e6)
+    ] = 64.0,
+    file: Annotated[
+        str | None,
+        "file with the answers; memory: only in this process; None: answers.sqlite in the folder "
+        "$MINITX_CACHE, by default ~/.cache/minitx",
+    ] = None,
+    normalize: Annotated[
+        bool,
+        "approximate: prompts that differ only in case, blanks or Unicode form get the same answer",
+    ] = False,
+):
+    """Answer a request that was answered before from a file, without running the model.
+
+    Paper:     none. Kept results are called memo functions in Michie, "Memo functions and machine
+               learning", Nature 218, 1968. The tiers are those of GPTCache (zilliztech/GPTCache).
+    Fidelity:  our own: GPTCache keys on the last message and drops the temperature; here the key is
+               everything that can change the answer.
+    Kind:      exact: what was generated before for the same request. Only normalize=true is
+               approximate: another prompt's answer.
+    Idea:      The same model, prompt and settings give the same answer, so keep it.
+    Offline:   nothing.
+    Online:    key = sha256(canonical JSON of: version and source of minitx, NumPy and machine;
+                     digest of the model (weights, techniques, settings) and of the loop inside;
+                     temperature, top_k, top_p, seed, limit; token ids of the prompt)
+               key in the file:  yield its ids; the model does not run
+               otherwise:        run the inner loop; store the ids before the last one is yielded
+               not deterministic (temperature above 0 without a seed): run the inner loop only
+               above the limit:  evict the least recently used answers
+    Saves:     the whole answer if a request comes again; nothing if none does, as in minitx
+               compare. Stored: 4 bytes for each token and 250 for each answer.
+    In NumPy:  (to be measured)
+    Not for:   answers that should differ each time: without a seed it does nothing. normalize=true
+               only where case and spaces mean nothing: "us" and "US" are one prompt then.
+    Proof:     tests/skip/test_answer_cache.py; literal version: tests/skip/literal_answer_cache.py
+    """
+    if not megabytes:
+        return lm
+    try:
+        file = checked(file)
+    except MinitxError as error:
+        raise MinitxError(f"answer_cache: {error}") from None
+    text = NormalizedText.of(lm) if normalize else None
+    return replace(lm, decode=AnswerCache(lm.decode, AnswerStore(file, megabytes), text, lm.name))
+
+
+def checked(file: str | None) -> str | None:
+    """The file as an absolute path; refused now, before any work, if it cannot hold answers."""
+    if file is None or file == MEMORY:
+        check_file(default_file() if file is None else file)
+        return file
+    path = Path(file).expanduser().absolute()
+    check_file(path)
+    if not path.parent.is_dir():
+        raise MinitxError(f"{path}: there is no folder {path.parent}; create it first.")
+    return str(path)
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class AnswerCache(TokenLoop):
+    """Yields the stored answer, or runs the inner loop and stores what it yields."""
+
+    inner: Part
+    store: Part
+    text: Part | None  # of the normalized tier
+    name: str  # of the model, for minitx cache stats
+
+    def __call__(
+        self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
+    ) -> Iterator[int]:
+        """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``. If the caller
+        goes on after the end of a stored text, the model runs after all."""
+        held = 0 if decides(model) == "token" else state.position
+        asked = self.ask(model, ids, choose, limit, held)
+        found = self.look_up(model, asked)
+        yield from found
+        if len(found) == limit:
+            return
+        answer = Answer(self, model, asked)
+        for i, token in enumerate(self.inner(model, state, ids, choose, limit)):
+            answer.add(token)
+            if i >= len(found):  # the first ones have been yielded
+                yield token
+
+    def batch(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        choosers: Sequence[Sampler],
+        limit: int,
+    ) -> Iterator[list[int]]:
+        """B prompts: see ``TokenLoop``. Those without a stored answer run in one batch; a row whose
+        stored answer has ended repeats its last token."""
+        if not limit:
+            return
+        asked = [self.ask(model, ids, choose, limit) for ids, choose in zip(prompts, choosers)]
+        found = [self.look_up(model, one) for one in asked]
+        missing = [row for row, answer in enumerate(found) if not answer]
+        answers = [Answer(self, model, asked[row]) for row in missing]
+        steps: Iterator = iter([[]] * limit)
+        if missing:
+            rows = [prompts[row] for row in missing], [choosers[row] for row in missing]
+            steps = self.inner.batch(model, *rows, limit)
+        for t, tokens in enumerate(steps):
+            for answer, token in zip(answers, tokens):
+                if not answer.ended:  # then a row may yield anything
+                    answer.add(token)
+            new = dict(zip(missing, tokens))
+            yield [new[i] if i in new else own[min(t, len(own) - 1)] for i, own in enumerate(found)]
+
+    def ask(self, model, ids, choose: Sampler, limit: int, held: int = 0) -> "Request | None":
+        """The request, or None if it is not deterministic."""
+        fields = request(model, self.inner, choose, limit, held)
+        if fields is None or not limit:
+            return None
+        key, near = key_of(fields | {"prompt": prompt_field(ids)}), None
+        if self.text is not None:
+            # Not the limit: by default it depends on the prompt's length.
+            fields |= {"limit": None, "text": self.text(ids), "vocabulary": digest_of(self.text)}
+            near = key_of(fields)
+        return Request(key, near, limit)
+
+    def look_up(self, model: Transformer, asked: "Request | None") -> list[int]:
+        """The stored answer; [] if there is none."""
+        if asked is None:
+            ledger.event("bypassed")
+            return []
+        if found := asked.fit(model, self.store.find(asked.key)):
+            ledger.event("exact hits")
+            return found
+        if asked.near and (found := asked.fit(model, self.store.find_near(asked.near))):
+            ledger.event("normalized hits")
+            return found
+        ledger.event("misses")
+        return []
+
+
+class Request:
+    """What is asked for: its key, that of the normalized tier or None, and how many tokens."""
+
+    def __init__(self, key: bytes, near: bytes | None, limit: int):
+        self.key, self.near, self.limit = key, near, limit
+
+    def fit(self, model: Transformer, ids: list[int] | None) -> list[int]:
+        """The ids, as many as were asked for; [] if they are no complete answer."""
+        ids = (ids or [])[: self.limit]
+        ends = model.config.eos
+        complete = ids and (len(ids) == self.limit or ids[-1] in ends)
+        return ids if complete and max(ids) < model.config.vocab_size else []
+
+
+class Answer:
+    """An answer that is being generated. It is stored when it is complete: at the first
+    end-of-text, and at the limit if the caller goes on until then."""
+
+    def __init__(self, cache: AnswerCache, model: Transformer, asked: Request | None):
+        self.cache, self.ends, self.asked = cache, model.config.eos, asked
+        self.ids: list[int] = []
+        self.ended = False
+
+    def add(self, token: int) -> None:
+        """Called before the token is yielded, since the caller may not come back after the last."""
+        if self.asked is None:
+            return
+        self.ids.append(token)
+        ends = token in self.ends and not self.ended
+        if ends or len(self.ids) == self.asked.limit:
+            self.cache.store.put(self.asked.key, self.ids, self.cache.name, self.asked.near)
+        self.ended |= ends
+
+
+# Offline: the normalized tier --------------------------------------------------------------------
+
+
+@part
+class NormalizedText(Part):
+    """The text of a prompt, in which case, blanks and the Unicode form make no difference.
+
+    letters: the bytes of all tokens one after another; ends: where each of them ends."""
+
+    letters: Any = table()
+    ends: Any = table()
+
+    @classmethod
+    def of(cls, lm) -> "NormalizedText":
+        if lm.tokenizer is None:
+            raise MinitxError(
+                "answer_cache needs a tokenizer to normalize prompts, and this model has none; "
+                "load it with tokenizer=PATH, or leave out normalize."
+            )
+        tokens = [lm.tokenizer.token_bytes(i, previous=i) for i in range(len(lm.tokenizer))]
+        letters = np.frombuffer(b"".join(tokens), np.uint8)
+        return cls(letters, np.cumsum([len(token) for token in tokens]))
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        letters, ends = self.letters, self.ends
+        pieces = (letters[ends[i - 1] if i else 0 : ends[i]].tobytes() for i in ids)
+        # Bytes that are no UTF-8 stay different from each other.
+        return normalized(b"".join(pieces).decode("utf-8", "surrogateescape"))
+
+
+def normalized(text: str) -> str:
+    """Unicode form NFC, case folded, and one space for each run of blanks."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
