@@ -56,7 +56,7 @@ def semantic_cache(
                sims = M @ e         M (N, D): stored prompts with the same model, loop, limit and
                                     temperature, top_k, top_p, seed
                hit if max(sims) >= threshold: yield the answer stored there
-               every n-th hit (audit=n): generate too, compare, yield and store what is generated
+               every n-th hit (audit=n): generate too, compare; yield that, store it if it differs
                miss: run the inner loop, store its answer; above entries: evict the one least
                recently used. Above temperature 0 without a seed: run the inner loop only
     Saves:     the pass over the prompt and all new tokens of a hit, which takes T D additions and
