@@ -77,7 +77,7 @@ def is_deterministic(choose: Sampler) -> bool:
         return True
     numbers = getattr(choose.uniform, "__self__", None)
     fresh = type(numbers) is random.Random and choose.seed is not None
-    return fresh and numbers.getstate() == random.Random(choose.seed).getstate()
+    return fresh and numbers.getstate() == random.Random(int(choose.seed)).getstate()
 
 
 @cache

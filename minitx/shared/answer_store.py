@@ -82,7 +82,7 @@ class AnswerStore(Part):
 
     @property
     def limit(self) -> int:
-        return int(self.megabytes * 1e6)
+        return round(self.megabytes * 1e6)
 
     def __reduce__(self):  # a copy or a pickle opens the file itself
         return type(self), (self.file, self.megabytes)
@@ -119,11 +119,14 @@ def checksum(key: bytes, near: bytes | None, ids: bytes) -> bytes:
     return sha256(b"".join(len(p).to_bytes(8, "little") + p for p in pieces)).digest()[:16]
 
 
-def decoded(row: tuple) -> list[int] | None:
-    """The ids of a row (key, near, ids, checksum), or None if it is not as it was written."""
+def decoded(row: tuple, wanted: bytes) -> list[int] | None:
+    """The ids of a row (key, near, ids, checksum), or None if it is not as it was written, or not
+    the one that is wanted (a damaged index may lead anywhere)."""
     key, near, ids, expected = row
     blobs = all(isinstance(blob, bytes) for blob in (key, ids, expected, near or b""))
     if not blobs or len(ids) % 4 or checksum(key, near, ids) != expected:
+        return None
+    if wanted not in (key, near):
         return None
     return np.frombuffer(ids, "<u4").tolist()
 
@@ -137,11 +140,6 @@ class Open:
 
     process: int
     connection: sqlite3.Connection
-    lock: Any  # one thread at a time
-
-    @classmethod
-    def of(cls, file: str | Path) -> "Open":
-        return cls(os.getpid(), connect(file), threading.Lock())
 
     def __del__(self):
         if os is not None and self.process == os.getpid():  # None: the interpreter ends
@@ -157,6 +155,7 @@ class Database:
     def __init__(self, file: str | None, limit: int):
         self.file, self.limit = file, limit
         self.open: Open | None = None
+        self.locks: dict[int, Any] = {}  # by process: a thread that holds it may not be forked
         self.warned: set[str] = set()
 
     @property
@@ -173,7 +172,7 @@ class Database:
         ).fetchone()
         if row is None:
             return None
-        ids = decoded(row)
+        ids = decoded(row, wanted)
         if ids is None:
             ledger.event("damaged answers dropped")
         with suppress(sqlite3.Error):  # the answer is right, whether its use can be noted or not
@@ -223,33 +222,41 @@ class Database:
     def attempt(self, task: Callable[[sqlite3.Connection], Any]) -> Any:
         """``task(connection)``, or None and a warning if the file does not allow it."""
         try:
-            if self.open is None or self.open.process != os.getpid():
-                if self.open is not None:
-                    of_parents.append(self.open)
-                self.open = Open.of(self.path)
-            with self.open.lock:
-                self.open.connection.execute(f"PRAGMA busy_timeout = {int(1000 * WAIT)}")
-                return task(self.open.connection)
+            with self.locks.setdefault(os.getpid(), threading.Lock()):  # one thread at a time
+                if self.open is None or self.open.process != os.getpid():
+                    if self.open is not None:
+                        of_parents.append(self.open)
+                    self.open = Open(os.getpid(), connect(self.path))
+                db = self.open.connection
+                db.execute(f"PRAGMA busy_timeout = {int(1000 * WAIT)}")
+                return task(db)
         except MinitxError as error:
-            self.warn(f"{error} Until then, answers are not kept.")
+            self.warn("unfit", f"{error} Until then, answers are not kept.")
         except DAMAGE as error:
-            self.warn(f"{self.path}: {why(error)}")
+            kind = kind_of(error)
+            self.warn(kind, f"{self.path}: {FAILURES[kind].format(error)}")
         return None
 
-    def warn(self, message: str) -> None:
-        if message not in self.warned:
-            self.warned.add(message)
+    def warn(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
             warnings.warn(message, MinitxWarning, stacklevel=2)
 
 
-def why(error: Exception) -> str:
-    """What an error means for the user."""
+FAILURES = {  # while answers are generated
+    "locked": "another process is writing to it, so an answer was not kept.",
+    "unusable": "cannot be read or written ({}), so answers are not kept.",
+    "damaged": "is damaged ({}), so answers are not kept; minitx cache clear makes a new one.",
+}
+
+
+def kind_of(error: Exception) -> str:
+    """The kind of failure: SQLite says it in words only (before Python 3.11)."""
     said = str(error)
     if "locked" in said or "busy" in said:
-        return "another process is writing to it, so an answer was not kept."
-    if isinstance(error, sqlite3.OperationalError) and "malformed" not in said:
-        return f"cannot be read or written ({said}), so answers are not kept."
-    return f"is damaged ({said}), so answers are not kept; minitx cache clear makes a new one."
+        return "locked"
+    words = ("readonly", "full", "unable to open", "disk I/O", "too big")
+    return "unusable" if any(word in said for word in words) else "damaged"
 
 
 @contextmanager
@@ -461,9 +468,11 @@ def inspected(path: Path) -> Iterator[sqlite3.Connection]:
     except MinitxError:
         raise
     except DAMAGE as error:
-        said = str(error)
-        if "locked" in said or "busy" in said:
+        kind = kind_of(error)
+        if kind == "locked":
             raise MinitxError(f"{path}: another process is writing to it; try again.") from None
-        if isinstance(error, sqlite3.OperationalError) and "malformed" not in said:
-            raise MinitxError(f"{path}: cannot be read or written ({said}).") from None
-        raise Damaged(f"{path}: is damaged ({said}); minitx cache clear makes a new one.") from None
+        if kind == "unusable":
+            raise MinitxError(f"{path}: cannot be read or written ({error}).") from None
+        raise Damaged(
+            f"{path}: is damaged ({error}); minitx cache clear makes a new one."
+        ) from None

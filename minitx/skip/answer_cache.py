@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
@@ -218,8 +218,9 @@ class NormalizedText(Part):
 
     letters: the bytes of all tokens one after another; ends: where each of them ends."""
 
-    letters: Any = table()
-    ends: Any = table()
+    letters: np.ndarray = table()
+    ends: np.ndarray = table()
+    bos: int | None = None  # in front of every prompt, which is no letter of its first word
 
     @classmethod
     def of(cls, lm) -> "NormalizedText":
@@ -230,10 +231,11 @@ class NormalizedText(Part):
             )
         tokens = [lm.tokenizer.token_bytes(i, previous=i) for i in range(len(lm.tokenizer))]
         letters = np.frombuffer(b"".join(tokens), np.uint8)
-        return cls(letters, np.cumsum([len(token) for token in tokens]))
+        return cls(letters, np.cumsum([len(token) for token in tokens]), lm.model.config.bos)
 
     def __call__(self, ids: Sequence[int]) -> str:
         letters, ends = self.letters, self.ends
+        ids = ids[1:] if ids[0] == self.bos else ids
         pieces = (letters[ends[i - 1] if i else 0 : ends[i]].tobytes() for i in ids)
         # Bytes that are no UTF-8 stay different from each other.
         return normalized(b"".join(pieces).decode("utf-8", "surrogateescape"))
