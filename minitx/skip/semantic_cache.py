@@ -13,9 +13,10 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from minitx import ledger
-from minitx.decode import Sampler, TokenLoop
+from minitx.decode import Sampler
 from minitx.model import Transformer
 from minitx.shared.answer_key import key_of, request
+from minitx.shared.answer_loop import AnswerLoop
 from minitx.state import State
 from minitx.technique import at_least, between, decides, technique
 from minitx.tree import Part, part
@@ -81,7 +82,7 @@ def semantic_cache(
 
 
 @part
-class SemanticCache(TokenLoop):
+class SemanticCache(AnswerLoop):
     """Yields the answer of the most similar prompt, or stores what the inner loop yields."""
 
     inner: Part
@@ -95,7 +96,7 @@ class SemanticCache(TokenLoop):
         """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``. If the caller
         goes on after the end of a stored text, the model continues it."""
         held = 0 if decides(model) == "token" else state.position
-        stored, new = self.ask(model, ids, choose, limit, held)
+        stored, new = self.begin(model, ids, choose, limit, held)
         yield from stored
         if len(stored) < limit:
             text, left = [*ids, *stored], limit - len(stored)
@@ -103,45 +104,20 @@ class SemanticCache(TokenLoop):
                 new.add(token)
                 yield token
 
-    def batch(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        choosers: Sequence[Sampler],
-        limit: int,
-    ) -> Iterator[list[int]]:
-        """B prompts: see ``TokenLoop``. Those without a stored answer run in one batch; a row whose
-        stored answer has ended repeats its last token."""
-        asked = [self.ask(model, ids, choose, limit) for ids, choose in zip(prompts, choosers)]
-        run = [row for row, (stored, _) in enumerate(asked) if not stored]
-        steps: Iterator = iter([[]] * limit)
-        if run:
-            steps = self.inner.batch(
-                model, [prompts[row] for row in run], [choosers[row] for row in run], limit
-            )
-        for t, tokens in enumerate(steps):
-            for row, token in zip(run, tokens):
-                asked[row][1].add(token)
-            found = dict(zip(run, tokens))
-            yield [
-                found[row] if row in found else stored[min(t, len(stored) - 1)]
-                for row, (stored, _) in enumerate(asked)
-            ]
-
-    def ask(
+    def begin(
         self, model: Transformer, ids: Sequence[int], choose: Sampler, limit: int, held: int = 0
-    ) -> "tuple[list[int], NewAnswer]":
-        """The stored answer, or [] if it has to be generated; and what notes the generated one.
-        held: tokens of the prompt that were run before, if that makes a difference."""
+    ) -> "tuple[list[int], Generated]":
+        """The stored answer, or [] if it has to be generated, and what notes the generated one: see
+        ``AnswerLoop``."""
         fields = request(model, self.inner, choose, limit, held)
         if fields is None or not limit:
             ledger.event("bypassed", fields is None)
-            return [], NewAnswer(model, limit, None)
+            return [], Generated(model, limit, None)
         key, e = key_of(fields), embedding(model, ids)
         hit = self.look_up(e, key)
         if hit is not None and not hit.is_audited:
-            return hit.ids, NewAnswer(model, limit, None)
-        return [], NewAnswer(model, limit, partial(self.note, e, key, hit))
+            return hit.ids, Generated(model, limit, None)
+        return [], Generated(model, limit, partial(self.note, e, key, hit))
 
     def look_up(self, e: np.ndarray, key: bytes) -> "Hit | None":
         """The answer of the most similar prompt, if that is similar enough."""
@@ -168,20 +144,22 @@ class Hit(NamedTuple):
     is_audited: bool  # it is generated too
 
 
-class NewAnswer:
+class Generated:
     """An answer that is being generated. ``note(ids)`` is called once it is complete: at the end of
     the text or the limit."""
 
     def __init__(self, model: Transformer, limit: int, note: Callable[[list[int]], None] | None):
         self.ends, self.limit, self.note = model.config.eos, limit, note
         self.ids: list[int] = []
+        self.ended = False
 
     def add(self, token: int) -> None:
         """Called before the token is yielded, since the caller may not come back after the last."""
         self.ids.append(token)
-        if self.note and (token in self.ends or len(self.ids) == self.limit):
+        complete = token in self.ends or len(self.ids) == self.limit
+        if complete and self.note and not self.ended:
             self.note(list(self.ids))
-            self.note = None
+        self.ended |= complete
 
 
 def embedding(model: Transformer, ids: Sequence[int]) -> np.ndarray:

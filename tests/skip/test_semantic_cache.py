@@ -15,6 +15,7 @@ from minitx.decode import Sampler, new_state
 from minitx.lab.semantic_hits import EMBEDDINGS, measure
 from minitx.skip.semantic_cache import SemanticStore, embedding, unit_mean
 from minitx.technique import apply
+from minitx.tree import walk
 
 IDS = np.random.default_rng(0).integers(0, 258, 40).tolist()
 EVENTS = ("semantic hits", "semantic misses", "audited hits", "audited hits that were wrong")
@@ -226,6 +227,22 @@ def test_rows_of_a_batch_hit_what_was_answered_before():
     assert lm.generate(prompts, 0) == [[], [], []]
 
 
+def test_what_misses_goes_to_the_answer_cache_and_the_packed_batch_inside():
+    dense, prompts = tiny_lm(dtype=np.float64), [IDS[:9], IDS[9:14], IDS[:30]]
+    lm = cached(dense, 0.999, answer_cache={"file": "memory"}, padding_skip={})
+    kinds = [type(part).__name__ for _, part in walk(lm.decode)]
+    assert kinds[:2] == ["SemanticCache", "AnswerCache"] and "PackedBatch" in kinds
+    expected = [dense.generate(prompt, 6) for prompt in prompts]
+    for forget, events in ((True, (3, 0, 0)), (False, (0, 3, 0)), (True, (3, 0, 3))):
+        if forget:
+            lm.decode.store.forget()
+        with ledger.counting(lm) as counts:
+            assert lm.generate(prompts, 6) == expected
+        names = ("semantic misses", "semantic hits", "exact hits")
+        assert tuple(counts.events[name] for name in names) == events
+        assert (counts.events["tokens run"] > 0) == (events == (3, 0, 0))
+
+
 # Audits ------------------------------------------------------------------------------------------
 
 
@@ -312,7 +329,7 @@ def test_counted_work_of_a_hit_is_that_of_the_embedding_and_the_search():
 
 @cache
 def stories_report():
-    return measure(minitx.load("stories"), stories=8, changes=2, thresholds=(0.999,), bar=False)
+    return measure(minitx.load("stories"), stories=5, changes=2, thresholds=(0.999,), bar=False)
 
 
 def test_on_stories_no_threshold_separates_the_same_answer_from_another():
@@ -321,7 +338,7 @@ def test_on_stories_no_threshold_separates_the_same_answer_from_another():
     pairs = stories_report().pairs
     for name in EMBEDDINGS[:2]:
         same, other = pairs[name]
-        assert len(same) >= 30 and len(other) >= 8
+        assert len(same) >= 20 and len(other) >= 6
         assert other.max() > np.median(same), f"{name}: a threshold that keeps half is wrong"
     same, other = pairs[EMBEDDINGS[2]]
     assert other.max() < np.quantile(same, 0.2), "the last state"
