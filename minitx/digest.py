@@ -6,6 +6,7 @@ with another model.
 
 import enum
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
@@ -21,6 +22,7 @@ from minitx.tree import Part, walk
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...))
 FOLDER = Path(__file__).parent
+BY_DATACLASS = ("__init__", "__setattr__", "__delattr__", "__replace__")  # methods it writes
 NOT_MODELS = ("lab", "training", "checkpoints")  # folders that do not change what a model computes
 
 
@@ -122,13 +124,19 @@ class _Pieces:
             raise unknown(value)
 
     def of_function(self, f) -> Iterator[str | bytes]:
-        f = inspect.unwrap(f) if isinstance(f, FunctionType) else f
-        if isinstance(f, FunctionType):
+        f = inspect.unwrap(f)
+        if (
+            isinstance(f, FunctionType)
+            and _is_library(f.__module__)
+            and f.__name__ == f.__qualname__
+        ):
+            yield from ("library", f.__module__, f.__name__)
+        elif isinstance(f, FunctionType):
             yield from ("function", f.__module__ or "", f.__qualname__, *self.of_code(f.__code__))
             yield from self.of((f.__defaults__, f.__kwdefaults__))
             for cell in f.__closure__ or ():
                 yield from self.of(_contents(cell))
-            if not _is_ours(f.__module__):
+            if not _is_library(f.__module__):
                 yield from self.of_globals(f)
         elif type(f) is partial:
             yield from ("partial", *self.of(f.func), *self.of((f.args, f.keywords)))
@@ -163,13 +171,13 @@ class _Pieces:
                 yield from (name, *self.of(value))
 
     def of_class(self, cls: type) -> Iterator[str | bytes]:
-        """Its name; of a class outside minitx, which may be another under the same name tomorrow,
+        """Its name; of a part outside minitx, which may be another under the same name tomorrow,
         also its methods."""
         yield from (cls.__module__, cls.__qualname__)
         for base in cls.__mro__:
-            if issubclass(base, Part) and not _is_ours(base.__module__):
+            if issubclass(base, Part) and not _is_library(base.__module__):
                 for name, method in sorted(vars(base).items()):
-                    if isinstance(method, FunctionType) and not _is_generated(method):
+                    if isinstance(method, FunctionType) and name not in BY_DATACLASS:
                         yield from (name, *self.of(method))
 
 
@@ -181,13 +189,11 @@ def unknown(value) -> MinitxError:
     )
 
 
-def _is_ours(module: str | None) -> bool:
-    return module is not None and f"{module}.".startswith("minitx.")
-
-
-def _is_generated(method: FunctionType) -> bool:
-    """Is this one of the methods that ``dataclass`` writes?"""
-    return inspect.unwrap(method).__code__.co_filename == "<string>"
+def _is_library(module: str | None) -> bool:
+    """Does this module change only with the version of Python, NumPy or minitx? (The key of an
+    answer has those, and the source of minitx.)"""
+    top = (module or "").partition(".")[0]
+    return top in ("minitx", "numpy") or top in sys.stdlib_module_names
 
 
 def _names(code: CodeType) -> list[str]:
