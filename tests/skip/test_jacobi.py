@@ -267,8 +267,8 @@ def test_bad_options_are_refused(options):
 
 
 def test_other_loops_are_refused_by_name():
-    lm = apply(tiny_lm(), {"speculative": {"draft": "lookup"}})
-    with pytest.raises(MinitxError, match="jacobi replaces the decoding loop.*speculative"):
+    lm = apply(tiny_lm(), {"prompt_lookup": True})
+    with pytest.raises(MinitxError, match="jacobi replaces the decoding loop.*prompt_lookup"):
         apply(lm, {"jacobi": True})
 
 

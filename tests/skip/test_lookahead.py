@@ -210,6 +210,30 @@ def test_text_may_end_within_accepted_guesses():
             assert changed.generate(PROMPT, 20) == truth[: truth.index(end)]
 
 
+def test_nothing_is_kept_from_one_text_to_the_next():
+    lm = apply(tiny_lm(), {"lookahead": {}})
+    events = []
+    for _ in range(2):
+        with ledger.counting(lm) as counts:
+            lm.generate(PROMPT, 30)
+        events.append(dict(counts.events))
+    assert events[0] == events[1]
+
+
+def test_float32_text_differs_only_at_near_ties():
+    """Several rows at once round differently than one: only a tie may be decided otherwise."""
+    dense = minitx.load("stories")
+    prompt = dense.encode("One day")
+    expected, found = (
+        dense.generate(prompt, 60),
+        apply(dense, {"lookahead": {}}).generate(prompt, 60),
+    )
+    if found != expected:
+        at = next(i for i in range(60) if found[i] != expected[i])
+        logits = np.sort(dense.logits(prompt + expected[:at])[-1])
+        assert logits[-1] - logits[-2] < 1e-3, f"token {at} differs where there is no near tie"
+
+
 # Settings ----------------------------------------------------------------------------------------
 
 
@@ -253,8 +277,8 @@ def test_unfit_models_are_refused_by_name(name, options, words):
 
 
 def test_other_loops_are_refused_by_name():
-    lm = apply(tiny_lm(), {"speculative": {"draft": "lookup"}})
-    with pytest.raises(MinitxError, match="lookahead replaces the decoding loop.*speculative"):
+    lm = apply(tiny_lm(), {"prompt_lookup": True})
+    with pytest.raises(MinitxError, match="lookahead replaces the decoding loop.*prompt_lookup"):
         apply(lm, {"lookahead": True})
 
 
