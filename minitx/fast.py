@@ -14,7 +14,9 @@ from minitx import ledger
 # Products with a weight matrix --------------------------------------------------------------------
 
 LARGE = 32 << 10  # numbers in a matrix above which reading it costs more than the call
-FEW = 4  # rows of x up to which the product is memory-bandwidth bound
+FEW = 4  # rows of x up to which each may read the matrix by itself ...
+AGAIN = 375_000  # ... if the rows after the first read this many numbers at most, from the L2 cache
+SEVERAL = 16  # rows of x up to which BLAS would spend most of its time on copying the matrix
 MANY = 128  # rows of x from which on transposing the matrix costs next to nothing
 WIDE = 2 << 10  # outputs beyond which the sum, updated for every input, leaves the L1 cache
 
@@ -27,11 +29,14 @@ def matmul(x, w):
     ``x[0] w[0] + x[1] w[1] + ...``) where it is row-major. BLAS's own vector-matrix product strides
     through a row-major matrix and takes 1.2 to 1.5 times as long as that sum.
     """
-    few = w.size > LARGE and x.size <= FEW * len(w)
-    if few and w.flags.f_contiguous:
-        return np.vecdot(w.T, x[..., None, :])  # each row of x: its dot product with each column
-    if few and x.size == len(w) and w.shape[1] <= WIDE:
-        return np.einsum("i,io->o", x.reshape(-1), w).reshape(*x.shape[:-1], w.shape[1])
+    if w.size > LARGE and x.size <= SEVERAL * len(w):
+        if w.flags.f_contiguous:
+            if x.size <= FEW * len(w) and (x.size - len(w)) * w.shape[1] <= AGAIN:
+                return np.vecdot(w.T, x[..., None, :])  # each row's dot product with each column
+            if x.size * w.shape[1] > SMALL and type(x) is type(w) is np.ndarray:  # not in training
+                return several_rows(x.reshape(-1, len(w)), w).reshape(*x.shape[:-1], w.shape[1])
+        elif x.size == len(w) and w.shape[1] <= WIDE:
+            return np.einsum("i,io->o", x.reshape(-1), w).reshape(*x.shape[:-1], w.shape[1])
     if x.ndim > 2:  # one large product instead of one small product per row of the batch
         return product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[1])
     return product(x, w)
@@ -42,6 +47,54 @@ def product(x, w):
     if w.size > LARGE and len(x) <= MANY and w.flags.f_contiguous:
         return (w.T @ x.T.copy()).T  # BLAS would transpose x and w, but only x is small
     return x @ w
+
+
+# Several rows, as in a batch or where draft tokens are verified. BLAS first copies the matrix into
+# an order of its own, and for 2 to 16 rows that copy is most of the work: 5 rows cost up to 6 times
+# as much as one. OpenBLAS multiplies small matrices without a copy, so here the matrix is cut into
+# blocks of columns, each a small product.
+
+SMALL = 900_000  # multiply-adds of a small product; OpenBLAS's limit is a million
+BLOCK = 125_000  # numbers that stay in the L2 cache until the second product of their block
+FETCHED = 8  # rows up to which it pays to fetch the block by the first row's dot products
+NEAR = 16 << 20  # bytes of all of a model's matrices that caches still deliver fast enough
+
+
+def several_rows(x, w):
+    """``x @ w`` for 2 to 16 rows x (n, in) and a column-major w (in, out) -> (n, out)."""
+    n, columns = len(x), w.T  # (out, in), contiguous
+    if n <= FETCHED and held_with(w) > NEAR:
+        return blocks_from_memory(x, columns)
+    rows = x.T.copy()  # (in, n)
+    y = np.empty((len(columns), n), np.result_type(x, w))
+    for a, b in column_blocks(columns, SMALL // n):
+        np.matmul(columns[a:b], rows, out=y[a:b])
+    return y.T
+
+
+def blocks_from_memory(x, columns):
+    """The small kernel waits for memory. Dot products with one row read a block at full speed, and
+    leave it in the cache for the product with the other rows."""
+    n, first, others = len(x), x[0].copy(), x[1:].T.copy()  # others: (in, n - 1)
+    y = np.empty((n, len(columns)), np.result_type(x, columns))
+    for a, b in column_blocks(columns, min(BLOCK, SMALL // (n - 1))):
+        block = columns[a:b]
+        np.vecdot(block, first, out=y[0, a:b])
+        y[1:, a:b] = (block @ others).T
+    return y
+
+
+def column_blocks(columns, numbers: int):
+    """(a, b): blocks of columns with at most so many numbers, but at least one column."""
+    step = max(numbers // columns.shape[1], 1)
+    for a in range(0, len(columns), step):
+        yield a, a + step
+
+
+def held_with(w) -> int:
+    """Bytes of the array that w is a view of: for a large matrix all matrices of the model
+    (memory_layout.py)."""
+    return w.nbytes if w.base is None else getattr(w.base, "nbytes", w.nbytes)
 
 
 # Attention ----------------------------------------------------------------------------------------

@@ -38,10 +38,14 @@ class Tokens:
         own     [[0, 1, 2], [-1, 0, 1]]     positions within each sequence, negative in padding
         lookup  [[0, 1, 2], [ 0, 0, 1]]     the same as an index into a table of positions
         end     3                           one after the last position; -1: not consecutive
+
+    unseen: (T, T) booleans, True where a token of this step must not see another one, although it
+    has an earlier position or the same: it is on another branch of a tree. None: there are no
+    branches (shared/token_tree.py makes some). The rows of the step are the last in the KV cache.
     """
 
-    def __init__(self, positions, start: np.ndarray | None = None):
-        self.positions, self.start = positions, start
+    def __init__(self, positions, start: np.ndarray | None = None, unseen=None):
+        self.positions, self.start, self.unseen = positions, start, unseen
         consecutive = isinstance(positions, slice)
         self.end = positions.stop if consecutive else -1  # -1: not consecutive
         self.lookup = positions if start is None else np.maximum(self.own, 0)
@@ -66,7 +70,8 @@ class Tokens:
 
     def only(self, which) -> "Tokens":
         """A subset of the tokens: ``which`` is an array of indices, or of booleans (T,)."""
-        return Tokens(self.array[which], self.start)
+        unseen = None if self.unseen is None else self.unseen[which]  # by any token of the step
+        return Tokens(self.array[which], self.start, unseen)
 
 
 class Memory:
@@ -164,8 +169,9 @@ class Layer:
 
     def mask(self):
         """The attention mask of this step's tokens: booleans that broadcast to (..., K, G, T, S),
-        True where a row belongs to a later token or to padding. None if these are the newest tokens
-        and the rows are in order: then ``ops.attention`` applies the causal mask itself."""
+        True where a row belongs to a later token, to another branch or to padding. None if these
+        are the newest tokens and the rows are in order: then ``ops.attention`` applies the causal
+        mask itself."""
         if self.row_positions is None and self.start is None and self.tokens.end == self.count:
             return None
         query = self.tokens.array[:, None]  # (T, 1)
@@ -173,6 +179,8 @@ class Layer:
         if row.ndim > 2:
             row = row[..., None, :, :]  # (..., K, 1, 1, S)
         mask = row > query
+        if self.tokens.unseen is not None:
+            mask[..., -self.tokens.unseen.shape[-1] :] |= self.tokens.unseen
         if self.start is not None:
             mask = mask | (row < self.start[:, None, None, None, None])  # (B, 1 or K, 1, T, S)
         elif len(query) == 1 and not mask.any():

@@ -478,11 +478,12 @@ IN_ACTION = sampled(90, 2, 1) + sampled(90, 3, 2)
 # FFNs one is left out, so that none comes after the other; of two layers one is not run; sub-layers
 # that are dropped look nothing up and have no heads.
 IDLE = {
-    "exact_head": {"speculative"},
+    "exact_head": {"jacobi", "lookahead", "prompt_lookup", "self_speculative", "speculative"},
     "ffn_skip": {"layer_router", "layer_skip", "switchable"},
     "function_tables": {"layer_skip"},
     "head_cascade": {"layer_router", "layer_skip"},
     "layer_skip": {"layer_router", "switchable"},
+    "mixture_of_depths": {"layer_router"},
     "negative_predict": {"layer_skip"},
     "negative_skip": {"layer_skip"},
     "perforate_positions": {"layer_skip"},

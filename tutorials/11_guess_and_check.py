@@ -286,6 +286,6 @@ say(
 # 2. With alpha = 0.91, c = 0.08 and v = 1, which gamma from 1 to 20 has the largest
 #    tokens_per_pass(alpha, gamma) / (gamma * c + v)? And with your c and v from section 7?
 # 3. Guess without a second model: speculative={"draft": "self"} (the first half of the target's own
-#    blocks) or {"draft": "lookup"} (what followed the same words earlier in the text). Compare
-#    tokens per pass in section 5. Which of the two needs no multiply-adds for its guesses? (alpha,
-#    c and the text of section 7 still describe stories-draft, whatever you set here.)
+#    blocks) or the technique prompt_lookup={} (what followed the same words earlier in the text).
+#    Compare tokens per pass in section 5. Which of the two needs no multiply-adds for its guesses?
+#    (alpha, c and the text of section 7 still describe stories-draft, whatever you set here.)

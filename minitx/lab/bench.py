@@ -56,7 +56,7 @@ ALONE = "minitx products alone"
 NEAR, FAR = "product of the same size", "product of 256 MB"
 
 
-def _llama(width, layers, heads, kv_heads, hidden, vocab_size) -> Config:
+def llama(width, layers, heads, kv_heads, hidden, vocab_size) -> Config:
     return Config(
         family="llama",
         vocab_size=vocab_size,
@@ -73,9 +73,9 @@ def _llama(width, layers, heads, kv_heads, hidden, vocab_size) -> Config:
 
 
 SHAPES = (
-    _llama(64, 5, 8, 4, 172, 512),
-    _llama(192, 8, 6, 6, 512, 1024),
-    _llama(288, 6, 6, 6, 768, 32000),
+    llama(64, 5, 8, 4, 172, 512),
+    llama(192, 8, 6, 6, 512, 1024),
+    llama(288, 6, 6, 6, 768, 32000),
 )
 
 
@@ -96,20 +96,26 @@ QUICK = Repeats(decode=50, prefill=256, rounds=3, least=0.02)
 def bench(as_json: bool = False, quick: bool = False) -> None:
     """Measure and print, as a table or JSON. Reruns itself in a process with one BLAS thread if
     necessary. Raises MinitxError if the two frameworks disagree."""
-    if any(os.environ.get(name) != "1" for name in THREAD_VARIABLES):
-        return _run_again(["--json"] * as_json + ["--quick"] * quick)
+    if not one_thread():
+        return run_again(["minitx", "bench", *["--json"] * as_json, *["--quick"] * quick])
     rival, reason = find_rival()
     result = measure_all(SHAPES, QUICK if quick else FULL, rival)
     result["not_compared"] = reason
     print(json.dumps(result, indent=1) if as_json else fit(as_text(result)))
 
 
-def _run_again(options: list[str]) -> None:
+def one_thread() -> bool:
+    """Does the environment hold BLAS to one thread?"""
+    return all(os.environ.get(name) == "1" for name in THREAD_VARIABLES)
+
+
+def run_again(words: list[str]) -> None:
+    """``python -m *words`` in a process with one BLAS thread, and its exit status unless it is
+    0."""
     source = str(Path(__file__).resolve().parents[2])  # so that the same minitx is imported
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     environment = os.environ | ONE_THREAD | {"PYTHONPATH": path}
-    command = [sys.executable, "-m", "minitx", "bench", *options]
-    status = subprocess.run(command, env=environment).returncode
+    status = subprocess.run([sys.executable, "-m", *words], env=environment).returncode
     if status:
         sys.exit(status)
 

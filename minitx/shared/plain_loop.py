@@ -3,7 +3,8 @@
 from minitx.decode import Autoregressive
 from minitx.errors import MinitxError
 from minitx.lm import LM
-from minitx.technique import owner
+from minitx.technique import REGISTRY, owner
+from minitx.tree import Part, walk
 
 
 def need_plain_loop(lm: LM, who: str) -> None:
@@ -11,6 +12,13 @@ def need_plain_loop(lm: LM, who: str) -> None:
     if type(lm.decode) is not Autoregressive:
         raise MinitxError(
             f"{who} replaces the decoding loop, and this model already has that of "
-            f"{owner(lm.decode)}; apply both at once to the model without it, or use one of the "
-            "two."
+            f"{loop_owner(lm.decode)}; apply both at once to the model without it, or use one of "
+            "the two."
         )
+
+
+def loop_owner(loop: Part) -> str:
+    """The technique of a decoding loop. A loop that several techniques share is defined in none of
+    their files, but a part of it is, such as its draft."""
+    owners = [owner(node) for _, node in walk(loop)]
+    return next((name for name in owners if name in REGISTRY), owners[0])

@@ -33,7 +33,14 @@ from minitx.tree import Part, part, rebuild, walk, weights
     level="decode",
     exact=True,
     neutral=None,
-    after=("prefix_cache", "speculative"),
+    after=(
+        "jacobi",
+        "lookahead",
+        "prefix_cache",
+        "prompt_lookup",
+        "self_speculative",
+        "speculative",
+    ),
     event=("tokens run", "tokens with padding"),
 )
 def padding_skip(

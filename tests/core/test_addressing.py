@@ -13,7 +13,9 @@ from minitx.errors import MinitxError
 from minitx.ledger import counting
 from minitx.memory_layout import to_column_major
 from minitx.model import Attend, AttendUnequalGroups, Linear
-from minitx.skip.speculative import DraftModel, Speculative
+from minitx.shared.draft_and_verify import Speculative
+from minitx.shared.draft_length import FixedLength
+from minitx.skip.speculative import DraftModel
 from minitx.technique import apply, blocks_of, decides, swap, wrap
 from minitx.tree import Part, part, walk
 
@@ -39,7 +41,7 @@ def tag(name):
 def test_swap_does_not_touch_a_second_model():
     """A draft inside ``decode`` is another model: no inner technique touches it."""
     draft = tiny_model(seed=5)
-    lm = replace(tiny_lm(), decode=Speculative(DraftModel(draft), 2))
+    lm = replace(tiny_lm(), decode=Speculative(DraftModel(draft), FixedLength(2)))
     for changed in (
         swap(lm, Linear, lambda node: Tagged(node, "swapped")),
         apply(lm, {"first_layer": True}),
@@ -245,7 +247,7 @@ def test_ledger_evaluates_nothing_while_closed():
 
 
 def test_ledger_counts_parts_of_the_decoding_loop():
-    lm = replace(tiny_lm(), decode=Speculative(DraftModel(tiny_model(seed=5)), 2))
+    lm = replace(tiny_lm(), decode=Speculative(DraftModel(tiny_model(seed=5)), FixedLength(2)))
     with counting(lm) as counts:
         lm.generate(IDS[:5], 5)
     assert any(path.startswith("decode.draft.model.stack") for path in counts.entries)

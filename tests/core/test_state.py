@@ -52,6 +52,18 @@ def test_subset_of_tokens_keeps_positions():
     assert Tokens(slice(5, 9)).only(np.array([False, True, True, False])).array.tolist() == [6, 7]
 
 
+def test_tokens_on_branches_do_not_see_each_other():
+    """Rows 0 and 1 are the text; then a token at 2, and two guesses of the one at 3."""
+    layer = filled(2)
+    unseen = np.array([[0, 1, 1], [0, 0, 1], [0, 1, 0]], bool)
+    layer.tokens = Tokens(np.array([2, 3, 3]), unseen=unseen)
+    layer.store(*kv(3))
+    hidden = np.array([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0]], bool)
+    np.testing.assert_array_equal(layer.mask(), hidden)
+    layer.tokens = layer.tokens.only(np.array([False, False, True]))
+    np.testing.assert_array_equal(layer.mask(), hidden[2:], "one of the tokens")
+
+
 # Rows --------------------------------------------------------------------------------------------
 
 

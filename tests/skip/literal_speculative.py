@@ -74,13 +74,3 @@ def greedy(target, draft, gamma, text, limit):
             n += 1
         new += x[:n] + [target(text + new + x[:n])]
     return new, rounds
-
-
-def prompt_lookup(text, longest, limit):
-    """What followed the latest earlier occurrence of the last n tokens, for the largest n that has
-    one."""
-    for n in range(longest, 0, -1):
-        for start in range(len(text) - n - 1, -1, -1):
-            if text[start : start + n] == text[-n:]:
-                return text[start + n : start + n + limit]
-    return []

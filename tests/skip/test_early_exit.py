@@ -409,7 +409,7 @@ def test_other_techniques_work_inside(kv_fill, other):
 
 def test_speculative_decoding_gives_the_text_of_the_model_with_early_exit():
     _, lm = models(**SOFTMAX)
-    drafted = apply(lm, {"speculative": {"draft": "lookup"}})
+    drafted = apply(lm, {"prompt_lookup": {}})
     assert drafted.generate(IDS[:5], 25) == lm.generate(IDS[:5], 25)
     with pytest.raises(MinitxError, match="early_exit"):
         apply(lm, {"speculative": {"draft": "self"}})

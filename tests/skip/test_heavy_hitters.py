@@ -164,12 +164,12 @@ def test_a_long_step_can_only_be_undone_as_a_whole(monkeypatch):
 def test_speculation_runs_on_top():
     """Where nothing is evicted, the text is that of plain decoding; where rows are, the steps are
     others (several tokens are verified in one), so it may differ, but it is reproducible."""
-    draft = {"speculative": {"draft": "lookup"}}
+    draft = {"prompt_lookup": {}}
     lm = apply(tiny_lm(dtype=np.float64), {"heavy_hitters": {"heavy": 20, "recent": 20}})
     assert apply(lm, draft).generate(IDS[:12], 28) == lm.generate(IDS[:12], 28)
     evicting = apply(tiny_lm(dtype=np.float64), {"heavy_hitters": SMALL} | draft)
     assert evicting.generate(IDS[:12], 28) == evicting.generate(IDS[:12], 28)
-    with pytest.raises(MinitxError, match="draft=self: heavy_hitters frees cache rows"):
+    with pytest.raises(MinitxError, match="heavy_hitters frees cache rows"):
         apply(lm, {"speculative": {"draft": "self"}})
 
 

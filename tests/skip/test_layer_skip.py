@@ -628,7 +628,7 @@ def test_early_exit_with_dropped_units_equals_zeroed_weights(options, kv_fill):
 def test_speculation_with_dropped_units_gives_the_same_text():
     for options in DROPS:
         dense, lm = models(dtype=np.float32, **options)
-        both = apply(dense, {"layer_skip": options, "speculative": {}})
+        both = apply(dense, {"layer_skip": options, "prompt_lookup": {}})
         assert both.generate(IDS[:5], 30) == lm.generate(IDS[:5], 30)
 
 

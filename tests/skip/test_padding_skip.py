@@ -339,9 +339,12 @@ def test_projection_that_depends_on_other_rows_runs_on_each_sequence():
             check_close(row[0], alone, 1e-12, f"a prompt of {len(prompt)} tokens")
 
 
-@pytest.mark.parametrize("other", ["speculative", "prefix_cache"])
+@pytest.mark.parametrize(
+    "other", ["prefix_cache", "prompt_lookup", "self_speculative", "speculative"]
+)
 def test_other_decoding_loops_are_refused_by_name(other):
-    for wanted in ({"padding_skip": True, other: True}, {other: True, "padding_skip": True}):
+    options = {"draft": "self"} if other == "speculative" else {}
+    for wanted in ({"padding_skip": True, other: options}, {other: options, "padding_skip": True}):
         with pytest.raises(MinitxError, match="use one of the two") as caught:
             apply(tiny_lm(), wanted)
         assert "padding_skip" in str(caught.value) and other in str(caught.value)

@@ -231,24 +231,25 @@ def test_a_seed_draws_the_same_tokens_as_without_the_cache(options):
             assert lm.generate(prompt, 12, temperature=0.9, seed=seed, **options) == expected
 
 
+DRAFTING = {"prompt_lookup": {}, "self_speculative": {}, "speculative": {"draft": "self"}}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("draft", ["self", "lookup"])
+@pytest.mark.parametrize("loop", DRAFTING)
 @pytest.mark.parametrize("inner", ["none", "early_exit", "elsa", "quantize_cache"])
-def test_speculation_goes_on_from_reused_rows(family, draft, inner):
-    if (draft, inner) == ("self", "early_exit"):
-        pytest.skip("refused: an exiting stack cannot be cut in half")
+def test_speculation_goes_on_from_reused_rows(family, loop, inner):
+    speculative, dense = {loop: DRAFTING[loop] | {"gamma": 3}}, tiny_lm(family, dtype=np.float64)
     try:
-        alone = apply(tiny_lm(family, dtype=np.float64), COMPANIONS[inner])
+        alone = apply(dense, COMPANIONS[inner])
+        both = cached(dense, **COMPANIONS[inner], **speculative)
     except MinitxError as error:
-        pytest.skip(str(error))
-    speculative = {"speculative": {"draft": draft, "gamma": 3}}
-    both = cached(tiny_lm(family, dtype=np.float64), **COMPANIONS[inner], **speculative)
-    assert repr(both.decode).startswith("PrefixCache(block=4)\n  inner: Speculative(gamma=3)")
+        pytest.skip(str(error))  # an exiting stack cannot be cut in half
+    assert repr(both.decode).startswith("PrefixCache(block=4)\n  inner: Speculative")
     for prompt in (IDS[:13], IDS[:11] + [1, 2, 3], IDS[:13]):
         assert both.generate(prompt, 20) == alone.generate(prompt, 20)
     assert generate(both, IDS[:13])[1] == 12
     seeded = dict(temperature=1.0, top_k=9, seed=3)
-    without = apply(tiny_lm(family, dtype=np.float64), COMPANIONS[inner] | speculative)
+    without = apply(dense, COMPANIONS[inner] | speculative)
     assert both.generate(IDS[:13], 20, **seeded) == without.generate(IDS[:13], 20, **seeded)
 
 

@@ -139,9 +139,9 @@ def test_rewind_inside_the_last_step_works_and_further_back_is_refused():
 
 def test_speculation_runs_on_top():
     lm = apply(tiny_lm(dtype=np.float64), {"sink_window": SMALL})
-    both = apply(lm, {"speculative": {"draft": "lookup"}})
+    both = apply(lm, {"prompt_lookup": {}})
     assert both.generate(IDS[:12], 30) == lm.generate(IDS[:12], 30)
-    with pytest.raises(MinitxError, match="draft=self: sink_window frees cache rows"):
+    with pytest.raises(MinitxError, match="sink_window frees cache rows"):
         apply(lm, {"speculative": {"draft": "self"}})
 
 

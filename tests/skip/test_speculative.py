@@ -7,37 +7,41 @@ and with the literal version.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import replace
+from itertools import islice
 
 import literal_speculative as literal
 import numpy as np
 import pytest
 from enumeration import exact_distribution, model_distribution, total_variation
+from markov import constant, markov
 from tiny import FAMILIES, decode, tiny_folder, tiny_lm, tiny_model
 
 import minitx
 from minitx import ledger
 from minitx.checkpoints import find
 from minitx.decode import Sampler
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, MinitxWarning
 from minitx.lm import LM
-from minitx.skip import speculative as module
-from minitx.skip.speculative import (
-    DraftModel,
-    PromptLookup,
+from minitx.second_model import first_half
+from minitx.shared import draft_and_verify as module
+from minitx.shared.draft_and_verify import (
+    Draft,
+    Drafting,
     Proposal,
     Speculative,
     accept_or_resample,
-    continuation,
-    multiply_adds,
     residual_distribution,
+    verify,
+)
+from minitx.shared.draft_length import FixedLength
+from minitx.skip.speculative import (
+    DraftModel,
+    multiply_adds,
     speculative,
     speedup,
     tokens_per_round,
-    verify,
 )
-from minitx.state import State
 from minitx.technique import apply, decides, techniques
 from minitx.tree import Part, part
 
@@ -133,83 +137,15 @@ def test_greedy_shortcut_is_the_rule_for_one_hot_distributions():
 # Sequences: Markov models, by enumeration --------------------------------------------------------
 
 
-class NotedState(State):
-    """A state that notes the ids, so that a Markov model can look them up."""
-
-    def __init__(self):
-        super().__init__(0, 10**6)
-        self.ids = []
-
-    def rewind(self, position):
-        super().rewind(position)
-        del self.ids[position:]
-
-
-@dataclass
-class Shape:
-    vocab_size: int = 3
-    context: int = 10**6
-
-
-@dataclass(eq=False)
-class Markov(Part):
-    """A model in which the next token depends on the last two: ``w[a, b]`` (V,) are the
-    probabilities after tokens a, b."""
-
-    w: np.ndarray
-    config: Shape = field(default_factory=Shape)
-
-    def new_state(self):
-        return NotedState()
-
-    def hidden(self, ids, state):
-        state.ids += list(ids)
-        state.position += len(ids)
-
-    def __call__(self, ids, state):
-        assert state.position == len(state.ids)
-        self.hidden(ids, state)
-        n = len(state.ids)
-        pairs = [state.ids[max(i - 2, 0) : i] for i in range(n - len(ids) + 1, n + 1)]
-        return np.log(np.stack([self.after(pair) for pair in pairs]))
-
-    def next_logits(self, ids, state):
-        return self(ids, state)[-1]
-
-    def after(self, text):
-        a, b = (0, *text)[-2:]
-        return self.w[a, b]
-
-    def fractions(self, text):
-        """The same as exact fractions, whose sum is exactly 1."""
-        row = [Fraction(share) for share in self.after(text)]
-        return [share / sum(row) for share in row]
-
-    def distribution(self, text, n):
-        """{n tokens after the text: probability}"""
-        found = {(): 1.0}
-        for _ in range(n):
-            found = {
-                (*new, token): share * p
-                for new, share in found.items()
-                for token, p in enumerate(self.after((*text, *new)))
-            }
-        return found
-
-
-def markov(seed, sharpness=1.0):
-    return Markov(np.random.default_rng(seed).dirichlet([sharpness] * 3, (3, 3)))
-
-
-def constant(p):
-    """A model that gives the same probabilities after every text."""
-    return Markov(np.broadcast_to(np.array(p), (3, 3, 3)))
+def loop(draft, gamma):
+    """The decoding loop of the technique, with this draft model."""
+    return Speculative(DraftModel(draft), FixedLength(gamma))
 
 
 def decoded(target, draft, gamma, n, text=(1, 2)):
     """{n tokens: probability} of the real loop."""
-    loop = Speculative(DraftModel(draft), gamma)
-    return exact_distribution(lambda sampler: tuple(decode(loop, target, text, sampler, n)))
+    decoding = loop(draft, gamma)
+    return exact_distribution(lambda sampler: tuple(decode(decoding, target, text, sampler, n)))
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 3])
@@ -218,7 +154,7 @@ def test_round_equals_the_literal_version(gamma):
     p, q = markov(2), markov(3, 0.5)
 
     def one_round(sampler):
-        tokens = decode(Speculative(DraftModel(q), gamma), p, [2, 0], sampler, 99)
+        tokens = decode(loop(q, gamma), p, [2, 0], sampler, 99)
         with ledger.counting(q) as counts:
             first = next(tokens)
             more = counts.events["draft tokens accepted"]
@@ -256,7 +192,6 @@ def test_sequence_distribution_is_the_targets(gamma, monkeypatch):
         ("gpt2", "another", dict(temperature=0.6, top_k=2)),
         ("gpt_neox", "another", dict(temperature=1.3, top_p=0.8)),
         ("llama", "self", dict(temperature=0.6, top_k=2)),
-        ("gpt2", "lookup", dict(temperature=1.0)),
     ],
     ids=str,
 )
@@ -265,8 +200,7 @@ def test_transformer_sequence_distribution_is_the_targets(family, draft, options
     model = tiny_model(family, vocab_size=3, bos=None, eos=(), dtype=np.float64)
     chosen = {
         "another": DraftModel(tiny_model("llama", seed=5, vocab_size=3, bos=None, eos=())),
-        "self": DraftModel(module.first_half(model)),
-        "lookup": PromptLookup(3),
+        "self": DraftModel(first_half(model, "speculative", "draft")),
     }[draft]
     prompt = [1, 2, 0, 1]
     expected = model_distribution(model, prompt, 3, **options)
@@ -275,7 +209,7 @@ def test_transformer_sequence_distribution_is_the_targets(family, draft, options
     def run(sampler):
         nonlocal proposed
         with ledger.counting(chosen) as counts:
-            new = tuple(decode(Speculative(chosen, 2), model, prompt, sampler, 3))
+            new = tuple(decode(Speculative(chosen, FixedLength(2)), model, prompt, sampler, 3))
         proposed += counts.events["draft tokens proposed"]
         return new
 
@@ -304,11 +238,11 @@ def chi_square_p(counts, expected, n):
 def test_sampled_frequencies_pass_a_chi_square_test(monkeypatch):
     """What enumeration leaves out: the random numbers themselves, and their order."""
     p, q, n = markov(4), markov(5), 1200
-    expected, loop = p.distribution((1, 2), 3), Speculative(DraftModel(q), 2)
+    expected, decoding = p.distribution((1, 2), 3), loop(q, 2)
 
     def counted():
         sampler = Sampler(temperature=1.0, seed=0)
-        return Counter(tuple(decode(loop, p, (1, 2), sampler, 3)) for _ in range(n))
+        return Counter(tuple(decode(decoding, p, (1, 2), sampler, 3)) for _ in range(n))
 
     assert chi_square_p(counted(), expected, n) > 1e-4
     monkeypatch.setattr(module, "residual_distribution", lambda p, q: p)
@@ -328,7 +262,7 @@ def test_measured_acceptance_rate_is_the_mean_overlap():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "accept_or_resample", spy)
         sampler = Sampler(temperature=1.0, seed=1)
-        list(decode(Speculative(DraftModel(q), 3), p, [1, 2], sampler, 2000))
+        list(decode(loop(q, 3), p, [1, 2], sampler, 2000))
     error = math.sqrt(sum(b * (1 - b) for b in overlaps)) / len(overlaps)
     assert abs(np.mean(accepted) - np.mean(overlaps)) < 4 * error
     assert 0.2 < np.mean(accepted) < 0.95
@@ -338,20 +272,29 @@ def test_measured_acceptance_rate_is_the_mean_overlap():
 
 
 @part
-class Scripted(Part):
-    """A greedy draft that proposes what a function of the text returns; None ends its proposals."""
+class Scripted(Draft):
+    """A greedy draft that proposes what a function of the text returns; None ends its proposals.
+    ``look`` is called at the beginning of every round with the text and the target's state."""
 
     next: object
-    vocab_size: int = 259
+    look: object = None
 
-    def new_state(self):
-        return State(0, 0)
+    def begin(self, model, state):
+        return ScriptedDrafting(model, state, self)
 
-    def propose(self, text, gamma, sampler, state):
-        x = []
-        while len(x) < gamma and (token := self.next(text + x)) is not None:
-            x.append(token)
-        return [Proposal(token, np.eye(1, self.vocab_size, token)[0]) for token in x]
+
+class ScriptedDrafting(Drafting):
+    def __init__(self, model, state, script):
+        super().__init__(model, state)
+        self.script = script
+
+    def propose(self, text, sampler):
+        if self.script.look:
+            self.script.look(text, self.state)
+        text = list(text)
+        while (token := self.script.next(text)) is not None:
+            yield Proposal(token)
+            text.append(token)
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4, 7])
@@ -367,12 +310,11 @@ def test_greedy_text_does_not_depend_on_the_draft(family, gamma):
         (Scripted(lambda t: None), 30),
         (Scripted(lambda t: truth[len(t)] if rng.random() < 0.7 else 7), None),
         (Scripted(lambda t: truth[len(t)] if len(t) % 3 else None), None),
-        (DraftModel(module.first_half(lm.model)), None),
+        (DraftModel(first_half(lm.model, "speculative", "draft")), None),
         (DraftModel(lm.model), all_accepted),
-        (PromptLookup(259), None),
     ]
     for draft, passes in drafts:
-        changed = replace(lm, decode=Speculative(draft, gamma))
+        changed = replace(lm, decode=Speculative(draft, FixedLength(gamma)))
         with ledger.counting(changed) as counts:
             assert changed.generate(PROMPT, 30) == truth[len(PROMPT) :]
         events = counts.events
@@ -388,7 +330,7 @@ def test_greedy_rounds_equal_the_literal_version():
 
     for gamma in (1, 3, 5):
         expected, rounds = literal.greedy(argmax(lm.model), argmax(other), gamma, PROMPT, 20)
-        changed = replace(lm, decode=Speculative(DraftModel(other), gamma))
+        changed = replace(lm, decode=loop(other, gamma))
         with ledger.counting(changed) as counts:
             assert changed.generate(PROMPT, 20) == expected
         assert counts.events["target passes"] == rounds
@@ -405,44 +347,51 @@ def test_stories_tells_the_same_text_with_its_shipped_draft():
 # KV caches ---------------------------------------------------------------------------------------
 
 
-@part
-class Watched(Part):
-    """A draft that looks at the target's state at the beginning of every round."""
-
-    draft: Part
-    states: list
-    look: object
-
-    def new_state(self):
-        return self.draft.new_state()
-
-    def propose(self, text, gamma, sampler, state):
-        self.look(text, self.states[-1], state)
-        return self.draft.propose(text, gamma, sampler, state)
+def assert_cache_equals_prefill(model, state, text):
+    """The KV cache holds ``text``, as if it had been read in one pass."""
+    fresh = model.new_state()
+    model(text, fresh)
+    assert state.position == len(text)
+    for kept, new in zip(state.layers, fresh.layers):
+        n = len(text)
+        assert kept.count == new.count == n
+        np.testing.assert_allclose(kept.keys[..., :n, :], new.keys[..., :n, :], atol=1e-10)
+        np.testing.assert_allclose(kept.values[..., :n, :], new.values[..., :n, :], atol=1e-10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cache_holds_every_token_except_the_last_between_rounds(family, monkeypatch):
-    lm, states, seen = tiny_lm(family, dtype=np.float64), [], []
-    new_state = type(lm.model).new_state
-    monkeypatch.setattr(
-        type(lm.model), "new_state", lambda *a: states.append(new_state(*a)) or states[-1]
-    )
+def test_cache_holds_every_token_except_the_last_between_rounds(family):
+    lm, seen = tiny_lm(family, dtype=np.float64), []
 
-    def look(text, state, draft_state):
-        fresh = new_state(lm.model)
-        lm.model(text[:-1], fresh)
-        assert state.position == len(text) - 1 and draft_state.position < len(text)
-        for kept, new in zip(state.layers, fresh.layers):
-            n = new.count
-            assert kept.count == n == len(text) - 1
-            np.testing.assert_allclose(kept.keys[..., :n, :], new.keys[..., :n, :], atol=1e-10)
-            np.testing.assert_allclose(kept.values[..., :n, :], new.values[..., :n, :], atol=1e-10)
+    def look(text, state):
+        assert_cache_equals_prefill(lm.model, state, text[:-1])
         seen.append(len(text))
 
-    draft = Scripted(lambda text: (text[-1] * 3 + len(text)) % 259 if len(text) % 4 else text[-1])
-    tokens = decode(Speculative(Watched(draft, states, look), 3), lm.model, PROMPT, Sampler(), 20)
-    assert len(list(tokens)) == 20 and len(seen) > 5
+    def next(text):
+        return (text[-1] * 3 + len(text)) % 259 if len(text) % 4 else text[-1]
+
+    decoding = Speculative(Scripted(next, look), FixedLength(3))
+    assert len(list(decode(decoding, lm.model, PROMPT, Sampler(), 20))) == 20 and len(seen) > 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draft_has_read_a_prefix_of_the_text_between_rounds(family):
+    """All but the last token, and after a round that accepted every proposal all but two."""
+    model, other = tiny_model(family, dtype=np.float64), tiny_model(seed=5, dtype=np.float64)
+    lengths = set()
+    for draft in (model, other):
+        drafting, text = DraftModel(draft).begin(model, model.new_state()), list(PROMPT)
+        model(text[:-1], drafting.state)
+        for _ in range(5):
+            assert drafting.own.position < len(text)
+            lengths.add(len(text) - drafting.own.position)
+            if drafting.own.position:
+                assert_cache_equals_prefill(draft, drafting.own, text[: drafting.own.position])
+            found = list(islice(drafting.propose(text, Sampler()), 3))
+            logits = drafting.score([text[-1], *(proposal.x for proposal in found)])
+            text += verify(logits, found, Sampler())
+            drafting.rewind(len(text) - 1)
+    assert lengths == {len(PROMPT), 1, 2}
 
 
 # Where decoding ends -----------------------------------------------------------------------------
@@ -464,13 +413,13 @@ def test_decoding_stops_at_the_limit_and_at_the_end_of_the_context(options):
 
 def test_draft_with_a_shorter_context_proposes_while_it_can():
     lm = tiny_lm(dtype=np.float64)
-    changed = replace(lm, decode=Speculative(DraftModel(tiny_model(seed=1, context=20)), 4))
+    changed = replace(lm, decode=loop(tiny_model(seed=1, context=20), 4))
     with ledger.counting(changed) as counts:
         assert changed.generate(PROMPT, 30) == lm.generate(PROMPT, 30)
     assert counts.events["draft tokens proposed"]
-    draft = changed.decode.draft
     for length, expected in ((16, 4), (18, 3), (20, 1), (21, 0), (40, 0)):
-        found = draft.propose([1] * length, 4, Sampler(), draft.new_state())
+        drafting = changed.decode.draft.begin(lm.model, lm.model.new_state())
+        found = list(islice(drafting.propose([1] * length, Sampler()), 4))
         assert len(found) == expected, f"{length} tokens before a context of 20 ends"
 
 
@@ -480,16 +429,15 @@ def test_text_may_end_within_accepted_tokens():
     end = next(i for i in range(1, 20) if i % 5 not in (0, 4) and truth[i] not in truth[:i])
     model = tiny_model(dtype=np.float64, eos=(truth[end],))
     draft = Scripted(lambda text: (PROMPT + truth)[len(text)])
-    changed = LM(model, decode=Speculative(draft, 4))
+    changed = LM(model, decode=Speculative(draft, FixedLength(4)))
     assert changed.generate(PROMPT, 20) == truth[:end] == LM(model).generate(PROMPT, 20)
 
 
 # Seeds and batches -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draft", ["self", "lookup"])
-def test_seed_repeats_a_sample_and_batch_rows_equal_single_runs(draft):
-    lm = apply(tiny_lm(), {"speculative": {"draft": draft, "gamma": 3}})
+def test_seed_repeats_a_sample_and_batch_rows_equal_single_runs():
+    lm = apply(tiny_lm(), {"speculative": {"draft": "self", "gamma": 3}})
     options = dict(temperature=1.0, top_k=20, seed=5)
     once = lm.generate(PROMPT, 15, **options)
     assert once == lm.generate(PROMPT, 15, **options)
@@ -500,33 +448,6 @@ def test_seed_repeats_a_sample_and_batch_rows_equal_single_runs(draft):
         assert row == lm.generate(prompt, 15, **options | {"seed": 5 + i})
     assert lm.generate(prompts, 15) == tiny_lm().generate(prompts, 15)
     assert lm.generate(prompts, 0) == [[], [], []]
-
-
-# Prompt lookup -----------------------------------------------------------------------------------
-
-
-def test_prompt_lookup_by_hand():
-    assert continuation([5, 1, 2, 3, 9, 8, 1, 2, 3], 3, 4) == [9, 8, 1, 2]
-    assert continuation([1, 2, 3, 4], 3, 4) == [], "nothing occurs twice"
-    assert continuation([7, 7, 7], 3, 4) == [7], "the last tokens do not match themselves"
-    assert continuation([1, 2, 8, 2, 9, 1, 2], 3, 2) == [8, 2], "two tokens, before a later single"
-    assert continuation([4, 5, 4, 6, 4], 3, 9) == [6, 4], "the latest occurrence"
-    assert continuation([4], 3, 4) == continuation([4, 4], 3, 0) == []
-
-
-def test_prompt_lookup_equals_the_literal_version():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        text = rng.integers(0, rng.integers(2, 6), rng.integers(1, 20)).tolist()
-        longest, limit = int(rng.integers(1, 5)), int(rng.integers(0, 6))
-        expected = literal.prompt_lookup(text, longest, limit)
-        assert continuation(text, longest, limit) == expected
-
-
-def test_prompt_lookup_proposals_have_one_hot_distributions():
-    found = PromptLookup(10).propose(PROMPT, 4, Sampler(temperature=1.0), State(0, 0))
-    assert [x for x, _ in found] == [9, 8, 1, 2]
-    np.testing.assert_array_equal([q for _, q in found], np.eye(10)[[9, 8, 1, 2]])
 
 
 # Which draft -------------------------------------------------------------------------------------
@@ -540,23 +461,23 @@ def test_gamma_0_changes_nothing_and_loads_no_draft():
 def test_draft_is_a_part_of_the_tree():
     lm = apply(tiny_lm(), {"speculative": {"draft": "self"}})
     drawn = repr(lm.decode)
-    assert drawn.startswith("Speculative(gamma=4)\n  draft: DraftModel\n    model: Transformer")
+    assert drawn.startswith("Speculative\n  draft: DraftModel\n    model: Transformer")
+    assert drawn.endswith("\n  length: StopWhenUnsure(gamma=8, stop=0.3)")
     assert len(lm.decode.draft.model.stack.blocks) == 1 and len(lm.model.stack.blocks) == 2
     assert lm.decode.draft.model.stack.blocks[0] is lm.model.stack.blocks[0], "weights are shared"
-    assert repr(apply(tiny_lm(), {"speculative": {"draft": "lookup"}}).decode) == (
-        "Speculative(gamma=4)\n  draft: PromptLookup(vocab_size=259, longest=3)"
-    )
 
 
 def test_draft_auto_is_the_shipped_draft_if_its_vocabulary_fits(monkeypatch, tmp_path):
     lm = minitx.load("stories", speculative=True)
     assert type(lm.decode.draft) is DraftModel
     assert lm.decode.draft.model.config == minitx.load("stories-draft").model.config
-    assert type(apply(tiny_lm(), {"speculative": True}).decode.draft) is PromptLookup
-    assert type(apply(tiny_lm(tokenizer=None), {"speculative": True}).decode.draft) is PromptLookup
-    stories = minitx.load("stories")
     monkeypatch.setattr(find, "SHIPPED", [tmp_path])
-    assert type(apply(stories, {"speculative": True}).decode.draft) is PromptLookup
+    for lm in (tiny_lm(), tiny_lm(tokenizer=None)):
+        with pytest.warns(
+            MinitxWarning, match="first half .* is the draft; .*or use prompt_lookup"
+        ):
+            changed = apply(lm, {"speculative": True})
+        assert len(changed.decode.draft.model.stack.blocks) == 1
 
 
 @pytest.mark.filterwarnings("ignore:speculative.*use a smaller draft")  # as large as the target
@@ -577,9 +498,14 @@ def test_draft_may_be_a_folder(tmp_path):
             tiny_lm,
             {"draft": "stories-draft"},
             "cannot use 'stories-draft' as its draft: it has 1022 tokens and this model 259; give "
-            "a model that shares the tokenizer, or draft=self or draft=lookup.",
+            "a model that shares the tokenizer, or draft=self, or use prompt_lookup.",
         ),
         (lambda: tiny_lm(model=tiny_model(layers=1)), {"draft": "self"}, "a model of one block"),
+        (
+            tiny_lm,
+            {"draft": "lookup"},
+            "got 'lookup', which is a technique of its own now; use prompt_lookup.",
+        ),
     ],
 )
 def test_bad_options_are_refused(lm, options, words):
@@ -606,7 +532,8 @@ def test_draft_self_needs_a_plain_stack():
     lm = replace(lm, model=replace(lm.model, stack=OtherStack(lm.model.stack)))
     with pytest.raises(MinitxError, match="speculative needs a part of type Stack"):
         apply(lm, {"speculative": {"draft": "self"}})
-    assert apply(lm, {"speculative": True}).generate(PROMPT, 9) == tiny_lm().generate(PROMPT, 9)
+    changed = replace(lm, decode=loop(tiny_model(seed=5), 3))
+    assert changed.generate(PROMPT, 9) == tiny_lm().generate(PROMPT, 9), "as a target it will do"
 
 
 # Cost --------------------------------------------------------------------------------------------
@@ -642,11 +569,11 @@ def test_best_gamma_grows_with_the_acceptance_rate(c, best):
 @pytest.mark.parametrize("gamma", [1, 2, 3, 4])
 def test_counted_tokens_per_round_equal_the_formula(gamma):
     """The formula is exact where p and q do not depend on the text."""
-    loop = Speculative(DraftModel(constant(Q)), gamma)
+    decoding = loop(constant(Q), gamma)
 
     def tokens(sampler):
-        with ledger.counting(loop) as counts:
-            next(decode(loop, constant(P), [1, 2], sampler, 99))
+        with ledger.counting(decoding) as counts:
+            next(decode(decoding, constant(P), [1, 2], sampler, 99))
         return counts.events["draft tokens accepted"] + 1
 
     found = sum(n * share for n, share in exact_distribution(tokens).items())
@@ -657,7 +584,7 @@ def test_counted_tokens_per_round_equal_the_formula(gamma):
 def test_counted_work_follows_from_proposals_and_target_passes():
     """Each token that is run takes its multiply-adds; each pass reads the head's weights once."""
     lm, small = tiny_lm(), tiny_model("llama", seed=9, layers=1, width=8, hidden=8)
-    changed = replace(lm, decode=Speculative(DraftModel(small), 3))
+    changed = replace(lm, decode=loop(small, 3))
     with ledger.counting(changed) as counts:
         changed.generate(PROMPT, 25)
     proposed = counts.events["draft tokens proposed"]
@@ -673,21 +600,27 @@ def test_counted_work_follows_from_proposals_and_target_passes():
 
 # Together with other techniques ------------------------------------------------------------------
 
+LOOPS = {
+    "speculative": {"draft": "self", "gamma": 3},
+    "prompt_lookup": {"gamma": 3},
+    "self_speculative": {"gamma": 3},
+}
+
 
 @pytest.mark.parametrize("technique", techniques(), ids=lambda t: t.name)
-@pytest.mark.parametrize("draft", ["self", "lookup"])
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.filterwarnings("ignore:speculative.*use a smaller draft")  # with half of the layers
-def test_another_technique_in_the_target_keeps_its_text(technique, draft):
+def test_another_technique_in_the_target_keeps_its_text(technique, loop):
     """Also an approximate one, if it decides per token and can be rewound. In the first family that
     has both, beginning with another one from technique to technique."""
-    if technique.name == "speculative":
+    if technique.name in LOOPS:
         return
     options = {"stories": 2} if "stories" in technique.options else {}
     families, start = list(FAMILIES), len(technique.name) % len(FAMILIES)
     for family in families[start:] + families[:start]:
         try:
             alone = apply(tiny_lm(family, dtype=np.float64), {technique.name: options})
-            both = apply(alone, {"speculative": {"draft": draft, "gamma": 3}})
+            both = apply(alone, {loop: LOOPS[loop]})
         except MinitxError:
             continue
         if decides(alone.model) != "token":  # it decides otherwise for several tokens at once
@@ -696,8 +629,8 @@ def test_another_technique_in_the_target_keeps_its_text(technique, draft):
         return
 
 
-@pytest.mark.parametrize("other", ["prefix_cache", "padding_skip", "speculative"])
+@pytest.mark.parametrize("other", ["prefix_cache", "padding_skip", "prompt_lookup"])
 def test_decoding_loop_that_is_there_is_not_dropped_silently(other):
-    lm = apply(tiny_lm(), {other: {"draft": "lookup"} if other == "speculative" else True})
+    lm = apply(tiny_lm(), {other: True})
     with pytest.raises(MinitxError, match=f"already has that of {other}; apply both at once"):
-        apply(lm, {"speculative": {"draft": "lookup"}})
+        apply(lm, {"speculative": {"draft": "self"}})

@@ -306,7 +306,7 @@ def test_rewind_into_a_step_forgets_the_later_tokens_and_keeps_what_it_decided(b
 
 def test_speculation_runs_on_top():
     _, lm = models()
-    both = apply(lm, {"speculative": {"draft": "lookup"}})
+    both = apply(lm, {"prompt_lookup": {}})
     prompt = np.tile(IDS[:4], 4)  # so that the lookup drafts tokens, some of which are rejected
     with counting(both) as counts:
         text = both.generate(prompt, 28)

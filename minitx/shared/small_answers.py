@@ -1,0 +1,198 @@
+"""A small model that may answer instead of the big one: its answers, and examples to calibrate who
+should.
+
+An example is a prompt with the greedy answers of both models. The small answer counts as right if
+it equals the big one's, token by token: that needs no labels, so any text will do, and it is what
+is promised to whoever turns such a technique on. (A lab that has labels can grade both.)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, NamedTuple
+
+import numpy as np
+
+from minitx import ledger
+from minitx.calibration import calibration_ids
+from minitx.decode import Sampler, new_state
+from minitx.errors import MinitxError
+from minitx.lm import LM
+from minitx.model import Transformer
+from minitx.progress import bar
+from minitx.shared.same_beginning import state_for
+from minitx.state import State
+from minitx.tree import walk
+from minitx.values import at_least
+
+# The types of the options stories, cuts and tokens, for every technique that calibrates like this.
+Stories = Annotated[
+    int, "calibration stories (with calibrate: passages of the text)", at_least(2, limit=1000)
+]
+Cuts = Annotated[
+    int,
+    "calibration prompts made of each text, which is cut at equal distances; 1: only before its "
+    "last tokens",
+    at_least(1, limit=1000),
+]
+AnswerTokens = Annotated[
+    int, "tokens of a calibration answer: as many as the answers that you will ask for",
+    at_least(1, limit=1000),
+]  # fmt: skip
+
+
+# The small model's answer ------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """n tokens, of which the last one may end the text, and how sure the model was of each."""
+
+    tokens: list[int]
+    logprobs: list[float]  # (n,) of the tokens, under the model's own softmax
+    entropies: list[float]  # (n,) of that softmax, relative to the largest possible: 0 to 1
+    complete: bool  # ended, or as long as was asked for
+
+
+def answer_of(
+    small: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
+) -> Answer:
+    """The whole answer after the prompt ``ids``: up to an end of text, at most ``limit`` tokens, or
+    fewer where the context of the small model ends."""
+    tokens, logprobs, entropies = [], [], []
+    room = min(limit, small.config.context - len(ids) + 1)
+    ids = ids[state.position :]
+    for _ in range(room):
+        logits = small.next_logits(ids, state)
+        token = choose(logits)
+        logprob, entropy = confidence(logits, token)
+        tokens.append(token)
+        logprobs.append(logprob)
+        entropies.append(entropy)
+        if token in small.config.eos:
+            return Answer(tokens, logprobs, entropies, True)
+        ids = (token,)
+    return Answer(tokens, logprobs, entropies, room == limit)
+
+
+def confidence(logits: np.ndarray, token: int) -> tuple[float, float]:
+    """(ln p(token), entropy of p / ln V) for p = softmax(logits) (V,), whatever the sampler's
+    temperature is."""
+    z = logits.astype(np.float64) - logits.max()
+    log_p = z - np.log(np.exp(z).sum())
+    ledger.count(multiply_adds=z.size)  # p ln p, summed
+    entropy = -(np.exp(log_p) * log_p).sum() / np.log(z.size)
+    return float(log_p[token]), float(entropy)
+
+
+# Who answers -------------------------------------------------------------------------------------
+
+
+def uniform_of(ids: Sequence[int], seed: int) -> float:
+    """A number in [0, 1) drawn for this prompt: the score of a random baseline, which is the same
+    whenever the prompt comes."""
+    return float(np.random.default_rng([seed, *ids]).random())
+
+
+def cut_for_share(scores: Sequence[float], share: float) -> float:
+    """The least score that is kept if this share of them, rounded up, is kept: +Inf for none, -Inf
+    for all (of other scores too)."""
+    keep = int(np.ceil(round(len(scores) * share, 6)))
+    if keep <= 0:
+        return float("inf")
+    return float("-inf") if keep >= len(scores) else float(np.sort(scores)[-keep])
+
+
+# Calibration -------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    prompt: list[int]
+    answer: Answer  # of the small model
+    agrees: bool  # with that of the big one
+
+
+def examples_of(
+    who: str, lm: LM, small: Transformer, stories: int, cuts: int, tokens: int, instead: str
+) -> list[Example]:
+    """Calibration examples for the technique ``who``, text after text. MinitxError if there are not
+    at least two."""
+    texts, found = calibration_ids(who, lm, stories, instead), []
+    for ids in bar(texts, f"{who}: calibrate", unit="text", delay=1.0):
+        prompts = [ids[:at] for at in cuts_of(len(ids), cuts, tokens)]
+        prompts = [p for p in prompts if len(p) + tokens <= small.config.context]
+
+        def of_small(state, prompt):
+            return answer_of(small, state, prompt, Sampler(), tokens)
+
+        def of_big(state, prompt):
+            return up_to_end(lm.decode(lm.model, state, prompt, Sampler(), tokens), lm)
+
+        small_answers, big_answers = (
+            in_turn(small, prompts, of_small), in_turn(lm.model, prompts, of_big)
+        )  # fmt: skip
+        for prompt, answer, big in zip(prompts, small_answers, big_answers):
+            found.append(Example(prompt, answer, answer.tokens == big))
+    forget(lm)
+    if len(found) < 2:
+        raise MinitxError(
+            f"{who} calibrates on texts of more than tokens={tokens} tokens, and got "
+            f"{len(found) or 'none'}; give more text, or {instead}."
+        )
+    return found
+
+
+def cuts_of(length: int, cuts: int, tokens: int) -> list[int]:
+    """Where a text is cut, ascending: the last ``tokens`` tokens are always left to be answered."""
+    last = length - tokens
+    places = {last - last * j // cuts for j in range(cuts)}
+    return sorted(at for at in places if at >= 1)
+
+
+def in_turn(model: Transformer, prompts: Sequence[list[int]], answer: Callable) -> list:
+    """``answer(state, prompt)`` for prompts of which each begins with the one before."""
+    state, held, found = None, (), []
+    for prompt in prompts:
+        state, held = state_for(model, prompt, held, state), prompt
+        found.append(answer(state, prompt))
+    return found
+
+
+def up_to_end(tokens, lm: LM) -> list[int]:
+    """The tokens up to an end of text, that one included."""
+    found = []
+    for token in tokens:
+        found.append(token)
+        if token in lm.model.config.eos:
+            break
+    return found
+
+
+def halves(examples: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The first half, to learn from, and the second, to set thresholds with: other texts, unless
+    there is only one."""
+    middle = len(examples) // 2
+    return examples[:middle], examples[middle:]
+
+
+def relative_cost(lm: LM, examples: Sequence[Example], tokens: int, work: Callable) -> float:
+    """Multiply-adds of ``work(prompt)`` for some of the prompts, relative to those of the model's
+    own answers to them."""
+    total, of_model = 0, 0
+    for example in examples[:: max(len(examples) // SAMPLED, 1)]:
+        prompt = example.prompt
+        with ledger.counting(lm) as counts:
+            work(prompt)
+        total += counts.total().multiply_adds
+        with ledger.counting(lm) as counts:
+            state = new_state(lm.model, prompt)
+            up_to_end(lm.decode(lm.model, state, prompt, Sampler(), tokens), lm)
+        of_model += counts.total().multiply_adds
+        forget(lm)
+    return total / of_model
+
+
+SAMPLED = 6  # prompts whose costs are counted
+
+
+def forget(lm: LM) -> None:
+    """Clear what the calibration has left in caches."""
+    for _, node in walk(lm):
+        node.forget()

@@ -1,0 +1,259 @@
+"""A cascade of two models: the small one answers, and a confident answer is kept.
+
+This file: the card and options, the token loop (online), the scores, the calibration to a
+probability and the threshold under a budget (offline), the cost formula, notes. The small model's
+answers and the calibration examples are in shared/small_answers.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+
+from minitx import ledger
+from minitx.decode import Sampler, TokenLoop, new_state
+from minitx.errors import MinitxError
+from minitx.model import Transformer
+from minitx.second_model import SMALL_NAMES, small_model
+from minitx.shared.break_even import warn
+from minitx.shared.small_answers import (
+    Answer,
+    AnswerTokens,
+    Cuts,
+    Stories,
+    answer_of,
+    cut_for_share,
+    examples_of,
+    halves,
+    relative_cost,
+    uniform_of,
+)
+from minitx.state import State
+from minitx.technique import SEEDS, at_least, technique
+from minitx.tree import Part, part
+
+
+@technique(
+    level="answer",
+    exact=False,
+    neutral={"threshold": 2.0},
+    demo={"small": "self", "choose": "random", "threshold": 0.5, "seed": 29},
+    event="small answers kept",
+)
+def cascade(
+    lm,
+    *,
+    small: Annotated[str, "the model that answers first: " + SMALL_NAMES] = "auto",
+    threshold: Annotated[
+        float | None,
+        "keep an answer whose calibrated probability of being right is at least this; 0 keeps all, "
+        "above 1 the small model never runs; default: 0.9 without a budget",
+        at_least(0),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        "instead of a threshold: mean multiply-adds allowed, relative to the big model alone",
+        at_least(0),
+    ] = None,
+    score: Annotated[
+        Literal["logprob", "lowest", "entropy"],
+        "confidence: mean log-probability of the answer's tokens; the lowest probability of one; "
+        "1 - mean entropy / ln V",
+    ] = "lowest",
+    choose: Annotated[
+        Literal["score", "random"], "keep answers by their score, or a random baseline"
+    ] = "score",
+    tokens: AnswerTokens = 1,
+    stories: Stories = 32,
+    cuts: Cuts = 8,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+):
+    """A small model answers first; the big one answers where it is not confident (FrugalGPT).
+
+    Paper:     Chen et al., "FrugalGPT: How to Use Large Language Models While Reducing Cost and
+               Improving Performance", 2023, arXiv 2305.05176; of it, the cascade.
+    Fidelity:  a reconstruction from the abstract and the authors' code. Two models, not three or
+               more; the scorer is a formula with isotonic calibration, not a trained DistilBERT.
+    Kind:      approximate; exact with threshold > 1, where the big model answers alone.
+    Idea:      Many requests are easy. Let the small model answer, look at its answer, and pay for
+               the big model only where the answer is doubtful.
+    Offline:   prompts x from calibration texts; y_s, y_b: both models' greedy answers; an answer is
+               right if y_s = y_b, so no labels are needed
+               first half:  g = isotonic fit of P(right) on the score (pool adjacent violators)
+               second half: with a budget, the threshold that keeps a = 1 + c_s / c_b - budget
+    Online:    y_s = the small model's whole answer to the prompt
+               score = the lowest p(token) of its tokens, the end of text included
+               g(score) >= threshold: y_s is the answer
+               else: the big model answers, from the prompt (what y_s took is lost)
+    Saves:     E[cost] = c_s + (1 - a) c_b multiply-adds; a: share that is kept. Less than the big
+               model's c_b only if a > c_s / c_b. Scores take V multiply-adds per token.
+    In NumPy:  time falls as multiply-adds do (Notes). The first token comes late: it waits for the
+               whole small answer, and then for the big model's prefill if that is not kept.
+    Not for:   streaming; long completions (minitx generate: the answer is all of it), of which
+               hardly any is the big model's. Calibrate on prompts and answers of your kind and
+               length (calibrate, cuts, tokens): a threshold holds for no others (Notes).
+    Proof:     tests/skip/test_cascade.py; literal version: tests/skip/literal_cascade.py
+    """
+    if threshold is not None and budget is not None:
+        raise MinitxError("cascade: got both threshold and budget; give only one of them.")
+    if threshold is None and budget is None:
+        threshold = 0.9
+    if threshold is not None and threshold > 1:
+        return lm
+    model = small_model(lm, small, "cascade", "small")
+    confidence = SCORES[score] if choose == "score" else None
+    if threshold == 0:
+        cut = -np.inf
+    elif threshold is not None and confidence is None:
+        cut = threshold  # of a uniform number: keeps 1 - threshold of the answers
+    else:
+        examples = examples_of(
+            "cascade", lm, model, stories, cuts, tokens, "use threshold=0 or choose=random"
+        )
+        ratio = relative_cost(
+            lm, examples, tokens,
+            lambda ids: answer_of(model, new_state(model, ids), ids, Sampler(), tokens),
+        )  # fmt: skip
+        scores = [score_of(e.answer, e.prompt, confidence, seed) for e in examples]
+        learn, tune = halves([*zip(scores, [e.agrees for e in examples])])
+        if budget is not None:
+            share = share_for(budget, ratio)
+            cut = cut_for_share([s for s, _ in tune], share)
+        else:
+            cut = isotonic(*zip(*learn)).cut(threshold)
+        check_pays(np.mean([s >= cut for s, _ in tune]), ratio)
+    loop = Cascade(lm.decode, model, score if confidence else "random", float(cut), seed)
+    return replace(lm, decode=loop)
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class Cascade(TokenLoop):
+    """The small model's answer if its score reaches the cut, else what the inner loop yields."""
+
+    inner: Part
+    small: Transformer
+    score: str
+    cut: float  # in units of the score: g(score) >= threshold if and only if score >= cut
+    seed: int
+
+    def __call__(
+        self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
+    ) -> Iterator[int]:
+        """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``."""
+        if not limit:
+            return
+        ledger.event("requests")
+        answer = answer_of(self.small, new_state(self.small, ids), ids, choose, limit)
+        if answer.complete and self.keeps(answer, ids):
+            ledger.event("small answers kept")
+            yield from answer.tokens
+            # Past the end of a text (if the caller asks on) anything will do.
+            yield from repeat(answer.tokens[-1], limit - len(answer.tokens))
+        else:
+            yield from self.inner(model, state, ids, choose, limit)
+
+    def keeps(self, answer: Answer, ids: Sequence[int]) -> bool:
+        return score_of(answer, ids, SCORES.get(self.score), self.seed) >= self.cut
+
+
+# Scores: the more confident, the higher ----------------------------------------------------------
+
+
+def mean_logprob(answer: Answer) -> float:
+    return float(np.mean(answer.logprobs))
+
+
+def lowest_probability(answer: Answer) -> float:
+    return float(np.exp(np.min(answer.logprobs)))
+
+
+def certainty(answer: Answer) -> float:
+    """1 - mean entropy / ln V: 1 if every token was certain, 0 if all were equally likely."""
+    return 1 - float(np.mean(answer.entropies))
+
+
+SCORES: dict[str, Callable[[Answer], float]] = {
+    "logprob": mean_logprob,
+    "lowest": lowest_probability,
+    "entropy": certainty,
+}
+
+
+def score_of(answer: Answer, ids: Sequence[int], confidence, seed: int) -> float:
+    """The score of an answer to the prompt ``ids``; without a confidence a uniform number."""
+    return uniform_of(ids, seed) if confidence is None else confidence(answer)
+
+
+# Offline: calibration ----------------------------------------------------------------------------
+
+
+class Isotonic(NamedTuple):
+    """A step function that never falls: g(score) = p[i] from score[i] up to score[i + 1]."""
+
+    score: np.ndarray  # (m,) ascending: where each step begins
+    p: np.ndarray  # (m,) ascending
+
+    def __call__(self, score: float) -> float:
+        """Scores below all steps have the first step's probability."""
+        return float(self.p[max(int(self.score.searchsorted(score, side="right")) - 1, 0)])
+
+    def cut(self, threshold: float) -> float:
+        """The lowest score with g(score) >= threshold: -Inf if all have it, +Inf if none has."""
+        enough = np.flatnonzero(self.p >= threshold)
+        if not len(enough):
+            return np.inf
+        return -np.inf if enough[0] == 0 else float(self.score[enough[0]])
+
+
+def isotonic(scores: Sequence[float], right: Sequence[bool]) -> Isotonic:
+    """The step function with the least squared error to ``right`` (1 or 0) among those that never
+    fall, by pooling adjacent violators: walk up the scores, each a block of its own; while a block
+    has a lower mean than the one before, or the same, merge the two."""
+    blocks: list[list] = []  # [first score, sum of right, count]
+    for score, is_right in sorted(zip(scores, map(float, right))):
+        if blocks and blocks[-1][0] == score:  # equal scores cannot be told apart
+            blocks[-1][1:] = blocks[-1][1] + is_right, blocks[-1][2] + 1
+        else:
+            blocks.append([score, is_right, 1])
+        while len(blocks) > 1 and blocks[-2][1] * blocks[-1][2] >= blocks[-1][1] * blocks[-2][2]:
+            _, total, count = blocks.pop()
+            blocks[-1][1:] = blocks[-1][1] + total, blocks[-1][2] + count
+    first, total, count = map(np.array, zip(*blocks))
+    return Isotonic(first, total / count)
+
+
+def share_for(budget: float, ratio: float) -> float:
+    """The share of the small answers that has to be kept; ratio: c_s / c_b."""
+    if budget < ratio:
+        raise MinitxError(
+            f"cascade: the small model alone takes {ratio:.3f} of the big one's multiply-adds, so "
+            f"no threshold meets budget={budget:g}; give at least that, or a smaller model."
+        )
+    return max(1 + ratio - budget, 0.0)
+
+
+# Cost --------------------------------------------------------------------------------------------
+
+
+def expected_cost(accept: float, c_s: float, c_b: float) -> float:
+    """Mean cost of a request of which the share ``accept`` of the small answers is kept."""
+    return c_s + (1 - accept) * c_b
+
+
+def break_even(c_s: float, c_b: float) -> float:
+    """The accept rate above which a cascade costs less than the big model alone."""
+    return c_s / c_b
+
+
+def check_pays(accept: float, ratio: float) -> None:
+    if accept <= ratio:
+        warn(
+            f"cascade: {accept:.0%} of the small answers to calibration prompts are kept, and the "
+            f"small model takes {ratio:.0%} of the big one's multiply-adds, so both together take "
+            "more than the big model alone; use a lower threshold or budget, or a smaller model."
+        )

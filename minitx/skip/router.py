@@ -1,0 +1,236 @@
+"""Routing between two models: decide from the prompt alone which one answers.
+
+This file: the card and options, the token loop (online), the features, the logistic regression and
+the threshold under a budget (offline), the cost formula, notes. The calibration examples are in
+shared/small_answers.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import numpy as np
+
+from minitx import ledger
+from minitx.decode import Autoregressive, Sampler, TokenLoop, new_state
+from minitx.errors import MinitxError
+from minitx.model import Transformer
+from minitx.second_model import SMALL_NAMES, small_model
+from minitx.shared.logistic_regression import fit_logistic, sigmoid
+from minitx.shared.small_answers import (
+    AnswerTokens,
+    Cuts,
+    Example,
+    Stories,
+    cut_for_share,
+    examples_of,
+    halves,
+    relative_cost,
+    uniform_of,
+)
+from minitx.state import State
+from minitx.technique import SEEDS, at_least, technique
+from minitx.tree import Part, float_type, part
+
+
+@technique(
+    level="answer",
+    exact=False,
+    neutral={"threshold": 2.0},
+    demo={"small": "self", "choose": "random", "threshold": 0.5, "seed": 29},
+    event="requests routed to the small model",
+)
+def router(
+    lm,
+    *,
+    small: Annotated[str, "the model for easy prompts: " + SMALL_NAMES] = "auto",
+    threshold: Annotated[
+        float | None,
+        "the small model answers if the predicted probability that it is good enough is at least "
+        "this; 0: always, above 1: never",
+        at_least(0),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        "instead of a threshold: mean multiply-adds allowed, relative to the big model alone; "
+        "default: 0.7 if no threshold is given",
+        at_least(0),
+    ] = None,
+    features: Annotated[
+        Literal["tokens", "perplexity"],
+        "what is seen of the prompt: the tokens of its end; or how well the small model predicts "
+        "it, which takes a pass of that model over every prompt",
+    ] = "tokens",
+    choose: Annotated[
+        Literal["learned", "random"], "route by what was learned, or a random baseline"
+    ] = "learned",
+    tokens: AnswerTokens = 1,
+    stories: Stories = 32,
+    cuts: Cuts = 8,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+):
+    """Route each prompt to a small or the big model by a learned classifier of the prompt.
+
+    Paper:     Ong et al., "RouteLLM: Learning to Route LLMs with Preference Data", 2024, arXiv
+               2406.18665, is the best known of several.
+    Fidelity:  ours, after the idea: the paper's routers learn from human preferences; here logistic
+               regression learns where two models agree. The abstract was all we had (in notes).
+    Kind:      approximate; exact with threshold > 1, where the big model answers everything.
+    Idea:      Many requests are easy, and some of them look easy. Whole requests are routed, before
+               anything is generated (layer_router and head_router route tokens inside a model).
+    Offline:   prompts x from calibration texts; the small model is good enough for x if its greedy
+               answer is the big one's
+               first half:  w, b = logistic regression of that on f(x)
+               second half: with a budget, the threshold that routes the share a of the prompts to
+               the small model with which E[cost] = budget * c_b
+    Online:    f(x) = ln length; the last token; a bag of the last 16 tokens (hashed to 256 buckets)
+               r = sigmoid(w f(x) + b)
+               r >= threshold: the small model answers, else the big one; the other never runs
+    Saves:     E[cost] = c_r + a c_s + (1 - a) c_b; a: share of prompts routed to the small model.
+               Nothing is paid twice, as in a cascade; but nobody looks at the answer. c_r: 513
+               multiply-adds; with features=perplexity a pass of the small model (c_s then less).
+    In NumPy:  time falls as multiply-adds do (Notes). Tokens are streamed.
+    Not for:   prompts that look alike where only the text before them makes one hard. A prompt and
+               its limit must fit the small model's context, else the big one answers.
+    Proof:     tests/skip/test_router.py; literal version: tests/skip/literal_router.py
+    """
+    if threshold is not None and budget is not None:
+        raise MinitxError("router: got both threshold and budget; give only one of them.")
+    if threshold is not None and threshold > 1:
+        return lm
+    model = small_model(lm, small, "router", "small")
+    seen: Part | None = None
+    if choose == "learned":
+        seen = PromptTokens() if features == "tokens" else PromptLoss()
+    w, b, cut = None, 0.0, threshold
+    if threshold is None or threshold > 0 and seen:
+        examples = examples_of(
+            "router", lm, model, stories, cuts, tokens, "use threshold=0 or choose=random"
+        )
+        learn, tune = halves(examples)
+        if seen:
+            w, b = learned(seen, model, learn, float_type(lm.model))
+        if threshold is None:
+            trial = Router(lm.decode, model, seen, w, b, -np.inf, seed)  # routes all to the small
+            state = new_state(lm.model, [])
+            c_s, c_r = (
+                relative_cost(lm, examples, tokens, work) for work in (
+                    lambda ids: list(trial(lm.model, state, ids, Sampler(), tokens)), trial.score
+                )
+            )  # fmt: skip
+            share = share_for(0.7 if budget is None else budget, c_s, c_r)
+            cut = cut_for_share([trial.score(e.prompt)[0] for e in tune], share)
+    return replace(lm, decode=Router(lm.decode, model, seen, w, b, float(cut), seed))
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class Router(TokenLoop):
+    """The small model's plain loop for prompts that score at least the cut, else the inner loop."""
+
+    inner: Part
+    small: Transformer
+    features: Part | None  # None: a random baseline
+    w: np.ndarray | None  # (features,); None: the score does not matter
+    b: float
+    cut: float
+    seed: int
+
+    def __call__(
+        self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
+    ) -> Iterator[int]:
+        """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``."""
+        if not limit:
+            return
+        ledger.event("requests")
+        fits = len(ids) + limit <= self.small.config.context + 1
+        score, small_state = self.score(ids) if fits else (-np.inf, None)
+        if fits and score >= self.cut:
+            ledger.event("requests routed to the small model")
+            yield from Autoregressive()(self.small, small_state, ids, choose, limit)
+        else:
+            yield from self.inner(model, state, ids, choose, limit)
+
+    def score(self, ids: Sequence[int]) -> tuple[float, State]:
+        """r, and the small model's state, which may hold most of the prompt by now."""
+        state = new_state(self.small, ids)
+        if self.features is None:
+            return uniform_of(ids, self.seed), state
+        if self.w is None:  # threshold=0: all are routed to the small model
+            return 1.0, state
+        x = self.features(self.small, state, ids)
+        ledger.count(multiply_adds=len(x))
+        return float(sigmoid(x @ self.w + self.b)), state
+
+
+# Features ----------------------------------------------------------------------------------------
+
+LAST, BUCKETS = 16, 256  # tokens of the prompt's end that are seen, and hash buckets for them
+
+
+@part
+class PromptTokens(Part):
+    """ln length; the last token; a bag of the last 16 tokens."""
+
+    def __call__(self, small: Transformer, state: State, ids: Sequence[int]) -> np.ndarray:
+        x = np.zeros(1 + 2 * BUCKETS)
+        x[0] = np.log(len(ids))
+        x[1 + bucket(ids[-1])] = 1
+        for token in ids[-LAST:]:
+            x[1 + BUCKETS + bucket(token)] += 1
+        return x
+
+
+def bucket(token: int) -> int:
+    """A number below 256: the leading bits of the token times a constant (multiplicative
+    hashing), so that a vocabulary of any size has as many weights."""
+    return (token * 2654435769 % 2**32) * BUCKETS >> 32
+
+
+@part
+class PromptLoss(Part):
+    """ln length; the small model's mean loss on the prompt, and on its last 16 tokens."""
+
+    def __call__(self, small: Transformer, state: State, ids: Sequence[int]) -> np.ndarray:
+        from minitx.training.loss import token_losses  # training imports techniques
+
+        if len(ids) == 1:
+            return np.zeros(3)
+        logits = small(ids[:-1], state)  # the last token is run when the answer begins
+        losses = token_losses(logits, np.array(ids[1:]))
+        return np.array([np.log(len(ids)), losses.mean(), losses[-LAST:].mean()])
+
+
+# Offline -----------------------------------------------------------------------------------------
+
+RIDGE = 1.0  # penalty of the weights of standardized features
+
+
+def learned(features: Part, small: Transformer, examples: Sequence[Example], dtype):
+    """Logistic regression of "the small answer is right" on the features of the prompt."""
+    x = np.array([features(small, new_state(small, e.prompt), e.prompt) for e in examples])
+    right = np.array([e.agrees for e in examples], float)
+    w, b = fit_logistic(x, right, np.ones(len(right)), RIDGE)
+    return w.astype(dtype), b
+
+
+def share_for(budget: float, c_s: float, c_r: float) -> float:
+    """The share of the prompts that the small model has to answer; c_s: cost of a request that is
+    routed to it, c_r: of routing alone, both relative to the big model."""
+    if budget < c_s:
+        raise MinitxError(
+            f"router: the small model alone takes {c_s:.3f} of the big one's multiply-adds, so no "
+            f"threshold meets budget={budget:g}; give at least that, or a smaller model."
+        )
+    return min(max((1 + c_r - budget) / (1 + c_r - c_s), 0.0), 1.0)
+
+
+# Cost --------------------------------------------------------------------------------------------
+
+
+def expected_cost(share: float, c_s: float, c_b: float, c_r: float = 0.0) -> float:
+    """Mean cost of a request if this share is routed to the small model. c_s: of its answer, c_b:
+    of the big one's, c_r: of routing."""
+    return c_r + share * c_s + (1 - share) * c_b
