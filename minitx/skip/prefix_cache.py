@@ -88,7 +88,7 @@ def with_drafts(loop: Part, store: Part, block: int) -> Part:
     def change(node: Part) -> Part | None:
         if type(node) is Transformer and not why_not(node):
             own = {f.name: getattr(node, f.name) for f in fields(node)}
-            return SecondModel(**own, store=store, block=block)
+            return PrefixModel(**own, store=store, block=block)
 
     return rebuild(loop, change)
 
@@ -179,7 +179,7 @@ class PrefixCache(ReusesPrefixes, TokenLoop):
 
 
 @part
-class SecondModel(ReusesPrefixes, Transformer):
+class PrefixModel(ReusesPrefixes, Transformer):
     """A second model inside the loop, such as the draft of speculative decoding. It has a state of
     its own, and the first ids that it runs are the prompt; what it writes itself is not stored."""
 
