@@ -96,7 +96,7 @@ class SemanticCache(AnswerLoop):
     ) -> Iterator[int]:
         """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``. If the caller
         goes on after the end of a stored text, the model continues it."""
-        held = 0 if decides(model) == "token" else state.position
+        held = state.position if state.position and decides(model) != "token" else 0
         stored, new = self.begin(model, ids, choose, limit, held)
         yield from stored
         if len(stored) < limit:
