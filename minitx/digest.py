@@ -125,13 +125,10 @@ class _Pieces:
 
     def of_function(self, f) -> Iterator[str | bytes]:
         f = inspect.unwrap(f)
-        if (
-            isinstance(f, FunctionType)
-            and _is_library(f.__module__)
-            and f.__name__ == f.__qualname__
-        ):
-            yield from ("library", f.__module__, f.__name__)
-        elif isinstance(f, FunctionType):
+        is_function = isinstance(f, FunctionType)
+        if is_function and f.__qualname__.isidentifier() and _is_library(f.__module__):
+            yield from ("library", f.__module__, f.__qualname__)
+        elif is_function:
             yield from ("function", f.__module__ or "", f.__qualname__, *self.of_code(f.__code__))
             yield from self.of((f.__defaults__, f.__kwdefaults__))
             for cell in f.__closure__ or ():

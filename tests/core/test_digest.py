@@ -245,6 +245,12 @@ def test_digests_are_the_same_in_another_process():
     assert [what for what, line in zip(expected, lines) if expected[what] != line] == []
 
 
+def test_lambdas_of_a_library_are_told_apart():
+    """Where a name alone would be the same."""
+    lambdas = [eval(f"lambda x: x + {n}", {"__name__": "minitx.ops"}) for n in (1, 2)]
+    assert digest(Holds(lambdas[0])) != digest(Holds(lambdas[1]))
+
+
 def test_constant_that_a_function_uses_by_name_counts(monkeypatch):
     before = digest(Holds(scaled)), digest(Holds(around))
     monkeypatch.setitem(globals(), "FACTOR", 4)
