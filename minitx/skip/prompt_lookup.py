@@ -122,10 +122,10 @@ class NgramIndex:
 # Notes:
 #
 # - The proposals are certain, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
-# - The index holds ``longest`` entries per token, so a search takes as long in a text of any length.
+# - The index holds ``longest`` entries per token: a search takes no longer in a longer text.
 # - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities,
 #   which there are none of here.
-# - On stories, 12 held-out stories, prompts of 60 tokens and 60 new ones, relative to plain decoding
+# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding
 #   (minitx compare --prompt-lookup counts the same on shorter prompts):
 #
 #                               accepted   tokens per pass   multiply-adds   weight bytes
