@@ -13,7 +13,7 @@ from minitx import ledger, ops
 from minitx.decode import Sampler, TokenLoop
 from minitx.model import Transformer
 from minitx.shared.plain_loop import need_plain_loop
-from minitx.shared.token_tree import TokenTree, TreeStep, follow, need_branches
+from minitx.shared.token_tree import TokenTree, TreeStep, check_unchanged, follow, need_branches
 from minitx.state import State
 from minitx.technique import SEEDS, at_least, technique
 from minitx.tree import part
@@ -102,6 +102,7 @@ class Lookahead(TokenLoop):
         self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
     ) -> Iterator[int]:
         """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``."""
+        check_unchanged(model, "lookahead")
         text, rng = list(ids), random.Random(self.seed)
         window, pool = Window.of(ids, self.window, self.ngram, rng), Pool(self.candidates)
         end = len(text) + limit
