@@ -358,7 +358,7 @@ def add_frontier(names, flags) -> None:
     """``minitx frontier FAMILY``: a command for each family, with the options that it needs."""
     from minitx.lab.frontier.families import FAMILIES
 
-    text = "compare all techniques of a family, each tuned to the same share of work"
+    text = "compare all techniques of a family, on equal terms"
     frontier = add(names, "frontier", commands.frontier, text)
     frontier.set_defaults(family=None)
     frontier.choice = "family"
@@ -370,25 +370,10 @@ def add_frontier(names, flags) -> None:
         add_model(command, techniques=False)
         text = f"techniques, and the baselines {', '.join(family.baselines)} (default: all)"
         command.add_argument("--methods", type=words, metavar="A,B", help=text)
-        known = ",".join(f"{share:g}" for share in family.shares)
-        command.add_argument(
-            "--share",
-            type=shares,
-            default=family.shares,
-            metavar="A,B",
-            help=f"shares of the {family.equal} to compare at (default {known})",
-        )
-        if family.equal == "keys":
-            add_sequences(command)
+        if family.equal is None:
+            add_decoding(command)
         else:
-            add_measured(command, 40, 2048)
-            add_chains(command)
-            text = "also the random baselines that techniques have of their own"
-            command.add_argument("--random", action="store_true", help=text)
-            text = "timing rounds (default 3)"
-            command.add_argument("--rounds", type=count, metavar="N", help=text)
-            text = "give a method up after S seconds (default 300)"
-            command.add_argument("--time-limit", type=seconds, metavar="S", help=text)
+            add_shares(command, family)
         command.add_argument("--png", metavar="FILE", help="also draw curves (needs matplotlib)")
         add_json(command)
 
@@ -419,6 +404,44 @@ def add_sequences(command: Parser) -> None:
     add_text(command)
     rounds = "timing rounds (default 15)"
     command.add_argument("--rounds", type=count, default=15, metavar="N", help=rounds)
+
+
+def add_shares(command: Parser, family) -> None:
+    """The options of families that are compared at the same share of something."""
+    known = ",".join(f"{share:g}" for share in family.shares)
+    command.add_argument(
+        "--share",
+        type=shares,
+        default=family.shares,
+        metavar="A,B",
+        help=f"shares of the {family.equal} to compare at (default {known})",
+    )
+    if family.equal == "keys":
+        add_sequences(command)
+        return
+    add_measured(command, 40, 2048)
+    add_chains(command)
+    text = "also the random baselines that techniques have of their own"
+    command.add_argument("--random", action="store_true", help=text)
+    text = "timing rounds (default 3)"
+    command.add_argument("--rounds", type=count, metavar="N", help=text)
+    text = "give a method up after S seconds (default 300)"
+    command.add_argument("--time-limit", type=seconds, metavar="S", help=text)
+
+
+def add_decoding(command: Parser) -> None:
+    for name, default, meaning in (
+        ("prompts", 8, "prompts, of stories or of the text"),
+        ("length", 32, "tokens of each prompt"),
+        ("new", 64, "new tokens after each prompt, at most"),
+        ("rounds", 5, "timing rounds"),
+    ):
+        text = f"{meaning} (default {default})"
+        command.add_argument(f"--{name}", type=count, default=default, metavar="N", help=text)
+    add_grade(command)
+    add_text(command)
+    text = "the second model of methods that need one: a draft, say (default stories-draft)"
+    command.add_argument("--small", default="stories-draft", metavar="MODEL", help=text)
 
 
 def add(names, name: str, run, text: str) -> Parser:

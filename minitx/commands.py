@@ -369,7 +369,7 @@ def frontier(args) -> int | None:
 
     if args.family is None:
         rows = [["family", "the same share of", "what is compared"]]
-        rows += [[f.name, f.equal, f.summary] for f in FAMILIES]
+        rows += [[f.name, f.equal or "-", f.summary] for f in FAMILIES]
         wide = [max(len(row[i]) for row in rows) for i in (0, 1)]
         for name, equal, summary in rows:
             print(fit(f"{name:{wide[0]}}  {equal:{wide[1]}}  {summary}", hanging=sum(wide) + 4))
@@ -377,10 +377,11 @@ def frontier(args) -> int | None:
     family = family_of(args.family)
     if args.png is not None:
         check_picture(args.png)
-    plan = attention_plan(args) if family.equal == "keys" else work_plan(args)
+    plans = {"keys": attention_plan, "multiply-adds": work_plan, None: decoding_plan}
+    plan = plans[family.equal](args)
     plan["text"] = None if args.text is None else read_text(args.text)
     dense = minitx.load(args.model, args.tokenizer, **calibration(args))
-    plan |= dict(shares=args.share, methods=args.methods, grade=grade(args))
+    plan |= dict(methods=args.methods, grade=grade(args))
     found = family.compare(dense, **plan)
     print_report(found, args.json)
     if args.png is not None:
@@ -391,14 +392,19 @@ def frontier(args) -> int | None:
 def attention_plan(args) -> dict:
     check_measured(args, of_stories=("grade",), of_text=())
     chains = args.chains or (8 if args.text is None else 2)
-    return dict(tokens=args.tokens, rounds=args.rounds, chains=chains)
+    return dict(shares=args.share, tokens=args.tokens, rounds=args.rounds, chains=chains)
 
 
 def work_plan(args) -> dict:
     check_measured(args)
     given = {name: getattr(args, name) for name in ("stories", "tokens", "rounds", "time_limit")}
     given = {name: value for name, value in given.items() if value is not None}
-    return given | dict(chains=args.chains, random=args.random)
+    return given | dict(shares=args.share, chains=args.chains, random=args.random)
+
+
+def decoding_plan(args) -> dict:
+    check_measured(args, of_stories=("grade",), of_text=())
+    return {name: getattr(args, name) for name in ("prompts", "length", "new", "rounds", "small")}
 
 
 def cost(args) -> None:

@@ -78,6 +78,9 @@ class Ledger:
     events_at: dict[str, Counter] = field(default_factory=dict)  # the same, by path
     path: str = ""  # of the part that is running
     paths: dict[int, list[str]] = field(default_factory=dict, repr=False)  # of each part, by id
+    entered: Callable[[str], None] | None = (
+        None  # called with the path of a part that begins to run
+    )
 
     def add(
         self,
@@ -212,6 +215,8 @@ def _noted(method, ledger: Ledger, paths: dict[int, list[str]]):
     def noted(self, *args, **options):
         before = ledger.path
         ledger.path = _path(paths.get(id(self), [before]), before, args)
+        if ledger.entered and ledger.path != before:
+            ledger.entered(ledger.path)
         try:
             return method(self, *args, **options)
         finally:

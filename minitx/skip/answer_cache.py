@@ -14,10 +14,11 @@ from typing import Annotated
 import numpy as np
 
 from minitx import ledger
-from minitx.decode import Sampler, TokenLoop
+from minitx.decode import Sampler
 from minitx.errors import MinitxError
 from minitx.model import Transformer
 from minitx.shared.answer_key import digest_of, key_of, prompt_field, request
+from minitx.shared.answer_loop import AnswerLoop
 from minitx.shared.answer_store import MEMORY, AnswerStore, check_file, default_file
 from minitx.state import State
 from minitx.technique import at_least, decides, technique
@@ -97,7 +98,7 @@ def checked(file: str | None) -> str | None:
 
 
 @part
-class AnswerCache(TokenLoop):
+class AnswerCache(AnswerLoop):
     """Yields the stored answer, or runs the inner loop and stores what it yields."""
 
     inner: Part
@@ -111,42 +112,21 @@ class AnswerCache(TokenLoop):
         """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``. If the caller
         goes on after the end of a stored text, the model runs after all."""
         held = 0 if decides(model) == "token" else state.position
-        asked = self.ask(model, ids, choose, limit, held)
-        found = self.look_up(model, asked)
+        found, answer = self.begin(model, ids, choose, limit, held)
         yield from found
         if len(found) == limit:
             return
-        answer = Answer(self, model, asked)
         for i, token in enumerate(self.inner(model, state, ids, choose, limit)):
             answer.add(token)
             if i >= len(found):  # the first ones have been yielded
                 yield token
 
-    def batch(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        choosers: Sequence[Sampler],
-        limit: int,
-    ) -> Iterator[list[int]]:
-        """B prompts: see ``TokenLoop``. Those without a stored answer run in one batch; a row whose
-        stored answer has ended repeats its last token."""
-        if not limit:
-            return
-        asked = [self.ask(model, ids, choose, limit) for ids, choose in zip(prompts, choosers)]
-        found = [self.look_up(model, one) for one in asked]
-        missing = [row for row, answer in enumerate(found) if not answer]
-        answers = [Answer(self, model, asked[row]) for row in missing]
-        steps: Iterator = iter([[]] * limit)
-        if missing:
-            rows = [prompts[row] for row in missing], [choosers[row] for row in missing]
-            steps = self.inner.batch(model, *rows, limit)
-        for t, tokens in enumerate(steps):
-            for answer, token in zip(answers, tokens):
-                if not answer.ended:  # then a row may yield anything
-                    answer.add(token)
-            new = dict(zip(missing, tokens))
-            yield [new[i] if i in new else own[min(t, len(own) - 1)] for i, own in enumerate(found)]
+    def begin(
+        self, model: Transformer, ids: Sequence[int], choose: Sampler, limit: int, held: int = 0
+    ) -> "tuple[list[int], Answer]":
+        """The stored answer or [], and the one to be generated: see ``AnswerLoop``."""
+        asked = self.ask(model, ids, choose, limit, held)
+        return self.look_up(model, asked), Answer(self, model, asked)
 
     def ask(self, model, ids, choose: Sampler, limit: int, held: int = 0) -> "Request | None":
         """The request, or None if it is not deterministic."""

@@ -50,7 +50,8 @@ def speculative(
 
     Paper:     Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", ICML
                2023, arXiv 2211.17192. Chen et al., arXiv 2302.01318, have the same rule.
-    Fidelity:  the paper's text. draft=auto and draft=self are ours.
+               stop, adapt: Zhang et al., "Draft & Verify", ACL 2024, arXiv 2309.08168.
+    Fidelity:  the paper's text; stop and adapt: the authors' code. draft=auto and self are ours.
     Kind:      exact: samples follow the target model's distribution; greedy text is the same,
                except for ties that rounding decides.
     Idea:      Decoding is memory-bandwidth bound: each pass reads all weights for one token. A pass
@@ -58,22 +59,23 @@ def speculative(
     Offline:   nothing.
     Online:    one round; p[i] and q[i]: the target's and the draft's distributions of the token
                after the text and x[1..i-1]
-               x[i] ~ q[i]             for i = 1..gamma: the draft proposes, token by token
+               x[i] ~ q[i]             for i = 1..gamma: the draft proposes, token by token; stop at
+                                       the first x[i] to which it gives a probability below stop
                p[1], ..., p[gamma+1]   one target pass over the text's last token and x[1..gamma]
                accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
                at the first rejection, stop; draw from the residual max(0, p[i] - q[i]) / its sum
                if all are accepted, draw one more token from p[gamma+1]
                drop rejected tokens from both KV caches; the token drawn last enters them in the
                next round
-    Saves:     sequential passes of the target, so bytes of weights read (0.46x on stories, those of
-               the draft included); multiply-adds rise (1.5x). If every proposal is accepted
-               independently with the rate
+    Saves:     sequential passes of the target, so bytes of weights read (0.36x on stories, those of
+               the draft included); multiply-adds rise (1.24x). With stop=0, if every proposal is
+               accepted independently with the rate
                alpha   = E[sum over tokens x of min(p(x), q(x))]
                tokens  = (1 - alpha^(gamma+1)) / (1 - alpha)       per round, on average
                speedup = tokens / (gamma c + v);  c, v: time of one draft step and of the target's
                pass, both divided by the time of a plain decoding step (paper: v = 1)
-    In NumPy:  0.7x to 1.3x the throughput on stories, whose weights fit the CPU's cache: v = 1.5
-               at gamma=4, c = 0.28 (Notes).
+    In NumPy:  1.15x the throughput on stories, whose weights fit the CPU's cache: a pass over five
+               tokens takes 1.5 steps, a draft step 0.28 (Notes).
     Not for:   a draft with another vocabulary, or one whose parts free cache rows; batches, whose
                sequences are decoded one by one.
     Proof:     tests/skip/test_speculative.py; literal version: tests/skip/literal_speculative.py
@@ -166,21 +168,28 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 # - Near the limit a round proposes fewer tokens, because the target always adds one.
 # - The sequences of a batch accept different numbers of tokens, so each is decoded by itself, in
 #   turns.
-# - On stories, five prompts continued by 100 tokens, fastest of four runs with one BLAS thread:
+# - Why tokens may stop a round and the text stays exact: minitx/shared/draft_length.py.
+# - On stories, 12 held-out stories, prompts of 60 tokens and 60 new ones, relative to plain decoding
+#   (minitx compare --speculative gamma=4 stop=0 counts the same on shorter prompts):
 #
-#                           tokens per target pass       throughput, plain = 1
-#       draft     gamma     greedy    temperature 1      greedy    temperature 1
-#       auto        2        2.18         2.60            0.96         1.09
-#       auto        4        2.89         3.74            0.98         1.18
-#       auto        8        3.11         4.92            0.69         1.03
-#       self        4        3.62         4.64            0.86         1.07
+#                                   accepted   tokens per pass   multiply-adds   weight bytes
+#       greedy
+#         gamma=1 stop=0               76 %         1.74             1.13x           0.64x
+#         gamma=2 stop=0               72 %         2.42             1.19x           0.50x
+#         gamma=4 stop=0               64 %         3.50             1.29x           0.39x
+#         gamma=8 stop=0               41 %         4.09             1.68x           0.41x
+#         gamma=8 stop=0.3 (default)   70 %         3.87             1.24x           0.36x
+#         gamma=8 stop=0.6             81 %         3.46             1.16x           0.38x
+#         gamma=8 stop=0.8             81 %         3.24             1.15x           0.39x
+#         draft=self                   82 %         4.31             1.62x           0.75x
+#       temperature 1
+#         gamma=4 stop=0               80 %         4.06             1.18x           0.34x
+#         gamma=8 stop=0               62 %         5.67             1.37x           0.30x
+#         gamma=8 stop=0.3 (default)   81 %         3.55             1.19x           0.37x
 #
-#   With auto and self, sampling accepts more than greedy decoding: greedy rejects whenever the two
-#   argmaxes differ, sampling with probability 1 - sum(min(p, q)), which is small where q is close
-#   to p.
-#
-#   A step of stories-draft takes 0.28 steps of stories, a step of its first half 0.62; a pass over
-#   2, 5, 9 tokens takes 1.24, 1.48, 1.90 steps. For auto, gamma=4 and temperature 1, the formula on
-#   the card gives 3.74 / (4 * 0.28 + 1.48) = 1.44, not 1.18: it leaves out the sampler and the loop
-#   (about 0.3 steps a round), and a target pass that alternates with the draft takes about 1.2
-#   times as long as the same pass repeated.
+#   Greedy decoding rejects whenever the two argmaxes differ, which is likely where the draft is
+#   unsure: there it pays to stop. Sampling rejects with probability 1 - sum(min(p, q)), which is
+#   small where q is close to p, unsure or not: there stop=0 gives more tokens per pass, in the same
+#   time. adapt=true moves the threshold by 0.001 a round, so it matters only in long texts.
+# - The loop itself is cheap beside the passes: verifying a greedy round takes 8 microseconds, a
+#   sampled one 80 (most of it softmaxes over the vocabulary), a step of stories 600.

@@ -163,6 +163,7 @@ NUMBERS = {
     "sweep elsa": ("--stories", "--chains"),
     "frontier attention": ("--share", "--chains", "--tokens", "--rounds"),
     "frontier structure": ("--share", "--stories", "--time-limit"),
+    "frontier decoding": ("--prompts", "--length", "--new", "--rounds"),
     "train x": ("--workers", "--time-limit"),
     "stories": ("--seed", "--count"),
 }
@@ -247,7 +248,8 @@ def test_help_lists_techniques_and_the_options_of_those_given(capsys):
 PRINTED = [
     *([name, "--help"] for name in COMMANDS + ["compare", "sweep", "frontier", "cost"]),
     *([["--help"], ["list"], ["models"], ["show"]]),
-    *([["frontier"], ["frontier", "structure", "--help"], ["frontier", "attention", "--help"]]),
+    ["frontier"],
+    *(["frontier", family, "--help"] for family in ("structure", "attention", "decoding")),
     *(["explain", technique.name] for technique in techniques()),
     ["compare", "--early-exit", "--stories", "2"],
     ["sweep", "ffn-skip", "threshold=0.9,0.95", "cold_start=3", "warm_up=0", "--stories", "1"],
@@ -258,6 +260,7 @@ PRINTED = [
     ["check", "stories-skipless"],
     [*["frontier", "attention", "--chains", "1", "--tokens", "48", "--rounds", "1"]]
     + ["--methods", "window,random,predictive-attention"],
+    ["frontier", "decoding", "--prompts", "1", "--new", "4", "--rounds", "1"],
 ]
 
 

@@ -113,6 +113,27 @@ def test_work_of_another_part_is_counted_as_its_own():
     assert counts.entries == {"model.head": Entry(5, 0, 3), "": Entry(2)}
 
 
+def test_ledger_tells_which_part_begins_to_run():
+    lm = tiny_lm()
+    seen = []
+    with counting(lm) as counts:
+        counts.entered = seen.append
+        lm.model.next_argmax(IDS)
+    outer = [
+        path for path in seen if path.count(".") < 2 or path.endswith(("blocks.0", "blocks.1"))
+    ]
+    # A part that calls another method of its own has not begun anew: next_argmax calls hidden.
+    assert outer == [
+        "model",
+        "model.embed",
+        "model.stack",
+        "model.stack.blocks.0",
+        "model.stack.blocks.1",
+        "model.norm",
+        "model.head",
+    ]
+
+
 def test_integers_are_counted_by_their_bits_within_all_multiply_adds():
     x, w = np.zeros((2, 3), np.float32), np.zeros((3, 5), np.int8)
     with counting(tiny_lm()) as counts:

@@ -35,6 +35,12 @@ WORDS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """A word may be the name of a file that a technique writes."""
+    monkeypatch.chdir(tmp_path)
+
+
 def outcome(run, *arguments):
     """What it returns, or its MinitxError, whose message is checked."""
     began = time.process_time()

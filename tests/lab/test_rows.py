@@ -34,8 +34,8 @@ def test_a_pass_computes_the_logits_of_its_rows_after_the_same_cache(batch):
 
 
 def test_ratios_are_those_within_a_round():
-    """Five rows over one row: 6 / 2, 4 / 4 and 4 / 2."""
-    price = Price(TINY, {1: [2.0, 4.0, 2.0], 5: [6.0, 4.0, 4.0]})
+    """Five rows over one row: 6 / 2, 4 / 4 and 2 / 1."""
+    price = Price(TINY, {1: [2.0, 4.0, 1.0], 5: [6.0, 4.0, 2.0]})
     assert price.ratio(5) == {"median": 2, "lowest": 1, "highest": 3}
     text = as_text([price], Plan(rows=(1, 5), rounds=3))
     assert "2e+03 ms" in text and "2.00x" in text and "1.00-3.00" in text

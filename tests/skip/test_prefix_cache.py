@@ -15,6 +15,7 @@ from minitx.decode import Sampler
 from minitx.errors import MinitxError, MinitxWarning
 from minitx.lm import LM
 from minitx.skip.prefix_cache import Block, PrefixStore, extend
+from minitx.skip.speculative import DraftModel, Speculative
 from minitx.technique import apply, wrap
 from minitx.tree import Part, part
 
@@ -252,6 +253,64 @@ def test_speculation_goes_on_from_reused_rows(family, loop, inner):
     assert both.generate(IDS[:13], 20, **seeded) == without.generate(IDS[:13], 20, **seeded)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_draft_model_reuses_prefixes_too(family):
+    """The first 12 of 16 prompt tokens are three blocks of 4 that both models have stored. Of a
+    prompt found as a whole, each model runs the last token."""
+    dense, new = tiny_lm(family, dtype=np.float64), IDS[:13] + [1, 2, 3]
+    lm = cached(dense, block=4, speculative={"draft": "self", "gamma": 3})
+    assert type(lm.decode.inner.draft.model).__name__ == "SecondModel"
+    found = []
+    for prompt in (IDS[:15], new, new):
+        with ledger.counting(lm) as counts:
+            assert lm.generate(prompt, 9) == dense.generate(prompt, 9)
+        names = ("prompt tokens reused", "prompt tokens reused by the second model")
+        found.append(tuple(counts.events[name] for name in names))
+    assert found == [(0, 0), (12, 12), (15, 15)]
+    held = {len(block.layers) for block in lm.decode.store.blocks.values()}
+    assert held == {1, 2}, "blocks of the draft, one layer, and of the target, two"
+
+
+def test_a_draft_proposes_the_same_from_reused_rows():
+    """The same proposals, so the same number is accepted, with a seed too."""
+    dense = tiny_lm(dtype=np.float64)
+    speculative = {"speculative": {"draft": "self", "gamma": 3}}
+    alone, lm = apply(dense, speculative), cached(dense, block=2, **speculative)
+    for options in ({}, {"temperature": 1.0, "seed": 4}):
+        for prompt in (IDS[:13], IDS[:11] + [1, 2]):
+            found = []
+            for one in (alone, lm, lm):
+                with ledger.counting(one) as counts:
+                    text = one.generate(prompt, 20, **options)
+                found.append((text, counts.events["draft tokens accepted"]))
+            assert found[0] == found[1] == found[2]
+
+
+def test_of_a_draft_only_the_prompt_is_stored_and_under_its_own_weights():
+    """Blocks of one token: what the draft writes, one or two tokens at a time, is no beginning."""
+    dense, other = tiny_lm(dtype=np.float64), tiny_model(seed=3, dtype=np.float64)
+    lm = cached(replace(dense, decode=Speculative(DraftModel(other), 3)), block=1)
+    lm.generate(IDS[:13], 9)
+    seed = lm.decode.store.seed(lm.decode.inner.draft.model)
+    hashes = [seed]
+    extend(hashes, IDS, 1, 13)
+    target = [lm.decode.store.seed(lm.model)]
+    extend(target, IDS[:13] + dense.generate(IDS[:13], 9), 1, 22)
+    assert {*lm.decode.store.blocks} <= {*hashes[1:], *target[1:]}
+    assert {*hashes[1:]} <= {*lm.decode.store.blocks}, "the prompt of the draft"
+
+
+def test_a_draft_that_remembers_more_than_keys_and_values_runs_the_whole_prompt():
+    dense = tiny_lm(dtype=np.float64)
+    odd = wrap(dense, "attn", lambda attn, index: Unfit(attn, has_history=True)).model
+    for draft, kind in ((odd, "Transformer"), (dense.model, "SecondModel")):
+        loop = Speculative(DraftModel(draft), 3)
+        lm = cached(replace(dense, decode=loop), block=4)
+        assert type(lm.decode.inner.draft.model).__name__ == kind
+        for _ in range(2):
+            assert lm.generate(IDS[:13], 9) == dense.generate(IDS[:13], 9)
+
+
 @part
 class LeftOut(Part):
     """Stands in for attention: adds nothing, stores no rows."""
@@ -399,9 +458,9 @@ def test_forget_empties_the_store():
 
 
 def test_a_precomputed_folder_begins_with_an_empty_store(tmp_path):
-    lm = cached(tiny_lm(), block=4, megabytes=2.0)
+    lm = cached(tiny_lm(), block=4, megabytes=2.0, speculative={"draft": "self"})
     text = lm.generate(IDS[:13], 5)
-    write_precomputed(lm, tmp_path / "out", Origin("toy", "--prefix-cache"), None)
+    write_precomputed(lm, tmp_path / "out", Origin("toy", "--speculative --prefix-cache"), None)
     again = minitx.load(tmp_path / "out")
     assert repr(again.decode) == repr(lm.decode) and not again.decode.store.blocks
     assert generate(again, IDS[:13], 5)[:2] == (text, 0)

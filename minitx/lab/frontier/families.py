@@ -3,7 +3,8 @@ share of what.
 
 A family of techniques that execute fewer multiply-adds needs an entry here and a module
 ``minitx/lab/frontier/NAME.py`` with a table ``METHODS`` (see structure.py): equal_work.py measures
-it. ``attention`` has its own measurements (attention.py).
+it. ``attention`` has its own measurements (attention.py), and so has ``decoding`` (decoding.py),
+whose methods are not tuned: each is shown at settings of its own.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,10 @@ from minitx.lab.frontier.knobs import Method
 
 @dataclass(frozen=True)
 class Family:
-    """Techniques that are compared at the same share of ``equal``."""
+    """Techniques that are compared at the same share of ``equal``, or on the same prompts."""
 
     name: str
-    equal: str  # "keys" or "multiply-adds"
+    equal: str | None  # "keys" or "multiply-adds"; None: nothing is tuned
     shares: tuple[float, ...]  # by default
     summary: str
     table: str  # the module with its METHODS
@@ -30,8 +31,12 @@ class Family:
         return import_module(f"minitx.lab.frontier.{self.table}").METHODS
 
     def compare(self, dense, bar: bool = True, **plan):
-        """The comparison on an LM without techniques: ``plan`` are the fields of attention.Grid, or
-        else of equal_work.Plan."""
+        """The comparison on an LM without techniques: ``plan`` are the fields of attention.Grid, of
+        decoding.Plan, or else of equal_work.Plan."""
+        if self.equal is None:
+            from minitx.lab.frontier.decoding import Plan, compare_decoding
+
+            return compare_decoding(dense, self.methods, Plan(**plan), bar)
         if self.equal == "keys":
             from minitx.lab.frontier.attention import Grid, compare_attention
 
@@ -66,6 +71,15 @@ FAMILIES = (
         "techniques that skip products: zeros, negatives, predicted and reused ones, perforation",
         "calculation",
         ("random", "static"),
+    ),
+    Family(
+        "decoding",
+        None,
+        (),
+        "techniques that skip whole passes of the model, or whole answers: drafts, second models "
+        "and caches, on the same prompts",
+        "decoding_methods",
+        ("plain",),
     ),
 )
 
