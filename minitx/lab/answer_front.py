@@ -11,8 +11,9 @@ Both models answer every question once, from an empty state. What a cascade or a
 done follows from that: whose answer, and which costs (a test checks this against the real loops).
 Thresholds and classifiers come from questions of the calibration split, and an answer counts as
 right there if both models give it (shared/small_answers.py): half of the questions teach, the other
-half sets the thresholds. The last rows show a cascade calibrated as it is by default, on prompts
-cut from stories anywhere: confidence that holds there does not hold for questions.
+half sets the thresholds. "at 0.3" is a budget; "p >= 0.9" a threshold: answers that are right with
+that probability are kept. "by text" is a cascade with this threshold that was calibrated as it is
+by default, on prompts cut from stories anywhere: what holds there need not hold for questions.
 
 Random routing at the same cost is the mean of all ways to choose: on the line between the two
 models alone. Intervals are 95 % bootstrap intervals over stories. z is McNemar's statistic of a
@@ -133,16 +134,16 @@ def methods(lm: LM, small: Transformer, found: Both, examples, budgets, anywhere
     for budget in budgets:
         cut = cut_for_share(sure, share_of_cascade(budget, c_s))
         kept = found.confidence >= cut
-        rows["cascade", f"budget {budget:g}"] = found.mixed(kept, True, found.scoring)
+        rows["cascade", f"at {budget:g}"] = found.mixed(kept, True, found.scoring)
     for budget in budgets:
         c_r = len(found.confidence) * routing / c_b
         cut = cut_for_share(easy, share_of_router(budget, c_s + c_r, c_r))
         routed = found.prompts @ w + b >= cut
-        rows["router", f"budget {budget:g}"] = found.mixed(routed, False, routing)
-    for name, some in (("cascade", learn), ("cascade by text", anywhere)):
+        rows["router", f"at {budget:g}"] = found.mixed(routed, False, routing)
+    for name, some in (("cascade", learn), ("by text", anywhere)):
         g = isotonic([SCORES[SCORE](e.answer) for e in some], [e.agrees for e in some])
         kept = found.confidence >= g.cut(LIKELY)
-        rows[name, f"threshold {LIKELY:g}"] = found.mixed(kept, True, found.scoring)
+        rows[name, f"p >= {LIKELY:g}"] = found.mixed(kept, True, found.scoring)
     rows["big alone", ""] = found.big
     return rows
 
@@ -177,16 +178,16 @@ class Front:
 
     def __str__(self) -> str:
         hops = [*self.found.big.by_hops()]
-        heading = ["", "right", *map(hops_name, hops), "cost", "minus big", "z",
+        heading = ["", "% right", *map(hops_name, hops), "cost", "minus big", "z",
                    "minus random"]  # fmt: skip
         body = [self.row(name, setting, a, hops) for (name, setting), a in self.rows.items()]
         return "\n".join([self.title, "", table([heading, *body]), "", self.chart(), *self.said()])
 
     def row(self, name: str, setting: str, a: Answers, hops) -> list[str]:
         by_hops = a.by_hops()
-        title = f"{name}, {setting}" if setting else name
-        found = [title, percent(a.accuracy), *(percent(by_hops[h]) for h in hops)]
-        found.append(f"{self.cost(a):.3f}x")
+        title = f"{name} {setting}".strip()
+        found = [title, *(f"{100 * x:.1f}" for x in (a.accuracy, *(by_hops[h] for h in hops)))]
+        found.append(f"{self.cost(a):.3f}")
         if "alone" in name and a is self.found.big:
             return [*found, "", "", ""]
         big = self.found.big.right
@@ -199,7 +200,7 @@ class Front:
 
     def points(self, d) -> str:
         low, high = bootstrap(d, self.found.big.stories, seed=self.seed)
-        return f"{100 * np.mean(d):+.1f} ({100 * low:+.0f} to {100 * high:+.0f})"
+        return f"{100 * np.mean(d):+.1f} ({100 * low:+.0f}, {100 * high:+.0f})"
 
     def cost(self, a: Answers) -> float:
         return a.multiply_adds.sum() / self.found.big.multiply_adds.sum()

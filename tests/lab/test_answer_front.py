@@ -89,7 +89,7 @@ def test_examples_of_questions_agree_with_those_of_the_technique(monkeypatch):
 
 def test_budget_buys_accuracy_and_costs_what_it_says():
     f = front()
-    low, high = (f.rows["cascade", f"budget {b:g}"] for b in (0.3, 0.9))
+    low, high = (f.rows["cascade", f"at {b:g}"] for b in (0.3, 0.9))
     assert f.cost(f.rows["small alone", ""]) < 0.1 and f.cost(f.rows["big alone", ""]) == 1
     assert 0.05 < f.cost(low) < f.cost(high) < 1.1
     assert low.accuracy <= high.accuracy <= f.found.big.accuracy + 0.1
@@ -97,7 +97,7 @@ def test_budget_buys_accuracy_and_costs_what_it_says():
 
 def test_report_has_a_row_per_setting_a_chart_and_the_verdict():
     text = str(front())
-    for words in ("small alone", "cascade, budget 0.3", "router, budget 0.9", "big alone",
+    for words in ("small alone", "cascade at 0.3", "router at 0.9", "big alone",
                   "minus random", "2 hops", "% right", "f random"):  # fmt: skip
         assert words in text, words
     assert text.count("random at the same cost") == 3, "a verdict for each method"
