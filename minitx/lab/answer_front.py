@@ -250,7 +250,7 @@ def answer_front(
     model = small_model(lm, small, "answer_front", "small")
     found = both(lm, model, held_out_questions(lm, stories), shown)
     examples = calibration_examples(lm, model, calibration, shown)
-    anywhere, _ = halves(examples_of("cascade", lm, model, 16, 8, 1, "give a tokenizer"))
+    anywhere, _ = halves(examples_of("cascade", lm, model, 32, 8, 1, "give a tokenizer"))
     rows = methods(lm, model, found, examples, budgets, anywhere)
     agree = np.mean([e.agrees for e in examples])
     title = (
