@@ -15,11 +15,13 @@ from functools import cache
 import pytest
 
 import minitx
+from minitx.lab.answers import Question, answer
 from minitx.lab.compare import NEW, Size, continuation, forget
 from minitx.lab.evaluate import Tally
 from minitx.lab.reading import add_up, stories_to_read
 from minitx.ledger import counting
 from minitx.lm import LM
+from minitx.shared.small_answers import cuts_of
 from minitx.technique import apply, find, names
 
 MOST_LOSS, MOST_LEFT = 0.02, 0.95  # what a default may cost, and leave of what it saves
@@ -53,6 +55,17 @@ class Default:
 class NoSaving(Default):
     """A technique that has no setting on the shipped models with a small price and a real saving.
     ``saves`` is what it is about."""
+
+
+@dataclass(frozen=True)
+class OneToken:
+    """A technique that decides who gives a whole answer. Answers of one token to prompts cut from
+    held-out stories at equal distances; pairs are (at least, at most)."""
+
+    agreement: tuple[float, float]  # share of the answers that are the dense model's
+    left: tuple[float, float]  # of its multiply-adds
+    stories: int = 8
+    cuts: int = 6
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,12 @@ PRECOMPUTE = {
     "vocab_prune": Default((-0.01, 0.015), "multiply_adds", (0.7, 0.9), "stories-draft", FEW),
 }
 
+# stories-draft is the small model; the bounds leave room for a better one.
+ANSWER = {
+    "cascade": OneToken((0.9, 1.0), (0.1, 0.6)),
+    "router": OneToken((0.8, 1.0), (0.5, 0.9)),
+}
+
 ROWS = SKIP | PRECOMPUTE
 
 
@@ -214,7 +233,8 @@ def dense(model: str, text: Text, beside: str | None) -> Figures:
 
 
 def test_every_technique_has_a_row():
-    assert set(ROWS) == set(names()), "its default's price and saving are pinned nowhere"
+    all_rows = set(ROWS) | set(ANSWER)
+    assert all_rows == set(names()), "its default's price and saving are pinned nowhere"
     for package, rows in (("minitx.skip", SKIP), ("minitx.precompute", PRECOMPUTE)):
         assert all(names()[name].startswith(package) for name in rows), "in the other table"
 
@@ -244,3 +264,18 @@ def test_default_pays_or_the_card_says_that_none_does(name):
         assert "shipped models" in kind, "the card's Kind does not say that nothing is saved here"
     else:
         assert pays, "a default with this price or this saving does not show the technique at work"
+
+
+@pytest.mark.parametrize("name", ANSWER)
+def test_default_agrees_with_the_dense_model_and_saves(name):
+    row, lm = ANSWER[name], loaded("stories")
+    questions = []
+    for number, text in enumerate(to_read(Reader(lm), Text(stories=row.stories)).texts):
+        for at in cuts_of(len(text.ids), row.cuts, tokens=1):
+            questions.append(Question(number, "mention", text.ids[:at], text.ids[at : at + 1]))
+    dense, found = answer(lm, questions), answer(apply(lm, {name: True}), questions)
+    agreement = sum(a == b for a, b in zip(found.given, dense.given)) / len(questions)
+    low, high = row.agreement
+    assert low <= agreement <= high, f"{agreement:.3f} of the answers are the dense model's"
+    left, (low, high) = found.multiply_adds.sum() / dense.multiply_adds.sum(), row.left
+    assert low <= left <= high, f"the default leaves {left:.3f} of the multiply-adds"
