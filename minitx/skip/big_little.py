@@ -1,0 +1,177 @@
+"""Big-little decoding: a small model writes, and hands over to the big one where it is unsure.
+
+From top to bottom: the card and the options; the loop and its two rules (fallback, rollback); the
+cost formula; notes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import numpy as np
+
+from minitx import ledger
+from minitx.decode import Sampler, TokenLoop, new_state
+from minitx.model import Transformer
+from minitx.ops import argmax_token
+from minitx.second_model import SMALL_NAMES, need_rewind, small_model
+from minitx.shared.break_even import warn
+from minitx.shared.log_softmax import log_softmax
+from minitx.shared.plain_loop import need_plain_loop
+from minitx.shared.random_baseline import random_scores
+from minitx.state import State
+from minitx.technique import SEEDS, at_least, between, technique
+from minitx.tree import Part, nbytes, part, table
+
+
+@technique(
+    level="decode",
+    exact=False,
+    neutral={"longest": 0},
+    demo={"small": "self", "fallback": 0.0, "rollback": 5.0, "longest": 3},
+    event="draft tokens proposed",
+    presets={"paper": {"fallback": 0.6, "rollback": 5.0}, "exact": {"rollback": 0.69}},
+)
+def big_little(
+    lm,
+    *,
+    small: Annotated[str, f"the small model: {SMALL_NAMES}"] = "auto",
+    fallback: Annotated[
+        float,
+        "hand over where the small model's largest probability is below this; 0: never",
+        between(0, 1),
+    ] = 0.6,
+    rollback: Annotated[
+        float,
+        "replace a draft token whose negative log-likelihood under the big model is above this, "
+        "in nats; 0: every one that is not its argmax",
+        at_least(0),
+    ] = 2.0,
+    longest: Annotated[
+        int, "draft tokens in a row, at most; 0: the big model alone", at_least(0, limit=1024)
+    ] = 10,
+    choose: Annotated[
+        Literal["confidence", "random"],
+        "where the small model hands over; random: a baseline, with the probability rate",
+    ] = "confidence",
+    rate: Annotated[float, "of choose=random", between(0, 1)] = 0.25,
+    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+):
+    """A small model drafts while it is confident; a big one checks and corrects."""
+    if longest == 0:
+        return lm
+    need_plain_loop(lm, "big_little")
+    found = small_model(lm, small, "big_little", "small")
+    need_rewind(found, "big_little", "small", "give another small model")
+    if nbytes(found) >= nbytes(lm.model):
+        warn(
+            f"big_little: the small model has {nbytes(found):,} bytes of weights and the big one "
+            f"{nbytes(lm.model):,}, so drafting costs more than it saves; give a smaller one."
+        )
+    if choose == "random":
+        scores = random_scores(1, lm.model.config.context, seed)[0]
+        hands_over: Part = AtRandom(rate, scores)
+    else:
+        hands_over = Unsure(fallback)
+    return replace(lm, decode=BigLittle(lm.decode, found, hands_over, rollback, longest))
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class BigLittle(TokenLoop):
+    """The decoding loop: the small model drafts until it hands over, the big one checks."""
+
+    inner: Part  # the plain loop, for requests that sample
+    small: Part
+    hands_over: Part
+    rollback: float
+    longest: int
+
+    def __call__(
+        self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
+    ) -> Iterator[int]:
+        """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``."""
+        if choose.temperature > 0:
+            ledger.event("requests left to the big model")
+            yield from self.inner(model, state, ids, choose, limit)
+            return
+        text, end = list(ids), len(ids) + limit
+        small_state = new_state(self.small, ids)
+        if limit:  # the big model begins
+            text.append(model.next_argmax(text[state.position :], state))
+            ledger.event("big model passes")
+            yield text[-1]
+        while len(text) < end:
+            # Here the big model's KV cache holds every token except the last one.
+            longest = min(self.longest, end - len(text) - 1)  # the big model adds one of its own
+            drafted = self.draft(text, longest, small_state)
+            logits = model([text[-1], *drafted], state)  # (m + 1, V)
+            kept = first_far(logits, drafted, self.rollback)
+            new = [*drafted[:kept], argmax_token(logits[kept])]
+            text += new
+            state.rewind(len(text) - 1)  # forget what was rolled back
+            small_state.rewind(min(small_state.position, len(text) - 1))
+            ledger.event("big model passes")
+            ledger.event("draft tokens proposed", len(drafted))
+            ledger.event("draft tokens kept", kept)
+            ledger.event("rollbacks", kept < len(drafted))
+            yield from new
+
+    def draft(self, text: list[int], longest: int, state: State) -> list[int]:
+        """Greedy tokens of the small model after ``text``, a prefix of which is in its state, until
+        it hands over. What it reads first are the tokens that the big model added."""
+        drafted: list[int] = []
+        ids = text[state.position :]
+        room = self.small.config.context - len(text) + 1
+        for _ in range(min(longest, room)):
+            logits = self.small.next_logits(ids, state)
+            ledger.event("small model passes")
+            if self.hands_over(logits, len(text) + len(drafted)):
+                ledger.event("hand-overs")
+                break  # its prediction is not kept, nor ever fed to it
+            drafted.append(argmax_token(logits))
+            ids = drafted[-1:]
+        return drafted
+
+
+@part
+class Unsure(Part):
+    """Fallback: is the largest probability below the threshold?"""
+
+    fallback: float
+
+    def __call__(self, logits: np.ndarray, position: int) -> bool:
+        return float(np.exp(log_softmax(logits).max())) < self.fallback
+
+
+@part
+class AtRandom(Part):
+    """The random baseline: hands over without looking, always at the same positions."""
+
+    rate: float
+    scores: np.ndarray = table()  # (context,), uniform in [0, 1)
+
+    def __call__(self, logits: np.ndarray, position: int) -> bool:
+        return bool(self.scores[position] < self.rate)
+
+
+def first_far(logits: np.ndarray, drafted: Sequence[int], rollback: float) -> int:
+    """The index of the first draft token that the big model replaces, or their number if it keeps
+    all. logits (m + 1, V): row i scores the position of draft token i.
+
+    A token is far if -ln P(token) > rollback. One that is the argmax is kept all the same, since
+    the big model would only put it there again."""
+    for i, (row, x) in enumerate(zip(logits, drafted)):
+        if argmax_token(row) != x and -log_softmax(row)[x] > rollback:
+            return i
+    return len(drafted)
+
+
+# Cost --------------------------------------------------------------------------------------------
+
+
+def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> int:
+    """Bytes of weights read. big, small: the bytes that one pass of each model reads."""
+    return big_passes * big + small_passes * small

@@ -1,0 +1,178 @@
+"""Majority vote: sample several answers and return the most frequent one.
+
+From top to bottom: the card and the options; the loop; when voting may stop; what counts as the
+same answer; the arithmetic of independent and of copying voters; notes.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from minitx import ledger
+from minitx.decode import Sampler, TokenLoop
+from minitx.errors import MinitxError
+from minitx.model import Transformer
+from minitx.state import State
+from minitx.technique import SEEDS, above, at_least, technique
+from minitx.tree import Part, part
+
+
+@technique(
+    level="answer",
+    exact=False,
+    neutral={"votes": 1},
+    demo={"votes": 3, "temperature": 0.5},
+    event="votes cast",
+)
+def majority_vote(
+    lm,
+    *,
+    votes: Annotated[
+        int, "answers that are sampled, at most; 1: the answer itself", at_least(1, limit=1024)
+    ] = 5,
+    temperature: Annotated[
+        float, "of the votes of a greedy request; one that samples has its own", above(0)
+    ] = 0.7,
+    same: Annotated[
+        Literal["text", "sentence"],
+        "which answers are the same: those with the same text, or whose first sentences end in the "
+        "same word",
+    ] = "text",
+    choose: Annotated[
+        Literal["majority", "random"],
+        "which answer is returned; random: any of the votes, a baseline at the same cost",
+    ] = "majority",
+    seed: Annotated[int, "of the votes of a greedy request", SEEDS] = 0,
+):
+    """Sample several answers and return the most frequent one."""
+    if votes == 1:
+        return lm
+    if same == "sentence" and lm.tokenizer is None:
+        raise MinitxError(
+            "majority_vote: same=sentence needs a tokenizer, and this model has none; use "
+            "same=text."
+        )
+    compared = {"text": WholeText, "sentence": LastWord}[same](lm.tokenizer)
+    return replace(
+        lm, decode=MajorityVote(lm.decode, compared, votes, temperature, choose == "random", seed)
+    )
+
+
+# Online ------------------------------------------------------------------------------------------
+
+
+@part
+class MajorityVote(TokenLoop):
+    """Samples answers with the inner loop, and yields the one with the most votes."""
+
+    inner: Part
+    compared: Part  # what counts as the same answer
+    votes: int
+    temperature: float
+    at_random: bool
+    seed: int
+
+    def __call__(
+        self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
+    ) -> Iterator[int]:
+        """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``."""
+        if not limit:
+            return
+        self.prefill(model, state, ids)
+        first: dict[Any, list[int]] = {}  # the first answer of each kind, in the order of arrival
+        counts: list[int] = []  # and how many there are of it
+        for voter in self.voters(choose, ids):
+            own = state.fork()
+            answer = self.answer(model, own, ids, voter, limit)
+            kind = self.compared(answer, model.config.eos)
+            if kind not in first:
+                first[kind] = answer
+                counts.append(0)
+            counts[list(first).index(kind)] += 1
+            left = self.votes - sum(counts)
+            if is_decided(counts, left):
+                break
+        ledger.event("votes cast", sum(counts))
+        ledger.event("votes allowed", self.votes)
+        answers = list(first.values())
+        if self.at_random:
+            found = random.Random(self.seed).choices(answers, counts)[0]
+        else:
+            found = answers[winner(counts)]
+        yield from found
+        for _ in range(limit - len(found)):  # it has ended: the rows of a batch go on together
+            yield found[-1]
+
+    def prefill(self, model: Transformer, state: State, ids: Sequence[int]) -> None:
+        """Run the prompt up to its last token, once for all votes. The inner loop does it, in
+        front of a token that nobody needs, since it may know part of the prompt already."""
+        if state.position < len(ids) - 1:
+            next(self.inner(model, state, ids[:-1], Sampler(), 1), None)
+            state.rewind(min(state.position, len(ids) - 1))
+
+    def voters(self, choose: Sampler, ids: Sequence[int]) -> Iterator[Sampler]:
+        """A sampler for each vote. Their seeds follow from the seed and the prompt of the request,
+        so the same request gets the same answer; without a seed, one is drawn."""
+        if choose.temperature == 0:
+            temperature, seed = self.temperature, self.seed
+        else:
+            temperature, seed = choose.temperature, choose.seed
+        if seed is None:
+            seed = int(choose.uniform() * 2**53)
+        for number in range(self.votes):
+            own = random.Random(f"vote {number}, seed {seed}: {list(ids)}").getrandbits(53)
+            yield Sampler(temperature, choose.top_k, choose.top_p, own)
+
+    def answer(self, model, state: State, ids, voter: Sampler, limit: int) -> list[int]:
+        """One vote: the tokens up to end-of-text, or ``limit`` of them."""
+        found = []
+        for token in self.inner(model, state, ids, voter, limit):
+            found.append(token)
+            if token in model.config.eos:
+                break
+        return found
+
+
+def winner(counts: Sequence[int]) -> int:
+    """The index of the largest; of equals the first one seen."""
+    return counts.index(max(counts))
+
+
+def is_decided(counts: Sequence[int], left: int) -> bool:
+    """Can ``left`` further votes no longer change the winner? counts: in the order in which the
+    answers were first seen. Of a tie with the leader, earlier answers win and later ones lose."""
+    leader = winner(counts)
+    most = [count + left for count in counts] + [left]  # the last: an answer not seen yet
+    beaten = (
+        i == leader or n < counts[leader] or n == counts[leader] and i > leader
+        for i, n in enumerate(most)
+    )  # fmt: skip
+    return all(beaten)
+
+
+# The same answer ---------------------------------------------------------------------------------
+
+
+@part
+class WholeText(Part):
+    """Answers are the same if their texts are, except for spaces at the ends and end-of-text."""
+
+    tokenizer: Any
+
+    def __call__(self, answer: Sequence[int], eos: Sequence[int]):
+        ids = answer[:-1] if answer[-1] in eos else answer
+        return tuple(ids) if self.tokenizer is None else self.tokenizer.decode(ids).strip()
+
+
+@part
+class LastWord(Part):
+    """Answers are the same if the last word of their first sentence is."""
+
+    tokenizer: Any
+
+    def __call__(self, answer: Sequence[int], eos: Sequence[int]):
+        ids = answer[:-1] if answer[-1] in eos else answer
+        sentence = self.tokenizer.decode(ids).partition(".")[0]
+        return "".join(sentence.split()[-1:])
