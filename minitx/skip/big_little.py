@@ -57,7 +57,39 @@ def big_little(
     rate: Annotated[float, "of choose=random", between(0, 1)] = 0.25,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
-    """A small model drafts while it is confident; a big one checks and corrects."""
+    """A small model drafts while it is confident; the big one checks, and corrects what is far off.
+
+    Paper:     Kim et al., "Speculative Decoding with Big Little Decoder" (BiLD), NeurIPS 2023,
+               arXiv 2302.07863.
+    Fidelity:  a reconstruction from notes on the paper and the authors' code. Ours: every draft
+               token is tested (by the notes, their code looks at the first far one alone); a far
+               token that is the argmax is kept; choose=random.
+    Kind:      approximate. If rollback is below ln 2 = 0.693, greedy text is the big model's, except
+               for ties that rounding decides: a token that is kept then has P > 1/2 or is the
+               argmax.
+    Idea:      Most tokens are easy, and the small model knows which: its largest probability is
+               high. It writes those. The big model reads them in one pass, which costs little more
+               than a pass for one token, and takes over where they are unlikely.
+    Offline:   nothing. (The paper may also fine-tune the small model on the big one's output.)
+    Online:    the big model writes the first token; then, in rounds
+               the small model drafts x[1], x[2], ..., greedily, until
+                   max p < fallback       fallback: it hands over, and this prediction is dropped
+                   or there are ``longest`` of them
+               one big pass over the text's last token and x[1..m] gives P[1], ..., P[m+1]
+               first i with -ln P[i](x[i]) > rollback and argmax P[i] != x[i]
+                   rollback: emit x[1..i-1], then argmax P[i]
+               none: emit x[1..m], then argmax P[m+1]
+               both KV caches forget what was not emitted; the small model reads what is new to it
+    Saves:     passes of the big model: n_b of weight bytes w_b and n_s of w_s read n_b w_b + n_s w_s
+               for one pass of w_b a token. Multiply-adds rise: both models run what is kept. On
+               stories, 0.41 big and 0.96 small passes a token, 0.49x the bytes, 1.08x the
+               multiply-adds, 99.9 % of the tokens the same; the exact rule at the same calls
+               (rollback=0.69) reads as much. speculative gamma=4: 0.46x, and 1.48x.
+    In NumPy:  0.8x to 1.05x the throughput on stories, whose weights fit the CPU's cache (Notes).
+    Not for:   sampling: the rule would change the distribution, so requests with a temperature are
+               left to the big model (speculative samples exactly); a model with another vocabulary.
+    Proof:     tests/skip/test_big_little.py; literal version: tests/skip/literal_big_little.py
+    """
     if longest == 0:
         return lm
     need_plain_loop(lm, "big_little")

@@ -43,7 +43,32 @@ def ensemble(
         "of the probabilities, normalized)",
     ] = "probability",
 ):
-    """Average the next-token predictions of two models."""
+    """Average the next-token predictions of two models.
+
+    Paper:     practice: averaging classifiers is older than neural networks (Hansen and Salamon,
+               "Neural Network Ensembles", IEEE PAMI 1990); a normalized geometric mean is a product
+               of experts (Hinton, Neural Computation 2002).
+    Fidelity:  common practice, from notes; no particular paper is followed.
+    Kind:      approximate; exact at weight=0, or if both models are the same. It skips nothing: it
+               spends a second model's work for quality, the opposite of a cascade, and is here as
+               what cascades and routers are measured against. No setting pays on the shipped
+               models: two that are as good as each other gain 0.004 nats, at twice the cost.
+    Idea:      Two models err in different places. Where one is right with confidence and the other
+               undecided, their average is right.
+    Offline:   nothing; the weight can be picked by the loss on held-out text (Notes).
+    Online:    w: weight of the other model; p, q: the two distributions of the next token
+               probability:  (1 - w) p + w q                     a mixture: likely for either
+               logit:        p^(1 - w) q^w / its sum             likely for both; the softmax of
+                                                                 the averaged logits
+               the sampler draws from this; BOTH models read the token, each with its own KV cache
+    Saves:     nothing: per token the multiply-adds, bytes and KV cache of both models (stories with
+               stories-draft: 1.1x the multiply-adds; two of a size: 2x).
+    In NumPy:  as much slower as the other model takes.
+    Not for:   a model with another vocabulary or a shorter context; a weaker member: stories loses
+               with stories-draft at every weight (Notes). Of logit: models that are not calibrated
+               alike, as the one with the larger logits dominates.
+    Proof:     tests/skip/test_ensemble.py; literal version: tests/skip/literal_ensemble.py
+    """
     if weight == 0:
         return lm
     need_plain_loop(lm, "ensemble")

@@ -33,7 +33,7 @@ from minitx.tree import Part, part, rebuild, walk, weights
     level="decode",
     exact=True,
     neutral=None,
-    after=("prefix_cache", "speculative"),
+    after=("big_little", "ensemble", "prefix_cache", "speculative"),
     event=("tokens run", "tokens with padding"),
 )
 def padding_skip(

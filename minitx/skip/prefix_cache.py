@@ -28,7 +28,7 @@ from minitx.tree import Part, part, walk
     level="decode",
     exact=True,
     neutral={"megabytes": 0.0},
-    after=("speculative",),
+    after=("big_little", "ensemble", "speculative"),
     demo={"block": 2, "megabytes": 1.0},
     event="prompt tokens reused",
 )

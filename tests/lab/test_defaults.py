@@ -74,6 +74,7 @@ SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer wher
 
 SKIP = {
     "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.75), text=Text(stories=1)),
+    "big_little": Default(EXACT, "weight_bytes", (0.35, 0.65)),
     "cats": Default((-0.004, 0.006), "multiply_adds", (0.84, 0.9), text=Text(stories=6)),
     "contextual_sparsity": Default((0.0, 0.012), "multiply_adds", (0.65, 0.69), "stories-relu"),
     "delta": Default((-0.004, 0.015), "multiply_adds", (0.72, 0.78), text=Text(stories=2)),
@@ -83,6 +84,7 @@ SKIP = {
     "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAIN),
     "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
     "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=3)),
+    "ensemble": NoSaving(EXACT, "multiply_adds", (1.05, 1.25), text=FEW),
     "exact_head": Default(EXACT, "weight_bytes", (0.75, 0.85), model="stories-draft"),
     "ffn_skip": Default((0.001, 0.01), "multiply_adds", (0.85, 0.92)),
     "head_cascade": Default((0.0, 0.015), "multiply_adds", (0.93, 0.95), text=Text(stories=8)),
@@ -95,6 +97,7 @@ SKIP = {
     "layer_router": Default((0.0, 0.005), "multiply_adds", (0.7, 0.9), text=Text(stories=3)),
     "layer_skip": Default((-0.001, 0.005), "multiply_adds", (0.86, 0.9)),
     "lazy_tokens": NoSaving((0.01, 0.1), "multiply_adds", (0.95, 1.0), text=CHAIN),
+    "majority_vote": NoSaving(EXACT, "multiply_adds", (1.5, 5.0), text=FEW),
     "memoize_attention": NoSaving(
         (-0.005, 0.015), "multiply_adds", (0.96, 0.99), text=Text(stories=2)
     ),
