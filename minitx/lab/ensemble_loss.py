@@ -51,29 +51,28 @@ def reports(lm: LM, member: LM, weights, average: str, stories: int) -> dict[flo
 
 
 def as_text(lm: LM, member: LM, found: dict[float, Report], average: str, stories: int) -> str:
-    hops = [*next(iter(found.values())).by_hops]
-    rows = [["weight", "loss", "above entropy", "right", *map(hops_name, hops)]]
+    """A table with a row for each weight. found: with the weights 0 and 1, which tell what a member
+    drawn at random for each token would lose on average."""
+    hops = [*found[0.0].by_hops]
+    rows = [["weight", "loss", "a random one", "right", *map(hops_name, hops)]]
     for weight, r in found.items():
+        drawn = (1 - weight) * found[0.0].loss + weight * found[1.0].loss
         accuracies = [percent(r.by_hops[h]) for h in hops]
-        rows.append(
-            [f"{weight:g}", f"{r.loss:.4f}", f"{r.gap:.4f}", percent(r.accuracy), *accuracies]
-        )
-    ids = held_ids(lm)
+        row = [f"{weight:g}", f"{r.loss:.4f}", f"{drawn:.4f}"]
+        rows.append([*row, percent(r.accuracy), *accuracies])
+    ids = lm.encode(held_out(lm, 1)[0].text)
     work = [counted(one, ids) for one in (lm, member)]
     return "\n".join(
         [
-            f"{lm.name} and {member.name}, {average} average, {stories} held-out stories. weight: "
-            f"of {member.name}.",
+            f"{lm.name} and {member.name}, {average} average, {stories} held-out stories.",
+            f"weight: of {member.name}. a random one: the mean loss if one of the two, drawn with "
+            "the weights, predicted each token alone.",
             "",
             table(rows),
             "",
             f"Together they take {sum(work) / work[0]:.2f}x the multiply-adds of {lm.name}.",
         ]
     )
-
-
-def held_ids(lm: LM) -> list[int]:
-    return lm.encode(held_out(lm, 1)[0].text)
 
 
 def counted(lm: LM, ids: list[int]) -> int:
@@ -109,6 +108,7 @@ def main(words=None) -> None:
 def run(given: argparse.Namespace) -> None:
     weights, lm = numbers(given.weights), load(given.model)
     member = load_second(lm, given.member, "ensemble_loss", "member")
+    weights = sorted({0.0, 1.0, *weights})  # each model alone, to compare with
     found = reports(lm, member, weights, given.average, given.stories)
     print(as_text(lm, member, found, given.average, given.stories))
 
