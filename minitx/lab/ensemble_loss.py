@@ -65,8 +65,8 @@ def as_text(lm: LM, member: LM, found: dict[float, Report], average: str, storie
     return "\n".join(
         [
             f"{lm.name} and {member.name}, {average} average, {stories} held-out stories.",
-            f"weight: of {member.name}. a random one: the mean loss if one of the two, drawn with "
-            "the weights, predicted each token alone.",
+            f"weight: of {member.name}. a random one: the mean loss if, for each token, one of the",
+            "two predicted it alone, drawn with the weights.",
             "",
             table(rows),
             "",

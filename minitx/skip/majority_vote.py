@@ -245,7 +245,8 @@ def majority_accuracy(p: float, n: int, copying: float = 0.0) -> float:
 #   "margin = votes left" is enough against those; against earlier ones it has to exceed them.
 # - The seeds of the votes depend on the prompt too. With the same random numbers for every prompt,
 #   the votes of all questions would be lucky or unlucky together.
-# - A vote ends at end-of-text; if the answer that wins is shorter than the limit, its end-of-text is
-#   repeated, since the rows of a batch go on together.
-# - 40 votes are from memory of the paper, unconfirmed. Its gains are on chains of thought.
+# - A vote ends at end-of-text. If the answer that wins is shorter than the limit, its end-of-text
+#   is repeated, since the rows of a batch go on together.
+# - The paper samples up to 40 answers (from memory, unconfirmed). Its gains are on chains of
+#   thought, which the story models do not write.
 # - With prefix_cache, the prompt is looked up once, before the first vote.
