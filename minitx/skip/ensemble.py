@@ -168,9 +168,9 @@ class Ensemble(TokenLoop):
 #   one" in the table of ensemble_loss): 0.8143 for stories-relu and stories-parallel at 0.5, where
 #   the mixture has 0.8060. -ln is convex (Jensen), so a mixture is never worse than that on
 #   average, but it may well be worse than the better model.
-# - At temperature 1, a token drawn from the mixture is a token drawn from one of the two models; the
-#   weights say from which. That takes one model's prediction for each token. The other one has to
-#   read the token sooner or later, but may read several at once.
+# - At temperature 1, a token drawn from the mixture is a token drawn from one of the two models,
+#   which is drawn with the weights. That takes one model's prediction for each token. The other one
+#   has to read the token sooner or later, but may read several at once.
 # - By number of hops, stories and stories-draft at 0.5: counts 82.8 to 86.2, 1 hop 99.1 to 99.6, 2
 #   hops 92.7, 3 hops 100.0 as before.
 # - The sampler's temperature, top-k and top-p apply to the average, not to each model.

@@ -73,15 +73,15 @@ def test_distances_by_hand():
         logits = np.log([[p, (1 - p) * 0.999, (1 - p) * 0.001]] * 2)
         assert -math.log(p) == pytest.approx(expected, abs=5e-4)
         far = p < 0.5  # else it is the argmax, which is kept at any rollback
-        assert first_far(logits, [0], expected - 1e-2) == (0 if far else 1)
-        assert first_far(logits, [0], expected + 1e-2) == 1
+        found = [first_far(logits, [0], expected + off) for off in (-1e-2, 1e-2)]
+        assert found == [0 if far else 1, 1], f"a probability of {p} around its own distance"
 
 
 def test_every_draft_token_is_tested_not_only_the_first_far_one():
     """Position 0 is far but the argmax; position 1 is far and must be found all the same."""
     rows = np.log([[0.3, 0.29, 0.41 - 0.12, 0.12], [0.01, 0.9, 0.05, 0.04], [0.25] * 4])
     assert -math.log(0.3) > 1
-    assert first_far(rows, [0, 0], 1.0) == 1
+    assert first_far(rows, [0, 0], 1.0) == 1, "the second draft token is far, and was kept"
 
 
 # Equal to the literal version --------------------------------------------------------------------
