@@ -28,7 +28,10 @@ from minitx.tree import Part, part, rebuild, walk
     level="decode",
     exact=True,
     neutral={"megabytes": 0.0},
-    after=("jacobi", "lookahead", "prompt_lookup", "self_speculative", "speculative"),
+    after=(
+        *("big_little", "ensemble", "jacobi", "lookahead"),
+        *("prompt_lookup", "self_speculative", "speculative"),
+    ),
     demo={"block": 2, "megabytes": 1.0},
     event="prompt tokens reused",
 )

@@ -475,7 +475,7 @@ def test_draft_auto_is_the_shipped_draft_if_its_vocabulary_fits(monkeypatch, tmp
     monkeypatch.setattr(find, "SHIPPED", [tmp_path])
     for lm in (tiny_lm(), tiny_lm(tokenizer=None)):
         with pytest.warns(
-            MinitxWarning, match="first half .* is the draft; .*or use prompt_lookup"
+            MinitxWarning, match="first half .* is the draft model; .*or use prompt_lookup"
         ):
             changed = apply(lm, {"speculative": True})
         assert len(changed.decode.draft.model.stack.blocks) == 1
@@ -494,11 +494,16 @@ def test_draft_may_be_a_folder(tmp_path):
     "lm, options, words",
     [
         (tiny_lm, {"gamma": -1}, ": gamma must be an integer, at least 0; got -1."),
-        (tiny_lm, {"draft": "./nowhere"}, "cannot load its draft: There is no model './nowhere'"),
+        (
+            tiny_lm,
+            {"draft": "./nowhere"},
+            "cannot load its draft model: There is no model './nowhere'",
+        ),
         (
             tiny_lm,
             {"draft": "stories-draft"},
-            "cannot use 'stories-draft' as its draft: it has 1022 tokens and this model 259; give "
+            "cannot use 'stories-draft' as its draft model: it has 1022 tokens and this model 259; "
+            "give "
             "a model that shares the tokenizer, or draft=self, or use prompt_lookup.",
         ),
         (lambda: tiny_lm(model=tiny_model(layers=1)), {"draft": "self"}, "a model of one block"),
@@ -622,7 +627,7 @@ def with_technique(name, family):
 
 @pytest.mark.parametrize("technique", techniques(), ids=lambda t: t.name)
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.filterwarnings("ignore:speculative.*use a smaller draft")  # with half of the layers
+@pytest.mark.filterwarnings("ignore::minitx.errors.MinitxWarning")  # half of the layers as draft
 def test_another_technique_in_the_target_keeps_its_text(technique, loop):
     """Also an approximate one, if it can be rewound. In the first family that has both, beginning
     with another one from technique to technique."""
