@@ -216,7 +216,8 @@ class Database:
                 db.execute("UPDATE totals SET bytes = 0")
             if last is None or held + nbytes <= self.limit:
                 return
-            drop(db, last[0])
+            if not drop(db, last[0]):  # or this would go on for ever
+                raise sqlite3.DatabaseError("an index does not match the table")
             ledger.event("answers evicted")
 
     def attempt(self, task: Callable[[sqlite3.Connection], Any]) -> Any:
@@ -273,11 +274,13 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def drop(db: sqlite3.Connection, key: bytes) -> None:
+def drop(db: sqlite3.Connection, key: bytes) -> bool:
+    """Delete the answer with this key; was there one?"""
     row = db.execute("SELECT bytes FROM answers WHERE key = ?", (key,)).fetchone()
     if row is not None:
         db.execute("UPDATE totals SET bytes = bytes - ?", row)
         db.execute("DELETE FROM answers WHERE key = ?", (key,))
+    return row is not None
 
 
 # Opening -----------------------------------------------------------------------------------------

@@ -314,6 +314,16 @@ def test_answer_under_another_key_is_not_served(file):
     assert decoded(row, key(1)) == decoded(row, key(9)) == [5] and decoded(row, key(2)) is None
 
 
+def test_answer_that_cannot_be_evicted_ends_in_a_warning(file, monkeypatch):
+    """As with a damaged index, by which an answer is found that is not in the table."""
+    store = store_of(file, (ROW + 100) / 1e6)
+    store.put(key(1), [1] * 20)
+    monkeypatch.setattr(answer_store, "drop", lambda db, key: False)
+    with pytest.warns(MinitxWarning, match="is damaged .an index does not match"):
+        store.put(key(2), [2] * 20)
+    assert store.find(key(1)) == [1] * 20 and store.find(key(2)) is None
+
+
 def test_truncated_file_gives_no_wrong_answer_and_no_error(file):
     whole = filled(file)
     for length in (0, 1, 99, 100, 4095, 4096, 4097, *range(5000, len(whole), 7001)):
