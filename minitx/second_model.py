@@ -65,8 +65,8 @@ def need_rewind(model: Transformer, who: str, role: str, instead: str) -> None:
     for _, node in walk(model):
         if node.frees_rows:
             raise MinitxError(
-                f"{who} cannot use this {role} model: {owner(node)} frees cache rows, so tokens that "
-                f"are rejected could not be taken back; {instead}."
+                f"{who} cannot use this {role} model: {owner(node)} frees cache rows, so tokens "
+                f"that are rejected could not be taken back; {instead}."
             )
 
 

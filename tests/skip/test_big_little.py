@@ -218,7 +218,7 @@ def test_small_model_with_a_shorter_context_drafts_while_it_can():
         ({"fallback": 1.5}, "fallback must be a number, 0 to 1; got 1.5"),
         ({"rollback": -1.0}, "rollback must be a number, at least 0; got -1.0"),
         ({"longest": -1}, "longest must be an integer, at least 0; got -1"),
-        ({"small": "./nowhere"}, "cannot load its small: There is no model './nowhere'"),
+        ({"small": "./nowhere"}, "cannot load its small model: There is no model './nowhere'"),
         ({"small": "stories-draft"}, "it has 1022 tokens and this model 259"),
     ],
 )
