@@ -173,7 +173,8 @@ print(f"On average over {len(stories)} held-out stories: alpha = {alpha:.2f}")
 # pass: without guessing it is 1.
 title("5. load('stories', speculative=...): counts on held-out stories")
 GAMMA = 4
-guessing = minitx.load("stories", speculative={"draft": "stories-draft", "gamma": GAMMA})
+options = {"draft": "stories-draft", "gamma": GAMMA, "stop": 0.0}  # stop=0: always gamma guesses
+guessing = minitx.load("stories", speculative=options)
 prompts = [ids[:40] for ids in stories]
 
 

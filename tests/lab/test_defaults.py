@@ -135,6 +135,8 @@ SKIP = {
     "prompt_lookup": Default(EXACT, "weight_bytes", (0.5, 0.95), text=FEW),
     "self_speculative": Default(EXACT, "weight_bytes", (0.4, 0.9), text=FEW),
     "semantic_cache": Default(EXACT, "multiply_adds", (0.45, 0.55), text=Text(again=True)),
+    "prompt_lookup": Default(EXACT, "weight_bytes", (0.77, 0.85), text=FEW),
+    "self_speculative": Default(EXACT, "weight_bytes", (0.68, 0.75), text=FEW),
     "sink_window": Default((-0.005, 0.005), "kv_cache", (0.49, 0.51), text=CHAINS),
     "sparse_memory": Default((0.0, 0.015), "cache_bytes", (0.65, 0.75), text=CHAINS),
     "speculative": Default(EXACT, "weight_bytes", (0.25, 0.5)),

@@ -197,7 +197,7 @@ def test_figures_on_stories():
         assert text == lm.generate(prompt, 40)
         events = counts.events
         accepted[layers] = events["draft tokens accepted"] / events["draft tokens proposed"]
-    assert 0.4 < accepted[2] < 0.95 and 0.6 < accepted[4] <= 1
+    assert 0.38 < accepted[2] < 0.5 and 0.7 < accepted[4] < 0.85, accepted
 
 
 # Options and models ------------------------------------------------------------------------------
