@@ -256,8 +256,7 @@ def check_pays(accept: float, ratio: float) -> None:
         warn(
             f"cascade: {accept:.0%} of the small answers to calibration prompts are kept, and the "
             f"small model takes {ratio:.0%} of the big one's multiply-adds, so both together take "
-            "at least as much as the big model alone; use a lower threshold or budget, or a smaller "
-            "model."
+            "at least as much as the big model alone; use a lower threshold or a smaller model."
         )
 
 
