@@ -31,7 +31,7 @@ from minitx.shared.small_answers import (
     uniform_of,
 )
 from minitx.state import State
-from minitx.technique import SEEDS, at_least, technique
+from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, part
 
 
@@ -50,7 +50,7 @@ def cascade(
         float | None,
         "keep an answer whose calibrated probability of being right is at least this; 0 keeps all, "
         "above 1 the small model never runs; default: 0.9 without a budget",
-        at_least(0),
+        between(0, 2),
     ] = None,
     budget: Annotated[
         float | None,
