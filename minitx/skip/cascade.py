@@ -31,7 +31,7 @@ from minitx.shared.small_answers import (
     uniform_of,
 )
 from minitx.state import State
-from minitx.technique import SEEDS, at_least, technique
+from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, part
 
 
@@ -50,7 +50,7 @@ def cascade(
         float | None,
         "keep an answer whose calibrated probability of being right is at least this; 0 keeps all, "
         "above 1 the small model never runs; default: 0.9 without a budget",
-        at_least(0),
+        between(0, 2),
     ] = None,
     budget: Annotated[
         float | None,
@@ -256,8 +256,7 @@ def check_pays(accept: float, ratio: float) -> None:
         warn(
             f"cascade: {accept:.0%} of the small answers to calibration prompts are kept, and the "
             f"small model takes {ratio:.0%} of the big one's multiply-adds, so both together take "
-            "at least as much as the big model alone; use a lower threshold or budget, or a "
-            "smaller model."
+            "at least as much as the big model alone; use a lower threshold or a smaller model."
         )
 
 

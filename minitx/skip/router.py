@@ -29,7 +29,7 @@ from minitx.shared.small_answers import (
     uniform_of,
 )
 from minitx.state import State
-from minitx.technique import SEEDS, at_least, technique
+from minitx.technique import SEEDS, at_least, between, technique
 from minitx.tree import Part, float_type, part
 
 
@@ -49,7 +49,7 @@ def router(
         float | None,
         "the small model answers if the predicted probability that it is good enough is at least "
         "this; 0: always, above 1: never",
-        at_least(0),
+        between(0, 2),
     ] = None,
     budget: Annotated[
         float | None,
