@@ -239,7 +239,7 @@ def majority_accuracy(p: float, n: int, copying: float = 0.0) -> float:
 #   9 votes minus greedy: +0.3 points (-3.8 to +4.3); minus one of those votes at random, which
 #   costs as much: +9.6. A vote over one word can only come back to the most likely word, which
 #   greedy decoding gives at once; few votes are worse, since they do not always find it.
-# - Whole sentences, of which there are many with the same answer, right by their last word, percent:
+# - Whole sentences, of which many have the same answer, right by their last word, in percent:
 #
 #                                         stories-draft   stories-parallel
 #       greedy                                     42.8               54.9
