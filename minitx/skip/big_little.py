@@ -54,7 +54,7 @@ def big_little(
         Literal["confidence", "random"],
         "where the small model hands over; random: a baseline, with the probability rate",
     ] = "confidence",
-    rate: Annotated[float, "of choose=random", between(0, 1)] = 0.25,
+    rate: Annotated[float, "of choose=random", between(0, 1)] = 0.38,
     seed: Annotated[int, "of choose=random", SEEDS] = 0,
 ):
     """A small model drafts while it is confident; the big one checks, and corrects what is far off.
