@@ -35,7 +35,7 @@ class Acceptance:
     per_token: float
     proposed: float  # draft tokens per target pass
     accepted: float
-    near_ties: float | None  # share of the rejections at near ties; greedy decoding only
+    near_ties: float | None  # share of the rejections at near ties, if greedy
 
     @property
     def share(self) -> float:
@@ -79,7 +79,8 @@ def acceptance(
     temperatures=(0, 1),
 ) -> Report:
     """Measure a draft on the target's own text: at most ``tokens`` tokens after each prompt."""
-    beginnings = [target.encode(story.text)[:prompt] for story in held_out(target, stories)]
+    texts = [story.text for story in held_out(target, stories)]
+    beginnings = [target.tokenizer.encode(text)[:prompt] for text in texts]
     found = []
     for temperature in temperatures:
         texts = target.generate(beginnings, tokens, temperature=temperature, seed=0)
@@ -110,9 +111,10 @@ def read(target: LM, draft: LM, ids: list[int], first: int, temperature: float) 
 def summary(rows: list[tuple], temperature: float, gamma: int) -> Acceptance:
     overlap, _, ahead = (np.concatenate(each) for each in zip(*rows))
     passes, proposed, accepted = np.sum([rounds(given, gamma) for _, given, _ in rows], 0)
+    rejected = overlap < 0.5
     near = None
-    if temperature == 0:
-        near = float((ahead[overlap < 0.5] < NEAR).mean()) if (overlap < 0.5).any() else 0.0
+    if temperature == 0 and rejected.any():
+        near = float((ahead[rejected] < NEAR).mean())
     return Acceptance(
         temperature, float(overlap.mean()), proposed / passes, accepted / passes, near
     )
