@@ -105,10 +105,10 @@ def test_prompts_are_of_the_training_split(folder, monkeypatch):
     monkeypatch.setattr(distillation, "sample_stories", recording)
     worker = worker_with_text(lesson(folder))
     assert len(seen) == 130 and {split_of(story.text) for story in seen} == {"train"}
-    for row in (0, 129):
+    for row, length in ((0, 3), (129, 9)):  # of the shortest and of the longest prompt
         ids = worker.text.ids[row].tolist()
         story = [end_id(TOKENIZER), *TOKENIZER.encode(seen[row].text, special=False)]
-        assert ids[:3] == story[:3]
+        assert ids[:length] == story[:length], "the prompt is not the story's beginning"
 
 
 def test_tokens_after_the_end_of_a_text_are_padding(folder):
@@ -128,12 +128,16 @@ def test_tokens_after_the_end_of_a_text_are_padding(folder):
 # A run -------------------------------------------------------------------------------------------
 
 
-def test_teacher_has_nothing_to_teach_itself(folder):
+def test_teacher_has_nothing_to_teach_itself_and_losses_add_up_by_weight(folder):
     worker = worker_with_text(lesson(folder))
     batch, logits = worker.text.batch(0, range(8))
     teacher = worker.recipe.stages[0].teacher
     assert teacher_loss(load(folder).model, batch, logits, teacher) == pytest.approx(0, abs=1e-3)
+    found = worker.model(batch.ids[:, :-1])
+    one, low = (distillation_loss(found, logits, t, batch.weights) for t in (1, 0.1))
+    assert teacher_loss(worker.model, batch, logits, teacher) == pytest.approx(one + 0.3 * low)
     loss, tokens = worker.step(0, 0, 0)
+    assert loss == pytest.approx((one + 0.3 * low) / batch.weights.sum(), rel=1e-4)
     assert loss > 0.01 and tokens == (batch.kinds != PADDING).sum()
 
 
