@@ -95,10 +95,10 @@ def load_teacher(stage, tokenizer, vocab_size: int) -> LM:
             f"{where}: the teacher {teacher.model!r} must have the tokenizer of the stories, and "
             "has another; use one that was trained on stories (minitx models lists them)."
         )
-    if stage.row > config.context:
+    if stage.row >= config.context:
         raise MinitxError(
-            f"{where}: row must be at most the context of the teacher, which is {config.context}; "
-            f"got {stage.row}."
+            f"{where}: row must be below the context of the teacher, which is {config.context}, "
+            f"since a row has one more token; got {stage.row}."
         )
     numbers = teacher.rows * stage.row * config.width
     if numbers > MAX_HIDDEN:
@@ -166,6 +166,7 @@ class TeacherText:
 
     def batch(self, step: int, rows: range) -> tuple[Batch, np.ndarray]:
         """Some rows of a step, drawn at random, and the teacher's logits (B, T, V) for them."""
+        # With replacement, so that a row depends on its number alone.
         drawn = [hash_integers(self.seed, ROW, step, row) % len(self.ids) for row in rows]
         ids = self.ids[drawn].astype(np.int64)
         end = ids[:, :1]  # the first token of every row
