@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny import tiny_folder, tiny_lm, tiny_model
 
+import minitx
 from minitx.lab.acceptance import acceptance, main, read, rounds, summary
 from minitx.ledger import counting
 from minitx.skip.speculative import DraftModel, Speculative
@@ -68,6 +69,14 @@ def test_model_as_its_own_draft_is_always_accepted():
     report = acceptance(lm, lm, stories=2, prompt=5, tokens=12, gamma=3)
     assert [a.share for a in report.found] == pytest.approx([1, 1])
     assert report.found[0].near_ties is None, "nothing is rejected"
+
+
+def test_shipped_draft_is_accepted_on_held_out_stories():
+    """On 10 stories; weights/stories-draft/README.md has the figures of 200."""
+    target, draft = minitx.load("stories"), minitx.load("stories-draft")
+    greedy, sampled = acceptance(target, draft, stories=10).found
+    assert 0.75 < greedy.share < 0.86 and 0.88 < greedy.per_token < 0.94
+    assert 0.78 < sampled.share < 0.9 and 0.9 < sampled.per_token < 0.95
 
 
 def test_command_prints_both_temperatures(tmp_path, capsys):
