@@ -16,7 +16,7 @@ sampled with seed i. Per row of the table, one setting:
     multiply-adds, weight bytes, bytes (of weights and of the KV cache): relative to plain decoding
     speed          relative to plain decoding, one after the other on each prompt
 
-Prefill is included, so that no row reaches 0 calls.
+Prefill is included, so that no row reaches 0 calls. Below the table: the events of each setting.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from minitx.lab.answers import counting_calls
 from minitx.lab.bench import elapsed
 from minitx.lab.compare import forget
 from minitx.lab.evaluate import percent
-from minitx.lab.layout import table
+from minitx.lab.layout import fit, table
 from minitx.lab.reading import NEW, stories_to_read
 from minitx.lab.sweep import settings
 from minitx.ledger import Entry, counting
@@ -157,16 +157,19 @@ def report(
     beginnings = stories_to_read(dense, prompts).prompts(prompts)
     how = temperature, new
     plain = continue_all(dense, dense, beginnings, *how)
-    rows = [HEADING, row_of("plain", plain, plain)]
+    rows, events = [HEADING, row_of("plain", plain, plain)], []
     for options in bar(chosen, "loops", unit="setting", shown=shown):
         run = continue_all(apply(dense, {technique: options}), dense, beginnings, *how)
-        rows.append(row_of(as_words(options) or "default", run, plain))
+        name = as_words(options) or "default"
+        rows.append(row_of(name, run, plain))
+        counted = ", ".join(f"{n:,} {event}" for event, n in run.events.items())
+        events.append(fit(f"{name}: {counted or 'no events'}."))
     title = (
         f"{technique} on {dense.name}: {prompts} prompts of {len(beginnings[0])} tokens, "
         f"{plain.tokens // prompts} new tokens each, "
         f"{f'temperature {temperature:g}' if temperature else 'greedy'}."
     )
-    return "\n".join([title, "", table(rows)])
+    return "\n".join([title, "", table(rows), "", *events])
 
 
 def main(words=None) -> None:

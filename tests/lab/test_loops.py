@@ -73,7 +73,8 @@ def test_command_prints_a_row_for_each_setting(capsys):
     found = capsys.readouterr().out
     assert re.search(r"^plain +100.0 % +1/1", found, re.MULTILINE), found
     assert re.search(r"^rollback=0.69 small=self\s+100.0 % ", found, re.MULTILINE), found
-    assert found.count(" small ") == 2
+    assert len(re.findall(r"model, \d.\d\d small ", found)) == 2
+    assert re.search(r"^rollback=5.0 small=self: \d+ big model passes, ", found, re.MULTILINE)
 
 
 def test_command_refuses_what_is_unknown():
