@@ -12,7 +12,8 @@ sampled with seed i. Per row of the table, one setting:
     loss           nats per token of the continuation under the model itself, above those of plain
                    decoding: text may differ and be as likely
     accepted       of the tokens that were proposed, or of the guesses that were checked
-    calls          forward passes of each model per token; of a second model, by its role
+    calls          forward passes of each model per token; of a second model, by its role (a loop
+                   that runs the layers itself, self_speculative, has its passes among the events)
     multiply-adds, weight bytes, bytes (of weights and of the KV cache): relative to plain decoding
     speed          relative to plain decoding, one after the other on each prompt
 
