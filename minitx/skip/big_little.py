@@ -235,8 +235,8 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 #       speculative             100 %     0.30      0.88        0         1.17    0.37
 #
 #   Where the small model is as sure as fallback=0.6 demands, all it says is what the big one would
-#   say: no token was rolled back, so rollback decides nothing and the text is exact. Handing over at
-#   random needs as many bytes for more multiply-adds, since drafts run on into tokens that are
+#   say: no token was rolled back, so rollback decides nothing and the text is exact. Handing over
+#   at random needs as many bytes for more multiply-adds, since drafts run on into tokens that are
 #   rejected; and at rollback=2 it lets other text pass. Without a fallback there are fewer big
 #   passes and more multiply-adds; a loose rollback saves most there. Then the text is another one,
 #   but as likely: many words of a story may as well be others.
