@@ -144,7 +144,7 @@ class Ensemble(TokenLoop):
 # Notes:
 #
 # - python -m minitx.lab.ensemble_loss stories-parallel -m stories-relu
-#   python -m minitx.lab.ensemble_loss stories-draft -m stories
+#   python -m minitx.lab.ensemble_loss stories-draft -m stories (--average logit)
 #   60 held-out stories, read with teacher forcing; loss in nats per token of ordinary text, right:
 #   of the answers in percent. weight: of the second model; at 0 and 1 one of them is alone.
 #
