@@ -191,7 +191,7 @@ def test_classifier_and_threshold_are_set_on_different_halves(monkeypatch):
 @cache
 def shipped():
     lm, small = minitx.load("stories"), minitx.load("stories-draft").model
-    return small, examples_of("router", lm, small, 32, 8, 1, "")
+    return small, examples_of("router", lm, small, 24, 8, 1, "")
 
 
 def test_routed_prompts_are_easier_than_random_ones():
