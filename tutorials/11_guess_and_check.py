@@ -235,11 +235,15 @@ print(
 
 # %% 6. Is sampled text still distributed as p?
 # A check from outside: after one beginning, draw the next word 250 times, with a guess each time,
-# and count. Who is next? Here the two models do not agree: compare q and p. A share of 250 draws
-# has a standard error of sqrt(p (1 - p) / 250).
+# and count. Of all places in the text of section 4 at which the target model is in doubt, we take
+# the one where the two models agree least: compare q and p. A share of 250 draws has a standard
+# error of sqrt(p (1 - p) / 250).
 title("6. The next word, drawn 250 times with guess and check")
 DRAWS = 250
-beginning = target.encode(STORY + " Max was in the cave. Then")
+likeliest = [sampler.probabilities(logits).max() for logits in target.logits(text[:-1])]
+in_doubt = np.array(likeliest) < 0.7
+beginning = text[: 1 + np.argmin(np.where(in_doubt, alphas, 1))]
+print(f"... {target.tokenizer.decode(beginning[-12:])} ...")
 p = sampler.probabilities(target.logits(beginning)[-1])
 q = sampler.probabilities(draft.logits(beginning)[-1])
 count = np.zeros(len(p))
@@ -291,11 +295,12 @@ for low, high in ((0, 0.3), (0.3, 0.6), (0.6, 0.9), (0.9, 1)):
 bar_chart(labels, shares, "{:.0%}")
 sure = confidences > 0.6
 assert np.mean(right[sure]) > np.mean(right[~sure])
-# It knows rather well what it does not know. That makes a threshold useful.
+# It is right more often than it is confident: where several words are about equally likely, both
+# models may still have the same favorite. But where it is unsure, it is wrong more often.
 
 # %% ... the threshold `stop`
 # Up to 8 guesses, and no more after one with a confidence below `stop`. The guesses that are not
-# accepted are wasted. Look for a threshold that wastes much less and brings nearly as many tokens.
+# accepted are wasted. What does a threshold save, and what does it cost?
 title("gamma = 8, and a threshold for the confidence (greedy)")
 for stop in (0, 0.3, 0.6):
     changed = minitx.load("stories", speculative={"gamma": 8, "stop": stop})
@@ -309,9 +314,10 @@ for name, found in costs.items():
     table.append([name, *row])
 print_table(["", "tokens per pass", "guesses", "wasted", "multiply-adds"], table)
 always, default = costs["gamma = 8, stop = 0"], costs["gamma = 8, stop = 0.3"]
-assert default.proposed < always.proposed and default.work < always.work
-# With the threshold a pass guesses far where the text is easy, and hardly at all where it is not.
-# Without one, we must choose: a small gamma wastes chances, a large one wastes guesses.
+assert default.proposed < always.proposed and default.tokens <= always.tokens
+# With a threshold, a pass guesses far where the text is easy, and hardly at all where it is not. It
+# wastes fewer guesses, and brings fewer tokens: an unsure guess may be right, after all. Which is
+# better depends on what a step of the draft model costs, and what a row in the pass.
 
 # %% 8. The price of a few rows at once
 # A pass brings several tokens, but it runs gamma + 1 rows instead of one. How much longer does that
@@ -440,16 +446,16 @@ alone_time, guessing_time = time_side_by_side(
 )
 print(f"measured on stories, one text: {alone_time / guessing_time:.2f} times as fast")
 say(
-    "That is less than the formula says. It leaves out what happens once per text (both models read",
-    "the prompt) and between the passes (comparing guesses, taking rejected ones out of two KV",
+    "The formula says more. It leaves out what happens once per text (both models read the",
+    "prompt) and between the passes (comparing guesses, taking rejected ones out of two KV",
     f"caches). The draft model has 1/{1 / c_large:.0f} of the target's weights, but its step takes",
     f"{c_small:.0%} of the target's time: Python calls NumPy for each layer, however small it is.",
 )
-# Look at the rows: with stop = 0, wasted guesses eat up what the additional tokens bring. The
-# columns say what helps: a draft model whose steps are cheap, and a target model whose
-# time goes into reading weights. So speculative decoding pays most where models are large, and
-# where one text is written at a time. (A large batch has many rows already: there are no free ones
-# left for guesses.) minitx.lab.speculation_speed measures more shapes, and minitx.lab.rows v.
+# Most tokens per pass does not mean fastest. A wasted guess costs a step of the draft model in all
+# columns, and a row of the pass in the first two. A draft model with cheap steps helps, and a
+# target model whose time goes into reading weights. So speculative decoding pays most where models
+# are large, and one text is written at a time. (A large batch has many rows already: none is free.)
+# minitx.lab.rows measures v for more shapes, and minitx.lab.speculation_speed the speedup.
 
 # %% Try this
 # 1. In section 1, let q be 1/10, 1/10, 1/10, 7/10: a draft model that nearly always says "cave".
