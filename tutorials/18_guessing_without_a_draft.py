@@ -55,9 +55,10 @@ print_table(["", "after layer 1", "after layer 2", "after layer 3"], table)
 # draft model: they cost less than all layers, and have been there all the time.
 
 # %% ... and a round of guess and check
-# One layer guesses two words. A guess is a token, so layer 1 runs for it again. Then layers 2 and 3
-# run for all tokens at once: that is the check. Below is a column for each token and a row for each
-# layer; the number says which run of a layer, in order, works there.
+# One layer guesses two words: it reads the last word and guesses the next, then reads that guess
+# and makes another. At last it reads the second guess, too, and layers 2 and 3 run for all three
+# tokens at once. That is the check. Below is a column for each token and a row for each layer; the
+# number says which run of a layer, in order, works there.
 title("Which run works on which token (1 of 3 layers guesses 2 words)")
 layers, exit_after, guesses = 3, 1, 2
 run = 0
@@ -75,8 +76,8 @@ assert run == guesses * exit_after + layers
 print(f"{run} runs of a layer, one after another, for up to {guesses + 1} tokens.")
 # n guesses take n E + L runs of a layer; without guessing, 3 tokens take 3 L = 9. And no layer runs
 # twice for the same token: what layer 1 has computed, its rows of the KV cache and its output, is
-# kept for the check. Layers and cache are shared. A draft model of its own, even if it had the same
-# layers, would have its own cache, and the check would run layer 1 again.
+# kept for the check. Weights and cache are shared. A second model, even one made of the same first
+# layers, has a KV cache of its own, and the check runs layer 1 for all tokens once more.
 
 # %% 2. How often do the first E layers know?
 # In `stories`: norm and head after E of the 8 layers. How often is its most likely token the one of
@@ -97,14 +98,14 @@ def exits(ids):
 
 found = np.concatenate([exits(ids) for ids in stories], axis=1)
 agreement = np.mean(found == found[-1], axis=1)
-EXITS = range(1, L)
-bar_chart([f"E = {E}" for E in EXITS], agreement[: L - 1], "{:.0%}")
+bar_chart([f"E = {E}" for E in range(1, L)], agreement[: L - 1], "{:.0%}")
 assert agreement[0] < agreement[3] < agreement[6]
 
 # %% 3. How many layers should guess?
 # `self_speculative` does this. Later exits guess better, but cost more for each guess. Four guesses
 # in a pass; look for the E with the fewest runs of a layer for a token. Without guessing, it is 8.
-title("3. self_speculative with 1 to 7 layers, 4 guesses in a pass")
+title("3. self_speculative with E layers, 4 guesses in a pass")
+EXITS = (1, 2, 4, 6, 7)
 
 
 def write(lm):
@@ -130,7 +131,7 @@ def cost(counts):
 
 
 # %% ... counted
-table, runs, settings = [], [], {}
+table, runs = [], []
 for E in EXITS:
     guessing = minitx.load("stories", self_speculative={"layers": E, "gamma": 4, "stop": 0})
     new, counts = write(guessing)
@@ -145,8 +146,8 @@ assert min(runs) < runs[0] and min(runs) < 0.9 * runs[-1]
 # One layer is wrong too often: a pass brings few tokens. Seven layers are right most of the time,
 # but four guesses and the check are 4 * 7 + 8 = 36 runs for at most five tokens, which take 40 runs
 # without guessing: there is hardly anything to gain. The best E is in between.
-# (Multiply-adds fall all the way: a wrong guess costs a whole row in the check, and later exits are
-# wrong less often. As in tutorial 11, they are above 1: passes are saved, not products.)
+# (Multiply-adds fall with E: a wrong guess costs a whole row of the check, and later exits are wrong
+# less often. As in tutorial 11, they are above 1: what is saved are passes, not products.)
 
 # %% 4. No model at all: the text so far
 # Texts repeat themselves. Take the last words, look where the same words stood before, and guess
@@ -305,22 +306,23 @@ for ids in prompts:
 labels = ["collected", "... and not in the text so far", "random pairs"]
 bar_chart(labels, [n / followed for n in (collected, new_ones, by_chance)], "{:.0%}")
 assert collected > 2 * by_chance
-# Lookahead decoding makes use of them: in each pass, a window of guesses is corrected as above, and
-# the n-grams that begin with the text's last token are checked as guesses, side by side as branches
-# of a tree (minitx/shared/token_tree.py).
+# Each of these pairs could have been a right guess, though in stories most of them stand in the
+# text, too. Lookahead decoding makes use of them: in each pass, a window of guesses is corrected as above,
+# and the n-grams that begin with the text's last token are checked, side by side as branches of a
+# tree (minitx/shared/token_tree.py).
 
 # %% 8. All of them
-# The same prompts with each. "random" is a baseline: as many guesses, but random ones. Look at
-# tokens per pass first, then at what they cost.
+# The same prompts with each; `speculative` has the draft model of tutorial 11. The last row is a
+# baseline: lookahead that checks as many n-grams, but random ones of its pool. Look at tokens per
+# pass first, then at what they cost. The speed is that of one text.
 title("8. What a pass brings, and what it costs (without guessing = 1)")
 ALL = {
     "speculative": {"speculative": True},
     "self_speculative": {"self_speculative": True},
     "prompt_lookup": {"prompt_lookup": True},
     "jacobi": {"jacobi": True},
-    "jacobi, random": {"jacobi": {"choose": "random"}},
     "lookahead": {"lookahead": True},
-    "lookahead, random": {"lookahead": {"choose": "random"}},
+    "random n-grams": {"lookahead": {"choose": "random"}},
 }
 table, brought, tasks = [], {}, [partial(lm.generate, prompts[0], 40)]
 for name, flags in ALL.items():
@@ -335,19 +337,20 @@ for row, seconds in zip(table, times):
     row.append(f"{plain_time / seconds:.2f}")
 print_table(["", "tokens per pass", "multiply-adds", "weights read", "speed"], table)
 assert brought["jacobi"] < 1.2 < brought["lookahead"]
-assert brought["lookahead, random"] < brought["lookahead"]
+assert brought["random n-grams"] < brought["lookahead"]
 # All write the same text. jacobi gains next to nothing. lookahead brings about as many tokens as
-# prompt_lookup, but a pass has some 10 rows, most of them for nothing: several times the
-# multiply-adds. It is for machines on which rows are free, and in NumPy they are not (tutorial 11,
-# section 8).
+# prompt_lookup, since most of the n-grams that fit stand in the text as well. But its passes have
+# some 10 rows, most of them for nothing: several times the multiply-adds. It is for machines on
+# which rows are free, and in NumPy they are not (tutorial 11, section 8).
 #
 # Which one, then? A draft model if there is a good one. self_speculative if the model was trained
-# for early exits: nothing else to store, and no second cache. prompt_lookup where texts repeat.
+# for early exits: there is nothing else to store, and no second cache. prompt_lookup where texts
+# repeat. The others teach us what a pass can do.
 
 # %% Try this
-# 1. In section 1, change one number so that token A's exit after layer 1 is wrong. Is there a
-#    hidden state after layer 2 from which you can be sure of the result, if no layer adds more than
-#    2 to a word? That is when an exit is safe.
+# 1. In section 1, change one number so that token A's exit after layer 1 is wrong. If you know that
+#    a layer adds 0, 1 or 2 to each word: which hidden states after layer 2 leave no doubt about the
+#    result? Do those of A and B?
 # 2. In section 3, set gamma to 1 and to 8. Which E is best then, and why does it move?
 # 3. In section 5, solve the chain y = (x * x) mod 7 from 3 with your own guesses. Which guesses are
 #    right after the first pass although the one before them was wrong? (Which x have the same
