@@ -146,8 +146,9 @@ assert min(runs) < runs[0] and min(runs) < 0.9 * runs[-1]
 # One layer is wrong too often: a pass brings few tokens. Seven layers are right most of the time,
 # but four guesses and the check are 4 * 7 + 8 = 36 runs for at most five tokens, which take 40 runs
 # without guessing: there is hardly anything to gain. The best E is in between.
-# (Multiply-adds fall with E: a wrong guess costs a whole row of the check, and later exits are wrong
-# less often. As in tutorial 11, they are above 1: what is saved are passes, not products.)
+#
+# (Multiply-adds fall with E: a wrong guess costs a whole row of the check, and later exits are
+# wrong less often. As in tutorial 11, they are above 1: what is saved are passes, not products.)
 
 # %% 4. No model at all: the text so far
 # Texts repeat themselves. Take the last words, look where the same words stood before, and guess
@@ -170,16 +171,16 @@ print("guess:", " ".join(lookup(toy)))
 assert lookup(toy) == ["what", "I", "am"]
 # The last two words stand at the beginning, too. Such a guess costs nothing. When will it be right?
 
-# %% ... on three kinds of text
+# %% ... on stories
 # `prompt_lookup` guesses 4 tokens in a pass. We continue the beginning of a story; then the same
-# beginning after two other stories, and after the whole story it belongs to. The more the text
-# repeats what was there before, the more guesses should be right.
+# after two other stories, which have phrases to copy; and after the same beginning with what the
+# model itself wrote there in section 3, as if somebody asked again. Where are most guesses right?
 title("Tokens per pass, by what stands before (prompt_lookup)")
 looking = minitx.load("stories", prompt_lookup=True)
 before = {
     "nothing": [[] for i in range(6)],
     "two other stories": [stories[i - 2] + stories[i - 1] for i in range(6)],
-    "the same story": stories,
+    "its own continuation": [ids + new for ids, new in zip(prompts, plain)],
 }
 tokens_per_pass = []
 for texts in before.values():
@@ -188,8 +189,8 @@ for texts in before.values():
     tokens_per_pass.append(sum(map(len, new)) / counts.events["target passes"])
 bar_chart(before, tokens_per_pass, "{:.2f}")
 assert 1 < tokens_per_pass[0] < tokens_per_pass[2]
-# It needs text to copy from. This model tells new stories, so it seldom copies more than a few
-# words. Where the task itself is to repeat (correct this text, change this program, answer from
+# It needs text to copy from, and a model that repeats itself. This one tells new stories, so it
+# seldom copies more than a few words. Where the task itself is to repeat (correct this text, change this program, answer from
 # this page), prompt lookup is hard to beat: its guesses cost a search and nothing else.
 
 # %% 5. Guess, and let the model correct: by hand
@@ -307,9 +308,9 @@ labels = ["collected", "... and not in the text so far", "random pairs"]
 bar_chart(labels, [n / followed for n in (collected, new_ones, by_chance)], "{:.0%}")
 assert collected > 2 * by_chance
 # Each of these pairs could have been a right guess, though in stories most of them stand in the
-# text, too. Lookahead decoding makes use of them: in each pass, a window of guesses is corrected as above,
-# and the n-grams that begin with the text's last token are checked, side by side as branches of a
-# tree (minitx/shared/token_tree.py).
+# text, too. Lookahead decoding makes use of them: in each pass, a window of guesses is corrected as
+# above, and the n-grams that begin with the text's last token are checked, side by side as branches
+# of a tree (minitx/shared/token_tree.py).
 
 # %% 8. All of them
 # The same prompts with each; `speculative` has the draft model of tutorial 11. The last row is a
