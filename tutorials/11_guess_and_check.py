@@ -350,10 +350,10 @@ x = np.random.default_rng(0).standard_normal((max(ROWS), large.config.width)).as
 assert np.allclose(row_by_row(x[:3]), block_by_block(x[:3]), atol=1e-4)
 
 
-def relative_times(run, arguments):
+def relative_times(run, arguments, repeats=6):
     """How long ``run`` takes for each of the arguments, relative to the first."""
     tasks = [partial(run, argument) for argument in arguments]
-    times = time_side_by_side(*tasks, repeats=6, clock=time.thread_time)
+    times = time_side_by_side(*tasks, repeats=repeats, clock=time.thread_time)
     return [seconds / times[0] for seconds in times]
 
 
@@ -373,7 +373,7 @@ print_table([f"{W.nbytes / 1e6:.0f} MB", *headings], table)
 title("A pass over several rows, the time of one row = 1")
 
 
-def pass_times(model):
+def pass_times(model, repeats):
     text, state = stories[0][:100], model.new_state()
     model.hidden(text, state)
 
@@ -381,10 +381,10 @@ def pass_times(model):
         model(text[:rows], state)  # which words they are does not matter for the time
         state.rewind(100)
 
-    return relative_times(run, ROWS)
+    return relative_times(run, ROWS, repeats)
 
 
-v_small, v_large = pass_times(target.model), pass_times(large)
+v_small, v_large = pass_times(target.model, 40), pass_times(large, 6)
 table = []
 for name, model, v in (("stories", target.model, v_small), ("288 x 6", large, v_large)):
     megabytes = sum(w.nbytes for w in weights(model).values()) / 1e6
@@ -413,49 +413,51 @@ c_small, c_large = draft_time / target_time, sizes[1] / sizes[0]
 print(f"a step of the draft model: c = {c_small:.2f} here, c = {c_large:.2f} by size")
 
 
-def predicted(found, c, v):
+def predicted(tokens, proposed, c, v):
     """The speedup by the formula; v: the time of a pass for each number of ROWS."""
-    time_of_pass = np.interp(found.proposed + 1, ROWS, v)
-    return found.tokens / (found.proposed * c + time_of_pass)
+    return tokens / (proposed * c + np.interp(proposed + 1, ROWS, v))
 
 
 table = []
-for name, found in costs.items():
-    here, there = predicted(found, c_small, v_small), predicted(found, c_large, v_large)
-    paper = found.tokens / (found.proposed * c_large + 1)
+for name, (proposed, tokens, _) in costs.items():
+    here = predicted(tokens, proposed, c_small, v_small)
+    there = predicted(tokens, proposed, c_large, v_large)
+    paper = tokens / (proposed * c_large + 1)
     table.append([name, *(f"{speed:.2f}" for speed in (here, there, paper))])
 print_table(["speedup by the formula", "stories", "288 x 6", "v = 1"], table)
-
-
-# %% ... and measured
-# Greedy, on one text, with the default setting (gamma = 8, stop = 0.3).
-by_default = minitx.load("stories", speculative=True)
-
-
-def write_alone():
-    return target.generate(ids, 60)
-
-
-def write_guessing():
-    return by_default.generate(ids, 60)
-
-
-assert write_guessing() == write_alone()
-alone_time, guessing_time = time_side_by_side(
-    write_alone, write_guessing, repeats=4, clock=time.thread_time
-)
-print(f"measured on stories, one text: {alone_time / guessing_time:.2f} times as fast")
-say(
-    "The formula says more. It leaves out what happens once per text (both models read the",
-    "prompt) and between the passes (comparing guesses, taking rejected ones out of two KV",
-    f"caches). The draft model has 1/{1 / c_large:.0f} of the target's weights, but its step takes",
-    f"{c_small:.0%} of the target's time: Python calls NumPy for each layer, however small it is.",
-)
 # Most tokens per pass does not mean fastest. A wasted guess costs a step of the draft model in all
 # columns, and a row of the pass in the first two. A draft model with cheap steps helps, and a
-# target model whose time goes into reading weights. So speculative decoding pays most where models
-# are large, and one text is written at a time. (A large batch has many rows already: none is free.)
-# minitx.lab.rows measures v for more shapes, and minitx.lab.speculation_speed the speedup.
+# target model whose time goes into reading weights.
+
+# %% ... and measured
+# Greedy, on one text of `stories`, with the default setting (gamma = 8, stop = 0.3). A run that
+# writes only one token shows how long reading the prompt takes. Is the formula right?
+by_default = minitx.load("stories", speculative=True)
+with counting(by_default) as counts:
+    new = by_default.generate(ids, 60)
+assert new == target.generate(ids, 60)
+passes = counts.events["target passes"]
+proposed = counts.events["draft tokens proposed"] / passes
+formula = predicted(len(new) / passes, proposed, c_small, v_small)
+
+tasks = [partial(model.generate, ids, n) for model in (target, by_default) for n in (1, 60)]
+times = time_side_by_side(*tasks, repeats=6, clock=time.thread_time)
+alone_prompt, alone_all, guessing_prompt, guessing_all = times
+after_prompt = (alone_all - alone_prompt) / (guessing_all - guessing_prompt)
+print(f"by the formula for this text: {formula:.2f} times as fast")
+print(f"measured, without reading the prompt: {after_prompt:.2f}")
+print(f"measured, with it: {alone_all / guessing_all:.2f}")
+say(
+    "The formula leaves out what happens between the passes (computing the draft model's",
+    "confidence, comparing guesses, taking rejected ones out of two KV caches), and that both",
+    f"models read the prompt. The draft model has 1/{1 / c_large:.0f} of the target's weights, but",
+    f"c = {c_small:.2f}: Python calls NumPy for each layer, however small it is.",
+)
+# (c and v are the best of many short runs, which on a busy machine look better than a long run.)
+#
+# So speculative decoding pays most where models are large, and one text is written at a time. (A
+# large batch has many rows already: none is free.) minitx.lab.rows measures v for more shapes, and
+# minitx.lab.speculation_speed the speedup.
 
 # %% Try this
 # 1. In section 1, let q be 1/10, 1/10, 1/10, 7/10: a draft model that nearly always says "cave".

@@ -190,8 +190,9 @@ for texts in before.values():
 bar_chart(before, tokens_per_pass, "{:.2f}")
 assert 1 < tokens_per_pass[0] < tokens_per_pass[2]
 # It needs text to copy from, and a model that repeats itself. This one tells new stories, so it
-# seldom copies more than a few words. Where the task itself is to repeat (correct this text, change this program, answer from
-# this page), prompt lookup is hard to beat: its guesses cost a search and nothing else.
+# seldom copies more than a few words. Where the task itself is to repeat (correct this text, change
+# this program, answer from this page), prompt lookup is hard to beat: its guesses cost a search and
+# nothing else.
 
 # %% 5. Guess, and let the model correct: by hand
 # Now from nothing at all. Greedy text solves a chain of equations: each token is a function of
