@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -520,6 +521,11 @@ def test_speedup_of_a_task_that_takes_twice_as_long(helpers, monkeypatch):
     assert helpers.speedup(task(9, 4, 2, 8), task(7, 1, 4, 2), repeats=3) == 2
     best = helpers.time_side_by_side(task(9, 4, 2, 8), task(7, 1, 4, 2), repeats=3)
     assert best == [2, 1], "the best time of each"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows measures the time of a thread too coarsely")
+def test_own_time_does_not_count_the_time_of_others(helpers):
+    assert helpers.time_side_by_side(lambda: time.sleep(0.05), repeats=1, own_time=True)[0] < 0.025
 
 
 def test_tree_changes_shows_changed_parts_and_where_they_are(helpers, capsys):

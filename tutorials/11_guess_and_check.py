@@ -14,7 +14,6 @@ model's; gamma guesses per pass.
 """
 
 # %% Two models with one vocabulary
-import time
 from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
@@ -243,7 +242,7 @@ DRAWS = 250
 likeliest = [sampler.probabilities(logits).max() for logits in target.logits(text[:-1])]
 in_doubt = np.array(likeliest) < 0.7
 beginning = text[: 1 + np.argmin(np.where(in_doubt, alphas, 1))]
-print(f"... {target.tokenizer.decode(beginning[-12:])} ...")
+print(f"... {target.tokenizer.decode(beginning[-12:]).strip()} ...")
 p = sampler.probabilities(target.logits(beginning)[-1])
 q = sampler.probabilities(draft.logits(beginning)[-1])
 count = np.zeros(len(p))
@@ -295,8 +294,8 @@ for low, high in ((0, 0.3), (0.3, 0.6), (0.6, 0.9), (0.9, 1)):
 bar_chart(labels, shares, "{:.0%}")
 sure = confidences > 0.6
 assert np.mean(right[sure]) > np.mean(right[~sure])
-# It is right more often than it is confident: where several words are about equally likely, both
-# models may still have the same favorite. But where it is unsure, it is wrong more often.
+# Where it is sure, it is nearly always right. Where it is unsure, it is wrong more often, but far
+# from always: where several words are about equally likely, both models may have the same favorite.
 
 # %% ... the threshold `stop`
 # Up to 8 guesses, and no more after one with a confidence below `stop`. The guesses that are not
@@ -315,7 +314,7 @@ for name, found in costs.items():
 print_table(["", "tokens per pass", "guesses", "wasted", "multiply-adds"], table)
 always, default = costs["gamma = 8, stop = 0"], costs["gamma = 8, stop = 0.3"]
 assert default.proposed < always.proposed and default.tokens <= always.tokens
-# With a threshold, a pass guesses far where the text is easy, and hardly at all where it is not. It
+# With a threshold, a pass guesses far where the text is easy, and stops early where it is not. It
 # wastes fewer guesses, and brings fewer tokens: an unsure guess may be right, after all. Which is
 # better depends on what a step of the draft model costs, and what a row in the pass.
 
@@ -353,7 +352,7 @@ assert np.allclose(row_by_row(x[:3]), block_by_block(x[:3]), atol=1e-4)
 def relative_times(run, arguments, repeats=6):
     """How long ``run`` takes for each of the arguments, relative to the first."""
     tasks = [partial(run, argument) for argument in arguments]
-    times = time_side_by_side(*tasks, repeats=repeats, clock=time.thread_time)
+    times = time_side_by_side(*tasks, repeats=repeats, own_time=True)
     return [seconds / times[0] for seconds in times]
 
 
@@ -408,7 +407,7 @@ save_lines("11_rows", ROWS, lines, "rows in a pass", "time of the pass, one row 
 title("9. The price, in time")
 ids = prompts[0]
 steps = decode_last(target, ids), decode_last(draft, ids)
-target_time, draft_time = time_side_by_side(*steps, repeats=60, clock=time.thread_time)
+target_time, draft_time = time_side_by_side(*steps, repeats=60, own_time=True)
 c_small, c_large = draft_time / target_time, sizes[1] / sizes[0]
 print(f"a step of the draft model: c = {c_small:.2f} here, c = {c_large:.2f} by size")
 
@@ -441,7 +440,7 @@ proposed = counts.events["draft tokens proposed"] / passes
 formula = predicted(len(new) / passes, proposed, c_small, v_small)
 
 tasks = [partial(model.generate, ids, n) for model in (target, by_default) for n in (1, 60)]
-times = time_side_by_side(*tasks, repeats=6, clock=time.thread_time)
+times = time_side_by_side(*tasks, repeats=6, own_time=True)
 alone_prompt, alone_all, guessing_prompt, guessing_all = times
 after_prompt = (alone_all - alone_prompt) / (guessing_all - guessing_prompt)
 print(f"by the formula for this text: {formula:.2f} times as fast")

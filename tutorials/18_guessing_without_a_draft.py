@@ -6,12 +6,11 @@ all. The check does not care who guesses: right guesses save passes, wrong ones 
 are three other sources: the first layers of the model itself, the text so far, and the model's own
 wrong guesses.
 
-Letters: L layers; E layers that guess; m guesses in a pass. All decoding here is greedy.
+Letters: L layers; E layers that guess; M guesses in a pass. All decoding here is greedy.
 """
 
 # %% The model, and text to continue
 import random
-import time
 from functools import partial
 
 import numpy as np
@@ -251,7 +250,7 @@ M = 8
 
 
 def jacobi_pass(text, guesses):
-    """The model's tokens after the text and after each guess (m + 1)."""
+    """The model's tokens after the text and after each guess (M + 1)."""
     return lm.logits(text + guesses)[len(text) - 1 :].argmax(-1).tolist()
 
 
@@ -334,7 +333,7 @@ for name, flags in ALL.items():
     brought[name], *price = cost(counts)
     table.append([name, *(f"{number:.2f}" for number in (brought[name], *price))])
     tasks.append(partial(guessing.generate, prompts[0], 40))
-plain_time, *times = time_side_by_side(*tasks, repeats=2, clock=time.thread_time)
+plain_time, *times = time_side_by_side(*tasks, repeats=2, own_time=True)
 for row, seconds in zip(table, times):
     row.append(f"{plain_time / seconds:.2f}")
 print_table(["", "tokens per pass", "multiply-adds", "weights read", "speed"], table)
