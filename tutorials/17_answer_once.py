@@ -309,9 +309,7 @@ for lm in (small, big):
         lm.generate(prompt, 1)
     works.append(counts.total().multiply_adds)
 c = works[0] / works[1]
-print(
-    f"Multiply-adds of an answer: {works[0]:,} and {works[1]:,}. With the big model as 1: {c:.3f}"
-)
+print(f"An answer takes {works[0]:,} multiply-adds, or {works[1]:,}: c = {c:.3f} of the big one's.")
 assert ends[0] < ends[1]
 
 # %% ... does the small model know what it knows?
@@ -374,12 +372,13 @@ assert np.mean(lines["cascade"]) > np.mean(lines["random"])
 # The cascade beats random routing: to be sure means something. But it is a trade, not a gift: what
 # is missing to the big model are wrong answers of which the small one was sure. The router does
 # worse than the cascade. It sees the words of the question, not the answer; and whether the small
-# model has kept track of who went where, these words do not tell.
+# model has kept track of who went where, these words hardly tell. (That depends on the two models
+# and on the questions. Where hard ones look hard, a router is the cheaper choice.)
 
 # %% ... with the flag
 # `cascade` chooses its threshold itself, from a budget: here half of the big model's work. By
 # default it calibrates on stories that are cut anywhere: before a name, after an article. Or we
-# give it questions. It expects to keep about half of the answers. Does it, on our questions?
+# give it questions. It expects to keep about half of the answers: how many of ours does it keep?
 title("... load('stories', cascade={'budget': 0.5}), calibrated on")
 cut_anywhere = minitx.load("stories", cascade={"budget": 0.5, "stories": 8})
 texts = [example.prompt + example.answer for example in examples[::4]]
@@ -396,8 +395,9 @@ for name, lm in (("stories, cut anywhere", cut_anywhere), ("questions", on_quest
     agree = np.mean([one == other for one, other in zip(found, expected)])
     kept = f"{counts.events['small answers kept']} of {len(asked)}"
     table.append([name, kept, f"{work:.2f}", f"{agree:.0%}"])
-print_table(["", "kept", "work", "same as the big model's"], table)
-# A threshold is for the kind of prompts that it was chosen on. Calibrate on prompts like yours.
+print_table(["", "kept", "work (big = 1)", "same as the big model's"], table)
+# A threshold is for the kind of prompts that it was chosen on: calibrate on prompts like yours, and
+# on many. (Here only every fourth one was used, so even the second line is a rough half.)
 
 # %% ... token by token
 # A cascade decides about whole answers, and what the small model wrote is lost if it was not sure.
@@ -442,7 +442,7 @@ for n in (1, 3, 9, 101):
 table.append(["greedy", "100%", "0%", f"{small_right.mean():.0%}"])
 print_table(["votes", "greedy right", "greedy wrong", "all"], table)
 assert rights[101][small_right].mean() > rights[1][small_right].mean()
-assert rights[101][~small_right].mean() < rights[1][~small_right].mean()
+assert rights[101][~small_right].mean() <= rights[1][~small_right].mean()
 # Votes come back to the most likely word, right or wrong. For an answer of one word, greedy
 # decoding has it at once. Voting can pay where many ways lead to an answer, a long calculation,
 # say: the right ways meet, and the wrong ones go astray each on its own. Our models write no such
