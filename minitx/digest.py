@@ -118,6 +118,9 @@ class _Pieces:
             yield from self.of_class(kind)
             for f in fields(value):
                 yield from (f.name, *self.of(getattr(value, f.name)))
+        elif hasattr(value, "token_bytes"):  # a tokenizer, which reads ids the same if these agree
+            yield from (*self.of_class(kind), f"{len(value)} tokens")
+            yield from (value.token_bytes(i, previous=i) for i in range(len(value)))
         elif callable(value):
             yield from self.of_function(value)
         else:
@@ -125,13 +128,10 @@ class _Pieces:
 
     def of_function(self, f) -> Iterator[str | bytes]:
         f = inspect.unwrap(f)
-        if (
-            isinstance(f, FunctionType)
-            and _is_library(f.__module__)
-            and f.__name__ == f.__qualname__
-        ):
-            yield from ("library", f.__module__, f.__name__)
-        elif isinstance(f, FunctionType):
+        is_function = isinstance(f, FunctionType)
+        if is_function and f.__qualname__.isidentifier() and _is_library(f.__module__):
+            yield from ("library", f.__module__, f.__qualname__)
+        elif is_function:
             yield from ("function", f.__module__ or "", f.__qualname__, *self.of_code(f.__code__))
             yield from self.of((f.__defaults__, f.__kwdefaults__))
             for cell in f.__closure__ or ():

@@ -36,7 +36,7 @@ def small_model(lm: LM, name: str, who: str, role: str, instead: str = "") -> Tr
             return found.model
         warnings.warn(
             f"{who}: no shipped model shares the vocabulary of this model, so the first half of "
-            f"its own blocks is the {role}; {role}=PATH names a better one"
+            f"its own blocks is the {role} model; {role}=PATH names a better one"
             f"{instead and f', or {instead}'}.",
             MinitxWarning,
             stacklevel=2,
@@ -44,7 +44,8 @@ def small_model(lm: LM, name: str, who: str, role: str, instead: str = "") -> Tr
         name = "self"
     if name == "self":
         return first_half(lm.model, who, role)
-    return load_second(lm, name, who, role, f"{role}=self{instead and f', or {instead}'}").model
+    instead = f"{role}=self{instead and f', or {instead}'}"
+    return load_second(lm, name, who, f"{role} model", instead).model
 
 
 def first_half(model: Transformer, who: str, role: str) -> Transformer:
@@ -54,7 +55,7 @@ def first_half(model: Transformer, who: str, role: str) -> Transformer:
     half = len(model.stack.blocks) // 2
     if not half:
         raise MinitxError(
-            f"{who} cannot use half of a model of one block as its {role}; give another {role}."
+            f"{who} cannot use half of a model of one block as its {role} model; give another."
         )
     return first_blocks(model, half, who)
 
@@ -64,8 +65,8 @@ def need_rewind(model: Transformer, who: str, role: str, instead: str) -> None:
     for _, node in walk(model):
         if node.frees_rows:
             raise MinitxError(
-                f"{who} cannot use this {role}: {owner(node)} frees cache rows, so tokens that are "
-                f"rejected could not be taken back; {instead}."
+                f"{who} cannot use this {role} model: {owner(node)} frees cache rows, so tokens "
+                f"that are rejected could not be taken back; {instead}."
             )
 
 

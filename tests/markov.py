@@ -1,4 +1,5 @@
-"""Models so small that the distribution of several tokens can be written down: Markov chains."""
+"""Models so small that the distribution of several tokens can be written down: Markov chains, in
+which the next token depends on the last two alone."""
 
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,17 +24,23 @@ class NotedState(State):
 
 @dataclass
 class Shape:
-    vocab_size: int = 3
+    vocab_size: int
     context: int = 10**6
+    eos: tuple = ()
 
 
 @dataclass(eq=False)
 class Markov(Part):
-    """A model in which the next token depends on the last two: ``w[a, b]`` (V,) are the
-    probabilities after tokens a, b."""
+    """``w[a, b]`` (V,) are the probabilities after tokens a, b. passes: the ids of each pass."""
 
     w: np.ndarray
-    config: Shape = field(default_factory=Shape)
+    passes: list = field(default_factory=list)
+    eos: tuple = ()
+    frees_rows = False
+
+    @property
+    def config(self) -> Shape:
+        return Shape(len(self.w), eos=self.eos)
 
     def new_state(self):
         return NotedState()
@@ -41,18 +48,24 @@ class Markov(Part):
     def hidden(self, ids, state):
         state.ids += list(ids)
         state.position += len(ids)
+        assert state.position == len(state.ids)
+        self.passes.append(list(ids))
 
     def __call__(self, ids, state):
-        assert state.position == len(state.ids)
         self.hidden(ids, state)
-        n = len(state.ids)
-        pairs = [state.ids[max(i - 2, 0) : i] for i in range(n - len(ids) + 1, n + 1)]
-        return np.log(np.stack([self.after(pair) for pair in pairs]))
+        first = len(state.ids) - len(ids)
+        with np.errstate(divide="ignore"):
+            rows = [self.after(state.ids[: t + 1]) for t in range(first, len(state.ids))]
+            return np.log(np.array(rows))
 
     def next_logits(self, ids, state):
         return self(ids, state)[-1]
 
+    def next_argmax(self, ids, state):
+        return int(self.next_logits(ids, state).argmax())
+
     def after(self, text):
+        """The distribution (V,) of the token after this text."""
         a, b = (0, *text)[-2:]
         return self.w[a, b]
 
@@ -74,10 +87,30 @@ class Markov(Part):
 
 
 def markov(seed, sharpness=1.0, V=3):
-    w = np.random.default_rng(seed).dirichlet([sharpness] * V, (V, V))
-    return Markov(w, Shape(V))
+    return Markov(np.random.default_rng(seed).dirichlet([sharpness] * V, (V, V)))
 
 
 def constant(p):
     """A model that gives the same probabilities after every text."""
     return Markov(np.broadcast_to(np.array(p), (3, 3, 3)))
+
+
+def after_last(rows) -> Markov:
+    """A model in which only the last token matters: ``rows[b]`` (V,) after token b."""
+    rows = np.array(rows, float)
+    return Markov(np.broadcast_to(rows, (len(rows), *rows.shape)))
+
+
+def random_markov(V: int, seed: int, sharpness: float = 2.0) -> Markov:
+    z = sharpness * np.random.default_rng(seed).standard_normal((V, V, V))
+    return normalized(np.exp(z))
+
+
+def noisy(model: Markov, seed: int, noise: float) -> Markov:
+    """A model that is nearly the same."""
+    z = np.log(model.w) + noise * np.random.default_rng(seed).standard_normal(model.w.shape)
+    return normalized(np.exp(z))
+
+
+def normalized(p) -> Markov:
+    return Markov(p / p.sum(-1, keepdims=True))

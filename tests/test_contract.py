@@ -476,9 +476,17 @@ def sampled(count: int, size: int, seed: int) -> list:
 IN_ACTION = sampled(90, 2, 1) + sampled(90, 3, 2)
 # One that leaves the other nothing to do: all logits are asked for when drafts are verified; of two
 # FFNs one is left out, so that none comes after the other; of two layers one is not run; sub-layers
-# that are dropped look nothing up and have no heads.
+# that are dropped look nothing up and have no heads; votes are taken row by row.
 IDLE = {
-    "exact_head": {"jacobi", "lookahead", "prompt_lookup", "self_speculative", "speculative"},
+    "exact_head": {
+        "big_little",
+        "ensemble",
+        "jacobi",
+        "lookahead",
+        "prompt_lookup",
+        "self_speculative",
+        "speculative",
+    },
     "ffn_skip": {"layer_router", "layer_skip", "switchable"},
     "function_tables": {"layer_skip"},
     "head_cascade": {"layer_router", "layer_skip"},
@@ -486,6 +494,7 @@ IDLE = {
     "mixture_of_depths": {"layer_router"},
     "negative_predict": {"layer_skip"},
     "negative_skip": {"layer_skip"},
+    "padding_skip": {"majority_vote"},
     "perforate_positions": {"layer_skip"},
     "zero_skip": {"layer_skip"},
 }

@@ -41,8 +41,6 @@ class AnswerLoop(TokenLoop):
     ) -> Iterator[list[int]]:
         """B prompts: see ``TokenLoop``. Those without a stored answer run in one batch; a row whose
         stored answer has ended repeats its last token."""
-        if not limit:
-            return
         begun = [self.begin(model, ids, choose, limit) for ids, choose in zip(prompts, choosers)]
         missing = [row for row, (stored, _) in enumerate(begun) if not stored]
         steps: Iterator = iter([[]] * limit)

@@ -17,7 +17,7 @@ from minitx.shared.draft_and_verify import Proposal
 from minitx.technique import at_least, between
 from minitx.tree import Part, part
 
-# The options of a technique that has a model as its draft.
+# The options of the techniques; stop and adapt if a model is the draft.
 Gamma = Annotated[
     int, "draft tokens per round, at most; 0 is plain decoding", at_least(0, limit=1024)
 ]

@@ -25,7 +25,7 @@ from minitx.values import at_least
 
 # The types of the options stories, cuts and tokens, for every technique that calibrates like this.
 Stories = Annotated[
-    int, "calibration stories (with calibrate: passages of the text)", at_least(2, limit=1000)
+    int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
 ]
 Cuts = Annotated[
     int,

@@ -31,7 +31,7 @@ from minitx.model import (
     Transformer,
 )
 from minitx.state import State, Tokens
-from minitx.technique import need, owner
+from minitx.technique import NoSuchPart, need, owner
 from minitx.tree import walk
 
 
@@ -153,3 +153,16 @@ def need_branches(model: Transformer, who: str) -> None:
                 f"{who} runs several guesses of the next tokens in one pass, and {owner(node)} "
                 "needs tokens that follow one another; use one of the two."
             )
+
+
+def check_unchanged(model: Transformer, who: str) -> None:
+    """``need_branches`` when a text begins, for a model that was changed after ``who`` was
+    applied."""
+    try:
+        need_branches(model, who)
+    except NoSuchPart as error:
+        found = type(error.found).__name__
+        raise MinitxError(
+            f"{who} cannot run {found}, which was put into the model afterwards; apply all "
+            "techniques at once to the model without them."
+        ) from None

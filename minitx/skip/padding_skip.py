@@ -34,12 +34,8 @@ from minitx.tree import Part, part, rebuild, walk, weights
     exact=True,
     neutral=None,
     after=(
-        "jacobi",
-        "lookahead",
-        "prefix_cache",
-        "prompt_lookup",
-        "self_speculative",
-        "speculative",
+        *("big_little", "ensemble", "jacobi", "lookahead"),
+        *("prefix_cache", "prompt_lookup", "self_speculative", "speculative"),
     ),
     event=("tokens run", "tokens with padding"),
 )

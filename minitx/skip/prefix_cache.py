@@ -28,7 +28,10 @@ from minitx.tree import Part, part, rebuild, walk
     level="decode",
     exact=True,
     neutral={"megabytes": 0.0},
-    after=("jacobi", "lookahead", "prompt_lookup", "self_speculative", "speculative"),
+    after=(
+        *("big_little", "ensemble", "jacobi", "lookahead"),
+        *("prompt_lookup", "self_speculative", "speculative"),
+    ),
     demo={"block": 2, "megabytes": 1.0},
     event="prompt tokens reused",
 )
@@ -68,6 +71,7 @@ def prefix_cache(
                dota, early_exit with kv_fill=deferred), or whose decisions depend on the step or on
                the whole prompt. Prompts of a batch are decoded one by one.
     Proof:     tests/skip/test_prefix_cache.py; literal version: tests/skip/literal_prefix_cache.py
+    Tutorial:  tutorials/17_answer_once.py
     """
     if not megabytes:
         return lm
@@ -88,7 +92,7 @@ def with_drafts(loop: Part, store: Part, block: int) -> Part:
     def change(node: Part) -> Part | None:
         if type(node) is Transformer and not why_not(node):
             own = {f.name: getattr(node, f.name) for f in fields(node)}
-            return SecondModel(**own, store=store, block=block)
+            return PrefixModel(**own, store=store, block=block)
 
     return rebuild(loop, change)
 
@@ -179,7 +183,7 @@ class PrefixCache(ReusesPrefixes, TokenLoop):
 
 
 @part
-class SecondModel(ReusesPrefixes, Transformer):
+class PrefixModel(ReusesPrefixes, Transformer):
     """A second model inside the loop, such as the draft of speculative decoding. It has a state of
     its own, and the first ids that it runs are the prompt; what it writes itself is not stored."""
 
@@ -350,8 +354,8 @@ class PrefixStore(Part):
 # prompt. The first token needs no draft, so minitx first-token does not show it. For five tokens
 # after prompts as above (7 prompts, 400 of 420 tokens stored), million multiply-adds and CPU time:
 #       draft of speculative           no prefix cache    target only       both
-#       stories-draft (auto)           898    55 ms       118    13 ms      67     8 ms
-#       half of the blocks (self)    1,262    57 ms       483    25 ms      93    11 ms
+#       stories-draft (auto)           893    53 ms       113    12 ms      62     8 ms
+#       half of the blocks (self)    1,255    56 ms       476    25 ms      86    10 ms
 # A second model that keeps more of a prompt than keys and values runs it in full. So do those of
 # techniques that decide about a whole completion (they are applied later).
 #

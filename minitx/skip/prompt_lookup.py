@@ -12,7 +12,7 @@ from typing import Annotated
 from minitx.decode import Sampler
 from minitx.model import Transformer
 from minitx.shared.draft_and_verify import Draft, Drafting, Proposal, Speculative
-from minitx.shared.draft_length import AdaptiveLength, FixedLength
+from minitx.shared.draft_length import AdaptiveLength, FixedLength, Gamma
 from minitx.shared.plain_loop import need_plain_loop
 from minitx.state import State
 from minitx.technique import at_least, technique
@@ -30,9 +30,7 @@ from minitx.tree import part
 def prompt_lookup(
     lm,
     *,
-    gamma: Annotated[
-        int, "draft tokens per round, at most; 0 is plain decoding", at_least(0, limit=1024)
-    ] = 4,
+    gamma: Gamma = 4,
     longest: Annotated[int, "tokens to search for, at most", at_least(1, limit=64)] = 3,
     adapt: Annotated[
         bool, "after each round, gamma grows by 2 if all was accepted, else it shrinks by 1"
@@ -42,8 +40,8 @@ def prompt_lookup(
 
     Paper:     none; Saxena, "Prompt Lookup Decoding", 2023, github.com/apoorvumang/
                prompt-lookup-decoding.
-    Fidelity:  the authors' code, except that it takes the first occurrence that gamma tokens follow
-               (gamma=10); ours takes the latest, with fewer tokens if the text ends (Notes).
+    Fidelity:  the authors' code. Theirs takes the first occurrence that gamma tokens follow
+               (gamma=10); ours the latest, and fewer tokens if the text ends (Notes).
     Kind:      exact: samples follow the model's distribution; greedy text is the same, except for
                ties that rounding decides.
     Idea:      Texts repeat themselves: names, phrases, code. What followed the last few tokens the
@@ -122,10 +120,10 @@ class NgramIndex:
 # Notes:
 #
 # - The proposals are certain, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
-# - The index holds ``longest`` entries per token, so a search takes as long in a text of any length.
+# - The index holds ``longest`` entries per token: a search takes no longer in a longer text.
 # - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities,
 #   which there are none of here.
-# - On stories, 12 held-out stories, prompts of 60 tokens and 60 new ones, relative to plain decoding
+# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding
 #   (minitx compare --prompt-lookup counts the same on shorter prompts):
 #
 #                               accepted   tokens per pass   multiply-adds   weight bytes

@@ -35,6 +35,7 @@ from minitx.tree import part, walk
     neutral={"gamma": 0},
     demo={"layers": 1, "gamma": 3},
     event="draft tokens proposed",
+    presets={"layerskip": {"gamma": 12, "stop": 0.0}},
 )
 def self_speculative(
     lm,
@@ -201,4 +202,4 @@ class SharedCache(Drafting):
 #         gamma=2            73 %         2.43             1.15x           0.68x
 #         gamma=8            40 %         3.98             1.68x           0.85x
 #
-#   More layers are right more often, but a draft step reads more weights: bytes are lowest at E = 2.
+#   More layers are right more often, but a draft step reads more: bytes are lowest at E = 2.

@@ -37,6 +37,7 @@ from minitx.tree import nbytes, part
     neutral={"gamma": 0},
     demo={"draft": "self", "gamma": 3},
     event="draft tokens proposed",
+    presets={"draft-and-verify": {"gamma": 8, "stop": 0.8, "adapt": True}},
 )
 def speculative(
     lm,
@@ -169,7 +170,7 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 # - The sequences of a batch accept different numbers of tokens, so each is decoded by itself, in
 #   turns.
 # - Why tokens may stop a round and the text stays exact: minitx/shared/draft_length.py.
-# - On stories, 12 held-out stories, prompts of 60 tokens and 60 new ones, relative to plain decoding
+# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding
 #   (minitx compare --speculative gamma=4 stop=0 counts the same on shorter prompts):
 #
 #                                   accepted   tokens per pass   multiply-adds   weight bytes

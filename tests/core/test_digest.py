@@ -245,6 +245,12 @@ def test_digests_are_the_same_in_another_process():
     assert [what for what, line in zip(expected, lines) if expected[what] != line] == []
 
 
+def test_lambdas_of_a_library_are_told_apart():
+    """Where a name alone would be the same."""
+    lambdas = [eval(f"lambda x: x + {n}", {"__name__": "minitx.ops"}) for n in (1, 2)]
+    assert digest(Holds(lambdas[0])) != digest(Holds(lambdas[1]))
+
+
 def test_constant_that_a_function_uses_by_name_counts(monkeypatch):
     before = digest(Holds(scaled)), digest(Holds(around))
     monkeypatch.setitem(globals(), "FACTOR", 4)
@@ -302,3 +308,25 @@ def test_source_that_computes_has_a_digest(tmp_path, monkeypatch):
     (tmp_path / "lab" / "c.py").write_text("x = 1")
     assert found() == seen[-1] and len({*seen}) == 4
     source_digest.cache_clear()
+
+
+def test_tokenizer_is_told_apart_by_the_bytes_of_its_tokens():
+    """majority_vote compares texts, so it holds the tokenizer."""
+
+    @part
+    class Reads(Part):
+        tokenizer: object
+
+    class Letters:
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+        def __len__(self):
+            return len(self.tokens)
+
+        def token_bytes(self, token, previous=None):
+            return self.tokens[token]
+
+    one, same, other = ((b"a", b"bc"), (b"a", b"bc"), (b"ab", b"c"))
+    assert digest(Reads(Letters(one))) == digest(Reads(Letters(same)))
+    assert digest(Reads(Letters(one))) != digest(Reads(Letters(other)))

@@ -281,8 +281,12 @@ def test_prompts_are_the_beginnings_of_stories_or_pieces_of_a_text():
 def test_method_that_does_not_fit_is_listed_with_the_reason(found):
     for sampling in (GREEDY, SAMPLED):
         one = row(found, "speculative none", sampling)
-        assert one.figures is None and one.reason.startswith("speculative cannot load its draft")
-    assert "speculative none: speculative cannot load its draft" in " ".join(str(found).split())
+        assert one.figures is None and one.reason.startswith(
+            "speculative cannot load its draft model"
+        )
+    assert "speculative none: speculative cannot load its draft model" in " ".join(
+        str(found).split()
+    )
     assert row(found, "block=0").reason.startswith("prefix_cache: block must be an integer")
 
 

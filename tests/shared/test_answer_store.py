@@ -25,6 +25,7 @@ from minitx.shared.answer_store import (
     check_file,
     checksum,
     clear,
+    decoded,
     default_file,
     encode,
     statistics,
@@ -193,6 +194,25 @@ def test_killed_writer_loses_no_answer_and_leaves_no_half_one(file, inherited):
 
 
 @forks
+@pytest.mark.parametrize("where", ["file", MEMORY])
+def test_forked_process_opens_the_store_itself(file, where):
+    """SQLite forbids to use, or close, a connection in a forked process."""
+    store = AnswerStore(where if where == MEMORY else str(file), 1.0)
+    store.put(key(1), answer(1))
+    inherited = store.database.open
+
+    def task():
+        assert store.find(key(1)) == (None if where == MEMORY else answer(1))
+        assert store.database.open.process == os.getpid()
+        assert inherited in answer_store.of_parents, "it would be closed"
+        store.put(key(2), answer(2))
+
+    assert os.waitpid(in_child(task), 0)[1] == 0
+    assert store.find(key(1)) == answer(1) and store.database.open is inherited
+    assert store.find(key(2)) == (None if where == MEMORY else answer(2))
+
+
+@forks
 def test_two_processes_write_and_read_at_once(file):
     def work(start):
         store = store_of(file)
@@ -290,6 +310,18 @@ def test_answer_under_another_key_is_not_served(file):
     store.put(key(1), answer(1))
     store.database.open.connection.execute("UPDATE answers SET key = ?", (key(2),))
     assert store.find(key(2)) is None
+    row = key(1), key(9), encode([5]), checksum(key(1), key(9), encode([5]))
+    assert decoded(row, key(1)) == decoded(row, key(9)) == [5] and decoded(row, key(2)) is None
+
+
+def test_answer_that_cannot_be_evicted_ends_in_a_warning(file, monkeypatch):
+    """As with a damaged index, by which an answer is found that is not in the table."""
+    store = store_of(file, (ROW + 100) / 1e6)
+    store.put(key(1), [1] * 20)
+    monkeypatch.setattr(answer_store, "drop", lambda db, key: False)
+    with pytest.warns(MinitxWarning, match="is damaged .an index does not match"):
+        store.put(key(2), [2] * 20)
+    assert store.find(key(1)) == [1] * 20 and store.find(key(2)) is None
 
 
 def test_truncated_file_gives_no_wrong_answer_and_no_error(file):

@@ -116,7 +116,7 @@ def distribution(rule):
 def test_no_rule_changes_the_distribution(rule, monkeypatch):
     monkeypatch.setattr(MovingStop, "step", 4.0)  # so that a few rounds move the threshold far
     found, rounds = distribution(rule)
-    assert total_variation(found, P.distribution((1, 0), TOKENS)) < 1e-13
+    assert total_variation(found, P.distribution((1, 0), TOKENS)) < 1e-13, "not exact"
     _, without = distribution(FixedLength(rule.gamma))
     assert rounds != without, "the rule does nothing"
 

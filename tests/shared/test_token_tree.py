@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny import KINDS, tiny_lm, tiny_model
+from tiny import KINDS, check_close, tiny_lm, tiny_model
 
 from minitx.decode import Sampler
 from minitx.errors import MinitxError
@@ -51,7 +51,7 @@ def test_each_node_has_the_logits_of_its_branch_alone(family):
         for node in range(size):
             branch = [tree.ids[i] for i in path_to(tree, node)]
             alone = model(PROMPT + branch)[-1]
-            np.testing.assert_allclose(logits[node], alone, rtol=1e-9, atol=1e-9)
+            check_close(logits[node], alone, 1e-9, f"node {node} of {size} and its branch alone")
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -59,7 +59,7 @@ def test_kept_path_leaves_the_cache_of_a_plain_run(family):
     model, rng = tiny_model(family, dtype=np.float64), np.random.default_rng(1)
     state, text = model.new_state(), list(PROMPT)
     model.hidden(PROMPT, state)
-    for _ in range(4):
+    for turn in range(4):
         tree = random_tree(rng, 9)
         step = TreeStep(state, tree)
         model(tree.ids, step)
@@ -71,14 +71,14 @@ def test_kept_path_leaves_the_cache_of_a_plain_run(family):
         assert state.position == len(text)
         for kept, new in zip(state.layers, fresh.layers):
             assert kept.count == new.count and kept.row_positions is None
-            for a, b in ((kept.keys, new.keys), (kept.values, new.values)):
-                np.testing.assert_allclose(a[..., : kept.count, :], b[..., : new.count, :], 1e-9)
+            for what in ("keys", "values"):
+                a, b = (getattr(layer, what)[..., : new.count, :] for layer in (kept, new))
+                check_close(a, b, 1e-9, f"cached {what} after pass {turn}")
     more = model([3, 4], state)  # and the sequence goes on as any other
-    np.testing.assert_allclose(more, model([*text, 3, 4])[-2:], rtol=1e-9, atol=1e-9)
+    check_close(more, model([*text, 3, 4])[-2:], 1e-9, "a plain step afterwards")
     state.rewind(len(PROMPT) + 1)
-    np.testing.assert_allclose(
-        model([2], state)[-1], model([*text[: len(PROMPT) + 1], 2])[-1], rtol=1e-9, atol=1e-9
-    )
+    again = model([*text[: len(PROMPT) + 1], 2])[-1]
+    check_close(model([2], state)[-1], again, 1e-9, "after a rewind into the path")
 
 
 def test_tree_may_have_more_nodes_than_the_context_has_room():
@@ -91,7 +91,7 @@ def test_tree_may_have_more_nodes_than_the_context_has_room():
         tree.add(0, token)
     step = TreeStep(state, tree)
     logits = model(tree.ids, step)
-    np.testing.assert_allclose(logits[20], model([*ids, 7, 19])[-1], rtol=1e-9, atol=1e-9)
+    check_close(logits[20], model([*ids, 7, 19])[-1], 1e-9, "the last guess")
     step.keep([0, 20])
     assert state.position == 48
     with pytest.raises(MinitxError, match="position 48 but the model's context is 48"):

@@ -18,7 +18,7 @@ from minitx.decode import Sampler
 from minitx.errors import MinitxError, MinitxWarning
 from minitx.shared.answer_store import ROW, statistics
 from minitx.skip.answer_cache import NormalizedText, normalized
-from minitx.technique import apply
+from minitx.technique import apply, wrap
 from minitx.tree import Part, part
 
 IDS = np.random.default_rng(0).integers(0, 256, 40).tolist()
@@ -130,6 +130,29 @@ def test_warm_state_is_served_too():
     with ledger.counting(lm) as counts:
         assert [*lm.decode(lm.model, state, IDS[:12], Sampler(), 6)] == answer
     assert counts.total().multiply_adds == 0 and state.position == 7
+
+
+@part
+class Steps(Part):
+    """Decides by the tokens of a step together."""
+
+    inner: Part
+    decides: str
+
+    def __call__(self, x, layer):
+        return self.inner(x, layer)
+
+
+@pytest.mark.parametrize("way, same", [("token", True), ("step", False), ("sequence", False)])
+def test_where_steps_matter_a_warm_state_is_another_request(way, same):
+    """A prompt whose beginning was run before may be answered differently then."""
+    lm = cached(wrap(tiny_lm(dtype=np.float64), "attn", lambda attn, index: Steps(attn, way)))
+    lm.generate(IDS[:12], 6)
+    state = lm.model.new_state()
+    lm.model(IDS[:7], state)
+    with ledger.counting(lm) as counts:
+        assert len([*lm.decode(lm.model, state, IDS[:12], Sampler(), 6)]) == 6
+    assert counts.events["exact hits"] == same and counts.events["misses"] != same
 
 
 # What is stored ----------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from minitx import ledger
 from minitx.decode import Autoregressive, Sampler
 from minitx.errors import MinitxError, MinitxWarning
 from minitx.second_model import first_half
-from minitx.shared.small_answers import Answer, examples_of, halves
+from minitx.shared.small_answers import Answer, Example, examples_of, halves
+from minitx.skip import cascade as module
 from minitx.skip.cascade import (
     SCORES,
     Cascade,
@@ -219,6 +220,17 @@ def work(lm, ids):
 # Calibration -------------------------------------------------------------------------------------
 
 
+def test_scorer_and_threshold_are_set_on_different_halves(monkeypatch):
+    """First half: 0.1 wrong, 0.3 right. Second: 0.6 wrong, 0.8 right, of which half is kept."""
+    scores = [(0.1, False), (0.3, True), (0.6, False), (0.8, True)]
+    examples = [Example([1], Answer([2], [math.log(p)], [0], True), r) for p, r in scores]
+    monkeypatch.setattr(module, "examples_of", lambda *_: examples)
+    monkeypatch.setattr(module, "relative_cost", lambda *_: 0.4)
+    lm = tiny_lm()
+    assert cascade(lm, small="self", threshold=0.9).decode.cut == pytest.approx(0.3)
+    assert cascade(lm, small="self", budget=0.9).decode.cut == pytest.approx(0.8)
+
+
 @cache
 def shipped():
     """64 examples from stories, and the stories model."""
@@ -282,5 +294,5 @@ def test_bad_options_are_refused_in_a_sentence(options, words):
 
 
 def test_setting_that_costs_more_than_it_saves_warns():
-    with pytest.warns(MinitxWarning, match="both together take more than the big model alone"):
+    with pytest.warns(MinitxWarning, match="both together take at least as much"):
         apply(tiny_lm(), {"cascade": {"small": "self", "budget": 1.4, "stories": 2}})

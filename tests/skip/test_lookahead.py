@@ -282,6 +282,14 @@ def test_other_loops_are_refused_by_name():
         apply(lm, {"lookahead": True})
 
 
+def test_techniques_applied_afterwards_are_refused_when_it_runs():
+    lm = apply(tiny_lm(), {"lookahead": True})
+    for name, options in (("elsa", {"p": 0.5}), ("early_exit", {}), ("sink_window", {"window": 8})):
+        with pytest.raises(MinitxError, match="^lookahead") as caught:
+            apply(lm, {name: options}).generate(PROMPT, 5)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["quantize_cache", "quantize", "fold_norms", "ffn_skip"])
 def test_techniques_that_compute_token_by_token_stay(name):
     lm = apply(tiny_lm(dtype=np.float64), {name: True})

@@ -14,8 +14,10 @@ from minitx.checkpoints.precomputed import Origin, write_precomputed
 from minitx.decode import Sampler
 from minitx.errors import MinitxError, MinitxWarning
 from minitx.lm import LM
+from minitx.shared.draft_and_verify import Speculative
+from minitx.shared.draft_length import FixedLength
 from minitx.skip.prefix_cache import Block, PrefixStore, extend
-from minitx.skip.speculative import DraftModel, Speculative
+from minitx.skip.speculative import DraftModel
 from minitx.technique import apply, wrap
 from minitx.tree import Part, part
 
@@ -259,7 +261,7 @@ def test_a_draft_model_reuses_prefixes_too(family):
     prompt found as a whole, each model runs the last token."""
     dense, new = tiny_lm(family, dtype=np.float64), IDS[:13] + [1, 2, 3]
     lm = cached(dense, block=4, speculative={"draft": "self", "gamma": 3})
-    assert type(lm.decode.inner.draft.model).__name__ == "SecondModel"
+    assert type(lm.decode.inner.draft.model).__name__ == "PrefixModel"
     found = []
     for prompt in (IDS[:15], new, new):
         with ledger.counting(lm) as counts:
@@ -289,7 +291,7 @@ def test_a_draft_proposes_the_same_from_reused_rows():
 def test_of_a_draft_only_the_prompt_is_stored_and_under_its_own_weights():
     """Blocks of one token: what the draft writes, one or two tokens at a time, is no beginning."""
     dense, other = tiny_lm(dtype=np.float64), tiny_model(seed=3, dtype=np.float64)
-    lm = cached(replace(dense, decode=Speculative(DraftModel(other), 3)), block=1)
+    lm = cached(replace(dense, decode=Speculative(DraftModel(other), FixedLength(3))), block=1)
     lm.generate(IDS[:13], 9)
     seed = lm.decode.store.seed(lm.decode.inner.draft.model)
     hashes = [seed]
@@ -303,8 +305,8 @@ def test_of_a_draft_only_the_prompt_is_stored_and_under_its_own_weights():
 def test_a_draft_that_remembers_more_than_keys_and_values_runs_the_whole_prompt():
     dense = tiny_lm(dtype=np.float64)
     odd = wrap(dense, "attn", lambda attn, index: Unfit(attn, has_history=True)).model
-    for draft, kind in ((odd, "Transformer"), (dense.model, "SecondModel")):
-        loop = Speculative(DraftModel(draft), 3)
+    for draft, kind in ((odd, "Transformer"), (dense.model, "PrefixModel")):
+        loop = Speculative(DraftModel(draft), FixedLength(3))
         lm = cached(replace(dense, decode=loop), block=4)
         assert type(lm.decode.inner.draft.model).__name__ == kind
         for _ in range(2):

@@ -76,7 +76,8 @@ def test_sequence_distribution_is_the_models(options):
         proposed += counts.events["draft tokens proposed"]
         return new
 
-    assert total_variation(exact_distribution(run, **options), expected) < 1e-9
+    found = exact_distribution(run, **options)
+    assert total_variation(found, expected) < 1e-9, "another distribution than the model has"
     assert proposed
 
 

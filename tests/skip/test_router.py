@@ -13,7 +13,8 @@ from minitx import ledger
 from minitx.decode import Sampler, new_state
 from minitx.errors import MinitxError
 from minitx.second_model import first_half
-from minitx.shared.small_answers import examples_of, halves
+from minitx.shared.small_answers import Answer, Example, examples_of, halves
+from minitx.skip import router as module
 from minitx.skip.router import (
     BUCKETS,
     PromptLoss,
@@ -171,6 +172,20 @@ def test_budget_is_met_on_the_half_that_sets_the_threshold(features, budget):
 
 
 # What is learned ---------------------------------------------------------------------------------
+
+
+def test_classifier_and_threshold_are_set_on_different_halves(monkeypatch):
+    """First half: the small model is good enough after a 5, not after a 6. Second: only prompts
+    that end with 6, of which one in two is to be routed to it."""
+    answer = Answer([2], [0.0], [0.0], True)
+    learn = [Example([n, last], answer, last == 5) for n in range(4) for last in (5, 6)]
+    tune = [Example([1] * n + [6], answer, True) for n in range(1, 9)]
+    monkeypatch.setattr(module, "examples_of", lambda *_: learn + tune)
+    monkeypatch.setattr(module, "relative_cost", lambda *_: 0.0)
+    loop = router(tiny_lm(), small="self", budget=0.5).decode
+    assert loop.score([1, 5])[0] > 0.6 > 0.4 > loop.score([1, 6])[0]
+    routed = [loop.score(e.prompt)[0] >= loop.cut for e in tune]
+    assert loop.cut < 0.5 and sum(routed) >= 4, "no prompt of the second half would be routed"
 
 
 @cache

@@ -111,7 +111,7 @@ def test_sequence_distribution_is_the_models(options, length):
     prompt, loop = [1, 2, 0, 1], Speculative(FirstLayers(1), length)
     expected = model_distribution(model, prompt, 3, **options)
     found = exact_distribution(lambda s: tuple(decode(loop, model, prompt, s, 3)), **options)
-    assert total_variation(found, expected) < 1e-9
+    assert total_variation(found, expected) < 1e-9, "another distribution than the model has"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,7 +197,7 @@ def test_figures_on_stories():
         assert text == lm.generate(prompt, 40)
         events = counts.events
         accepted[layers] = events["draft tokens accepted"] / events["draft tokens proposed"]
-    assert 0.4 < accepted[2] < 0.95 and 0.6 < accepted[4] <= 1
+    assert 0.38 < accepted[2] < 0.5 and 0.7 < accepted[4] < 0.85, accepted
 
 
 # Options and models ------------------------------------------------------------------------------

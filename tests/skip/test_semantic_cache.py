@@ -225,6 +225,10 @@ def test_rows_of_a_batch_hit_what_was_answered_before():
     audited = replace(lm, decode=replace(lm.decode, audit=1))
     assert generate(audited, prompts) == (expected, (3, 0, 3, 0), True)
     assert lm.generate(prompts, 0) == [[], [], []]
+    seeded = dict(top_k=5, seed=3)  # row i is sampled with seed 3 + i
+    lm.generate(prompts[0], 6, **seeded)
+    expected = dense.generate(prompts, 6, **seeded)
+    assert generate(lm, prompts, **seeded)[:2] == (expected, (1, 2, 0, 0))
 
 
 def test_what_misses_goes_to_the_answer_cache_and_the_packed_batch_inside():

@@ -51,14 +51,31 @@ DRAFT = {"draft": SMALL}
 
 METHODS = (
     Way(PLAIN, None, make=lambda lm, value: lm),
-    way("speculative gamma=2", "speculative", DRAFT | {"gamma": 2}),
-    way("speculative gamma=4", "speculative", DRAFT | {"gamma": 4}),
-    way("speculative gamma=8", "speculative", DRAFT | {"gamma": 8}),
-    way("speculative draft=self", "speculative", {"draft": "self", "gamma": 4}),
-    way("speculative draft=lookup", "speculative", {"draft": "lookup", "gamma": 4}),
+    # Draft and verify: so many tokens in each round, or until the draft is unsure.
+    way("speculative gamma=2", "speculative", DRAFT | {"gamma": 2, "stop": 0.0}),
+    way("speculative gamma=4", "speculative", DRAFT | {"gamma": 4, "stop": 0.0}),
+    way("speculative gamma=8", "speculative", DRAFT | {"gamma": 8, "stop": 0.0}),
+    way("speculative stop", "speculative", DRAFT),
+    way("speculative adapt", "speculative", DRAFT | {"adapt": True}),
+    way("speculative draft=self", "speculative", {"draft": "self"}),
+    way("self_speculative", "self_speculative", {}),
+    way("prompt_lookup", "prompt_lookup", {}),
+    way("prompt_lookup adapt", "prompt_lookup", {"adapt": True}),
+    way("jacobi", "jacobi", {}),
+    way("lookahead", "lookahead", {}),
+    way("lookahead authors", "lookahead", {"preset": "authors"}),
+    # A second model helps, or answers instead.
+    way("big_little", "big_little", {"small": SMALL}),
+    way("big_little exact", "big_little", {"small": SMALL, "preset": "exact"}),
+    way("ensemble", "ensemble", {"member": SMALL}),
+    way("majority_vote", "majority_vote", {}),
+    way("router", "router", {"small": SMALL}),
+    way("cascade", "cascade", {"small": SMALL}),
     # With a store: also measured on prompts that were seen before.
     way("prefix_cache", "prefix_cache", {}),
-    way("prefix_cache + draft", "prefix_cache", {}, speculative=DRAFT | {"gamma": 4}),
+    way("prefix_cache + draft", "prefix_cache", {}, speculative=DRAFT),
+    way("answer_cache", "answer_cache", {"file": "memory"}),
+    way("semantic_cache", "semantic_cache", {}),
 )
 
 # Techniques that have no method, and why.

@@ -1,0 +1,149 @@
+"""Decoding loops beside plain decoding: what a technique that replaces the loop costs and changes.
+
+    python -m minitx.lab.loops big_little fallback=0,0.6 rollback=0.69,2,5
+    python -m minitx.lab.loops speculative gamma=2,4,8
+
+The beginnings of held-out stories are continued greedily. Per row of the table, one setting:
+
+    same tokens    tokens that plain decoding has at the same position
+    same texts     continuations that are the same from beginning to end
+    loss           nats per token of the continuation under the model itself, above those of plain
+                   decoding: text may differ and be as likely
+    calls          forward passes of each model per token
+    multiply-adds, bytes (of weights and of the KV cache): relative to plain decoding
+    speed          relative to plain decoding, one after the other on each prompt
+
+Prefill is included, so that no row reaches 0 calls.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minitx.exit_status import run_module
+from minitx.lab.answers import counting_calls
+from minitx.lab.bench import elapsed
+from minitx.lab.compare import continuation, forget
+from minitx.lab.evaluate import percent
+from minitx.lab.layout import table
+from minitx.lab.reading import stories_to_read
+from minitx.lab.sweep import settings
+from minitx.ledger import Entry, counting
+from minitx.lm import LM, load
+from minitx.progress import bar
+from minitx.shared.log_softmax import log_softmax
+from minitx.technique import apply, as_words, find
+
+
+@dataclass(frozen=True)
+class Run:
+    """The continuations of some prompts, and what they cost together."""
+
+    texts: list[list[int]]
+    nats: float  # negative log-likelihood of the continuations under the dense model
+    calls: dict[str, int]  # of each model, by its path
+    work: Entry
+    events: dict[str, int]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.texts))
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def bytes_read(self) -> int:
+        return self.work.weight_bytes + self.work.cache_bytes
+
+    def same_tokens(self, plain: "Run") -> float:
+        pairs = ((a, b) for one, other in zip(self.texts, plain.texts) for a, b in zip(one, other))
+        return sum(a == b for a, b in pairs) / plain.tokens
+
+    def same_texts(self, plain: "Run") -> int:
+        return sum(a == b for a, b in zip(self.texts, plain.texts))
+
+
+def continue_all(lm: LM, dense: LM, prompts: Sequence[list[int]]) -> Run:
+    """Each prompt is continued twice: counted, then timed."""
+    texts, nats, calls, seconds = [], 0.0, Counter(), 0.0
+    work, events = Entry(), Counter()
+    for prompt in prompts:
+        forget(lm)
+        with counting_calls(lm) as own, counting(lm) as counts:
+            texts.append(continuation(lm, prompt))
+        calls.update(own)
+        work += counts.total()
+        events.update(counts.events)
+        forget(lm)
+        began = time.process_time()
+        continuation(lm, prompt)
+        seconds += elapsed(time.process_time, began)
+        nats += likelihood(dense, prompt, texts[-1])
+    return Run(texts, nats, dict(calls), work, dict(events), seconds)
+
+
+def likelihood(lm: LM, prompt: list[int], new: list[int]) -> float:
+    """The negative log-likelihood of the new ids, in nats."""
+    logits = lm.logits([*prompt, *new[:-1]])[len(prompt) - 1 :]
+    return -float(log_softmax(logits)[np.arange(len(new)), new].sum())
+
+
+def row_of(name: str, run: Run, plain: Run) -> list[str]:
+    calls = ", ".join(f"{n / run.tokens:.2f} {path}" for path, n in run.calls.items())
+    return [
+        name,
+        percent(run.same_tokens(plain)),
+        f"{run.same_texts(plain)} of {len(plain.texts)}",
+        f"{run.loss - plain.loss:+.3f}",
+        calls,
+        f"{run.work.multiply_adds / plain.work.multiply_adds:.3f}x",
+        f"{run.bytes_read / plain.bytes_read:.3f}x",
+        f"{plain.seconds / run.seconds:.2f}x",
+    ]
+
+
+HEADING = "setting,same tokens,same texts,loss,calls,multiply-adds,bytes,speed".split(",")
+
+
+def report(dense: LM, technique: str, chosen: Sequence[dict], prompts: int, shown=False) -> str:
+    """The table of one technique at several settings."""
+    beginnings = stories_to_read(dense, prompts).prompts(prompts)
+    plain = continue_all(dense, dense, beginnings)
+    rows = [HEADING, row_of("plain", plain, plain)]
+    for options in bar(chosen, "loops", unit="setting", shown=shown):
+        run = continue_all(apply(dense, {technique: options}), dense, beginnings)
+        rows.append(row_of(as_words(options) or "default", run, plain))
+    title = (
+        f"{technique} on {dense.name}: {prompts} prompts of {len(beginnings[0])} tokens, "
+        f"{plain.tokens // prompts} new tokens each."
+    )
+    return "\n".join([title, "", table(rows)])
+
+
+def main(words=None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m minitx.lab.loops", description="Decoding loops beside plain decoding."
+    )
+    parser.add_argument("technique", help="its name, as minitx list has it")
+    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE,...", help="settings to try")
+    parser.add_argument("-m", "--model", default="stories", help="default: %(default)s")
+    parser.add_argument("--prompts", type=int, default=20, help="default: %(default)s")
+    given = parser.parse_args(words)
+    run_module(parser, lambda: run(given))
+
+
+def run(given: argparse.Namespace) -> None:
+    technique = find(given.technique)
+    chosen = settings(technique, given.options)
+    print(report(load(given.model), technique.name, chosen, given.prompts, shown=True))
+
+
+if __name__ == "__main__":
+    main()
