@@ -85,7 +85,7 @@ def big_little(
                Multiply-adds rise, since both models run what is kept. On stories 0.42 big and 0.95
                small passes a token: 0.50x the bytes and 1.07x the multiply-adds, with all tokens
                the same (speculative, exact: 0.37x and 1.17x).
-    In NumPy:  0.8x to 1.1x the throughput on stories, whose weights fit the CPU's cache (Notes).
+    In NumPy:  1.1x to 1.2x the throughput on stories, whose weights fit the CPU's cache (Notes).
     Not for:   sampling: the rule would change the distribution, so requests with a temperature are
                left to the big model (speculative samples exactly); a model with another vocabulary.
     Proof:     tests/skip/test_big_little.py; literal version: tests/skip/literal_big_little.py
@@ -240,7 +240,8 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 #   rejected; and at rollback=2 it lets other text pass. Without a fallback there are fewer big
 #   passes and more multiply-adds; a loose rollback saves most there. Then the text is another one,
 #   but as likely: many words of a story may as well be others.
-# - Speed on a busy machine was 0.7x to 1.6x (fallback=0: 0.7x at rollback=0.69, 1.6x at 5).
+# - minitx frontier decoding, CPU time on a busy machine: 1.18x the throughput by default (1.15x to
+#   1.18x; speculative 1.27x). In the table above, fallback=0 rollback=5 was fastest (1.6x to 1.9x).
 # - An answer of one token is always the big model's, since it begins: graded questions whose answer
 #   is the next token cannot show what this loop costs.
 # - The thresholds compare probabilities, so a small model that is too sure of itself (one that is

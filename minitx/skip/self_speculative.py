@@ -69,7 +69,7 @@ def self_speculative(
                Multiply-adds rise (1.30x): n + 1 tokens through every layer, 2 n + 1 through the
                head, for 1 to n + 1 tokens. A draft with its own cache would run n tokens through
                layers 0..E-1 twice (speculative draft=self: 1.61x at E = L/2, here 1.13x).
-    In NumPy:  1.1x to 1.2x the throughput of plain decoding on stories.
+    In NumPy:  1.1x the throughput of plain decoding on stories (minitx frontier decoding).
     Not for:   models whose early layers predict badly; parts that free cache rows, or decide by
                the step; batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_self_speculative.py; literal version:
