@@ -45,8 +45,9 @@ from minitx.lab.reading import (
     warn_if_stories_are_unknown,
 )
 from minitx.ledger import Entry, Ledger, counting
+from minitx.shared.log_softmax import log_softmax
 from minitx.text import Text
-from minitx.tree import nbytes, walk
+from minitx.tree import forget, nbytes
 
 LONGEST_TIMING = 20.0  # seconds after which no further round of timing begins
 
@@ -268,13 +269,6 @@ def counted(lm, run, *arguments) -> tuple[np.ndarray, Entry]:
     return found, counts.total()
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """log of the next-token distributions (T, V), in float64."""
-    z = logits.astype(np.float64)
-    z -= z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
-
 def continue_all(lm, prompts: Sequence[list[int]], tick) -> tuple[list[list[int]], Ledger]:
     """The greedy continuation of each prompt, and what they cost together."""
     found = []
@@ -322,12 +316,6 @@ def continuation(lm, prompt) -> list[int]:
     """The greedy continuation. It goes on past end-of-text, so that all models generate as much."""
     state = new_state(lm.model, prompt)
     return list(lm.decode(lm.model, state, prompt, Sampler(), room(lm, prompt)))
-
-
-def forget(lm) -> None:
-    """Clear caches that outlive a sequence (a prefix cache), so that every pass starts the same."""
-    for _, node in walk(lm):
-        node.forget()
 
 
 def room(lm, prompt) -> int:

@@ -1,9 +1,10 @@
-"""A small model that may answer instead of the big one: its answers, and examples to calibrate who
-should.
+"""For techniques in which a small model may answer instead of the big one: its answers, and the
+examples that calibrate which model answers.
 
 An example is a prompt with the greedy answers of both models. The small answer counts as right if
-it equals the big one's, token by token: that needs no labels, so any text will do, and it is what
-is promised to whoever turns such a technique on. (A lab that has labels can grade both.)
+it equals the big one's, token by token. That needs no labels, so any text will do, and it is what
+such a technique promises: the big model's answer for less work. (Labels, where a measurement has
+them, can grade both.)
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +19,13 @@ from minitx.errors import MinitxError
 from minitx.lm import LM
 from minitx.model import Transformer
 from minitx.progress import bar
+from minitx.shared.log_softmax import log_softmax
 from minitx.shared.same_beginning import state_for
 from minitx.state import State
-from minitx.tree import walk
+from minitx.tree import forget
 from minitx.values import at_least
 
-# The types of the options stories, cuts and tokens, for every technique that calibrates like this.
+# The options stories, cuts and tokens of every technique that calibrates like this.
 Stories = Annotated[
     int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
 ]
@@ -34,7 +36,7 @@ Cuts = Annotated[
     at_least(1, limit=1000),
 ]
 AnswerTokens = Annotated[
-    int, "tokens of a calibration answer: as many as the answers that you will ask for",
+    int, "tokens of a calibration answer; give the length of the answers that you will ask for",
     at_least(1, limit=1000),
 ]  # fmt: skip
 
@@ -75,10 +77,9 @@ def answer_of(
 def confidence(logits: np.ndarray, token: int) -> tuple[float, float]:
     """(ln p(token), entropy of p / ln V) for p = softmax(logits) (V,), whatever the sampler's
     temperature is."""
-    z = logits.astype(np.float64) - logits.max()
-    log_p = z - np.log(np.exp(z).sum())
-    ledger.count(multiply_adds=z.size)  # p ln p, summed
-    entropy = -(np.exp(log_p) * log_p).sum() / np.log(z.size)
+    log_p = log_softmax(logits)
+    ledger.count(multiply_adds=log_p.size)  # p ln p, summed
+    entropy = -(np.exp(log_p) * log_p).sum() / np.log(log_p.size)
     return float(log_p[token]), float(entropy)
 
 
@@ -92,8 +93,8 @@ def uniform_of(ids: Sequence[int], seed: int) -> float:
 
 
 def cut_for_share(scores: Sequence[float], share: float) -> float:
-    """The least score that is kept if this share of them, rounded up, is kept: +Inf for none, -Inf
-    for all (of other scores too)."""
+    """The threshold that keeps this share of the scores, rounded up: the lowest score that is kept;
+    +Inf keeps none and -Inf all, of any other scores too."""
     keep = int(np.ceil(round(len(scores) * share, 6)))
     if keep <= 0:
         return float("inf")
@@ -147,7 +148,8 @@ def cuts_of(length: int, cuts: int, tokens: int) -> list[int]:
 
 
 def in_turn(model: Transformer, prompts: Sequence[list[int]], answer: Callable) -> list:
-    """``answer(state, prompt)`` for prompts of which each begins with the one before."""
+    """``answer(state, prompt)`` for each of the prompts, every one of which begins with the one
+    before it, so that only the rest has to be run."""
     state, held, found = None, (), []
     for prompt in prompts:
         state, held = state_for(model, prompt, held, state), prompt
@@ -190,9 +192,3 @@ def relative_cost(lm: LM, examples: Sequence[Example], tokens: int, work: Callab
 
 
 SAMPLED = 6  # prompts whose costs are counted
-
-
-def forget(lm: LM) -> None:
-    """Clear what the calibration has left in caches."""
-    for _, node in walk(lm):
-        node.forget()

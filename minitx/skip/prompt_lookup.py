@@ -31,9 +31,11 @@ def prompt_lookup(
     lm,
     *,
     gamma: Gamma = 4,
-    longest: Annotated[int, "tokens to search for, at most", at_least(1, limit=64)] = 3,
+    longest: Annotated[
+        int, "length of the longest n-gram that is searched for", at_least(1, limit=64)
+    ] = 3,
     adapt: Annotated[
-        bool, "after each round, gamma grows by 2 if all was accepted, else it shrinks by 1"
+        bool, "after each round, gamma grows by 2 if all tokens were accepted, else shrinks by 1"
     ] = False,
 ):
     """Propose what followed the last tokens earlier in the text; one forward pass verifies it.
@@ -44,20 +46,21 @@ def prompt_lookup(
                (gamma=10); ours the latest, and fewer tokens if the text ends (Notes).
     Kind:      exact: samples follow the model's distribution; greedy text is the same, except for
                ties that rounding decides.
-    Idea:      Texts repeat themselves: names, phrases, code. What followed the last few tokens the
-               last time is a guess that costs nothing, and one pass checks several guesses.
+    Idea:      Texts repeat themselves: names, phrases, code. What followed the last few tokens at
+               their previous occurrence is a draft that costs nothing; one pass verifies all of it.
     Offline:   nothing.
     Online:    one round; t[1..T]: the prompt and the completion so far
                for n = longest, ..., 1: find the latest i < T with t[i-n+1..i] = t[T-n+1..T];
                    stop at the first n for which there is one
-               x = t[i+1 .. i+gamma]             fewer where the text ends; none without an i
+               x = t[i+1 .. i+gamma]             fewer where the text ends; none if there is no i
                p[1], ..., p[gamma+1]             one pass over t[T] and x
-               accept x[j] with probability p[j](x[j]), j = 1, 2, ... (greedy: if it is the argmax);
-               at the first rejection, stop; draw from p[j] without x[j]
+               accept x[j] with probability p[j](x[j]), j = 1, 2, ... (greedy: if it is the argmax)
+               at the first rejection, draw from p[j] without x[j], normalized; drop the rest of x
                if all are accepted, draw one more token from p[gamma+1]
     Saves:     sequential passes, so bytes of weights read (0.70x on stories); multiply-adds rise
                (1.71x), by those of the rejected tokens.
-    In NumPy:  about as fast as plain decoding on stories; slower at temperature 1 (Notes).
+    In NumPy:  about as fast as plain decoding on stories, slower at temperature 1 (minitx frontier
+               decoding --methods prompt_lookup).
     Not for:   text that does not repeat itself; high temperatures, at which p[j](x[j]) is small;
                batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_prompt_lookup.py; literal version:
@@ -77,7 +80,7 @@ def prompt_lookup(
 class PromptLookup(Draft):
     """No model: proposes what followed the last tokens where they occurred earlier in the text."""
 
-    longest: int  # tokens to search for, at most
+    longest: int  # n of the longest n-gram that is searched for
 
     def begin(self, model: Transformer, state: State) -> Drafting:
         return Searching(model, state, self.longest)
@@ -96,12 +99,12 @@ class Searching(Drafting):
 
 
 class NgramIndex:
-    """Where each run of 1 .. ``longest`` tokens of a growing text was seen last."""
+    """The latest occurrence of each n-gram, n = 1 .. ``longest``, of a growing text."""
 
     def __init__(self, longest: int):
         self.longest = longest
-        self.after: dict[tuple[int, ...], int] = {}  # run: the position that followed it last
-        self.read = 1  # the runs before the positions below this are in
+        self.after: dict[tuple[int, ...], int] = {}  # n-gram: where its latest occurrence ends
+        self.read = 1  # the n-grams text[end - n : end] are indexed for every end below this
 
     def continuation(self, text: list[int]) -> list[int]:
         """The tokens that followed an earlier occurrence of the last n tokens, for the largest n
@@ -119,12 +122,15 @@ class NgramIndex:
 
 # Notes:
 #
-# - The proposals are certain, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
-# - The index holds ``longest`` entries per token: a search takes no longer in a longer text.
-# - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities,
-#   which there are none of here.
-# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding
-#   (minitx compare --prompt-lookup counts the same on shorter prompts):
+# - The draft is deterministic, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
+# - The index holds at most ``longest`` n-grams per token; a search takes as long in a long text.
+# - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities of
+#   the draft, and a lookup has none.
+# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding.
+#   minitx frontier decoding --methods prompt_lookup --length 60 --new 60 --prompts 12 prints the
+#   default and adapt=true, greedy and at temperature 1. The others, on shorter prompts: python -m
+#   minitx.lab.loops prompt_lookup gamma=1,2,4,10 longest=1,2,3. Draft tokens accepted: the events
+#   that minitx compare --prompt-lookup prints.
 #
 #                               accepted   tokens per pass   multiply-adds   weight bytes
 #       gamma=1                    45 %         1.30             1.15x           0.79x
@@ -134,8 +140,9 @@ class NgramIndex:
 #         temperature 1            11 %         1.24             1.90x           0.82x
 #       gamma=10                   10 %         1.51             2.68x           0.68x
 #
-#   longest=1 and 2 give the same within 1 %: a story seldom repeats three tokens. It repeats more
-#   the longer it is: 2.3 tokens per pass after 400 tokens of other stories.
+#   longest=1 and 2 give the same within 1 %: a story seldom repeats three tokens. Longer texts
+#   repeat more: 2.3 tokens per pass after 400 tokens of other stories (minitx compare --chains 4
+#   --prompt-lookup continues such texts).
 # - The first occurrence instead of the latest gives fewer tokens per pass at the same gamma: 1.55
 #   instead of 1.65 on 16 stories continued by 100 tokens, 2.0 instead of 2.3 after 400 tokens of
 #   other stories. So there is no option for it.

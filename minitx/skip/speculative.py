@@ -1,8 +1,8 @@
 """Speculative decoding: a draft model proposes tokens, the target model verifies them in one pass.
 
-Here: the card and the options; the draft model; the cost formula; notes. The rule that accepts or
-replaces a draft token and the decoding loop come first in reading order, and are in
-minitx/shared/draft_and_verify.py, since prompt_lookup and self_speculative use them too.
+Read minitx/shared/draft_and_verify.py first: the rule that accepts or replaces a draft token and
+the decoding loop are there, since prompt_lookup and self_speculative use them too. This file: the
+card and the options; the draft model (online); the cost formula; notes.
 """
 
 from collections.abc import Iterator
@@ -56,18 +56,20 @@ def speculative(
     Kind:      exact: samples follow the target model's distribution; greedy text is the same,
                except for ties that rounding decides.
     Idea:      Decoding is memory-bandwidth bound: each pass reads all weights for one token. A pass
-               over several tokens reads them once too, so let a cheap draft guess, then check.
+               over several tokens also reads them only once, so a cheap draft model proposes
+               several tokens, and one pass of the target verifies them.
     Offline:   nothing.
     Online:    one round; p[i] and q[i]: the target's and the draft's distributions of the token
                after the text and x[1..i-1]
-               x[i] ~ q[i]             for i = 1..gamma: the draft proposes, token by token; stop at
-                                       the first x[i] to which it gives a probability below stop
-               p[1], ..., p[gamma+1]   one target pass over the text's last token and x[1..gamma]
+               x[i] ~ q[i]             i = 1..n, one by one: the draft proposes n <= gamma tokens;
+                                       x[n] is the first that it gives a probability below stop
+               p[1], ..., p[n+1]       one target pass over the text's last token and x[1..n]
                accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
-               at the first rejection, stop; draw from the residual max(0, p[i] - q[i]) / its sum
-               if all are accepted, draw one more token from p[gamma+1]
-               drop rejected tokens from both KV caches; the token drawn last enters them in the
-               next round
+               at the first rejection, draw from the residual max(0, p[i] - q[i]) / its sum, and
+                   drop x[i..n]
+               if all are accepted, draw one more token from p[n+1]
+               truncate both KV caches to the accepted tokens; the token drawn last is fed to the
+               models in the next round
     Saves:     sequential passes of the target, so bytes of weights read (0.36x on stories, those of
                the draft included); multiply-adds rise (1.24x). With stop=0, if every proposal is
                accepted independently with the rate
@@ -75,8 +77,9 @@ def speculative(
                tokens  = (1 - alpha^(gamma+1)) / (1 - alpha)       per round, on average
                speedup = tokens / (gamma c + v);  c, v: time of one draft step and of the target's
                pass, both divided by the time of a plain decoding step (paper: v = 1)
-    In NumPy:  1.15x the throughput on stories, whose weights fit the CPU's cache: a pass over five
-               tokens takes 1.5 steps, a draft step 0.28 (Notes).
+    In NumPy:  1.15x the throughput on stories (minitx frontier decoding), whose weights fit the
+               CPU's cache: a pass over five tokens takes as long as 1.5 to 2 plain steps (python -m
+               minitx.lab.rows 128x8 --rows 1,5), a draft step as long as 0.28.
     Not for:   a draft with another vocabulary, or one whose parts free cache rows; batches, whose
                sequences are decoded one by one.
     Proof:     tests/skip/test_speculative.py; literal version: tests/skip/literal_speculative.py
@@ -122,8 +125,8 @@ class SecondModel(Drafting):
         self.draft, self.own = draft, draft.new_state()
 
     def propose(self, text: list[int], sampler: Sampler) -> Iterator[Proposal]:
-        """Tokens after ``text``, a prefix of which the draft has read; no more where its context
-        ends."""
+        """Tokens after ``text``, a prefix of which is in the draft's KV cache; they end where the
+        draft's context does."""
         # To propose n tokens it reads the text and n - 1 of them.
         room = self.draft.config.context - len(text) + 1
         ids = text[self.own.position :]  # two tokens, if the last round accepted every proposal
@@ -167,11 +170,14 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 # - The target's cache never holds the last token, which waits for the next pass. The draft has not
 #   read its own last proposal either: if all are accepted, its next step reads two tokens.
 # - Near the limit a round proposes fewer tokens, because the target always adds one.
-# - The sequences of a batch accept different numbers of tokens, so each is decoded by itself, in
-#   turns.
-# - Why tokens may stop a round and the text stays exact: minitx/shared/draft_length.py.
-# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding
-#   (minitx compare --speculative gamma=4 stop=0 counts the same on shorter prompts):
+# - The sequences of a batch accept different numbers of tokens, so each is decoded separately; they
+#   take turns.
+# - Why the samples stay exact although a draft token may end a round: minitx/shared/draft_length.py.
+# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding.
+#   minitx frontier decoding --methods speculative --length 60 --new 60 --prompts 12 prints rows for
+#   gamma=2, 4, 8 (stop=0), the default and draft=self. The others, on shorter prompts: python -m
+#   minitx.lab.loops speculative gamma=1,8 stop=0,0.6,0.8. Draft tokens accepted: the events that
+#   minitx compare --speculative gamma=4 stop=0 prints.
 #
 #                                   accepted   tokens per pass   multiply-adds   weight bytes
 #       greedy
@@ -190,7 +196,8 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #
 #   Greedy decoding rejects whenever the two argmaxes differ, which is likely where the draft is
 #   unsure: there it pays to stop. Sampling rejects with probability 1 - sum(min(p, q)), which is
-#   small where q is close to p, unsure or not: there stop=0 gives more tokens per pass, in the same
-#   time. adapt=true moves the threshold by 0.001 a round, so it matters only in long texts.
-# - The loop itself is cheap beside the passes: verifying a greedy round takes 8 microseconds, a
-#   sampled one 80 (most of it softmaxes over the vocabulary), a step of stories 600.
+#   small where q is close to p, even if both are flat: so with sampling, stop=0 gives more tokens
+#   per pass in the same time. adapt=true moves the threshold by 0.001 a round, so it matters only
+#   in long texts.
+# - The loop itself costs little: verifying a greedy round takes 8 microseconds, a sampled one 80
+#   (mostly softmaxes over the vocabulary), a plain step of stories 600.
