@@ -38,7 +38,8 @@ def big_little(
     small: Annotated[str, f"the small model: {SMALL_NAMES}"] = "auto",
     fallback: Annotated[
         float,
-        "hand over where the small model's largest probability is below this; 0: never",
+        "hand over to the big model where the small model's largest probability is below this; 0: "
+        "never",
         between(0, 1),
     ] = 0.6,
     rollback: Annotated[
@@ -52,42 +53,48 @@ def big_little(
     ] = 10,
     choose: Annotated[
         Literal["confidence", "random"],
-        "where the small model hands over; random: a baseline, with the probability rate",
+        "where the small model hands over: confidence: see fallback; random: a baseline, see rate",
     ] = "confidence",
-    rate: Annotated[float, "of choose=random", between(0, 1)] = 0.38,
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+    rate: Annotated[
+        float, "probability of handing over at a token, with choose=random", between(0, 1)
+    ] = 0.38,
+    seed: Annotated[int, "seed of choose=random", SEEDS] = 0,
 ):
     """A small model drafts while it is confident; the big one checks, and corrects what is far off.
 
     Paper:     Kim et al., "Speculative Decoding with Big Little Decoder" (BiLD), NeurIPS 2023,
                arXiv 2302.07863.
-    Fidelity:  a reconstruction from notes on the paper and the authors' code. Ours: every draft
-               token is tested (by the notes, their code looks at the first far one alone); a far
-               token that is the argmax is kept; choose=random.
+    Fidelity:  a reconstruction from notes on the paper and the authors' code. A token above
+               rollback that is the argmax is kept, as in their code; ours: the tokens after it are
+               tested too (theirs looks at the first one above rollback only); choose=random.
     Kind:      approximate. With rollback below ln 2 = 0.693 greedy text is the big model's, except
-               for ties that rounding decides: a token that is kept then has P > 1/2, or it is the
-               argmax.
+               for ties that rounding decides: a token within rollback then has P > 1/2, so it is
+               the argmax.
     Idea:      Most tokens are easy, and the small model knows which: its largest probability is
-               high. It writes those. The big model reads them in one pass, which costs little more
-               than a pass for one token, and takes over where they are unlikely.
+               high. It writes those. The big model reads them in one pass, which takes little more
+               time than a pass over one token, and replaces the first that it finds unlikely.
     Offline:   nothing. (The paper may also fine-tune the small model on the big one's output.)
     Online:    the big model writes the first token; then, in rounds
                the small model drafts x[1], x[2], ..., greedily, until
                    max p < fallback       fallback: it hands over, and this prediction is dropped
                    or there are ``longest`` of them
                one big pass over the text's last token and x[1..m] gives P[1], ..., P[m+1]
-               first i with -ln P[i](x[i]) > rollback and argmax P[i] != x[i]
+               for the first i with -ln P[i](x[i]) > rollback and argmax P[i] != x[i]
                    rollback: emit x[1..i-1], then argmax P[i]
-               none: emit x[1..m], then argmax P[m+1]
-               both KV caches forget what was not emitted; the small model reads what is new to it
+               if there is none: emit x[1..m], then argmax P[m+1]
+               drop the other tokens from both KV caches; next, the small model reads first what the
+               big one has added
     Saves:     passes of the big model, so bytes: n_b big passes and n_s small ones read
                n_b w_b + n_s w_s bytes of weights, where plain decoding reads w_b for each token.
                Multiply-adds rise, since both models run what is kept. On stories 0.41 big and 0.96
-               small passes a token: 0.49x the bytes and 1.08x the multiply-adds, with 99.9 % of the
-               tokens the same (speculative gamma=4, exact: 0.46x and 1.48x).
-    In NumPy:  0.8x to 1.1x the throughput on stories, whose weights fit the CPU's cache (Notes).
+               small passes a token: 0.49x the bytes (weights and KV cache) and 1.08x the
+               multiply-adds, with 99.9 % of the tokens the same (speculative gamma=4 stop=0, which
+               is exact: 0.46x and 1.48x).
+    In NumPy:  0.8x to 1.1x the throughput on stories, whose weights fit the CPU's cache (python -m
+               minitx.lab.loops big_little).
     Not for:   sampling: the rule would change the distribution, so requests with a temperature are
-               left to the big model (speculative samples exactly); a model with another vocabulary.
+               left to the big model (speculative samples exactly); a small model with another
+               vocabulary.
     Proof:     tests/skip/test_big_little.py; literal version: tests/skip/literal_big_little.py
     """
     if longest == 0:
@@ -152,8 +159,8 @@ class BigLittle(TokenLoop):
             yield from new
 
     def draft(self, text: list[int], longest: int, state: State) -> list[int]:
-        """Greedy tokens of the small model after ``text``, a prefix of which is in its state, until
-        it hands over. What it reads first are the tokens that the big model added."""
+        """Greedy tokens of the small model after ``text``, until it hands over. Its state holds a
+        prefix of the text; what it reads first is the rest, which the big model has added."""
         drafted: list[int] = []
         ids = text[state.position :]
         room = self.small.config.context - len(text) + 1
@@ -162,7 +169,7 @@ class BigLittle(TokenLoop):
             ledger.event("small model passes")
             if self.hands_over(logits, len(text) + len(drafted)):
                 ledger.event("hand-overs")
-                break  # its prediction is not kept, nor ever fed to it
+                break  # this prediction is neither kept nor fed back
             drafted.append(argmax_token(logits))
             ids = drafted[-1:]
         return drafted
@@ -180,7 +187,7 @@ class Unsure(Part):
 
 @part
 class AtRandom(Part):
-    """The random baseline: hands over without looking, always at the same positions."""
+    """The random baseline: hands over at random positions, the same ones in every text."""
 
     rate: float
     scores: np.ndarray = table()  # (context,), uniform in [0, 1)
@@ -193,8 +200,8 @@ def first_far(logits: np.ndarray, drafted: Sequence[int], rollback: float) -> in
     """The index of the first draft token that the big model replaces, or their number if it keeps
     all. logits (m + 1, V): row i scores the position of draft token i.
 
-    A token is far if -ln P(token) > rollback. One that is the argmax is kept all the same, since
-    the big model would only put it there again."""
+    A token is far if -ln P(token) > rollback. The argmax is kept even if it is far, since the big
+    model would replace it by itself."""
     for i, (row, x) in enumerate(zip(logits, drafted)):
         if argmax_token(row) != x and -log_softmax(row)[x] > rollback:
             return i
@@ -212,9 +219,11 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 # Notes:
 #
 # - python -m minitx.lab.loops big_little fallback=0,0.3,0.6 rollback=0.69,2,5
+#   python -m minitx.lab.loops big_little choose=random rate=0.38 rollback=0.69,2
+#   python -m minitx.lab.loops speculative gamma=2,4 stop=0
 #   on stories with stories-draft, 20 prompts of 32 tokens, 48 new ones each. loss: nats per token
 #   of the text under the big model, above those of its own text. The last two columns are relative
-#   to plain decoding.
+#   to plain decoding; bytes are those of weights and of the KV cache.
 #
 #                                same      passes a token                      bytes
 #       fallback   rollback    tokens      big     small     loss   mult.-adds    read
@@ -226,19 +235,21 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 #         0.3        5           74 %     0.35      0.99   +0.023         1.10    0.43
 #         0.6        0.69       100 %     0.41      0.96        0         1.08    0.49
 #         0.6        2         99.9 %     0.41      0.96   +0.000         1.08    0.49
-#       at random: rate=0.38, as often as fallback=0.6 hands over
+#       choose=random: rate=0.38, as often as fallback=0.6 hands over
 #                    0.69       100 %     0.49      1.48        0         1.44    0.61
 #                    2           49 %     0.45      1.38   +0.044         1.36    0.56
-#       speculative gamma=2     100 %     0.44      0.86        0         1.26    0.53
-#       speculative gamma=4     100 %     0.34      1.28        0         1.48    0.46
+#       speculative, stop=0
+#         gamma=2               100 %     0.44      0.86        0         1.26    0.53
+#         gamma=4               100 %     0.34      1.28        0         1.48    0.46
 #
 #   So what pays here is the fallback: it ends a draft before the tokens that would be rejected, and
 #   that needs no approximation (rollback=0.69). A loose rollback saves most where the small model
-#   never hands over. Then the text is another one after a few words, but nearly as likely: many
-#   words of a story may as well be others.
-# - Speed on a busy machine was 0.7x to 1.6x (fallback=0: 0.7x at rollback=0.69, 1.6x at 5).
-# - An answer of one token is always the big model's, since it begins: graded questions whose answer
-#   is the next token cannot show what this loop costs.
-# - The thresholds compare probabilities, so a small model that is too sure of itself (one that is
-#   not calibrated) hardly ever hands over.
-# - A token that is yielded was checked: the text that a reader sees is never taken back.
+#   never hands over. Then the text diverges after a few words, but is nearly as likely: many words
+#   of a story have equally likely alternatives.
+# - Speed over all settings, on a busy machine: 0.7x to 1.6x (fallback=0: 0.7x at rollback=0.69,
+#   1.6x at 5).
+# - An answer of one token is always the big model's, since that writes the first token: graded
+#   questions whose answer is the next token cannot show what this loop costs.
+# - The thresholds compare probabilities, so a small model that is overconfident (not calibrated)
+#   hardly ever hands over.
+# - Every token that is yielded has been checked: no text is taken back after it was shown.

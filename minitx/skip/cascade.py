@@ -1,4 +1,4 @@
-"""A cascade of two models: the small one answers, and a confident answer is kept.
+"""A cascade of two models: the small one answers first, and its answer is kept if it is confident.
 
 This file: the card and options, the token loop (online), the scores, the calibration to a
 probability and the threshold under a budget (offline), the cost formula, notes. The small model's
@@ -59,8 +59,8 @@ def cascade(
     ] = None,
     score: Annotated[
         Literal["logprob", "lowest", "entropy"],
-        "confidence: mean log-probability of the answer's tokens; the lowest probability of one; "
-        "1 - mean entropy / ln V",
+        "confidence in an answer: logprob: mean log-probability of its tokens; lowest: the lowest "
+        "probability of a token; entropy: 1 - mean entropy / ln V",
     ] = "lowest",
     choose: Annotated[
         Literal["score", "random"], "keep answers by their score, or a random baseline"
@@ -68,7 +68,7 @@ def cascade(
     tokens: AnswerTokens = 1,
     stories: Stories = 32,
     cuts: Cuts = 8,
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+    seed: Annotated[int, "seed of choose=random", SEEDS] = 0,
 ):
     """A small model answers first; the big one answers where it is not confident (FrugalGPT).
 
@@ -77,24 +77,27 @@ def cascade(
     Fidelity:  a reconstruction from the abstract and the authors' code. Two models, not three or
                more; the scorer is a formula with isotonic calibration, not a trained DistilBERT.
     Kind:      approximate; exact with threshold > 1, where the big model answers alone.
-    Idea:      Many requests are easy. Let the small model answer, look at its answer, and pay for
-               the big model only where the answer is doubtful.
+    Idea:      Many requests are easy. Let the small model answer, look at its answer, and run the
+               big model only where the answer is doubtful.
     Offline:   prompts x from calibration texts; y_s, y_b: both models' greedy answers; an answer is
                right if y_s = y_b, so no labels are needed
                first half:  g = isotonic fit of P(right) on the score (pool adjacent violators)
-               second half: with a budget, the threshold that keeps a = 1 + c_s / c_b - budget
+               second half: with a budget, the threshold that keeps the share a = 1 + c_s / c_b -
+                            budget of the answers
     Online:    y_s = the small model's whole answer to the prompt
                score = the lowest p(token) of its tokens, the end of text included
                g(score) >= threshold: y_s is the answer
                else: the big model answers, from the prompt (what y_s took is lost)
-    Saves:     E[cost] = c_s + (1 - a) c_b multiply-adds; a: share that is kept. Less than the big
-               model's c_b only if a > c_s / c_b. Scores take V multiply-adds per token.
+    Saves:     E[cost] = c_s + (1 - a) c_b multiply-adds; c_s, c_b: an answer of each model (c_s
+               with its scores, V per token); a: share of the small answers that is kept. Less than
+               c_b only if a > c_s / c_b.
     In NumPy:  0.65x of the time at 0.57x of the multiply-adds; the small model alone 0.13x at 0.06x
-               (stories, prompts of 130 tokens). The first token comes late: it waits for the whole
-               small answer, and then for the big model's prefill if that is not kept.
-    Not for:   streaming; long completions (minitx generate: the answer is all of it), of which
-               hardly any is the big model's. Calibrate on prompts and answers of your kind and
-               length (calibrate, cuts, tokens): a threshold need not hold for others (Notes).
+               (stories, prompts of 130 tokens). The first token comes late: after the whole small
+               answer and, if that is not kept, after the big model's prefill.
+    Not for:   streaming; long completions (for minitx generate the answer is all of it), where the
+               small answer is hardly ever the big model's. Calibrate on prompts and answers of your
+               kind and length (calibrate, cuts, tokens): a threshold need not hold for others
+               (Notes).
     Proof:     tests/skip/test_cascade.py; literal version: tests/skip/literal_cascade.py
     """
     if threshold is not None and budget is not None:
@@ -153,7 +156,7 @@ class Cascade(TokenLoop):
         if answer.complete and self.keeps(answer, ids):
             ledger.event("small answers kept")
             yield from answer.tokens
-            # Past the end of a text (if the caller asks on) anything will do.
+            # After the end of a text a row may yield anything (see ``TokenLoop.batch``).
             yield from repeat(answer.tokens[-1], limit - len(answer.tokens))
         else:
             yield from self.inner(model, state, ids, choose, limit)
@@ -194,7 +197,7 @@ def score_of(answer: Answer, ids: Sequence[int], confidence, seed: int) -> float
 
 
 class Isotonic(NamedTuple):
-    """A step function that never falls: g(score) = p[i] from score[i] up to score[i + 1]."""
+    """A non-decreasing step function: g(score) = p[i] from score[i] up to score[i + 1]."""
 
     score: np.ndarray  # (m,) ascending: where each step begins
     p: np.ndarray  # (m,) ascending
@@ -212,9 +215,9 @@ class Isotonic(NamedTuple):
 
 
 def isotonic(scores: Sequence[float], right: Sequence[bool]) -> Isotonic:
-    """The step function with the least squared error to ``right`` (1 or 0) among those that never
-    fall, by pooling adjacent violators: walk up the scores, each a block of its own; while a block
-    has a lower mean than the one before, or the same, merge the two."""
+    """The non-decreasing step function with the least squared error to ``right`` (1 or 0), by
+    pooling adjacent violators: go up the scores, each a block of its own; while the mean of the
+    last block is not above that of the block before it, merge the two."""
     blocks: list[list] = []  # [first score, sum of right, count]
     for score, is_right in sorted(zip(scores, map(float, right))):
         if blocks and blocks[-1][0] == score:  # equal scores cannot be told apart
@@ -262,9 +265,9 @@ def check_pays(accept: float, ratio: float) -> None:
 
 # Notes:
 #
-# Accuracy by hops against cost, on 592 questions of 100 held-out stories; half of 623 questions of
-# the calibration split taught, the other half set the thresholds. Cost: multiply-adds, relative to
-# stories alone. The last column is the difference to random routing at the same cost, in points,
+# Accuracy by hops against cost, on 592 questions of 100 held-out stories. Half of 623 questions of
+# the calibration split fitted g, the other half set the thresholds. Cost: multiply-adds, relative
+# to stories alone. The last column is the difference to random routing at the same cost, in points,
 # with its 95 % bootstrap interval over stories:
 #
 #                        right   counts    1 hop   2 hops   3 hops     cost   above random
@@ -284,11 +287,11 @@ def check_pays(accept: float, ratio: float) -> None:
 # Calibrated by default, on prompts cut from stories anywhere, threshold=0.9 keeps 44 % of the
 # answers to questions, of which a third is wrong: 83.8 % right at a cost of 0.617, 5.2 points above
 # random routing ("by text" in that table). With stories=16 it kept 75 %, of which 44 % were wrong.
-# Most prompts of that kind are easy (the models agree on 72 % of held-out ones), and a probability
-# of 0.5 for the next word means another thing before a name than before an article. On held-out
-# prompts of its own kind the default keeps its promise: 95.8 % agree at 0.34 of the multiply-adds
-# and 0.43 of the bytes of weights; random routing at this cost would have 80 % (96 prompts of 12
-# stories; tests/lab/test_defaults.py measures the same on fewer).
+# Most prompts of that kind are easy (the models agree on 72 % of held-out ones), and the same
+# probability of the next word need not mean the same before a name as before an article. On
+# held-out prompts of the kind that it was calibrated on, the default does what it says: 95.8 %
+# agree at 0.34 of the multiply-adds and 0.43 of the bytes of weights; random routing at this cost
+# would have 80 % (96 prompts of 12 stories; tests/lab/test_defaults.py measures the same on fewer).
 #
 # Which score: on answers of one token, logprob and lowest are the same, and rank answers that agree
 # above others in 97.7 % of all pairs, entropy in 95.1 % (4 tokens: 93.7, 94.3 and 91.5 %; 96
@@ -304,7 +307,7 @@ def check_pays(accept: float, ratio: float) -> None:
 # With a temperature the small model's answer is a sample, whose score is that of the tokens drawn.
 # Calibration is greedy.
 #
-# The small model's keys and values are of no use to the big one, so what a rejected answer took is
+# The big model cannot use the small one's keys and values, so the work of a rejected answer is
 # lost.
 #
 # Two models only. For three, ``inner`` would be a second cascade; the registry applies each

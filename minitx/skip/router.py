@@ -59,23 +59,23 @@ def router(
     ] = None,
     features: Annotated[
         Literal["tokens", "perplexity"],
-        "what is seen of the prompt: the tokens of its end; or how well the small model predicts "
-        "it, which takes a pass of that model over every prompt",
+        "what the classifier sees of a prompt: tokens: its last 16 tokens; perplexity: how well "
+        "the small model predicts it, which takes a pass of that model over every prompt",
     ] = "tokens",
     choose: Annotated[
-        Literal["learned", "random"], "route by what was learned, or a random baseline"
+        Literal["learned", "random"], "route by the classifier, or at random, a baseline"
     ] = "learned",
     tokens: AnswerTokens = 1,
     stories: Stories = 32,
     cuts: Cuts = 8,
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+    seed: Annotated[int, "seed of choose=random", SEEDS] = 0,
 ):
     """Route each prompt to a small or the big model by a learned classifier of the prompt.
 
     Paper:     Ong et al., "RouteLLM: Learning to Route LLMs with Preference Data", 2024, arXiv
                2406.18665, is the best known of several.
-    Fidelity:  ours, after the idea: the paper's routers learn from human preferences; here logistic
-               regression learns where two models agree. The abstract was all we had (in notes).
+    Fidelity:  a reconstruction from the abstract (quoted in notes). The paper's routers learn from
+               human preferences; here logistic regression learns where the two models agree.
     Kind:      approximate; exact with threshold > 1, where the big model answers everything. On
                questions of stories it is no better than random routing (Notes).
     Idea:      Many requests are easy, and some of them look easy. Whole requests are routed, before
@@ -83,17 +83,19 @@ def router(
     Offline:   prompts x from calibration texts; the small model is good enough for x if its greedy
                answer is the big one's
                first half:  w, b = logistic regression of that on f(x)
-               second half: with a budget, the threshold that routes the share a of the prompts to
-               the small model with which E[cost] = budget * c_b
+               second half: with a budget, the threshold that routes a share a of the prompts to the
+                            small model, such that E[cost] = budget * c_b
     Online:    f(x) = ln length; the last token; a bag of the last 16 tokens (hashed to 256 buckets)
                r = sigmoid(w f(x) + b)
                r >= threshold: the small model answers, else the big one; the other never runs
-    Saves:     E[cost] = c_r + a c_s + (1 - a) c_b; a: share of prompts routed to the small model.
-               Nothing is paid twice, as in a cascade; but nobody looks at the answer. c_r: 513
-               multiply-adds; with features=perplexity a pass of the small model (c_s then less).
+    Saves:     E[cost] = c_r + a c_s + (1 - a) c_b multiply-adds; c_s, c_b: an answer of each model;
+               a: share of the prompts routed to the small one. Unlike in a cascade, only one model
+               runs, but nobody looks at its answer. c_r, the routing: 513; with features=perplexity
+               a pass of the small model over the prompt (which c_s then does not repeat).
     In NumPy:  0.89x of the time at 0.88x of the multiply-adds on stories. Tokens are streamed.
-    Not for:   prompts that look alike where only the text before them makes one hard. A prompt and
-               its limit must fit the small model's context, else the big one answers.
+    Not for:   prompts with the same last words, of which earlier text makes some hard and others
+               easy. A prompt and its limit must fit the small model's context, else the big model
+               answers.
     Proof:     tests/skip/test_router.py; literal version: tests/skip/literal_router.py
     """
     if threshold is not None and budget is not None:
@@ -130,7 +132,7 @@ def router(
 
 @part
 class Router(TokenLoop):
-    """The small model's plain loop for prompts that score at least the cut, else the inner loop."""
+    """The small model's plain loop for prompts whose score reaches the cut, else the inner loop."""
 
     inner: Part
     small: Transformer
@@ -186,8 +188,8 @@ class PromptTokens(Part):
 
 
 def bucket(token: int) -> int:
-    """A number below 256: the leading bits of the token times a constant (multiplicative
-    hashing), so that a vocabulary of any size has as many weights."""
+    """A token's hash bucket, below 256: the leading bits of the token times a constant
+    (multiplicative hashing). So the number of weights does not depend on the vocabulary."""
     return (token * 2654435769 % 2**32) * BUCKETS >> 32
 
 
@@ -219,8 +221,8 @@ def learned(features: Part, small: Transformer, examples: Sequence[Example], dty
 
 
 def share_for(budget: float, c_s: float, c_r: float) -> float:
-    """The share of the prompts that the small model has to answer; c_s: cost of a request that is
-    routed to it, c_r: of routing alone, both relative to the big model."""
+    """The share of the prompts that the small model has to answer. c_s: cost of a request that is
+    routed to it, routing included; c_r: of routing alone; both relative to the big model."""
     if budget < c_s:
         raise MinitxError(
             f"router: the small model alone takes {c_s:.3f} of the big one's multiply-adds, so no "
@@ -240,9 +242,10 @@ def expected_cost(share: float, c_s: float, c_b: float, c_r: float = 0.0) -> flo
 
 # Notes:
 #
-# On 592 questions of 100 held-out stories, beside random routing at the same cost, which it does
-# not beat; half of 623 questions of the calibration split taught, the other half set the threshold
-# (``python -m minitx.lab.answer_front --stories 100 --calibration 100``; more in skip/cascade.py):
+# On 592 questions of 100 held-out stories, compared with random routing at the same cost, which it
+# does not beat. Half of 623 questions of the calibration split trained the classifier, the other
+# half set the threshold (``python -m minitx.lab.answer_front --stories 100 --calibration 100``;
+# more in skip/cascade.py):
 #
 #                        right   counts    1 hop   2 hops   3 hops     cost   above random
 #     stories-draft     51.4 %   49.0 %   52.1 %   56.8 %   40.0 %    0.056
@@ -253,12 +256,13 @@ def expected_cost(share: float, c_s: float, c_b: float, c_r: float = 0.0) -> flo
 #     stories           97.1 %   81.6 %   99.5 %   93.7 %  100.0 %    1.000
 #
 # The last words of a question tell its kind, and the draft is right about half of the time on every
-# kind: the end of a prompt does not tell on which half. It depends on who was where, earlier.
-# On prompts cut from stories anywhere it does a little better: the small answer depends on what
-# comes next, a name or a full stop, and the last token tells (tests/skip/test_router.py).
+# kind; on which half depends on who was where earlier, which the end of a prompt does not tell. On
+# prompts cut from stories anywhere the router does a little better: whether the small model is
+# right depends on what comes next, a name or a full stop, and the last token tells that
+# (tests/skip/test_router.py).
 #
 # features=perplexity costs a pass of the small model with all logits over every prompt, 0.09 of the
 # big model's multiply-adds on stories. On 169 questions, routed at a cost of 0.86, it had 86.4 %
 # right; random routing at that cost has 91 %.
 #
-# Not routed to the small model, with a cascade inside (both at once): the cascade answers.
+# With a cascade applied too, the cascade answers what is not routed to the small model.

@@ -172,7 +172,7 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 # - Near the limit a round proposes fewer tokens, because the target always adds one.
 # - The sequences of a batch accept different numbers of tokens, so each is decoded separately; they
 #   take turns.
-# - Why the samples stay exact although a draft token may end a round: minitx/shared/draft_length.py.
+# - Why samples stay exact although a draft token may end a round: minitx/shared/draft_length.py.
 # - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding.
 #   minitx frontier decoding --methods speculative --length 60 --new 60 --prompts 12 prints rows for
 #   gamma=2, 4, 8 (stop=0), the default and draft=self. The others, on shorter prompts: python -m
