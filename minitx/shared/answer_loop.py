@@ -28,9 +28,9 @@ class AnswerLoop(TokenLoop):
     def begin(
         self, model: Transformer, ids: Sequence[int], choose: Sampler, limit: int, held: int = 0
     ) -> tuple[list[int], NewAnswer]:
-        """(the stored answer, [] if there is none; the new answer, to which the loop adds the tokens
-        that are generated). held: tokens of the prompt that were run before, if that can change the
-        answer."""
+        """The stored answer, [] if there is none; and the new answer, to which the loop adds the
+        tokens that are generated. held: tokens of the prompt that were run before, if that can
+        change the answer."""
         raise NotImplementedError
 
     def batch(

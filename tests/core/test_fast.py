@@ -32,7 +32,7 @@ def test_matmul_of_several_rows_block_by_block_equals_plain_product(rows, nbytes
     x = rng.standard_normal((rows, 300), np.float32)
     w = rng.standard_normal((300, 3001), np.float32)
     block = in_a_block_of_all_matrices(w, nbytes)
-    assert fast.held_with(block) == nbytes and block.flags.f_contiguous
+    assert fast.bytes_with(block) == nbytes and block.flags.f_contiguous
     expected = x.astype(np.float64) @ w.astype(np.float64)
     for given in (x, np.asfortranarray(x), x[:, None], x[None]):
         found = fast.matmul(given, block)
