@@ -146,7 +146,7 @@ class Open:
             self.connection.close()
 
 
-of_parents: list[Open] = []  # kept open: SQLite forbids closing a connection after a fork
+of_parents: list[Open] = []  # kept open: SQLite forbids a forked child to close a connection
 
 
 class Database:

@@ -188,7 +188,7 @@ class Bigram(Part):
 
 
 def multiply_adds(m: int, tokens_per_pass: float) -> float:
-    """Of the matrices, per token, relative to plain decoding."""
+    """Those of the matrices, per new token, relative to plain decoding."""
     return (m + 1) / tokens_per_pass
 
 

@@ -210,7 +210,7 @@ def most_rows(W: int, N: int, G: int) -> int:
 
 
 def multiply_adds(rows: float, tokens_per_pass: float) -> float:
-    """Of the matrices, per token, relative to plain decoding; rows: per pass."""
+    """Those of the matrices, per new token, relative to plain decoding; rows: per pass."""
     return rows / tokens_per_pass
 
 

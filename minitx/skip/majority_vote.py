@@ -156,8 +156,8 @@ class MajorityVote(TokenLoop):
         if seed is None:
             seed = int(choose.uniform() * 2**53)
         for number in range(self.votes):
-            own = random.Random(f"vote {number}, seed {seed}: {list(ids)}").getrandbits(53)
-            yield Sampler(temperature, choose.top_k, choose.top_p, own)
+            rng = random.Random(f"vote {number}, seed {seed}: {list(ids)}")
+            yield Sampler(temperature, choose.top_k, choose.top_p, rng.getrandbits(53))
 
     def answer(self, model, state: State, ids, voter: Sampler, limit: int) -> list[int]:
         """One vote: the tokens up to end-of-text, or ``limit`` of them."""

@@ -59,8 +59,9 @@ def router(
     ] = None,
     features: Annotated[
         Literal["tokens", "perplexity"],
-        "what the classifier sees of a prompt: tokens: its last 16 tokens; perplexity: how well "
-        "the small model predicts it, which takes a pass of that model over every prompt",
+        "what the classifier sees of a prompt, besides its length: tokens: its last 16 tokens; "
+        "perplexity: how well the small model predicts it, which takes a pass of that model over "
+        "every prompt",
     ] = "tokens",
     choose: Annotated[
         Literal["learned", "random"], "route by the classifier, or at random, a baseline"
@@ -74,8 +75,9 @@ def router(
 
     Paper:     Ong et al., "RouteLLM: Learning to Route LLMs with Preference Data", 2024, arXiv
                2406.18665, is the best known of several.
-    Fidelity:  a reconstruction from the abstract (quoted in notes). The paper's routers learn from
-               human preferences; here logistic regression learns where the two models agree.
+    Fidelity:  a reconstruction of the idea from the abstract, as quoted in notes. The paper's
+               routers learn from human preferences; ours, a logistic regression, where two models
+               agree.
     Kind:      approximate; exact with threshold > 1, where the big model answers everything. On
                questions of stories it is no better than random routing (Notes).
     Idea:      Many requests are easy, and some of them look easy. Whole requests are routed, before

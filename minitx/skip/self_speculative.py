@@ -60,8 +60,9 @@ def self_speculative(
     Offline:   nothing; a model trained for early exit (minitx/training/layerskip.py) accepts more.
     Online:    one round; h[E]: hidden state after the first E layers
                q[i] = head(norm(h[E]))        h[E] of x[i-1], x[0] being the text's last token
-               x[i] ~ q[i], i = 1..n          n <= gamma; x[n] is the first with q[n](x[n]) < stop
-               keep each h[E], and what layers 0..E-1 have cached
+               x[i] ~ q[i], i = 1..n          n = gamma, or up to the first x[i] with a probability
+                                              below stop, as in speculative
+               keep each h[E], and the cache rows of layers 0..E-1
                run layers 0..E-1 on x[n]; run layers E..L-1 on h[E] of x[0..n] in one pass
                p[1..n+1] = head(norm(h[L]))
                accept, resample and emit as in speculative; truncate the KV cache of every layer to

@@ -61,8 +61,8 @@ def speculative(
     Offline:   nothing.
     Online:    one round; p[i] and q[i]: the target's and the draft's distributions of the token
                after the text and x[1..i-1]
-               x[i] ~ q[i]             i = 1..n, one by one: the draft proposes n <= gamma tokens;
-                                       x[n] is the first that it gives a probability below stop
+               x[i] ~ q[i]             i = 1..n: the draft proposes tokens one by one; n = gamma, or
+                                       fewer: up to the first with a probability below stop
                p[1], ..., p[n+1]       one target pass over the text's last token and x[1..n]
                accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
                at the first rejection, draw from the residual max(0, p[i] - q[i]) / its sum, and
@@ -165,10 +165,15 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #
 # - p and q are what the sampler draws from: after temperature, top-k and top-p. At temperature 0
 #   both are one-hot, and the rule becomes "accept x if it is the target's argmax".
+# - stop is compared with the draft's probability before temperature, top-k and top-p.
 # - With the same seed, speculative decoding gives another sample than plain decoding, since it uses
 #   the random numbers for other draws. Repeated with that seed, it gives the same sample.
 # - The target's cache never holds the last token, which waits for the next pass. The draft has not
 #   read its own last proposal either: if all are accepted, its next step reads two tokens.
+# - A prompt takes two passes: all tokens but the last, and then the last with the first proposals.
+#   So the first token comes later than in plain decoding, and an answer of one token costs more
+#   (first token: minitx frontier decoding). The same holds for prompt_lookup, self_speculative,
+#   jacobi and lookahead.
 # - Near the limit a round proposes fewer tokens, because the target always adds one.
 # - The sequences of a batch accept different numbers of tokens, so each is decoded separately; they
 #   take turns.
