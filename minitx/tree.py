@@ -86,12 +86,6 @@ def walk(node: Part, path: str = "") -> Iterator[tuple[str, Part]]:
         waiting += reversed(below)
 
 
-def forget(root: Part) -> None:
-    """Clear what the parts store across sequences (a prefix cache, say)."""
-    for _, node in walk(root):
-        node.forget()
-
-
 def rebuild(node: Part, change: Callable[[Part], Part | None], seen: dict | None = None) -> Part:
     """A copy of the tree in which ``change(node)`` replaces each node for which it returns a part.
 

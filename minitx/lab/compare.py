@@ -47,7 +47,7 @@ from minitx.lab.reading import (
 from minitx.ledger import Entry, Ledger, counting
 from minitx.shared.log_softmax import log_softmax
 from minitx.text import Text
-from minitx.tree import forget, nbytes
+from minitx.tree import nbytes, walk
 
 LONGEST_TIMING = 20.0  # seconds after which no further round of timing begins
 
@@ -316,6 +316,12 @@ def continuation(lm, prompt) -> list[int]:
     """The greedy continuation. It goes on past end-of-text, so that all models generate as much."""
     state = new_state(lm.model, prompt)
     return list(lm.decode(lm.model, state, prompt, Sampler(), room(lm, prompt)))
+
+
+def forget(lm) -> None:
+    """Clear caches that outlive a sequence (a prefix cache), so that every pass starts the same."""
+    for _, node in walk(lm):
+        node.forget()
 
 
 def room(lm, prompt) -> int:

@@ -19,10 +19,9 @@ from minitx.errors import MinitxError
 from minitx.lm import LM
 from minitx.model import Transformer
 from minitx.progress import bar
-from minitx.shared.log_softmax import log_softmax
 from minitx.shared.same_beginning import state_for
 from minitx.state import State
-from minitx.tree import forget
+from minitx.tree import walk
 from minitx.values import at_least
 
 # The options stories, cuts and tokens of every technique that calibrates like this.
@@ -77,9 +76,10 @@ def answer_of(
 def confidence(logits: np.ndarray, token: int) -> tuple[float, float]:
     """(ln p(token), entropy of p / ln V) for p = softmax(logits) (V,), whatever the sampler's
     temperature is."""
-    log_p = log_softmax(logits)
-    ledger.count(multiply_adds=log_p.size)  # p ln p, summed
-    entropy = -(np.exp(log_p) * log_p).sum() / np.log(log_p.size)
+    z = logits.astype(np.float64) - logits.max()
+    log_p = z - np.log(np.exp(z).sum())
+    ledger.count(multiply_adds=z.size)  # p ln p, summed
+    entropy = -(np.exp(log_p) * log_p).sum() / np.log(z.size)
     return float(log_p[token]), float(entropy)
 
 
@@ -192,3 +192,9 @@ def relative_cost(lm: LM, examples: Sequence[Example], tokens: int, work: Callab
 
 
 SAMPLED = 6  # prompts whose costs are counted
+
+
+def forget(lm: LM) -> None:
+    """Clear what the calibration has left in caches."""
+    for _, node in walk(lm):
+        node.forget()

@@ -199,13 +199,13 @@ class Answer:
 
 @part
 class NormalizedText(Part):
-    """The text of a prompt, normalized: case, whitespace and Unicode form make no difference.
+    """The text of a prompt, in which case, blanks and the Unicode form make no difference.
 
-    letters: the bytes of all tokens one after another; ends: where each token ends."""
+    letters: the bytes of all tokens one after another; ends: where each of them ends."""
 
     letters: np.ndarray = table()
     ends: np.ndarray = table()
-    bos: int | None = None  # at the beginning of every prompt; not part of its text
+    bos: int | None = None  # in front of every prompt, which is no letter of its first word
 
     @classmethod
     def of(cls, lm) -> "NormalizedText":
@@ -222,7 +222,7 @@ class NormalizedText(Part):
         letters, ends = self.letters, self.ends
         ids = ids[1:] if ids[0] == self.bos else ids
         pieces = (letters[ends[i - 1] if i else 0 : ends[i]].tobytes() for i in ids)
-        # surrogateescape: invalid UTF-8 bytes stay different from each other.
+        # Bytes that are no UTF-8 stay different from each other.
         return normalized(b"".join(pieces).decode("utf-8", "surrogateescape"))
 
 

@@ -88,9 +88,9 @@ def majority_vote(
             "majority_vote: same=sentence needs a tokenizer, and this model has none; use "
             "same=text."
         )
-    canonical = {"text": WholeText, "sentence": LastWord}[same](lm.tokenizer)
+    compared = {"text": WholeText, "sentence": LastWord}[same](lm.tokenizer)
     return replace(
-        lm, decode=MajorityVote(lm.decode, canonical, votes, temperature, choose == "random", seed)
+        lm, decode=MajorityVote(lm.decode, compared, votes, temperature, choose == "random", seed)
     )
 
 

@@ -224,7 +224,7 @@ class SemanticStore(Part):
         return self.answers[number]
 
     def put(self, e: np.ndarray, key: bytes, ids: list[int]) -> None:
-        """Store an answer; it replaces one with the same key and embedding."""
+        """Store an answer, instead of one with the same embedding if there is one."""
         number, similarity = self.nearest(e, key)
         if similarity >= 1:
             del self.answers[number]
