@@ -87,11 +87,9 @@ def big_little(
     Saves:     passes of the big model, so bytes: n_b big passes and n_s small ones read
                n_b w_b + n_s w_s bytes of weights, where plain decoding reads w_b for each token.
                Multiply-adds rise, since both models run what is kept. On stories 0.41 big and 0.96
-               small passes a token: 0.49x the bytes (weights and KV cache) and 1.08x the
-               multiply-adds, with 99.9 % of the tokens the same (speculative gamma=4 stop=0, which
-               is exact: 0.46x and 1.48x).
-    In NumPy:  0.8x to 1.1x the throughput on stories, whose weights fit the CPU's cache (python -m
-               minitx.lab.loops big_little).
+               small passes a token: 0.49x the bytes and 1.08x the multiply-adds, with 99.9 % of the
+               tokens the same (speculative gamma=4, exact: 0.46x and 1.48x).
+    In NumPy:  0.8x to 1.1x the throughput on stories, whose weights fit the CPU's cache (Notes).
     Not for:   sampling: the rule would change the distribution, so requests with a temperature are
                left to the big model (speculative samples exactly); a small model with another
                vocabulary.
@@ -235,21 +233,19 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 #         0.3        5           74 %     0.35      0.99   +0.023         1.10    0.43
 #         0.6        0.69       100 %     0.41      0.96        0         1.08    0.49
 #         0.6        2         99.9 %     0.41      0.96   +0.000         1.08    0.49
-#       choose=random: rate=0.38, as often as fallback=0.6 hands over
+#       at random: rate=0.38, as often as fallback=0.6 hands over
 #                    0.69       100 %     0.49      1.48        0         1.44    0.61
 #                    2           49 %     0.45      1.38   +0.044         1.36    0.56
-#       speculative, stop=0
-#         gamma=2               100 %     0.44      0.86        0         1.26    0.53
-#         gamma=4               100 %     0.34      1.28        0         1.48    0.46
+#       speculative gamma=2     100 %     0.44      0.86        0         1.26    0.53
+#       speculative gamma=4     100 %     0.34      1.28        0         1.48    0.46
 #
 #   So what pays here is the fallback: it ends a draft before the tokens that would be rejected, and
 #   that needs no approximation (rollback=0.69). A loose rollback saves most where the small model
-#   never hands over. Then the text diverges after a few words, but is nearly as likely: many words
-#   of a story have equally likely alternatives.
-# - Speed over all settings, on a busy machine: 0.7x to 1.6x (fallback=0: 0.7x at rollback=0.69,
-#   1.6x at 5).
-# - An answer of one token is always the big model's, since that writes the first token: graded
-#   questions whose answer is the next token cannot show what this loop costs.
-# - The thresholds compare probabilities, so a small model that is overconfident (not calibrated)
-#   hardly ever hands over.
-# - Every token that is yielded has been checked: no text is taken back after it was shown.
+#   never hands over. Then the text is another one after a few words, but nearly as likely: many
+#   words of a story may as well be others.
+# - Speed on a busy machine was 0.7x to 1.6x (fallback=0: 0.7x at rollback=0.69, 1.6x at 5).
+# - An answer of one token is always the big model's, since it begins: graded questions whose answer
+#   is the next token cannot show what this loop costs.
+# - The thresholds compare probabilities, so a small model that is too sure of itself (one that is
+#   not calibrated) hardly ever hands over.
+# - A token that is yielded was checked: the text that a reader sees is never taken back.

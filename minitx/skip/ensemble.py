@@ -65,10 +65,10 @@ def ensemble(
                the sampler draws from this; BOTH models read the token, each with its own KV cache
     Saves:     nothing: per token the multiply-adds, bytes and KV cache of both models (stories with
                stories-draft: 1.1x the multiply-adds; two of a size: 2x).
-    In NumPy:  slower by the time that the other model takes.
-    Not for:   a member with another vocabulary or a shorter context; a much weaker member: with
-               stories-draft, the loss of stories rises at every weight (Notes). average=logit: two
-               models of different calibration, since the one with the larger logits dominates.
+    In NumPy:  as much slower as the other model takes.
+    Not for:   a model with another vocabulary or a shorter context; a weaker member: stories loses
+               with stories-draft at every weight (Notes). Of logit: models that are not calibrated
+               alike, as the one with the larger logits dominates.
     Proof:     tests/skip/test_ensemble.py; literal version: tests/skip/literal_ensemble.py
     """
     if weight == 0:
@@ -165,17 +165,16 @@ class Ensemble(TokenLoop):
 #                       right         96.8     96.8     96.8     97.4     82.9     49.6
 #
 #   Two models that are as good as each other gain 0.004 nats over the better one and 2 to 3 points
-#   of answers, for twice the work; stories, one model with that much work, has a loss of 0.79. A
-#   weaker member gains at most 0.001 nats, at a small weight, and stories-draft, the weakest, none
-#   at any weight: it is unsure where the other one is sure.
+#   of answers, for as much work again; stories, one model with that much work, has a loss of 0.79.
+#   A weaker member costs at every weight: it is undecided where the other one is sure.
 # - The random baseline is one of the two models, drawn with the weights for each token ("a random
 #   one" in the table of ensemble_loss): 0.8143 for stories-relu and stories-parallel at 0.5, where
 #   the mixture has 0.8060. -ln is convex (Jensen), so a mixture is never worse than that on
 #   average, but it may well be worse than the better model.
-# - At temperature 1, drawing a token from the mixture is the same as drawing one of the two models,
-#   with the weights, and then a token from it. That takes one model's prediction for each token.
-#   The other model has to read the token sooner or later, but may read several at once.
-# - Right answers by number of hops in percent, stories alone and with stories-draft at 0.5: counts
-#   82.8 and 86.2, 1 hop 99.1 and 99.6, 2 hops 92.7 and 92.7, 3 hops 100.0 and 100.0.
+# - At temperature 1, a token drawn from the mixture is a token drawn from one of the two models,
+#   which is drawn with the weights. That takes one model's prediction for each token. The other one
+#   has to read the token sooner or later, but may read several at once.
+# - By number of hops, stories and stories-draft at 0.5: counts 82.8 to 86.2, 1 hop 99.1 to 99.6, 2
+#   hops 92.7, 3 hops 100.0 as before.
 # - The sampler's temperature, top-k and top-p apply to the average, not to each model.
 # - Majority votes are an ensemble of samples of one model: majority_vote.

@@ -201,13 +201,10 @@ def multiply_adds(m: int, tokens_per_pass: float) -> float:
 #   each pass: that takes no extra pass to detect the end, and emits a token as soon as it is right.
 # - A pass that emits n tokens leaves m + 1 - n corrected guesses: ``fill`` adds n - 1.
 # - Each token is drawn as in plain decoding, with the same random numbers, so the same seed gives
-#   the same sample. Guesses are deterministic (one-hot q): accepting x with probability p(x), and
-#   else drawing from p without x, has the same distribution as drawing from p.
+#   the same sample. Guesses are certain (one-hot q): accepting x with probability p(x), and else
+#   drawing from p without x, has the same distribution as drawing from p.
 # - On stories: 8 held-out stories, the first 32 tokens of each continued by 96. Relative to plain
-#   decoding, prompt included; "accepted": of the guesses that were checked. minitx frontier
-#   decoding --methods jacobi --new 96 prints the default (4, bigram), greedy and at temperature 1;
-#   python -m minitx.lab.loops jacobi guesses=1,4,16 fill=bigram,repeat the others, greedy, with 48
-#   new tokens.
+#   decoding, prompt included; "accepted": of the guesses that were checked.
 #
 #                            tokens per pass    accepted       multiply-adds   weight bytes
 #       guesses  fill        greedy   T = 1     greedy  T = 1     greedy       greedy  T = 1
@@ -217,7 +214,7 @@ def multiply_adds(m: int, tokens_per_pass: float) -> float:
 #          4     repeat       1.00    1.04      0.1 %   1.0 %      4.04x       1.01x   0.97x
 #          4     (random)     1.00    1.00      0.1 %   0.0 %      4.04x       1.01x   1.01x
 #
-#   (random): the baseline choose=random. Guesses that are looked up in the text and never corrected
-#   do far better: prompt_lookup, measured in the same way, gives 1.73 tokens a pass (greedy).
+#   (random): the baseline choose=random. Guesses taken from the text and never corrected do far
+#   better: prompt_lookup, measured alike, gives 1.73 tokens a pass (greedy).
 #   minitx compare --jacobi guesses=4 counts and times the greedy ones: 0.54x the throughput (one
 #   BLAS thread, 48 new tokens).

@@ -230,10 +230,7 @@ def multiply_adds(rows: float, tokens_per_pass: float) -> float:
 #   the same sample (see ``token_tree.follow``).
 # - The pool lives as long as one text, and holds at most V G n-grams.
 # - On stories: 8 held-out stories, the first 32 tokens of each continued by 96. Relative to plain
-#   decoding, prompt included; "accepted": of the tree's rows without the root. minitx frontier
-#   decoding --methods lookahead --new 96 prints the default and preset=authors, greedy and at
-#   temperature 1; python -m minitx.lab.loops lookahead window=2,4,8 ngram=2,3,5 candidates=1,4,8
-#   the others, greedy, with 48 new tokens.
+#   decoding, prompt included; "accepted": of the tree's rows but the root.
 #
 #                    tokens per pass   rows per pass    accepted      multiply-adds   weight bytes
 #       W   N   G    greedy   T = 1        greedy     greedy  T = 1   greedy   T = 1  greedy  T = 1

@@ -59,8 +59,7 @@ def prompt_lookup(
                if all are accepted, draw one more token from p[gamma+1]
     Saves:     sequential passes, so bytes of weights read (0.70x on stories); multiply-adds rise
                (1.71x), by those of the rejected tokens.
-    In NumPy:  about as fast as plain decoding on stories, slower at temperature 1 (minitx frontier
-               decoding --methods prompt_lookup).
+    In NumPy:  about as fast as plain decoding on stories; slower at temperature 1 (Notes).
     Not for:   text that does not repeat itself; high temperatures, at which p[j](x[j]) is small;
                batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_prompt_lookup.py; literal version:
@@ -122,15 +121,12 @@ class NgramIndex:
 
 # Notes:
 #
-# - The draft is deterministic, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
-# - The index holds at most ``longest`` n-grams per token; a search takes as long in a long text.
-# - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities of
-#   the draft, and a lookup has none.
-# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding.
-#   minitx frontier decoding --methods prompt_lookup --length 60 --new 60 --prompts 12 prints the
-#   default and adapt=true, greedy and at temperature 1. The others, on shorter prompts: python -m
-#   minitx.lab.loops prompt_lookup gamma=1,2,4,10 longest=1,2,3. Draft tokens accepted: the events
-#   that minitx compare --prompt-lookup prints.
+# - The proposals are certain, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
+# - The index holds ``longest`` entries per token: a search takes no longer in a longer text.
+# - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities,
+#   which there are none of here.
+# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding
+#   (minitx compare --prompt-lookup counts the same on shorter prompts):
 #
 #                               accepted   tokens per pass   multiply-adds   weight bytes
 #       gamma=1                    45 %         1.30             1.15x           0.79x

@@ -65,11 +65,10 @@ def speculative(
                                        fewer: up to the first with a probability below stop
                p[1], ..., p[n+1]       one target pass over the text's last token and x[1..n]
                accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
-               at the first rejection, draw from the residual max(0, p[i] - q[i]) / its sum, and
-                   drop x[i..n]
-               if all are accepted, draw one more token from p[n+1]
-               truncate both KV caches to the accepted tokens; the token drawn last is fed to the
-               models in the next round
+               at the first rejection, stop; draw from the residual max(0, p[i] - q[i]) / its sum
+               if all are accepted, draw one more token from p[gamma+1]
+               drop rejected tokens from both KV caches; the token drawn last enters them in the
+               next round
     Saves:     sequential passes of the target, so bytes of weights read (0.36x on stories, those of
                the draft included); multiply-adds rise (1.24x). With stop=0, if every proposal is
                accepted independently with the rate
@@ -175,14 +174,11 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #   (first token: minitx frontier decoding). The same holds for prompt_lookup, self_speculative,
 #   jacobi and lookahead.
 # - Near the limit a round proposes fewer tokens, because the target always adds one.
-# - The sequences of a batch accept different numbers of tokens, so each is decoded separately; they
-#   take turns.
-# - Why samples stay exact although a draft token may end a round: minitx/shared/draft_length.py.
-# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding.
-#   minitx frontier decoding --methods speculative --length 60 --new 60 --prompts 12 prints rows for
-#   gamma=2, 4, 8 (stop=0), the default and draft=self. The others, on shorter prompts: python -m
-#   minitx.lab.loops speculative gamma=1,8 stop=0,0.6,0.8. Draft tokens accepted: the events that
-#   minitx compare --speculative gamma=4 stop=0 prints.
+# - The sequences of a batch accept different numbers of tokens, so each is decoded by itself, in
+#   turns.
+# - Why tokens may stop a round and the text stays exact: minitx/shared/draft_length.py.
+# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding
+#   (minitx compare --speculative gamma=4 stop=0 counts the same on shorter prompts):
 #
 #                                   accepted   tokens per pass   multiply-adds   weight bytes
 #       greedy
@@ -201,8 +197,7 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #
 #   Greedy decoding rejects whenever the two argmaxes differ, which is likely where the draft is
 #   unsure: there it pays to stop. Sampling rejects with probability 1 - sum(min(p, q)), which is
-#   small where q is close to p, even if both are flat: so with sampling, stop=0 gives more tokens
-#   per pass in the same time. adapt=true moves the threshold by 0.001 a round, so it matters only
-#   in long texts.
-# - The loop itself costs little: verifying a greedy round takes 8 microseconds, a sampled one 80
-#   (mostly softmaxes over the vocabulary), a plain step of stories 600.
+#   small where q is close to p, unsure or not: there stop=0 gives more tokens per pass, in the same
+#   time. adapt=true moves the threshold by 0.001 a round, so it matters only in long texts.
+# - The loop itself is cheap beside the passes: verifying a greedy round takes 8 microseconds, a
+#   sampled one 80 (most of it softmaxes over the vocabulary), a step of stories 600.
