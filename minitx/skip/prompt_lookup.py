@@ -121,8 +121,8 @@ class NgramIndex:
 
 # Notes:
 #
-# - The proposals are certain, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
-# - The index holds ``longest`` entries per token: a search takes no longer in a longer text.
+# - The draft is deterministic, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
+# - The index holds at most ``longest`` n-grams per token; a search takes as long in a long text.
 # - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities,
 #   which there are none of here.
 # - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding

@@ -59,19 +59,20 @@ def self_speculative(
                others verify several draft tokens in one pass: no second model or KV cache.
     Offline:   nothing; a model trained for early exit (minitx/training/layerskip.py) accepts more.
     Online:    one round; h[E]: hidden state after the first E layers
-               q[i] = head(norm(h[E]))        after x[i-1]; x[i] ~ q[i], for i = 1, 2, ... gamma,
-                                              up to the first x[i] with a probability below stop
-               keep the rows that layers 0..E-1 have cached, and h[E] of each token
-               run layers 0..E-1 on the last proposal; run layers E..L-1 on all h[E] at once, of
-               the text's last token and of x[1..n]: this gives p[1..n+1]
+               q[i] = head(norm(h[E]))        h[E] of x[i-1], x[0] being the text's last token
+               x[i] ~ q[i], i = 1..n          n = gamma, or up to the first x[i] with a probability
+                                              below stop, as in speculative
+               keep each h[E], and the cache rows of layers 0..E-1
+               run layers 0..E-1 on x[n]; run layers E..L-1 on h[E] of x[0..n] in one pass
+               p[1..n+1] = head(norm(h[L]))
                accept, resample and emit as in speculative; cut all layers to the same length
     Saves:     sequential passes of layers E..L-1, so bytes of weights read (0.62x on stories).
                Multiply-adds rise (1.23x): n + 1 tokens through every layer, 2 n + 1 through the
                head, for 1 to n + 1 tokens. A draft with its own cache would run n tokens through
                layers 0..E-1 twice (speculative draft=self: 1.62x at E = L/2, here 1.13x).
     In NumPy:  1.1x to 1.2x the throughput of plain decoding on stories.
-    Not for:   models whose early layers predict badly; parts that free cache rows, or decide by
-               the step; batches, whose sequences are decoded one by one.
+    Not for:   models whose early layers predict badly; parts that free cache rows, or decide for
+               all tokens of a step together; batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_self_speculative.py; literal version:
                tests/skip/literal_self_speculative.py
     """

@@ -65,8 +65,8 @@ def speculative(
                                        fewer: up to the first with a probability below stop
                p[1], ..., p[n+1]       one target pass over the text's last token and x[1..n]
                accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
-               at the first rejection, stop; draw from the residual max(0, p[i] - q[i]) / its sum
-               if all are accepted, draw one more token from p[gamma+1]
+               at the first rejection, draw from the residual max(0, p[i] - q[i]) / its sum instead
+               if all are accepted, draw one more token from p[n+1]
                drop rejected tokens from both KV caches; the token drawn last enters them in the
                next round
     Saves:     sequential passes of the target, so bytes of weights read (0.36x on stories, those of
@@ -174,8 +174,8 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #   (first token: minitx frontier decoding). The same holds for prompt_lookup, self_speculative,
 #   jacobi and lookahead.
 # - Near the limit a round proposes fewer tokens, because the target always adds one.
-# - The sequences of a batch accept different numbers of tokens, so each is decoded by itself, in
-#   turns.
+# - The sequences of a batch accept different numbers of tokens, so each is decoded separately; they
+#   take turns.
 # - Why tokens may stop a round and the text stays exact: minitx/shared/draft_length.py.
 # - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding
 #   (minitx compare --speculative gamma=4 stop=0 counts the same on shorter prompts):
