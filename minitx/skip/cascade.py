@@ -88,16 +88,14 @@ def cascade(
                score = the lowest p(token) of its tokens, the end of text included
                g(score) >= threshold: y_s is the answer
                else: the big model answers, from the prompt (what y_s took is lost)
-    Saves:     E[cost] = c_s + (1 - a) c_b multiply-adds; c_s, c_b: an answer of each model (c_s
-               with its scores, V per token); a: share of the small answers that is kept. Less than
-               c_b only if a > c_s / c_b.
+    Saves:     E[cost] = c_s + (1 - a) c_b multiply-adds; a: share that is kept. Less than the big
+               model's c_b only if a > c_s / c_b. Scores take V multiply-adds per token.
     In NumPy:  0.65x of the time at 0.57x of the multiply-adds; the small model alone 0.13x at 0.06x
-               (stories, prompts of 130 tokens). The first token comes late: after the whole small
-               answer and, if that is not kept, after the big model's prefill.
-    Not for:   streaming; long completions (for minitx generate the answer is all of it), where the
-               small answer is hardly ever the big model's. Calibrate on prompts and answers of your
-               kind and length (calibrate, cuts, tokens): a threshold need not hold for others
-               (Notes).
+               (stories, prompts of 130 tokens). The first token comes late: it waits for the whole
+               small answer, and then for the big model's prefill if that is not kept.
+    Not for:   streaming; long completions (minitx generate: the answer is all of it), of which
+               hardly any is the big model's. Calibrate on prompts and answers of your kind and
+               length (calibrate, cuts, tokens): a threshold need not hold for others (Notes).
     Proof:     tests/skip/test_cascade.py; literal version: tests/skip/literal_cascade.py
     """
     if threshold is not None and budget is not None:
@@ -287,11 +285,11 @@ def check_pays(accept: float, ratio: float) -> None:
 # Calibrated by default, on prompts cut from stories anywhere, threshold=0.9 keeps 44 % of the
 # answers to questions, of which a third is wrong: 83.8 % right at a cost of 0.617, 5.2 points above
 # random routing ("by text" in that table). With stories=16 it kept 75 %, of which 44 % were wrong.
-# Most prompts of that kind are easy (the models agree on 72 % of held-out ones), and the same
-# probability of the next word need not mean the same before a name as before an article. On
-# held-out prompts of the kind that it was calibrated on, the default does what it says: 95.8 %
-# agree at 0.34 of the multiply-adds and 0.43 of the bytes of weights; random routing at this cost
-# would have 80 % (96 prompts of 12 stories; tests/lab/test_defaults.py measures the same on fewer).
+# Most prompts of that kind are easy (the models agree on 72 % of held-out ones), and a probability
+# of 0.5 for the next word means another thing before a name than before an article. On held-out
+# prompts of its own kind the default keeps its promise: 95.8 % agree at 0.34 of the multiply-adds
+# and 0.43 of the bytes of weights; random routing at this cost would have 80 % (96 prompts of 12
+# stories; tests/lab/test_defaults.py measures the same on fewer).
 #
 # Which score: on answers of one token, logprob and lowest are the same, and rank answers that agree
 # above others in 97.7 % of all pairs, entropy in 95.1 % (4 tokens: 93.7, 94.3 and 91.5 %; 96

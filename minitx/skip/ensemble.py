@@ -145,11 +145,10 @@ class Ensemble(TokenLoop):
 
 # Notes:
 #
-# - python -m minitx.lab.ensemble_loss stories-parallel -m stories-relu (--average logit)
-#   python -m minitx.lab.ensemble_loss stories-relu -m stories
+# - python -m minitx.lab.ensemble_loss stories-parallel -m stories-relu
 #   python -m minitx.lab.ensemble_loss stories-draft -m stories
-#   60 held-out stories, read with teacher forcing; loss in nats per token of ordinary text; right:
-#   answers in percent. weight: of the second model; at 0 and 1 one model is alone.
+#   60 held-out stories, read with teacher forcing; loss in nats per token of ordinary text, right:
+#   of the answers in percent. weight: of the second model; at 0 and 1 one of them is alone.
 #
 #       weight                        0       0.1      0.25     0.5      0.75     1
 #       stories-relu and stories-parallel: 2.0x the multiply-adds

@@ -57,7 +57,7 @@ def majority_vote(
                the paper parses the final answer out of a chain of thought.
     Kind:      approximate: another answer than greedy decoding's; exact at votes=1. It spends more.
                No setting pays on the shipped models: their answers are one word without reasoning,
-               so at best the vote finds the word that greedy decoding gives at once (Notes).
+               so the vote only comes back to what greedy decoding says.
     Idea:      Many chains of thought lead to the right answer, and wrong ones to different wrong
                answers. The most likely answer, summed over all chains that lead to it, need not be
                the one at the end of the most likely chain.
@@ -239,9 +239,9 @@ def majority_accuracy(p: float, n: int, copying: float = 0.0) -> float:
 #       random of 9     40.3     24.1    40.9     50.9     33.3      8.0   98.2     6.1
 #
 #   python -m minitx.lab.answers -m stories-draft --stories 60 --majority-vote votes=9 prints a row.
-#   9 votes are 0.3 points above greedy (-3.8 to +4.3), and 9.6 above one of those votes at random,
-#   which costs as much. At best, a vote over one word finds the most likely word, which greedy
-#   decoding gives at once; a few votes are worse, since they do not always find it.
+#   9 votes minus greedy: +0.3 points (-3.8 to +4.3); minus one of those votes at random, which
+#   costs as much: +9.6. A vote over one word can only come back to the most likely word, which
+#   greedy decoding gives at once; few votes are worse, since they do not always find it.
 # - Whole sentences, of which many have the same answer, right by their last word, in percent:
 #
 #                                         stories-draft   stories-parallel

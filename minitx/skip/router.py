@@ -90,14 +90,12 @@ def router(
     Online:    f(x) = ln length; the last token; a bag of the last 16 tokens (hashed to 256 buckets)
                r = sigmoid(w f(x) + b)
                r >= threshold: the small model answers, else the big one; the other never runs
-    Saves:     E[cost] = c_r + a c_s + (1 - a) c_b multiply-adds; c_s, c_b: an answer of each model;
-               a: share of the prompts routed to the small one. Unlike in a cascade, only one model
-               runs, but nobody looks at its answer. c_r, the routing: 513; with features=perplexity
-               a pass of the small model over the prompt (which c_s then does not repeat).
+    Saves:     E[cost] = c_r + a c_s + (1 - a) c_b; a: share of prompts routed to the small model.
+               Nothing is paid twice, as in a cascade; but nobody looks at the answer. c_r: 513
+               multiply-adds; with features=perplexity a pass of the small model (c_s then less).
     In NumPy:  0.89x of the time at 0.88x of the multiply-adds on stories. Tokens are streamed.
-    Not for:   prompts with the same last words, of which earlier text makes some hard and others
-               easy. A prompt and its limit must fit the small model's context, else the big model
-               answers.
+    Not for:   prompts that look alike where only the text before them makes one hard. A prompt and
+               its limit must fit the small model's context, else the big one answers.
     Proof:     tests/skip/test_router.py; literal version: tests/skip/literal_router.py
     """
     if threshold is not None and budget is not None:
@@ -258,10 +256,9 @@ def expected_cost(share: float, c_s: float, c_b: float, c_r: float = 0.0) -> flo
 #     stories           97.1 %   81.6 %   99.5 %   93.7 %  100.0 %    1.000
 #
 # The last words of a question tell its kind, and the draft is right about half of the time on every
-# kind; on which half depends on who was where earlier, which the end of a prompt does not tell. On
-# prompts cut from stories anywhere the router does a little better: whether the small model is
-# right depends on what comes next, a name or a full stop, and the last token tells that
-# (tests/skip/test_router.py).
+# kind: the end of a prompt does not tell on which half. It depends on who was where, earlier.
+# On prompts cut from stories anywhere it does a little better: the small answer depends on what
+# comes next, a name or a full stop, and the last token tells (tests/skip/test_router.py).
 #
 # features=perplexity costs a pass of the small model with all logits over every prompt, 0.09 of the
 # big model's multiply-adds on stories. On 169 questions, routed at a cost of 0.86, it had 86.4 %
