@@ -118,6 +118,9 @@ class _Pieces:
             yield from self.of_class(kind)
             for f in fields(value):
                 yield from (f.name, *self.of(getattr(value, f.name)))
+        elif hasattr(value, "token_bytes"):  # a tokenizer, which reads ids the same if these agree
+            yield from (*self.of_class(kind), f"{len(value)} tokens")
+            yield from (value.token_bytes(i, previous=i) for i in range(len(value)))
         elif callable(value):
             yield from self.of_function(value)
         else:

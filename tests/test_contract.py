@@ -478,7 +478,15 @@ IN_ACTION = sampled(90, 2, 1) + sampled(90, 3, 2)
 # FFNs one is left out, so that none comes after the other; of two layers one is not run; sub-layers
 # that are dropped look nothing up and have no heads; votes are taken row by row.
 IDLE = {
-    "exact_head": {"jacobi", "lookahead", "prompt_lookup", "self_speculative", "speculative"},
+    "exact_head": {
+        "big_little",
+        "ensemble",
+        "jacobi",
+        "lookahead",
+        "prompt_lookup",
+        "self_speculative",
+        "speculative",
+    },
     "ffn_skip": {"layer_router", "layer_skip", "switchable"},
     "function_tables": {"layer_skip"},
     "head_cascade": {"layer_router", "layer_skip"},

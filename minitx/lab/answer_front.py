@@ -2,6 +2,7 @@
 
     python -m minitx.lab.answer_front
     python -m minitx.lab.answer_front --stories 100 --small stories-draft --budgets 0.3,0.5,0.7,0.9
+    python -m minitx.lab.answer_front --stories 12 --cuts 8 --tokens 4
 
 The questions of held-out stories (lab/answers.py) are answered by the small model alone, by the big
 one alone, by a cascade and by a router at several budgets, and at random at the same costs. A
@@ -15,6 +16,10 @@ half sets the thresholds. "at 0.3" is a budget; "p >= 0.9" a threshold: answers 
 that probability are kept. "by text" is a cascade with this threshold that was calibrated as it is
 by default, on prompts cut from stories anywhere: what holds there need not hold for questions.
 
+--cuts N asks for the next tokens of such prompts instead, N of each held-out story (all called "1
+hop"). Right is then the answer of the big model, and calibration is that of the techniques by
+default: answers of one token, whatever --tokens asks for.
+
 Random routing at the same cost is the mean of all ways to choose: on the line between the two
 models alone. Intervals are 95 % bootstrap intervals over stories. z is McNemar's statistic of a
 method and the big model: beyond 2, the difference is not chance.
@@ -27,7 +32,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minitx.decode import Autoregressive, Sampler
+from minitx.decode import Autoregressive, Sampler, new_state
 from minitx.exit_status import run_module
 from minitx.lab.answers import (
     Answers,
@@ -41,6 +46,8 @@ from minitx.lab.answers import (
 from minitx.lab.evaluate import hops_name, percent
 from minitx.lab.frontier.chart import chart
 from minitx.lab.layout import fit, table
+from minitx.lab.reading import stories_to_read
+from minitx.lab.semantic_hits import auc
 from minitx.lm import LM, load
 from minitx.model import Transformer
 from minitx.second_model import small_model
@@ -49,8 +56,10 @@ from minitx.shared.small_answers import (
     Example,
     answer_of,
     cut_for_share,
+    cuts_of,
     examples_of,
     halves,
+    up_to_end,
 )
 from minitx.skip.cascade import SCORES, isotonic
 from minitx.skip.cascade import share_for as share_of_cascade
@@ -58,9 +67,11 @@ from minitx.skip.router import PromptTokens, learned
 from minitx.skip.router import share_for as share_of_router
 from minitx.training.stories import first_stories
 from minitx.tree import float_type
+from minitx.values import between, need_integer
 
 BUDGETS = (0.3, 0.5, 0.7, 0.9)
 SCORE = "lowest"  # of the cascade: its default
+LIKE_THE_TECHNIQUES = 32, 8, 1  # calibration stories, cuts of each, tokens: their defaults
 LIKELY = 0.9  # threshold of the last rows
 
 
@@ -92,10 +103,12 @@ class Both:
         return Answers(self.big.questions, given, work, read, cached, {})
 
 
-def both(lm: LM, small: Transformer, questions: Sequence[Question], shown=False) -> Both:
+def both(
+    lm: LM, small: Transformer, questions: Sequence[Question], shown=False, score=SCORE
+) -> Both:
     alone = replace(lm, model=small, decode=Autoregressive())
     of_small, of_big = answer(alone, questions), answer(lm, questions, shown=shown)
-    confidence = [SCORES[SCORE](e.answer) for e in as_examples(small, questions, of_big.given)]
+    confidence = [SCORES[score](e.answer) for e in as_examples(small, questions, of_big.given)]
     scoring = np.array([len(given) for given in of_small.given]) * small.config.vocab_size
     prompts = np.array([PromptTokens()(small, None, q.prompt) for q in questions])
     return Both(of_small, of_big, np.array(confidence), scoring, prompts)
@@ -111,6 +124,17 @@ def as_examples(small: Transformer, questions: Sequence[Question], given) -> lis
     return found
 
 
+def cut_prompts(lm: LM, stories: int, cuts: int, tokens: int) -> list[Question]:
+    """Prompts cut from held-out stories at equal distances, with the model's own answers."""
+    found = []
+    for number, text in enumerate(stories_to_read(lm, stories).texts):
+        for at in cuts_of(len(text.ids), cuts, tokens):
+            prompt = text.ids[:at]
+            loop = lm.decode(lm.model, new_state(lm.model, prompt), prompt, Sampler(), tokens)
+            found.append(Question(number, "mention", prompt, up_to_end(loop, lm)))
+    return found
+
+
 def calibration_examples(lm: LM, small: Transformer, stories: int, shown=False) -> list[Example]:
     """Examples of the questions of the calibration split."""
     questions = questions_of(lm, first_stories("calibration", "full", 0, stories))
@@ -121,15 +145,16 @@ def calibration_examples(lm: LM, small: Transformer, stories: int, shown=False) 
 # Methods -----------------------------------------------------------------------------------------
 
 
-def methods(lm: LM, small: Transformer, found: Both, examples, budgets, anywhere):
-    """{(method, setting): Answers}, from the cheapest to the dearest."""
+def methods(lm: LM, small: Transformer, found: Both, examples, budgets, anywhere=None, score=SCORE):
+    """{(method, setting): Answers}, from the cheapest to the dearest. anywhere: other examples, for
+    a last row."""
     learn, tune = halves(examples)
     c_b = found.big.multiply_adds.sum()
     c_s = (found.small.multiply_adds.sum() + found.scoring.sum()) / c_b
     w, b = learned(PromptTokens(), small, learn, float_type(lm.model))
     routing = len(w)  # multiply-adds
     easy = [PromptTokens()(small, None, e.prompt) @ w + b for e in tune]
-    sure = [SCORES[SCORE](e.answer) for e in tune]
+    sure = [SCORES[score](e.answer) for e in tune]
     rows = {("small alone", ""): found.mixed(np.ones(len(found.confidence), bool), True, 0)}
     for budget in budgets:
         cut = cut_for_share(sure, share_of_cascade(budget, c_s))
@@ -140,8 +165,10 @@ def methods(lm: LM, small: Transformer, found: Both, examples, budgets, anywhere
         cut = cut_for_share(easy, share_of_router(budget, c_s + c_r, c_r))
         routed = found.prompts @ w + b >= cut
         rows["router", f"at {budget:g}"] = found.mixed(routed, False, routing)
-    for name, some in (("cascade", learn), ("by text", anywhere)):
-        g = isotonic([SCORES[SCORE](e.answer) for e in some], [e.agrees for e in some])
+    for name, some in (("cascade", learn), ("by text", anywhere or [])):
+        if not some:
+            continue
+        g = isotonic([SCORES[score](e.answer) for e in some], [e.agrees for e in some])
         kept = found.confidence >= g.cut(LIKELY)
         rows[name, f"p >= {LIKELY:g}"] = found.mixed(kept, True, found.scoring)
     rows["big alone", ""] = found.big
@@ -218,8 +245,13 @@ class Front:
         return "% right\n" + chart(series, "multiply-adds, relative to the big model alone")
 
     def said(self) -> list[str]:
-        """Which methods are no better than random routing, for each number of hops."""
+        """How well the score tells right from wrong; which methods are no better than random
+        routing, for each number of hops."""
+        right, confidence = self.found.small.right, self.found.confidence
         lines = [""]
+        if right.any() and not right.all():
+            share = percent(auc(confidence[right], confidence[~right]))
+            lines.append(f"A right small answer scores above a wrong one in {share} of all pairs.")
         for name in dict.fromkeys(name for name, _ in self.rows if "alone" not in name):
             those = [a for (other, _), a in self.rows.items() if other == name]
             no_better = [hops_name(h) for h in self.found.big.by_hops() if not self.wins(those, h)]
@@ -244,19 +276,24 @@ class Front:
 
 def answer_front(
     lm: LM, small: str = "auto", stories: int = 60, budgets=BUDGETS, calibration: int = 60,
-    seed: int = 0, shown: bool = False,
+    seed: int = 0, shown: bool = False, cuts: int = 0, tokens: int = 1, score: str = SCORE,
 ) -> Front:  # fmt: skip
-    """The ``Front`` on the questions of held-out stories; calibration: stories of that split."""
+    """The ``Front`` on the questions of held-out stories; calibration: stories of that split. cuts:
+    prompts cut from each story instead, answered with so many tokens."""
     model = small_model(lm, small, "answer_front", "small")
-    found = both(lm, model, held_out_questions(lm, stories), shown)
-    examples = calibration_examples(lm, model, calibration, shown)
-    anywhere, _ = halves(examples_of("cascade", lm, model, 32, 8, 1, "give a tokenizer"))
-    rows = methods(lm, model, found, examples, budgets, anywhere)
+    examples = examples_of("cascade", lm, model, *LIKE_THE_TECHNIQUES, "give a tokenizer")
+    if cuts:
+        asked, anywhere, kind = cut_prompts(lm, stories, cuts, tokens), None, "prompts"
+    else:
+        asked, (anywhere, _), kind = held_out_questions(lm, stories), halves(examples), "questions"
+        examples = calibration_examples(lm, model, calibration, shown)
+    found = both(lm, model, asked, shown, score)
+    rows = methods(lm, model, found, examples, budgets, anywhere, score)
     agree = np.mean([e.agrees for e in examples])
     title = (
         f"{lm.name}, and a small model of {percent(model_cost(found))} of its multiply-adds: "
-        f"{len(found.confidence)} questions of {stories} held-out stories; {len(examples)} "
-        f"questions to calibrate on, of which both answer {percent(agree)} alike."
+        f"{len(found.confidence)} {kind} of {stories} held-out stories; {len(examples)} "
+        f"{kind} to calibrate on, of which both answer {percent(agree)} alike. Score: {score}."
     )
     return Front(fit(title), found, rows, seed)
 
@@ -274,6 +311,9 @@ def main(words=None) -> None:
     parser.add_argument("--small", default="auto", help="the small model; default: %(default)s")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="%(default)s")
     parser.add_argument("--calibration", type=int, default=60, help="stories; default: %(default)s")
+    parser.add_argument("--score", choices=[*SCORES], default=SCORE, help="default: %(default)s")
+    parser.add_argument("--cuts", type=int, default=0, help="prompts of each story, no questions")
+    parser.add_argument("--tokens", type=int, default=1, help="with --cuts; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     given = parser.parse_args(words)
     run_module(parser, lambda: run(given, parser))
@@ -284,9 +324,13 @@ def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         budgets = [float(word) for word in given.budgets.split(",")]
     except ValueError:
         parser.error(f"--budgets takes numbers separated by commas, got {given.budgets!r}.")
-    sizes = given.stories, given.calibration
-    lm = load(given.model)
-    print(answer_front(lm, given.small, sizes[0], budgets, sizes[1], given.seed, shown=True))
+    need_integer(given.cuts, "cuts", between(0, 1000))
+    need_integer(given.tokens, "tokens", between(1, 100))
+    found = answer_front(
+        load(given.model), given.small, given.stories, budgets, given.calibration, given.seed,
+        True, given.cuts, given.tokens, given.score,
+    )  # fmt: skip
+    print(found)
 
 
 if __name__ == "__main__":

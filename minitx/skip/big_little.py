@@ -86,9 +86,9 @@ def big_little(
                big one has added
     Saves:     passes of the big model, so bytes: n_b big passes and n_s small ones read
                n_b w_b + n_s w_s bytes of weights, where plain decoding reads w_b for each token.
-               Multiply-adds rise, since both models run what is kept. On stories 0.41 big and 0.96
-               small passes a token: 0.49x the bytes and 1.08x the multiply-adds, with 99.9 % of the
-               tokens the same (speculative gamma=4, exact: 0.46x and 1.48x).
+               Multiply-adds rise, since both models run what is kept. On stories 0.42 big and 0.95
+               small passes a token: 0.50x the bytes and 1.07x the multiply-adds, with all tokens
+               the same (speculative, exact: 0.37x and 1.17x).
     In NumPy:  0.8x to 1.1x the throughput on stories, whose weights fit the CPU's cache (Notes).
     Not for:   sampling: the rule would change the distribution, so requests with a temperature are
                left to the big model (speculative samples exactly); a small model with another
@@ -225,24 +225,28 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 #
 #                                same      passes a token                      bytes
 #       fallback   rollback    tokens      big     small     loss   mult.-adds    read
-#         0          0.69       100 %     0.30      2.52        0         2.32    0.51
-#         0          2           33 %     0.23      1.91   +0.045         1.85    0.39
-#         0          5           18 %     0.13      1.01   +0.047         1.17    0.22
-#         0.3        0.69       100 %     0.37      1.12        0         1.19    0.47
-#         0.3        2           77 %     0.35      0.99   +0.009         1.10    0.43
-#         0.3        5           74 %     0.35      0.99   +0.023         1.10    0.43
-#         0.6        0.69       100 %     0.41      0.96        0         1.08    0.49
-#         0.6        2         99.9 %     0.41      0.96   +0.000         1.08    0.49
-#       at random: rate=0.38, as often as fallback=0.6 hands over
-#                    0.69       100 %     0.49      1.48        0         1.44    0.61
-#                    2           49 %     0.45      1.38   +0.044         1.36    0.56
-#       speculative gamma=2     100 %     0.44      0.86        0         1.26    0.53
-#       speculative gamma=4     100 %     0.34      1.28        0         1.48    0.46
+#         0          0.69       100 %     0.19      1.54        0         1.57    0.32
+#         0          2           74 %     0.15      1.19   -0.005         1.30    0.25
+#         0          5           54 %     0.12      0.92   +0.023         1.10    0.20
+#         0.3        0.69       100 %     0.37      1.01        0         1.12    0.45
+#         0.3        2           98 %     0.36      0.98   +0.002         1.09    0.44
+#         0.3        5           98 %     0.36      0.98   +0.002         1.09    0.44
+#         0.6        any        100 %     0.42      0.95        0         1.07    0.50
+#       choose=random: rate=0.38, as often as fallback=0.6 hands over
+#                    0.69       100 %     0.39      1.21        0         1.25    0.49
+#                    2           72 %     0.37      1.13   -0.013         1.19    0.46
+#       speculative gamma=2 stop=0
+#                               100 %     0.40      0.73        0         1.14    0.46
+#       speculative gamma=4 stop=0
+#                               100 %     0.29      1.01        0         1.25    0.37
+#       speculative             100 %     0.30      0.88        0         1.17    0.37
 #
-#   So what pays here is the fallback: it ends a draft before the tokens that would be rejected, and
-#   that needs no approximation (rollback=0.69). A loose rollback saves most where the small model
-#   never hands over. Then the text is another one after a few words, but nearly as likely: many
-#   words of a story may as well be others.
+#   Where the small model is as sure as fallback=0.6 demands, all it says is what the big one would
+#   say: no token was rolled back, so rollback decides nothing and the text is exact. Handing over
+#   at random needs as many bytes for more multiply-adds, since drafts run on into tokens that are
+#   rejected; and at rollback=2 it lets other text pass. Without a fallback there are fewer big
+#   passes and more multiply-adds; a loose rollback saves most there. Then the text is another one,
+#   but as likely: many words of a story may as well be others.
 # - Speed on a busy machine was 0.7x to 1.6x (fallback=0: 0.7x at rollback=0.69, 1.6x at 5).
 # - An answer of one token is always the big model's, since it begins: graded questions whose answer
 #   is the next token cannot show what this loop costs.

@@ -229,8 +229,11 @@ def multiply_adds(rows: float, tokens_per_pass: float) -> float:
 # - Each token is drawn as in plain decoding, with the same random numbers, so the same seed gives
 #   the same sample (see ``token_tree.follow``).
 # - The pool lives as long as one text, and holds at most V G n-grams.
-# - On stories: 8 held-out stories, the first 32 tokens of each continued by 96. Relative to plain
-#   decoding, prompt included; "accepted": of the tree's rows but the root.
+# - python -m minitx.lab.loops lookahead window=2,4,8 --prompts 8 --new 96
+#   on stories (ngram=2,5; candidates=1,8; preset=authors; choose=random; and all with --temperature
+#   1): the first 32 tokens of 8 held-out stories, each continued by 96. Relative to plain decoding,
+#   prompt included; tokens and rows per pass follow from the events below that table; "accepted":
+#   of the tree's rows but the root.
 #
 #                    tokens per pass   rows per pass    accepted      multiply-adds   weight bytes
 #       W   N   G    greedy   T = 1        greedy     greedy  T = 1   greedy   T = 1  greedy  T = 1

@@ -57,8 +57,8 @@ def prompt_lookup(
                accept x[j] with probability p[j](x[j]), j = 1, 2, ... (greedy: if it is the argmax)
                at the first rejection, draw from p[j] without x[j], normalized; drop the rest of x
                if all are accepted, draw one more token from p[gamma+1]
-    Saves:     sequential passes, so bytes of weights read (0.70x on stories); multiply-adds rise
-               (1.71x), by those of the rejected tokens.
+    Saves:     sequential passes, so bytes of weights read (0.71x on stories); multiply-adds rise
+               (1.68x), by those of the rejected tokens.
     In NumPy:  about as fast as plain decoding on stories; slower at temperature 1 (Notes).
     Not for:   text that does not repeat itself; high temperatures, at which p[j](x[j]) is small;
                batches, whose sequences are decoded one by one.
@@ -125,16 +125,17 @@ class NgramIndex:
 # - The index holds at most ``longest`` n-grams per token; a search takes as long in a long text.
 # - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities,
 #   which there are none of here.
-# - On stories: 12 held-out stories, prompts of 60 tokens, 60 new ones, relative to plain decoding
-#   (minitx compare --prompt-lookup counts the same on shorter prompts):
+# - python -m minitx.lab.loops prompt_lookup gamma=1,2,4,10
+#   on stories, 20 prompts of 32 tokens, 48 new ones each (adapt=true; --temperature 1). Relative to
+#   plain decoding, prefill included, which is one of the passes:
 #
-#                               accepted   tokens per pass   multiply-adds   weight bytes
-#       gamma=1                    45 %         1.30             1.15x           0.79x
-#       gamma=2                    30 %         1.39             1.34x           0.74x
-#       gamma=4 (default)          19 %         1.47             1.71x           0.70x
-#         adapt=true               28 %         1.39             1.39x           0.74x
-#         temperature 1            11 %         1.24             1.90x           0.82x
-#       gamma=10                   10 %         1.51             2.68x           0.68x
+#                               accepted   passes a token   multiply-adds   weight bytes
+#       gamma=1                    48 %         0.81            1.15x           0.81x
+#       gamma=2                    34 %         0.76            1.32x           0.76x
+#       gamma=4 (default)          22 %         0.72            1.68x           0.71x
+#         adapt=true               33 %         0.74            1.36x           0.74x
+#         temperature 1            10 %         0.86            1.96x           0.86x
+#       gamma=10                   12 %         0.70            2.57x           0.69x
 #
 #   longest=1 and 2 give the same within 1 %: a story seldom repeats three tokens. Longer texts
 #   repeat more: 2.3 tokens per pass after 400 tokens of other stories (minitx compare --chains 4

@@ -66,10 +66,10 @@ def self_speculative(
                run layers 0..E-1 on x[n]; run layers E..L-1 on h[E] of x[0..n] in one pass
                p[1..n+1] = head(norm(h[L]))
                accept, resample and emit as in speculative; cut all layers to the same length
-    Saves:     sequential passes of layers E..L-1, so bytes of weights read (0.62x on stories).
-               Multiply-adds rise (1.23x): n + 1 tokens through every layer, 2 n + 1 through the
+    Saves:     sequential passes of layers E..L-1, so bytes of weights read (0.68x on stories).
+               Multiply-adds rise (1.30x): n + 1 tokens through every layer, 2 n + 1 through the
                head, for 1 to n + 1 tokens. A draft with its own cache would run n tokens through
-               layers 0..E-1 twice (speculative draft=self: 1.62x at E = L/2, here 1.13x).
+               layers 0..E-1 twice (speculative draft=self: 1.61x at E = L/2, here 1.13x).
     In NumPy:  1.1x to 1.2x the throughput of plain decoding on stories.
     Not for:   models whose early layers predict badly; parts that free cache rows, or decide for
                all tokens of a step together; batches, whose sequences are decoded one by one.
@@ -179,28 +179,29 @@ class SharedCache(Drafting):
 #   40 for 13B). With one layer less than all, nothing is left to save.
 # - adapt=true moves the threshold by 0.001 a round, so it matters only in long texts.
 # - Sampling accepts a proposal with a low probability as readily as another if the draft's
-#   distribution is right, so stop=0.3 ends rounds too early there: 3.3 tokens per pass instead of
-#   3.8 with gamma=4 stop=0, for fewer multiply-adds (layers=2).
-# - On stories (trained with LayerSkip's recipe), 12 held-out stories, prompts of 60 tokens and 60
-#   new ones, greedy; relative to plain decoding (minitx compare --self-speculative layers=4 gamma=4
-#   stop=0 counts the same on shorter prompts):
+#   distribution is right, so stop=0.3 ends rounds too early there: 3.1 tokens per pass instead of
+#   3.9 with gamma=4 stop=0, for fewer multiply-adds (layers=2; --temperature 1 below).
+# - python -m minitx.lab.loops self_speculative layers=2,3,4,5,6 gamma=4 stop=0
+#   on stories (trained with LayerSkip's recipe), 20 prompts of 32 tokens, 48 new ones each, greedy
+#   (layers=2,3,4,5,6; stop=0 gamma=1,2,8). Relative to plain decoding, prefill included; passes are
+#   among the events below that table:
 #
 #                         accepted   tokens per pass   multiply-adds   weight bytes
 #       gamma=4 stop=0
-#         layers=2           58 %         3.26             1.31x           0.69x
-#         layers=3           64 %         3.46             1.25x           0.78x
-#         layers=4           82 %         4.14             1.12x           0.75x
-#         layers=5           89 %         4.42             1.09x           0.81x
-#         layers=6           90 %         4.44             1.08x           0.91x
+#         layers=2           50 %         2.90             1.49x           0.78x
+#         layers=3           62 %         3.33             1.33x           0.80x
+#         layers=4           73 %         3.74             1.23x           0.83x
+#         layers=5           76 %         3.87             1.19x           0.92x
+#         layers=6           85 %         4.21             1.13x           0.95x
 #       gamma=8 stop=0.3 (default)
-#         layers=2           67 %         3.67             1.23x           0.62x
-#         layers=3           74 %         3.87             1.17x           0.70x
-#         layers=4           82 %         4.31             1.13x           0.75x
-#         layers=5           91 %         4.86             1.08x           0.80x
-#         layers=6           92 %         4.86             1.07x           0.89x
+#         layers=2           63 %         3.06             1.30x           0.68x
+#         layers=3           74 %         3.52             1.20x           0.71x
+#         layers=4           85 %         3.75             1.13x           0.75x
+#         layers=5           87 %         3.87             1.11x           0.84x
+#         layers=6           90 %         3.90             1.09x           0.91x
 #       layers=2 stop=0
-#         gamma=1            76 %         1.74             1.09x           0.76x
-#         gamma=2            73 %         2.43             1.15x           0.68x
-#         gamma=8            40 %         3.98             1.68x           0.85x
+#         gamma=1            70 %         1.68             1.14x           0.79x
+#         gamma=2            65 %         2.26             1.23x           0.73x
+#         gamma=8            32 %         3.37             2.06x           1.00x
 #
 #   More layers predict better, but a draft step then reads more weights: bytes are lowest at E = 2.

@@ -308,3 +308,25 @@ def test_source_that_computes_has_a_digest(tmp_path, monkeypatch):
     (tmp_path / "lab" / "c.py").write_text("x = 1")
     assert found() == seen[-1] and len({*seen}) == 4
     source_digest.cache_clear()
+
+
+def test_tokenizer_is_told_apart_by_the_bytes_of_its_tokens():
+    """majority_vote compares texts, so it holds the tokenizer."""
+
+    @part
+    class Reads(Part):
+        tokenizer: object
+
+    class Letters:
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+        def __len__(self):
+            return len(self.tokens)
+
+        def token_bytes(self, token, previous=None):
+            return self.tokens[token]
+
+    one, same, other = ((b"a", b"bc"), (b"a", b"bc"), (b"ab", b"c"))
+    assert digest(Reads(Letters(one))) == digest(Reads(Letters(same)))
+    assert digest(Reads(Letters(one))) != digest(Reads(Letters(other)))

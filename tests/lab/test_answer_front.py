@@ -23,9 +23,15 @@ def measured():
 
 
 @cache
+def front_examples():
+    lm, small, _ = measured()
+    return lab.calibration_examples(lm, small, 3)
+
+
+@cache
 def front():
     lm, small, found = measured()
-    examples = lab.calibration_examples(lm, small, 3)
+    examples = front_examples()
     rows = methods(lm, small, found, examples, (0.3, 0.9), examples)
     return Front("title", found, rows)
 
@@ -85,6 +91,28 @@ def test_examples_of_questions_agree_with_those_of_the_technique(monkeypatch):
         (e.prompt, e.answer.tokens, e.agrees)
         for e in examples_of("x", calibrated, small, 6, 1, 1, "")
     ]
+
+
+def test_cut_prompts_are_right_if_answered_like_the_big_model():
+    lm, small, _ = measured()
+    questions = lab.cut_prompts(lm, 1, 3, 2)
+    assert len(questions) == 3 and all(len(q.answer) <= 2 for q in questions)
+    found = both(lm, small, questions, score="logprob")
+    assert found.big.accuracy == 1
+    rows = methods(lm, small, found, front_examples(), (0.5,), score="logprob")
+    assert [*rows] == [("small alone", ""), ("cascade", "at 0.5"), ("router", "at 0.5"),
+                       ("cascade", "p >= 0.9"), ("big alone", "")]  # fmt: skip
+
+
+def test_report_says_how_well_the_score_ranks():
+    """Worked example: right answers score 3 and 1, wrong ones 2: half of the pairs."""
+    _, _, found = measured()
+    n = len(found.confidence)
+    given = [q.answer if i < 2 else [-1] for i, q in enumerate(found.big.questions)]
+    scores = np.where(np.arange(n) == 0, 3.0, np.where(np.arange(n) == 1, 1.0, 2.0))
+    ranked = replace(found, small=replace(found.small, given=given), confidence=scores)
+    said = replace(front(), found=ranked).said()
+    assert "A right small answer scores above a wrong one in 50.0 % of all pairs." in said
 
 
 def test_budget_buys_accuracy_and_costs_what_it_says():

@@ -20,8 +20,8 @@ def test_plain_decoding_beside_itself_has_one_call_a_token():
     assert plain.texts == [lm.generate(p) for p in PROMPTS] or plain.tokens == 44 + 43
     assert plain.calls == {"model": plain.tokens}
     row = row_of("plain", plain, plain)
-    assert row[:7] == [
-        "plain", "100.0 %", "2 of 2", "+0.000", "1.00 model", "1.000x", "1.000x"
+    assert row[:9] == [
+        "plain", "100.0 %", "2/2", "+0.000", "-", "1.00 model", "1.000x", "1.000x", "1.000x"
     ]  # fmt: skip
 
 
@@ -50,15 +50,36 @@ def test_calls_and_work_of_both_models_are_counted():
     assert run.work.multiply_adds <= 2 * counts.total().multiply_adds
 
 
+def test_accepted_is_the_share_of_the_proposed_tokens():
+    lm = tiny_lm()
+    run = continue_all(apply(lm, {"speculative": {"draft": "self", "gamma": 2}}), lm, PROMPTS)
+    accepted, proposed = (run.events[f"draft tokens {name}"] for name in ("accepted", "proposed"))
+    assert proposed and run.accepted == accepted / proposed
+
+
+def test_sampling_has_a_seed_for_each_prompt_and_ends_at_the_limit():
+    lm = tiny_lm()
+    one, again = (continue_all(lm, lm, PROMPTS[:1] * 2, 1.0, 9) for _ in range(2))
+    assert one.texts == again.texts, "the seed does not decide"
+    assert one.texts[0] != one.texts[1], "both prompts had the same seed"
+    assert [len(text) for text in one.texts] == [9, 9]
+    # jacobi draws with the random numbers of plain decoding
+    jacobi = continue_all(apply(lm, {"jacobi": True}), lm, PROMPTS[:1] * 2, 1.0, 9)
+    assert jacobi.texts == one.texts
+
+
 def test_command_prints_a_row_for_each_setting(capsys):
     main(["big_little", "rollback=0.69,5", "small=self", "--prompts", "1", "-m", "stories-draft"])
     found = capsys.readouterr().out
-    assert re.search(r"^plain +100.0 % +1 of 1", found, re.MULTILINE), found
+    assert re.search(r"^plain +100.0 % +1/1", found, re.MULTILINE), found
     assert re.search(r"^rollback=0.69 small=self\s+100.0 % ", found, re.MULTILINE), found
-    assert found.count("decode.small") == 2
+    assert len(re.findall(r"model, \d.\d\d small ", found)) == 2
+    assert re.search(r"^rollback=5.0 small=self: \d+ big model passes, ", found, re.MULTILINE)
 
 
 def test_command_refuses_what_is_unknown():
     with pytest.raises(SystemExit):
         main(["no_such_thing"])
+    with pytest.raises(SystemExit):
+        main(["speculative", "--temperature", "-1"])
     assert minitx
