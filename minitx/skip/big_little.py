@@ -87,9 +87,10 @@ def big_little(
     Saves:     passes of the big model, so bytes: n_b big passes and n_s small ones read
                n_b w_b + n_s w_s bytes of weights, where plain decoding reads w_b for each token.
                Multiply-adds rise, since both models run what is kept. On stories 0.42 big and 0.95
-               small passes a token: 0.50x the bytes and 1.07x the multiply-adds, with all tokens
-               the same (speculative, exact: 0.37x and 1.17x).
-    In NumPy:  0.8x to 1.1x the throughput on stories, whose weights fit the CPU's cache (Notes).
+               small passes a token: 0.50x the bytes (weights and KV cache) and 1.07x the
+               multiply-adds, with all tokens the same (speculative, exact: 0.37x and 1.17x).
+    In NumPy:  0.8x to 1.1x the throughput on stories, whose weights fit the CPU's cache (python -m
+               minitx.lab.loops big_little).
     Not for:   sampling: the rule would change the distribution, so requests with a temperature are
                left to the big model (speculative samples exactly); a small model with another
                vocabulary.
@@ -241,15 +242,16 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 #                               100 %     0.29      1.01        0         1.25    0.37
 #       speculative             100 %     0.30      0.88        0         1.17    0.37
 #
-#   Where the small model is as sure as fallback=0.6 demands, all it says is what the big one would
-#   say: no token was rolled back, so rollback decides nothing and the text is exact. Handing over
-#   at random needs as many bytes for more multiply-adds, since drafts run on into tokens that are
-#   rejected; and at rollback=2 it lets other text pass. Without a fallback there are fewer big
-#   passes and more multiply-adds; a loose rollback saves most there. Then the text is another one,
-#   but as likely: many words of a story may as well be others.
-# - Speed on a busy machine was 0.7x to 1.6x (fallback=0: 0.7x at rollback=0.69, 1.6x at 5).
-# - An answer of one token is always the big model's, since it begins: graded questions whose answer
-#   is the next token cannot show what this loop costs.
-# - The thresholds compare probabilities, so a small model that is too sure of itself (one that is
-#   not calibrated) hardly ever hands over.
-# - A token that is yielded was checked: the text that a reader sees is never taken back.
+#   Where the small model is as confident as fallback=0.6 demands, its token is always the big
+#   model's: no token was rolled back, so rollback decides nothing and the text is exact. Handing
+#   over at random needs as many bytes for more multiply-adds, since drafts run on into tokens that
+#   are rejected; and at rollback=2 the text changes. Without a fallback there are fewer big passes
+#   and more multiply-adds; a loose rollback saves most there. Then the text diverges, but is as
+#   likely: many words of a story have equally likely alternatives.
+# - Speed over all settings, on a busy machine: 0.7x to 1.6x (fallback=0: 0.7x at rollback=0.69,
+#   1.6x at 5).
+# - An answer of one token is always the big model's, since that writes the first token: graded
+#   questions whose answer is the next token cannot show what this loop costs.
+# - The thresholds compare probabilities, so a small model that is overconfident (not calibrated)
+#   hardly ever hands over.
+# - Every token that is yielded has been checked: no text is taken back after it was shown.

@@ -88,14 +88,16 @@ def cascade(
                score = the lowest p(token) of its tokens, the end of text included
                g(score) >= threshold: y_s is the answer
                else: the big model answers, from the prompt (what y_s took is lost)
-    Saves:     E[cost] = c_s + (1 - a) c_b multiply-adds; a: share that is kept. Less than the big
-               model's c_b only if a > c_s / c_b. Scores take V multiply-adds per token.
+    Saves:     E[cost] = c_s + (1 - a) c_b multiply-adds; c_s, c_b: an answer of each model (c_s
+               with its scores, V per token); a: share of the small answers that is kept. Less than
+               c_b only if a > c_s / c_b.
     In NumPy:  2.7x the throughput at 0.31x of the multiply-adds (stories, one token after prompts
-               of 130). The first token of a longer answer comes late: it waits for the whole small
-               answer, and then for the big model's prefill if that is not kept.
-    Not for:   streaming; long completions (minitx generate: the answer is all of it), of which
-               hardly any is the big model's. Calibrate on prompts and answers of your kind and
-               length (calibrate, cuts, tokens): a threshold need not hold for others (Notes).
+               of 130). The first token of a longer answer comes late: after the whole small answer
+               and, if that is not kept, after the big model's prefill.
+    Not for:   streaming; long completions (for minitx generate the answer is all of it), where the
+               small answer is hardly ever the big model's. Calibrate on prompts and answers of your
+               kind and length (calibrate, cuts, tokens): a threshold need not hold for others
+               (Notes).
     Proof:     tests/skip/test_cascade.py; literal version: tests/skip/literal_cascade.py
     """
     if threshold is not None and budget is not None:
@@ -278,18 +280,19 @@ def check_pays(accept: float, ratio: float) -> None:
 #     stories           97.1 %   81.6 %   99.5 %   93.7 %  100.0 %    1.000
 #
 # ``python -m minitx.lab.answer_front --stories 100 --calibration 100`` prints it, and the router's
-# rows. The draft recalls hardly anything, so few of its answers to questions are worth keeping: over
-# the budgets, the cascade beats random routing where one or three hops are asked for, but not on
-# two hops and counts. At 90 % certainty it keeps nearly none, and costs more than stories alone.
+# rows. The draft recalls hardly anything, so few of its answers to questions are worth keeping:
+# over the budgets, the cascade beats random routing where one or three hops are asked for, but not
+# on two hops and counts. At 90 % certainty it keeps nearly none, and costs more than stories alone.
 # Budgets are exceeded by up to 0.11, since fewer held-out answers than calibration answers reach
 # the threshold.
 #
 # Calibrated by default, on prompts cut from stories anywhere, threshold=0.9 keeps 30 % of the
 # answers to questions, of which a third is wrong: 86.8 % right at a cost of 0.759, 3.5 points above
 # random routing ("by text" in that table). Most prompts of that kind are easy (both models agree on
-# 88 % of them), and a probability of 0.5 for the next word means another thing before a name than
-# before an article. On held-out prompts of its own kind the default keeps its promise (480 prompts
-# of 60 stories; right: what stories says; the last row is the router's default):
+# 88 % of them), and the same probability of the next word need not mean the same before a name as
+# before an article. On held-out prompts of the kind that it was calibrated on, at least 90 % of the
+# answers are right by default, as asked for (480 prompts of 60 stories; right: what stories says;
+# the last row is the router's default):
 #
 #                        right     cost   above random
 #     stories-draft     86.5 %    0.056

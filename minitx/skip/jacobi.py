@@ -201,8 +201,8 @@ def multiply_adds(m: int, tokens_per_pass: float) -> float:
 #   each pass: that takes no extra pass to detect the end, and emits a token as soon as it is right.
 # - A pass that emits n tokens leaves m + 1 - n corrected guesses: ``fill`` adds n - 1.
 # - Each token is drawn as in plain decoding, with the same random numbers, so the same seed gives
-#   the same sample. Guesses are certain (one-hot q): accepting x with probability p(x), and else
-#   drawing from p without x, has the same distribution as drawing from p.
+#   the same sample. Guesses are deterministic (one-hot q): accepting x with probability p(x), and
+#   else drawing from p without x, has the same distribution as drawing from p.
 # - python -m minitx.lab.loops jacobi guesses=1,4,16 --prompts 8 --new 96
 #   on stories (fill=repeat; choose=random; and all with --temperature 1): the first 32 tokens of 8
 #   held-out stories, each continued by 96. Relative to plain decoding, prompt included; "accepted":
@@ -216,7 +216,7 @@ def multiply_adds(m: int, tokens_per_pass: float) -> float:
 #          4     repeat       1.00    1.04      0.1 %   1.0 %      4.04x       1.01x   0.97x
 #          4     (random)     1.00    1.00      0.1 %   0.1 %      4.04x       1.01x   1.01x
 #
-#   (random): the baseline choose=random. Guesses taken from the text and never corrected do far
-#   better: prompt_lookup, measured alike, gives 1.7 tokens a pass (greedy).
+#   (random): the baseline choose=random. Guesses that are looked up in the text and never corrected
+#   do far better: prompt_lookup, measured in the same way, gives 1.7 tokens a pass (greedy).
 #   minitx compare --jacobi guesses=4 counts and times the greedy ones: 0.54x the throughput (one
 #   BLAS thread, 48 new tokens).

@@ -233,7 +233,7 @@ def multiply_adds(rows: float, tokens_per_pass: float) -> float:
 #   on stories (ngram=2,5; candidates=1,8; preset=authors; choose=random; and all with --temperature
 #   1): the first 32 tokens of 8 held-out stories, each continued by 96. Relative to plain decoding,
 #   prompt included; tokens and rows per pass follow from the events below that table; "accepted":
-#   of the tree's rows but the root.
+#   of the tree's rows without the root.
 #
 #                    tokens per pass   rows per pass    accepted      multiply-adds   weight bytes
 #       W   N   G    greedy   T = 1        greedy     greedy  T = 1   greedy   T = 1  greedy  T = 1

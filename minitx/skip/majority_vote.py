@@ -57,7 +57,7 @@ def majority_vote(
                the paper parses the final answer out of a chain of thought.
     Kind:      approximate: another answer than greedy decoding's; exact at votes=1. It spends more.
                No setting pays on the shipped models: their answers are one word without reasoning,
-               so the vote at best comes back to what greedy decoding says.
+               so at best the vote finds the word that greedy decoding gives at once (Notes).
     Idea:      Many chains of thought lead to the right answer, and wrong ones to different wrong
                answers. The most likely answer, summed over all chains that lead to it, need not be
                the one at the end of the most likely chain.
@@ -239,10 +239,10 @@ def majority_accuracy(p: float, n: int, copying: float = 0.0) -> float:
 #       random of 9     30.1     37.9    27.6     38.2     27.8      8.9   98.2     6.1
 #
 #   python -m minitx.lab.answers -m stories-draft --stories 60 --majority-vote votes=9 prints a row.
-#   9 votes minus greedy: -7.2 points (-13.3 to -0.9); minus one of those votes at random, which
-#   costs as much: +6.7. A vote over one word can only come back to the most likely word, which
-#   greedy decoding gives at once; so few votes of a model that is unsure are worse, since they do
-#   not always find it.
+#   9 votes are 7.2 points below greedy (0.9 to 13.3), and 6.7 above one of those votes at random,
+#   which costs as much. At best, a vote over one word finds the most likely word, which greedy
+#   decoding gives at once; votes of a model that is unsure are worse, since they do not always find
+#   it.
 # - Whole sentences, of which many have the same answer, right by their last word, in percent:
 #
 #                                         stories-draft   stories-parallel

@@ -59,7 +59,8 @@ def prompt_lookup(
                if all are accepted, draw one more token from p[gamma+1]
     Saves:     sequential passes, so bytes of weights read (0.71x on stories); multiply-adds rise
                (1.68x), by those of the rejected tokens.
-    In NumPy:  about as fast as plain decoding on stories; slower at temperature 1 (Notes).
+    In NumPy:  about as fast as plain decoding on stories, slower at temperature 1 (minitx frontier
+               decoding --methods prompt_lookup).
     Not for:   text that does not repeat itself; high temperatures, at which p[j](x[j]) is small;
                batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_prompt_lookup.py; literal version:
@@ -123,8 +124,8 @@ class NgramIndex:
 #
 # - The draft is deterministic, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
 # - The index holds at most ``longest`` n-grams per token; a search takes as long in a long text.
-# - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities,
-#   which there are none of here.
+# - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities of
+#   the draft, and a lookup has none.
 # - python -m minitx.lab.loops prompt_lookup gamma=1,2,4,10
 #   on stories, 20 prompts of 32 tokens, 48 new ones each (adapt=true; --temperature 1). Relative to
 #   plain decoding, prefill included, which is one of the passes:

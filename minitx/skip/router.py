@@ -90,13 +90,15 @@ def router(
     Online:    f(x) = ln length; the last token; a bag of the last 16 tokens (hashed to 256 buckets)
                r = sigmoid(w f(x) + b)
                r >= threshold: the small model answers, else the big one; the other never runs
-    Saves:     E[cost] = c_r + a c_s + (1 - a) c_b; a: share of prompts routed to the small model.
-               Nothing is paid twice, as in a cascade; but nobody looks at the answer. c_r: 513
-               multiply-adds; with features=perplexity a pass of the small model (c_s then less).
+    Saves:     E[cost] = c_r + a c_s + (1 - a) c_b multiply-adds; c_s, c_b: an answer of each model;
+               a: share of the prompts routed to the small one. Unlike in a cascade, only one model
+               runs, but nobody looks at its answer. c_r, the routing: 513; with features=perplexity
+               a pass of the small model over the prompt (which c_s then does not repeat).
     In NumPy:  1.3x the throughput at 0.74x of the multiply-adds (stories, one token after prompts
                of 130). Tokens are streamed.
-    Not for:   prompts that look alike where only the text before them makes one hard. A prompt and
-               its limit must fit the small model's context, else the big one answers.
+    Not for:   prompts with the same last words, of which earlier text makes some hard and others
+               easy. A prompt and its limit must fit the small model's context, else the big model
+               answers.
     Proof:     tests/skip/test_router.py; literal version: tests/skip/literal_router.py
     """
     if threshold is not None and budget is not None:
@@ -257,9 +259,10 @@ def expected_cost(share: float, c_s: float, c_b: float, c_r: float = 0.0) -> flo
 #     stories           97.1 %   81.6 %   99.5 %   93.7 %  100.0 %    1.000
 #
 # The last words of a question tell its kind, and the draft is right on some questions of every kind
-# and wrong on others: the end of a prompt does not tell on which. It depends on who was where,
-# earlier. On prompts cut from stories anywhere it does better: the small answer depends on what
-# comes next, a name or a full stop, and the last token tells. The default (budget=0.7) agrees with
+# and wrong on others: on which depends on who was where earlier, which the end of a prompt does not
+# tell. On prompts cut from stories anywhere the router does better: whether the small model is
+# right depends on what comes next, a name or a full stop, and the last token tells that
+# (tests/skip/test_router.py). The default (budget=0.7) agrees with
 # stories on 97.5 % of 480 such prompts at a cost of 0.601, 3.2 points (+2 to +5) above random
 # routing; a cascade has 99.4 % at 0.304 (python -m minitx.lab.answer_front --stories 60 --cuts 8).
 #

@@ -65,12 +65,14 @@ def self_speculative(
                keep each h[E], and the cache rows of layers 0..E-1
                run layers 0..E-1 on x[n]; run layers E..L-1 on h[E] of x[0..n] in one pass
                p[1..n+1] = head(norm(h[L]))
-               accept, resample and emit as in speculative; cut all layers to the same length
+               accept, resample and emit as in speculative; truncate the KV cache of every layer to
+               the same length
     Saves:     sequential passes of layers E..L-1, so bytes of weights read (0.68x on stories).
                Multiply-adds rise (1.30x): n + 1 tokens through every layer, 2 n + 1 through the
                head, for 1 to n + 1 tokens. A draft with its own cache would run n tokens through
                layers 0..E-1 twice (speculative draft=self: 1.61x at E = L/2, here 1.13x).
-    In NumPy:  1.1x to 1.2x the throughput of plain decoding on stories.
+    In NumPy:  1.1x to 1.2x the throughput of plain decoding on stories (minitx frontier decoding
+               --methods self_speculative).
     Not for:   models whose early layers predict badly; parts that free cache rows, or decide for
                all tokens of a step together; batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_self_speculative.py; literal version:
@@ -178,9 +180,9 @@ class SharedCache(Drafting):
 # - The default of E, a quarter of the layers, is the paper's choice for Llama 2 7B (8 of 32; 15 of
 #   40 for 13B). With one layer less than all, nothing is left to save.
 # - adapt=true moves the threshold by 0.001 a round, so it matters only in long texts.
-# - Sampling accepts a proposal with a low probability as readily as another if the draft's
-#   distribution is right, so stop=0.3 ends rounds too early there: 3.1 tokens per pass instead of
-#   3.9 with gamma=4 stop=0, for fewer multiply-adds (layers=2; --temperature 1 below).
+# - Sampling accepts an unlikely draft token as readily as a likely one if q is close to p, so there
+#   stop=0.3 ends rounds too early: 3.1 tokens per pass instead of 3.9 with gamma=4 stop=0, for
+#   fewer multiply-adds (layers=2; --temperature 1 below).
 # - python -m minitx.lab.loops self_speculative layers=2,3,4,5,6 gamma=4 stop=0
 #   on stories (trained with LayerSkip's recipe), 20 prompts of 32 tokens, 48 new ones each, greedy
 #   (layers=2,3,4,5,6; stop=0 gamma=1,2,8). Relative to plain decoding, prefill included; passes are

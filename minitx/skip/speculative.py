@@ -67,8 +67,8 @@ def speculative(
                accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
                at the first rejection, draw from the residual max(0, p[i] - q[i]) / its sum instead
                if all are accepted, draw one more token from p[n+1]
-               drop rejected tokens from both KV caches; the token drawn last enters them in the
-               next round
+               truncate both KV caches to the accepted tokens; the token drawn last is fed to the
+               models in the next round
     Saves:     sequential passes of the target, so bytes of weights read (0.37x on stories, those of
                the draft included); multiply-adds rise (1.17x). With stop=0, if every proposal is
                accepted independently with the rate
@@ -176,7 +176,7 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 # - Near the limit a round proposes fewer tokens, because the target always adds one.
 # - The sequences of a batch accept different numbers of tokens, so each is decoded separately; they
 #   take turns.
-# - Why tokens may stop a round and the text stays exact: minitx/shared/draft_length.py.
+# - Why samples stay exact although a draft token may end a round: minitx/shared/draft_length.py.
 # - python -m minitx.lab.loops speculative gamma=1,2,4,8 stop=0
 #   on stories, 20 prompts of 32 tokens, 48 new ones each (stop=0.3,0.4,0.6,0.8; draft=self; and all
 #   with --temperature 1). Relative to plain decoding, prefill included; passes: of the target, one
@@ -209,5 +209,5 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #   is close to p, unsure or not: there stop=0 needs far fewer passes. stop=0.3 is the default
 #   because greedy decoding is, and takes as long as with stop=0 (gamma 4, 6 and 8). adapt=true
 #   moves the threshold by 0.001 a round, so it matters only in long texts.
-# - The loop itself is cheap beside the passes: verifying a greedy round takes 8 microseconds, a
-#   sampled one 80 (most of it softmaxes over the vocabulary), a step of stories 600.
+# - The loop itself costs little: verifying a greedy round takes 8 microseconds, a sampled one 80
+#   (mostly softmaxes over the vocabulary), a plain step of stories 600.
