@@ -280,11 +280,11 @@ def check_pays(accept: float, ratio: float) -> None:
 #     stories           97.1 %   81.6 %   99.5 %   93.7 %  100.0 %    1.000
 #
 # ``python -m minitx.lab.answer_front --stories 100 --calibration 100`` prints it, and the router's
-# rows. The draft recalls hardly anything, so few of its answers to questions are worth keeping:
-# over the budgets, the cascade beats random routing where one or three hops are asked for, but not
-# on two hops and counts. At 90 % certainty it keeps nearly none, and costs more than stories alone.
-# Budgets are exceeded by up to 0.11, since fewer held-out answers than calibration answers reach
-# the threshold.
+# rows. The draft recalls hardly anything, so few of its answers to questions are worth keeping. The
+# cascade beats random routing, over all these settings, where one or three hops are asked for, but
+# not on two hops and counts. At 90 % certainty it keeps 5 % of the answers and costs more than
+# stories alone. Budgets are exceeded by up to 0.11, since fewer held-out answers than calibration
+# answers reach the threshold.
 #
 # Calibrated by default, on prompts cut from stories anywhere, threshold=0.9 keeps 30 % of the
 # answers to questions, of which a third is wrong: 86.8 % right at a cost of 0.759, 3.5 points above

@@ -191,18 +191,19 @@ def test_classifier_and_threshold_are_set_on_different_halves(monkeypatch):
 @cache
 def shipped():
     lm, small = minitx.load("stories"), minitx.load("stories-draft").model
-    return small, examples_of("router", lm, small, 16, 8, 1, "")
+    return small, examples_of("router", lm, small, 24, 8, 1, "")
 
 
 def test_routed_prompts_are_easier_than_random_ones():
-    """On stories, at equal cost, on texts that it has not learned from."""
+    """On stories, on texts that it has not learned from: any share of them that is routed by score
+    has more right answers, at the same cost, if right ones score higher than others."""
     small, examples = shipped()
     learn, tune = halves(examples)
     w, b = learned(PromptTokens(), small, learn, np.float32)
     right = np.array([e.agrees for e in tune])
-    scores = [PromptTokens()(small, None, e.prompt) @ w + b for e in tune]
-    easiest = np.argsort(np.negative(scores))[: len(tune) // 2]
-    assert right[easiest].mean() > right.mean() + 0.03
+    scores = np.array([PromptTokens()(small, None, e.prompt) @ w + b for e in tune])
+    higher = scores[right][:, None] > scores[~right]  # at random in half of the pairs
+    assert higher.mean() > 0.57, "the router does not tell easy prompts from others"
 
 
 # Messages ----------------------------------------------------------------------------------------
