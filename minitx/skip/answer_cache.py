@@ -75,6 +75,7 @@ def answer_cache(
                is only for text in which case and whitespace do not matter: it treats "us" and "US"
                as one prompt.
     Proof:     tests/skip/test_answer_cache.py; literal version: tests/skip/literal_answer_cache.py
+    Tutorial:  tutorials/17_answer_once.py
     """
     if not megabytes:
         return lm

@@ -71,6 +71,7 @@ def jacobi(
                prompt_lookup guesses better without any pass. Batches, whose sequences are decoded
                one by one.
     Proof:     tests/skip/test_jacobi.py; literal version: tests/skip/literal_jacobi.py
+    Tutorial:  tutorials/18_guessing_without_a_draft.py
     """
     if guesses == 0:
         return lm

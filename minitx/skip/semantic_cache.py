@@ -76,6 +76,7 @@ def semantic_cache(
                the prompt's length.
     Proof:     tests/skip/test_semantic_cache.py; literal version:
                tests/skip/literal_semantic_cache.py
+    Tutorial:  tutorials/17_answer_once.py
     """
     if not entries:
         return lm

@@ -9,7 +9,9 @@ from tiny import tiny_folder, tiny_lm, tiny_model
 import minitx
 from minitx.lab.acceptance import acceptance, main, read, rounds, summary
 from minitx.ledger import counting
-from minitx.skip.speculative import DraftModel, Speculative
+from minitx.shared.draft_and_verify import Speculative
+from minitx.shared.draft_length import FixedLength
+from minitx.skip.speculative import DraftModel
 
 
 def test_rounds_by_hand():
@@ -36,7 +38,7 @@ def test_greedy_rounds_are_those_of_the_decoding_loop():
     target = tiny_lm()
     other = replace(target.model, norm=tiny_model(seed=2).norm)  # often the same argmax
     draft = replace(target, model=other)
-    lm = replace(target, decode=Speculative(DraftModel(other), 3))
+    lm = replace(target, decode=Speculative(DraftModel(other), FixedLength(3)))
     rows, counts = [], []
     for prompt in ([258, 5, 9], [258, 70], [258, 200, 33, 12]):
         with counting(lm) as ledger:
