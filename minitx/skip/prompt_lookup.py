@@ -139,9 +139,9 @@ class NgramIndex:
 #         temperature 1            10 %         0.86            1.96x           0.86x
 #       gamma=10                   12 %         0.70            2.57x           0.69x
 #
-#   longest=1 and 2 give the same within 1 %: a story seldom repeats three tokens. Longer texts
-#   repeat more: 2.3 tokens per pass after 400 tokens of other stories (minitx compare --chains 4
-#   --prompt-lookup continues such texts).
-# - The first occurrence instead of the latest gives fewer tokens per pass at the same gamma: 1.55
-#   instead of 1.65 on 16 stories continued by 100 tokens, 2.0 instead of 2.3 after 400 tokens of
-#   other stories. So there is no option for it.
+#   longest=1 and 2 give the same within 1 %: a story seldom repeats three tokens. A text repeats
+#   more the longer it is: 1.9 tokens per pass after 400 tokens (minitx frontier decoding --methods
+#   prompt_lookup --length 400 --new 60), 1.5 after 32.
+# - The first occurrence instead of the latest gave fewer tokens per pass at the same gamma, in a
+#   variant that is not kept here: 1.55 instead of 1.65 on 16 stories continued by 100 tokens. So
+#   there is no option for it.
