@@ -26,7 +26,7 @@ from minitx.tree import Part, part
     level="answer",
     exact=False,
     neutral={"entries": 0},
-    after=("answer_cache", "cascade", "router"),
+    after=("answer_cache", "cascade", "majority_vote", "router"),
     demo={"threshold": 0.9999, "entries": 8},
     event="semantic hits",
     presets={"gptcache": {"threshold": 0.8}},
