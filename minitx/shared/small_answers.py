@@ -78,7 +78,8 @@ def confidence(logits: np.ndarray, token: int) -> tuple[float, float]:
     z = logits.astype(np.float64) - logits.max()
     log_p = z - np.log(np.exp(z).sum())
     ledger.count(multiply_adds=z.size)  # p ln p, summed
-    entropy = -(np.exp(log_p) * log_p).sum() / np.log(z.size)
+    possible = log_p[log_p > -np.inf]  # 0 ln 0 is 0
+    entropy = -(np.exp(possible) * possible).sum() / np.log(max(z.size, 2))  # of one token: 0
     return float(log_p[token]), float(entropy)
 
 
