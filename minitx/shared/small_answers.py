@@ -139,8 +139,9 @@ def examples_of(
             found.append(Example(prompt, answer, answer.tokens == big))
     if len(found) < 2:
         raise MinitxError(
-            f"{who} calibrates on texts of more than tokens={tokens} tokens, and got "
-            f"{len(found) or 'none'}; give more text, or {instead}."
+            f"{who} needs two calibration prompts or more, cut from texts of more than "
+            f"tokens={tokens} tokens, and got {len(found) or 'none'}; give more or longer texts, or "
+            f"{instead}."
         )
     return found
 
