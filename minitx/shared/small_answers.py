@@ -140,8 +140,7 @@ def examples_of(
     if len(found) < 2:
         raise MinitxError(
             f"{who} needs two calibration prompts or more, cut from texts of more than "
-            f"tokens={tokens} tokens, and got {len(found) or 'none'}; give more or longer texts, or "
-            f"{instead}."
+            f"tokens={tokens} tokens, and got {len(found) or 'none'}; give more text, or {instead}."
         )
     return found
 

@@ -43,7 +43,7 @@ from minitx.skip.speculative import (
     speedup,
     tokens_per_round,
 )
-from minitx.technique import REGISTRY, apply, decides, find, techniques
+from minitx.technique import REGISTRY, apply, decides, techniques
 from minitx.tree import Part, part
 
 PROMPT = [5, 1, 2, 3, 9, 8, 1, 2, 3]
@@ -648,7 +648,7 @@ def test_another_technique_in_the_target_keeps_its_text(technique, loop):
 @pytest.mark.parametrize("other", ["prefix_cache", "padding_skip", "answer_cache", "prompt_lookup"])
 def test_decoding_loop_that_is_there_is_not_dropped_silently(other):
     """A loop that goes around this one could be applied later; one that replaces it cannot."""
-    lm = apply(tiny_lm(), {other: find(other).demo})
+    lm = apply(tiny_lm(), {other: REGISTRY[other].demo})
     what = "use one" if other == "prompt_lookup" else "apply both at once"
     with pytest.raises(MinitxError, match=f"already has that of {other}; {what}"):
         apply(lm, {"speculative": {"draft": "self"}})
