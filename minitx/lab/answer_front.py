@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from minitx.arguments import count, in_range
 from minitx.decode import Autoregressive, Sampler
 from minitx.exit_status import run_module
 from minitx.lab.answers import (
@@ -265,6 +266,10 @@ def model_cost(found: Both) -> float:
     return found.small.multiply_adds.sum() / found.big.multiply_adds.sum()
 
 
+def at_least_0(text: str) -> int:
+    return in_range(int(text), 0, 10**9)
+
+
 def main(words=None) -> None:
     parser = argparse.ArgumentParser(
         "python -m minitx.lab.answer_front",
@@ -273,17 +278,19 @@ def main(words=None) -> None:
     add_options(parser, stories=60)
     parser.add_argument("--small", default="auto", help="the small model; default: %(default)s")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="%(default)s")
-    parser.add_argument("--calibration", type=int, default=60, help="stories; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument(
+        "--calibration", type=count, default=60, help="stories; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=at_least_0, default=0, metavar="N", help="of the bootstrap")
     given = parser.parse_args(words)
     run_module(parser, lambda: run(given, parser))
 
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     try:
-        budgets = [float(word) for word in given.budgets.split(",")]
-    except ValueError:
-        parser.error(f"--budgets takes numbers separated by commas, got {given.budgets!r}.")
+        budgets = [in_range(float(word), 0, 1e9) for word in given.budgets.split(",")]
+    except (ValueError, argparse.ArgumentTypeError):
+        parser.error(f"--budgets takes numbers >= 0 separated by commas, got {given.budgets!r}.")
     sizes = given.stories, given.calibration
     lm = load(given.model)
     print(answer_front(lm, given.small, sizes[0], budgets, sizes[1], given.seed, shown=True))
