@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minitx.arguments import count
 from minitx.exit_status import run_module
 from minitx.lab.answers import counting_calls
 from minitx.lab.bench import elapsed
@@ -134,7 +135,7 @@ def main(words=None) -> None:
     parser.add_argument("technique", help="its name, as minitx list has it")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE,...", help="settings to try")
     parser.add_argument("-m", "--model", default="stories", help="default: %(default)s")
-    parser.add_argument("--prompts", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--prompts", type=count, default=20, help="default: %(default)s")
     given = parser.parse_args(words)
     run_module(parser, lambda: run(given))
 

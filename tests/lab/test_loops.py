@@ -58,7 +58,10 @@ def test_command_prints_a_row_for_each_setting(capsys):
     assert found.count("decode.small") == 2
 
 
-def test_command_refuses_what_is_unknown():
+def test_command_refuses_what_is_unknown(capsys):
     with pytest.raises(SystemExit):
         main(["no_such_thing"])
+    with pytest.raises(SystemExit):
+        main(["jacobi", "guesses=1", "--prompts", "0"])
+    assert "--prompts: expected a number from 1" in capsys.readouterr().err
     assert minitx
