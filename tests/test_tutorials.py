@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -205,10 +206,18 @@ PRINTS = {
         r"  4 accepted \|",
         r"\d+ tokens in \d+ passes; the target model alone writes the same text\.$",
         r"  park +\d+% #+$",
-        r"  greedy +\d+ +\d+ +[2-4]\.\d\d +1\.\d\d$",
-        r"  temperature 1 +\d+ +\d+ +[2-5]\.\d\d +1\.\d\d$",
-        r"  Max +1\.4% +26\.0% +\d+\.\d% +2\.8%$",
-        r"measured: \d\.\d\d times as fast$",
+        r"  greedy +\d\d% +[2-4]\.\d\d +1\.\d\d$",
+        r"  temperature 1 +\d\d% +[3-5]\.\d\d +1\.\d\d$",
+        r"\.\.\. .+ \.\.\.$",
+        r"  word +q +p +drawn +standard error$",
+        r"  guess 3: 0\.4  0\.32 #+$",
+        r"  0\.9 to 1,  [56]\d% of all +(9\d|100)% #+$",
+        r"  gamma = 8, stop = 0 +[3-7]\.\d\d +7\.\d\d +[1-4]\.\d\d +1\.\d\d$",
+        r"  gamma = 8, stop = 0\.3 +[3-6]\.\d\d +[3-6]\.\d\d +[01]\.\d\d +1\.\d\d$",
+        r"  block by block +\d\.\d\d ",
+        r"  288 x 6 +61 MB +\d\.\d\d ",
+        r"  gamma = 8, stop = 0\.3 +\d\.\d\d +\d\.\d\d +[23]\.\d\d$",
+        r"measured, with it: \d\.\d\d$",
     ],
     "12": [
         r"  B +\[1 1\] +\[1 1\] +\[2 2\] +0\.000$",
@@ -310,6 +319,52 @@ PRINTS = {
         r"  limit 0\.4 +0\.7\d\d +\+0\.0\d{3} +2\d$",
         r"  layer 7  3[0-3]{43}$",
         r"  dense +1\.000 +\+0\.0000 +23 +1\.00x$",
+    ],
+    "17": [
+        r"  the same again +served: park\. Anna was +right: park\. Anna was$",
+        r"  other weights +served: park\. .* <- wrong$",
+        r"ids \[1, 23\] and \[12, 3\], glued together: 123 and 123$",
+        r"  4 tokens +4 +64,183,296 +misses$",
+        r"  the same again +0 +0 +exact hits$",
+        r"  temperature 2, no seed +4 +64,183,296 +bypassed$",
+        r"  another first token +77 11 12 13 \[d7c5\]  14 15 16 17 \[d6f8\] ",
+        r"  Zoe +144 +128 +242,351,872 +28,442,368 +0\.12$",
+        r"  0\.144  same answer: yes  please help me cancel my order / ",
+        r"  1\.0000  Tom the other way +answer: garden$",
+        r"  0\.999 +6\d% +1\d of 1\d\d +[6-9]\.\d% +1\d\.\d% +[4-7]\.\d%$",
+        r"  none of  300 wrong: P\(wrong \| hit\) is at most 0\.99%$",
+        r"  60% kept   9\.0 #+$",
+        r"  all +345 +\d\d% +9[67]%$",
+        r"A right answer is surer than a wrong one in [5-9]\d% of all pairs",
+        r"  0\.\d\d +\d\d% +0\.\d\d +\d\d\.\d% +\d\d\.\d% +\d\d\.\d%$",
+        r"  questions +\d+% +[01]\.\d\d +\d+%$",
+        r"40 tokens in \d+ passes of the big model$",
+        r"  one voter is right: 0\.4   the majority: 0\.352$",
+        r"  101 +\d+% +\d+% +\d\d%$",
+        r"[5-9] votes take 1\.\d\d of the work of one greedy answer$",
+        r"  semantic cache  all +the words, roughly ",
+    ],
+    "18": [
+        r"  token B +\[1 2 0\] kitchen +\[3 2 0\] park +\[4 2 0\] park$",
+        r"  layer 1 +1 +2 +3$",
+        r"5 runs of a layer, one after another, for up to 3 tokens\.$",
+        r"  E = 2  7\d% #+$",
+        r"  E = 7  9\d% #+$",
+        r"  1 +[12]\.\d\d +6\.\d +[12]\.\d\d +(0\.9\d|1\.0\d)$",
+        r"  2 +[23]\.\d\d +[45]\.\d +1\.\d\d +0\.[67]\d$",
+        r"  7 +4\.\d\d +[78]\.\d +1\.\d\d +(0\.9\d|1\.0\d)$",
+        r"guess: what I am$",
+        r"  nothing +1\.\d\d #+$",
+        r"  its own continuation +[12]\.\d\d #+$",
+        r"  pass 6  \[3, 7, 4, 9, 8, 6\]$",
+        r"  pass 3  \[12, 8, 7, 6, 6, 6\]$",
+        r"  1  park +\|",
+        r"8 tokens in [78] passes$",
+        r"  collected +[2-5]\d% #+$",
+        r"  prompt_lookup +1\.\d\d +1\.\d\d +0\.[67]\d +\d\.\d\d$",
+        r"  jacobi +1\.0\d +3\.\d\d +[01]\.\d\d +\d\.\d\d$",
+        r"  lookahead +1\.\d\d +[34]\.\d\d +0\.[67]\d +\d\.\d\d$",
+        r"  random n-grams +1\.\d\d +[56]\.\d\d ",
     ],
 }
 
@@ -490,6 +545,11 @@ def test_speedup_of_a_task_that_takes_twice_as_long(helpers, monkeypatch):
     assert helpers.speedup(task(9, 4, 2, 8), task(7, 1, 4, 2), repeats=3) == 2
     best = helpers.time_side_by_side(task(9, 4, 2, 8), task(7, 1, 4, 2), repeats=3)
     assert best == [2, 1], "the best time of each"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows measures the time of a thread too coarsely")
+def test_own_time_does_not_count_the_time_of_others(helpers):
+    assert helpers.time_side_by_side(lambda: time.sleep(0.05), repeats=1, own_time=True)[0] < 0.025
 
 
 def test_tree_changes_shows_changed_parts_and_where_they_are(helpers, capsys):

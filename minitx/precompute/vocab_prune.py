@@ -278,11 +278,11 @@ def nearest_rows(w, ids) -> np.ndarray:
 #   Hops: % of answers right, by the facts that they combine.
 #
 #       keep    choose       multiply-adds    memory    loss       1 / 2 / 3 hops
-#       1022    (dense)          1.000x       1.000x     0.000     52 / 51 / 39
-#        587    frequency        0.858x       0.836x    +0.009     52 / 51 / 39
-#        587    random           0.858x       0.836x   +22.1        4 / 16 /  0
-#        450    frequency        0.813x       0.775x    +2.9       48 / 55 / 33
-#        350    frequency        0.781x       0.731x   +10.6       27 / 24 / 22
-#        350    random           0.781x       0.731x   +37.1        0 /  0 /  0
+#       1022    (dense)          1.000x       1.000x     0.000     43 / 51 / 25
+#        587    frequency        0.858x       0.836x    +0.009     43 / 51 / 25
+#        587    random           0.858x       0.836x   +21.9        2 / 20 /  0
+#        450    frequency        0.813x       0.775x    +2.9       42 / 51 / 25
+#        350    frequency        0.781x       0.731x   +10.7       20 / 22 / 17
+#        350    random           0.781x       0.731x   +37.0        0 /  2 /  0
 #
 #   256 of these tokens are single bytes, which stories hardly need; other texts may.

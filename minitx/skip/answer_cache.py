@@ -72,6 +72,7 @@ def answer_cache(
     Not for:   answers that should differ each time: without a seed it does nothing. normalize=true
                only where case and spaces mean nothing: "us" and "US" are one prompt then.
     Proof:     tests/skip/test_answer_cache.py; literal version: tests/skip/literal_answer_cache.py
+    Tutorial:  tutorials/17_answer_once.py
     """
     if not megabytes:
         return lm

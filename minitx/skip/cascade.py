@@ -98,6 +98,7 @@ def cascade(
                hardly any is the big model's. Calibrate on prompts and answers of your kind and
                length (calibrate, cuts, tokens): a threshold need not hold for others (Notes).
     Proof:     tests/skip/test_cascade.py; literal version: tests/skip/literal_cascade.py
+    Tutorial:  tutorials/17_answer_once.py
     """
     if threshold is not None and budget is not None:
         raise MinitxError("cascade: got both threshold and budget; give only one of them.")

@@ -68,6 +68,7 @@ def jacobi(
     Not for:   anything but learning: lookahead makes more of the same passes, and prompt_lookup
                guesses better without any. Batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_jacobi.py; literal version: tests/skip/literal_jacobi.py
+    Tutorial:  tutorials/18_guessing_without_a_draft.py
     """
     if guesses == 0:
         return lm

@@ -78,6 +78,7 @@ def lookahead(
     Not for:   parts that need tokens in a row (sparse attention, eviction, memories); batches,
                whose sequences are decoded one by one.
     Proof:     tests/skip/test_lookahead.py; literal version: tests/skip/literal_lookahead.py
+    Tutorial:  tutorials/18_guessing_without_a_draft.py
     """
     if window == 0:
         return lm

@@ -78,6 +78,7 @@ def majority_vote(
                that worse. Open-ended text, where every vote is different and the first one wins.
     Proof:     tests/skip/test_majority_vote.py; literal version:
                tests/skip/literal_majority_vote.py
+    Tutorial:  tutorials/17_answer_once.py
     """
     if votes == 1:
         return lm

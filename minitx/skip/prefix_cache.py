@@ -72,6 +72,7 @@ def prefix_cache(
                dota, early_exit with kv_fill=deferred), or whose decisions depend on the step or on
                the whole prompt. Prompts of a batch are decoded one by one.
     Proof:     tests/skip/test_prefix_cache.py; literal version: tests/skip/literal_prefix_cache.py
+    Tutorial:  tutorials/17_answer_once.py
     """
     if not megabytes:
         return lm

@@ -62,6 +62,7 @@ def prompt_lookup(
                batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_prompt_lookup.py; literal version:
                tests/skip/literal_prompt_lookup.py
+    Tutorial:  tutorials/18_guessing_without_a_draft.py
     """
     if gamma == 0:
         return lm

@@ -96,6 +96,7 @@ def router(
     Not for:   prompts that look alike where only the text before them makes one hard. A prompt and
                its limit must fit the small model's context, else the big one answers.
     Proof:     tests/skip/test_router.py; literal version: tests/skip/literal_router.py
+    Tutorial:  tutorials/17_answer_once.py
     """
     if threshold is not None and budget is not None:
         raise MinitxError("router: got both threshold and budget; give only one of them.")

@@ -74,6 +74,7 @@ def self_speculative(
                the step; batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_self_speculative.py; literal version:
                tests/skip/literal_self_speculative.py
+    Tutorial:  tutorials/18_guessing_without_a_draft.py
     """
     if gamma == 0:
         return lm

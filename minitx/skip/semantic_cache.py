@@ -74,6 +74,7 @@ def semantic_cache(
                length.
     Proof:     tests/skip/test_semantic_cache.py; literal version:
                tests/skip/literal_semantic_cache.py
+    Tutorial:  tutorials/17_answer_once.py
     """
     if not entries:
         return lm

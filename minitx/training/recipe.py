@@ -15,7 +15,7 @@ from minitx.checkpoints.hf_config_write import config_fields
 from minitx.config import Config
 from minitx.errors import MinitxError, abbreviate, did_you_mean
 from minitx.skip.dota.detector import check_rank
-from minitx.training.data import MAX_BRIDGES
+from minitx.training.data import MAX_BRIDGES, story_tokenizer
 from minitx.training.stories.grades import KINDS, Grade, grade_from
 
 MAX_NUMBERS = 2**32  # in memory while training: 16 GiB of float32
@@ -46,6 +46,18 @@ class RouterLoss:
 
     capacity: float  # share of a row's tokens that enter each routed block
     weight: float = 0.1
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A larger model whose distributions this one learns, on text that it writes: see
+    distillation."""
+
+    model: str  # a shipped model's name, or a folder
+    temperatures: tuple[float, ...] = (1.0,)
+    weights: tuple[float, ...] = (1.0,)  # of the loss at each temperature
+    rows: int = 2048  # rows of text, written when the stage begins
+    prompt: tuple[int, int] = (4, 120)  # shortest and longest prompt of a row, in tokens
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class Stage:
     layers: int | None = None  # train only this many blocks, from the first; None: all
     detector: DetectorLoss | None = None  # train DOTA's detectors with the model
     router: RouterLoss | None = None  # train the routers of mixture_of_depths with the model
+    teacher: Teacher | None = None  # learn from a larger model instead of from stories
 
     @property
     def beside(self) -> str | None:
@@ -196,6 +209,11 @@ def recipe_from(given: dict) -> Recipe:
                 f"Stage {stage.name!r} trains routers, which starts from fitted ones: the recipe's "
                 f"{ROUTED} must have the router 'fitted', got {abbreviate(router)}."
             )
+        if stage.teacher is not None:
+            tokenizer = story_tokenizer()
+            size = recipe.model.get("vocab_size", len(tokenizer))
+            size = config.vocab_size if recipe.start is not None else size
+            _check_teacher(stage, size, tokenizer)
         if stage.detector is not None:
             check_rank(stage.detector.k, config, f"The detector of stage {stage.name!r}: k")
             if stage.detector.k != recipe.rank:
@@ -249,7 +267,6 @@ def _config_of(recipe: Recipe) -> Config:
 
 def _config_of_start(recipe: Recipe) -> Config:
     """The configuration of the model that is trained further, after its techniques."""
-    from minitx.training.data import story_tokenizer
     from minitx.training.start import starting_model  # which needs ``Recipe``
 
     if recipe.model:
@@ -269,7 +286,6 @@ def _config_of_start(recipe: Recipe) -> Config:
 
 def _check_trainable(recipe: Recipe) -> None:
     """Refuse techniques through which the loss cannot be differentiated, before the first step."""
-    from minitx.training.data import story_tokenizer
     from minitx.training.layerskip import record
     from minitx.training.start import need_gradients, starting_model  # which need ``Recipe``
 
@@ -293,6 +309,8 @@ def _stage(given, where: str) -> Stage:
     if known.get("router") is not None:
         where = f"router of {where}"
         known["router"] = RouterLoss(**_checked(RouterLoss, known["router"], where, ROUTER_RULES))
+    if known.get("teacher") is not None:
+        known["teacher"] = _teacher(known["teacher"], f"teacher of {where}")
     if known.get("hops") is not None:
         known["hops"] = tuple(known["hops"])
     if "betas" in known:
@@ -304,6 +322,43 @@ def _stage(given, where: str) -> Stage:
                 f"{did_you_mean(kind, KINDS)}"
             )
     return Stage(**known)
+
+
+def _teacher(given, where: str) -> Teacher:
+    known = _checked(Teacher, given, where, TEACHER_RULES)
+    known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    teacher = Teacher(**known)
+    if len(teacher.weights) != len(teacher.temperatures):
+        raise MinitxError(
+            f"The {where} must have as many weights as temperatures "
+            f"({len(teacher.temperatures)}), got {len(teacher.weights)}."
+        )
+    if teacher.prompt[0] > teacher.prompt[1]:
+        raise MinitxError(
+            f"The {where} must have a prompt of [shortest, longest], got {list(teacher.prompt)}."
+        )
+    return teacher
+
+
+def _check_teacher(stage: Stage, vocab_size: int, tokenizer) -> None:
+    """Refuse a teacher that cannot teach this model, and fields of a stage that need stories."""
+    from minitx.training.distillation import load_teacher
+
+    where = f"Stage {stage.name!r}"
+    defaults = {f.name: f.default for f in fields(Stage)} | {"chain": False}
+    for name in STORIES_ONLY:
+        if getattr(stage, name) != defaults[name]:
+            raise MinitxError(
+                f"{where} has a teacher, whose rows are single texts without known answers: "
+                f"{name} must be {json.dumps(defaults[name])}, got "
+                f"{abbreviate(getattr(stage, name))}."
+            )
+    if stage.teacher.prompt[1] > stage.row:
+        raise MinitxError(
+            f"{where}: the longest prompt of its teacher must be at most the row ({stage.row}), "
+            f"got {stage.teacher.prompt[1]}."
+        )
+    load_teacher(stage, tokenizer, vocab_size)
 
 
 def _check_representable(config: Config, recipe: Recipe) -> None:
@@ -348,6 +403,10 @@ def _number(value) -> bool:
 def _numbers_by_name(value, low: float, high: float) -> bool:
     nonempty = isinstance(value, dict) and value
     return bool(nonempty) and all(_number(v) and low < v <= high for v in value.values())
+
+
+def _numbers(value, low: float) -> bool:
+    return isinstance(value, list | tuple) and all(_number(v) and low <= v <= 1000 for v in value)
 
 
 def _integer(low: int, high: int = 10**9) -> Rule:
@@ -422,9 +481,35 @@ STAGE_RULES = {
     "layers": (lambda v: v is None or POSITIVE[0](v), "an integer >= 1"),
     "detector": (lambda v: v is None or isinstance(v, dict), "an object with k and weight"),
     "router": (lambda v: v is None or isinstance(v, dict), "an object with capacity and weight"),
+    "teacher": (
+        lambda v: v is None or isinstance(v, dict),
+        "an object with model, temperatures, weights, rows and prompt",
+    ),
 }
 EXIT_RULES = {"scale": AT_LEAST_0, "rotation": POSITIVE}
 DETECTOR_RULES = {"k": POSITIVE, "weight": AT_LEAST_0}
+# Fields of a stage that need the answers of stories, several stories in a row, or hidden states.
+STORIES_ONLY = ("chain", "answer_weight", "layer_dropout", "early_exit", "hops", "layers")
+STORIES_ONLY += ("detector", "router")
+TEACHER_RULES = {
+    "model": (
+        lambda v: isinstance(v, str) and v.isprintable() and 0 < len(v) <= 1000,
+        "the name or the folder of a model",
+    ),
+    "temperatures": (
+        lambda v: _numbers(v, 1e-3) and len(v) > 0,
+        "a list of at least one temperature, each from 0.001 to 1000",
+    ),
+    "weights": (
+        lambda v: _numbers(v, 0) and any(v),
+        "a list of numbers from 0 to 1000, at least one above 0",
+    ),
+    "rows": _integer(1, 2**16),
+    "prompt": (
+        lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(POSITIVE[0], v)),
+        "a list of two integers >= 1, the shortest and the longest",
+    ),
+}
 ROUTER_RULES = {
     "capacity": (lambda v: _number(v) and 0 < v <= 1, "a number above 0, at most 1"),
     "weight": AT_LEAST_0,

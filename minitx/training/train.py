@@ -28,6 +28,7 @@ from minitx.skip.mixture_of_depths.file import FILE as ROUTERS
 from minitx.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from minitx.training.data import story_tokenizer
 from minitx.training.detector import initial_weights, write_trained
+from minitx.training.distillation import TextArrays
 from minitx.training.mixture_of_depths import write_routed
 from minitx.training.optimizer import ParameterLayout
 from minitx.training.recipe import DTYPES, Recipe, Stage, read_recipe
@@ -72,7 +73,7 @@ def train(
     out = _folder(recipe_path, out)
     tokenizer = story_tokenizer()
     layout = layout_of(recipe, tokenizer)
-    shared = SharedArrays(layout.size, recipe.shards)
+    shared = SharedArrays(layout.size, recipe.shards, TextArrays.for_recipe(recipe))
     run = Run(recipe, layout, shared, out, bar)
     if resume and (out / CHECKPOINT).exists():
         run.load()

@@ -26,6 +26,7 @@ from minitx.training.data import (
     story_tokenizer,
 )
 from minitx.training.detector import detectors_of, joint_gradients, trained_shapes
+from minitx.training.distillation import TeacherText, TextArrays, load_teacher, teacher_loss
 from minitx.training.layerskip import (
     drop_layers,
     exit_logits,
@@ -48,17 +49,17 @@ from minitx.training.optimizer import (
 from minitx.training.recipe import Recipe, Stage
 from minitx.training.start import starting_model
 
-ROWS, DROPOUT, CHECK = 1, 2, 3  # purposes of random numbers, part of their seeds
+ROWS, DROPOUT, CHECK, TEXT = 1, 2, 3, 4  # purposes of random numbers, part of their seeds
 MOMENTUM = 0.95  # of Muon
 SUMS = LOSS, WEIGHT, TOKENS, SQUARES, ERROR = range(5)  # columns of the shared array of sums
 
 
 class SharedArrays:
     """Memory shared by all processes. P parameters and S shards: weights, moments, gradients,
-    sums."""
+    sums; and a teacher's text."""
 
-    def __init__(self, size: int, shards: int):
-        self.size, self.shards = size, shards
+    def __init__(self, size: int, shards: int, text: TextArrays | None = None):
+        self.size, self.shards, self.text = size, shards, text or TextArrays()
         self.raw = {
             name: multiprocessing.RawArray(kind, count)
             for name, kind, count in (
@@ -93,13 +94,14 @@ class Worker:
     def __init__(
         self, rank: int, workers: int, recipe: Recipe, shared: SharedArrays, barrier, next_shard
     ):
+        self.rank, self.workers = rank, workers
         self.recipe, self.barrier, self.next_shard = recipe, barrier, next_shard
         self.my_shards = range(rank, recipe.shards, workers)
         self.my_blocks = range(rank, recipe.shards + 1, workers)
         self.tokenizer = story_tokenizer()
         self.layout = layout_of(recipe, self.tokenizer)
         self.blocks = [*self.layout.blocks(recipe.shards), self.layout.extra]
-        self.shared = shared.arrays()
+        self.shared, self.text_arrays = shared.arrays(), shared.text
         self.model = self.layout.model(self.shared["weights"])
         self.detectors = detectors_of(recipe, self.layout, self.shared["weights"])
         self.stage_number = -1
@@ -118,10 +120,21 @@ class Worker:
                 chain=stage.chain,
                 answer_weight=stage.answer_weight,
             )
+            self.text = None if stage.teacher is None else self.teacher_text(stage)
             self.calibration = {
                 shard: self.calibration_stories(stage, shard) for shard in self.my_shards
             }
         return stage
+
+    def teacher_text(self, stage: Stage) -> TeacherText:
+        """The text of the stage's teacher, of which each worker writes some groups of rows."""
+        lm = load_teacher(stage, self.tokenizer, self.model.config.vocab_size)
+        seed = hash_integers(self.recipe.seed, TEXT, self.stage_number)
+        text = TeacherText(stage, lm, self.text_arrays, seed)
+        for group in range(self.rank, len(text.groups()), self.workers):
+            text.write(group, self.rows.encoder, self.recipe.shares(stage))
+        self.barrier.wait()
+        return text
 
     def step(self, number: int, step: int, total: int) -> tuple:
         """One training step: ``step`` counts within the stage, ``total`` over all stages. Returns
@@ -160,11 +173,16 @@ class Worker:
         weight."""
         count = stage.batch // self.recipe.shards
         rows = range(shard * count, (shard + 1) * count)
-        batch = self.rows.batch(step, rows.start, rows.stop).trimmed()
+        if self.text is None:
+            batch = self.rows.batch(step, rows.start, rows.stop).trimmed()
+        else:
+            batch, logits = self.text.batch(step, rows)
         seed = hash_integers(self.recipe.seed, DROPOUT, self.stage_number, step)
         sums = self.shared["sums"][shard]
 
         def loss(model):
+            if self.text is not None:
+                return teacher_loss(model, batch, logits, stage.teacher)
             return batch_loss(model, batch, stage, step, rows, seed)
 
         if stage.router is not None:

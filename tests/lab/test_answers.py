@@ -143,11 +143,11 @@ def test_difference_is_paired():
 
 
 def test_command_prints_accuracy_by_hops_and_costs(capsys):
-    lab.main("-m stories-draft --stories 2 --speculative draft=lookup".split())
+    lab.main("-m stories-draft --stories 2 --prompt-lookup".split())
     out = capsys.readouterr().out
     questions = held_out_questions(draft(), 2)
     assert f"{len(questions)} questions of 2 held-out stories." in out
-    assert "speculative minus stories-draft: +0.0 points (+0.0 to +0.0)." in out
+    assert "prompt_lookup minus stories-draft: +0.0 points (+0.0 to +0.0)." in out
     assert "1 hop" in out and "1.00 model" in out
 
 
