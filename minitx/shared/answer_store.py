@@ -232,7 +232,7 @@ class Database:
                 db.execute(f"PRAGMA busy_timeout = {int(1000 * WAIT)}")
                 return task(db)
         except MinitxError as error:
-            self.warn("unfit", f"{error} Until then, answers are not kept.")
+            self.warn("unfit", f"{str(error).removesuffix('.')}; until then, answers are not kept.")
         except DAMAGE as error:
             kind = kind_of(error)
             self.warn(kind, f"{self.path}: {FAILURES[kind].format(error)}")
@@ -299,7 +299,10 @@ def connect(file: str | Path) -> sqlite3.Connection:
         with suppress(FileExistsError):  # answers are nobody else's business
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError as error:
-        raise MinitxError(f"{path}: cannot be made ({error.strerror or error}).") from None
+        raise MinitxError(
+            f"{path}: cannot be made ({error.strerror or error}); give another file, or set "
+            "MINITX_CACHE to another folder."
+        ) from None
     db = opened(path)
     try:
         check_database(path, db)

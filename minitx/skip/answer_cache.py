@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-
 from minitx import ledger
 from minitx.decode import Sampler
 from minitx.errors import MinitxError
@@ -20,15 +18,17 @@ from minitx.model import Transformer
 from minitx.shared.answer_key import digest_of, key_of, prompt_field, request
 from minitx.shared.answer_loop import AnswerLoop
 from minitx.shared.answer_store import MEMORY, AnswerStore, check_file, default_file
+from minitx.shared.token_text import TokenText
 from minitx.state import State
 from minitx.technique import at_least, decides, technique
-from minitx.tree import Part, part, table
+from minitx.tree import Part, part
 
 
 @technique(
     level="answer",
     exact=True,
     neutral={"megabytes": 0.0},
+    after=("cascade", "majority_vote", "router"),
     demo={"file": MEMORY},
     event="exact hits",
 )
@@ -200,12 +200,9 @@ class Answer:
 
 @part
 class NormalizedText(Part):
-    """The text of a prompt, in which case, blanks and the Unicode form make no difference.
+    """The text of a prompt, in which case, blanks and the Unicode form make no difference."""
 
-    letters: the bytes of all tokens one after another; ends: where each of them ends."""
-
-    letters: np.ndarray = table()
-    ends: np.ndarray = table()
+    tokens: Part
     bos: int | None = None  # in front of every prompt, which is no letter of its first word
 
     @classmethod
@@ -215,16 +212,12 @@ class NormalizedText(Part):
                 "answer_cache needs a tokenizer to normalize prompts, and this model has none; "
                 "load it with tokenizer=PATH, or leave out normalize."
             )
-        tokens = [lm.tokenizer.token_bytes(i, previous=i) for i in range(len(lm.tokenizer))]
-        letters = np.frombuffer(b"".join(tokens), np.uint8)
-        return cls(letters, np.cumsum([len(token) for token in tokens]), lm.model.config.bos)
+        return cls(TokenText.of(lm.tokenizer), lm.model.config.bos)
 
     def __call__(self, ids: Sequence[int]) -> str:
-        letters, ends = self.letters, self.ends
         ids = ids[1:] if ids[0] == self.bos else ids
-        pieces = (letters[ends[i - 1] if i else 0 : ends[i]].tobytes() for i in ids)
         # Bytes that are no UTF-8 stay different from each other.
-        return normalized(b"".join(pieces).decode("utf-8", "surrogateescape"))
+        return normalized(self.tokens(ids).decode("utf-8", "surrogateescape"))
 
 
 def normalized(text: str) -> str:

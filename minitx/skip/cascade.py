@@ -26,6 +26,7 @@ from minitx.shared.small_answers import (
     answer_of,
     cut_for_share,
     examples_of,
+    finite,
     halves,
     relative_cost,
     uniform_of,
@@ -39,6 +40,7 @@ from minitx.tree import Part, part
     level="answer",
     exact=False,
     neutral={"threshold": 2.0},
+    after=("majority_vote",),
     demo={"small": "self", "choose": "random", "threshold": 0.5, "seed": 29},
     event="small answers kept",
 )
@@ -129,7 +131,7 @@ def cascade(
         else:
             cut = isotonic(*zip(*learn)).cut(threshold)
         check_pays(np.mean([s >= cut for s, _ in tune]), ratio)
-    loop = Cascade(lm.decode, model, score if confidence else "random", float(cut), seed)
+    loop = Cascade(lm.decode, model, score if confidence else "random", finite(cut), seed)
     return replace(lm, decode=loop)
 
 

@@ -107,6 +107,8 @@ class LogitAverage(Part):
 
     def __call__(self, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         """ln p (..., V) of the normalized geometric mean of two predictions, given as logits."""
+        if self.weight == 1:  # p^0 is 1, also where p is 0
+            return log_softmax(theirs)
         a, b = log_softmax(ours), log_softmax(theirs)
         return log_softmax((1 - self.weight) * a + self.weight * b)
 

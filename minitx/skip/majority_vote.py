@@ -14,6 +14,7 @@ from minitx import ledger
 from minitx.decode import Sampler, TokenLoop
 from minitx.errors import MinitxError
 from minitx.model import Transformer
+from minitx.shared.token_text import TokenText
 from minitx.state import State
 from minitx.technique import SEEDS, above, at_least, technique
 from minitx.tree import Part, part
@@ -89,7 +90,8 @@ def majority_vote(
             "majority_vote: same=sentence needs a tokenizer, and this model has none; use "
             "same=text."
         )
-    compared = {"text": WholeText, "sentence": LastWord}[same](lm.tokenizer)
+    text = None if lm.tokenizer is None else TokenText.of(lm.tokenizer)
+    compared = {"text": WholeText, "sentence": LastWord}[same](text)
     return replace(
         lm, decode=MajorityVote(lm.decode, compared, votes, temperature, choose == "random", seed)
     )
@@ -194,22 +196,24 @@ def is_decided(counts: Sequence[int], left: int) -> bool:
 class WholeText(Part):
     """Answers are the same if their texts are, except for spaces at the ends and end-of-text."""
 
-    tokenizer: Any
+    text: Part | None  # None: of a model without a tokenizer, ids are compared
 
     def __call__(self, answer: Sequence[int], eos: Sequence[int]):
         ids = answer[:-1] if answer[-1] in eos else answer
-        return tuple(ids) if self.tokenizer is None else self.tokenizer.decode(ids).strip()
+        return (
+            tuple(ids) if self.text is None else self.text(ids).decode("utf-8", "replace").strip()
+        )
 
 
 @part
 class LastWord(Part):
     """Answers are the same if the last word of their first sentence is."""
 
-    tokenizer: Any
+    text: Part
 
     def __call__(self, answer: Sequence[int], eos: Sequence[int]):
         ids = answer[:-1] if answer[-1] in eos else answer
-        sentence = self.tokenizer.decode(ids).partition(".")[0]
+        sentence = self.text(ids).decode("utf-8", "replace").partition(".")[0]
         return "".join(sentence.split()[-1:])
 
 

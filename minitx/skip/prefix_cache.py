@@ -19,6 +19,7 @@ from minitx.digest import digest
 from minitx.errors import MinitxError
 from minitx.model import Transformer
 from minitx.shared.break_even import warn
+from minitx.shared.turns import Turns
 from minitx.state import Layer, State
 from minitx.technique import at_least, owner, technique
 from minitx.tree import Part, part, rebuild, walk
@@ -254,6 +255,7 @@ class PrefixStore(Part):
         object.__setattr__(self, "blocks", OrderedDict())  # hash -> Block
         object.__setattr__(self, "seeds", WeakKeyDictionary())  # model -> hash[0]
         object.__setattr__(self, "total", [0])  # bytes of all blocks; a list, as a part is frozen
+        object.__setattr__(self, "turns", Turns())
 
     @property
     def limit(self) -> int:
@@ -265,8 +267,9 @@ class PrefixStore(Part):
         return self.total[0]
 
     def forget(self) -> None:
-        self.blocks.clear()
-        self.total[0] = 0
+        with self.turns:
+            self.blocks.clear()
+            self.total[0] = 0
 
     def seed(self, model: Transformer) -> bytes:
         """hash[0], before a prompt's first block. The model is checked again: it may have been
@@ -278,13 +281,18 @@ class PrefixStore(Part):
 
     def find(self, hashes: Sequence[bytes]) -> list[Block]:
         """The leading blocks that are stored, up to the first that is not."""
-        found = [self.blocks[key] for key in hashes[: self.count_stored(hashes)]]
-        self.mark_used(hashes[: len(found)])
+        with self.turns:
+            found = [self.blocks[key] for key in hashes[: self.count_stored(hashes)]]
+            self.mark_used(hashes[: len(found)])
         return found
 
     def put(self, hashes: Sequence[bytes], make: Callable[[int], Block]) -> None:
         """Store ``make(i)`` for each of these leading blocks that is not stored yet, as long as
         the whole prefix fits the limit. Other blocks are evicted to make room."""
+        with self.turns:
+            self._put(hashes, make)
+
+    def _put(self, hashes: Sequence[bytes], make: Callable[[int], Block]) -> None:
         stored = self.count_stored(hashes)
         self.mark_used(hashes[:stored])
         own = sum(self.blocks[key].nbytes for key in hashes[:stored])  # bytes of this prefix

@@ -24,6 +24,7 @@ from minitx.shared.small_answers import (
     Stories,
     cut_for_share,
     examples_of,
+    finite,
     halves,
     relative_cost,
     uniform_of,
@@ -37,7 +38,7 @@ from minitx.tree import Part, float_type, part
     level="answer",
     exact=False,
     neutral={"threshold": 2.0},
-    after=("cascade",),
+    after=("cascade", "majority_vote"),
     demo={"small": "self", "choose": "random", "threshold": 0.5, "seed": 29},
     event="requests routed to the small model",
 )
@@ -119,7 +120,7 @@ def router(
         if seen:
             w, b = learned(seen, model, learn, float_type(lm.model))
         if threshold is None:
-            trial = Router(lm.decode, model, seen, w, b, -np.inf, seed)  # routes all to the small
+            trial = Router(Autoregressive(), model, seen, w, b, -np.inf, seed)  # all to the small
             state = new_state(lm.model, [])
             c_s, c_r = (
                 relative_cost(lm, examples, tokens, work) for work in (
@@ -128,7 +129,7 @@ def router(
             )  # fmt: skip
             share = share_for(0.7 if budget is None else budget, c_s, c_r)
             cut = cut_for_share([trial.score(e.prompt)[0] for e in tune], share)
-    return replace(lm, decode=Router(lm.decode, model, seen, w, b, float(cut), seed))
+    return replace(lm, decode=Router(lm.decode, model, seen, w, b, finite(cut), seed))
 
 
 # Online ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from minitx.decode import Sampler
 from minitx.model import Transformer
 from minitx.shared.answer_key import key_of, request
 from minitx.shared.answer_loop import AnswerLoop
+from minitx.shared.turns import Turns
 from minitx.state import State
 from minitx.technique import at_least, between, decides, technique
 from minitx.tree import Part, part
@@ -26,7 +27,7 @@ from minitx.tree import Part, part
     level="answer",
     exact=False,
     neutral={"entries": 0},
-    after=("answer_cache", "cascade", "router"),
+    after=("answer_cache", "cascade", "majority_vote", "router"),
     demo={"threshold": 0.9999, "entries": 8},
     event="semantic hits",
     presets={"gptcache": {"threshold": 0.8}},
@@ -126,13 +127,14 @@ class SemanticCache(AnswerLoop):
 
     def look_up(self, e: np.ndarray, key: bytes) -> "Hit | None":
         """The answer of the most similar prompt, if that is similar enough."""
-        number, similarity = self.store.nearest(e, key)
-        if similarity < self.threshold:
-            ledger.event("semantic misses")
-            return None
-        ledger.event("semantic hits")
-        answer = self.store.use(number)
-        return Hit(answer.ids, self.store.count["hits"] % self.audit == 0)
+        with self.store.turns:
+            number, similarity = self.store.nearest(e, key)
+            if similarity < self.threshold:
+                ledger.event("semantic misses")
+                return None
+            ledger.event("semantic hits")
+            answer = self.store.use(number)
+            return Hit(answer.ids, self.store.count["hits"] % self.audit == 0)
 
     def note(self, e: np.ndarray, key: bytes, hit: "Hit | None", ids: list[int]) -> None:
         """Store a new answer; after an audited hit, compare first. A wrong answer stays, beside the
@@ -202,10 +204,12 @@ class SemanticStore(Part):
         # Not dataclass fields: a store that is copied or read from a file starts empty.
         object.__setattr__(self, "answers", OrderedDict())  # number -> Answer
         object.__setattr__(self, "count", Counter())  # answers put, hits
+        object.__setattr__(self, "turns", Turns())
 
     def forget(self) -> None:
-        self.answers.clear()
-        self.count.clear()
+        with self.turns:
+            self.answers.clear()
+            self.count.clear()
 
     def nearest(self, e: np.ndarray, key: bytes) -> tuple[int, float]:
         """(number, similarity) of the answer with this key whose prompt is most similar: the cosine
@@ -226,6 +230,10 @@ class SemanticStore(Part):
 
     def put(self, e: np.ndarray, key: bytes, ids: list[int]) -> None:
         """Store an answer, instead of one with the same embedding if there is one."""
+        with self.turns:
+            self._put(e, key, ids)
+
+    def _put(self, e: np.ndarray, key: bytes, ids: list[int]) -> None:
         number, similarity = self.nearest(e, key)
         if similarity >= 1:
             del self.answers[number]
