@@ -200,7 +200,7 @@ class Answer:
 
 @part
 class NormalizedText(Part):
-    """The text of a prompt, in which case, blanks and the Unicode form make no difference."""
+    """The text of a prompt, in which case, spaces and the Unicode form make no difference."""
 
     tokens: Part
     bos: int | None = None  # in front of every prompt, which is no letter of its first word

@@ -91,9 +91,9 @@ def majority_vote(
             "same=text."
         )
     text = None if lm.tokenizer is None else TokenText.of(lm.tokenizer)
-    compared = {"text": WholeText, "sentence": LastWord}[same](text)
+    canonical = {"text": WholeText, "sentence": LastWord}[same](text)
     return replace(
-        lm, decode=MajorityVote(lm.decode, compared, votes, temperature, choose == "random", seed)
+        lm, decode=MajorityVote(lm.decode, canonical, votes, temperature, choose == "random", seed)
     )
 
 
