@@ -15,7 +15,7 @@ from minitx import ledger
 
 LARGE = 32 << 10  # numbers in a matrix above which reading it costs more than the call
 FEW = 4  # rows of x up to which each may read the matrix by itself ...
-AGAIN = 375_000  # ... if the rows after the first read this many numbers at most, from the L2 cache
+REREAD = 375_000  # ... if the rows after the first read at most this many elements, from L2 cache
 SEVERAL = 16  # rows of x up to which BLAS would spend most of its time on copying the matrix
 MANY = 128  # rows of x from which on transposing the matrix costs next to nothing
 WIDE = 2 << 10  # outputs beyond which the sum, updated for every input, leaves the L1 cache
@@ -31,7 +31,7 @@ def matmul(x, w):
     """
     if w.size > LARGE and x.size <= SEVERAL * len(w):
         if w.flags.f_contiguous:
-            if x.size <= FEW * len(w) and (x.size - len(w)) * w.shape[1] <= AGAIN:
+            if x.size <= FEW * len(w) and (x.size - len(w)) * w.shape[1] <= REREAD:
                 return np.vecdot(w.T, x[..., None, :])  # each row's dot product with each column
             if x.size * w.shape[1] > SMALL and type(x) is type(w) is np.ndarray:  # not in training
                 return several_rows(x.reshape(-1, len(w)), w).reshape(*x.shape[:-1], w.shape[1])
@@ -49,21 +49,21 @@ def product(x, w):
     return x @ w
 
 
-# Several rows, as in a batch or where draft tokens are verified. BLAS first copies the matrix into
-# an order of its own, and for 2 to 16 rows that copy is most of the work: 5 rows cost up to 6 times
-# as much as one. OpenBLAS multiplies small matrices without a copy, so here the matrix is cut into
-# blocks of columns, each a small product.
+# Several rows, as in a batch or when draft tokens are verified. BLAS first packs the matrix into a
+# layout of its own, and for 2 to 16 rows that copy takes most of the time: 5 rows take up to 6
+# times as long as one. OpenBLAS multiplies small matrices without packing, so here the matrix is
+# cut into blocks of columns, each a small product (python -m minitx.lab.rows measures it).
 
 SMALL = 900_000  # multiply-adds of a small product; OpenBLAS's limit is a million
-BLOCK = 125_000  # numbers that stay in the L2 cache until the second product of their block
-FETCHED = 8  # rows up to which it pays to fetch the block by the first row's dot products
-NEAR = 16 << 20  # bytes of all of a model's matrices that caches still deliver fast enough
+BLOCK = 125_000  # elements that stay in the L2 cache until the second product of their block
+FETCHED = 8  # rows up to which it pays to load a block with the first row's dot products
+CACHED = 16 << 20  # bytes of a model's matrices up to which the CPU's caches hold most of them
 
 
 def several_rows(x, w):
     """``x @ w`` for 2 to 16 rows x (n, in) and a column-major w (in, out) -> (n, out)."""
     n, columns = len(x), w.T  # (out, in), contiguous
-    if n <= FETCHED and held_with(w) > NEAR:
+    if n <= FETCHED and bytes_with(w) > CACHED:
         return blocks_from_memory(x, columns)
     rows = x.T.copy()  # (in, n)
     y = np.empty((len(columns), n), np.result_type(x, w))
@@ -73,7 +73,8 @@ def several_rows(x, w):
 
 
 def blocks_from_memory(x, columns):
-    """The small kernel waits for memory. Dot products with one row read a block at full speed, and
+    """``several_rows`` for a matrix in memory, where the kernel for small products is slowed down
+    by cache misses. Dot products with the first row read a block at full memory bandwidth, and
     leave it in the cache for the product with the other rows."""
     n, first, others = len(x), x[0].copy(), x[1:].T.copy()  # others: (in, n - 1)
     y = np.empty((n, len(columns)), np.result_type(x, columns))
@@ -84,16 +85,16 @@ def blocks_from_memory(x, columns):
     return y
 
 
-def column_blocks(columns, numbers: int):
-    """(a, b): blocks of columns with at most so many numbers, but at least one column."""
-    step = max(numbers // columns.shape[1], 1)
+def column_blocks(columns, elements: int):
+    """(a, b): blocks of columns with at most so many elements, but at least one column."""
+    step = max(elements // columns.shape[1], 1)
     for a in range(0, len(columns), step):
         yield a, a + step
 
 
-def held_with(w) -> int:
-    """Bytes of the array that w is a view of: for a large matrix all matrices of the model
-    (memory_layout.py)."""
+def bytes_with(w) -> int:
+    """Bytes of the array that w is a view of: those of all the model's matrices, which lie in one
+    block of memory (memory_layout.py)."""
     return w.nbytes if w.base is None else getattr(w.base, "nbytes", w.nbytes)
 
 

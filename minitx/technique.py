@@ -341,7 +341,7 @@ def apply(lm: LM, wanted: dict[str, dict | bool], calibrate=None) -> LM:
     _check_levels(lm, map(find, chosen))
     taken: dict[type, str] = {}
     put: dict[type, str] = {}
-    before_all = lm.calibrated
+    given, before_all = lm, lm.calibrated
     lm = replace(lm, model=to_row_major(lm.model))  # techniques work on row-major matrices
     with recording(lm) as calibrated:
         for t in in_order(map(find, chosen)):
@@ -350,6 +350,8 @@ def apply(lm: LM, wanted: dict[str, dict | bool], calibrate=None) -> LM:
                 lm = t.function(lm, **chosen[t.name])
             except NoSuchPart as error:
                 raise MinitxError(_why_not(t, error, taken, put)) from None
+            except MinitxError as error:
+                raise _with_culprit(error, given, chosen, t) from None
             after = kinds(lm)
             taken |= dict.fromkeys(before - after, t.name)
             put |= dict.fromkeys(after - before, t.name)
@@ -357,6 +359,34 @@ def apply(lm: LM, wanted: dict[str, dict | bool], calibrate=None) -> LM:
     if calibrate is not None and not calibrated:
         _warn_unused(chosen)
     return to_column_major(replace(lm, calibrated=(*before_all, *calibrated)))
+
+
+def _with_culprit(error: MinitxError, given: LM, chosen: dict, t: Technique) -> MinitxError:
+    """The refusal of ``t``; with the name of the technique that is in the way, if it does not say
+    that already: of those applied before, one without which ``t`` fits the model as it was
+    given."""
+    order = [other.name for other in in_order(map(find, chosen))]
+    earlier = order[: order.index(t.name)]
+    if not earlier or any(name in str(error) for name in earlier) or not _fit(given, chosen, t):
+        return error
+    unfit = earlier  # if it is one: no need to try
+    if len(earlier) > 1:
+        unfit = [name for name in earlier if not _fit(given, chosen, find(name), t)]
+    names = " and ".join(unfit or earlier)
+    return MinitxError(
+        f"{str(error).removesuffix('.')} ({t.name} fits without {names}: use one of the two)."
+    )
+
+
+def _fit(lm: LM, chosen: dict, *some: Technique) -> bool:
+    """Can these of the chosen techniques be applied, without the others?"""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MinitxWarning)
+            apply(lm, {t.name: chosen[t.name] for t in some})
+    except MinitxError:
+        return False
+    return True
 
 
 def _check_levels(lm: LM, chosen: Iterable[Technique]) -> None:

@@ -75,7 +75,8 @@ def _file(path: Path) -> bytes:
         with open_file(path) as file:
             return file.read(MOST_BYTES)
     except MinitxError as error:
-        raise MinitxError(f"{error} Give a UTF-8 text file, or - to read stdin.") from None
+        said = str(error).removesuffix(".")
+        raise MinitxError(f"{said}; give a UTF-8 text file, or - to read stdin.") from None
 
 
 def _shown(path) -> str:

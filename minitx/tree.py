@@ -114,6 +114,20 @@ def _rebuild_children(node: Part, change, seen: dict) -> Part:
     return replace(node, **changed) if changed else node
 
 
+def with_empty_stores(root: Part) -> Part:
+    """A copy with stores of its own, which are empty, for whatever must neither see nor change what
+    is stored across sequences, such as a calibration. All other parts are shared."""
+
+    def change(node: Part) -> Part | None:
+        if type(node).forget is Part.forget:  # no store
+            return None
+        own = replace(node)
+        own.forget()
+        return own
+
+    return rebuild(root, change)
+
+
 def weights(node: Part, path: str = "") -> dict[str, np.ndarray]:
     """Every weight below ``node`` by its path (``stack.blocks.0.ffn.down.w``), each array once,
     under the first path that leads to it (a tied head is found under ``embed``). ``path``: a

@@ -476,7 +476,8 @@ def sampled(count: int, size: int, seed: int) -> list:
 IN_ACTION = sampled(90, 2, 1) + sampled(90, 3, 2)
 # One that leaves the other nothing to do: all logits are asked for when drafts are verified; of two
 # FFNs one is left out, so that none comes after the other; of two layers one is not run; sub-layers
-# that are dropped look nothing up and have no heads; votes are taken row by row.
+# that are dropped look nothing up and have no heads; votes, and answers of two models, are taken
+# row by row.
 IDLE = {
     "exact_head": {
         "big_little",
@@ -494,7 +495,7 @@ IDLE = {
     "mixture_of_depths": {"layer_router"},
     "negative_predict": {"layer_skip"},
     "negative_skip": {"layer_skip"},
-    "padding_skip": {"majority_vote"},
+    "padding_skip": {"cascade", "majority_vote", "router"},
     "perforate_positions": {"layer_skip"},
     "zero_skip": {"layer_skip"},
 }

@@ -24,6 +24,7 @@ import numpy as np
 from minitx.checkpoints.common import abbreviate
 from minitx.config import Config
 from minitx.errors import MinitxError
+from minitx.technique import owner
 from minitx.tree import Part
 from minitx.values import has_type, type_name
 
@@ -58,13 +59,14 @@ class _Serializer:
         """The index of the part's entry, which is added on first use."""
         if id(node) not in self.indices:
             values = {
-                f.name: self.field(getattr(node, f.name), f"{path}.{f.name}") for f in fields(node)
+                f.name: self.field(getattr(node, f.name), f"{path}.{f.name}", node)
+                for f in fields(node)
             }
             self.entries.append({"part": _qualified_name(type(node)), "fields": values})
             self.indices[id(node)] = len(self.entries) - 1
         return self.indices[id(node)]
 
-    def field(self, value, path: str):
+    def field(self, value, path: str, node: Part):
         if value is None or type(value) in (bool, int, str):
             return value
         if type(value) is float and math.isfinite(value):  # JSON has neither NaN nor Inf
@@ -74,14 +76,14 @@ class _Serializer:
         if isinstance(value, Part):
             return {"entry": self.entry(value, path)}
         if type(value) is tuple:
-            return {"tuple": [self.field(item, f"{path}.{i}") for i, item in enumerate(value)]}
+            return {"tuple": [self.field(v, f"{path}.{i}", node) for i, v in enumerate(value)]}
         if isinstance(value, Config):
             return {"config": asdict(value)}
         if inspect.isfunction(value):
             return {"function": _qualified_name(value)}
         raise MinitxError(
             f"The part at {path!r} holds a {type(value).__name__}, which cannot be written to a "
-            "file; leave out the technique that added it."
+            f"file; leave out {owner(node)}, and apply it when the model is loaded."
         )
 
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from minitx.arguments import count, in_range
 from minitx.decode import Autoregressive, Sampler, new_state
 from minitx.exit_status import run_module
 from minitx.lab.answers import (
@@ -302,6 +303,10 @@ def model_cost(found: Both) -> float:
     return found.small.multiply_adds.sum() / found.big.multiply_adds.sum()
 
 
+def at_least_0(text: str) -> int:
+    return in_range(int(text), 0, 10**9)
+
+
 def main(words=None) -> None:
     parser = argparse.ArgumentParser(
         "python -m minitx.lab.answer_front",
@@ -310,20 +315,23 @@ def main(words=None) -> None:
     add_options(parser, stories=60)
     parser.add_argument("--small", default="auto", help="the small model; default: %(default)s")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="%(default)s")
-    parser.add_argument("--calibration", type=int, default=60, help="stories; default: %(default)s")
+    parser.add_argument(
+        "--calibration", type=count, default=60, help="stories; default: %(default)s"
+    )
     parser.add_argument("--score", choices=[*SCORES], default=SCORE, help="default: %(default)s")
-    parser.add_argument("--cuts", type=int, default=0, help="prompts of each story, no questions")
-    parser.add_argument("--tokens", type=int, default=1, help="with --cuts; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    text = "prompts of each story, no questions"
+    parser.add_argument("--cuts", type=at_least_0, default=0, metavar="N", help=text)
+    parser.add_argument("--tokens", type=count, default=1, help="with --cuts; default: %(default)s")
+    parser.add_argument("--seed", type=at_least_0, default=0, metavar="N", help="of the bootstrap")
     given = parser.parse_args(words)
     run_module(parser, lambda: run(given, parser))
 
 
 def run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     try:
-        budgets = [float(word) for word in given.budgets.split(",")]
-    except ValueError:
-        parser.error(f"--budgets takes numbers separated by commas, got {given.budgets!r}.")
+        budgets = [in_range(float(word), 0, 1e9) for word in given.budgets.split(",")]
+    except (ValueError, argparse.ArgumentTypeError):
+        parser.error(f"--budgets takes numbers >= 0 separated by commas, got {given.budgets!r}.")
     need_integer(given.cuts, "cuts", between(0, 1000))
     need_integer(given.tokens, "tokens", between(1, 100))
     found = answer_front(

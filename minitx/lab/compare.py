@@ -45,6 +45,7 @@ from minitx.lab.reading import (
     warn_if_stories_are_unknown,
 )
 from minitx.ledger import Entry, Ledger, counting
+from minitx.shared.log_softmax import log_softmax
 from minitx.text import Text
 from minitx.tree import nbytes, walk
 
@@ -266,13 +267,6 @@ def counted(lm, run, *arguments) -> tuple[np.ndarray, Entry]:
     with counting(lm) as counts:
         found = run(lm, *arguments)
     return found, counts.total()
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """log of the next-token distributions (T, V), in float64."""
-    z = logits.astype(np.float64)
-    z -= z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
 def continue_all(lm, prompts: Sequence[list[int]], tick) -> tuple[list[list[int]], Ledger]:

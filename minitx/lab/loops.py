@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minitx.arguments import count
 from minitx.decode import Sampler, new_state
 from minitx.errors import MinitxError
 from minitx.exit_status import run_module
@@ -180,8 +181,8 @@ def main(words=None) -> None:
     parser.add_argument("technique", help="its name, as minitx list has it")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE,...", help="settings to try")
     parser.add_argument("-m", "--model", default="stories", help="default: %(default)s")
-    parser.add_argument("--prompts", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--new", type=int, default=NEW, help="tokens; default: %(default)s")
+    parser.add_argument("--prompts", type=count, default=20, help="default: %(default)s")
+    parser.add_argument("--new", type=count, default=NEW, help="tokens; default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     given = parser.parse_args(words)
     run_module(parser, lambda: run(given))

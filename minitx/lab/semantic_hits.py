@@ -211,8 +211,11 @@ class Report:
         same, other = next(iter(self.pairs.values()))
         words = [["embedding", "same answer", "another answer", "AUC", "nearer half"]]
         for name, (a, b) in self.pairs.items():
-            wrong = f"{100 * wrong_in_nearer_half(a, b):.1f} % wrong"
-            words.append([name, spread(a), spread(b), f"{auc(a, b):.2f}", wrong])
+            both = [""] * 2  # they compare pairs of both kinds
+            if len(a) and len(b):
+                wrong = f"{100 * wrong_in_nearer_half(a, b):.1f} % wrong"
+                both = [f"{auc(a, b):.2f}", wrong]
+            words.append([name, spread(a), spread(b), *both])
         return "\n".join(
             [
                 f"semantic_cache on {self.name}: {self.rows[0].requests:,} questions about "
@@ -230,6 +233,8 @@ class Report:
 
 
 def spread(x: np.ndarray) -> str:
+    if not len(x):
+        return "no pair"
     return f"{np.median(x):.4f} ({x.min():.4f} to {x.max():.4f})"
 
 

@@ -26,8 +26,8 @@ _digests: WeakKeyDictionary = WeakKeyDictionary()  # part -> its digest in hex
 
 
 def request(model: Part, loop: Part, choose: Sampler, limit: int, held: int = 0) -> dict | None:
-    """All that can change the answer, except for the prompt, as plain values; None if the same
-    request may have several answers: a sampler without a seed, or one that has drawn already.
+    """Everything except the prompt that can change the answer, as plain values; None if the same
+    request may have several answers: the sampler has no seed, or has drawn already.
 
     loop: the decoding loop that would generate the answer. held: tokens of the prompt that were run
     in a step of their own, if the model depends on how a prompt is divided into steps."""
@@ -57,7 +57,7 @@ def key_of(fields: dict) -> bytes:
 
 
 def prompt_field(ids: Sequence[int]) -> list[int]:
-    """A list: strung together without separators, 1 23 and 12 3 would be the same."""
+    """The ids as a list: concatenated digits would be the same for 1 23 and 12 3."""
     return [int(i) for i in ids]
 
 
@@ -69,8 +69,8 @@ def digest_of(part: Part) -> str:
 
 
 def is_deterministic(choose: Sampler) -> bool:
-    """Does the sampler always choose the same? A greedy one does, and one with a seed that has not
-    drawn yet. A subclass may do anything."""
+    """Does the sampler always choose the same tokens? A greedy one does, and so does one with a
+    seed that has not drawn yet. A subclass may do anything."""
     if type(choose) is not Sampler:
         return False
     if choose.temperature == 0:
@@ -82,5 +82,5 @@ def is_deterministic(choose: Sampler) -> bool:
 
 @cache
 def rounding() -> dict:
-    """What decides how products are rounded, and so, where two logits are that close, the token."""
+    """What decides how products are rounded, and so the token where two logits nearly tie."""
     return {"numpy": np.__version__, "machine": platform.machine()}

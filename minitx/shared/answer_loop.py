@@ -1,6 +1,6 @@
-"""For caches of whole answers: a token loop whose batches run only the prompts that are not stored.
+"""For caches of whole answers: a token loop whose batches run only prompts without a stored answer.
 
-A technique adds ``__call__`` for one prompt, and ``begin``, which looks a prompt up.
+A technique adds ``__call__`` for one prompt, and ``begin``, which looks up its answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,14 @@ class NewAnswer(Protocol):
 class AnswerLoop(TokenLoop):
     """Base class of loops around a store of answers."""
 
-    inner: Part  # the loop that generates those that are not stored
+    inner: Part  # the loop that generates the other answers
 
     def begin(
         self, model: Transformer, ids: Sequence[int], choose: Sampler, limit: int, held: int = 0
     ) -> tuple[list[int], NewAnswer]:
-        """The stored answer, [] if there is none; and what is told the tokens that are generated.
-        held: tokens of the prompt that were run before, if that makes a difference."""
+        """The stored answer, [] if there is none; and the new answer, to which the loop adds the
+        tokens that are generated. held: tokens of the prompt that were run before, if that can
+        change the answer."""
         raise NotImplementedError
 
     def batch(
@@ -50,7 +51,7 @@ class AnswerLoop(TokenLoop):
         for t, tokens in enumerate(steps):
             generated = dict(zip(missing, tokens))
             for row, token in generated.items():
-                if not begun[row][1].ended:  # then a row may yield anything
+                if not begun[row][1].ended:  # after its end a row may yield anything
                     begun[row][1].add(token)
             yield [
                 generated[row] if row in generated else stored[min(t, len(stored) - 1)]

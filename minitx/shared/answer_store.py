@@ -33,7 +33,7 @@ MEMORY = "memory"  # the file's name for a store in this process only
 NAME = "answers.sqlite"
 SQLITE, APPLICATION, SCHEMA = b"SQLite format 3\0", 0x6D747861, 1  # "mtxa"
 WAIT = 1.0  # seconds that a new answer waits for another process that writes
-WAIT_FOR_USE = 0.02  # and the note that an answer was used
+WAIT_FOR_USE = 0.02  # seconds that a hit waits for it to mark the answer as used
 ROW = 250  # bytes that an answer takes besides its ids, in the table and its indexes
 
 TABLES = (
@@ -53,9 +53,9 @@ def default_file() -> Path:
     """``answers.sqlite`` in $MINITX_CACHE, or in the user's cache folder."""
     if folder := os.environ.get("MINITX_CACHE"):
         return Path(folder) / NAME
-    above = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(above):  # others have to be ignored, says its specification
-        return Path(above) / "minitx" / NAME
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(caches):  # the XDG specification says to ignore a relative path
+        return Path(caches) / "minitx" / NAME
     try:
         return Path.home() / ".cache" / "minitx" / NAME
     except RuntimeError:  # a user without a home
@@ -88,7 +88,7 @@ class AnswerStore(Part):
         return type(self), (self.file, self.megabytes)
 
     def forget(self) -> None:
-        """From now on, an empty store in memory. The file stays as it is: it is the user's."""
+        """Become an empty store in memory. The file is the user's, and stays as it is."""
         object.__setattr__(self, "database", Database(MEMORY, self.limit))
 
     def find(self, key: bytes) -> list[int] | None:
@@ -114,14 +114,14 @@ def encode(ids: Sequence[int]) -> bytes:
 
 
 def checksum(key: bytes, near: bytes | None, ids: bytes) -> bytes:
-    """Both keys belong to it: an answer must not be found under another key."""
+    """A hash of the ids and of both keys, so that no answer is served under another key."""
     pieces = (key, near or b"", ids)
     return sha256(b"".join(len(p).to_bytes(8, "little") + p for p in pieces)).digest()[:16]
 
 
 def decoded(row: tuple, wanted: bytes) -> list[int] | None:
-    """The ids of a row (key, near, ids, checksum), or None if it is not as it was written, or not
-    the one that is wanted (a damaged index may lead anywhere)."""
+    """The ids of a row (key, near, ids, checksum); None if the row is damaged, or is not the one
+    that is wanted (a damaged index may lead to any row)."""
     key, near, ids, expected = row
     blobs = all(isinstance(blob, bytes) for blob in (key, ids, expected, near or b""))
     if not blobs or len(ids) % 4 or checksum(key, near, ids) != expected:
@@ -146,11 +146,11 @@ class Open:
             self.connection.close()
 
 
-of_parents: list[Open] = []  # kept: to close a connection in a forked process is not allowed
+of_parents: list[Open] = []  # kept open: SQLite forbids a forked child to close a connection
 
 
 class Database:
-    """One file, or memory, with a limit in bytes. Failures end in one warning of each kind."""
+    """One file, or memory, with a limit in bytes. A failure is a warning, once for each kind."""
 
     def __init__(self, file: str | None, limit: int):
         self.file, self.limit = file, limit
@@ -232,7 +232,7 @@ class Database:
                 db.execute(f"PRAGMA busy_timeout = {int(1000 * WAIT)}")
                 return task(db)
         except MinitxError as error:
-            self.warn("unfit", f"{error} Until then, answers are not kept.")
+            self.warn("unfit", f"{str(error).removesuffix('.')}; until then, answers are not kept.")
         except DAMAGE as error:
             kind = kind_of(error)
             self.warn(kind, f"{self.path}: {FAILURES[kind].format(error)}")
@@ -252,7 +252,7 @@ FAILURES = {  # while answers are generated
 
 
 def kind_of(error: Exception) -> str:
-    """The kind of failure: SQLite says it in words only (before Python 3.11)."""
+    """The kind of failure, from SQLite's message: before Python 3.11 there is no error code."""
     said = str(error)
     if "locked" in said or "busy" in said:
         return "locked"
@@ -262,8 +262,8 @@ def kind_of(error: Exception) -> str:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All that happens in the ``with`` block, or nothing of it. It waits for other writers first,
-    so that nothing that was read inside is changed by them."""
+    """Everything in the ``with`` block happens, or nothing. It takes the write lock first, so no
+    other process changes what is read inside."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -299,7 +299,10 @@ def connect(file: str | Path) -> sqlite3.Connection:
         with suppress(FileExistsError):  # answers are nobody else's business
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError as error:
-        raise MinitxError(f"{path}: cannot be made ({error.strerror or error}).") from None
+        raise MinitxError(
+            f"{path}: cannot be made ({error.strerror or error}); give another file, or set "
+            "MINITX_CACHE to another folder."
+        ) from None
     db = opened(path)
     try:
         check_database(path, db)
@@ -320,8 +323,7 @@ def opened(path: str | Path) -> sqlite3.Connection:
 
 
 def check_file(path: str | Path) -> None:
-    """Refuse what is there under this name, unless it is a cache of answers. Nothing is opened for
-    writing."""
+    """Refuse an existing file that is not a cache of answers. Nothing is opened for writing."""
     from minitx.checkpoints.common import open_file  # here: most of minitx does not need it
 
     if path == MEMORY or "\0" not in str(path) and not os.path.lexists(path):
@@ -449,7 +451,7 @@ def clear(path: Path, model: str | None = None) -> int:
     except Damaged:
         if model is not None:
             raise
-        for name in (f"{path}-wal", f"{path}-shm", f"{path}-journal", path):  # the file at last
+        for name in (f"{path}-wal", f"{path}-shm", f"{path}-journal", path):  # the file last
             with suppress(FileNotFoundError):
                 os.unlink(name)
         return 0
@@ -484,15 +486,17 @@ def inspected(path: Path) -> Iterator[sqlite3.Connection]:
 # Notes:
 #
 # - Write-ahead log (WAL): readers and one writer do not wait for each other, and a commit is one
-#   write to the log, without waiting for the disk (synchronous=NORMAL). After kill -9 all that was
-#   committed is there; after a power failure the last answers may be missing, the file is whole.
+#   write to the log, without waiting for the disk (synchronous=NORMAL). After kill -9 everything
+#   that was committed is there; after a power failure the last answers may be missing, but the file
+#   is intact.
 #   The log is at most about 4 MB, and gone when the last process closes the file. WAL needs memory
 #   shared between processes: two machines must not use one file over a network.
-# - One answer of 200 tokens: put 0.08 ms, found 0.05 ms, not found 0.01 ms (one thread, medians).
-# - The limit counts 250 bytes for each row, its keys and indexes. Files of 20 to 1,000 tokens per
-#   answer took 0.78 to 1.11 of what is counted. Evicted rows leave pages that are used again.
-# - Only hashes of prompts are kept, but the answers themselves; the file is readable by its owner
-#   only (mode 600).
+# - One answer of 200 tokens: 0.08 ms to store, 0.05 ms to find, 0.01 ms if there is none (one
+#   thread, medians).
+# - The limit counts 250 bytes per answer for its row, keys and indexes. Files with 20 to 1,000
+#   tokens per answer took 0.78 to 1.11 of what was counted. Pages of evicted rows are reused.
+# - Of prompts only hashes are stored, but of answers the tokens; so only its owner can read the
+#   file (mode 600).
 # - LRU order is a counter, not the clock, which may be set back. An answer that is found is marked
 #   as used, unless another process is writing for longer than 20 ms.
 # - ``minitx cache clear`` deletes a file only if its header says that it is a cache of answers.

@@ -1,9 +1,10 @@
-"""Draft and verify: something cheap proposes tokens, one pass of the target model checks them all.
+"""Draft and verify: a cheap draft proposes tokens, one pass of the target model verifies them all.
 
 From top to bottom: the rule that accepts or replaces a draft token, which keeps the target's
-distribution exact; the verification of a round; the decoding loop; what a draft has to do. Who
-proposes is the business of the techniques (speculative: a second model; prompt_lookup: the text so
-far; self_speculative: the model's own first layers), and how many tokens that of draft_length.py.
+distribution exact; the verification of a round; the decoding loop; the interface of a draft. Each
+technique brings its own draft (speculative: a second model; prompt_lookup: the text so far;
+self_speculative: the model's own first layers). How many tokens a round proposes is decided in
+draft_length.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +22,14 @@ from minitx.tree import Part, part
 
 
 def accept_or_resample(p: np.ndarray, q: np.ndarray, x: int, sampler: Sampler) -> int:
-    """A token with the target's distribution p (V,), made from a token x with the distribution
-    q (V,): x itself if it is accepted, a token from the residual distribution if it is rejected.
+    """Accept the draft token x, which was drawn from q (V,), or reject it and draw another one from
+    the residual distribution: the token returned has the target's distribution p (V,).
 
     Why this is exact: token y is proposed and accepted with probability
         q(y) min(1, p(y) / q(y)) = min(p(y), q(y)).
-    Summed over all y, that leaves 1 - sum(min(p, q)) = sum(max(0, p - q)) for a rejection, which
-    then gives y with probability max(0, p(y) - q(y)) / sum(max(0, p - q)). In all, the probability
-    that y is emitted is
+    Summed over all y, that leaves 1 - sum(min(p, q)) = sum(max(0, p - q)) for a rejection, after
+    which y is drawn with probability max(0, p(y) - q(y)) / sum(max(0, p - q)). In all, y is emitted
+    with probability
         min(p(y), q(y)) + max(0, p(y) - q(y)) = p(y).
     """
     accept = min(1.0, p[x] / q[x])  # q[x] > 0, since x was drawn from q
@@ -51,7 +52,7 @@ class Proposal(NamedTuple):
     """A draft token, and the distribution that it was drawn from."""
 
     x: int
-    q: np.ndarray | None = None  # (V,); None: x was certain (greedy, or looked up), q is one-hot
+    q: np.ndarray | None = None  # (V,); None: one-hot, of a deterministic draft (greedy, a lookup)
     logits: np.ndarray | None = None  # (V,) the draft's; None: no model proposed x
 
     @property
@@ -115,7 +116,7 @@ class Speculative(TokenLoop):
             yield from new
 
 
-# Drafts ------------------------------------------------------------------------------------------
+# The interface of a draft ------------------------------------------------------------------------
 
 
 class Draft(Part):
@@ -128,8 +129,8 @@ class Draft(Part):
 
 
 class Drafting:
-    """A draft at work on one sequence. It lives as long as the loop, so what it knows of the text
-    must be undone by ``rewind``."""
+    """A draft at work on one sequence. It lives as long as the loop, so ``rewind`` must undo
+    whatever it keeps about rejected tokens."""
 
     def __init__(self, model: Transformer, state: State):
         self.model, self.state = model, state  # of the target
@@ -152,8 +153,9 @@ class Drafting:
 def draw_one_by_one(
     next_logits: Callable[[list[int]], np.ndarray], ids: list[int], sampler: Sampler
 ) -> Iterator[Proposal]:
-    """Proposals of a model: ``next_logits(ids)`` reads the ids, which continue its text, and
-    returns the logits (V,) of the next token, which is the next to be read."""
+    """The proposals of a draft model, one at a time. ``next_logits(ids)`` feeds it the ids and
+    returns the logits (V,) of the next token. A proposal is fed back when the next one is asked
+    for."""
     while True:
         logits = next_logits(ids)
         if sampler.temperature == 0:

@@ -1,12 +1,12 @@
 """How many tokens a draft proposes in a round: a fixed number, or until the draft is unsure.
 
-Any rule leaves the distribution of the text what it was, as long as a token that was drawn is also
-verified. The rule of draft_and_verify.py turns one proposal, whatever came before it, into a token
-of the target's distribution; whether there is a next proposal may depend on all tokens and draft
-distributions so far, and on earlier rounds, since none of that looks at what the target will say.
-What would be wrong is to draw x and then drop it because it is unlikely: the proposals that are
-left would follow another distribution than q. So the token at which a draft stops is the last one
-that it proposes.
+Any rule leaves the distribution of the text unchanged, as long as every token that was drawn is
+also verified. ``accept_or_resample`` turns one proposal, whatever came before it, into a token with
+the target's distribution. Whether there is a next proposal may depend on all tokens and draft
+distributions so far, and on earlier rounds, since none of these depend on the target's logits in
+this round. What would be wrong is to draw x and then drop it because it is unlikely: the remaining
+proposals would not be distributed as q. So the unlikely token at which a draft stops is proposed
+too, as the last one.
 """
 
 from collections.abc import Iterator
@@ -17,16 +17,19 @@ from minitx.shared.draft_and_verify import Proposal
 from minitx.technique import at_least, between
 from minitx.tree import Part, part
 
-# The options of the techniques; stop and adapt if a model is the draft.
+# The options of the techniques. Stop and Adapt are for drafts that are models.
 Gamma = Annotated[
     int, "draft tokens per round, at most; 0 is plain decoding", at_least(0, limit=1024)
 ]
 Stop = Annotated[
     float,
-    "stop drafting after a token to which the draft gives a lower probability; 0: never",
+    "end a round after a token to which the draft gives a probability below this; 0: never",
     between(0, 1),
 ]
-Adapt = Annotated[bool, "adjust stop after each round, as Draft & Verify does"]
+Adapt = Annotated[
+    bool,
+    "adjust stop after each round, so that 90 % of the draft tokens are accepted (Draft & Verify)",
+]
 
 
 def draft_length(gamma: int, stop: float, adapt: bool) -> Part:
@@ -43,22 +46,23 @@ class FixedLength(Part):
     gamma: int
 
     def begin(self) -> "FixedLength":
-        """What decides for one sequence: nothing needs to be remembered."""
+        """The rule for one sequence, with its state; this one has none."""
         return self
 
     def take(self, proposals: Iterator[Proposal], room: int) -> list[Proposal]:
-        """The proposals of a round, at most ``room``: those that are not taken are not drafted."""
+        """The proposals of a round, at most ``room``. Those that are not taken are never computed,
+        since the iterator is lazy."""
         return list(islice(proposals, min(self.gamma, room)))
 
     def learn(self, proposed: int, accepted: int) -> None:
-        """Note how a round went: nothing to learn."""
+        """Adjust the rule after a round; this one is fixed."""
 
 
 @part
 class AdaptiveLength(Part):
-    """``gamma`` tokens in the first round, two more after a round that accepted all, one less after
-    another one: for drafts without probabilities (from the transformers library, where it is the
-    "heuristic" schedule)."""
+    """``gamma`` tokens in the first round; two more after a round in which all were accepted, one
+    fewer after any other: for drafts without probabilities (the "heuristic" schedule of the
+    transformers library)."""
 
     gamma: int
 
@@ -76,7 +80,7 @@ class GrowOrShrink:
         return list(islice(proposals, min(self.gamma, room)))
 
     def learn(self, proposed: int, accepted: int) -> None:
-        if proposed:  # else nothing was looked up, which says nothing of gamma
+        if proposed:  # a round without proposals says nothing about gamma
             self.gamma = self.gamma + 2 if accepted == proposed else max(1, self.gamma - 1)
 
 
@@ -95,13 +99,13 @@ class StopWhenUnsure(Part):
         return until_unsure(proposals, min(self.gamma, room), self.stop)
 
     def learn(self, proposed: int, accepted: int) -> None:
-        """Nothing to learn."""
+        """This rule is fixed too."""
 
 
 @part
 class AdaptiveStop(Part):
-    """The same with a threshold that begins at ``stop`` and moves so that 90 % of the proposals are
-    accepted (Zhang et al., "Draft & Verify", ACL 2024, arXiv 2309.08168)."""
+    """``StopWhenUnsure`` with a threshold that starts at ``stop`` and is adjusted so that 90 % of
+    the proposals are accepted (Zhang et al., "Draft & Verify", ACL 2024, arXiv 2309.08168)."""
 
     gamma: int
     stop: float
@@ -111,11 +115,11 @@ class AdaptiveStop(Part):
 
 
 class MovingStop:
-    """An ``AdaptiveStop`` at work on one sequence. The constants are the paper's: with them, the
-    threshold moves by 0.001 a round."""
+    """An ``AdaptiveStop`` at work on one sequence. The constants are those of the authors' code.
+    The threshold moves by (1 - stop_kept) * step = 0.001 a round."""
 
     target, step = 0.9, 0.01  # the acceptance rate to reach; how far to move the threshold
-    rate_kept, stop_kept = 0.5, 0.9  # how much a moving average keeps of its old value
+    rate_kept, stop_kept = 0.5, 0.9  # the weight of the old value in each moving average
 
     def __init__(self, gamma: int, stop: float):
         self.gamma, self.stop = gamma, stop

@@ -1,4 +1,4 @@
-"""The logarithms of a model's next-token probabilities, for techniques that compare two models."""
+"""The logarithms of a model's next-token probabilities."""
 
 import numpy as np
 

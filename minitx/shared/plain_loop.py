@@ -10,10 +10,14 @@ from minitx.tree import Part, walk
 def need_plain_loop(lm: LM, who: str) -> None:
     """Refuse a model whose decoding loop was replaced or wrapped already; who: the technique."""
     if type(lm.decode) is not Autoregressive:
+        there = loop_owner(lm.decode)
+        found = REGISTRY.get(there)
+        # Of two loops that replace the plain one, neither can be around the other.
+        around = found is not None and (who in found.after or found.level == "answer")
+        both = "apply both at once to the model without it, or " if around else ""
         raise MinitxError(
-            f"{who} replaces the decoding loop, and this model already has that of "
-            f"{loop_owner(lm.decode)}; apply both at once to the model without it, or use one of "
-            "the two."
+            f"{who} replaces the decoding loop, and this model already has that of {there}; {both}"
+            "use one of the two."
         )
 
 

@@ -1,9 +1,10 @@
-"""A small model that may answer instead of the big one: its answers, and examples to calibrate who
-should.
+"""For techniques in which a small model may answer instead of the big one: its answers, and the
+examples that calibrate which model answers.
 
 An example is a prompt with the greedy answers of both models. The small answer counts as right if
-it equals the big one's, token by token: that needs no labels, so any text will do, and it is what
-is promised to whoever turns such a technique on. (A lab that has labels can grade both.)
+it equals the big one's, token by token. That needs no labels, so any text will do, and it is what
+such a technique promises: the big model's answer for less work. (Labels, where a measurement has
+them, can grade both.)
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +21,10 @@ from minitx.model import Transformer
 from minitx.progress import bar
 from minitx.shared.same_beginning import state_for
 from minitx.state import State
-from minitx.tree import walk
+from minitx.tree import with_empty_stores
 from minitx.values import at_least
 
-# The types of the options stories, cuts and tokens, for every technique that calibrates like this.
+# The options stories, cuts and tokens of every technique that calibrates like this.
 Stories = Annotated[
     int, "calibration stories (with calibrate: passages of the text)", at_least(1, limit=1000)
 ]
@@ -34,7 +35,7 @@ Cuts = Annotated[
     at_least(1, limit=1000),
 ]
 AnswerTokens = Annotated[
-    int, "tokens of a calibration answer: as many as the answers that you will ask for",
+    int, "tokens of a calibration answer; give the length of the answers that you will ask for",
     at_least(1, limit=1000),
 ]  # fmt: skip
 
@@ -78,7 +79,8 @@ def confidence(logits: np.ndarray, token: int) -> tuple[float, float]:
     z = logits.astype(np.float64) - logits.max()
     log_p = z - np.log(np.exp(z).sum())
     ledger.count(multiply_adds=z.size)  # p ln p, summed
-    entropy = -(np.exp(log_p) * log_p).sum() / np.log(z.size)
+    possible = log_p[log_p > -np.inf]  # 0 ln 0 is 0
+    entropy = -(np.exp(possible) * possible).sum() / np.log(max(z.size, 2))  # of one token: 0
     return float(log_p[token]), float(entropy)
 
 
@@ -92,12 +94,17 @@ def uniform_of(ids: Sequence[int], seed: int) -> float:
 
 
 def cut_for_share(scores: Sequence[float], share: float) -> float:
-    """The least score that is kept if this share of them, rounded up, is kept: +Inf for none, -Inf
-    for all (of other scores too)."""
+    """The threshold that keeps this share of the scores, rounded up: the lowest score that is kept;
+    +Inf keeps none and -Inf all, of any other scores too."""
     keep = int(np.ceil(round(len(scores) * share, 6)))
     if keep <= 0:
         return float("inf")
     return float("-inf") if keep >= len(scores) else float(np.sort(scores)[-keep])
+
+
+def finite(cut: float) -> float:
+    """The cut, but no Inf, which cannot be written to a file: any score is between these."""
+    return float(np.clip(cut, -1e99, 1e99))
 
 
 # Calibration -------------------------------------------------------------------------------------
@@ -115,6 +122,7 @@ def examples_of(
     """Calibration examples for the technique ``who``, text after text. MinitxError if there are not
     at least two."""
     texts, found = calibration_ids(who, lm, stories, instead), []
+    lm = with_empty_stores(lm)
     for ids in bar(texts, f"{who}: calibrate", unit="text", delay=1.0):
         prompts = [ids[:at] for at in cuts_of(len(ids), cuts, tokens)]
         prompts = [p for p in prompts if len(p) + tokens <= small.config.context]
@@ -130,11 +138,10 @@ def examples_of(
         )  # fmt: skip
         for prompt, answer, big in zip(prompts, small_answers, big_answers):
             found.append(Example(prompt, answer, answer.tokens == big))
-    forget(lm)
     if len(found) < 2:
         raise MinitxError(
-            f"{who} calibrates on texts of more than tokens={tokens} tokens, and got "
-            f"{len(found) or 'none'}; give more text, or {instead}."
+            f"{who} needs two calibration prompts or more, cut from texts of more than "
+            f"tokens={tokens} tokens, and got {len(found) or 'none'}; give more text, or {instead}."
         )
     return found
 
@@ -147,7 +154,8 @@ def cuts_of(length: int, cuts: int, tokens: int) -> list[int]:
 
 
 def in_turn(model: Transformer, prompts: Sequence[list[int]], answer: Callable) -> list:
-    """``answer(state, prompt)`` for prompts of which each begins with the one before."""
+    """``answer(state, prompt)`` for each of the prompts, every one of which begins with the one
+    before it, so that only the rest has to be run."""
     state, held, found = None, (), []
     for prompt in prompts:
         state, held = state_for(model, prompt, held, state), prompt
@@ -178,6 +186,7 @@ def relative_cost(lm: LM, examples: Sequence[Example], tokens: int, work: Callab
     total, of_model = 0, 0
     for example in examples[:: max(len(examples) // SAMPLED, 1)]:
         prompt = example.prompt
+        lm = with_empty_stores(lm)
         with ledger.counting(lm) as counts:
             work(prompt)
         total += counts.total().multiply_adds
@@ -185,14 +194,7 @@ def relative_cost(lm: LM, examples: Sequence[Example], tokens: int, work: Callab
             state = new_state(lm.model, prompt)
             up_to_end(lm.decode(lm.model, state, prompt, Sampler(), tokens), lm)
         of_model += counts.total().multiply_adds
-        forget(lm)
     return total / of_model
 
 
 SAMPLED = 6  # prompts whose costs are counted
-
-
-def forget(lm: LM) -> None:
-    """Clear what the calibration has left in caches."""
-    for _, node in walk(lm):
-        node.forget()

@@ -2,8 +2,9 @@
 2305.09781): several guesses of how a text goes on are checked at once.
 
 A token of the tree sees the text before it, its own ancestors and itself. Its position is that of
-the root plus its depth, so tokens on different branches share positions, and positions alone do not
-tell who sees whom (``Tokens.unseen`` does). After the pass one path is kept in the KV cache.
+the root plus its depth, so tokens on different branches share positions, and the mask cannot be
+computed from the positions (``Tokens.unseen`` is the mask). After the pass one path is kept in the
+KV cache.
 
         the root is "once"      0 once        node    0   1   2   3   4
                                / \\            parent  -   0   1   0   3
@@ -48,8 +49,8 @@ class TokenTree:
         return len(self.ids)
 
     def add(self, parent: int, token: int) -> int:
-        """The child of a node with this token, which is added unless it is there already: two
-        guesses that begin alike share their first nodes."""
+        """The child of a node with this token, which is added unless it is there already: guesses
+        with a common prefix share its nodes."""
         node = self.children.setdefault((parent, token), len(self.ids))
         if node == len(self.ids):
             self.ids.append(token)
@@ -73,9 +74,8 @@ class TokenTree:
 
 
 class TreeStep:
-    """What the model takes instead of a ``State``, for one pass over the tokens of a tree, whose
-    root is the token after those in the state. The state must have one row for each of its
-    tokens."""
+    """Takes the place of the ``State`` in one pass over the tokens of a tree. The root is the token
+    after those in the state, of which the KV cache must hold one row for each."""
 
     def __init__(self, state: State, tree: TokenTree):
         self.state, self.tree = state, tree
@@ -110,13 +110,13 @@ class TreeStep:
 
 
 def follow(tree: TokenTree, logits: np.ndarray, choose: Sampler) -> tuple[list[int], list[int]]:
-    """The tokens that the model generates after the root, as far as the tree has them, and one
-    more; and the path of nodes that have been fed, the root included. logits (T, V): row i is that
+    """(new tokens, path): the tokens that the model generates after the root, as far as they are in
+    the tree, and one more; and their nodes, beginning with the root. logits (T, V): row i is that
     of node i.
 
     Each token is drawn from the model's own distribution, exactly as without a tree: a guess
     decides only whether the next distribution is known already. That is the acceptance rule of
-    speculative decoding for guesses that are certain (q is one-hot: accept x with probability p(x),
+    speculative decoding for a deterministic draft (q is one-hot: accept x with probability p(x),
     else draw from p without x), and the sampler draws the same random numbers as in plain decoding.
     """
     node, path, new = 0, [0], []

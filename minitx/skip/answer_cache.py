@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-
 from minitx import ledger
 from minitx.decode import Sampler
 from minitx.errors import MinitxError
@@ -20,15 +18,17 @@ from minitx.model import Transformer
 from minitx.shared.answer_key import digest_of, key_of, prompt_field, request
 from minitx.shared.answer_loop import AnswerLoop
 from minitx.shared.answer_store import MEMORY, AnswerStore, check_file, default_file
+from minitx.shared.token_text import TokenText
 from minitx.state import State
 from minitx.technique import at_least, decides, technique
-from minitx.tree import Part, part, table
+from minitx.tree import Part, part
 
 
 @technique(
     level="answer",
     exact=True,
     neutral={"megabytes": 0.0},
+    after=("cascade", "majority_vote", "router"),
     demo={"file": MEMORY},
     event="exact hits",
 )
@@ -45,7 +45,8 @@ def answer_cache(
     ] = None,
     normalize: Annotated[
         bool,
-        "approximate: prompts that differ only in case, blanks or Unicode form get the same answer",
+        "approximate: prompts that differ only in case, whitespace or Unicode form get the same "
+        "answer",
     ] = False,
 ):
     """Answer a request that was answered before from a file, without running the model.
@@ -54,8 +55,8 @@ def answer_cache(
                learning", Nature 218, 1968. The tiers are those of GPTCache (zilliztech/GPTCache).
     Fidelity:  our own: GPTCache keys on the last message and drops the temperature; here the key is
                everything that can change the answer.
-    Kind:      exact: what was generated before for the same request. Only normalize=true is
-               approximate: another prompt's answer.
+    Kind:      exact: the tokens that were generated before for the same request. normalize=true is
+               approximate: it may serve another prompt's answer.
     Idea:      The same model, prompt and settings give the same answer, so keep it.
     Offline:   nothing.
     Online:    key = sha256(canonical JSON of: version and source of minitx, NumPy and machine;
@@ -64,13 +65,15 @@ def answer_cache(
                key in the file:  yield its ids; the model does not run
                otherwise:        run the inner loop; store the ids before the last one is yielded
                not deterministic (temperature above 0 without a seed): run the inner loop only
-               above the limit:  evict the least recently used answers
-    Saves:     the whole answer if a request comes again; nothing if none does, as in minitx
-               compare. Stored: 4 bytes for each token and 250 for each answer.
-    In NumPy:  a hit takes 0.1 to 0.3 ms, however long; a miss costs 0.2 ms. The first request of a
-               process hashes the model (1.3 GB/s) and minitx's source: 15 ms more on stories.
+               above the size limit: evict the least recently used answers
+    Saves:     the whole answer if a request is repeated; nothing if none is, as in minitx compare.
+               Stored: 4 bytes per token, and about 250 per answer.
+    In NumPy:  a hit takes 0.1 to 0.3 ms, however long the answer; a miss adds 0.2 ms. The first
+               request of a process hashes the model (1.3 GB/s) and minitx's source: 15 ms more on
+               stories.
     Not for:   answers that should differ each time: without a seed it does nothing. normalize=true
-               only where case and spaces mean nothing: "us" and "US" are one prompt then.
+               is only for text in which case and whitespace do not matter: it treats "us" and "US"
+               as one prompt.
     Proof:     tests/skip/test_answer_cache.py; literal version: tests/skip/literal_answer_cache.py
     Tutorial:  tutorials/17_answer_once.py
     """
@@ -85,7 +88,8 @@ def answer_cache(
 
 
 def checked(file: str | None) -> str | None:
-    """The file as an absolute path; refused now, before any work, if it cannot hold answers."""
+    """The file as an absolute path. MinitxError, before any work is done, if it cannot hold
+    answers."""
     if file is None or file == MEMORY:
         check_file(default_file() if file is None else file)
         return file
@@ -158,13 +162,13 @@ class AnswerCache(AnswerLoop):
 
 
 class Request:
-    """What is asked for: its key, that of the normalized tier or None, and how many tokens."""
+    """What is asked for: its key, its key in the normalized tier (or None), and the limit."""
 
     def __init__(self, key: bytes, near: bytes | None, limit: int):
         self.key, self.near, self.limit = key, near, limit
 
     def fit(self, model: Transformer, ids: list[int] | None) -> list[int]:
-        """The ids, as many as were asked for; [] if they are no complete answer."""
+        """The ids up to the limit; [] if they are not a complete answer."""
         ids = (ids or [])[: self.limit]
         ends = model.config.eos
         complete = ids and (len(ids) == self.limit or ids[-1] in ends)
@@ -173,7 +177,7 @@ class Request:
 
 class Answer:
     """An answer that is being generated. It is stored when it is complete: at the first
-    end-of-text, and at the limit if the caller goes on until then."""
+    end-of-text, and once more at the limit if the caller goes on until then."""
 
     def __init__(self, cache: AnswerCache, model: Transformer, asked: Request | None):
         self.cache, self.ends, self.asked = cache, model.config.eos, asked
@@ -196,12 +200,9 @@ class Answer:
 
 @part
 class NormalizedText(Part):
-    """The text of a prompt, in which case, blanks and the Unicode form make no difference.
+    """The text of a prompt, in which case, spaces and the Unicode form make no difference."""
 
-    letters: the bytes of all tokens one after another; ends: where each of them ends."""
-
-    letters: np.ndarray = table()
-    ends: np.ndarray = table()
+    tokens: Part
     bos: int | None = None  # in front of every prompt, which is no letter of its first word
 
     @classmethod
@@ -211,20 +212,16 @@ class NormalizedText(Part):
                 "answer_cache needs a tokenizer to normalize prompts, and this model has none; "
                 "load it with tokenizer=PATH, or leave out normalize."
             )
-        tokens = [lm.tokenizer.token_bytes(i, previous=i) for i in range(len(lm.tokenizer))]
-        letters = np.frombuffer(b"".join(tokens), np.uint8)
-        return cls(letters, np.cumsum([len(token) for token in tokens]), lm.model.config.bos)
+        return cls(TokenText.of(lm.tokenizer), lm.model.config.bos)
 
     def __call__(self, ids: Sequence[int]) -> str:
-        letters, ends = self.letters, self.ends
         ids = ids[1:] if ids[0] == self.bos else ids
-        pieces = (letters[ends[i - 1] if i else 0 : ends[i]].tobytes() for i in ids)
         # Bytes that are no UTF-8 stay different from each other.
-        return normalized(b"".join(pieces).decode("utf-8", "surrogateescape"))
+        return normalized(self.tokens(ids).decode("utf-8", "surrogateescape"))
 
 
 def normalized(text: str) -> str:
-    """Unicode form NFC, case folded, and one space for each run of blanks."""
+    """Unicode form NFC, case folded, and one space for each run of whitespace."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
@@ -233,23 +230,23 @@ def normalized(text: str) -> str:
 # - minitx generate "Once upon a time" --answer-cache, on stories, one thread: 424 ms the first time
 #   and 267 ms the second, of which starting Python and reading the model take about 240. Within one
 #   process a hit of 100 tokens took 0.3 ms where generating them took 600 (a busy machine).
-# - No answer is kept whose caller stopped early, or whose generation failed. A text is kept up to
-#   its end, and again, longer, for a caller that goes on after it (minitx compare does).
-# - After a hit the state is as it was, and the sampler has drawn nothing; lm.generate makes new
-#   ones for each request. A sampler that has drawn before is bypassed: its next text is another.
-# - A model that decides by steps may answer differently if a beginning of the prompt was run
-#   before, in a step of its own; how many tokens that were belongs to its key. Where each token
-#   decides for itself, they do not, and a warm state is served too.
-# - The key has the source of minitx, so whoever edits a file of it gets no answers of before. It
+# - An answer is not stored if its caller stopped early or its generation failed. A text is stored
+#   up to its end, and again, longer, for a caller that goes on after it (minitx compare does).
+# - A hit leaves the state and the sampler unchanged; lm.generate makes new ones for each request. A
+#   sampler that has drawn before is bypassed: its next text differs from its first.
+# - Where parts decide for all tokens of a step together, the answer may depend on how the prompt
+#   was divided into steps, so the key has the number of tokens that were run before. Where every
+#   part decides token by token, it has not, and a state that holds part of the prompt hits too.
+# - The key has a hash of minitx's source, so editing any of its files invalidates all answers. It
 #   has NumPy's version and the kind of machine, but not the number of BLAS threads, nor which
 #   kernels BLAS picks for the CPU: these change the rounding, which decides only between two logits
-#   that tie within it. What is served then was right where it was generated.
+#   that tie within it. What is served then is what was generated elsewhere.
 # - Weights that are changed in place are not noticed: the digest of a model is computed once.
 # - The limit belongs to the key, although a text that ended before it would be the same under any
-#   larger one: a loop may plan by it. The normalized tier leaves it out, since by default it
-#   depends on how long the prompt is, and cuts a stored answer that is longer.
-# - The normalized tier reads the tokens' text, so it needs a tokenizer when it is applied. Case,
-#   blanks and composed characters are all that it forgives: no synonyms, no other word order. Its
-#   hits are counted apart ("normalized hits"), so a report shows how many were another prompt's.
+#   larger one: a loop may depend on it. The normalized tier leaves it out, since by default it
+#   depends on the prompt's length; a stored answer that is longer is truncated.
+# - The normalized tier reads the tokens' text, so it needs a tokenizer when it is applied. It
+#   ignores case, whitespace and composed characters only, not synonyms or word order. Its hits are
+#   counted separately ("normalized hits"), so a report shows how many were another prompt's.
 # - minitx compare, batch and first-token measure with an empty store in memory and leave the file
 #   alone; minitx cache stats shows what is in it, minitx cache clear empties it.

@@ -38,7 +38,8 @@ def big_little(
     small: Annotated[str, f"the small model: {SMALL_NAMES}"] = "auto",
     fallback: Annotated[
         float,
-        "hand over where the small model's largest probability is below this; 0: never",
+        "hand over to the big model where the small model's largest probability is below this; 0: "
+        "never",
         between(0, 1),
     ] = 0.6,
     rollback: Annotated[
@@ -52,42 +53,46 @@ def big_little(
     ] = 10,
     choose: Annotated[
         Literal["confidence", "random"],
-        "where the small model hands over; random: a baseline, with the probability rate",
+        "where the small model hands over: confidence: see fallback; random: a baseline, see rate",
     ] = "confidence",
-    rate: Annotated[float, "of choose=random", between(0, 1)] = 0.38,
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+    rate: Annotated[
+        float, "probability of handing over at a token, with choose=random", between(0, 1)
+    ] = 0.38,
+    seed: Annotated[int, "seed of choose=random", SEEDS] = 0,
 ):
     """A small model drafts while it is confident; the big one checks, and corrects what is far off.
 
     Paper:     Kim et al., "Speculative Decoding with Big Little Decoder" (BiLD), NeurIPS 2023,
                arXiv 2302.07863.
-    Fidelity:  a reconstruction from notes on the paper and the authors' code. Ours: every draft
-               token is tested (by the notes, their code looks at the first far one alone); a far
-               token that is the argmax is kept; choose=random.
+    Fidelity:  a reconstruction from notes on the paper and the authors' code. A token above
+               rollback that is the argmax is kept, as in their code; ours: the tokens after it are
+               tested too (theirs looks at the first one above rollback only); choose=random.
     Kind:      approximate. With rollback below ln 2 = 0.693 greedy text is the big model's, except
-               for ties that rounding decides: a token that is kept then has P > 1/2, or it is the
-               argmax.
+               for ties that rounding decides: a token within rollback then has P > 1/2, so it is
+               the argmax.
     Idea:      Most tokens are easy, and the small model knows which: its largest probability is
-               high. It writes those. The big model reads them in one pass, which costs little more
-               than a pass for one token, and takes over where they are unlikely.
+               high. It writes those. The big model reads them in one pass, which takes little more
+               time than a pass over one token, and replaces the first that it finds unlikely.
     Offline:   nothing. (The paper may also fine-tune the small model on the big one's output.)
     Online:    the big model writes the first token; then, in rounds
                the small model drafts x[1], x[2], ..., greedily, until
                    max p < fallback       fallback: it hands over, and this prediction is dropped
                    or there are ``longest`` of them
                one big pass over the text's last token and x[1..m] gives P[1], ..., P[m+1]
-               first i with -ln P[i](x[i]) > rollback and argmax P[i] != x[i]
+               for the first i with -ln P[i](x[i]) > rollback and argmax P[i] != x[i]
                    rollback: emit x[1..i-1], then argmax P[i]
-               none: emit x[1..m], then argmax P[m+1]
-               both KV caches forget what was not emitted; the small model reads what is new to it
+               if there is none: emit x[1..m], then argmax P[m+1]
+               drop the other tokens from both KV caches; next, the small model reads first what the
+               big one has added
     Saves:     passes of the big model, so bytes: n_b big passes and n_s small ones read
                n_b w_b + n_s w_s bytes of weights, where plain decoding reads w_b for each token.
                Multiply-adds rise, since both models run what is kept. On stories 0.42 big and 0.95
-               small passes a token: 0.50x the bytes and 1.07x the multiply-adds, with all tokens
-               the same (speculative, exact: 0.37x and 1.17x).
+               small passes a token: 0.50x the bytes (weights and KV cache) and 1.07x the
+               multiply-adds, with all tokens the same (speculative, exact: 0.37x and 1.17x).
     In NumPy:  1.1x to 1.2x the throughput on stories, whose weights fit the CPU's cache (Notes).
     Not for:   sampling: the rule would change the distribution, so requests with a temperature are
-               left to the big model (speculative samples exactly); a model with another vocabulary.
+               left to the big model (speculative samples exactly); a small model with another
+               vocabulary.
     Proof:     tests/skip/test_big_little.py; literal version: tests/skip/literal_big_little.py
     """
     if longest == 0:
@@ -152,8 +157,8 @@ class BigLittle(TokenLoop):
             yield from new
 
     def draft(self, text: list[int], longest: int, state: State) -> list[int]:
-        """Greedy tokens of the small model after ``text``, a prefix of which is in its state, until
-        it hands over. What it reads first are the tokens that the big model added."""
+        """Greedy tokens of the small model after ``text``, until it hands over. Its state holds a
+        prefix of the text; what it reads first is the rest, which the big model has added."""
         drafted: list[int] = []
         ids = text[state.position :]
         room = self.small.config.context - len(text) + 1
@@ -162,7 +167,7 @@ class BigLittle(TokenLoop):
             ledger.event("small model passes")
             if self.hands_over(logits, len(text) + len(drafted)):
                 ledger.event("hand-overs")
-                break  # its prediction is not kept, nor ever fed to it
+                break  # this prediction is neither kept nor fed back
             drafted.append(argmax_token(logits))
             ids = drafted[-1:]
         return drafted
@@ -180,7 +185,7 @@ class Unsure(Part):
 
 @part
 class AtRandom(Part):
-    """The random baseline: hands over without looking, always at the same positions."""
+    """The random baseline: hands over at random positions, the same ones in every text."""
 
     rate: float
     scores: np.ndarray = table()  # (context,), uniform in [0, 1)
@@ -193,8 +198,8 @@ def first_far(logits: np.ndarray, drafted: Sequence[int], rollback: float) -> in
     """The index of the first draft token that the big model replaces, or their number if it keeps
     all. logits (m + 1, V): row i scores the position of draft token i.
 
-    A token is far if -ln P(token) > rollback. One that is the argmax is kept all the same, since
-    the big model would only put it there again."""
+    A token is far if -ln P(token) > rollback. The argmax is kept even if it is far, since the big
+    model would replace it by itself."""
     for i, (row, x) in enumerate(zip(logits, drafted)):
         if argmax_token(row) != x and -log_softmax(row)[x] > rollback:
             return i
@@ -212,9 +217,11 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 # Notes:
 #
 # - python -m minitx.lab.loops big_little fallback=0,0.3,0.6 rollback=0.69,2,5
+#   python -m minitx.lab.loops big_little choose=random rate=0.38 rollback=0.69,2
+#   python -m minitx.lab.loops speculative gamma=2,4 stop=0
 #   on stories with stories-draft, 20 prompts of 32 tokens, 48 new ones each. loss: nats per token
 #   of the text under the big model, above those of its own text. The last two columns are relative
-#   to plain decoding.
+#   to plain decoding; bytes are those of weights and of the KV cache.
 #
 #                                same      passes a token                      bytes
 #       fallback   rollback    tokens      big     small     loss   mult.-adds    read
@@ -234,16 +241,16 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 #                               100 %     0.29      1.01        0         1.25    0.37
 #       speculative             100 %     0.30      0.88        0         1.17    0.37
 #
-#   Where the small model is as sure as fallback=0.6 demands, all it says is what the big one would
-#   say: no token was rolled back, so rollback decides nothing and the text is exact. Handing over
-#   at random needs as many bytes for more multiply-adds, since drafts run on into tokens that are
-#   rejected; and at rollback=2 it lets other text pass. Without a fallback there are fewer big
-#   passes and more multiply-adds; a loose rollback saves most there. Then the text is another one,
-#   but as likely: many words of a story may as well be others.
+#   Where the small model is as confident as fallback=0.6 demands, its token is always the big
+#   model's: no token was rolled back, so rollback decides nothing and the text is exact. Handing
+#   over at random needs as many bytes for more multiply-adds, since drafts run on into tokens that
+#   are rejected; and at rollback=2 the text changes. Without a fallback there are fewer big passes
+#   and more multiply-adds; a loose rollback saves most there. Then the text diverges, but is as
+#   likely: many words of a story have equally likely alternatives.
 # - minitx frontier decoding, CPU time on a busy machine: 1.18x the throughput by default (1.15x to
-#   1.18x; speculative 1.27x). In the table above, fallback=0 rollback=5 was fastest (1.6x to 1.9x).
-# - An answer of one token is always the big model's, since it begins: graded questions whose answer
-#   is the next token cannot show what this loop costs.
-# - The thresholds compare probabilities, so a small model that is too sure of itself (one that is
-#   not calibrated) hardly ever hands over.
-# - A token that is yielded was checked: the text that a reader sees is never taken back.
+#   1.18x; speculative 1.27x). In the table above, fallback=0 rollback=5 was fastest (1.7x to 1.9x).
+# - An answer of one token is always the big model's, since that writes the first token: graded
+#   questions whose answer is the next token cannot show what this loop costs.
+# - The thresholds compare probabilities, so a small model that is overconfident (not calibrated)
+#   hardly ever hands over.
+# - Every token that is yielded has been checked: no text is taken back after it was shown.

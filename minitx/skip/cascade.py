@@ -1,4 +1,4 @@
-"""A cascade of two models: the small one answers, and a confident answer is kept.
+"""A cascade of two models: the small one answers first, and its answer is kept if it is confident.
 
 This file: the card and options, the token loop (online), the scores, the calibration to a
 probability and the threshold under a budget (offline), the cost formula, notes. The small model's
@@ -26,6 +26,7 @@ from minitx.shared.small_answers import (
     answer_of,
     cut_for_share,
     examples_of,
+    finite,
     halves,
     relative_cost,
     uniform_of,
@@ -39,6 +40,7 @@ from minitx.tree import Part, part
     level="answer",
     exact=False,
     neutral={"threshold": 2.0},
+    after=("majority_vote",),
     demo={"small": "self", "choose": "random", "threshold": 0.5, "seed": 29},
     event="small answers kept",
 )
@@ -59,8 +61,8 @@ def cascade(
     ] = None,
     score: Annotated[
         Literal["logprob", "lowest", "entropy"],
-        "confidence: mean log-probability of the answer's tokens; the lowest probability of one; "
-        "1 - mean entropy / ln V",
+        "confidence in an answer: logprob: mean log-probability of its tokens; lowest: the lowest "
+        "probability of a token; entropy: 1 - mean entropy / ln V",
     ] = "lowest",
     choose: Annotated[
         Literal["score", "random"], "keep answers by their score, or a random baseline"
@@ -68,7 +70,7 @@ def cascade(
     tokens: AnswerTokens = 1,
     stories: Stories = 32,
     cuts: Cuts = 8,
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+    seed: Annotated[int, "seed of choose=random", SEEDS] = 0,
 ):
     """A small model answers first; the big one answers where it is not confident (FrugalGPT).
 
@@ -77,24 +79,27 @@ def cascade(
     Fidelity:  a reconstruction from the abstract and the authors' code. Two models, not three or
                more; the scorer is a formula with isotonic calibration, not a trained DistilBERT.
     Kind:      approximate; exact with threshold > 1, where the big model answers alone.
-    Idea:      Many requests are easy. Let the small model answer, look at its answer, and pay for
-               the big model only where the answer is doubtful.
+    Idea:      Many requests are easy. Let the small model answer, look at its answer, and run the
+               big model only where the answer is doubtful.
     Offline:   prompts x from calibration texts; y_s, y_b: both models' greedy answers; an answer is
                right if y_s = y_b, so no labels are needed
                first half:  g = isotonic fit of P(right) on the score (pool adjacent violators)
-               second half: with a budget, the threshold that keeps a = 1 + c_s / c_b - budget
+               second half: with a budget, the threshold that keeps the share a = 1 + c_s / c_b -
+                            budget of the answers
     Online:    y_s = the small model's whole answer to the prompt
                score = the lowest p(token) of its tokens, the end of text included
                g(score) >= threshold: y_s is the answer
                else: the big model answers, from the prompt (what y_s took is lost)
-    Saves:     E[cost] = c_s + (1 - a) c_b multiply-adds; a: share that is kept. Less than the big
-               model's c_b only if a > c_s / c_b. Scores take V multiply-adds per token.
+    Saves:     E[cost] = c_s + (1 - a) c_b multiply-adds; c_s, c_b: an answer of each model (c_s
+               with its scores, V per token); a: share of the small answers that is kept. Less than
+               c_b only if a > c_s / c_b.
     In NumPy:  2.7x the throughput at 0.31x of the multiply-adds (stories, one token after prompts
-               of 130). The first token of a longer answer comes late: it waits for the whole small
-               answer, and then for the big model's prefill if that is not kept.
-    Not for:   streaming; long completions (minitx generate: the answer is all of it), of which
-               hardly any is the big model's. Calibrate on prompts and answers of your kind and
-               length (calibrate, cuts, tokens): a threshold need not hold for others (Notes).
+               of 130). The first token of a longer answer comes late: after the whole small answer
+               and, if that is not kept, after the big model's prefill.
+    Not for:   streaming; long completions (for minitx generate the answer is all of it), where the
+               small answer is hardly ever the big model's. Calibrate on prompts and answers of your
+               kind and length (calibrate, cuts, tokens): a threshold need not hold for others
+               (Notes).
     Proof:     tests/skip/test_cascade.py; literal version: tests/skip/literal_cascade.py
     Tutorial:  tutorials/17_answer_once.py
     """
@@ -126,7 +131,7 @@ def cascade(
         else:
             cut = isotonic(*zip(*learn)).cut(threshold)
         check_pays(np.mean([s >= cut for s, _ in tune]), ratio)
-    loop = Cascade(lm.decode, model, score if confidence else "random", float(cut), seed)
+    loop = Cascade(lm.decode, model, score if confidence else "random", finite(cut), seed)
     return replace(lm, decode=loop)
 
 
@@ -154,7 +159,7 @@ class Cascade(TokenLoop):
         if answer.complete and self.keeps(answer, ids):
             ledger.event("small answers kept")
             yield from answer.tokens
-            # Past the end of a text (if the caller asks on) anything will do.
+            # After the end of a text a row may yield anything (see ``TokenLoop.batch``).
             yield from repeat(answer.tokens[-1], limit - len(answer.tokens))
         else:
             yield from self.inner(model, state, ids, choose, limit)
@@ -195,7 +200,7 @@ def score_of(answer: Answer, ids: Sequence[int], confidence, seed: int) -> float
 
 
 class Isotonic(NamedTuple):
-    """A step function that never falls: g(score) = p[i] from score[i] up to score[i + 1]."""
+    """A non-decreasing step function: g(score) = p[i] from score[i] up to score[i + 1]."""
 
     score: np.ndarray  # (m,) ascending: where each step begins
     p: np.ndarray  # (m,) ascending
@@ -213,9 +218,9 @@ class Isotonic(NamedTuple):
 
 
 def isotonic(scores: Sequence[float], right: Sequence[bool]) -> Isotonic:
-    """The step function with the least squared error to ``right`` (1 or 0) among those that never
-    fall, by pooling adjacent violators: walk up the scores, each a block of its own; while a block
-    has a lower mean than the one before, or the same, merge the two."""
+    """The non-decreasing step function with the least squared error to ``right`` (1 or 0), by
+    pooling adjacent violators: go up the scores, each a block of its own; while the mean of the
+    last block is not above that of the block before it, merge the two."""
     blocks: list[list] = []  # [first score, sum of right, count]
     for score, is_right in sorted(zip(scores, map(float, right))):
         if blocks and blocks[-1][0] == score:  # equal scores cannot be told apart
@@ -263,9 +268,9 @@ def check_pays(accept: float, ratio: float) -> None:
 
 # Notes:
 #
-# Accuracy by hops against cost, on 592 questions of 100 held-out stories; half of 623 questions of
-# the calibration split taught, the other half set the thresholds. Cost: multiply-adds, relative to
-# stories alone. The last column is the difference to random routing at the same cost, in points,
+# Accuracy by hops against cost, on 592 questions of 100 held-out stories. Half of 623 questions of
+# the calibration split fitted g, the other half set the thresholds. Cost: multiply-adds, relative
+# to stories alone. The last column is the difference to random routing at the same cost, in points,
 # with its 95 % bootstrap interval over stories:
 #
 #                        right   counts    1 hop   2 hops   3 hops     cost   above random
@@ -287,9 +292,10 @@ def check_pays(accept: float, ratio: float) -> None:
 # Calibrated by default, on prompts cut from stories anywhere, threshold=0.9 keeps 30 % of the
 # answers to questions, of which a third is wrong: 86.8 % right at a cost of 0.759, 3.5 points above
 # random routing ("by text" in that table). Most prompts of that kind are easy (both models agree on
-# 88 % of them), and a probability of 0.5 for the next word means another thing before a name than
-# before an article. On held-out prompts of its own kind the default keeps its promise (480 prompts
-# of 60 stories; right: what stories says; the last row is the router's default):
+# 88 % of them), and the same probability of the next word need not mean the same before a name as
+# before an article. On held-out prompts of the kind that it was calibrated on, at least 90 % of the
+# answers are right by default, as asked for (480 prompts of 60 stories; right: what stories says;
+# the last row is the router's default):
 #
 #                        right     cost   above random
 #     stories-draft     86.5 %    0.056
@@ -316,7 +322,7 @@ def check_pays(accept: float, ratio: float) -> None:
 # With a temperature the small model's answer is a sample, whose score is that of the tokens drawn.
 # Calibration is greedy.
 #
-# The small model's keys and values are of no use to the big one, so what a rejected answer took is
+# The big model cannot use the small one's keys and values, so the work of a rejected answer is
 # lost.
 #
 # Two models only. For three, ``inner`` would be a second cascade; the registry applies each

@@ -35,7 +35,9 @@ def ensemble(
     *,
     member: Annotated[str, f"the other model: {SMALL_NAMES}"] = "auto",
     weight: Annotated[
-        float, "of the other model; this one has the rest, and 0 is this one alone", between(0, 1)
+        float,
+        "weight of the other model; this model has 1 - weight; 0: this model alone",
+        between(0, 1),
     ] = 0.5,
     average: Annotated[
         Literal["probability", "logit"],
@@ -45,28 +47,28 @@ def ensemble(
 ):
     """Average the next-token predictions of two models.
 
-    Paper:     practice: averaging classifiers is older than neural networks (Hansen and Salamon,
-               "Neural Network Ensembles", IEEE PAMI 1990); a normalized geometric mean is a product
-               of experts (Hinton, Neural Computation 2002).
+    Paper:     none in particular. Ensembles: Hansen and Salamon, "Neural Network Ensembles", IEEE
+               PAMI 1990; a normalized geometric mean is a product of experts (Hinton, Neural
+               Computation 2002).
     Fidelity:  common practice, from notes; no particular paper is followed.
     Kind:      approximate; exact at weight=0, or if both models are the same. It skips nothing: it
-               spends a second model's work for quality, the opposite of a cascade, and is here as
-               what cascades and routers are measured against. No setting pays on the shipped
-               models: two that are as good as each other gain 0.004 nats, at twice the cost.
-    Idea:      Two models err in different places. Where one is right with confidence and the other
-               undecided, their average is right.
+               spends a second model's work on quality, the opposite of a cascade. No setting pays
+               on the shipped models: two equally good ones gain 0.004 nats, at twice the cost
+               (Notes).
+    Idea:      Two models err in different places. Where one is confidently right and the other is
+               unsure, their average is right.
     Offline:   nothing; the weight can be picked by the loss on held-out text (Notes).
     Online:    w: weight of the other model; p, q: the two distributions of the next token
-               probability:  (1 - w) p + w q                     a mixture: likely for either
-               logit:        p^(1 - w) q^w / its sum             likely for both; the softmax of
-                                                                 the averaged logits
+               probability:  (1 - w) p + w q            a mixture: tokens that are likely for either
+               logit:        p^(1 - w) q^w / its sum    the softmax of the averaged logits: tokens
+                                                        that are likely for both
                the sampler draws from this; BOTH models read the token, each with its own KV cache
     Saves:     nothing: per token the multiply-adds, bytes and KV cache of both models (stories with
                stories-draft: 1.1x the multiply-adds; two of a size: 2x).
-    In NumPy:  as much slower as the other model takes.
-    Not for:   a model with another vocabulary or a shorter context; a weaker member: stories gains
-               nothing from stories-draft (Notes). Of logit: models that are not calibrated
-               alike, as the one with the larger logits dominates.
+    In NumPy:  slower by the time that the other model takes.
+    Not for:   a member with another vocabulary or a shorter context; a much weaker member: stories
+               gains nothing from stories-draft (Notes). average=logit: two models of different
+               calibration, since the one with the larger logits dominates.
     Proof:     tests/skip/test_ensemble.py; literal version: tests/skip/literal_ensemble.py
     """
     if weight == 0:
@@ -105,6 +107,8 @@ class LogitAverage(Part):
 
     def __call__(self, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         """ln p (..., V) of the normalized geometric mean of two predictions, given as logits."""
+        if self.weight == 1:  # p^0 is 1, also where p is 0
+            return log_softmax(theirs)
         a, b = log_softmax(ours), log_softmax(theirs)
         return log_softmax((1 - self.weight) * a + self.weight * b)
 
@@ -143,10 +147,11 @@ class Ensemble(TokenLoop):
 
 # Notes:
 #
-# - python -m minitx.lab.ensemble_loss stories-parallel -m stories-relu
+# - python -m minitx.lab.ensemble_loss stories-parallel -m stories-relu (--average logit)
+#   python -m minitx.lab.ensemble_loss stories-relu -m stories
 #   python -m minitx.lab.ensemble_loss stories-draft -m stories (--average logit)
-#   60 held-out stories, read with teacher forcing; loss in nats per token of ordinary text, right:
-#   of the answers in percent. weight: of the second model; at 0 and 1 one of them is alone.
+#   60 held-out stories, read with teacher forcing; loss in nats per token of ordinary text; right:
+#   answers in percent. weight: of the second model; at 0 and 1 one model is alone.
 #
 #       weight                        0       0.1      0.25     0.5      0.75     1
 #       stories-relu and stories-parallel: 2.0x the multiply-adds
@@ -164,17 +169,17 @@ class Ensemble(TokenLoop):
 #                       right         96.8     96.8     96.5     96.5     94.2     44.1
 #
 #   Two models that are as good as each other gain 0.004 nats over the better one and 2 to 3 points
-#   of answers, for as much work again; stories, one model with that much work, has a loss of 0.79.
-#   A weaker member costs at nearly every weight, and gains nothing: it is undecided where the other
-#   one is sure.
+#   of answers, for twice the work; stories, one model with that much work, has a loss of 0.79. A
+#   weaker member gains at most 0.001 nats, at a small weight, and costs at larger ones: it is
+#   unsure where the other one is sure.
 # - The random baseline is one of the two models, drawn with the weights for each token ("a random
 #   one" in the table of ensemble_loss): 0.8143 for stories-relu and stories-parallel at 0.5, where
 #   the mixture has 0.8060. -ln is convex (Jensen), so a mixture is never worse than that on
 #   average, but it may well be worse than the better model.
-# - At temperature 1, a token drawn from the mixture is a token drawn from one of the two models,
-#   which is drawn with the weights. That takes one model's prediction for each token. The other one
-#   has to read the token sooner or later, but may read several at once.
-# - By number of hops, stories and stories-draft at 0.5 (probability): counts 82.8 to 75.9, 1 hop
-#   99.1, 2 hops 92.7, 3 hops 100.0 as before.
+# - At temperature 1, drawing a token from the mixture is the same as drawing one of the two models,
+#   with the weights, and then a token from it. That takes one model's prediction for each token.
+#   The other model has to read the token sooner or later, but may read several at once.
+# - Right answers by number of hops, stories alone and with stories-draft at 0.5 (probability):
+#   counts 82.8 and 75.9 %; 1 hop 99.1, 2 hops 92.7 and 3 hops 100.0 % in both.
 # - The sampler's temperature, top-k and top-p apply to the average, not to each model.
 # - Majority votes are an ensemble of samples of one model: majority_vote.

@@ -33,16 +33,17 @@ def jacobi(
     ] = 4,
     fill: Annotated[
         Literal["repeat", "random", "bigram"],
-        "a new guess at the end: the token before it again; a random token; or what followed that "
-        "token where it last occurred in the text",
+        "new guesses at the end of the window: repeat: the token before; random: any token; "
+        "bigram: what followed the token before at its latest occurrence in the text",
     ] = "bigram",
     choose: Annotated[
         Literal["argmax", "random"],
-        "guesses after a pass: the argmax at each position; or random tokens, as a baseline",
+        "the guesses of the next pass: argmax: what this pass predicts at their positions; random: "
+        "random tokens, a baseline",
     ] = "argmax",
-    seed: Annotated[int, "for random tokens", SEEDS] = 0,
+    seed: Annotated[int, "seed of the random tokens", SEEDS] = 0,
 ):
-    """Guess the next tokens, and let one forward pass check and correct all guesses at once.
+    """Guess the next tokens; each forward pass verifies and corrects all guesses at once.
 
     Paper:     Santilli et al., "Accelerating Transformer Inference for Translation via Parallel
                Decoding", ACL 2023, arXiv 2305.10427.
@@ -52,21 +53,23 @@ def jacobi(
                the model's distribution. No setting pays on the shipped models: 1.03 tokens a pass
                (published: "barely" any gain).
     Idea:      Greedy decoding solves the equations  y[i] = argmax p(. | text, y[1..i-1]).  Jacobi's
-               method guesses all y and evaluates all right-hand sides at once, which is one forward
-               pass, until nothing changes. Each pass makes at least one more token right.
+               method guesses all y, evaluates all right-hand sides at once (one forward pass), and
+               repeats that until nothing changes. Each pass makes at least one more token right.
     Offline:   nothing.
     Online:    one pass over the text's last token and the guesses y[1..m]; p[i]: the distribution
                after the text and y[1..i-1]
                t[i] ~ p[i]             i = 1, 2, ... up to the first t[i] != y[i] (greedy: argmax)
                emit t[1..n]            n - 1 right guesses and one token that replaces a wrong one
+               truncate the KV cache to the right guesses
                y[i] = argmax p[n+i]    the guesses of the next pass: the window has moved by n
-               fill up y to m tokens   (fill); drop the wrong guesses' rows from the KV cache
+               fill up y to m tokens   (option fill)
     Saves:     passes, so bytes of weights read: 1 / (tokens per pass). Multiply-adds rise, to
-               (m + 1) / (tokens per pass) of plain decoding's.
-    In NumPy:  0.5x the throughput on stories: a pass over 5 tokens takes about 1.9 times as long
-               as a plain step, and gives 1.03 tokens.
-    Not for:   anything but learning: lookahead makes more of the same passes, and prompt_lookup
-               guesses better without any. Batches, whose sequences are decoded one by one.
+               (m + 1) / (tokens per pass) of plain decoding's, after the prompt.
+    In NumPy:  0.5x the throughput on stories (minitx compare --jacobi): a pass over 5 tokens takes
+               about 1.9 times as long as a plain step, and gives 1.03 tokens.
+    Not for:   anything but learning: lookahead gains more from the same kind of pass, and
+               prompt_lookup guesses better without any pass. Batches, whose sequences are decoded
+               one by one.
     Proof:     tests/skip/test_jacobi.py; literal version: tests/skip/literal_jacobi.py
     Tutorial:  tutorials/18_guessing_without_a_draft.py
     """
@@ -85,9 +88,9 @@ def jacobi(
 
 @part
 class Jacobi(TokenLoop):
-    """The decoding loop: check the guesses, correct them, move on."""
+    """The decoding loop: verify the guesses, correct them, move the window on."""
 
-    fill: Part  # the text and the guesses after it -> one more guess
+    fill: Part  # (the text and the guesses after it, random generator) -> one more guess
     guesses: int  # m
     seed: int
 
@@ -101,7 +104,7 @@ class Jacobi(TokenLoop):
             model.hidden(text[state.position : -1], state)  # prefill; no logits are needed
         while len(text) < end:
             # Here the KV cache always holds every token except the last one.
-            m = min(self.guesses, end - len(text) - 1)  # a pass gives one token besides
+            m = min(self.guesses, end - len(text) - 1)  # a pass adds one token to those accepted
             guesses = self.filled(text, guesses, m, rng)
             logits = model([text[-1], *guesses], state)  # (m + 1, V)
             new = verified(logits, guesses, choose)
@@ -114,7 +117,7 @@ class Jacobi(TokenLoop):
             guesses = self.corrected(logits[len(new) :])
 
     def filled(self, text: list[int], guesses: list[int], m: int, rng) -> list[int]:
-        """m guesses: these, and new ones at the end if there are fewer."""
+        """The first m of these guesses, with new ones at the end if there are fewer."""
         both = [*text, *guesses]
         while len(both) < len(text) + m:
             both.append(self.fill(both, rng))
@@ -127,19 +130,20 @@ class Jacobi(TokenLoop):
 
 @part
 class RandomGuesses(Jacobi):
-    """The baseline: as many guesses a pass, but random ones each time."""
+    """The random baseline: as many guesses per pass, none of which is kept for the next one."""
 
     def corrected(self, logits) -> list[int]:
         return []
 
 
 def verified(logits, guesses: Sequence[int], choose: Sampler) -> list[int]:
-    """The next tokens: right guesses up to the first wrong one, then the token instead of it; one
-    more if all are right. Row i of the logits (m + 1, V) scores the position of guess i.
+    """The tokens of a pass: right guesses up to the first wrong one, then the token instead of it;
+    one more token if all are right. Row i of the logits (m + 1, V) scores the position of guess i.
 
     Each token is drawn from the model's own distribution, as in plain decoding, and a guess is
-    right if it is the token drawn. That is the acceptance rule of speculative decoding for a draft
-    that is certain: x is accepted with probability p(x), else drawn from p without x.
+    right if it is the token drawn. That is the acceptance rule of speculative decoding for a
+    deterministic draft: x is accepted with probability p(x), else a token is drawn from p without
+    x.
     """
     new: list[int] = []
     for row, guess in zip(logits, [*guesses, None]):
@@ -185,21 +189,21 @@ class Bigram(Part):
 
 
 def multiply_adds(m: int, tokens_per_pass: float) -> float:
-    """Of the matrices, per token, relative to plain decoding."""
+    """Those of the matrices, per new token, relative to plain decoding."""
     return (m + 1) / tokens_per_pass
 
 
 # Notes:
 #
-# - Why so little is gained: a guess is right in the next pass only if it was computed after right
-#   guesses, or in spite of wrong ones. The first guess of a pass is emitted at once if it was
-#   wrong, so nearly always all guesses behind it were computed after a wrong token.
-# - The paper solves blocks of m tokens, each until nothing changes. Here the window moves on with
-#   each pass, which needs no pass to detect the end, and emits each token as soon as it is right.
+# - Why so little is gained: in nearly every pass the first guess is wrong. The token instead of it
+#   is emitted, but the later guesses were computed after the wrong token, so the first of them is
+#   likely to be wrong in the next pass.
+# - The paper solves blocks of m tokens, each until nothing changes. Here the window moves on after
+#   each pass: that takes no extra pass to detect the end, and emits a token as soon as it is right.
 # - A pass that emits n tokens leaves m + 1 - n corrected guesses: ``fill`` adds n - 1.
 # - Each token is drawn as in plain decoding, with the same random numbers, so the same seed gives
-#   the same sample. Guesses are certain (one-hot q): accepting x with probability p(x), and else
-#   drawing from p without x, has the same distribution as drawing from p.
+#   the same sample. Guesses are deterministic (one-hot q): accepting x with probability p(x), and
+#   else drawing from p without x, has the same distribution as drawing from p.
 # - python -m minitx.lab.loops jacobi guesses=1,4,16 --prompts 8 --new 96
 #   on stories (fill=repeat; choose=random; and all with --temperature 1): the first 32 tokens of 8
 #   held-out stories, each continued by 96. Relative to plain decoding, prompt included; "accepted":
@@ -213,7 +217,7 @@ def multiply_adds(m: int, tokens_per_pass: float) -> float:
 #          4     repeat       1.00    1.04      0.1 %   1.0 %      4.04x       1.01x   0.97x
 #          4     (random)     1.00    1.00      0.1 %   0.1 %      4.04x       1.01x   1.01x
 #
-#   (random): the baseline choose=random. Guesses taken from the text and never corrected do far
-#   better: prompt_lookup, measured alike, gives 1.7 tokens a pass (greedy).
+#   (random): the baseline choose=random. Guesses that are looked up in the text and never corrected
+#   do far better: prompt_lookup, measured in the same way, gives 1.7 tokens a pass (greedy).
 #   minitx compare --jacobi guesses=4 counts and times the greedy ones: 0.54x the throughput (one
 #   BLAS thread, 48 new tokens).

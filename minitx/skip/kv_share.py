@@ -223,7 +223,7 @@ def misfit(attns: dict[int, Part], start: int, size: int, group: int) -> MinitxE
             return MinitxError(
                 f"kv_share: layer {index} has {attn.kv_heads} key heads and the first layer of its "
                 f"group {leader.kv_heads}, and only equal numbers can be shared; set first= to "
-                "other layers, or leave out the technique that removed heads."
+                "other layers."
             )
     return None
 

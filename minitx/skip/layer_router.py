@@ -15,6 +15,7 @@ from minitx.errors import MinitxError
 from minitx.model import Stack, Transformer
 from minitx.progress import bar
 from minitx.shared.break_even import warn
+from minitx.shared.log_softmax import log_softmax
 from minitx.shared.logistic_regression import fit_logistic, sigmoid, standard
 from minitx.shared.row_by_row import row_by_row
 from minitx.state import State
@@ -224,9 +225,7 @@ def log_probabilities(model: Transformer, ids, x, layer: int, n: int) -> np.ndar
     state = model.new_state(remember=False)
     state.take(len(ids))
     x = model.stack.run(x, state, layer, len(model.stack.blocks))
-    z = model.head(model.norm(x[n - 1 :])).astype(np.float64)
-    z -= z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+    return log_softmax(model.head(model.norm(x[n - 1 :])))
 
 
 def fit_gates(seen: Observed, tolerance: float, ridge: float) -> Gates:

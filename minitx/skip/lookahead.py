@@ -1,4 +1,4 @@
-"""Lookahead decoding: collect n-grams from Jacobi iterations, and verify them in the same passes.
+"""Lookahead decoding: each pass generates n-grams by Jacobi iteration and verifies earlier ones.
 
 From top to bottom: the card and the options; the decoding loop; the window of guesses and the pool
 of n-grams; the cost formula; notes.
@@ -43,39 +43,40 @@ def lookahead(
     ] = 4,
     choose: Annotated[
         Literal["first", "random"],
-        "n-grams to verify: those whose first token is the text's last; or as many others of the "
-        "pool, drawn at random (baseline)",
+        "n-grams to verify: first: those whose first token is the text's last one; random: as many "
+        "of the pool, drawn at random, a baseline",
     ] = "first",
-    seed: Annotated[int, "for the window's first guesses, and random n-grams", SEEDS] = 0,
+    seed: Annotated[int, "seed of the window's first guesses and of choose=random", SEEDS] = 0,
 ):
     """Collect n-grams from a window of guesses, and verify those that fit the text in one pass.
 
     Paper:     Fu et al., "Break the Sequential Dependency of LLM Inference Using Lookahead
                Decoding", ICML 2024, arXiv 2402.02057.
-    Fidelity:  the authors' code, read, not the paper's text. Ours: guesses that begin alike share
+    Fidelity:  the authors' code, not the paper's text. Ours: guesses with a common prefix share
                rows, so the window's are verified too; the window begins full, of random tokens of
                the prompt.
     Kind:      exact: greedy text is the same, except for ties that rounding decides; samples follow
                the model's distribution.
-    Idea:      In Jacobi decoding (see jacobi) few guesses are right where they stand, but the
+    Idea:      In Jacobi decoding (see jacobi) few guesses are right at their own position, but the
                model corrects them into n-grams that fit the text elsewhere. Remember those.
     Offline:   nothing.
-    Online:    window y[j][c], j < N - 1, c < W: a guess of the token c + j after the last one,
-               from Jacobi iteration j of N - 1, oldest first; y[0][0] is the last token itself
+    Online:    window y[j][c], j < N - 1, c < W: a guess of the token c + j after the last one;
+               level j = 0 is the oldest of N - 1 Jacobi iterations; y[0][0] is the last token
                one pass over a tree:   y[0][c] sees the text and y[0][0..c];
                                        y[j][c] sees those and y[1..j][c];
                                        n-grams of the pool that begin with the last token
-               g[c] = argmax after y[0..N-2][c]
                emit t ~ p[node], from the root on; go on at its child t while there is one
-               pool[y[0][c]] gets the n-gram y[1..N-2][c], g[c]; at most G, least recent out
-               y = y[1..N-2], g:       each level becomes the one before it
                keep the emitted tokens' rows in the KV cache, drop the others
+               g[c] = argmax after y[0..N-2][c]
+               pool[y[0][c]] gets the n-gram y[1..N-2][c], g[c]; above G, drop the oldest
+               y = y[1..N-2], g:       each level becomes the one before it
     Saves:     passes, so bytes of weights read: 1 / (tokens per pass), 0.59x on stories.
-               Multiply-adds rise, to rows / (tokens per pass) of plain decoding's (4.9x); rows per
-               pass: at most (W + G) (N - 1).
-    In NumPy:  0.5x the throughput on stories: a pass over 10 rows takes about 3.5 times as long as
-               a plain step, since the weights fit the CPU's cache, and gives 1.73 tokens.
-    Not for:   parts that need tokens in a row (sparse attention, eviction, memories); batches,
+               Multiply-adds rise, to rows / (tokens per pass) of plain decoding's (4.9x on stories,
+               prompt included); rows per pass: at most (W + G) (N - 1).
+    In NumPy:  0.5x the throughput on stories (minitx compare --lookahead): a pass over 10 rows
+               takes about 3.5 times as long as a plain step, since the weights fit the CPU's cache,
+               and gives 1.73 tokens.
+    Not for:   parts that need consecutive tokens (sparse attention, eviction, memories); batches,
                whose sequences are decoded one by one.
     Proof:     tests/skip/test_lookahead.py; literal version: tests/skip/literal_lookahead.py
     Tutorial:  tutorials/18_guessing_without_a_draft.py
@@ -112,7 +113,7 @@ class Lookahead(TokenLoop):
             model.hidden(text[state.position : -1], state)  # prefill; no logits are needed
         while len(text) < end:
             # Here the KV cache always holds every token except the last one.
-            depth = end - len(text) - 1  # of the tree, at most: a pass gives one token besides
+            depth = end - len(text) - 1  # of the tree, at most: a pass adds one token to the path
             tree = TokenTree(text[-1])
             found = self.to_verify(pool, text[-1], rng)
             for ngram in found:
@@ -136,13 +137,13 @@ class Lookahead(TokenLoop):
             yield from new
 
     def to_verify(self, pool: "Pool", last: int, rng: random.Random) -> list[tuple[int, ...]]:
-        """The n-grams of the pool that begin with the last token, without that."""
+        """The n-grams of the pool that begin with the last token, each without that token."""
         return pool.find(last)
 
 
 @part
 class LookaheadRandomNGrams(Lookahead):
-    """The baseline: verifies as many n-grams, whatever they begin with."""
+    """The random baseline: verifies as many n-grams, whatever their first token is."""
 
     def to_verify(self, pool: "Pool", last: int, rng: random.Random) -> list[tuple[int, ...]]:
         everything = [ngram for kept in pool.kept.values() for ngram in kept]
@@ -150,8 +151,9 @@ class LookaheadRandomNGrams(Lookahead):
 
 
 class Window:
-    """levels[j][c]: a guess of the token c + j after the text's last one, made j + 1 of N - 1
-    passes after the oldest. levels[0][0] stands for the last token itself, which is known."""
+    """levels[j][c]: a guess of the token c + j positions after the text's last one. Level 0 is the
+    oldest, made N - 1 passes ago; level N - 2 was made in the last pass. levels[0][0] is at the
+    position of the last token itself, which is known, so it is not used."""
 
     def __init__(self, levels: list[list[int]]):
         self.levels = levels
@@ -162,8 +164,8 @@ class Window:
         return cls([[rng.choice(ids) for _ in range(W)] for _ in range(N - 1)])
 
     def add_to(self, tree: TokenTree, depth: int) -> list[list[int]]:
-        """Add the window to a tree of at most this depth, where the context or the limit ends: W
-        shrinks so that it fits. Returns the N - 1 nodes of each column."""
+        """Add the window to a tree of at most this depth; near the end of the context or the limit,
+        W shrinks so that it fits. Returns the N - 1 nodes of each column."""
         W = max(depth - len(self.levels) + 2, 0)  # column c ends at depth c + N - 2
         self.levels = [level[:W] for level in self.levels]
         first, *others = self.levels
@@ -178,7 +180,7 @@ class Window:
         return columns
 
     def move(self, guesses: list[int]) -> None:
-        """One position on: level j + 1 becomes level j, and new guesses the last one."""
+        """By one position: level j + 1 becomes level j, and the new guesses the last level."""
         self.levels = [*self.levels[1:], guesses]
 
 
@@ -204,12 +206,12 @@ class Pool:
 
 
 def most_rows(W: int, N: int, G: int) -> int:
-    """Rows of a pass, the last token included; fewer where guesses begin alike."""
+    """Rows of a pass at most, the last token included: fewer if guesses share a prefix."""
     return (W + G) * (N - 1)
 
 
 def multiply_adds(rows: float, tokens_per_pass: float) -> float:
-    """Of the matrices, per token, relative to plain decoding; rows: per pass."""
+    """Those of the matrices, per new token, relative to plain decoding; rows: per pass."""
     return rows / tokens_per_pass
 
 
@@ -220,10 +222,10 @@ def multiply_adds(rows: float, tokens_per_pass: float) -> float:
 #   first n-grams are poor.
 # - The window moves by one position a pass even if several tokens are emitted, as in the authors'
 #   code: its guesses then stand for later tokens than those they were made for. They are there to
-#   become n-grams; few are right where they stand.
-# - The authors verify in a branch of its own. Here the window's guesses and the n-grams are one
-#   tree (shared/token_tree.py), whose equal beginnings are run once.
-# - Where the context or the limit is near, the window loses columns and n-grams their ends.
+#   become n-grams; few are right at their own position.
+# - The authors verify the n-grams in a separate branch. Here the window's guesses and the n-grams
+#   are one tree (shared/token_tree.py), in which a common prefix is run once.
+# - Near the end of the context or the limit, the window loses columns, and n-grams are truncated.
 # - An n-gram that is collected again counts as new. One that was verified does not.
 # - Each token is drawn as in plain decoding, with the same random numbers, so the same seed gives
 #   the same sample (see ``token_tree.follow``).
@@ -232,7 +234,7 @@ def multiply_adds(rows: float, tokens_per_pass: float) -> float:
 #   on stories (ngram=2,5; candidates=1,8; preset=authors; choose=random; and all with --temperature
 #   1): the first 32 tokens of 8 held-out stories, each continued by 96. Relative to plain decoding,
 #   prompt included; tokens and rows per pass follow from the events below that table; "accepted":
-#   of the tree's rows but the root.
+#   of the tree's rows without the root.
 #
 #                    tokens per pass   rows per pass    accepted      multiply-adds   weight bytes
 #       W   N   G    greedy   T = 1        greedy     greedy  T = 1   greedy   T = 1  greedy  T = 1
@@ -247,8 +249,8 @@ def multiply_adds(rows: float, tokens_per_pass: float) -> float:
 #       random n-grams (choose=random), else as the first row:
 #       4   3   4     1.24    1.13         11.0        2.4 %  1.3 %    7.26x   7.67x  0.82x   0.90x
 #
-#   Each doubling of W adds about 0.17 tokens a pass. prompt_lookup, measured alike, gives 1.73
-#   tokens a pass with 3.4 rows in greedy decoding, since stories repeat themselves, and 1.22 with
-#   3.1 rows at temperature 1. The baseline is above 1 because the window is verified there too.
+#   Each doubling of W adds about 0.17 tokens a pass. prompt_lookup, measured in the same way, gives
+#   1.73 tokens a pass with 3.4 rows in greedy decoding, since stories repeat themselves, and 1.22
+#   with 3.1 rows at temperature 1. The baseline is above 1 because it verifies the window too.
 #   minitx compare --lookahead counts and times the greedy ones: 0.51x the throughput (one BLAS
 #   thread, 48 new tokens, 0.69x the weight bytes: the pool is still empty at first).

@@ -14,6 +14,7 @@ from minitx import ledger
 from minitx.decode import Sampler, TokenLoop
 from minitx.errors import MinitxError
 from minitx.model import Transformer
+from minitx.shared.token_text import TokenText
 from minitx.state import State
 from minitx.technique import SEEDS, above, at_least, technique
 from minitx.tree import Part, part
@@ -30,21 +31,23 @@ def majority_vote(
     lm,
     *,
     votes: Annotated[
-        int, "answers that are sampled, at most; 1: the answer itself", at_least(1, limit=1024)
+        int, "answers that are sampled, at most; 1: one answer, no vote", at_least(1, limit=1024)
     ] = 5,
     temperature: Annotated[
-        float, "of the votes of a greedy request; one that samples has its own", above(0)
+        float,
+        "temperature of the votes if the request is greedy; one that samples keeps its own",
+        above(0),
     ] = 0.7,
     same: Annotated[
         Literal["text", "sentence"],
-        "which answers are the same: those with the same text, or whose first sentences end in the "
-        "same word",
+        "which answers are the same: text: those with the same text; sentence: those whose first "
+        "sentences end in the same word",
     ] = "text",
     choose: Annotated[
         Literal["majority", "random"],
         "which answer is returned; random: any of the votes, a baseline at the same cost",
     ] = "majority",
-    seed: Annotated[int, "of the votes of a greedy request", SEEDS] = 0,
+    seed: Annotated[int, "seed of the votes if the request is greedy", SEEDS] = 0,
 ):
     """Sample several answers and return the most frequent one (self-consistency).
 
@@ -55,10 +58,10 @@ def majority_vote(
                the paper parses the final answer out of a chain of thought.
     Kind:      approximate: another answer than greedy decoding's; exact at votes=1. It spends more.
                No setting pays on the shipped models: their answers are one word without reasoning,
-               so the vote at best comes back to what greedy decoding says.
+               so at best the vote finds the word that greedy decoding gives at once (Notes).
     Idea:      Many chains of thought lead to the right answer, and wrong ones to different wrong
-               answers. The most likely answer, summed over all the ways to reach it, need not be
-               where the single most likely continuation ends.
+               answers. The most likely answer, summed over all chains that lead to it, need not be
+               the one at the end of the most likely chain.
     Offline:   nothing.
     Online:    run the prompt once; fork the state for each vote
                vote i = 1..n: sample a completion with a seed made of the request's seed, i and the
@@ -68,13 +71,14 @@ def majority_vote(
                    tokenizer: their ids)
                stop when the leader's margin exceeds the votes left: the result is that of all n
                return the first completion that has the most frequent answer
-    Saves:     nothing: at most n completions instead of one, the prompt is read once. Of n
-               independent voters who are right with p, most are right with probability
-               sum over k > n/2 of binom(n, k) p^k (1-p)^(n-k)     p = .7, n = 5: .837; .4: .317
+    Saves:     nothing: at most n completions instead of one; the prompt is read once. Of n
+               independent voters (n odd), each right with probability p, the majority is right with
+               probability
+               sum over k > n/2 of binom(n, k) p^k (1-p)^(n-k)     n = 5: .837 at p = .7, .317 at .4
     In NumPy:  votes run one after another: n times the time of decoding. Nothing is streamed before
                the last vote.
-    Not for:   voters who are right less than half the time and agree on what is wrong: voting makes
-               that worse. Open-ended text, where every vote is different and the first one wins.
+    Not for:   questions that the model gets wrong more often than right, in the same way: a vote
+               makes that worse. Open-ended text, where every vote is different and the first wins.
     Proof:     tests/skip/test_majority_vote.py; literal version:
                tests/skip/literal_majority_vote.py
     Tutorial:  tutorials/17_answer_once.py
@@ -86,9 +90,10 @@ def majority_vote(
             "majority_vote: same=sentence needs a tokenizer, and this model has none; use "
             "same=text."
         )
-    compared = {"text": WholeText, "sentence": LastWord}[same](lm.tokenizer)
+    text = None if lm.tokenizer is None else TokenText.of(lm.tokenizer)
+    canonical = {"text": WholeText, "sentence": LastWord}[same](text)
     return replace(
-        lm, decode=MajorityVote(lm.decode, compared, votes, temperature, choose == "random", seed)
+        lm, decode=MajorityVote(lm.decode, canonical, votes, temperature, choose == "random", seed)
     )
 
 
@@ -100,7 +105,7 @@ class MajorityVote(TokenLoop):
     """Samples answers with the inner loop, and yields the one with the most votes."""
 
     inner: Part
-    compared: Part  # what counts as the same answer
+    canonical: Part  # answer -> its canonical form, which is equal for the same answers
     votes: int
     temperature: float
     at_random: bool
@@ -113,16 +118,16 @@ class MajorityVote(TokenLoop):
         if not limit:
             return
         self.prefill(model, state, ids)
-        first: dict[Any, list[int]] = {}  # the first answer of each kind, in the order of arrival
-        counts: list[int] = []  # and how many there are of it
+        first: dict[Any, list[int]] = {}  # canonical form -> the first answer with it, in order
+        counts: list[int] = []  # how many answers there are of each form, in the same order
         for voter in self.voters(choose, ids):
             own = state.fork()
             answer = self.answer(model, own, ids, voter, limit)
-            kind = self.compared(answer, model.config.eos)
-            if kind not in first:
-                first[kind] = answer
+            form = self.canonical(answer, model.config.eos)
+            if form not in first:
+                first[form] = answer
                 counts.append(0)
-            counts[list(first).index(kind)] += 1
+            counts[list(first).index(form)] += 1
             left = self.votes - sum(counts)
             if is_decided(counts, left):
                 break
@@ -138,8 +143,8 @@ class MajorityVote(TokenLoop):
             yield found[-1]
 
     def prefill(self, model: Transformer, state: State, ids: Sequence[int]) -> None:
-        """Run the prompt up to its last token, once for all votes. The inner loop does it, in
-        front of a token that nobody needs, since it may know part of the prompt already."""
+        """Run the prompt up to its last token, once for all votes. The inner loop runs it, since it
+        may have part of it stored (a prefix cache); the token that it generates is dropped."""
         if state.position < len(ids) - 1:
             next(self.inner(model, state, ids[:-1], Sampler(), 1), None)
             state.rewind(min(state.position, len(ids) - 1))
@@ -154,8 +159,8 @@ class MajorityVote(TokenLoop):
         if seed is None:
             seed = int(choose.uniform() * 2**53)
         for number in range(self.votes):
-            own = random.Random(f"vote {number}, seed {seed}: {list(ids)}").getrandbits(53)
-            yield Sampler(temperature, choose.top_k, choose.top_p, own)
+            rng = random.Random(f"vote {number}, seed {seed}: {list(ids)}")
+            yield Sampler(temperature, choose.top_k, choose.top_p, rng.getrandbits(53))
 
     def answer(self, model, state: State, ids, voter: Sampler, limit: int) -> list[int]:
         """One vote: the tokens up to end-of-text, or ``limit`` of them."""
@@ -168,13 +173,13 @@ class MajorityVote(TokenLoop):
 
 
 def winner(counts: Sequence[int]) -> int:
-    """The index of the largest; of equals the first one seen."""
+    """The index of the largest count; ties go to the answer that was seen first."""
     return counts.index(max(counts))
 
 
 def is_decided(counts: Sequence[int], left: int) -> bool:
-    """Can ``left`` further votes no longer change the winner? counts: in the order in which the
-    answers were first seen. Of a tie with the leader, earlier answers win and later ones lose."""
+    """Is the winner certain, whatever the ``left`` further votes are? counts: in the order in which
+    the answers were first seen. In a tie with the leader, an earlier answer wins, a later loses."""
     leader = winner(counts)
     most = [count + left for count in counts] + [left]  # the last: an answer not seen yet
     beaten = (
@@ -191,22 +196,24 @@ def is_decided(counts: Sequence[int], left: int) -> bool:
 class WholeText(Part):
     """Answers are the same if their texts are, except for spaces at the ends and end-of-text."""
 
-    tokenizer: Any
+    text: Part | None  # None: of a model without a tokenizer, ids are compared
 
     def __call__(self, answer: Sequence[int], eos: Sequence[int]):
         ids = answer[:-1] if answer[-1] in eos else answer
-        return tuple(ids) if self.tokenizer is None else self.tokenizer.decode(ids).strip()
+        return (
+            tuple(ids) if self.text is None else self.text(ids).decode("utf-8", "replace").strip()
+        )
 
 
 @part
 class LastWord(Part):
     """Answers are the same if the last word of their first sentence is."""
 
-    tokenizer: Any
+    text: Part
 
     def __call__(self, answer: Sequence[int], eos: Sequence[int]):
         ids = answer[:-1] if answer[-1] in eos else answer
-        sentence = self.tokenizer.decode(ids).partition(".")[0]
+        sentence = self.text(ids).decode("utf-8", "replace").partition(".")[0]
         return "".join(sentence.split()[-1:])
 
 
@@ -237,10 +244,10 @@ def majority_accuracy(p: float, n: int, copying: float = 0.0) -> float:
 #       random of 9     30.1     37.9    27.6     38.2     27.8      8.9   98.2     6.1
 #
 #   python -m minitx.lab.answers -m stories-draft --stories 60 --majority-vote votes=9 prints a row.
-#   9 votes minus greedy: -7.2 points (-13.3 to -0.9); minus one of those votes at random, which
-#   costs as much: +6.7. A vote over one word can only come back to the most likely word, which
-#   greedy decoding gives at once; so few votes of a model that is unsure are worse, since they do
-#   not always find it.
+#   9 votes are 7.2 points below greedy (0.9 to 13.3), and 6.7 above one of those votes at random,
+#   which costs as much. At best, a vote over one word finds the most likely word, which greedy
+#   decoding gives at once; votes of a model that is unsure are worse, since they do not always find
+#   it.
 # - Whole sentences, of which many have the same answer, right by their last word, in percent:
 #
 #                                         stories-draft   stories-parallel
@@ -256,10 +263,11 @@ def majority_accuracy(p: float, n: int, copying: float = 0.0) -> float:
 #   the vote is no better than one of its voters.
 # - Early stop saves 1.2 of 9 votes where the model is unsure (stories-draft) and 3.9 of 9 where it
 #   is sure (stories), and never changes the result.
-# - Why the rule may stop at a draw: the leader keeps a tie against answers that were seen later, so
-#   "margin = votes left" is enough against those; against earlier ones it has to exceed them.
+# - Why voting may stop where a tie is still possible: the leader wins a tie against an answer that
+#   was seen later, so against those "margin = votes left" is enough; against an answer that was
+#   seen earlier the margin has to exceed the votes left.
 # - The seeds of the votes depend on the prompt too. With the same random numbers for every prompt,
-#   the votes of all questions would be lucky or unlucky together.
+#   the errors of all questions would be correlated.
 # - A vote ends at end-of-text. If the answer that wins is shorter than the limit, its end-of-text
 #   is repeated, since the rows of a batch go on together.
 # - The paper samples up to 40 answers (from memory, unconfirmed). Its gains are on chains of

@@ -31,9 +31,11 @@ def prompt_lookup(
     lm,
     *,
     gamma: Gamma = 4,
-    longest: Annotated[int, "tokens to search for, at most", at_least(1, limit=64)] = 3,
+    longest: Annotated[
+        int, "length of the longest n-gram that is searched for", at_least(1, limit=64)
+    ] = 3,
     adapt: Annotated[
-        bool, "after each round, gamma grows by 2 if all was accepted, else it shrinks by 1"
+        bool, "after each round, gamma grows by 2 if all tokens were accepted, else shrinks by 1"
     ] = False,
 ):
     """Propose what followed the last tokens earlier in the text; one forward pass verifies it.
@@ -44,20 +46,21 @@ def prompt_lookup(
                (gamma=10); ours the latest, and fewer tokens if the text ends (Notes).
     Kind:      exact: samples follow the model's distribution; greedy text is the same, except for
                ties that rounding decides.
-    Idea:      Texts repeat themselves: names, phrases, code. What followed the last few tokens the
-               last time is a guess that costs nothing, and one pass checks several guesses.
+    Idea:      Texts repeat themselves: names, phrases, code. What followed the last few tokens at
+               their previous occurrence is a draft that costs nothing; one pass verifies all of it.
     Offline:   nothing.
     Online:    one round; t[1..T]: the prompt and the completion so far
                for n = longest, ..., 1: find the latest i < T with t[i-n+1..i] = t[T-n+1..T];
                    stop at the first n for which there is one
-               x = t[i+1 .. i+gamma]             fewer where the text ends; none without an i
+               x = t[i+1 .. i+gamma]             fewer where the text ends; none if there is no i
                p[1], ..., p[gamma+1]             one pass over t[T] and x
-               accept x[j] with probability p[j](x[j]), j = 1, 2, ... (greedy: if it is the argmax);
-               at the first rejection, stop; draw from p[j] without x[j]
+               accept x[j] with probability p[j](x[j]), j = 1, 2, ... (greedy: if it is the argmax)
+               at the first rejection, draw from p[j] without x[j], normalized; drop the rest of x
                if all are accepted, draw one more token from p[gamma+1]
     Saves:     sequential passes, so bytes of weights read (0.71x on stories); multiply-adds rise
                (1.68x), by those of the rejected tokens.
-    In NumPy:  about as fast as plain decoding on stories; slower at temperature 1 (Notes).
+    In NumPy:  about as fast as plain decoding on stories, slower at temperature 1 (minitx frontier
+               decoding --methods prompt_lookup).
     Not for:   text that does not repeat itself; high temperatures, at which p[j](x[j]) is small;
                batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_prompt_lookup.py; literal version:
@@ -78,7 +81,7 @@ def prompt_lookup(
 class PromptLookup(Draft):
     """No model: proposes what followed the last tokens where they occurred earlier in the text."""
 
-    longest: int  # tokens to search for, at most
+    longest: int  # n of the longest n-gram that is searched for
 
     def begin(self, model: Transformer, state: State) -> Drafting:
         return Searching(model, state, self.longest)
@@ -97,12 +100,12 @@ class Searching(Drafting):
 
 
 class NgramIndex:
-    """Where each run of 1 .. ``longest`` tokens of a growing text was seen last."""
+    """The latest occurrence of each n-gram, n = 1 .. ``longest``, of a growing text."""
 
     def __init__(self, longest: int):
         self.longest = longest
-        self.after: dict[tuple[int, ...], int] = {}  # run: the position that followed it last
-        self.read = 1  # the runs before the positions below this are in
+        self.after: dict[tuple[int, ...], int] = {}  # n-gram: where its latest occurrence ends
+        self.read = 1  # the n-grams text[end - n : end] are indexed for every end below this
 
     def continuation(self, text: list[int]) -> list[int]:
         """The tokens that followed an earlier occurrence of the last n tokens, for the largest n
@@ -120,10 +123,10 @@ class NgramIndex:
 
 # Notes:
 #
-# - The proposals are certain, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
-# - The index holds ``longest`` entries per token: a search takes no longer in a longer text.
-# - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities,
-#   which there are none of here.
+# - The draft is deterministic, so q is one-hot, and min(1, p(x) / q(x)) is p(x).
+# - The index holds at most ``longest`` n-grams per token; a search takes as long in a long text.
+# - adapt=true is the "heuristic" schedule of the transformers library. It needs no probabilities of
+#   the draft, and a lookup has none.
 # - python -m minitx.lab.loops prompt_lookup gamma=1,2,4,10
 #   on stories, 20 prompts of 32 tokens, 48 new ones each (adapt=true; --temperature 1). Relative to
 #   plain decoding, prefill included, which is one of the passes:

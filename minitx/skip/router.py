@@ -24,6 +24,7 @@ from minitx.shared.small_answers import (
     Stories,
     cut_for_share,
     examples_of,
+    finite,
     halves,
     relative_cost,
     uniform_of,
@@ -37,7 +38,7 @@ from minitx.tree import Part, float_type, part
     level="answer",
     exact=False,
     neutral={"threshold": 2.0},
-    after=("cascade",),
+    after=("cascade", "majority_vote"),
     demo={"small": "self", "choose": "random", "threshold": 0.5, "seed": 29},
     event="requests routed to the small model",
 )
@@ -59,23 +60,25 @@ def router(
     ] = None,
     features: Annotated[
         Literal["tokens", "perplexity"],
-        "what is seen of the prompt: the tokens of its end; or how well the small model predicts "
-        "it, which takes a pass of that model over every prompt",
+        "what the classifier sees of a prompt, besides its length: tokens: its last 16 tokens; "
+        "perplexity: how well the small model predicts it, which takes a pass of that model over "
+        "every prompt",
     ] = "tokens",
     choose: Annotated[
-        Literal["learned", "random"], "route by what was learned, or a random baseline"
+        Literal["learned", "random"], "route by the classifier, or at random, a baseline"
     ] = "learned",
     tokens: AnswerTokens = 1,
     stories: Stories = 32,
     cuts: Cuts = 8,
-    seed: Annotated[int, "of choose=random", SEEDS] = 0,
+    seed: Annotated[int, "seed of choose=random", SEEDS] = 0,
 ):
     """Route each prompt to a small or the big model by a learned classifier of the prompt.
 
     Paper:     Ong et al., "RouteLLM: Learning to Route LLMs with Preference Data", 2024, arXiv
                2406.18665, is the best known of several.
-    Fidelity:  ours, after the idea: the paper's routers learn from human preferences; here logistic
-               regression learns where two models agree. The abstract was all we had (in notes).
+    Fidelity:  a reconstruction of the idea from the abstract, as quoted in notes. The paper's
+               routers learn from human preferences; ours, a logistic regression, where two models
+               agree.
     Kind:      approximate; exact with threshold > 1, where the big model answers everything. On
                questions of stories it is no better than random routing (Notes).
     Idea:      Many requests are easy, and some of them look easy. Whole requests are routed, before
@@ -83,18 +86,20 @@ def router(
     Offline:   prompts x from calibration texts; the small model is good enough for x if its greedy
                answer is the big one's
                first half:  w, b = logistic regression of that on f(x)
-               second half: with a budget, the threshold that routes the share a of the prompts to
-               the small model with which E[cost] = budget * c_b
+               second half: with a budget, the threshold that routes a share a of the prompts to the
+                            small model, such that E[cost] = budget * c_b
     Online:    f(x) = ln length; the last token; a bag of the last 16 tokens (hashed to 256 buckets)
                r = sigmoid(w f(x) + b)
                r >= threshold: the small model answers, else the big one; the other never runs
-    Saves:     E[cost] = c_r + a c_s + (1 - a) c_b; a: share of prompts routed to the small model.
-               Nothing is paid twice, as in a cascade; but nobody looks at the answer. c_r: 513
-               multiply-adds; with features=perplexity a pass of the small model (c_s then less).
+    Saves:     E[cost] = c_r + a c_s + (1 - a) c_b multiply-adds; c_s, c_b: an answer of each model;
+               a: share of the prompts routed to the small one. Unlike in a cascade, only one model
+               runs, but nobody looks at its answer. c_r, the routing: 513; with features=perplexity
+               a pass of the small model over the prompt (which c_s then does not repeat).
     In NumPy:  1.3x the throughput at 0.74x of the multiply-adds (stories, one token after prompts
                of 130). Tokens are streamed.
-    Not for:   prompts that look alike where only the text before them makes one hard. A prompt and
-               its limit must fit the small model's context, else the big one answers.
+    Not for:   prompts with the same last words, of which earlier text makes some hard and others
+               easy. A prompt and its limit must fit the small model's context, else the big model
+               answers.
     Proof:     tests/skip/test_router.py; literal version: tests/skip/literal_router.py
     Tutorial:  tutorials/17_answer_once.py
     """
@@ -115,7 +120,7 @@ def router(
         if seen:
             w, b = learned(seen, model, learn, float_type(lm.model))
         if threshold is None:
-            trial = Router(lm.decode, model, seen, w, b, -np.inf, seed)  # routes all to the small
+            trial = Router(Autoregressive(), model, seen, w, b, -np.inf, seed)  # all to the small
             state = new_state(lm.model, [])
             c_s, c_r = (
                 relative_cost(lm, examples, tokens, work) for work in (
@@ -124,7 +129,7 @@ def router(
             )  # fmt: skip
             share = share_for(0.7 if budget is None else budget, c_s, c_r)
             cut = cut_for_share([trial.score(e.prompt)[0] for e in tune], share)
-    return replace(lm, decode=Router(lm.decode, model, seen, w, b, float(cut), seed))
+    return replace(lm, decode=Router(lm.decode, model, seen, w, b, finite(cut), seed))
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -132,7 +137,7 @@ def router(
 
 @part
 class Router(TokenLoop):
-    """The small model's plain loop for prompts that score at least the cut, else the inner loop."""
+    """The small model's plain loop for prompts whose score reaches the cut, else the inner loop."""
 
     inner: Part
     small: Transformer
@@ -188,8 +193,8 @@ class PromptTokens(Part):
 
 
 def bucket(token: int) -> int:
-    """A number below 256: the leading bits of the token times a constant (multiplicative
-    hashing), so that a vocabulary of any size has as many weights."""
+    """A token's hash bucket, below 256: the leading bits of the token times a constant
+    (multiplicative hashing). So the number of weights does not depend on the vocabulary."""
     return (token * 2654435769 % 2**32) * BUCKETS >> 32
 
 
@@ -221,8 +226,8 @@ def learned(features: Part, small: Transformer, examples: Sequence[Example], dty
 
 
 def share_for(budget: float, c_s: float, c_r: float) -> float:
-    """The share of the prompts that the small model has to answer; c_s: cost of a request that is
-    routed to it, c_r: of routing alone, both relative to the big model."""
+    """The share of the prompts that the small model has to answer. c_s: cost of a request that is
+    routed to it, routing included; c_r: of routing alone; both relative to the big model."""
     if budget < c_s:
         raise MinitxError(
             f"router: the small model alone takes {c_s:.3f} of the big one's multiply-adds, so no "
@@ -242,9 +247,10 @@ def expected_cost(share: float, c_s: float, c_b: float, c_r: float = 0.0) -> flo
 
 # Notes:
 #
-# On 592 questions of 100 held-out stories, beside random routing at the same cost, which it does
-# not beat; half of 623 questions of the calibration split taught, the other half set the threshold
-# (``python -m minitx.lab.answer_front --stories 100 --calibration 100``; more in skip/cascade.py):
+# On 592 questions of 100 held-out stories, compared with random routing at the same cost, which it
+# does not beat. Half of 623 questions of the calibration split trained the classifier, the other
+# half set the threshold (``python -m minitx.lab.answer_front --stories 100 --calibration 100``;
+# more in skip/cascade.py):
 #
 #                        right   counts    1 hop   2 hops   3 hops     cost   above random
 #     stories-draft     43.2 %   63.3 %   43.6 %   44.2 %   23.3 %    0.056
@@ -255,9 +261,10 @@ def expected_cost(share: float, c_s: float, c_b: float, c_r: float = 0.0) -> flo
 #     stories           97.1 %   81.6 %   99.5 %   93.7 %  100.0 %    1.000
 #
 # The last words of a question tell its kind, and the draft is right on some questions of every kind
-# and wrong on others: the end of a prompt does not tell on which. It depends on who was where,
-# earlier. On prompts cut from stories anywhere it does better: the small answer depends on what
-# comes next, a name or a full stop, and the last token tells. The default (budget=0.7) agrees with
+# and wrong on others: on which depends on who was where earlier, which the end of a prompt does not
+# tell. On prompts cut from stories anywhere the router does better: whether the small model is
+# right depends on what comes next, a name or a full stop, and the last token tells that
+# (tests/skip/test_router.py). The default (budget=0.7) agrees with
 # stories on 97.5 % of 480 such prompts at a cost of 0.601, 3.2 points (+2 to +5) above random
 # routing; a cascade has 99.4 % at 0.304 (python -m minitx.lab.answer_front --stories 60 --cuts 8).
 #
@@ -266,4 +273,4 @@ def expected_cost(share: float, c_s: float, c_b: float, c_r: float = 0.0) -> flo
 # (python -m minitx.lab.answers --stories 60 --router features=perplexity); random routing at that
 # cost has 94 %, on the line between 44.1 % at 0.056 and 96.8 % at 1.
 #
-# Not routed to the small model, with a cascade inside (both at once): the cascade answers.
+# With a cascade applied too, the cascade answers what is not routed to the small model.

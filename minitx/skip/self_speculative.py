@@ -56,22 +56,25 @@ def self_speculative(
     Kind:      exact: samples follow the model's distribution; greedy text is the same, except for
                ties that rounding decides.
     Idea:      After a few layers a model often knows the next token. So those layers draft, and the
-               others verify several drafts in one pass: no second model, no second KV cache.
+               others verify several draft tokens in one pass: no second model or KV cache.
     Offline:   nothing; a model trained for early exit (minitx/training/layerskip.py) accepts more.
     Online:    one round; h[E]: hidden state after the first E layers
-               q[i] = head(norm(h[E]))        after x[i-1]; x[i] ~ q[i], for i = 1, 2, ... gamma,
-                                              up to the first x[i] with a probability below stop
-               keep the rows that layers 0..E-1 have cached, and h[E] of each token
-               run layers 0..E-1 on the last proposal; run layers E..L-1 on all h[E] at once, of
-               the text's last token and of x[1..n]: this gives p[1..n+1]
-               accept, resample and emit as in speculative; cut all layers to the same length
+               q[i] = head(norm(h[E]))        h[E] of x[i-1], x[0] being the text's last token
+               x[i] ~ q[i], i = 1..n          n = gamma, or up to the first x[i] with a probability
+                                              below stop, as in speculative
+               keep each h[E], and the cache rows of layers 0..E-1
+               run layers 0..E-1 on x[n]; run layers E..L-1 on h[E] of x[0..n] in one pass
+               p[1..n+1] = head(norm(h[L]))
+               accept, resample and emit as in speculative; truncate the KV cache of every layer to
+               the same length
     Saves:     sequential passes of layers E..L-1, so bytes of weights read (0.68x on stories).
                Multiply-adds rise (1.30x): n + 1 tokens through every layer, 2 n + 1 through the
                head, for 1 to n + 1 tokens. A draft with its own cache would run n tokens through
                layers 0..E-1 twice (speculative draft=self: 1.61x at E = L/2, here 1.13x).
-    In NumPy:  1.1x the throughput of plain decoding on stories (minitx frontier decoding).
-    Not for:   models whose early layers predict badly; parts that free cache rows, or decide by
-               the step; batches, whose sequences are decoded one by one.
+    In NumPy:  1.1x the throughput of plain decoding on stories (minitx frontier decoding
+               --methods self_speculative).
+    Not for:   models whose early layers predict badly; parts that free cache rows, or decide for
+               all tokens of a step together; batches, whose sequences are decoded one by one.
     Proof:     tests/skip/test_self_speculative.py; literal version:
                tests/skip/literal_self_speculative.py
     Tutorial:  tutorials/18_guessing_without_a_draft.py
@@ -79,7 +82,7 @@ def self_speculative(
     if gamma == 0:
         return lm
     need_plain_loop(lm, "self_speculative")
-    check(lm.model)
+    need_first_layers(lm.model)
     L = len(lm.model.stack.blocks)
     layers = max(L // 4, 1) if layers is None else layers
     if layers >= L:
@@ -94,7 +97,7 @@ def self_speculative(
     return replace(lm, decode=Speculative(FirstLayers(layers), length))
 
 
-def check(model: Transformer) -> None:
+def need_first_layers(model: Transformer) -> None:
     """Refuse a model whose first layers cannot run on their own."""
     need(model, Transformer)
     need(model.stack, Stack)
@@ -143,7 +146,7 @@ class SharedCache(Drafting):
 
     def score(self, tokens: list[int]) -> np.ndarray:
         """The target's logits (gamma + 1, V)."""
-        self.run_first_layers(tokens[len(self.h) :])  # the last one: no token was drafted from it
+        self.run_first_layers(tokens[len(self.h) :])  # the last proposal, which was not fed back
         x = np.concatenate(self.h)  # (gamma + 1, D)
         self.state.position -= len(tokens)
         self.state.take(len(tokens))
@@ -172,15 +175,15 @@ class SharedCache(Drafting):
 
 # Notes:
 #
-# - The last proposal has not been read by the draft when the verification begins: it runs all
-#   layers there. So each token of a round runs each layer once, and layers 0..E-1 are read n + 1
-#   times, the others once.
+# - The draft has not read its own last proposal when the verification begins, so that token runs
+#   all layers there. Each token of a round runs each layer once; the weights of layers 0..E-1 are
+#   read n + 1 times, those of the others once.
 # - The default of E, a quarter of the layers, is the paper's choice for Llama 2 7B (8 of 32; 15 of
 #   40 for 13B). With one layer less than all, nothing is left to save.
 # - adapt=true moves the threshold by 0.001 a round, so it matters only in long texts.
-# - Sampling accepts a proposal with a low probability as readily as another if the draft's
-#   distribution is right, so stop=0.3 ends rounds too early there: 3.1 tokens per pass instead of
-#   3.9 with gamma=4 stop=0, for fewer multiply-adds (layers=2; --temperature 1 below).
+# - Sampling accepts an unlikely draft token as readily as a likely one if q is close to p, so there
+#   stop=0.3 ends rounds too early: 3.1 tokens per pass instead of 3.9 with gamma=4 stop=0, for
+#   fewer multiply-adds (layers=2; --temperature 1 below).
 # - python -m minitx.lab.loops self_speculative layers=2,3,4,5,6 gamma=4 stop=0
 #   on stories (trained with LayerSkip's recipe), 20 prompts of 32 tokens, 48 new ones each, greedy
 #   (layers=2,3,4,5,6; stop=0 gamma=1,2,8). Relative to plain decoding, prefill included; passes are
@@ -204,4 +207,4 @@ class SharedCache(Drafting):
 #         gamma=2            65 %         2.26             1.23x           0.73x
 #         gamma=8            32 %         3.37             2.06x           1.00x
 #
-#   More layers are right more often, but a draft step reads more: bytes are lowest at E = 2.
+#   More layers predict better, but a draft step then reads more weights: bytes are lowest at E = 2.

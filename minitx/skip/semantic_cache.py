@@ -17,6 +17,7 @@ from minitx.decode import Sampler
 from minitx.model import Transformer
 from minitx.shared.answer_key import key_of, request
 from minitx.shared.answer_loop import AnswerLoop
+from minitx.shared.turns import Turns
 from minitx.state import State
 from minitx.technique import at_least, between, decides, technique
 from minitx.tree import Part, part
@@ -26,7 +27,7 @@ from minitx.tree import Part, part
     level="answer",
     exact=False,
     neutral={"entries": 0},
-    after=("answer_cache", "cascade", "router"),
+    after=("answer_cache", "cascade", "majority_vote", "router"),
     demo={"threshold": 0.9999, "entries": 8},
     event="semantic hits",
     presets={"gptcache": {"threshold": 0.8}},
@@ -36,12 +37,12 @@ def semantic_cache(
     *,
     threshold: Annotated[
         float,
-        "least cosine similarity of a hit; above 1: no hits; -1: every prompt hits",
+        "lowest cosine similarity of a hit; above 1: no hits; -1: every prompt hits",
         between(-1, 2),
     ] = 0.9999,
     entries: Annotated[int, "number of answers stored, at most; 0: no cache", at_least(0)] = 1000,
     audit: Annotated[
-        int, "every n-th hit is generated too, and compared; 1: every hit", at_least(1)
+        int, "every n-th hit is also generated, and compared; 1: every hit", at_least(1)
     ] = 20,
 ):
     """Answer a prompt with the stored answer of a similar prompt, by embedding similarity.
@@ -49,28 +50,31 @@ def semantic_cache(
     Paper:     Bang, "GPTCache: An Open-Source Semantic Cache for LLM Applications Enabling Faster
                Answers and Cost Savings", NLP-OSS 2023.
     Fidelity:  a reconstruction from notes on GPTCache's code. Ours: the embedding; all settings
-               must agree (GPTCache leaves the temperature out); hits are audited.
+               must be equal (GPTCache ignores the temperature); hits are audited.
     Kind:      approximate: another prompt's answer. At entries=0 there is no cache.
     Idea:      Many prompts ask what was asked before, in other words. If a stored prompt is similar
-               enough, its answer will do. Similar prompts may have different answers: a false hit.
+               enough, its answer is returned. If the right answer is another one, that is a false
+               hit.
     Offline:   nothing.
-    Online:    e = mean of the embeddings of the prompt's tokens, divided by its length     (D,)
+    Online:    e = mean of the embeddings of the prompt's tokens, scaled to unit norm       (D,)
                sims = M @ e         M (N, D): stored prompts with the same model, loop, limit and
                                     temperature, top_k, top_p, seed
                hit if max(sims) >= threshold: yield the answer stored there
-               every n-th hit (audit=n): generate too, compare; yield that, store it if it differs
-               miss: run the inner loop, store its answer; above entries: evict the one least
-               recently used. Above temperature 0 without a seed: run the inner loop only
+               every n-th hit (audit=n): also generate, and compare; yield the generated answer, and
+               store it if it differs
+               miss: run the inner loop, store its answer; above entries: evict the least recently
+               used answer. Above temperature 0 without a seed: run the inner loop only
     Saves:     the pass over the prompt and all new tokens of a hit, which takes T D additions and
-               (N + 2) D multiply-adds instead (T prompt tokens). Nothing if no prompts are alike.
+               (N + 2) D multiply-adds instead (T prompt tokens). Nothing if no prompts are similar:
+               a miss adds that and a second search, N D, for an answer to replace.
                wrong answers = hit rate * P(wrong | hit)                 of all requests; on stories
                at 0.9995: 0.38 * 0.057 = 0.022, at 0.999: 0.53 * 0.093 = 0.050
                0 wrong of n audited hits: P < 1 - 0.05^(1/n) at 95 %, 0.99 % for n = 300
     In NumPy:  a hit takes 1.3 ms with 1,000 answers stored; generating after 139 prompt tokens of
-               stories takes 9 ms for 1 new token, 24 ms for 20. A miss adds the 1.3 ms.
-    Not for:   prompts where a word matters (who? where?): no threshold separates those with another
-               answer (Notes). Requests without max_new_tokens, whose limit depends on the prompt's
-               length.
+               stories takes 9 ms for 1 new token, 24 ms for 20. A miss adds the time of two hits.
+    Not for:   prompts where one word matters (who? where?): no threshold separates those with
+               different answers (Notes). Requests without max_new_tokens, whose limit depends on
+               the prompt's length.
     Proof:     tests/skip/test_semantic_cache.py; literal version:
                tests/skip/literal_semantic_cache.py
     Tutorial:  tutorials/17_answer_once.py
@@ -109,7 +113,7 @@ class SemanticCache(AnswerLoop):
     def begin(
         self, model: Transformer, ids: Sequence[int], choose: Sampler, limit: int, held: int = 0
     ) -> "tuple[list[int], Generated]":
-        """The stored answer, or [] if it has to be generated, and what notes the generated one: see
+        """The stored answer, or [] if it has to be generated, and the generated one: see
         ``AnswerLoop``."""
         fields = request(model, self.inner, choose, limit, held)
         if fields is None or not limit:
@@ -123,17 +127,18 @@ class SemanticCache(AnswerLoop):
 
     def look_up(self, e: np.ndarray, key: bytes) -> "Hit | None":
         """The answer of the most similar prompt, if that is similar enough."""
-        number, similarity = self.store.nearest(e, key)
-        if similarity < self.threshold:
-            ledger.event("semantic misses")
-            return None
-        ledger.event("semantic hits")
-        answer = self.store.use(number)
-        return Hit(answer.ids, self.store.count["hits"] % self.audit == 0)
+        with self.store.turns:
+            number, similarity = self.store.nearest(e, key)
+            if similarity < self.threshold:
+                ledger.event("semantic misses")
+                return None
+            ledger.event("semantic hits")
+            answer = self.store.use(number)
+            return Hit(answer.ids, self.store.count["hits"] % self.audit == 0)
 
     def note(self, e: np.ndarray, key: bytes, hit: "Hit | None", ids: list[int]) -> None:
-        """Store a new answer; if there was a hit, compare first. A wrong one is not replaced but
-        joined by the right one, which is nearer to this prompt."""
+        """Store a new answer; after an audited hit, compare first. A wrong answer stays, beside the
+        right one, which is nearer to this prompt."""
         if hit is not None:
             ledger.event("audited hits")
             ledger.event("audited hits that were wrong", ids != hit.ids)
@@ -143,7 +148,7 @@ class SemanticCache(AnswerLoop):
 
 class Hit(NamedTuple):
     ids: list[int]  # the stored answer
-    is_audited: bool  # it is generated too
+    is_audited: bool  # the answer is also generated
 
 
 class Generated:
@@ -165,26 +170,26 @@ class Generated:
 
 
 def embedding(model: Transformer, ids: Sequence[int]) -> np.ndarray:
-    """The embedding (D,) of a prompt: the mean of those of its tokens, at length 1."""
+    """The embedding (D,) of a prompt: the mean of the embeddings of its tokens, at unit norm."""
     x = model.embed(np.array(ids), slice(0, len(ids)))  # (T, D)
     ledger.count(2 * x.shape[-1], additions=x.size)
     return unit_mean(x)
 
 
 def unit_mean(x: np.ndarray) -> np.ndarray:
-    """The mean (D,) of rows x (T, D), divided by its length."""
+    """The mean (D,) of rows x (T, D), scaled to unit norm."""
     mean = x.mean(0, dtype=np.float64)
     return (mean / max(np.sqrt(mean @ mean), 1e-300)).astype(x.dtype)
 
 
 # The store ---------------------------------------------------------------------------------------
 
-STEPS = 1 << 20  # similarities are multiples of 1 / STEPS, so that the last bits do not decide
+STEPS = 1 << 20  # similarities are rounded to multiples of 1 / STEPS, so rounding decides no tie
 
 
 class Answer(NamedTuple):
     e: np.ndarray  # (D,) the embedding of its prompt
-    key: bytes  # of all that it depends on besides the prompt
+    key: bytes  # a hash of everything else that it depends on
     ids: list[int]
 
 
@@ -196,17 +201,19 @@ class SemanticStore(Part):
     entries: int
 
     def __post_init__(self):
-        # Not fields: a new store, or one read from a file, starts empty.
+        # Not dataclass fields: a store that is copied or read from a file starts empty.
         object.__setattr__(self, "answers", OrderedDict())  # number -> Answer
         object.__setattr__(self, "count", Counter())  # answers put, hits
+        object.__setattr__(self, "turns", Turns())
 
     def forget(self) -> None:
-        self.answers.clear()
-        self.count.clear()
+        with self.turns:
+            self.answers.clear()
+            self.count.clear()
 
     def nearest(self, e: np.ndarray, key: bytes) -> tuple[int, float]:
-        """The number of the answer with this key whose prompt is most similar, and the cosine of
-        the angle between both embeddings: -Inf if there is none. Ties go to the older answer."""
+        """(number, similarity) of the answer with this key whose prompt is most similar: the cosine
+        of the angle between both embeddings, or -Inf if there is none. Ties go to the older one."""
         numbers = sorted(n for n, answer in self.answers.items() if answer.key == key)
         if not numbers:
             return -1, -np.inf
@@ -223,6 +230,10 @@ class SemanticStore(Part):
 
     def put(self, e: np.ndarray, key: bytes, ids: list[int]) -> None:
         """Store an answer, instead of one with the same embedding if there is one."""
+        with self.turns:
+            self._put(e, key, ids)
+
+    def _put(self, e: np.ndarray, key: bytes, ids: list[int]) -> None:
         number, similarity = self.nearest(e, key)
         if similarity >= 1:
             del self.answers[number]
@@ -238,8 +249,8 @@ class SemanticStore(Part):
 # python -m minitx.lab.semantic_hits --stories 200: 2,250 questions about stories. Each question is
 # followed by two prompts that differ from it in one word of the story (another name, thing, mood)
 # and by the same question about another person or thing of the story. The answer is one word. No
-# hit is audited here, the store has 1,000 entries, and random entry is the baseline: hits at the
-# same times, but answered by any stored answer.
+# hit is audited here, and the store has 1,000 entries. random: the baseline, which hits for the
+# same requests, but answers with a random stored answer; its P(wrong | hit).
 #
 #       threshold   hit rate    hits   wrong   P(wrong | hit), 95 % bound   wrong answers   random
 #       -1           100.0 %   2,249   2,193        97.5 %     98.0 %          97.5 %         98 %
@@ -253,29 +264,30 @@ class SemanticStore(Part):
 # GPTCache's 0.8 (preset=gptcache) is meant for another embedding: with this one every question hits
 # and 97 % of the answers are wrong (--stories 60 --thresholds 0.8).
 #
-# Of the 1,678 pairs of a question and one that follows it 247 have another answer. Is a pair with
-# the same answer more similar than one with another answer? (AUC: how often; 0.5: not at all.) And
-# how many of the nearer half of the pairs have another answer?
+# Each question and one that follows it are a pair: 1,678 pairs, of which 247 have two different
+# answers. AUC: the probability that a pair with the same answer is more similar than one with
+# different answers (0.5: chance). Nearer half: of the more similar half of the pairs, how many have
+# different answers?
 #
 #       embedding                      same answer   another answer (highest)   AUC    nearer half
 #       mean of the token embeddings   0.9996        0.9989 (0.9999)            0.74   5.5 % wrong
 #       counts of words                0.9982        0.9961 (0.9995)            0.72   5.5 % wrong
 #       state of the last token        0.9996        0.6080 (0.9992)            0.98   0.0 % wrong
 #
-# No threshold separates them: a question about Tom or Ben may be as near as one on a sunny or a
-# rainy day. Where half of the pairs hit, one hit in 18 is wrong; the default hits only where the
-# word has nearly the same embedding as the one it replaces. And prompts that differ in the order of
-# their words have a similarity of 1: "Tom sent it to Eva", "Eva sent it to Tom". The last state
-# separates most of them, since the answer is read from it; but it takes the whole pass over the
-# prompt, so that only the new tokens are left to save.
+# No threshold separates them: Tom replaced by Ben changes the similarity as much as a sunny day
+# replaced by a rainy one. If half of the pairs hit, one hit in 18 is wrong; the default hits only
+# where a word is replaced by one with nearly the same embedding. And prompts that differ only in
+# word order have a similarity of 1: "Tom sent it to Eva", "Eva sent it to Tom". The hidden state of
+# the last token separates most pairs, since the answer is computed from it; but it takes the whole
+# pass over the prompt, so that only the new tokens are left to save.
 #
-# Why an audited hit returns what was generated: it is paid for, and it is right. It is stored if it
-# differs, so the same prompt gets its own answer from then on: a similarity of 1 is the largest. If
-# it was 1 before (another order of words), the new answer takes the place of the old one.
-# An audit counts once its answer is complete; a caller who stops before learns nothing.
+# Why an audited hit returns the generated answer: it has been computed, and it is right. It is
+# stored if it differs, so from then on the same prompt gets its own answer, at a similarity of 1.
+# If the similarity was 1 before (another word order), the new answer replaces the old one. An audit
+# counts once its answer is complete; if the caller stops earlier, it does not.
 #
-# The bound is Clopper and Pearson's: the p for which at most as many wrong ones among n have the
-# probability 0.05. 2 wrong of 300: 2.08 %.
+# The bound is Clopper and Pearson's: the p at which as many wrong answers among n, or fewer, have
+# the probability 0.05. 2 wrong of 300: 2.08 %.
 #
 # Answers are complete: they end with the text or at the limit. A caller who goes on after the end
 # of a stored text gets what the model writes after the prompt and that answer.

@@ -1,8 +1,8 @@
 """Speculative decoding: a draft model proposes tokens, the target model verifies them in one pass.
 
-Here: the card and the options; the draft model; the cost formula; notes. The rule that accepts or
-replaces a draft token and the decoding loop come first in reading order, and are in
-minitx/shared/draft_and_verify.py, since prompt_lookup and self_speculative use them too.
+Read minitx/shared/draft_and_verify.py first: the rule that accepts or replaces a draft token and
+the decoding loop are there, since prompt_lookup and self_speculative use them too. This file: the
+card and the options; the draft model (online); the cost formula; notes.
 """
 
 from collections.abc import Iterator
@@ -56,18 +56,19 @@ def speculative(
     Kind:      exact: samples follow the target model's distribution; greedy text is the same,
                except for ties that rounding decides.
     Idea:      Decoding is memory-bandwidth bound: each pass reads all weights for one token. A pass
-               over several tokens reads them once too, so let a cheap draft guess, then check.
+               over several tokens also reads them only once, so a cheap draft model proposes
+               several tokens, and one pass of the target verifies them.
     Offline:   nothing.
     Online:    one round; p[i] and q[i]: the target's and the draft's distributions of the token
                after the text and x[1..i-1]
-               x[i] ~ q[i]             for i = 1..gamma: the draft proposes, token by token; stop at
-                                       the first x[i] to which it gives a probability below stop
-               p[1], ..., p[gamma+1]   one target pass over the text's last token and x[1..gamma]
+               x[i] ~ q[i]             i = 1..n: the draft proposes tokens one by one; n = gamma, or
+                                       fewer: up to the first with a probability below stop
+               p[1], ..., p[n+1]       one target pass over the text's last token and x[1..n]
                accept x[i] with probability min(1, p[i](x[i]) / q[i](x[i])), i = 1, 2, ...
-               at the first rejection, stop; draw from the residual max(0, p[i] - q[i]) / its sum
-               if all are accepted, draw one more token from p[gamma+1]
-               drop rejected tokens from both KV caches; the token drawn last enters them in the
-               next round
+               at the first rejection, draw from the residual max(0, p[i] - q[i]) / its sum instead
+               if all are accepted, draw one more token from p[n+1]
+               truncate both KV caches to the accepted tokens; the token drawn last is fed to the
+               models in the next round
     Saves:     sequential passes of the target, so bytes of weights read (0.37x on stories, those of
                the draft included); multiply-adds rise (1.17x). With stop=0, if every proposal is
                accepted independently with the rate
@@ -75,8 +76,9 @@ def speculative(
                tokens  = (1 - alpha^(gamma+1)) / (1 - alpha)       per round, on average
                speedup = tokens / (gamma c + v);  c, v: time of one draft step and of the target's
                pass, both divided by the time of a plain decoding step (paper: v = 1)
-    In NumPy:  1.2x to 1.3x the throughput on stories, whose weights fit the CPU's cache: a pass
-               over five tokens takes 1.6 steps, a draft step 0.24 (Notes).
+    In NumPy:  1.2x to 1.3x the throughput on stories (minitx frontier decoding), whose weights fit
+               the CPU's cache: a pass over five tokens takes as long as 1.6 plain steps (python -m
+               minitx.lab.rows 128x8 --rows 1,5), a draft step as long as 0.24 (tutorial 11).
     Not for:   a draft with another vocabulary, or one whose parts free cache rows; batches, whose
                sequences are decoded one by one.
     Proof:     tests/skip/test_speculative.py; literal version: tests/skip/literal_speculative.py
@@ -122,8 +124,8 @@ class SecondModel(Drafting):
         self.draft, self.own = draft, draft.new_state()
 
     def propose(self, text: list[int], sampler: Sampler) -> Iterator[Proposal]:
-        """Tokens after ``text``, a prefix of which the draft has read; no more where its context
-        ends."""
+        """Tokens after ``text``, a prefix of which is in the draft's KV cache; they end where the
+        draft's context does."""
         # To propose n tokens it reads the text and n - 1 of them.
         room = self.draft.config.context - len(text) + 1
         ids = text[self.own.position :]  # two tokens, if the last round accepted every proposal
@@ -162,14 +164,19 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #
 # - p and q are what the sampler draws from: after temperature, top-k and top-p. At temperature 0
 #   both are one-hot, and the rule becomes "accept x if it is the target's argmax".
+# - stop is compared with the draft's probability before temperature, top-k and top-p.
 # - With the same seed, speculative decoding gives another sample than plain decoding, since it uses
 #   the random numbers for other draws. Repeated with that seed, it gives the same sample.
 # - The target's cache never holds the last token, which waits for the next pass. The draft has not
 #   read its own last proposal either: if all are accepted, its next step reads two tokens.
+# - A prompt takes two passes: all tokens but the last, and then the last with the first proposals.
+#   So the first token comes later than in plain decoding, and an answer of one token costs more
+#   (first token: minitx frontier decoding). The same holds for prompt_lookup, self_speculative,
+#   jacobi and lookahead.
 # - Near the limit a round proposes fewer tokens, because the target always adds one.
-# - The sequences of a batch accept different numbers of tokens, so each is decoded by itself, in
-#   turns.
-# - Why tokens may stop a round and the text stays exact: minitx/shared/draft_length.py.
+# - The sequences of a batch accept different numbers of tokens, so each is decoded separately; they
+#   take turns.
+# - Why samples stay exact although a draft token may end a round: minitx/shared/draft_length.py.
 # - python -m minitx.lab.loops speculative gamma=1,2,4,8 stop=0
 #   on stories, 20 prompts of 32 tokens, 48 new ones each (stop=0.3,0.4,0.6,0.8; draft=self; and all
 #   with --temperature 1). Relative to plain decoding, prefill included; passes: of the target, one
@@ -203,7 +210,6 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #   threshold by 0.001 a round, so it matters only in long texts.
 # - minitx frontier decoding, CPU time on a busy machine: 1.27x the throughput by default (1.18x to
 #   1.30x), 1.28x with gamma=4 stop=0, 1.23x with gamma=8 stop=0; at temperature 1 1.23x, 1.37x and
-#   1.35x. So in greedy decoding stop=0.3 only saves multiply-adds; for sampling take stop=0. The
-#   steps' times: python -m minitx.lab.rows 128x8 --rows 1,5 and tutorial 11.
-# - The loop itself is cheap beside the passes: verifying a greedy round takes 8 microseconds, a
-#   sampled one 80 (most of it softmaxes over the vocabulary), a step of stories 600.
+#   1.35x. So in greedy decoding stop=0.3 only saves multiply-adds; for sampling take stop=0.
+# - The loop itself costs little: verifying a greedy round takes 8 microseconds, a sampled one 80
+#   (mostly softmaxes over the vocabulary), a plain step of stories 600.

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -28,9 +29,10 @@ from minitx.checkpoints.precomputed import (
 )
 from minitx.checkpoints.safetensors import read_as_stored
 from minitx.checkpoints.safetensors_write import write_safetensors
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, MinitxWarning
 from minitx.ledger import counting
 from minitx.model import Activated
+from minitx.shared.small_answers import finite
 from minitx.technique import apply, swap
 from minitx.tree import nbytes, walk
 
@@ -43,8 +45,12 @@ def written(lm, folder, tokenizer=None):
 
 
 def changed(name, lm_family, dtype=np.float32):
+    """With default options; "self" is the second model of those that have one."""
+    own = {o: "self" for o in ALL[name].options if o in ("draft", "small", "member")}
     try:
-        return apply(tiny_lm(lm_family, dtype), {name: True})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MinitxWarning)  # cascade: it does not pay
+            return apply(tiny_lm(lm_family, dtype), {name: own})
     except MinitxError as error:
         pytest.skip(str(error))
 
@@ -59,6 +65,22 @@ def test_technique_round_trips(name, family, tmp_path):
     np.testing.assert_array_equal(again.logits(IDS), lm.logits(IDS))
     assert again.generate(IDS[:5], 20) == lm.generate(IDS[:5], 20)
     assert nbytes(again) == nbytes(lm)  # shared arrays stay shared
+
+
+@pytest.mark.parametrize("name", ["cascade", "router"])
+def test_threshold_that_keeps_everything_can_be_saved(name, tmp_path):
+    """The cut is not Inf, which JSON does not have; that of one that keeps nothing neither."""
+    lm = apply(tiny_lm(), {name: {"small": "self", "threshold": 0, "choose": "random"}})
+    _, decode = read_precomputed(written(lm, tmp_path / "out"))
+    assert repr(decode) == repr(lm.decode)
+    assert -1e100 < decode.cut <= 0 and finite(np.inf) < 1e100
+
+
+def test_value_that_cannot_be_saved_names_the_technique(tmp_path):
+    lm = apply(tiny_lm(), {"answer_cache": {"file": "memory"}})
+    lm = replace(lm, decode=replace(lm.decode, name=b"x"))
+    with pytest.raises(MinitxError, match="holds a bytes, .* leave out answer_cache, and apply it"):
+        written(lm, tmp_path / "out")
 
 
 def test_all_techniques_are_covered():

@@ -32,12 +32,13 @@ def test_matmul_of_several_rows_block_by_block_equals_plain_product(rows, nbytes
     x = rng.standard_normal((rows, 300), np.float32)
     w = rng.standard_normal((300, 3001), np.float32)
     block = in_a_block_of_all_matrices(w, nbytes)
-    assert fast.held_with(block) == nbytes and block.flags.f_contiguous
+    assert fast.bytes_with(block) == nbytes and block.flags.f_contiguous
     expected = x.astype(np.float64) @ w.astype(np.float64)
     for given in (x, np.asfortranarray(x), x[:, None], x[None]):
         found = fast.matmul(given, block)
         assert found.dtype == np.float32 and found.shape == (*given.shape[:-1], 3001)
-        np.testing.assert_allclose(found.reshape(rows, 3001), expected, rtol=1e-4, atol=1e-4)
+        what = "the product of several rows differs from x @ w"
+        np.testing.assert_allclose(found.reshape(rows, 3001), expected, 1e-4, 1e-4, err_msg=what)
 
 
 @pytest.mark.parametrize("n, nbytes, called", ((8, 32 << 20, 1), (9, 32 << 20, 0), (8, 8 << 20, 0)))

@@ -93,6 +93,27 @@ def test_two_techniques_for_the_same_part_are_refused_by_name(made_up):
         apply(tiny_lm("gpt2"), {"swallow": True})
 
 
+def test_refusal_names_the_technique_in_the_way():
+    """kv_share needs equally many key heads in the layers that share: head_prune removes some.
+    padding_skip and function_tables do not matter, and a refusal of its own stays as it is."""
+    lm = tiny_lm("gpt2")
+    others = {"function_tables": True, "padding_skip": True}
+    prune = {"head_prune": {"share": 0.25, "choose": "random"}}
+    share = {"kv_share": {"first": 0, "size": 2}}
+    for wanted in (prune | share, others | prune | share):
+        with pytest.raises(MinitxError) as caught:
+            apply(lm, wanted)
+        expected = "(kv_share fits without head_prune: use one of the two)."
+        assert str(caught.value).endswith(expected)
+        assert caught.value.__cause__ is None and "\n" not in str(caught.value)
+    wrong = {"kv_share": {"first": 5, "size": 2}}
+    with pytest.raises(MinitxError) as alone:
+        apply(lm, wrong)
+    with pytest.raises(MinitxError) as caught:
+        apply(lm, prune | wrong)
+    assert str(caught.value) == str(alone.value), "the fault is kv_share's own"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -121,7 +121,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, words in (
         (tmp_path, "is a folder"),
-        (tmp_path / "pipe", r"a pipe \(FIFO\); expected a regular file. .* - to read stdin"),
+        (tmp_path / "pipe", r"a pipe \(FIFO\); expected a regular file; .* - to read stdin"),
         ("/dev/zero", "is a device"),
         (tmp_path / "none", "there is no such file"),
         ("a\0b", "no file can have this name"),
@@ -130,6 +130,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
         with pytest.raises(MinitxError, match=words) as found:
             read_text(path)
         assert len(str(found.value)) <= 400 and str(found.value).isprintable()
+        assert ". " not in str(found.value).replace("...", ""), "one sentence"
 
 
 def test_only_the_beginning_of_a_huge_file_is_read(tmp_path, monkeypatch):

@@ -132,8 +132,17 @@ def test_report_has_a_row_per_setting_a_chart_and_the_verdict():
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_command_refuses_budgets_that_are_no_numbers(capsys):
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--budgets", "a,b", "--budgets takes numbers >= 0 separated by commas, got 'a,b'."),
+        ("--budgets", "nan", "--budgets takes numbers >= 0 separated by commas, got 'nan'."),
+        ("--calibration", "0", "expected a number from 1"),
+        ("--seed", "-1", "expected a number from 0"),
+    ],
+)
+def test_command_refuses_numbers_that_make_no_sense(flag, value, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        lab.main(["--budgets", "a,b"])
+        lab.main([f"{flag}={value}"])
     assert caught.value.code == 2
-    assert "--budgets takes numbers separated by commas, got 'a,b'." in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -77,9 +77,12 @@ def test_command_prints_a_row_for_each_setting(capsys):
     assert re.search(r"^rollback=5.0 small=self: \d+ big model passes, ", found, re.MULTILINE)
 
 
-def test_command_refuses_what_is_unknown():
+def test_command_refuses_what_is_unknown(capsys):
     with pytest.raises(SystemExit):
         main(["no_such_thing"])
     with pytest.raises(SystemExit):
         main(["speculative", "--temperature", "-1"])
+    with pytest.raises(SystemExit):
+        main(["jacobi", "guesses=1", "--prompts", "0"])
+    assert "--prompts: expected a number from 1" in capsys.readouterr().err
     assert minitx

@@ -114,6 +114,14 @@ def test_report_and_command(monkeypatch, capsys):
         lab.measure(tiny_lm(tokenizer=None), 1, 1, (0.9,), bar=False)
 
 
+def test_report_without_a_pair_of_one_kind():
+    """As of a single story, all of whose pairs have the same answer."""
+    row = lab.Row(0.9, 3, 1, 0, 0)
+    report = lab.Report("x", [row], {"mean": (np.array([0.9, 0.8]), np.array([]))})
+    assert "2 have the same answer, 0 another one" in str(report)
+    assert "0.8500 (0.8000 to 0.9000)" in str(report) and "no pair" in str(report)
+
+
 def tiny_lm_model():
     from tiny import tiny_model
 

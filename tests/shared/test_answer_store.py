@@ -382,6 +382,7 @@ def test_folder_that_cannot_be_made_costs_one_warning(tmp_path):
         store.put(key(1), answer(1))
         assert store.find(key(1)) is None
     assert len(said) == 1
+    assert str(said[0].message).endswith("another folder; until then, answers are not kept.")
 
 
 # Which file --------------------------------------------------------------------------------------

@@ -30,6 +30,14 @@ def test_confidence_worked_example():
     assert entropy == pytest.approx(1.5 * math.log(2) / math.log(3))
 
 
+@pytest.mark.parametrize(("logits", "expected"), [([0, -np.inf, 0], math.log(2)), ([7.0], 0)])
+def test_confidence_of_impossible_tokens_and_of_a_single_one(logits, expected):
+    """The entropy of p = [1/2, 0, 1/2] is ln 2, of ln 3 at most; that of the only token is 0."""
+    logprob, entropy = confidence(np.array(logits), 0)
+    assert logprob == pytest.approx(-expected)
+    assert entropy == pytest.approx(expected / math.log(3))
+
+
 def test_answer_is_that_of_plain_decoding_with_its_log_probabilities():
     lm = tiny_lm(dtype=np.float64)
     answer = answer_of(lm.model, new_state(lm.model, IDS[:9]), IDS[:9], Sampler(), 8)

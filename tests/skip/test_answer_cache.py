@@ -18,7 +18,7 @@ from minitx.decode import Sampler
 from minitx.errors import MinitxError, MinitxWarning
 from minitx.shared.answer_store import ROW, statistics
 from minitx.skip.answer_cache import NormalizedText, normalized
-from minitx.technique import apply, wrap
+from minitx.technique import apply, find, wrap
 from minitx.tree import Part, part
 
 IDS = np.random.default_rng(0).integers(0, 256, 40).tolist()
@@ -470,3 +470,31 @@ def test_loop_that_cannot_be_identified_is_refused_in_a_sentence():
     lm = cached(tiny_lm(decode=Odd(tiny_lm().decode, Unfit())))
     with pytest.raises(MinitxError, match="Unfit cannot be told from others"):
         lm.generate(IDS[:4], 3)
+
+
+def test_calibration_of_others_leaves_the_file_alone(tmp_path):
+    """A cascade that is put around the cache later (both at once are put the other way round) reads
+    stories to calibrate: none of its answers is stored, and the cache works on."""
+    file = tmp_path / "a.sqlite"
+    lm = cached(file=str(file))
+    answer = lm.generate(IDS[:9], 6)
+    late = apply(lm, {"cascade": {"small": "self", "budget": 1.5, "stories": 1, "cuts": 2}})
+    assert statistics(file).answers == 1, "calibration answers were stored"
+    assert ask(lm, IDS[:9]) == (answer, "exact hits", 0), "the cache was emptied"
+    assert late.decode.inner.store is lm.decode.store
+
+
+@pytest.mark.parametrize("other", ["cascade", "majority_vote", "router"])
+def test_cache_is_outside_of_what_answers(other):
+    """So the answer that is served is the one that is stored, and calibration does not see it."""
+    demo = find(other).demo
+    lm = apply(tiny_lm(), {other: demo, "answer_cache": {"file": "memory"}})
+    assert type(lm.decode).__name__ == "AnswerCache" and decoded_by(lm) == 1
+    assert decoded_by(lm) == 0, "an answer was generated twice"
+
+
+def decoded_by(lm) -> int:
+    """How many requests of two were not answered from the cache."""
+    with ledger.counting(lm) as counts:
+        assert lm.generate(IDS[:5], 3) == lm.generate(IDS[:5], 3)
+    return counts.events["misses"]

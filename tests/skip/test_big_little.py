@@ -79,7 +79,7 @@ def test_distances_by_hand():
 
 def test_every_draft_token_is_tested_not_only_the_first_far_one():
     """Position 0 is far but the argmax; position 1 is far and must be found all the same."""
-    rows = np.log([[0.3, 0.29, 0.41 - 0.12, 0.12], [0.01, 0.9, 0.05, 0.04], [0.25] * 4])
+    rows = np.log([[0.3, 0.29, 0.29, 0.12], [0.01, 0.9, 0.05, 0.04], [0.25] * 4])
     assert -math.log(0.3) > 1
     assert first_far(rows, [0, 0], 1.0) == 1, "the second draft token is far, and was kept"
 

@@ -54,6 +54,7 @@ def test_token_that_one_model_excludes_stays_in_the_mixture_alone():
     mixture = np.exp(ProbabilityAverage(0.5)(sure, np.log(Q)))
     np.testing.assert_allclose(mixture, [0.5005, 0.3, 0.1995])
     np.testing.assert_allclose(np.exp(LogitAverage(0.5)(sure, np.log(Q))), [1, 0, 0])
+    np.testing.assert_allclose(np.exp(LogitAverage(1)(sure, np.log(Q))), Q)  # 0^0 is 1
 
 
 @pytest.mark.parametrize("average", AVERAGES)

@@ -14,6 +14,7 @@ from minitx.decode import Autoregressive, Sampler, TokenLoop, new_state
 from minitx.errors import MinitxError
 from minitx.lab.answers import answer, held_out_questions
 from minitx.lm import LM
+from minitx.shared.token_text import TokenText
 from minitx.skip.majority_vote import (
     LastWord,
     MajorityVote,
@@ -130,14 +131,14 @@ def test_early_stop_gives_what_all_votes_give(monkeypatch):
 def test_answers_are_compared_without_end_of_text_and_outer_spaces():
     ids = TOKENIZER.encode("Once", special=False)
     spaced = TOKENIZER.encode(" Once ", special=False)
-    text = WholeText(TOKENIZER)
+    text = WholeText(TokenText.of(TOKENIZER))
     assert text([*ids, END], (END,)) == text(spaced, (END,)) == text(ids, (END,)) == "Once"
     assert WholeText(None)([1, 2, END], (END,)) == (1, 2)
 
 
 def test_last_word_of_the_first_sentence():
     def word(text):
-        return LastWord(TOKENIZER)(TOKENIZER.encode(text, special=False), (END,))
+        return LastWord(TokenText.of(TOKENIZER))(TOKENIZER.encode(text, special=False), (END,))
 
     assert word(" Leo is in the cellar. He ran.") == word("It is the cellar.") == "cellar"
     assert word(".") == word(" ") == ""

@@ -249,5 +249,5 @@ def test_models_whose_first_layers_cannot_run_alone_are_refused():
         apply(lm, {"sink_window": {"sinks": 2, "window": 5}, "self_speculative": {}})
     with pytest.raises(MinitxError, match="head_cascade decides by the step; use one of the two"):
         apply(lm, {"head_cascade": {}, "self_speculative": {}})
-    with pytest.raises(MinitxError, match="already has that of prompt_lookup; apply both at once"):
+    with pytest.raises(MinitxError, match="already has that of prompt_lookup; use one of the two"):
         changed(apply(lm, {"prompt_lookup": {}}))

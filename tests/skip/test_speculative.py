@@ -645,8 +645,10 @@ def test_another_technique_in_the_target_keeps_its_text(technique, loop):
             return
 
 
-@pytest.mark.parametrize("other", ["prefix_cache", "padding_skip", "prompt_lookup"])
+@pytest.mark.parametrize("other", ["prefix_cache", "padding_skip", "answer_cache", "prompt_lookup"])
 def test_decoding_loop_that_is_there_is_not_dropped_silently(other):
-    lm = apply(tiny_lm(), {other: True})
-    with pytest.raises(MinitxError, match=f"already has that of {other}; apply both at once"):
+    """A loop that goes around this one could be applied later; one that replaces it cannot."""
+    lm = apply(tiny_lm(), {other: REGISTRY[other].demo})
+    what = "use one" if other == "prompt_lookup" else "apply both at once"
+    with pytest.raises(MinitxError, match=f"already has that of {other}; {what}"):
         apply(lm, {"speculative": {"draft": "self"}})
