@@ -208,8 +208,9 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #   have been accepted. Sampling rejects with probability 1 - sum(min(p, q)), which is small where q
 #   is close to p, unsure or not: there stop=0 needs far fewer passes. adapt=true moves the
 #   threshold by 0.001 a round, so it matters only in long texts.
-# - minitx frontier decoding, CPU time on a busy machine: 1.27x the throughput by default (1.18x to
-#   1.30x), 1.28x with gamma=4 stop=0, 1.23x with gamma=8 stop=0; at temperature 1 1.23x, 1.37x and
-#   1.35x. So in greedy decoding stop=0.3 only saves multiply-adds; for sampling take stop=0.
+# - minitx frontier decoding, CPU time, medians of three runs on a busy machine: 1.27x to 1.30x the
+#   throughput by default (single rounds 1.18x to 1.36x), 1.28x to 1.33x with gamma=4 stop=0, 1.23x
+#   to 1.28x with gamma=8 stop=0; at temperature 1 1.23x to 1.27x, 1.37x to 1.39x and 1.35x to 1.40x.
+#   So in greedy decoding stop=0.3 only saves multiply-adds; for sampling take stop=0.
 # - The loop itself costs little: verifying a greedy round takes 8 microseconds, a sampled one 80
 #   (mostly softmaxes over the vocabulary), a plain step of stories 600.
