@@ -248,7 +248,8 @@ def weight_bytes(big_passes: int, small_passes: int, big: int, small: int) -> in
 #   and more multiply-adds; a loose rollback saves most there. Then the text diverges, but is as
 #   likely: many words of a story have equally likely alternatives.
 # - minitx frontier decoding, CPU time, medians of three runs on a busy machine: 1.17x to 1.20x the
-#   throughput by default (speculative 1.27x to 1.30x). In the table above, fallback=0 rollback=5 was fastest (1.7x to 1.9x).
+#   throughput by default (speculative 1.27x to 1.30x). In the table above, fallback=0 rollback=5
+#   was fastest (1.7x to 1.9x).
 # - An answer of one token is always the big model's, since that writes the first token: graded
 #   questions whose answer is the next token cannot show what this loop costs.
 # - The thresholds compare probabilities, so a small model that is overconfident (not calibrated)

@@ -210,7 +210,7 @@ def multiply_adds(alpha: float, gamma: int, c: float) -> float:
 #   threshold by 0.001 a round, so it matters only in long texts.
 # - minitx frontier decoding, CPU time, medians of three runs on a busy machine: 1.27x to 1.30x the
 #   throughput by default (single rounds 1.18x to 1.36x), 1.28x to 1.33x with gamma=4 stop=0, 1.23x
-#   to 1.28x with gamma=8 stop=0; at temperature 1 1.23x to 1.27x, 1.37x to 1.39x and 1.35x to 1.40x.
+#   to 1.28x with gamma=8 stop=0; at temperature 1 1.23x to 1.27x, 1.37x to 1.39x, 1.35x to 1.40x.
 #   So in greedy decoding stop=0.3 only saves multiply-adds; for sampling take stop=0.
 # - The loop itself costs little: verifying a greedy round takes 8 microseconds, a sampled one 80
 #   (mostly softmaxes over the vocabulary), a plain step of stories 600.
