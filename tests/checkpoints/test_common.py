@@ -141,6 +141,8 @@ ALLOWED = {
     "checkpoints/safetensors.py": {"fromfile"},  # from a file of open_file
     "lab/bench.py": {"read_text"},  # /proc/cpuinfo
     "exit_status.py": {"open"},  # os.devnull
+    "digest.py": {"read_bytes"},  # minitx's own source
+    "shared/answer_store.py": {"open"},  # os.open creates the file, which nobody else may read
 }
 
 
