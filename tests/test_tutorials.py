@@ -360,7 +360,7 @@ PRINTS = {
         r"  pass 3  \[12, 8, 7, 6, 6, 6\]$",
         r"  1  park +\|",
         r"8 tokens in [78] passes$",
-        r"  collected +[2-5]\d% #+$",
+        r"  kept +[2-5]\d% #+$",
         r"  prompt_lookup +1\.\d\d +1\.\d\d +0\.[67]\d +\d\.\d\d$",
         r"  jacobi +1\.0\d +3\.\d\d +[01]\.\d\d +\d\.\d\d$",
         r"  lookahead +1\.\d\d +[34]\.\d\d +0\.[67]\d +\d\.\d\d$",
