@@ -338,7 +338,6 @@ PRINTS = {
         r"A right answer is surer than a wrong one in [5-9]\d% of all pairs",
         r"  0\.\d\d +\d\d% +0\.\d\d +\d\d\.\d% +\d\d\.\d% +\d\d\.\d%$",
         r"  questions +\d+% +[01]\.\d\d +\d+%$",
-        r"40 tokens in \d+ passes of the big model$",
         r"  one voter is right: 0\.4   the majority: 0\.352$",
         r"  101 +\d+% +\d+% +\d\d%$",
         r"[5-9] votes take 1\.\d\d of the work of one greedy answer$",
