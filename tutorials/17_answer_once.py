@@ -8,7 +8,6 @@ way: what is skipped, what must match, and what goes wrong if it does not?
 """
 
 # %% The models
-import json
 from collections import Counter
 from fractions import Fraction
 from hashlib import sha256
@@ -79,16 +78,15 @@ assert wrong == 4
 # The answer looks fine, but it is the answer to another request.
 
 # %% ... writing the key down
-# To store answers in a file, we write the key as a text, or take the hash of that. Here are two
-# ways to get it wrong. What is equal that should not be, and what is not equal that should be?
+# To store answers in a file, we write the key as a text, or take the hash of that. Here is a way to
+# get it wrong.
 first, second = [1, 23], [12, 3]
 glued = ["".join(map(str, ids)) for ids in (first, second)]
 print(f"ids {first} and {second}, glued together: {glued[0]} and {glued[1]}")
-print(f"1 == 1.0 == True: {1 == 1.0 == True}, but as JSON: {json.dumps([1, 1.0, True])}")
-assert glued[0] == glued[1] and {1: "one"}[True] == "one"
-# Two prompts that are glued to the same text get the same answer: a false hit. And 1 and 1.0, which
-# are the same temperature, are different texts: a needless miss. So write lists as lists, convert
-# each setting to its type first, put the settings in a fixed order, and hash that text.
+assert glued[0] == glued[1] and str(1) != str(1.0)
+# These two prompts would get the same answer: a false hit. And 1 and 1.0, which are the same
+# temperature, are different texts: a needless miss. So write lists as lists, convert each setting
+# to its type, put the settings in a fixed order, and hash that text.
 
 # %% ... with the flag
 # `answer_cache` has such a key. We count passes of the model: the first request takes 4, one for
@@ -236,10 +234,11 @@ assert similar["Tom elsewhere"] > similar["in other words"]
 # are less similar than another fact.
 
 # %% ... hits and false hits
-# Now 30 stories. A question about one is stored. Then come three similar prompts: twice another
-# word somewhere in the story, then a question about another person or thing. A hit is a similarity
-# that reaches the threshold; a false hit is one where the model itself would answer something else.
-# To know that, we let it answer all of them (with the prefix cache, since they begin alike).
+# Now the questions in 30 stories. Each is stored, and then come similar prompts: two with another
+# word somewhere in the story, and one about another person or thing, if there is one. A hit is a
+# similarity that reaches the threshold; a false hit is one where the model itself would answer
+# something else. To know that, we let it answer all of them (with the prefix cache, since they
+# begin alike).
 similar, same = [], []
 for question, *others in requests(big, 30, changes=2):
     stored, answer = embedding(big.model, question), reusing.generate(question, 1)
@@ -260,10 +259,12 @@ for threshold in (0.99, 0.999, 0.9995, 0.9999):
     table.append([threshold, f"{rate:.0%}", f"{false} of {hits}", *shares])
 print_table(["threshold", "hits", "false", "P(wrong | hit)", "at most", "wrong answers"], table)
 below = np.mean(similar[same] < similar[~same].max())
-print(f"A threshold above all with another answer loses {below:.0%} of those with the same answer.")
+print(
+    f"A threshold above all prompts with another answer loses {below:.0%} of those with the same."
+)
 assert below > 0.5
-# There is none: to be rid of all false hits, we lose most of the right ones. What a user notices is
-# a product:
+# So there is none: to be rid of all false hits, we lose most of the right ones. What a user notices
+# is a product:
 #
 #     wrong answers = hit rate * P(wrong | hit)
 #
@@ -326,8 +327,7 @@ ends = small_right.mean(), big_right.mean()
 table.append(["all", len(truth), *(f"{end:.0%}" for end in ends)])
 print_table(["", "answers", "small right", "big right"], table)
 assert ends[0] < ends[1]
-# The number of hops does not tell: the small model is wrong about half of the time, even with 1
-# hop.
+# Even with 1 hop the small model is wrong more than half of the time, so hops alone do not tell.
 
 # %% ... and their costs
 works = []
@@ -399,9 +399,9 @@ for accuracy in lines.values():
     accuracy.append(ends[1])
 save_lines("17_accuracy", [*costs, 1], lines, "cost (big model = 1)", "share of right answers")
 assert np.mean(lines["cascade"]) > np.mean(lines["random"])
-# In the picture, random is a straight line from one model to the other; what lies above it is
-# better than chance. The cascade does, so the small model's probability tells something. But what
-# it saves, it pays for with wrong answers that the small model was sure of.
+# In the picture, random is a straight line from one model to the other, and what lies above it is
+# better than chance. The cascade's line does, so the small model's probability tells something. But
+# what it saves, it pays for with wrong answers that the small model was sure of.
 #
 # The router is within 2% or so of the random choice, above or below, depending on the stories. It
 # sees the last words of the question, not the answer, and these hardly tell whether the small model
