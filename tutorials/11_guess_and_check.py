@@ -1,16 +1,17 @@
 """Tutorial 11: guess and check. Can a small model's guesses save passes of the large model without
 changing its text?
 
-Tutorial 2 timed a pass of the model with 4 rows: it takes much less time than 4 passes with one
-row. But the next token is needed before the one after it, so a single text gives one row at a time.
-Unless somebody guesses the next tokens: then one pass of the large model checks them all. This is
-speculative decoding. The small model is the draft model, the large one the target model.
+Tutorial 2 timed a pass of the model over 4 tokens, which are 4 rows in each product: it takes much
+less time than 4 passes over one. But a single text gives one row at a time, since each token is
+needed before the one after it. Unless somebody guesses the next tokens: then one pass of the large
+model checks them all. This is speculative decoding. The small model is the draft model, the large
+one the target model.
 
 Guesses can also come from the first layers of the model itself, from the text, or from the model's
 own past mistakes: tutorial 18.
 
 Letters: V vocabulary; p the target model's distribution of the next token (V numbers), q the draft
-model's; gamma guesses per pass.
+model's; gamma guesses per pass; alpha the probability that a guess is accepted.
 """
 
 # %% Two models with one vocabulary
@@ -58,20 +59,21 @@ WORDS = ("park", "kitchen", "garden", "cave")
 p = [Fraction(6, 10), Fraction(3, 10), Fraction(1, 10), Fraction(0)]
 q = [Fraction(4, 10), Fraction(2, 10), Fraction(2, 10), Fraction(2, 10)]
 
-# The rule: accept the guess x with probability min(1, p(x) / q(x)). What p likes at least as much
-# as q does is always accepted; "garden" is guessed twice as often as it should be, so every second
-# one is rejected; "cave" must never come out.
+# The rule: accept the guess x with probability min(1, p(x) / q(x)). A word that is at least as
+# probable in p as in q is always accepted. "garden" is guessed twice as often as it should be, so
+# half of its guesses are rejected. "cave" must never come out, so all of its are.
 accept = [min(Fraction(1), p_x / q_x) for p_x, q_x in zip(p, q)]
 
-# After a rejection another word is drawn: from what p has more than q, scaled to sum 1. This is the
-# residual distribution.
+# After a rejection another word is drawn, from the residual distribution: what is left of p where
+# it is above q (2/10 for park, 1/10 for kitchen), scaled to sum 1.
 excess = [max(Fraction(0), p_x - q_x) for p_x, q_x in zip(p, q)]
 residual = [e / sum(excess) for e in excess]
 table = [[WORDS[i], *map(str, (p[i], q[i], accept[i], residual[i]))] for i in range(4)]
 print_table(["word", "p", "q", "accept", "residual"], table)
 
 # %% ... and all that can happen
-# We go through every guess, accepted or not, and add up how often each word comes out.
+# We go through every guess, accepted or not, and add up how often each word comes out. It should be
+# as often as in p: 6, 3, 1 and 0 of 10.
 output = [Fraction(0)] * 4
 for guess in range(4):
     output[guess] += q[guess] * accept[guess]
@@ -85,16 +87,19 @@ acceptance = sum(q_x * a_x for q_x, a_x in zip(q, accept))
 assert acceptance == sum(map(min, p, q))
 print(f"a guess is accepted with probability {acceptance}, the sum of min(p, q)")
 
-# (To draw from p itself after a rejection would be wrong: "garden" would come too often. Its
-# accepted guesses have used up all that it may have.)
+# (To draw from p itself after a rejection would be wrong. The accepted guesses of "garden" are
+# 1/5 * 1/2 = 1/10 of all words, as many as p allows. It must not be drawn again.)
 
 # %% 2. Several guesses, one pass
 # The draft model guesses gamma tokens in a row. One pass of the target model over all of them gives
 # its own distribution after each. Guesses are accepted up to the first rejection; the rest is
 # thrown away. A rejected guess is replaced by a draw from the residual distribution, so each pass
 # brings at least one token. If all are accepted, the last row of the pass gives one token more, for
-# free. If each guess is accepted with probability alpha, a pass brings
-# 1 + alpha + alpha^2 + ... + alpha^gamma tokens on average.
+# free.
+#
+# Say that each guess is accepted with probability alpha. Guess 1 counts with probability alpha,
+# guess 2 only if both are accepted, alpha^2, and so on. One token comes in any case. So a pass
+# brings 1 + alpha + alpha^2 + ... + alpha^gamma tokens on average. How much do more guesses add?
 title("2. Tokens from one pass, by formula")
 
 
@@ -111,13 +116,12 @@ for alpha in ALPHAS:
     lines[f"alpha = {alpha}"] = tokens
 print_table(["alpha", *(f"gamma = {gamma}" for gamma in GAMMAS)], table)
 save_lines("11_tokens_per_pass", GAMMAS, lines, "guesses per pass (gamma)", "tokens per pass")
-# Many guesses pay only if nearly all are right: one wrong guess spoils those after it.
+# With alpha = 0.5, 8 guesses bring hardly more than 4, and at 0.9 half as much again. Many guesses
+# pay only if nearly all are right: one wrong guess spoils those after it.
 
 # %% 3. The same with the two models
 # Greedy decoding first, where the rule is simple: a guess is accepted if it is the target model's
-# own most likely token. To be short, this loop has no KV cache. Each line is one pass of the target
-# model: accepted guesses, then the token of its own. Look at where the draft model goes wrong.
-title("3. One story, pass by pass (greedy, gamma = 4)")
+# own most likely token. To be short, this loop has no KV cache.
 
 
 def greedy_pass(text, gamma):
@@ -133,6 +137,10 @@ def greedy_pass(text, gamma):
     return guesses[:accepted] + [own[accepted]]
 
 
+# %% ... pass by pass
+# Each line is one pass of the target model: accepted guesses, then a token of its own, in the place
+# of the first wrong guess. What kind of words are these?
+title("3. One story, pass by pass (greedy, gamma = 4)")
 prompt = target.encode(STORY + QUESTION)
 text, passes = list(prompt), 0
 while len(text) < len(prompt) + 40:
@@ -144,12 +152,14 @@ while len(text) < len(prompt) + 40:
 new = text[len(prompt) :]
 assert new == target.generate(prompt, len(new))  # the target model's own text, token for token
 print(f"{len(new)} tokens in {passes} passes; the target model alone writes the same text.")
+# The draft model misses where somebody is (park, kitchen), and what happens next (five carrots).
+# The common phrases it knows: there four guesses are accepted, and a pass brings five tokens.
 
 # %% 4. How often do the models agree?
-# For sampling, what counts is alpha = the sum of min(p, q), as in the toy example. It needs no
-# guessing: run both models over a text and compare their distributions at every token. The rows
-# below are the question and what was generated, with the alpha that a guess had there. Where do the
-# models agree?
+# When tokens are sampled, alpha is the sum of min(p, q), as in section 1. To know it, nothing has
+# to be guessed: run both models over a text and compare their distributions at every token. Below
+# are the question and what was generated, with the alpha of a guess there. Where do the models
+# agree?
 title("4. The probability that a guess is accepted, token by token")
 sampler = Sampler(temperature=1)
 
@@ -172,14 +182,13 @@ for t in range(len(prompt) - 8, len(prompt) + 8):
 stories = [target.encode(story.text) for story in held_out_stories(8)]
 alpha = np.mean(np.concatenate([agreement(ids) for ids in stories]))
 print(f"On average over {len(stories)} held-out stories: alpha = {alpha:.2f}")
-# Grammar is easy to guess. The answers to questions are not: to find them the target model needs
-# half of its 8 blocks, and the draft model has 2.
+# Grammar is easy to guess. Where somebody is, is not: the target model is sure of "park" after 4 of
+# its 8 blocks (tutorial 1, section 5), and the draft model has 2.
 
 # %% 5. With the flag
 # The technique `speculative` does the same with KV caches for both models, and samples by the rule
-# of section 1. The ledger notes how many guesses were proposed and accepted. Look at tokens per
-# pass: without guessing it is 1. (stop=0: always guess gamma tokens. Section 7 is about that.)
-title("5. load('stories', speculative=...): counts on held-out stories")
+# of section 1. The ledger notes how many guesses were proposed and accepted. (stop=0: always guess
+# gamma tokens. Section 7 is about that.)
 GAMMA = 4
 guessing = minitx.load("stories", speculative={"gamma": GAMMA, "stop": 0})
 prompts = [ids[:40] for ids in stories]
@@ -195,10 +204,13 @@ def write(lm, temperature=0):
     return new, counts
 
 
+# %% ... what to look at
+# Guesses and tokens per pass: without guessing, a pass brings 1. And all multiply-adds, of both
+# models and with the reading of the prompts, relative to the target model alone.
 class Cost(NamedTuple):
     proposed: float  # guesses per pass
     tokens: float  # per pass
-    work: float  # multiply-adds per token, relative to the target model alone
+    work: float  # multiply-adds per new token, relative to the target model alone
 
 
 def cost(new, counts, alone):
@@ -212,6 +224,9 @@ def cost(new, counts, alone):
 
 
 # %% ... greedy and sampled
+# A pass of section 3 brought 3.3 tokens. And here? Are more guesses accepted in greedy decoding, or
+# in sampling?
+title("5. load('stories', speculative=...): counts on held-out stories")
 alone = write(target)
 table = []
 for name, temperature, expected in (("greedy", 0, alone), ("temperature 1", 1, write(target, 1))):
@@ -230,13 +245,14 @@ print(
 # The formula is for sampling, and a good guide though alpha differs from token to token. Greedy
 # decoding accepts less: where two words are about equally likely, the models' distributions may
 # nearly agree and yet have different most likely words. The multiply-adds are the first part of the
-# price: more than without guessing, since rejected guesses were work for nothing, in both models.
+# price. They are above 1, since the draft model works, too, and since the rejected guesses were
+# work for nothing, in both models.
 
 # %% 6. Is sampled text still distributed as p?
-# A check from outside: after one beginning, draw the next word 250 times, with a guess each time,
-# and count. Of all places in the text of section 4 at which the target model is in doubt, we take
-# the one where the two models agree least: compare q and p. A share of 250 draws has a standard
-# error of sqrt(p (1 - p) / 250).
+# A test: after one beginning, draw the next word 250 times, with a guess each time, and count. It
+# should be hard for the technique. So of all places in the text of section 4 at which the target
+# model is in doubt, we take the one where the two models agree least. A share of 250 draws has a
+# standard error of sqrt(p (1 - p) / 250). Are the drawn shares those of p, or of q?
 title("6. The next word, drawn 250 times with guess and check")
 DRAWS = 250
 likeliest = [sampler.probabilities(logits).max() for logits in target.logits(text[:-1])]
@@ -258,12 +274,14 @@ for token in np.argsort(-p)[:3]:
     table.append([word, f"{q[token]:.1%}", f"{p[token]:.1%}", f"{drawn:.1%}", f"{error:.1%}"])
     assert abs(drawn - p[token]) < 4 * error
 print_table(["word", "q", "p", "drawn", "standard error"], table)
-# What is drawn follows p, not q: exact, although the guesses come from q.
+# They follow p, to within two standard errors or so, and are far from q. The text is the target
+# model's, although the guesses come from q.
 
 # %% 7. When to stop guessing
 # A guess counts only if all guesses before it were right. Say that the draft model gives its five
-# guesses the probabilities below (its confidence), and that it judges itself rightly. Then the
-# chance that a guess counts is the product of its own confidence and of those before.
+# guesses the probabilities below, its confidence, and that it is right that often. Then the
+# probability that guess 3 counts is 0.9 * 0.9 * 0.4 = 0.324: its own confidence times those before.
+# Which guesses are worth their work?
 title("7. When to stop guessing: five guesses by hand")
 confidence = np.array([0.9, 0.9, 0.4, 0.9, 0.9])
 counts_for = np.cumprod(confidence)
@@ -275,8 +293,9 @@ assert round(counts_for[2], 3) == 0.324
 # guess *because* it was unlikely would change the distribution of those that are left.)
 
 # %% Is the draft model unsure where it is wrong?
-# Both models over the same text, the target model's greedy one: how confident is the draft model in
-# its most likely token, and is that the target model's token?
+# Both models over the same text, the target model's greedy one. We sort the tokens by the draft
+# model's confidence in its most likely token. A bar is the share of those that are right: the
+# target model's own token.
 title("The draft model's confidence, and how often it is right")
 confidences, right = [], []
 for ids, new in zip(prompts, alone[0]):
@@ -299,7 +318,8 @@ assert np.mean(right[sure]) > np.mean(right[~sure])
 
 # %% ... the threshold `stop`
 # Up to 8 guesses, and no more after one with a confidence below `stop`. The guesses that are not
-# accepted are wasted. What does a threshold save, and what does it cost?
+# accepted are wasted. What does a threshold save, and what does it cost? (Even without one, a pass
+# has a little less than gamma guesses: near the limit of 60 tokens, fewer are needed.)
 title("gamma = 8, and a threshold for the confidence (greedy)")
 for stop in (0, 0.3, 0.6):
     changed = minitx.load("stories", speculative={"gamma": 8, "stop": stop})
@@ -308,7 +328,7 @@ for stop in (0, 0.3, 0.6):
     assert new == alone[0]
 table = []
 for name, found in costs.items():
-    wasted = found.proposed + 1 - found.tokens
+    wasted = found.proposed - (found.tokens - 1)  # one token of a pass is the target's own
     row = [f"{number:.2f}" for number in (found.tokens, found.proposed, wasted, found.work)]
     table.append([name, *row])
 print_table(["", "tokens per pass", "guesses", "wasted", "multiply-adds"], table)
@@ -320,10 +340,14 @@ assert default.proposed < always.proposed and default.tokens <= always.tokens
 
 # %% 8. The price of a few rows at once
 # A pass brings several tokens, but it runs gamma + 1 rows instead of one. How much longer does that
-# take? Think of a matrix that is too large for the caches of the processor: the head of a model
-# with D = 288 and a vocabulary of 32,000. (Its weights are random; the time is that of trained
-# ones.) One row has to read it all from memory. Five rows can do so one after another. Or they take
-# turns with each block of the matrix, while that is in the cache: then it is read once.
+# take? The more rows, the more multiply-adds. But a matrix also has to come from memory to the
+# processor, and that can take longer than to multiply by it. How often must it come?
+#
+# Take the head of a model with D = 288 and a vocabulary of 32,000, which is too large for the cache
+# of one core. (Its weights are random; the time is that of trained ones.) A product with one row of
+# x reads all of it. Five rows, one after another, read it five times. Or we cut it into blocks of
+# 400 rows (0.5 MB), small enough to stay in the cache, and multiply all five rows by a block before
+# we go on to the next: then it comes from memory once.
 large = to_column_major(random_model(config_of("288x6")))
 W = large.head.w  # (V, D): a row for each token of the vocabulary
 
@@ -342,7 +366,7 @@ def block_by_block(x, height=400):
 
 
 # %% ... one matrix
-# The multiply-adds are the same in both. Which of them do the rows cost in full?
+# Both do the same multiply-adds. In which one does each row cost as much as the first?
 title("8. Several rows times a matrix, the time of one row = 1")
 ROWS = (1, 2, 3, 5, 9)
 x = np.random.default_rng(0).standard_normal((max(ROWS), large.config.width)).astype(np.float32)
@@ -362,13 +386,14 @@ for name, run in (("one row after another", row_by_row), ("block by block", bloc
     table.append([name, *(f"{seconds:.2f}" for seconds in times[1:])])
 headings = [f"{rows} rows" for rows in ROWS[1:]]
 print_table([f"{W.nbytes / 1e6:.0f} MB", *headings], table)
-# For one row, the processor waits for memory most of the time (tutorial 2). More rows use that time
-# for their own products, but only if they need not wait for the same numbers again. It is the same
-# work in another order.
+# One row after another: each costs as much as the first, since it waits for the same numbers
+# again. Block by block, only the first row waits for memory, which takes most of its time (tutorial
+# 2). The others find the block in the cache. It is the same work in another order.
 
 # %% ... the whole model
 # A pass of `stories`, whose weights stay in the cache of many processors, and one of the large
-# model, after 100 tokens. Products go block by block where that pays (minitx/fast.py).
+# model, after 100 tokens. minitx multiplies row by row or block by block, whichever is faster
+# (minitx/fast.py). Compare each number with its number of rows.
 title("A pass over several rows, the time of one row = 1")
 
 
@@ -391,10 +416,11 @@ for name, model, v in (("stories", target.model, v_small), ("288 x 6", large, v_
 print_table(["", "weights", *headings], table)
 lines = {"stories": v_small, "288 x 6": v_large, "each row at full price": ROWS}
 save_lines("11_rows", ROWS, lines, "rows in a pass", "time of the pass, one row = 1")
-# No row after the first comes at its full price. In `stories`, a good part of the time is Python
-# calling NumPy, once for all rows. In the large model it is memory. A real large model, on a
-# processor made for it, multiplies so much faster than its memory delivers that dozens of rows cost
-# no more than one: v = 1 in the papers.
+# Every row after the first costs less than the first. In `stories`, a good part of the time is
+# Python calling NumPy, once for all rows. (Its matrices go block by block from 5 rows on, so these
+# may take no longer than 3.) In the large model it is memory. A GPU multiplies so much faster than
+# its memory delivers that dozens of rows of a large model take no longer than one: the papers
+# reckon with that.
 
 # %% 9. The price, in time
 # Now all together. Call a step of the target model 1, a step of the draft model c, and a pass over
@@ -402,8 +428,11 @@ save_lines("11_rows", ROWS, lines, "rows in a pass", "time of the pass, one row 
 #
 #     speedup = tokens per pass / (n c + v)
 #
-# We measure c here. For the large model we suppose a draft model that guesses as well, and is
-# smaller by the same ratio; reading weights is nearly all of its time, so c is that ratio.
+# By hand: 4 guesses that bring 4 tokens, with c = 1/4 and v = 1.5, give 4 / (1 + 1.5) = 1.6.
+#
+# We measure c for `stories`. For the large model we suppose a draft model that guesses as well, and
+# is smaller by the same ratio; reading weights is nearly all of its time, so c is that ratio. In
+# the last column, "v = 1", the rows of the check are free.
 title("9. The price, in time")
 ids = prompts[0]
 steps = decode_last(target, ids), decode_last(draft, ids)
@@ -424,13 +453,15 @@ for name, (proposed, tokens, _) in costs.items():
     paper = tokens / (proposed * c_large + 1)
     table.append([name, *(f"{speed:.2f}" for speed in (here, there, paper))])
 print_table(["speedup by the formula", "stories", "288 x 6", "v = 1"], table)
-# Most tokens per pass does not mean fastest. A wasted guess costs a step of the draft model in all
-# columns, and a row of the pass in the first two. A draft model with cheap steps helps, and a
-# target model whose time goes into reading weights.
+# Eight guesses without a threshold bring most tokens per pass, but are fastest only where rows are
+# free. A wasted guess costs a step of the draft model in all columns, and a row of the pass in the
+# first two. A draft model with cheap steps helps, and a target model whose time goes into reading
+# weights.
 
 # %% ... and measured
 # Greedy, on one text of `stories`, with the default setting (gamma = 8, stop = 0.3). A run that
-# writes only one token shows how long reading the prompt takes. Is the formula right?
+# writes only one token shows how long reading the prompt takes, so we can subtract that. Is the
+# formula right?
 by_default = minitx.load("stories", speculative=True)
 with counting(by_default) as counts:
     new = by_default.generate(ids, 60)
@@ -454,19 +485,19 @@ say(
 )
 # (c and v are the best of many short runs, which on a busy machine look better than a long run.)
 #
-# So speculative decoding pays most where models are large, and one text is written at a time. (A
-# large batch has many rows already: none is free.) minitx.lab.rows measures v for more shapes, and
-# minitx.lab.speculation_speed the speedup.
+# So speculative decoding pays most where models are large, and one text is written at a time. (In a
+# large batch, a pass has so many rows already that more are not cheap.) minitx.lab.rows measures v
+# for more shapes, and minitx.lab.speculation_speed the speedup.
 
 # %% Try this
 # 1. In section 1, let q be 1/10, 1/10, 1/10, 7/10: a draft model that nearly always says "cave".
 #    How often is a guess accepted, and does p still come out? Then bring q close to p, all four
 #    above 0. When is a guess always accepted?
 # 2. With alpha = 0.91, c = 0.08 and v = 1, which gamma from 1 to 20 has the largest
-#    tokens_per_pass(alpha, gamma) / (gamma * c + v)? And with c = c_small and the v that
-#    np.interp(gamma + 1, ROWS, v_small) gives?
-# 3. In section 7, put "draft": "self" into the settings of `speculative`: the draft model is then
-#    the first half of the target's own blocks. More tokens per pass? And the multiply-adds?
+#    tokens_per_pass(alpha, gamma) / (gamma * c + v)? And which from 1 to 8, if c = c_small and v =
+#    np.interp(gamma + 1, ROWS, v_small)?
+# 3. In section 7, put "draft": "self" beside "gamma": 8. The draft model is then the first half of
+#    the target's own blocks. More tokens per pass? And the multiply-adds?
 #    (Tutorial 18 does this without running a block twice for the same token.)
 # 4. In section 8, set height to 40, 4,000 and 32,000 rows of W (46 KB, 4.6 MB, all). Which sizes
-#    are too small to be worth a call of NumPy, and which do not fit the L2 cache of your processor?
+#    are so small that the calls of NumPy take much of the time, and which do not fit the L2 cache?
