@@ -260,7 +260,10 @@ PRINTED = [
     ["check", "stories-skipless"],
     [*["frontier", "attention", "--chains", "1", "--tokens", "48", "--rounds", "1"]]
     + ["--methods", "window,random,predictive-attention"],
-    ["frontier", "decoding", "--prompts", "1", "--new", "4", "--rounds", "1"],
+    [
+        *("frontier", "decoding", "--prompts", "1", "--new", "4", "--rounds", "1"),
+        *("--methods", "speculative draft=self,prefix_cache + draft,answer_cache,lookahead"),
+    ],
 ]
 
 
