@@ -92,9 +92,8 @@ def majority_vote(
         )
     text = None if lm.tokenizer is None else TokenText.of(lm.tokenizer)
     canonical = {"text": WholeText, "sentence": LastWord}[same](text)
-    return replace(
-        lm, decode=MajorityVote(lm.decode, canonical, votes, temperature, choose == "random", seed)
-    )
+    loop = AnyVote if choose == "random" else MajorityVote
+    return replace(lm, decode=loop(lm.decode, canonical, votes, temperature, seed))
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -108,7 +107,6 @@ class MajorityVote(TokenLoop):
     canonical: Part  # answer -> its canonical form, which is equal for the same answers
     votes: int
     temperature: float
-    at_random: bool
     seed: int
 
     def __call__(
@@ -133,14 +131,13 @@ class MajorityVote(TokenLoop):
                 break
         ledger.event("votes cast", sum(counts))
         ledger.event("votes allowed", self.votes)
-        answers = list(first.values())
-        if self.at_random:
-            found = random.Random(self.seed).choices(answers, counts)[0]
-        else:
-            found = answers[winner(counts)]
+        found = self.elect(list(first.values()), counts)
         yield from found
         for _ in range(limit - len(found)):  # it has ended: the rows of a batch go on together
             yield found[-1]
+
+    def elect(self, answers: list[list[int]], counts: list[int]) -> list[int]:
+        return answers[winner(counts)]
 
     def prefill(self, model: Transformer, state: State, ids: Sequence[int]) -> None:
         """Run the prompt up to its last token, once for all votes. The inner loop runs it, since it
@@ -170,6 +167,14 @@ class MajorityVote(TokenLoop):
             if token in model.config.eos:
                 break
         return found
+
+
+@part
+class AnyVote(MajorityVote):
+    """The random baseline: one of the votes, whatever the others say."""
+
+    def elect(self, answers: list[list[int]], counts: list[int]) -> list[int]:
+        return random.Random(self.seed).choices(answers, counts)[0]
 
 
 def winner(counts: Sequence[int]) -> int:

@@ -49,10 +49,10 @@ class Scripted(TokenLoop):
         yield from self.answers[len(self.calls) - 1][:limit]
 
 
-def vote(answers, votes=None, at_random=False):
+def vote(answers, votes=None):
     """What a vote over scripted answers returns, and how many were cast."""
     inner = Scripted(answers, [])
-    loop = MajorityVote(inner, WholeText(None), votes or len(answers), 0.7, at_random, 0)
+    loop = MajorityVote(inner, WholeText(None), votes or len(answers), 0.7, 0)
     found = list(decode(loop, tiny_model(), [1], Sampler(), len(answers[0])))
     return found, len(inner.calls)
 
@@ -70,7 +70,7 @@ WAYS = np.array([[0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1], [1, 0, 0, 0,
 def test_worked_example_vote_sums_over_the_ways_to_an_answer():
     model = after_last(WAYS)
     assert list(decode(Autoregressive(), model, [4], Sampler(), 2)) == [0, 3]
-    loop = MajorityVote(Autoregressive(), LastToken(), 101, 1.0, False, 0)
+    loop = MajorityVote(Autoregressive(), LastToken(), 101, 1.0, 0)
     assert list(decode(loop, model, [4], Sampler(), 2))[-1] == 4
 
 
@@ -150,7 +150,7 @@ def test_last_word_of_the_first_sentence():
 def test_prompt_runs_once_and_each_vote_runs_its_last_token():
     lm, runs = tiny_lm(), []
     spied = Spy(lm.model, runs)
-    loop = MajorityVote(Autoregressive(), WholeText(None), 4, 2.0, False, 0)
+    loop = MajorityVote(Autoregressive(), WholeText(None), 4, 2.0, 0)
     list(loop(spied, new_state(lm.model, PROMPT), PROMPT, Sampler(), 3))
     assert runs == [(8,), *[(1,)] * 4 * 3], "the prompt but its last token, then 4 times 3 tokens"
 
@@ -160,7 +160,7 @@ def test_votes_start_from_the_state_behind_the_prompt():
     lm = tiny_lm()
     state = new_state(lm.model, PROMPT)
     lm.model(PROMPT[:-1], state)
-    loop = MajorityVote(inner, WholeText(None), 3, 0.7, False, 0)
+    loop = MajorityVote(inner, WholeText(None), 3, 0.7, 0)
     inner.answers[:1] = []  # no prefill is needed
     assert list(loop(lm.model, state, PROMPT, Sampler(), 2)) == [1, 2]
     assert inner.calls == [(8, tuple(PROMPT), 2)] * 3 and state.position == 8
@@ -178,7 +178,7 @@ def test_known_prefix_is_reused_by_the_loop_inside():
 def test_answer_that_ends_early_is_followed_by_end_of_text():
     """So the rows of a batch, one of which has ended, go on together."""
     inner = Scripted([[4, END, 9], [5, 6, 7], [4, END, 3]], [])
-    loop = MajorityVote(inner, WholeText(None), 3, 0.7, False, 0)
+    loop = MajorityVote(inner, WholeText(None), 3, 0.7, 0)
     assert list(decode(loop, tiny_model(), [1], Sampler(), 3)) == [4, END, END]
 
 
@@ -196,7 +196,7 @@ def test_same_request_gets_the_same_answer_and_another_seed_another():
 
 
 def test_greedy_request_samples_at_the_option_temperature():
-    loop = MajorityVote(Autoregressive(), WholeText(None), 4, 0.9, False, 3)
+    loop = MajorityVote(Autoregressive(), WholeText(None), 4, 0.9, 3)
     greedy = [*loop.voters(Sampler(), PROMPT)]
     assert {s.temperature for s in greedy} == {0.9} and len({s.seed for s in greedy}) == 4
     own = [*loop.voters(Sampler(temperature=0.2, top_k=5, seed=1), PROMPT)]
