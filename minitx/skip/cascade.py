@@ -5,7 +5,7 @@ probability and the threshold under a budget (offline), the cost formula, notes.
 answers and the calibration examples are in shared/small_answers.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import Annotated, Literal, NamedTuple
@@ -110,10 +110,10 @@ def cascade(
     if threshold is not None and threshold > 1:
         return lm
     model = small_model(lm, small, "cascade", "small")
-    confidence = SCORES[score] if choose == "score" else None
+    rate = SCORES[score] if choose == "score" else AtRandom(seed)
     if threshold == 0:
         cut = -np.inf
-    elif threshold is not None and confidence is None:
+    elif threshold is not None and choose == "random":
         cut = threshold  # of a uniform number: keeps 1 - threshold of the answers
     else:
         examples = examples_of(
@@ -123,7 +123,7 @@ def cascade(
             lm, examples, tokens,
             lambda ids: answer_of(model, new_state(model, ids), ids, Sampler(), tokens),
         )  # fmt: skip
-        scores = [score_of(e.answer, e.prompt, confidence, seed) for e in examples]
+        scores = [rate(e.answer, e.prompt) for e in examples]
         learn, tune = halves([*zip(scores, [e.agrees for e in examples])])
         if budget is not None:
             share = share_for(budget, ratio)
@@ -131,8 +131,7 @@ def cascade(
         else:
             cut = isotonic(*zip(*learn)).cut(threshold)
         check_pays(np.mean([s >= cut for s, _ in tune]), ratio)
-    loop = Cascade(lm.decode, model, score if confidence else "random", finite(cut), seed)
-    return replace(lm, decode=loop)
+    return replace(lm, decode=Cascade(lm.decode, model, rate, finite(cut)))
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -144,9 +143,8 @@ class Cascade(TokenLoop):
 
     inner: Part
     small: Transformer
-    score: str
+    score: Part  # (answer, prompt) -> a number: the higher, the more confident
     cut: float  # in units of the score: g(score) >= threshold if and only if score >= cut
-    seed: int
 
     def __call__(
         self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
@@ -165,35 +163,43 @@ class Cascade(TokenLoop):
             yield from self.inner(model, state, ids, choose, limit)
 
     def keeps(self, answer: Answer, ids: Sequence[int]) -> bool:
-        return score_of(answer, ids, SCORES.get(self.score), self.seed) >= self.cut
+        return self.score(answer, ids) >= self.cut
 
 
 # Scores: the more confident, the higher ----------------------------------------------------------
 
 
-def mean_logprob(answer: Answer) -> float:
-    return float(np.mean(answer.logprobs))
+@part
+class MeanLogprob(Part):
+    def __call__(self, answer: Answer, ids: Sequence[int] = ()) -> float:
+        return float(np.mean(answer.logprobs))
 
 
-def lowest_probability(answer: Answer) -> float:
-    return float(np.exp(np.min(answer.logprobs)))
+@part
+class LowestProbability(Part):
+    def __call__(self, answer: Answer, ids: Sequence[int] = ()) -> float:
+        return float(np.exp(np.min(answer.logprobs)))
 
 
-def certainty(answer: Answer) -> float:
+@part
+class Certainty(Part):
     """1 - mean entropy / ln V: 1 if every token was certain, 0 if all were equally likely."""
-    return 1 - float(np.mean(answer.entropies))
+
+    def __call__(self, answer: Answer, ids: Sequence[int] = ()) -> float:
+        return 1 - float(np.mean(answer.entropies))
 
 
-SCORES: dict[str, Callable[[Answer], float]] = {
-    "logprob": mean_logprob,
-    "lowest": lowest_probability,
-    "entropy": certainty,
-}
+@part
+class AtRandom(Part):
+    """The baseline: a uniform number, always the same for a prompt."""
+
+    seed: int
+
+    def __call__(self, answer: Answer, ids: Sequence[int]) -> float:
+        return uniform_of(ids, self.seed)
 
 
-def score_of(answer: Answer, ids: Sequence[int], confidence, seed: int) -> float:
-    """The score of an answer to the prompt ``ids``; without a confidence a uniform number."""
-    return uniform_of(ids, seed) if confidence is None else confidence(answer)
+SCORES = {"logprob": MeanLogprob(), "lowest": LowestProbability(), "entropy": Certainty()}
 
 
 # Offline: calibration ----------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def same(found, expected):
 def test_mixed_answers_are_those_of_the_real_cascade():
     lm, small, found = measured()
     cut = float(np.median(found.confidence))
-    real = replace(lm, decode=Cascade(lm.decode, small, lab.SCORE, cut, 0))
+    real = replace(lm, decode=Cascade(lm.decode, small, lab.SCORES[lab.SCORE], cut))
     mixed = found.mixed(found.confidence >= cut, True, found.scoring)
     same(mixed, answer(real, found.big.questions))
     assert 0 < (found.confidence >= cut).mean() < 1

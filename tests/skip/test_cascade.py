@@ -92,7 +92,7 @@ def plain(model):
 def test_cascade_equals_the_literal_version(family, name):
     lm = tiny_lm(family, dtype=np.float64)
     small, eos = first_half(lm.model, "cascade", "small"), lm.model.config.eos
-    lm = replace(lm, decode=Cascade(lm.decode, small, name, 0.0, 0))
+    lm = replace(lm, decode=Cascade(lm.decode, small, SCORES[name], 0.0))
     who = set()
     answers = [literal.greedy(plain(small), ids, 3, eos) for ids in PROMPTS[:6]]
     scores = sorted(literal.score(name, *rest) for _, *rest in answers)
@@ -125,7 +125,7 @@ def test_threshold_zero_is_always_the_small_model_without_calibration():
 
 
 def test_score_is_compared_with_the_cut_inclusively():
-    loop = Cascade(None, None, "lowest", 0.25, 0)
+    loop = Cascade(None, None, SCORES["lowest"], 0.25)
     assert loop.keeps(Answer([1], [math.log(0.25)], [0], True), PROMPT)
     assert not loop.keeps(Answer([1], [math.log(0.2499)], [0], True), PROMPT)
     assert not loop.keeps(Answer([1], [math.nan], [0], True), PROMPT), "NaN is not confident"
@@ -138,7 +138,7 @@ def with_loop(inner=None, small=None, cut=-math.inf, **changes):
     """A tiny model with a cascade; small: default its first half."""
     lm = tiny_lm(**changes)
     small = small or first_half(lm.model, "", "")
-    return replace(lm, decode=Cascade(inner or lm.decode, small, "lowest", cut, 0))
+    return replace(lm, decode=Cascade(inner or lm.decode, small, SCORES["lowest"], cut))
 
 
 def test_answer_that_is_not_kept_comes_from_the_inner_loop_on_the_same_state():
@@ -195,11 +195,12 @@ def test_multiply_adds_are_those_of_the_formula():
     lm = tiny_lm(dtype=np.float64)
     small = first_half(lm.model, "", "")
     c_s = [
-        work(replace(lm, decode=Cascade(lm.decode, small, "lowest", 0.0, 0)), p) for p in PROMPTS
+        work(replace(lm, decode=Cascade(lm.decode, small, SCORES["lowest"], 0.0)), p)
+        for p in PROMPTS
     ]
     c_b = [work(lm, p) for p in PROMPTS]
     for cut in (0.0, 0.5, 0.9, 2.0):
-        found = replace(lm, decode=Cascade(lm.decode, small, "lowest", cut, 0))
+        found = replace(lm, decode=Cascade(lm.decode, small, SCORES["lowest"], cut))
         with ledger.counting(found) as counts:
             kept = []
             for ids in PROMPTS:
