@@ -108,19 +108,18 @@ def router(
     if threshold is not None and threshold > 1:
         return lm
     model = small_model(lm, small, "router", "small")
-    seen: Part | None = None
-    if choose == "learned":
-        seen = PromptTokens() if features == "tokens" else PromptLoss()
-    w, b, cut = None, 0.0, threshold
-    if threshold is None or threshold > 0 and seen:
+    rate: Part = AtRandom(seed) if choose == "random" else Always()
+    cut = threshold
+    if threshold is None or threshold > 0 and choose == "learned":
         examples = examples_of(
             "router", lm, model, stories, cuts, tokens, "use threshold=0 or choose=random"
         )
         learn, tune = halves(examples)
-        if seen:
-            w, b = learned(seen, model, learn, float_type(lm.model))
+        if choose == "learned":
+            seen = PromptTokens() if features == "tokens" else PromptLoss()
+            rate = Classifier(seen, *learned(seen, model, learn, float_type(lm.model)))
         if threshold is None:
-            trial = Router(Autoregressive(), model, seen, w, b, -np.inf, seed)  # all to the small
+            trial = Router(Autoregressive(), model, rate, -np.inf)  # all to the small model
             state = new_state(lm.model, [])
             c_s, c_r = (
                 relative_cost(lm, examples, tokens, work) for work in (
@@ -129,7 +128,7 @@ def router(
             )  # fmt: skip
             share = share_for(0.7 if budget is None else budget, c_s, c_r)
             cut = cut_for_share([trial.score(e.prompt)[0] for e in tune], share)
-    return replace(lm, decode=Router(lm.decode, model, seen, w, b, finite(cut), seed))
+    return replace(lm, decode=Router(lm.decode, model, rate, finite(cut)))
 
 
 # Online ------------------------------------------------------------------------------------------
@@ -141,11 +140,8 @@ class Router(TokenLoop):
 
     inner: Part
     small: Transformer
-    features: Part | None  # None: a random baseline
-    w: np.ndarray | None  # (features,); None: the score does not matter
-    b: float
+    rate: Part  # r: is the small model good enough for a prompt?
     cut: float
-    seed: int
 
     def __call__(
         self, model: Transformer, state: State, ids: Sequence[int], choose: Sampler, limit: int
@@ -165,13 +161,39 @@ class Router(TokenLoop):
     def score(self, ids: Sequence[int]) -> tuple[float, State]:
         """r, and the small model's state, which may hold most of the prompt by now."""
         state = new_state(self.small, ids)
-        if self.features is None:
-            return uniform_of(ids, self.seed), state
-        if self.w is None:  # threshold=0: all are routed to the small model
-            return 1.0, state
-        x = self.features(self.small, state, ids)
+        return self.rate(self.small, state, ids), state
+
+
+@part
+class Classifier(Part):
+    """r = sigmoid(w f(x) + b) of a prompt x."""
+
+    features: Part  # f
+    w: np.ndarray  # (features,)
+    b: float
+
+    def __call__(self, small: Transformer, state: State, ids: Sequence[int]) -> float:
+        x = self.features(small, state, ids)
         ledger.count(multiply_adds=len(x))
-        return float(sigmoid(x @ self.w + self.b)), state
+        return float(sigmoid(x @ self.w + self.b))
+
+
+@part
+class AtRandom(Part):
+    """The baseline: a uniform number, always the same for a prompt."""
+
+    seed: int
+
+    def __call__(self, small: Transformer, state: State, ids: Sequence[int]) -> float:
+        return uniform_of(ids, self.seed)
+
+
+@part
+class Always(Part):
+    """threshold=0: every prompt goes to the small model, whatever it is."""
+
+    def __call__(self, small: Transformer, state: State, ids: Sequence[int]) -> float:
+        return 1.0
 
 
 # Features ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from minitx.lab.answer_front import Front, at_random, both, mcnemar, methods
 from minitx.lab.answers import answer, held_out_questions
 from minitx.shared.small_answers import examples_of
 from minitx.skip.cascade import Cascade
-from minitx.skip.router import PromptTokens, Router
+from minitx.skip.router import Classifier, PromptTokens, Router
 
 
 @cache
@@ -55,7 +55,7 @@ def test_mixed_answers_are_those_of_the_real_router():
     lm, small, found = measured()
     w = np.random.default_rng(0).standard_normal(found.prompts.shape[1]).astype(np.float32)
     b = -float(np.median(found.prompts @ w))
-    real = replace(lm, decode=Router(lm.decode, small, PromptTokens(), w, b, 0.5, 0))
+    real = replace(lm, decode=Router(lm.decode, small, Classifier(PromptTokens(), w, b), 0.5))
     mixed = found.mixed(found.prompts @ w + b >= 0, False, len(w))
     same(mixed, answer(real, found.big.questions))
 

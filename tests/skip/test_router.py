@@ -17,6 +17,8 @@ from minitx.shared.small_answers import Answer, Example, examples_of, halves
 from minitx.skip import router as module
 from minitx.skip.router import (
     BUCKETS,
+    Always,
+    Classifier,
     PromptLoss,
     PromptTokens,
     Router,
@@ -76,7 +78,7 @@ def test_router_equals_the_literal_version(family, features):
     x = [features(half.model, new_state(half.model, ids), ids) for ids in PROMPTS]
     w = np.random.default_rng(2).standard_normal(len(x[0]))
     b = -float(np.median(x @ w))  # half of the prompts each
-    found = replace(lm, decode=Router(lm.decode, half.model, features, w, b, 0.5, 0))
+    found = replace(lm, decode=Router(lm.decode, half.model, Classifier(features, w, b), 0.5))
     who = [literal.route(one, w, b, 0.5) for one in x]
     assert set(who) == {"small", "big"}
     for ids, by in zip(PROMPTS, who):
@@ -104,7 +106,7 @@ def test_threshold_zero_is_always_the_small_model_without_calibration():
 def test_prompt_beyond_the_small_context_goes_to_the_big_model():
     inner, small = ScriptedLoop(([7, 8, 9],), []), tiny_model(seed=3, context=12)
     lm = tiny_lm()
-    lm = replace(lm, decode=Router(inner, small, None, None, 0.0, -np.inf, 0))
+    lm = replace(lm, decode=Router(inner, small, Always(), -np.inf))
     assert lm.generate([1] * 11, 2) == list(decode(tiny_lm().decode, small, [1] * 11, Sampler(), 2))
     assert lm.generate([1] * 11, 3) == [7, 8, 9], "11 tokens and 3 new ones need a context of 13"
 
@@ -138,7 +140,9 @@ def test_multiply_adds_are_those_of_the_formula(features):
     n = len(features(small, new_state(small, PROMPTS[0]), PROMPTS[0]))
 
     def with_cut(cut):
-        return replace(lm, decode=Router(lm.decode, small, features, np.zeros(n), 0.0, cut, 0))
+        return replace(
+            lm, decode=Router(lm.decode, small, Classifier(features, np.zeros(n), 0.0), cut)
+        )
 
     for ids in PROMPTS[:4]:
         with ledger.counting(lm) as counts:
