@@ -92,6 +92,8 @@ def test_the_greedy_text_of_100_stories_is_the_dense_one(chosen):
     texts = list(zip(prompts(), dense_texts()))
     for prompt, new in texts if chosen == {"speculative": {}} else texts[:TOLD]:
         assert lm.generate(prompt, NEW) == new
+    if all(LEVELS[name] in ("decode", "answer") for name in chosen):
+        return  # the model that reads is the dense one
     for prompt, new in texts[: min(SLOW.get(name, STORIES) for name in chosen)]:
         best = lm.logits(prompt + new)[len(prompt) - 1 : -1].argmax(-1)
         # A story that has come to its end is shorter; what comes after it does not count.
