@@ -6,7 +6,7 @@ tokens and the length of the context are handled in lm.py."""
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -136,6 +136,23 @@ def next_token(model: Transformer, ids, state: State, choose: Sampler) -> int:
     if choose.temperature == 0:
         return model.next_argmax(ids, state)
     return choose(model.next_logits(ids, state))
+
+
+def prefill(model: Transformer, text: Sequence[int], state: State) -> None:
+    """Run what the state does not hold yet of the prompt, except the last token: the first pass of
+    the loop runs that, together with guesses of what follows. No logits are needed."""
+    if state.position < len(text) - 1:
+        model.hidden(text[state.position : -1], state)
+
+
+def up_to_end(tokens: Iterable[int], eos: Sequence[int]) -> list[int]:
+    """The tokens up to the first end-of-text id, that one included."""
+    found: list[int] = []
+    for token in tokens:
+        found.append(token)
+        if token in eos:
+            break
+    return found
 
 
 class TokenLoop(Part):

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minitx.arguments import count, in_range
-from minitx.decode import Autoregressive, Sampler, new_state
+from minitx.decode import Autoregressive, Sampler, new_state, up_to_end
 from minitx.exit_status import run_module
 from minitx.lab.answers import (
     Answers,
@@ -60,7 +60,6 @@ from minitx.shared.small_answers import (
     cuts_of,
     examples_of,
     halves,
-    up_to_end,
 )
 from minitx.skip.cascade import SCORES, isotonic
 from minitx.skip.cascade import share_for as share_of_cascade
@@ -132,7 +131,7 @@ def cut_prompts(lm: LM, stories: int, cuts: int, tokens: int) -> list[Question]:
         for at in cuts_of(len(text.ids), cuts, tokens):
             prompt = text.ids[:at]
             loop = lm.decode(lm.model, new_state(lm.model, prompt), prompt, Sampler(), tokens)
-            found.append(Question(number, "mention", prompt, up_to_end(loop, lm)))
+            found.append(Question(number, "mention", prompt, up_to_end(loop, lm.model.config.eos)))
     return found
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minitx import ledger, ops
-from minitx.decode import Sampler, TokenLoop
+from minitx.decode import Sampler, TokenLoop, prefill
 from minitx.model import Transformer
 from minitx.state import State
 from minitx.tree import Part, part
@@ -98,8 +98,8 @@ class Speculative(TokenLoop):
         """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``."""
         text = list(ids)
         end = len(text) + limit
-        if limit and state.position < len(text) - 1:
-            model.hidden(text[state.position : -1], state)  # prefill; no logits are needed
+        if limit:
+            prefill(model, text, state)
         drafting, length = self.draft.begin(model, state), self.length.begin()
         while len(text) < end:
             # Here the target's KV cache always holds every token except the last one.

@@ -14,11 +14,12 @@ import numpy as np
 
 from minitx import ledger
 from minitx.calibration import calibration_ids
-from minitx.decode import Sampler, new_state
+from minitx.decode import Sampler, new_state, up_to_end
 from minitx.errors import MinitxError
 from minitx.lm import LM
 from minitx.model import Transformer
 from minitx.progress import bar
+from minitx.shared.log_softmax import log_softmax
 from minitx.shared.same_beginning import state_for
 from minitx.state import State
 from minitx.tree import with_empty_stores
@@ -44,7 +45,7 @@ AnswerTokens = Annotated[
 
 
 class Answer(NamedTuple):
-    """n tokens, of which the last one may end the text, and how sure the model was of each."""
+    """n tokens, the last of which may be end-of-text, and the model's confidence in each."""
 
     tokens: list[int]
     logprobs: list[float]  # (n,) of the tokens, under the model's own softmax
@@ -76,11 +77,10 @@ def answer_of(
 def confidence(logits: np.ndarray, token: int) -> tuple[float, float]:
     """(ln p(token), entropy of p / ln V) for p = softmax(logits) (V,), whatever the sampler's
     temperature is."""
-    z = logits.astype(np.float64) - logits.max()
-    log_p = z - np.log(np.exp(z).sum())
-    ledger.count(multiply_adds=z.size)  # p ln p, summed
+    log_p = log_softmax(logits)
+    ledger.count(multiply_adds=log_p.size)  # p ln p, summed
     possible = log_p[log_p > -np.inf]  # 0 ln 0 is 0
-    entropy = -(np.exp(possible) * possible).sum() / np.log(max(z.size, 2))  # of one token: 0
+    entropy = -(np.exp(possible) * possible).sum() / np.log(max(log_p.size, 2))  # of one token: 0
     return float(log_p[token]), float(entropy)
 
 
@@ -131,7 +131,9 @@ def examples_of(
             return answer_of(small, state, prompt, Sampler(), tokens)
 
         def of_big(state, prompt):
-            return up_to_end(lm.decode(lm.model, state, prompt, Sampler(), tokens), lm)
+            return up_to_end(
+                lm.decode(lm.model, state, prompt, Sampler(), tokens), lm.model.config.eos
+            )
 
         small_answers, big_answers = (
             in_turn(small, prompts, of_small), in_turn(lm.model, prompts, of_big)
@@ -163,16 +165,6 @@ def in_turn(model: Transformer, prompts: Sequence[list[int]], answer: Callable) 
     return found
 
 
-def up_to_end(tokens, lm: LM) -> list[int]:
-    """The tokens up to an end of text, that one included."""
-    found = []
-    for token in tokens:
-        found.append(token)
-        if token in lm.model.config.eos:
-            break
-    return found
-
-
 def halves(examples: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
     """The first half, to learn from, and the second, to set thresholds with: other texts, unless
     there is only one."""
@@ -192,7 +184,7 @@ def relative_cost(lm: LM, examples: Sequence[Example], tokens: int, work: Callab
         total += counts.total().multiply_adds
         with ledger.counting(lm) as counts:
             state = new_state(lm.model, prompt)
-            up_to_end(lm.decode(lm.model, state, prompt, Sampler(), tokens), lm)
+            up_to_end(lm.decode(lm.model, state, prompt, Sampler(), tokens), lm.model.config.eos)
         of_model += counts.total().multiply_adds
     return total / of_model
 

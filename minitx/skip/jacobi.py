@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 from minitx import ledger, ops
-from minitx.decode import Sampler, TokenLoop
+from minitx.decode import Sampler, TokenLoop, prefill
 from minitx.model import Transformer
 from minitx.shared.plain_loop import need_plain_loop
 from minitx.state import State
@@ -100,8 +100,8 @@ class Jacobi(TokenLoop):
         """Yield at most ``limit`` tokens after the prompt ``ids``: see ``TokenLoop``."""
         text, guesses, rng = list(ids), [], random.Random(self.seed)
         end = len(text) + limit
-        if limit and state.position < len(text) - 1:
-            model.hidden(text[state.position : -1], state)  # prefill; no logits are needed
+        if limit:
+            prefill(model, text, state)
         while len(text) < end:
             # Here the KV cache always holds every token except the last one.
             m = min(self.guesses, end - len(text) - 1)  # a pass adds one token to those accepted

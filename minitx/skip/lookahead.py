@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 from minitx import ledger, ops
-from minitx.decode import Sampler, TokenLoop
+from minitx.decode import Sampler, TokenLoop, prefill
 from minitx.model import Transformer
 from minitx.shared.plain_loop import need_plain_loop
 from minitx.shared.token_tree import TokenTree, TreeStep, check_unchanged, follow, need_branches
@@ -109,8 +109,8 @@ class Lookahead(TokenLoop):
         text, rng = list(ids), random.Random(self.seed)
         window, pool = Window.of(ids, self.window, self.ngram, rng), Pool(self.candidates)
         end = len(text) + limit
-        if limit and state.position < len(text) - 1:
-            model.hidden(text[state.position : -1], state)  # prefill; no logits are needed
+        if limit:
+            prefill(model, text, state)
         while len(text) < end:
             # Here the KV cache always holds every token except the last one.
             depth = end - len(text) - 1  # of the tree, at most: a pass adds one token to the path

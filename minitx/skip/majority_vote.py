@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from minitx import ledger
-from minitx.decode import Sampler, TokenLoop
+from minitx.decode import Sampler, TokenLoop, up_to_end
 from minitx.errors import MinitxError
 from minitx.model import Transformer
 from minitx.shared.token_text import TokenText
@@ -119,8 +119,8 @@ class MajorityVote(TokenLoop):
         first: dict[Any, list[int]] = {}  # canonical form -> the first answer with it, in order
         counts: list[int] = []  # how many answers there are of each form, in the same order
         for voter in self.voters(choose, ids):
-            own = state.fork()
-            answer = self.answer(model, own, ids, voter, limit)
+            tokens = self.inner(model, state.fork(), ids, voter, limit)
+            answer = up_to_end(tokens, model.config.eos)
             form = self.canonical(answer, model.config.eos)
             if form not in first:
                 first[form] = answer
@@ -158,15 +158,6 @@ class MajorityVote(TokenLoop):
         for number in range(self.votes):
             rng = random.Random(f"vote {number}, seed {seed}: {list(ids)}")
             yield Sampler(temperature, choose.top_k, choose.top_p, rng.getrandbits(53))
-
-    def answer(self, model, state: State, ids, voter: Sampler, limit: int) -> list[int]:
-        """One vote: the tokens up to end-of-text, or ``limit`` of them."""
-        found = []
-        for token in self.inner(model, state, ids, voter, limit):
-            found.append(token)
-            if token in model.config.eos:
-                break
-        return found
 
 
 @part
