@@ -1,0 +1,2 @@
+"""The exercises: ``minitx learn``. Each master states a problem, solves it,
+and knows the typical mistakes."""
