@@ -194,12 +194,12 @@ def one_factor(a, b, same: Callable) -> str | None:
     factor = float((a * b).sum()) / size
     if not same(a, factor * b):
         return None
+    if abs(factor) < 1e-12:
+        return "Everything is 0." if b.size > 1 else None
     if np.count_nonzero(b) < 2:  # one number is always off by some factor
         telling = factor == -1 or "=" in named_factor(factor, 1e-9)
         if not telling:
             return None
-    if abs(factor) < 1e-12:
-        return "Everything is 0."
     if abs(factor + 1) < 1e-9:
         return "The sign is wrong, everywhere." if b.size > 1 else "The sign is wrong."
     subject = "All are" if b.size > 1 else "It is"

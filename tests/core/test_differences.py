@@ -97,6 +97,7 @@ def test_only_difference_is_not_described_twice():
 
 
 def test_one_number_is_off_by_a_factor_only_if_the_factor_has_a_name():
+    assert describe(0.0, 0.3) == "Expected 0.3, got 0."
     assert describe(0.31, 0.3) == "Expected 0.3, got 0.31."
     assert describe(0.3 * 8**0.5, 0.3).endswith("It is off by the factor 2.828 = sqrt(8).")
     assert describe(-0.3, 0.3) == "Expected 0.3, got -0.3. The sign is wrong."
