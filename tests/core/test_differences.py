@@ -152,8 +152,32 @@ def test_assert_same_begins_with_the_property():
 
 def test_assert_same_compares_exactly_unless_told_otherwise():
     assert_same(X + 1e-9, X, "x", tolerance=1e-8)
-    with pytest.raises(AssertionError, match="^x: the first difference is at token 0"):
+    with pytest.raises(
+        AssertionError, match="^x: .* small, at most 3.0e-10 of the largest number.$"
+    ):
         assert_same(X + 1e-9, X, "x")
+
+
+def test_assert_same_names_the_test_that_runs():
+    with pytest.raises(
+        AssertionError, match="^assert same names the test that runs: expected 2, g"
+    ):
+        assert_same(1, 2)
+
+
+def test_assert_same_adds_an_absolute_tolerance():
+    assert_same([1e-9, 100], [0, 100], "x", atol=1e-8)
+    with pytest.raises(AssertionError, match="^x: the only difference is at index 0"):
+        assert_same([1e-7, 100], [0, 100], "x", atol=1e-8)
+    assert_same([1e-9], [0.0], "x", atol=1e-8)
+
+
+def test_assert_same_takes_one_number_for_all():
+    assert_same(np.zeros((2, 3)), 0, "x")
+    with pytest.raises(
+        AssertionError, match="^x: the only difference is at row 1, column 2: expec"
+    ):
+        assert_same([[0, 0, 0], [0, 0, 1]], 0, "x")
 
 
 def test_assert_same_compares_dtypes_if_asked():
@@ -164,4 +188,5 @@ def test_assert_same_compares_dtypes_if_asked():
 
 
 def test_nearly_equal_numbers_are_shown_with_more_digits():
-    assert describe(0.25000001, 0.25) == "Expected 0.25, got 0.25000001."
+    assert describe(X * (1 + 1e-15), X, tolerance=0).endswith("of the largest number.")
+    assert describe(0.25000001, 0.25).startswith("Expected 0.25, got 0.25000001.")
