@@ -127,8 +127,21 @@ def test_booleans_and_words_are_compared():
 
 def test_two_rows_are_swapped_and_equal_rows_are_not_moved():
     assert "The two tokens are swapped." in describe(X[[1, 0]], X[:2])
-    same_rows = np.ones((4, 1)) * X[0]
-    assert "belongs" not in describe(same_rows + changed(2)[2] * 0.1, same_rows)
+    equal = np.ones((4, 1)) * X[0]
+    for row in (0, 3):
+        other = equal.copy()
+        other[row] = NOISE[row]
+        assert describe(other, equal).endswith(f"Only token {row} differs."), "no shift by one"
+
+
+def test_axis_with_the_smaller_share_is_named():
+    said = describe(changed(np.s_[1:3, 0]), X)
+    assert said.endswith("Only column 0 differs.")  # 1 of 6 columns, 2 of 4 tokens
+
+
+def test_single_numbers_do_not_count_as_factors_of_their_rows():
+    said = describe(np.diag([2.0, 3, 4, 5]), np.eye(4))
+    assert said.endswith("4 of 16 numbers differ.")
 
 
 @pytest.mark.parametrize(

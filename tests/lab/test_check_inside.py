@@ -15,6 +15,7 @@ from minitx import ops
 from minitx.build import build
 from minitx.differences import describe
 from minitx.lab.check import check_models, compare
+from minitx.lab.comparison import compare_values
 from minitx.lab.inside import STEPS, inside
 from minitx.lab.reference import FOLDER, read_reference, seeded_model, write_reference
 from minitx.model import Attend, Attention, Block, Rope
@@ -288,6 +289,24 @@ def test_report_shows_the_steps_in_a_table(capsys, monkeypatch):
     assert model["bug_in"] == "block 0" and model["inside"]["bug_in"] == "rotated queries"
     assert [step["stage"] for step in model["inside"]["steps"]] == list(STEPS)
     assert model["inside"]["explanation"] in model["explanation"]
+
+
+def test_steps_are_written_and_read(tmp_path):
+    read = read_reference(write_reference(LLAMA, tmp_path))
+    assert read.inside_rows.tolist() == LLAMA.inside_rows.tolist()
+    assert list(read.inside) == list(STEPS)
+    for step, values in LLAMA.inside.items():
+        assert_same(read.inside[step], values, step, dtype=True)
+
+
+def test_small_numbers_are_not_more_exact_than_rounding_allows():
+    """Position 3 differs by 1e-15, which is rounding beside the largest number, at position 7."""
+    expected, found = np.array([[1e-9, 2e-9], [1, 0.5]]), np.array([[1e-9 + 1e-15, 2e-9], [1, 0.6]])
+    values = [{"float32": x.astype("float32"), "float64": x} for x in (found, expected)]
+    stage = compare_values("keys", *values, (3, 7))
+    assert stage.difference == (
+        "At position 7, the only difference is at column 1: expected 0.5, got 0.6."
+    )
 
 
 def test_reference_without_steps_still_names_the_block(tmp_path):
