@@ -202,6 +202,8 @@ def verdict_on_error(error: BaseException, case: Case | None = None) -> Verdict:
     own = [line for line in lines if PACKAGE not in Path(line.filename).parents and line.line]
     at = f" in line {own[-1].lineno}: {own[-1].line}" if own else ""
     given = f" The arguments were {arguments(case)}." if case is not None else ""
+    if isinstance(error, MemoryError):
+        return Verdict("limit", f"Your code needs more memory than there is{at}.{given}")
     what = f"{type(error).__name__}: {abbreviate(str(error))[1:-1] or 'no message'}"
     return Verdict("error", f"Your code raised {what}{at}.{given}")
 

@@ -43,15 +43,17 @@ def same(found, expected) -> bool:
 
 
 def as_leaves(result) -> list[tuple[str, object]]:
-    """The leaves of a result. A list of plain numbers counts as an array: 1 leaf, not many."""
+    """The leaves of a result. A list of numbers, or of rows of numbers, counts as one array."""
     return leaves(with_arrays(result))
 
 
 def with_arrays(result):
     if isinstance(result, (list, tuple)):
-        if result and all(is_number(value) and np.ndim(value) == 0 for value in result):
-            return np.array(result)
-        return [with_arrays(value) for value in result]
+        inside = [with_arrays(value) for value in result]
+        shapes = {np.shape(value) if is_number(value) else None for value in inside}
+        if len(shapes) == 1 and None not in shapes and (isinstance(result, list) or () in shapes):
+            return np.array(inside)
+        return inside
     if isinstance(result, dict):
         return {key: with_arrays(value) for key, value in result.items()}
     return result
