@@ -528,7 +528,8 @@ def test_every_question_of_a_tutorial_has_an_answer(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_hold(name, monkeypatch, capsys):
     """They assert what they say; run in this process, which has the packages loaded already."""
-    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ANSWERS), *sys.path])
+    monkeypatch.delitem(sys.modules, "helpers", raising=False)
     runpy.run_path(str(ANSWERS / name), run_name="__main__")
     assert capsys.readouterr().out.count("Question ") >= 1
 
