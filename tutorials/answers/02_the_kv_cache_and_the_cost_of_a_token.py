@@ -70,8 +70,8 @@ def rows(count):
 
 one, four = time_side_by_side(rows(1), rows(4), repeats=10)
 say(
-    f"A pass of 4 rows takes {four / one:.2f} times as long as one of 1, so it has to bring more than",
-    f"{four / one:.2f} tokens: one is certain, and {max(four / one - 1, 0):.2f} of the 3 guesses have",
-    "to be right on average.",
+    f"A pass of 4 rows takes {four / one:.2f} times as long as one of 1, so it has to bring more",
+    f"than {four / one:.2f} tokens: one is certain, and {max(four / one - 1, 0):.2f} of the 3",
+    "guesses have to be right on average.",
 )
 assert state.position == 128
