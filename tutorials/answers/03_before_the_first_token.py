@@ -33,8 +33,8 @@ assert np.allclose((x / rms * g + b) @ W, x / rms @ folded_W + folded_b)
 # How small may a mistake be?
 #
 # The error in the logits shrinks with the mistake, tenfold each time. In float64 it is lost in the
-# rounding (1e-15 of the largest logit) for mistakes below about 1e-12. In float32 the rounding is at
-# 5e-7, so a mistake must be about 1e-3 to stand out. Nine digits lie between the two.
+# rounding (1e-15 of the largest logit) for mistakes below about 1e-12. In float32 the rounding is
+# at 5e-7, so a mistake must be about 1e-3 to stand out. Nine digits lie between the two.
 
 # %%
 title("Question 2. How small may a mistake be?")
@@ -65,9 +65,10 @@ assert error_of(1e-10, np.float64) > 30 * none[1] and error_of(1e-15, np.float64
 #
 # When is a check blind?
 #
-# The gain that is nearest to 1 can be forgotten, and the error is about a tenth of that of number 0.
-# If all gains are 1, as they are before training, a fold_norms that forgets every one of them is
-# right. A test has to use weights that make the difference: minitx draws random gains for its tests.
+# The gain that is nearest to 1 can be forgotten, and the error is about a tenth of that of number
+# 0. If all gains are 1, as they are before training, a fold_norms that forgets every one of them is
+# right. A test has to use weights that make the difference: minitx draws random gains for its
+# tests.
 
 # %%
 title("Question 3. A blind check")
