@@ -133,24 +133,25 @@ class Flawed:
         rewinds="to n",
         checked=True,
         length_first=False,
+        unused=0,
     ):
         self.capacity, self.rotate = capacity, rotate
         self.keys, self.values = np.zeros((heads, capacity, d)), np.zeros((heads, capacity, d))
         self.length = self.seen = 0
         self.positions, self.rotated, self.result, self.views = positions, rotated, result, views
         self.rewinds, self.checked, self.length_first = rewinds, checked, length_first
+        self.unused = unused
 
     def append(self, k, v):
         T = k.shape[1]
         first, end = self.length, self.length + T
         if self.length_first:
             self.length = end
-        if self.checked and end > self.capacity:
+        if self.checked and end > self.capacity - self.unused:
             raise ValueError("full")
         where = {
             "go on": np.arange(first, end),
             "restart": np.arange(T),
-            "from 1": np.arange(first, end) + 1,
             "not rewound": np.arange(self.seen, self.seen + T),
             "chunk": np.full(T, first),
         }[self.positions]
@@ -183,7 +184,6 @@ MISTAKES = (
         "ended.",
         positions="restart",
     ),
-    Mistake("The first token of the text has position 0, not 1.", positions="from 1"),
     Mistake(
         "After rewind, positions go on as if nothing had been taken back: the next token has "
         "position n.",
@@ -221,6 +221,10 @@ MISTAKES = (
         "A token beyond the capacity is lost without an error, for an assignment to an empty slice "
         "does nothing: compare with the capacity first, and raise a ValueError.",
         checked=False,
+    ),
+    Mistake(
+        "The last row is never used: `capacity` tokens fit, so refuse only more than these.",
+        unused=1,
     ),
     Mistake(
         "After a refused append the cache counts tokens that it does not hold: check first, then "
@@ -275,7 +279,7 @@ def raised_by(cache, arguments):
 
 def pair(found):
     if not isinstance(found, (tuple, list)) or len(found) != 2:
-        raise TypeError(f"append must return two arrays, keys and values; got {type(found)}.")
+        raise TypeError(f"append must return (keys, values), got {type(found).__name__}")
     return [np.asarray(rows) for rows in found]
 
 
@@ -285,7 +289,7 @@ def cases(rng):
         (4, 1, "2 1 <1 1"),  # <1: rewind(1)
         (8, 2, "3 1 2 4 2 1 <5 1"),  # the 4, and the 1 before <5, do not fit
         (9, 1, "1 1 1 <1 2 <0 2 1"),
-        (9, 3, "4 3 <5 2 1"),
+        (8, 3, "4 3 <5 2 1"),
     ):
         yield capacity, heads, [call(word, heads, rng) for word in script.split()]
 
