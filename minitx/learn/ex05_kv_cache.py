@@ -223,7 +223,7 @@ MISTAKES = (
         checked=False,
     ),
     Mistake(
-        "The last row is never used: `capacity` tokens fit, so refuse only more than these.",
+        "The last row is never used: refuse an append only if it ends beyond the capacity.",
         unused=1,
     ),
     Mistake(

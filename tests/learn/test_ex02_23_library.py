@@ -2,10 +2,11 @@
 
 import numpy as np
 from same import assert_same
+from tiny import tiny_model
 
-from minitx import ops
+from minitx import ledger, ops
 from minitx.decode import Sampler
-from minitx.learn import ex02_rotary, ex04_sampling, ex05_kv_cache
+from minitx.learn import ex02_rotary, ex04_sampling, ex05_kv_cache, ex06_cost
 from minitx.state import Layer
 
 
@@ -39,3 +40,14 @@ def test_exercise_5_equals_a_layer_also_after_a_rewind():
             assert_same(found, expected, "cached rows", axes=("head", "token", "column"))
         layer.rewind(keep)
         cache.rewind(keep)
+
+
+def test_exercise_6_equals_what_the_ledger_counts_and_the_cache_holds():
+    model = tiny_model("llama")
+    state = model.new_state()
+    model.hidden([5, 6, 7, 8], state)
+    with ledger.counting(model) as counts:
+        model.next_logits([9], state)
+    assert counts.total().multiply_adds == ex06_cost.multiply_adds(model.config, 1, 5)
+    held = sum(rows.nbytes for layer in state.layers for rows in layer.rows())
+    assert held == ex06_cost.cache_bytes(model.config, 5)
