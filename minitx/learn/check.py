@@ -11,6 +11,7 @@ distribution, not by counting draws.
 import copy
 import traceback
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,16 @@ import numpy as np
 from minitx.differences import describe
 from minitx.errors import abbreviate
 from minitx.learn.exercise import Case, Exercise, Mistake
-from minitx.learn.outcomes import TOLERANCE, Raised, as_leaves, is_number, same, with_arrays
+from minitx.learn.outcomes import (
+    TOLERANCE,
+    Raised,
+    as_leaves,
+    comparable,
+    is_number,
+    same,
+    same_leaves,
+    with_arrays,
+)
 from minitx.learn.verdict import Verdict
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -35,7 +45,7 @@ def judge(exercise: Exercise, answer: SimpleNamespace, seed: int = 0) -> Verdict
     with np.errstate(all="ignore"):  # overflow is found by its result
         if exercise.judge is not None:
             return judged_by_itself(exercise, answer, seed)
-        cases = draw_cases(exercise, seed)
+        cases = drawn(exercise, seed)
         found = []
         for case in cases:
             outcome, trouble = attempt(exercise, answer, case)
@@ -46,7 +56,7 @@ def judge(exercise: Exercise, answer: SimpleNamespace, seed: int = 0) -> Verdict
         wrong = [i for i in range(len(cases)) if not same(found[i], expected[i])]
         if not wrong:
             return Verdict("passed", "Right.")
-        named = name_mistakes(exercise, cases, found)
+        named = name_mistakes(exercise, seed, found)
         if named:
             return named_verdict(named)
         return generic(exercise, cases[wrong[0]], found[wrong[0]], expected[wrong[0]])
@@ -59,6 +69,12 @@ def judged_by_itself(exercise: Exercise, answer: SimpleNamespace, seed: int) -> 
         return hole(error) or verdict_on_error(error)
     except (Exception, SystemExit) as error:
         return verdict_on_error(error)
+
+
+@cache
+def drawn(exercise: Exercise, seed: int) -> list[Case]:
+    """The cases of a seed. Whoever runs an answer on one gives it a copy."""
+    return draw_cases(exercise, seed)
 
 
 def draw_cases(exercise: Exercise, seed: int) -> list[Case]:
@@ -124,29 +140,33 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 # Naming the mistake ------------------------------------------------------------------------------
 
 
-def name_mistakes(exercise: Exercise, cases: Sequence[Case], found: Sequence) -> list[Mistake]:
+def name_mistakes(exercise: Exercise, seed: int, found: Sequence) -> list[Mistake]:
     """The one or two mistakes with which the flawed version does what the answer did in every
     case; none if there are no such mistakes."""
     if all(isinstance(outcome, Raised) for outcome in found):
         return []  # to raise the same exception everywhere is no evidence
-    for mistakes in suspects(exercise.mistakes):
-        flags = {name: value for mistake in mistakes for name, value in mistake.flags.items()}
-        twin = exercise.twin(**flags)
-        if all(agree(exercise, twin, case, outcome) for case, outcome in zip(cases, found)):
-            return list(mistakes)
+    found = [comparable(outcome) for outcome in found]
+    for which in suspects(exercise.mistakes):
+        if all(same_leaves(mine, flawed(exercise, which, seed, i)) for i, mine in enumerate(found)):
+            return [exercise.mistakes[j] for j in which]
     return []
 
 
-def suspects(mistakes: Sequence[Mistake]) -> Iterator[tuple[Mistake, ...]]:
-    """Each mistake, then each pair of mistakes that do not set the same flag."""
-    yield from ((mistake,) for mistake in mistakes)
-    for pair in combinations(mistakes, 2):
-        if not set(pair[0].flags) & set(pair[1].flags):
-            yield pair
+def suspects(mistakes: Sequence[Mistake]) -> Iterator[tuple[int, ...]]:
+    """The numbers of each mistake, then of each pair of mistakes that do not set the same flag."""
+    yield from ((j,) for j in range(len(mistakes)))
+    for a, b in combinations(range(len(mistakes)), 2):
+        if not set(mistakes[a].flags) & set(mistakes[b].flags):
+            yield a, b
 
 
-def agree(exercise: Exercise, twin: SimpleNamespace, case: Case, outcome) -> bool:
-    return same(outcomes(exercise, twin, [case])[0], outcome)
+@cache  # a class makes the same mistakes
+def flawed(exercise: Exercise, which: tuple[int, ...], seed: int, i: int):
+    """What the flawed version with these mistakes does with case i, to be compared."""
+    mistakes = [exercise.mistakes[j] for j in which]
+    flags = {name: value for mistake in mistakes for name, value in mistake.flags.items()}
+    case = drawn(exercise, seed)[i]
+    return comparable(outcomes(exercise, exercise.twin(**flags), [case])[0])
 
 
 def named_verdict(mistakes: Sequence[Mistake]) -> Verdict:
