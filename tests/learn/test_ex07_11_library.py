@@ -3,8 +3,11 @@
 import numpy as np
 from same import assert_same
 
+from minitx import ops
 from minitx.learn import ex07_fold_norm as ex07
-from minitx.model import Linear
+from minitx.learn import ex08_first_layer as ex08
+from minitx.model import QKV, Linear, RMSNorm
+from minitx.precompute.first_layer import token_table
 from minitx.shared.folding import fold_into
 
 RNG = np.random.default_rng(0)
@@ -16,3 +19,21 @@ def test_fold_equals_the_library():
     expected = fold_into(Linear(W, b), gain, bias)
     assert_same(found_W, expected.w, "the folded matrix", tolerance=1e-12)
     assert_same(found_b, expected.b, "the folded bias", tolerance=1e-12)
+
+
+def test_first_layer_table_equals_the_library():
+    shapes = (5, 4), 4, (4, 8), (4, 2), (4, 2)
+    E, gain, Wq, Wk, Wv = (RNG.standard_normal(shape) for shape in shapes)
+    found = ex08.make_table(E, gain, Wq, Wk, Wv, 0.1)
+    qkv = QKV(Linear(Wq), Linear(Wk), Linear(Wv))
+    expected = token_table(E, RMSNorm(gain, 0.1), qkv, None)
+    assert_same(found, expected, "the table of the first layer", tolerance=1e-12)
+
+
+def test_rotation_that_exercise_8_gives_is_the_library_s():
+    x, positions = RNG.standard_normal((5, 12)), np.arange(3, 8)
+    cos, sin = ops.rope_tables(4, 10, 100.0, np.float64)
+    heads = x.reshape(5, 3, 4).swapaxes(0, 1)  # (heads, T, d)
+    expected = ops.rotate(heads, cos[positions], sin[positions]).swapaxes(0, 1).reshape(5, 12)
+    found = ex08.rotate(x, positions, 4)
+    assert_same(found, expected, "rows that are rotated", tolerance=1e-12)
