@@ -217,4 +217,6 @@ def form(value) -> str:
         return f"an array of shape {value.shape}" if value.ndim else str(value)
     if isinstance(value, list):
         return f"{len(value)} values"
+    if callable(value):
+        return "a function"
     return abbreviate(value)

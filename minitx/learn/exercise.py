@@ -125,8 +125,13 @@ class Exercise:
 
 def _with_flags(f: Callable, flags: dict) -> Callable:
     """The function with those of the flags that it has."""
-    known = inspect.signature(f).parameters
+    known = _parameters(f)
     return partial(f, **{name: value for name, value in flags.items() if name in known})
+
+
+@cache
+def _parameters(f: Callable):
+    return inspect.signature(f).parameters
 
 
 @cache

@@ -32,7 +32,8 @@ def swapped_in(exercise: Exercise, answer: SimpleNamespace) -> str:
     before = run(dense)
     after = run(exercise.into_model(dense, answer))
     library = run(apply(dense, exercise.same_as)) if exercise.same_as else before
-    names = " and ".join(exercise.names)
+    *others, last = exercise.names
+    names = ", ".join(others) + " and " * bool(others) + last
     lines = [f"With your {names} inside, the model `{exercise.model}` writes:", "", after.text, ""]
     if after.text == library.text:
         lines.append("That is the text that minitx's own code writes.")
