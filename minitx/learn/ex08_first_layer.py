@@ -56,6 +56,7 @@ Source: Graef, "Transformer tricks: Precomputing the first layer", 2024.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -128,6 +129,9 @@ def look_up_in_loops(table, ids, positions, widths, d):
             piece.append(part_of_row)
             start += width
     return tuple(np.array(piece) for piece in pieces)
+
+
+in_loops = SimpleNamespace(make_table=table_in_loops, look_up=look_up_in_loops)
 
 
 def flawed_table(E, gain, Wq, Wk, Wv, eps, *, norm=True, residual="x", order="xqkv"):

@@ -6,8 +6,10 @@ from same import assert_same
 from minitx import ops
 from minitx.learn import ex07_fold_norm as ex07
 from minitx.learn import ex08_first_layer as ex08
-from minitx.model import QKV, Linear, RMSNorm
+from minitx.learn import ex09_slim_attention as ex09
+from minitx.model import QKV, Linear, RMSNorm, split_heads
 from minitx.precompute.first_layer import token_table
+from minitx.precompute.slim_attention import solve
 from minitx.shared.folding import fold_into
 
 RNG = np.random.default_rng(0)
@@ -37,3 +39,21 @@ def test_rotation_that_exercise_8_gives_is_the_library_s():
     expected = ops.rotate(heads, cos[positions], sin[positions]).swapaxes(0, 1).reshape(5, 12)
     found = ex08.rotate(x, positions, 4)
     assert_same(found, expected, "rows that are rotated", tolerance=1e-12)
+
+
+def test_w_kv_equals_the_library():
+    Wk, Wv = RNG.standard_normal((2, 4, 4)) + 2 * np.eye(4)
+    expected, _ = solve(Wk, Wv)
+    assert_same(ex09.make_w_kv(Wk, Wv), expected, "W_kv", tolerance=1e-10)
+
+
+def test_values_of_slim_attention_are_those_of_the_model():
+    n, (Wk, Wv) = RNG.standard_normal((5, 6)), RNG.standard_normal((2, 6, 6)) + 2 * np.eye(6)
+    W_kv = ex09.make_w_kv(Wk, Wv)
+    k, v = ex09.keys_and_values(n @ Wk, W_kv, 3, lambda x: 2 * x)
+    assert_same(k, 2 * split_heads(n @ Wk, 3), "keys", tolerance=1e-12)
+    assert_same(v, split_heads(n @ Wv, 3), "values made from keys", tolerance=1e-10)
+    weights = RNG.dirichlet(np.ones(5), 3)  # (H, S)
+    found = ex09.attend(weights, n @ Wk, W_kv)
+    expected = (weights[:, None] @ v)[:, 0]
+    assert_same(found, expected, "weighted sums of values, from summed keys", tolerance=1e-10)
