@@ -20,7 +20,15 @@ import numpy as np
 from minitx.differences import describe
 from minitx.errors import abbreviate
 from minitx.learn.exercise import Case, Exercise, Mistake
-from minitx.learn.outcomes import TOLERANCE, Raised, as_leaves, is_number, same, with_arrays
+from minitx.learn.outcomes import (
+    TOLERANCE,
+    BadForm,
+    Raised,
+    as_leaves,
+    is_number,
+    same,
+    with_arrays,
+)
 from minitx.learn.verdict import Verdict
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -76,6 +84,8 @@ def attempt(exercise: Exercise, answer: SimpleNamespace, case: Case):
         outcome = exercise.run(answer, mine)
     except NotImplementedError as error:
         return Raised(error), hole(error)
+    except BadForm as error:
+        return None, Verdict("form", str(error))
     except (Exception, SystemExit) as error:
         return Raised(error), None
     changed = changed_input(case, mine)
