@@ -62,6 +62,7 @@ import numpy as np
 
 from minitx import ledger
 from minitx.learn.exercise import Exercise, Mistake
+from minitx.learn.outcomes import unpack
 from minitx.model import NoRope
 from minitx.precompute.first_layer import FirstBlock, InTable, Split
 from minitx.tree import Part, part
@@ -185,7 +186,7 @@ def observe(answer, E, gain, Wq, Wk, Wv, eps, ids, positions, d):
     """Both functions: the table, and what is looked up in it."""
     table = answer.make_table(E, gain, Wq, Wk, Wv, eps)
     widths = E.shape[1], Wq.shape[1], Wk.shape[1], Wv.shape[1]
-    pieces = answer.look_up(table, ids, positions, widths, d)
+    pieces = unpack(answer.look_up(table, ids, positions, widths, d), "look_up", *"xqkv")
     return {"table": table} | dict(zip("xqkv", pieces))
 
 

@@ -72,6 +72,7 @@ import numpy as np
 
 from minitx import ledger, ops
 from minitx.learn.exercise import Exercise, Mistake
+from minitx.learn.outcomes import unpack
 from minitx.model import split_heads
 from minitx.precompute.slim_attention import slim
 from minitx.technique import wrap
@@ -237,9 +238,9 @@ def turn(x):
 
 def observe(answer, Wk, Wv, raw, W_kv, H, rotate, weights):
     """Each function by itself: an error in W_kv does not show in the values."""
-    k_and_v = answer.keys_and_values(raw, W_kv, H, rotate)
+    k, v = unpack(answer.keys_and_values(raw, W_kv, H, rotate), "keys_and_values", "k", "v")
     out = answer.attend(weights, raw, W_kv)
-    return {"W_kv": answer.make_w_kv(Wk, Wv)} | dict(zip("kv", k_and_v)) | {"out": out}
+    return {"W_kv": answer.make_w_kv(Wk, Wv), "k": k, "v": v, "out": out}
 
 
 def cases(rng):
