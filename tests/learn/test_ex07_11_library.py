@@ -1,14 +1,17 @@
 """Exercises 7 to 11: the solutions do what minitx's own parts do, in float64."""
 
 import numpy as np
+import pytest
 from same import assert_same
 
 from minitx import ops
 from minitx.learn import ex07_fold_norm as ex07
 from minitx.learn import ex08_first_layer as ex08
 from minitx.learn import ex09_slim_attention as ex09
+from minitx.learn import ex10_quantization as ex10
 from minitx.model import QKV, Linear, RMSNorm, split_heads
 from minitx.precompute.first_layer import token_table
+from minitx.precompute.quantize import dequantize, quantize_groups_symmetric
 from minitx.precompute.slim_attention import solve
 from minitx.shared.folding import fold_into
 
@@ -57,3 +60,17 @@ def test_values_of_slim_attention_are_those_of_the_model():
     found = ex09.attend(weights, n @ Wk, W_kv)
     expected = (weights[:, None] @ v)[:, 0]
     assert_same(found, expected, "weighted sums of values, from summed keys", tolerance=1e-10)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantization_equals_the_library(bits):
+    W = RNG.standard_normal((6, 5))
+    W[:3, 0] = 0
+    codes, scales = ex10.quantize(W, bits, 3)
+    expected, expected_scales, _ = quantize_groups_symmetric(W.reshape(2, 3, 5), bits)
+    assert_same(codes, expected.reshape(6, 5), f"codes of {bits} bits")
+    assert_same(scales, expected_scales, "scales", tolerance=1e-12)
+    zero_points = RNG.integers(-128, 128, (2, 5)).astype(np.int8)
+    found = ex10.dequantize(codes, scales, zero_points)
+    restored = dequantize(expected, expected_scales, zero_points).reshape(6, 5)
+    assert_same(found, restored, "dequantized weights", tolerance=1e-12)
