@@ -9,8 +9,11 @@ from minitx.learn import ex07_fold_norm as ex07
 from minitx.learn import ex08_first_layer as ex08
 from minitx.learn import ex09_slim_attention as ex09
 from minitx.learn import ex10_quantization as ex10
+from minitx.learn import ex11_lookup_table as ex11
 from minitx.model import QKV, Linear, RMSNorm, split_heads
 from minitx.precompute.first_layer import token_table
+from minitx.precompute.lut_product import ProductTable
+from minitx.precompute.lut_product import pack as pack_rows
 from minitx.precompute.quantize import dequantize, quantize_groups_symmetric
 from minitx.precompute.slim_attention import solve
 from minitx.shared.folding import fold_into
@@ -74,3 +77,17 @@ def test_quantization_equals_the_library(bits):
     found = ex10.dequantize(codes, scales, zero_points)
     restored = dequantize(expected, expected_scales, zero_points).reshape(6, 5)
     assert_same(found, restored, "dequantized weights", tolerance=1e-12)
+
+
+def test_product_table_equals_the_library():
+    ba, bw, d, n = 3, 4, 2, 7
+    x = RNG.integers(1 - 2 ** (ba - 1), 2 ** (ba - 1), n)  # the least integer is never used there
+    w = RNG.integers(1 - 2 ** (bw - 1), 2 ** (bw - 1), (n, 5))
+    x_codes = ex11.pack(x, ba, d)
+    w_codes = np.stack([ex11.pack(column, bw, d) for column in w.T], axis=1)
+    assert_same(x_codes, pack_rows(x[None], ba, d)[0], "codes of inputs")
+    assert_same(w_codes, pack_rows(w.T, bw, d).T, "codes of weights")
+    library = ProductTable.of(ba, bw, d, "vertical")
+    found = ex11.dot(x_codes, w_codes, ex11.make_table(ba, bw, d))
+    assert_same(found, library.sums(x_codes[None], w_codes)[0], "sums of table entries")
+    assert_same(found, x @ w, "dot products by table")
