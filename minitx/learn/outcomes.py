@@ -77,7 +77,9 @@ def same_value(a, b) -> bool:
     if (a.dtype.kind == "b") != (b.dtype.kind == "b"):
         return False
     a, b = a.astype(np.float64), b.astype(np.float64)
-    return bool(np.allclose(a, b, rtol=0, atol=TOLERANCE * scale_of(b), equal_nan=True))
+    with np.errstate(invalid="ignore"):  # Inf - Inf; np.allclose takes several times as long
+        close = (np.abs(a - b) <= TOLERANCE * scale_of(b)) | (a == b) | ((a != a) & (b != b))
+    return bool(close.all())
 
 
 def scale_of(expected: np.ndarray) -> float:
