@@ -23,6 +23,7 @@ from minitx.errors import abbreviate
 from minitx.learn.exercise import Case, Exercise, Mistake
 from minitx.learn.outcomes import (
     TOLERANCE,
+    BadForm,
     Raised,
     as_leaves,
     comparable,
@@ -33,7 +34,12 @@ from minitx.learn.outcomes import (
 )
 from minitx.learn.verdict import Verdict
 
-PACKAGE = Path(__file__).resolve().parents[1]
+# minitx, NumPy and Python's own library: what raises an error in there is a line of the student's.
+LIBRARIES = (
+    Path(__file__).resolve().parents[1],
+    Path(np.__file__).resolve().parent,
+    Path(copy.__file__).resolve().parent,
+)
 ROUNDS = 2  # how often cases are drawn
 NOT_WRITTEN = "not written yet"  # what a hole raises
 
@@ -92,6 +98,8 @@ def attempt(exercise: Exercise, answer: SimpleNamespace, case: Case):
         outcome = exercise.run(answer, mine)
     except NotImplementedError as error:
         return Raised(error), hole(error)
+    except BadForm as error:
+        return None, Verdict("form", str(error))
     except (Exception, SystemExit) as error:
         return Raised(error), None
     changed = changed_input(case, mine)
@@ -219,13 +227,17 @@ def compare_arrays(exercise: Exercise, a, b, where: str, given: str) -> Verdict:
 def verdict_on_error(error: BaseException, case: Case | None = None) -> Verdict:
     """The verdict on an exception: what it says, and the student's line that raised it."""
     lines = traceback.extract_tb(error.__traceback__)
-    own = [line for line in lines if PACKAGE not in Path(line.filename).parents and line.line]
+    own = [line for line in lines if line.line and not is_library(line.filename)]
     at = f" in line {own[-1].lineno}: {own[-1].line}" if own else ""
     given = f" The arguments were {arguments(case)}." if case is not None else ""
     if isinstance(error, MemoryError):
         return Verdict("limit", f"Your code needs more memory than there is{at}.{given}")
     what = f"{type(error).__name__}: {abbreviate(str(error))[1:-1] or 'no message'}"
     return Verdict("error", f"Your code raised {what}{at}.{given}")
+
+
+def is_library(filename: str) -> bool:
+    return any(folder in Path(filename).parents for folder in LIBRARIES)
 
 
 def arguments(case: Case) -> str:
@@ -239,4 +251,6 @@ def form(value) -> str:
         return f"an array of shape {value.shape}" if value.ndim else str(value)
     if isinstance(value, list):
         return f"{len(value)} values"
+    if callable(value):
+        return "a function"
     return abbreviate(value)

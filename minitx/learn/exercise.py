@@ -60,6 +60,7 @@ class Exercise:
     axes: what the axes of the result are called in messages ("token", "column").
     library: where minitx does the same: "minitx/ops.py: rms_norm".
     into_model: ``into_model(lm, answer)``, a copy of the model in which the answer does the work.
+    model: the shipped model that ``into_model`` gets.
     same_as: the techniques whose text the model with the answer must generate.
     saves: one sentence about what the answer is good for; shown when it is solved.
     judge: ``judge(answer, seed)``, for an exercise that is not judged by comparing results.
@@ -80,6 +81,7 @@ class Exercise:
     mistakes: tuple[Mistake, ...] = ()
     axes: tuple[str, ...] = ()
     into_model: Callable[[Any, SimpleNamespace], Any] | None = None
+    model: str = "stories"
     same_as: dict = field(default_factory=dict)
     judge: Callable[[SimpleNamespace, int], Verdict] | None = None
     show: Callable[[SimpleNamespace], str] | None = None

@@ -1,4 +1,4 @@
-"""What a student sees after the exercise is solved: the answer at work in ``stories``."""
+"""What a student sees after the exercise is solved: the answer at work in a shipped model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,12 +32,13 @@ def demonstration(exercise: Exercise, answer: SimpleNamespace) -> str:
 
 
 def swapped_in(exercise: Exercise, answer: SimpleNamespace) -> str:
-    dense = minitx.load("stories")
+    dense = minitx.load(exercise.model)
     before = run(dense)
     after = run(exercise.into_model(dense, answer))
     library = run(apply(dense, exercise.same_as)) if exercise.same_as else before
-    names = " and ".join(exercise.names)
-    lines = [f"With your {names} inside, the model `stories` writes:", "", after.text, ""]
+    *others, last = exercise.names
+    names = ", ".join(others) + " and " * bool(others) + last
+    lines = [f"With your {names} inside, the model `{exercise.model}` writes:", "", after.text, ""]
     if after.text == library.text:
         lines.append("That is the text that minitx's own code writes.")
     else:

@@ -18,6 +18,17 @@ class Raised:
         return type(self.error).__name__
 
 
+class BadForm(Exception):
+    """What a function returned cannot be taken apart; the message is told to the student."""
+
+
+def unpack(result, function: str, *names: str):
+    """The values that a student's function returned, if it returned one for each of these names."""
+    if isinstance(result, (tuple, list)) and len(result) == len(names):
+        return result
+    raise BadForm(f"{function} must return {len(names)} values: {', '.join(names)}.")
+
+
 def leaves(result, name: str = "") -> list[tuple[str, object]]:
     """The arrays and other values inside a result, each with its place: ``[0]``, ``['keys']``."""
     if isinstance(result, dict):
