@@ -54,6 +54,8 @@ class Exercise:
         Small ones, of several shapes; each mistake must show in at least one.
     observe: ``observe(answer, *case)`` is what is compared: arrays, numbers, booleans, or tuples,
         lists and dicts of them. Default: the result of the only function.
+    explain: ``explain(case, found, expected)``, the verdict on a wrong result that no mistake
+        explains, for results that say little as arrays. Default: where the first difference is.
     flawed: the flawed version of each name; a single function if there is only one name.
     mistakes: the mistakes that the checker can name.
     hints: two, the second of which says more.
@@ -76,6 +78,7 @@ class Exercise:
     saves: str
     cases: Callable[[Any], Sequence[Case]] | None = None
     observe: Callable[..., Any] | None = None
+    explain: Callable[[Case, Any, Any], Verdict] | None = None
     flawed: Callable | dict[str, Callable] | None = None
     mistakes: tuple[Mistake, ...] = ()
     axes: tuple[str, ...] = ()
@@ -123,8 +126,12 @@ class Exercise:
 
 def _with_flags(f: Callable, flags: dict) -> Callable:
     """The function with those of the flags that it has."""
-    known = inspect.signature(f).parameters
-    return partial(f, **{name: value for name, value in flags.items() if name in known})
+    return partial(f, **{name: flags[name] for name in flags if name in _parameters(f)})
+
+
+@cache
+def _parameters(f: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(f).parameters)
 
 
 @cache
