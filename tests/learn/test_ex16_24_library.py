@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 
-from minitx.learn import ex16_speculative
+import minitx
+from minitx.learn import ex16_speculative, ex24_rollback
 from minitx.learn.exact import exact_distribution
+from minitx.learn.exercise import find_exercise
 from minitx.shared.draft_and_verify import accept_or_resample
+from minitx.skip.big_little import first_far
+from minitx.technique import apply
 
 
 class AsSampler:
@@ -39,3 +43,28 @@ def test_accept_keeps_the_targets_distribution():
 
     found = exact_distribution(run)
     np.testing.assert_allclose([found[x] for x in range(5)], p[0], atol=1e-12)
+
+
+def test_roll_back_keeps_what_the_library_keeps():
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        logits, drafted = 3 * rng.standard_normal((6, 5)), rng.integers(0, 5, 5)
+        drafted[:3] = logits[:3].argmax(1)
+        P = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        kept, token = ex24_rollback.roll_back(P, drafted, 2.0)
+        assert kept == first_far(logits, drafted, 2.0)
+        assert token == logits[kept].argmax()
+
+
+def test_roll_back_in_the_model_writes_the_librarys_text():
+    lm, answer = minitx.load("stories"), find_exercise(24).solution
+    library = apply(lm, {"big_little": {"fallback": 0.0, "rollback": 5.0}})
+    found, _, _ = ex24_rollback.write(lm, answer, 5.0)
+    assert found == list(library.tokens(ex24_rollback.PROMPT, ex24_rollback.NEW))
+
+
+def test_accept_with_a_real_generator_writes_greedy_text_of_the_target():
+    lm, answer = minitx.load("stories"), find_exercise(16).solution
+    found, passes, _ = ex16_speculative.write(lm, answer, 0)
+    assert found == list(lm.tokens(ex16_speculative.PROMPT, ex16_speculative.NEW))
+    assert passes < len(found) / 2
