@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 import minitx
-from minitx.learn import ex16_speculative, ex24_rollback
+from minitx.learn import ex16_speculative, ex22_delta, ex24_rollback
 from minitx.learn.exact import exact_distribution
 from minitx.learn.exercise import find_exercise
 from minitx.shared.draft_and_verify import accept_or_resample
 from minitx.skip.big_little import first_far
+from minitx.skip.delta import DeltaLinear
 from minitx.technique import apply
 
 
@@ -68,3 +69,25 @@ def test_accept_with_a_real_generator_writes_greedy_text_of_the_target():
     found, passes, _ = ex16_speculative.write(lm, answer, 0)
     assert found == list(lm.tokens(ex16_speculative.PROMPT, ex16_speculative.NEW))
     assert passes < len(found) / 2
+
+
+def test_delta_product_equals_the_librarys():
+    """Whose threshold is relative to the rms of the input: here 1."""
+    rng = np.random.default_rng(3)
+    x = 0.9 ** np.arange(20)[:, None] * rng.standard_normal((20, 8))
+    x = np.cumsum(x, 0)
+    x /= np.sqrt((x**2).mean(1, keepdims=True))
+    W, states = rng.standard_normal((8, 5)), []
+    product = DeltaLinear(W, None, 0.3, 512)
+    for t, row in enumerate(x):
+        states.append(product.token(row, states, t))
+    y, sent = ex22_delta.delta_product(x, W, 0.3)
+    np.testing.assert_allclose(y, [state.y for state in states], atol=1e-12)
+    assert 0.1 < sent[1:].mean() < 0.9
+
+
+def test_delta_product_does_not_drift():
+    """Each column that the product was told is within the threshold of the truth, at every token."""
+    x = np.cumsum(np.full((500, 3), 0.01), 0)
+    y, _ = ex22_delta.delta_product(x, np.eye(3), 0.1)
+    assert abs(y - x).max() <= 0.1 + 1e-12
