@@ -1,10 +1,13 @@
 """Exercises 16, 17, 18, 22 and 24 do what the library does, in float64."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import minitx
 from minitx.learn import ex16_speculative, ex22_delta, ex24_rollback
+from minitx.learn.check import judge
 from minitx.learn.exact import exact_distribution
 from minitx.learn.exercise import find_exercise
 from minitx.shared.draft_and_verify import accept_or_resample
@@ -87,7 +90,58 @@ def test_delta_product_equals_the_librarys():
 
 
 def test_delta_product_does_not_drift():
-    """Each column that the product was told is within the threshold of the truth, at every token."""
+    """Each column that was sent is within the threshold of the truth, at every token."""
     x = np.cumsum(np.full((500, 3), 0.01), 0)
     y, _ = ex22_delta.delta_product(x, np.eye(3), 0.1)
     assert abs(y - x).max() <= 0.1 + 1e-12
+
+
+# Exercise 17 -------------------------------------------------------------------------------------
+
+
+def verdict_on(test):
+    exercise = find_exercise(17)
+    return judge(exercise, SimpleNamespace(test_attention=test))
+
+
+def test_test_with_one_example_is_told_which_broken_ones_escape():
+    def one_query(attention):
+        q, k = np.array([[[2.0, 0, 0, 0]]]), np.eye(4)[None, :2]
+        assert abs(attention(q, k, np.array([[[10.0], [0.0]]])) - 7.31).max() < 0.01
+
+    verdict = verdict_on(one_query)
+    assert verdict.kind == "mistake" and len(verdict.mistakes) == 3
+    assert any("key heads in turn" in sentence for sentence in verdict.mistakes)
+    assert "(H, K, T, S) = (1, 1, 1, 2)" in verdict.message
+
+
+def test_test_that_compares_every_digit_is_called_too_strict():
+    def exact(attention):
+        rng = np.random.default_rng(0)
+        q, k, v = (rng.standard_normal(shape) for shape in ((2, 3, 4), (2, 5, 4), (2, 5, 4)))
+        assert (attention(q, k, v) == find_exercise(3).module.attention(q, k, v)).all()
+
+    assert "too strict" in verdict_on(exact).message
+
+
+def test_test_that_returns_its_result_is_told_to_assert():
+    def returns(attention):
+        return bool(attention(*np.ones((3, 1, 2, 4))).shape == (1, 2, 4))
+
+    verdict = verdict_on(returns)
+    assert len(verdict.mistakes) == 8 and "returns True" in verdict.message
+
+
+@pytest.mark.parametrize(
+    "test, words",
+    [
+        (lambda attention: None, "never calls"),
+        (lambda attention: attention(*np.ones((3, 2, 4))), "no array of floats with 3 axes"),
+        (lambda attention: attention(*np.ones((3, 1, 2, 4), int)), "no array of floats"),
+        (lambda attention: attention(np.ones((3, 2, 4)), *np.ones((2, 2, 2, 4))), "K divides H"),
+        (lambda attention: 1 / 0, "refuses a right attention"),
+    ],
+)
+def test_test_that_cannot_be_used_is_told_why(test, words):
+    verdict = verdict_on(test)
+    assert not verdict.passed and words in verdict.message
