@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from minitx.differences import describe
-from minitx.errors import abbreviate
+from minitx.errors import MinitxError, abbreviate
 from minitx.learn.exercise import Case, Exercise, Mistake
 from minitx.learn.outcomes import (
     TOLERANCE,
@@ -194,6 +194,8 @@ def generic(exercise: Exercise, case: Case, found, expected) -> Verdict:
     given = f" The arguments were {arguments(case)}."
     if found is None and expected is not None:
         return Verdict("form", "Your function returns None; is there a return missing?")
+    if exercise.explain is not None:
+        return exercise.explain(case, found, expected)
     mine, theirs = as_leaves(found), as_leaves(expected)
     if [name for name, _ in mine] != [name for name, _ in theirs]:
         message = f"Expected {form(expected)} as the result, got {form(found)}."
@@ -225,11 +227,14 @@ def compare_arrays(exercise: Exercise, a, b, where: str, given: str) -> Verdict:
 
 
 def verdict_on_error(error: BaseException, case: Case | None = None) -> Verdict:
-    """The verdict on an exception: what it says, and the student's line that raised it."""
+    """The verdict on an exception: what it says, and the student's line that raised it. The
+    sentence of a MinitxError is ours, so it is told as it is."""
     lines = traceback.extract_tb(error.__traceback__)
     own = [line for line in lines if line.line and not is_library(line.filename)]
     at = f" in line {own[-1].lineno}: {own[-1].line}" if own else ""
     given = f" The arguments were {arguments(case)}." if case is not None else ""
+    if isinstance(error, MinitxError):
+        return Verdict("error", f"{error}{at and f' That was{at}.'}{given}")
     if isinstance(error, MemoryError):
         return Verdict("limit", f"Your code needs more memory than there is{at}.{given}")
     what = f"{type(error).__name__}: {abbreviate(str(error))[1:-1] or 'no message'}"

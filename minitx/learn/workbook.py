@@ -37,7 +37,8 @@ def test_exercise(name):
     if not verdict.passed:
         pytest.fail(verdict.message, pytrace=False)
 '''
-SETTINGS = "[pytest]\ntestpaths = .\n"  # so that no settings of a folder above are used
+# So that no settings of a folder above are used, and ex17_test_the_test.py is no file of tests.
+SETTINGS = "[pytest]\ntestpaths = .\npython_files = test_exercises.py\n"
 
 
 def start(folder, chosen: tuple[Exercise, ...] | None = None, remembered=True) -> list[Path]:
