@@ -7,7 +7,7 @@ import numpy as np
 from same import assert_same
 from tiny import TOKENIZER, tiny_model
 
-from minitx.learn import ex12_early_exit
+from minitx.learn import ex12_early_exit, ex13_ffn_skipping
 from minitx.lm import LM
 from minitx.technique import apply
 
@@ -37,3 +37,10 @@ def test_early_exit_in_a_model_equals_the_library():
     ours = replace(TINY.model, stack=stack)
     wanted = {"early_exit": {"measure": "saturation", "threshold": 0.9, "first": 2}}
     check_steps(ours, wanted, "logits with early exit")
+
+
+def test_ffn_skipping_in_a_model_equals_the_library():
+    setting = dict(threshold=0.7, skip=1, cold_start=1, cold_end=5)
+    stack = ex13_ffn_skipping.StudentStack(TINY.model.stack, ex13_ffn_skipping.skip_ffns, **setting)
+    ours = replace(TINY.model, stack=stack)
+    check_steps(ours, {"ffn_skip": {**setting, "warm_up": 0}}, "logits with FFN skipping")
