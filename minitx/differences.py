@@ -111,6 +111,8 @@ def decapitalized(sentence: str) -> str:
 def named_factor(factor: float, tolerance: float = 1e-6) -> str:
     """A factor in words: "2.828 = sqrt(8)", "0.125 = 1/8", "-1", or just its digits."""
     size, sign = abs(factor), "-" if factor < 0 else ""
+    if not 1e-6 < size < 1e6:
+        return f"{sign}{size:.4g}"
     names: list[tuple[str, float]] = []
     for n in (round(size), round(1 / size), round(size**2), round(1 / size**2)):
         if 1 < n <= 4096:
