@@ -120,7 +120,7 @@ def test_every_output_loses_the_same_share(family, method):
     changed = pruned(lm, sparsity=0.3, method=method, stories=3)
     for w, before in zip(matrices(changed), matrices(lm)):
         assert_same((w == 0).sum(0), share_of(len(w), 0.3))
-        assert (w[w != 0] == before[w != 0]).all(), "the other weights stay as they were"
+        assert_same(w[w != 0], before[w != 0], "the other weights stay as they were")
     for scope in ("2:4", "4:8"):
         m = int(scope[-1])
         for w in matrices(pruned(lm, scope=scope, method=method, stories=3)):

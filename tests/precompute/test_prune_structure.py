@@ -126,10 +126,10 @@ def kept_heads(before: Attention, after: Attention):
     q, kv = (np.concatenate([np.arange(h * d, h * d + d) for h in heads]) for heads in found)
     for name, columns in (("q", q), ("k", kv), ("v", kv)):
         whole, after_ = getattr(before.qkv, name), getattr(after.qkv, name)
-        assert np.array_equal(after_.w, whole.w[:, columns]), f"W_{name} keeps other heads"
+        assert_same(after_.w, whole.w[:, columns], f"W_{name} keeps other heads")
         if whole.b is not None:
-            assert np.array_equal(after_.b, whole.b[columns]), f"b_{name} keeps other heads"
-    assert np.array_equal(after.out.w, before.out.w[q]), "W_o keeps other heads"
+            assert_same(after_.b, whole.b[columns], f"b_{name} keeps other heads")
+    assert_same(after.out.w, before.out.w[q], "W_o keeps other heads")
     assert after.out.b is before.out.b, "the output projection keeps its whole bias"
     return found
 
@@ -302,7 +302,7 @@ def test_removing_units_equals_zeroing_their_rows(family, score, by):
     lm = make(family)
     changed = prune(lm, neurons=0.5, heads=0.5, heads_by=by, score=score)
     expected = with_zeros(lm, changed)
-    assert error(changed.logits(IDS), expected.logits(IDS)) < 1e-12
+    assert_same(changed.logits(IDS), expected.logits(IDS), tolerance=1e-12)
     assert error(changed.logits(IDS), lm.logits(IDS)) > 1e-3
     heads, kv_heads = HEADS[family]
     group = heads // kv_heads
@@ -406,4 +406,4 @@ def test_other_techniques_accept_the_pruned_model(family):
         {"pack_zeros": True},
         {"exact_head": True},
     ):
-        assert error(apply(lm, options | others).logits(IDS), expected) < 1e-12
+        assert_same(apply(lm, options | others).logits(IDS), expected, tolerance=1e-12)

@@ -30,7 +30,7 @@ def test_cache_row_by_hand():
     cache.store(k, 0 * k, layer.take(1))
     keys, values = cache.read(layer)
     assert_same(keys[0, 0], [12.7, -6.4, 0, 1.0], tolerance=1e-6, atol=1e-7)
-    assert (values == 0).all(), "a vector of zeros has scale 1 and stays zero"
+    assert_same(values, 0, "a vector of zeros has scale 1 and stays zero")
     row = layer.rows()[0][0, 0]
     assert row[:4].view(np.int8).tolist() == [127, -64, 0, 10], "codes"
     assert row[4:].view(np.float32) == np.float32(0.1) and row.dtype == np.uint8, "scale"

@@ -92,7 +92,7 @@ def run(x, sizes):
 @pytest.mark.parametrize("sizes", [(1,) * 20, (7, 1, 12), (2, 2, 16)])
 def test_one_pass_equals_chunks(sizes):
     x = numbers(20)
-    assert np.array_equal(run(x, sizes), run(x, (20,))), "decisions depend on the chunks"
+    assert_same(run(x, sizes), run(x, (20,)), "decisions depend on the chunks")
 
 
 def test_rewind_takes_decisions_back():
@@ -100,7 +100,7 @@ def test_rewind_takes_decisions_back():
     first = monitor(x, layer.take(20))
     layer.rewind(5)
     again = monitor(x[5:], layer.take(15))
-    assert np.array_equal(first[5:], again), "a decision after the rewind position survived"
+    assert_same(first[5:], again, "a decision after the rewind position survived")
 
 
 def test_decisions_go_by_position_when_tokens_are_missing():
@@ -119,7 +119,7 @@ def test_batch_without_cache_runs_row_by_row():
     y = with_monitor(3, 0.2)(x, Layer.once(10))
     for b in range(2):
         alone = with_monitor(3, 0.2)(x[b], Layer.once(10))
-        assert np.array_equal(y[b], alone), f"row {b} differs from the row alone"
+        assert_same(y[b], alone, f"row {b} differs from the row alone")
     with pytest.raises(MinitxError, match="quality monitor.*batch"):
         with_monitor()(x, Layer(10).take(10))
 

@@ -469,7 +469,7 @@ def test_sign_hash_equals_the_literal_version(d, k):
     expected = [[literal.sign_hash(projection, vector) for vector in row] for row in x.tolist()]
     assert_same(hash_of(x), pack_bits(np.array(expected, bool)))
     assert_same(hash_of(7 * x), hash_of(x), "the hash depends on |x|")
-    assert (hamming(hash_of(x), hash_of(-x)) == k).all(), "opposite vectors differ in all bits"
+    assert_same(hamming(hash_of(x), hash_of(-x)), k, "opposite vectors differ in all bits")
     zero = hash_of(np.zeros((1, d)))
     assert_same(zero, pack_bits(np.ones((1, k), bool)), "the sign of 0 is +")
 

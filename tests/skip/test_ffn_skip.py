@@ -250,7 +250,7 @@ def test_one_pass_chunks_and_single_tokens_agree(family, options):
     assert abs(whole[:4] - dense.logits(IDS)[:4]).max() < 1e-10, "the warm-up should be dense"
     assert (abs(whole[4:] - dense.logits(IDS)[4:]).max(1) > 1e-6).any(), "nothing was skipped"
     for sizes in ((7, 20, 13), (1,) * 40, (3, 1, 1, 35)):
-        assert_same(in_chunks(lm, IDS, sizes), whole, str(sizes), atol=1e-9)
+        assert_same(in_chunks(lm, IDS, sizes), whole, f"in steps of {sizes}", atol=1e-9)
 
 
 @family

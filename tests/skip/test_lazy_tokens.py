@@ -161,7 +161,9 @@ def test_every_step_equals_the_literal_version(family, keep):
     with counting(lm) as counts:
         for number, ids in enumerate(steps_of(IDS)):
             found = lm.model.next_logits(ids, state)
-            assert error(found, literal.step(ids)) < 1e-12, f"logits differ in step {number}"
+            assert_same(
+                found, literal.step(ids), f"logits differ in step {number}", tolerance=1e-12
+            )
             for index, layer in enumerate(state.layers):
                 held = positions_held(layer)
                 assert sorted(held) == sorted(literal.KV[index]), (
@@ -199,8 +201,8 @@ ALL = [dict(keep=1.0), dict(keep=0.999), dict(keep=0.999, choose="random")]  # c
 @pytest.mark.parametrize("options", ALL, ids=str)
 def test_keeping_every_token_is_dense(family, sizes, options):
     dense, lm = models(family, **options)
-    assert error(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes)) < 1e-12
-    assert error(lm.logits(IDS), dense.logits(IDS)) < 1e-12
+    assert_same(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes), tolerance=1e-12)
+    assert_same(lm.logits(IDS), dense.logits(IDS), tolerance=1e-12)
 
 
 @kind
@@ -494,9 +496,9 @@ def test_exact_techniques_do_not_change_which_tokens_are_pruned(family):
     """first_layer hands the stack rows of a table, wider than the hidden state."""
     dense, lm = models(family, keep=0.5)
     both = apply(dense, {"lazy_tokens": dict(keep=0.5, first=1), "first_layer": True})
-    assert error(in_chunks(both, IDS, STEPS), in_chunks(lm, IDS, STEPS)) < 1e-11
+    assert_same(in_chunks(both, IDS, STEPS), in_chunks(lm, IDS, STEPS), tolerance=1e-11)
     batch = np.stack([IDS, OTHER])
-    assert error(both.logits(batch), lm.logits(batch)) < 1e-11
+    assert_same(both.logits(batch), lm.logits(batch), tolerance=1e-11)
 
 
 def test_the_tree_shows_the_scoring_layers():

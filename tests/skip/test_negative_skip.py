@@ -99,7 +99,7 @@ def test_neurons_are_exactly_those_of_relu_in_every_order(method, order, inputs)
     h, _, computed = run(made(w, b, method, 4, order), x)
     expected = relu(x, w, b)
     check_close(h, expected, 1e-12, "neurons")
-    assert ((h == 0) == (expected == 0)).all(), "other zeros than ReLU's"
+    assert_same(h == 0, expected == 0, "other zeros than ReLU's")
     assert computed <= x.size * 30
 
 

@@ -175,11 +175,11 @@ def test_decision_is_forgotten_by_rewind_to_0_only():
     state = lm.model.new_state()
     decided(lm, IDS[:12], state)
     state.rewind(5)  # into the prompt: the rest cannot change what was decided
-    assert (decided(lm, OTHER[:12], state) == once).all(), "decided again in the middle"
+    assert_same(decided(lm, OTHER[:12], state), once, "decided again in the middle")
     fork = state.fork()
     state.rewind(0)
-    assert (decided(lm, OTHER[:12], state) == other).all(), "the old decision is still there"
-    assert (decided(lm, IDS[:3], fork) == once).all(), "a fork lost the decision"
+    assert_same(decided(lm, OTHER[:12], state), other, "the old decision is still there")
+    assert_same(decided(lm, IDS[:3], fork), once, "a fork lost the decision")
 
 
 def test_layer_without_attention_has_no_cache_rows():
@@ -335,7 +335,9 @@ def test_backward_equals_finite_differences():
     rng = np.random.default_rng(1)
     weights = train.initial(5, np.array([1, 0, 1]), rng)
     s, wanted = rng.standard_normal((4, 5)), rng.standard_normal((4, 3))
-    assert ((train.logits_of(weights, s) > 0) == [1, 0, 1]).all(), "does not start at the plan"
+    assert_same(
+        train.logits_of(weights, s) > 0, [[True, False, True]] * 4, "does not start at the plan"
+    )
     found = train.backward(weights, s, wanted)
     for name, w in weights.items():
 

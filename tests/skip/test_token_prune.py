@@ -185,7 +185,7 @@ def test_every_step_equals_the_literal_version(family, options):
     with counting(lm) as counts:
         for number, ids in enumerate(steps_of(IDS)):
             found, expected = lm.model.hidden(ids, state), literal.step(ids)
-            assert error(found, expected) < 1e-12, f"hidden states differ in step {number}"
+            assert_same(found, expected, f"hidden states differ in step {number}", tolerance=1e-12)
             attention = received_attention(state.layers[0])
             for name in ("received", "uniform"):
                 sums = [getattr(literal, name)[i] for i in range(literal.n)]
@@ -218,15 +218,15 @@ def test_every_step_equals_the_literal_version(family, options):
 def test_as_long_as_no_token_is_pruned_it_is_dense(family, sizes, choose):
     dense, lm = models(family, context=120, keep=0.99, choose=choose)  # ceil(0.99 * 40) = 40
     assert type(lm.model.stack) is PruningStack
-    assert error(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes)) < 1e-12
-    assert error(lm.logits(IDS), dense.logits(IDS)) < 1e-12
+    assert_same(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes), tolerance=1e-12)
+    assert_same(lm.logits(IDS), dense.logits(IDS), tolerance=1e-12)
 
 
 @kind
 def test_pass_without_memory_equals_the_same_step_with_memory(family):
     _, lm = models(family)
     whole = lm.model(IDS, lm.model.new_state())
-    assert error(lm.logits(IDS), whole) < 1e-12
+    assert_same(lm.logits(IDS), whole, tolerance=1e-12)
 
 
 def test_nothing_before_a_changed_token_moves():
