@@ -44,9 +44,10 @@ def describe(
     start = f"{article} difference is{place}: e" if axes else "E"
     wanted, got = numbers(expected[first], found[first])
     sentence = f"{start}xpected {wanted}, got {got}."
-    explained = (
-        None if wrong.sum() == 1 < wrong.size else pattern(found, expected, wrong, axes, tolerance)
-    )
+    if wrong.sum() == 1 < wrong.size:
+        return sentence
+    with np.errstate(all="ignore"):  # squares of large numbers overflow
+        explained = pattern(found, expected, wrong, axes, tolerance)
     return f"{sentence} {explained}" if explained else sentence
 
 

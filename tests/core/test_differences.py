@@ -140,6 +140,10 @@ def test_two_rows_are_swapped_and_equal_rows_are_not_moved():
         assert describe(other, equal).endswith(f"Only token {row} differs."), "no shift by one"
 
 
+def test_numbers_whose_squares_overflow_are_described():
+    assert describe(X * -1e300, X * 1e300).endswith("Only signs are wrong.")
+
+
 def test_axis_with_the_smaller_share_is_named():
     said = describe(changed(np.s_[1:3, 0]), X)
     assert said.endswith("Only column 0 differs.")  # 1 of 6 columns, 2 of 4 tokens
