@@ -1,4 +1,4 @@
-"""Exercise 21: Stop when the sum is certain to be negative (30 minutes)
+"""Exercise 21: Early stop before a ReLU (30 minutes)
 
 A ReLU turns every negative number into 0. So of a neuron
 
@@ -7,7 +7,7 @@ A ReLU turns every negative number into 0. So of a neuron
 that ends below 0, only the sign is needed, and often the sign is certain long before the last
 product. Let all inputs x be 0 or more, as they are after an earlier ReLU. Then a product is
 negative only if its weight is. Add the products with positive weights first, and from then on the
-sum can only fall: once it is 0 or less, ReLU makes it 0 whatever is left. That is SnaPEA.
+sum can only fall: once it is 0 or less, ReLU makes it 0 whatever is left. SnaPEA stops there.
 
 The order depends on the weights alone, so it is found once, before any input is known:
 
@@ -282,7 +282,7 @@ def show(answer):
 
 
 EXERCISE = Exercise(
-    title="Stop when the sum is certain to be negative",
+    title="Early stop before a ReLU",
     minutes=30,
     difficulty="medium",
     names=("sort_weights", "relu_dot"),
