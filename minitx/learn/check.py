@@ -11,6 +11,7 @@ distribution, not by counting draws.
 import copy
 import traceback
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,15 +19,17 @@ from types import SimpleNamespace
 import numpy as np
 
 from minitx.differences import describe
-from minitx.errors import abbreviate
+from minitx.errors import MinitxError, abbreviate
 from minitx.learn.exercise import Case, Exercise, Mistake
 from minitx.learn.outcomes import (
     TOLERANCE,
     BadForm,
     Raised,
     as_leaves,
+    comparable,
     is_number,
     same,
+    same_leaves,
     with_arrays,
 )
 from minitx.learn.verdict import Verdict
@@ -48,7 +51,7 @@ def judge(exercise: Exercise, answer: SimpleNamespace, seed: int = 0) -> Verdict
     with np.errstate(all="ignore"):  # overflow is found by its result
         if exercise.judge is not None:
             return judged_by_itself(exercise, answer, seed)
-        cases = draw_cases(exercise, seed)
+        cases = drawn(exercise, seed)
         found = []
         for case in cases:
             outcome, trouble = attempt(exercise, answer, case)
@@ -59,7 +62,7 @@ def judge(exercise: Exercise, answer: SimpleNamespace, seed: int = 0) -> Verdict
         wrong = [i for i in range(len(cases)) if not same(found[i], expected[i])]
         if not wrong:
             return Verdict("passed", "Right.")
-        named = name_mistakes(exercise, cases, found)
+        named = name_mistakes(exercise, seed, found)
         if named:
             return named_verdict(named)
         return generic(exercise, cases[wrong[0]], found[wrong[0]], expected[wrong[0]])
@@ -72,6 +75,12 @@ def judged_by_itself(exercise: Exercise, answer: SimpleNamespace, seed: int) -> 
         return hole(error) or verdict_on_error(error)
     except (Exception, SystemExit) as error:
         return verdict_on_error(error)
+
+
+@cache
+def drawn(exercise: Exercise, seed: int) -> list[Case]:
+    """The cases of a seed. Whoever runs an answer on one gives it a copy."""
+    return draw_cases(exercise, seed)
 
 
 def draw_cases(exercise: Exercise, seed: int) -> list[Case]:
@@ -139,29 +148,33 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 # Naming the mistake ------------------------------------------------------------------------------
 
 
-def name_mistakes(exercise: Exercise, cases: Sequence[Case], found: Sequence) -> list[Mistake]:
+def name_mistakes(exercise: Exercise, seed: int, found: Sequence) -> list[Mistake]:
     """The one or two mistakes with which the flawed version does what the answer did in every
     case; none if there are no such mistakes."""
     if all(isinstance(outcome, Raised) for outcome in found):
         return []  # to raise the same exception everywhere is no evidence
-    for mistakes in suspects(exercise.mistakes):
-        flags = {name: value for mistake in mistakes for name, value in mistake.flags.items()}
-        twin = exercise.twin(**flags)
-        if all(agree(exercise, twin, case, outcome) for case, outcome in zip(cases, found)):
-            return list(mistakes)
+    found = [comparable(outcome) for outcome in found]
+    for which in suspects(exercise.mistakes):
+        if all(same_leaves(mine, flawed(exercise, which, seed, i)) for i, mine in enumerate(found)):
+            return [exercise.mistakes[j] for j in which]
     return []
 
 
-def suspects(mistakes: Sequence[Mistake]) -> Iterator[tuple[Mistake, ...]]:
-    """Each mistake, then each pair of mistakes that do not set the same flag."""
-    yield from ((mistake,) for mistake in mistakes)
-    for pair in combinations(mistakes, 2):
-        if not set(pair[0].flags) & set(pair[1].flags):
-            yield pair
+def suspects(mistakes: Sequence[Mistake]) -> Iterator[tuple[int, ...]]:
+    """The numbers of each mistake, then of each pair of mistakes that do not set the same flag."""
+    yield from ((j,) for j in range(len(mistakes)))
+    for a, b in combinations(range(len(mistakes)), 2):
+        if not set(mistakes[a].flags) & set(mistakes[b].flags):
+            yield a, b
 
 
-def agree(exercise: Exercise, twin: SimpleNamespace, case: Case, outcome) -> bool:
-    return same(outcomes(exercise, twin, [case])[0], outcome)
+@cache  # a class makes the same mistakes
+def flawed(exercise: Exercise, which: tuple[int, ...], seed: int, i: int):
+    """What the flawed version with these mistakes does with case i, to be compared."""
+    mistakes = [exercise.mistakes[j] for j in which]
+    flags = {name: value for mistake in mistakes for name, value in mistake.flags.items()}
+    case = drawn(exercise, seed)[i]
+    return comparable(outcomes(exercise, exercise.twin(**flags), [case])[0])
 
 
 def named_verdict(mistakes: Sequence[Mistake]) -> Verdict:
@@ -181,6 +194,8 @@ def generic(exercise: Exercise, case: Case, found, expected) -> Verdict:
     given = f" The arguments were {arguments(case)}."
     if found is None and expected is not None:
         return Verdict("form", "Your function returns None; is there a return missing?")
+    if exercise.explain is not None:
+        return exercise.explain(case, found, expected)
     mine, theirs = as_leaves(found), as_leaves(expected)
     if [name for name, _ in mine] != [name for name, _ in theirs]:
         message = f"Expected {form(expected)} as the result, got {form(found)}."
@@ -212,11 +227,16 @@ def compare_arrays(exercise: Exercise, a, b, where: str, given: str) -> Verdict:
 
 
 def verdict_on_error(error: BaseException, case: Case | None = None) -> Verdict:
-    """The verdict on an exception: what it says, and the student's line that raised it."""
+    """The verdict on an exception: what it says, and the student's line that raised it. The
+    sentence of a MinitxError is ours, so it is told as it is."""
     lines = traceback.extract_tb(error.__traceback__)
     own = [line for line in lines if line.line and not is_library(line.filename)]
     at = f" in line {own[-1].lineno}: {own[-1].line}" if own else ""
     given = f" The arguments were {arguments(case)}." if case is not None else ""
+    if isinstance(error, MinitxError):
+        return Verdict("error", f"{error}{at and f' That was{at}.'}{given}")
+    if isinstance(error, MemoryError):
+        return Verdict("limit", f"Your code needs more memory than there is{at}.{given}")
     what = f"{type(error).__name__}: {abbreviate(str(error))[1:-1] or 'no message'}"
     return Verdict("error", f"Your code raised {what}{at}.{given}")
 

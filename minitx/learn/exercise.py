@@ -54,6 +54,8 @@ class Exercise:
         Small ones, of several shapes; each mistake must show in at least one.
     observe: ``observe(answer, *case)`` is what is compared: arrays, numbers, booleans, or tuples,
         lists and dicts of them. Default: the result of the only function.
+    explain: ``explain(case, found, expected)``, the verdict on a wrong result that no mistake
+        explains, for results that say little as arrays. Default: where the first difference is.
     flawed: the flawed version of each name; a single function if there is only one name.
     mistakes: the mistakes that the checker can name.
     hints: two, the second of which says more.
@@ -77,6 +79,7 @@ class Exercise:
     saves: str
     cases: Callable[[Any], Sequence[Case]] | None = None
     observe: Callable[..., Any] | None = None
+    explain: Callable[[Case, Any, Any], Verdict] | None = None
     flawed: Callable | dict[str, Callable] | None = None
     mistakes: tuple[Mistake, ...] = ()
     axes: tuple[str, ...] = ()
@@ -130,8 +133,8 @@ def _with_flags(f: Callable, flags: dict) -> Callable:
 
 
 @cache
-def _parameters(f: Callable):
-    return inspect.signature(f).parameters
+def _parameters(f: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(f).parameters)
 
 
 @cache

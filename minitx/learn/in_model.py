@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import minitx
 from minitx import ledger
+from minitx.learn.check import verdict_on_error
 from minitx.learn.exercise import Exercise
 from minitx.lm import LM
 from minitx.technique import apply
@@ -19,10 +20,13 @@ def demonstration(exercise: Exercise, answer: SimpleNamespace) -> str:
     """The text that the model generates with the answer inside, what that saved, and where minitx
     does the same."""
     parts = []
-    if exercise.into_model is not None:
-        parts.append(swapped_in(exercise, answer))
-    if exercise.show is not None:
-        parts.append(exercise.show(answer))
+    try:
+        if exercise.into_model is not None:
+            parts.append(swapped_in(exercise, answer))
+        if exercise.show is not None:
+            parts.append(exercise.show(answer))
+    except Exception as error:  # the answer is right on every case, and still does not fit in
+        parts.append(f"In the model it did not work, though. {verdict_on_error(error).message}")
     parts += [exercise.saves, f"minitx does the same in {exercise.library}."]
     return "\n\n".join(parts)
 
