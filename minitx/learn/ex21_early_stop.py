@@ -107,11 +107,15 @@ def relu_dot_in_loops(x, w, b, order):
 in_loops = SimpleNamespace(sort_weights=sort_in_loops, relu_dot=relu_dot_in_loops)
 
 
-def flawed_sort(w, *, first="positive", rest="largest", positives="largest", indices=True):
+def flawed_sort(
+    w, *, first="positive", rest="largest", positives="largest", ascending=False, indices=True
+):
     size = -abs(w)
     by_size = dict(largest=size, smallest=-size, unsorted=np.zeros(len(w)))
-    group = dict(positive=w <= 0, negative=w >= 0, neither=np.zeros(len(w)))[first]
+    group = dict(positive=w <= 0, neither=np.zeros(len(w)))[first]
     order = np.lexsort((np.where(w > 0, by_size[positives], by_size[rest]), group))
+    if ascending:
+        order = np.argsort(w, kind="stable")
     return order if indices else w[order]
 
 
@@ -144,8 +148,9 @@ def flawed_relu_dot(
 
 MISTAKES = (
     Mistake(
-        "The order begins with the negative weights; the positive ones come first.",
-        first="negative",
+        "The order is ascending, so it begins with the negative weights; the positive ones come "
+        "first.",
+        ascending=True,
     ),
     Mistake(
         "The order ignores the sign: first all positive weights, then all others, each part by "
