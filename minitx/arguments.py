@@ -175,37 +175,10 @@ def parser(flags=()) -> Parser:
     )
     generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
     add_model(generate)
-    generate.add_argument(
-        "-n",
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="maximum number of new tokens (default: fill the context)",
-    )
-    generate.add_argument(
-        "-t",
-        "--temperature",
-        type=float,
-        metavar="T",
-        help=f"sampling temperature (default {TEMPERATURE}); 0: greedy decoding, the likeliest "
-        "token each time",
-    )
-    generate.add_argument(
-        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
-    )
-    generate.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="nucleus sampling: keep the smallest set with probability mass P",
-    )
-    generate.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help=f"random seed (default {SEED}): the same seed gives the same text",
-    )
+    add_sampling(generate, "fill the context")
     add_json(generate)
+
+    add_pictures(names)
 
     show = add(names, "show", commands.show, "print the tree of parts that runs")
     add_model(show)
@@ -354,6 +327,17 @@ def parser(flags=()) -> Parser:
     return top
 
 
+def add_pictures(names) -> None:
+    """The commands that draw: each prints a picture as text, and writes it to a file if asked."""
+    text = "draw what ran for every token in every layer, under the generated text"
+    skip_map = add(names, "map", commands.skip_map, text)
+    skip_map.add_argument("prompt", help="the text to continue; - reads it from stdin")
+    add_model(skip_map)
+    add_sampling(skip_map, "60, or as many as fit the context")
+    add_picture(skip_map)
+    add_json(skip_map)
+
+
 def add_frontier(names, flags) -> None:
     """``minitx frontier FAMILY``: a command for each family, with the options that it needs."""
     from minitx.lab.frontier.families import FAMILIES
@@ -478,6 +462,46 @@ def add_model(command: Parser, techniques: bool = True) -> None:
         return
     command.set_defaults(techniques={})
     command.takes_techniques = True
+
+
+def add_sampling(command: Parser, all_of_them: str) -> None:
+    """How many tokens to generate, and how they are drawn."""
+    command.add_argument(
+        "-n",
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"maximum number of new tokens (default: {all_of_them})",
+    )
+    command.add_argument(
+        "-t",
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"sampling temperature (default {TEMPERATURE}); 0: greedy decoding, the likeliest "
+        "token each time",
+    )
+    command.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="nucleus sampling: keep the smallest set with probability mass P",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"random seed (default {SEED}): the same seed gives the same text",
+    )
+
+
+def add_picture(command: Parser) -> None:
+    command.add_argument("--svg", metavar="FILE", help="also write the picture as SVG")
+    text = "also write the picture as PNG (needs matplotlib)"
+    command.add_argument("--png", metavar="FILE", help=text)
 
 
 def add_measured(command: Parser, stories: int, tokens: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby, islice, tee
 from pathlib import Path
+from shutil import get_terminal_size
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from minitx.progress import say
 from minitx.tree import nbytes, weights
 
 NOT_FINISHED, INTERRUPTED = 3, 130
+NEW_TOKENS = 60  # that a picture shows
 TEMPERATURE, SEED = 0.8, 0  # of generate: a story that does not repeat itself, every time the same
 
 
@@ -85,6 +87,34 @@ def generate(args) -> None:
         found = {"prompt": prompt, "text": text, "prompt_ids": ids, "ids": new, "seconds": took}
         print(json.dumps(found, indent=1))
     say(f"{len(new)} tokens in {took:.2f} s, {len(new) / took:.0f} tokens/s")
+
+
+def skip_map(args) -> None:
+    from minitx.pictures.save import check_files, save
+    from minitx.pictures.skip_map import skip_map as draw
+    from minitx.pictures.skip_map_svg import as_svg
+    from minitx.technique import apply
+
+    options = sampling(args)
+    check_files(args.svg, args.png)
+    prompt = read_stdin() if args.prompt == "-" else need_text(args.prompt)
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer)
+    changed = apply(dense, args.techniques, **calibrate)
+    new = args.max_new_tokens
+    if new is None:
+        new = min(NEW_TOKENS, changed.model.config.new_tokens(len(changed.encode(prompt))))
+    title = " ".join(["minitx map", repr(prompt), flags_text(args)])
+    with np.errstate(over="ignore", invalid="ignore"):  # as for generate
+        found = draw(dense, changed, title, prompt, new, **options)
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found.text(terminal_columns()))
+    if args.svg is not None or args.png is not None:
+        save(as_svg(found), args.svg, args.png)
+
+
+def terminal_columns() -> int:
+    """The width of the terminal; of a pipe or a file, that of tables."""
+    return get_terminal_size((COLUMNS, 0)).columns if sys.stdout.isatty() else COLUMNS
 
 
 def sampling(args) -> dict:
