@@ -331,11 +331,18 @@ def add_pictures(names) -> None:
     """The commands that draw: each prints a picture as text, and writes it to a file if asked."""
     text = "draw what ran for every token in every layer, under the generated text"
     skip_map = add(names, "map", commands.skip_map, text)
-    skip_map.add_argument("prompt", help="the text to continue; - reads it from stdin")
-    add_model(skip_map)
-    add_sampling(skip_map, "60, or as many as fit the context")
-    add_picture(skip_map)
-    add_json(skip_map)
+    text = "draw which keys a head's queries attend to, and how much attention they miss"
+    keys = add(names, "keys", commands.keys, text)
+    text = "layer, counted from 0 (default: the middle one)"
+    keys.add_argument("--layer", type=int, metavar="N", help=text)
+    text = "query head, counted from 0 (default 0)"
+    keys.add_argument("--head", type=int, default=0, metavar="N", help=text)
+    for command in (skip_map, keys):
+        command.add_argument("prompt", help="the text to continue; - reads it from stdin")
+        add_model(command)
+        add_sampling(command, "60, or as many as fit the context")
+        add_picture(command)
+        add_json(command)
 
 
 def add_frontier(names, flags) -> None:

@@ -90,9 +90,22 @@ def generate(args) -> None:
 
 
 def skip_map(args) -> None:
-    from minitx.pictures.save import check_files, save
     from minitx.pictures.skip_map import skip_map as draw
     from minitx.pictures.skip_map_svg import as_svg
+
+    draw_generated(args, draw, as_svg)
+
+
+def keys(args) -> None:
+    from minitx.pictures.keys_kept import keys_kept
+    from minitx.pictures.keys_kept_svg import as_svg
+
+    draw_generated(args, keys_kept, as_svg, layer=args.layer, head=args.head)
+
+
+def draw_generated(args, draw, as_svg, **more) -> None:
+    """A picture of a generated text, compared with the model without techniques."""
+    from minitx.pictures.save import check_files
     from minitx.technique import apply
 
     options = sampling(args)
@@ -104,9 +117,17 @@ def skip_map(args) -> None:
     new = args.max_new_tokens
     if new is None:
         new = min(NEW_TOKENS, changed.model.config.new_tokens(len(changed.encode(prompt))))
-    title = " ".join(["minitx map", repr(prompt), flags_text(args)])
+    command = args.parser.prog.removeprefix("minitx ")
+    title = " ".join(["minitx", command, repr(prompt), flags_text(args)]).strip()
     with np.errstate(over="ignore", invalid="ignore"):  # as for generate
-        found = draw(dense, changed, title, prompt, new, **options)
+        found = draw(dense, changed, title, prompt, new, **more, **options)
+    print_picture(args, found, as_svg)
+
+
+def print_picture(args, found, as_svg) -> None:
+    """As text or JSON, and into the files that were asked for."""
+    from minitx.pictures.save import save
+
     print(json.dumps(found.as_dict(), indent=1) if args.json else found.text(terminal_columns()))
     if args.svg is not None or args.png is not None:
         save(as_svg(found), args.svg, args.png)

@@ -6,6 +6,7 @@ part is paler. When the mouse is over a token, the picture says in words what ea
 
 from itertools import groupby
 
+from minitx.pictures.cells import Cells
 from minitx.pictures.rounds import ACCEPTED, marks, rounds_sentence, was_speculative
 from minitx.pictures.skip_map import STATES, Cell, SkipMap, name_of
 from minitx.pictures.svg import FONT_SIZE, Svg, text_width
@@ -85,22 +86,6 @@ def draw_line(picture: Svg, found: SkipMap, columns: list[Column], left: float, 
 
 def label(picture: Svg, left: float, y: float, text: str, fill: str = "#555555") -> None:
     picture.text(left - 8, y + 10, text, size=11, anchor="end", fill=fill)
-
-
-class Cells:
-    """Rectangles, drawn as one path for each color, which keeps the file small."""
-
-    def __init__(self):
-        self.paths: dict[tuple, list[str]] = {}
-
-    def add(self, x, y, wide, high, fill: str, opacity: float = 1.0) -> None:
-        shape = f"M{x:.4g} {y:.4g}h{wide:.4g}v{high:.4g}h-{wide:.4g}z"
-        self.paths.setdefault((fill, round(opacity, 1)), []).append(shape)
-
-    def draw(self, picture: Svg) -> None:
-        for (fill, opacity), shapes in self.paths.items():
-            more = {"fill_opacity": opacity} if opacity < 1 else {}
-            picture.element("path", d="".join(shapes), fill=fill, **more)
 
 
 def draw_cell(cells: Cells, cell: Cell, x, y, wide) -> None:
