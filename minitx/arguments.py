@@ -337,6 +337,14 @@ def add_pictures(names) -> None:
     keys.add_argument("--layer", type=int, metavar="N", help=text)
     text = "query head, counted from 0 (default 0)"
     keys.add_argument("--head", type=int, default=0, metavar="N", help=text)
+    text = "draw a weight matrix before and after techniques: histogram, zeros, singular values"
+    weights = add(names, "weights", commands.draw_weights, text)
+    text = "part that holds the matrix, such as stack.blocks.3.ffn.down (default: the first of the "
+    text += "middle block that the techniques change)"
+    weights.add_argument("--part", metavar="PATH", help=text)
+    add_model(weights)
+    add_picture(weights)
+    add_json(weights)
     for command in (skip_map, keys):
         command.add_argument("prompt", help="the text to continue; - reads it from stdin")
         add_model(command)

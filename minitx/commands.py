@@ -103,6 +103,20 @@ def keys(args) -> None:
     draw_generated(args, keys_kept, as_svg, layer=args.layer, head=args.head)
 
 
+def draw_weights(args) -> None:
+    from minitx.pictures.save import check_files
+    from minitx.pictures.weights import weights as draw
+    from minitx.pictures.weights_svg import as_svg
+    from minitx.technique import apply
+
+    check_files(args.svg, args.png)
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer)
+    changed = apply(dense, args.techniques, **calibrate) if args.techniques else None
+    title = " ".join(["minitx weights", flags_text(args)]).strip()
+    print_picture(args, draw(dense, changed, title, args.part), as_svg)
+
+
 def draw_generated(args, draw, as_svg, **more) -> None:
     """A picture of a generated text, compared with the model without techniques."""
     from minitx.pictures.save import check_files

@@ -1,4 +1,4 @@
-"""Many rectangles of an SVG picture, drawn as one path for each color: that keeps the file small."""
+"""Many rectangles of an SVG picture, drawn as one path for each color, to keep the file small."""
 
 from minitx.pictures.svg import Svg
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minitx.decode import Autoregressive, Sampler, new_state
+from minitx.decode import Autoregressive, new_state
 from minitx.errors import MinitxError
 from minitx.lm import LM
 from minitx.pictures.token_columns import Column, columns_of, width
@@ -266,8 +266,8 @@ class RecordedAttend(Part):
         """q (H, T, d), k (K, S, d), v (K, S, n) -> (H, T, n)"""
         if not isinstance(layer, Layer) or q.ndim != 3:
             raise MinitxError(
-                f"minitx keys cannot see which keys {type(self.inner).__name__} uses, the attention "
-                f"of {owner(self.inner)}; leave it out."
+                f"minitx keys cannot see which keys {type(self.inner).__name__} uses, the "
+                f"attention of {owner(self.inner)}; leave it out."
             )
         S = k.shape[-2]
         identity = np.broadcast_to(np.eye(S, dtype=v.dtype), (*v.shape[:-1], S))
