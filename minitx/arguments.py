@@ -182,6 +182,8 @@ def parser(flags=()) -> Parser:
 
     show = add(names, "show", commands.show, "print the tree of parts that runs")
     add_model(show)
+    text = "show what the techniques change in the tree, line by line"
+    show.add_argument("--diff", action="store_true", help=text)
     add_json(show)
 
     models = add(names, "models", commands.models, "list the models that can be loaded")

@@ -210,6 +210,8 @@ def read_stdin() -> str:
 
 
 def show(args) -> None:
+    if args.diff:
+        return show_diff(args)
     from minitx.checkpoints.precomputed import is_precomputed, read_origin
 
     lm = load(args)
@@ -228,6 +230,21 @@ def show(args) -> None:
             say(str(read_origin(lm.folder)))
         for use in calibrated:
             say(use)
+
+
+def show_diff(args) -> None:
+    from minitx.pictures.tree_diff import tree_diff
+    from minitx.technique import apply
+
+    if not args.techniques:
+        raise MinitxError(
+            "--diff compares the model before and after techniques; give at least one, such as "
+            "--fold-norms."
+        )
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer)
+    found = tree_diff(dense, apply(dense, args.techniques, **calibrate), flags_text(args))
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
 OTHER_MODELS = """

@@ -232,9 +232,10 @@ def first_changed(dense: LM, changed: LM | None, found: dict[str, Any]) -> str:
     middle = f".blocks.{len(blocks_of(dense)) // 2}."
     own = [path for path in found if middle in f".{path}"]
     order = [*own, *(path for path in found if path not in own)]
-    default = next((path for path in own if path.endswith("down")), order[0])
-    now = {} if changed is None else plain_paths(changed)
-    return next((p for p in order if p in now and differs(now[p][0], found[p])), default)
+    now = plain_paths(dense if changed is None else changed)
+    there = [path for path in order if path in now] or order
+    default = next((path for path in there if path.endswith("ffn.down")), there[0])
+    return next((path for path in there if differs(now[path][0], found[path])), default)
 
 
 def differs(after: Part, before: Any) -> bool:
@@ -264,7 +265,7 @@ def matrix_after(changed: LM, part: str, inputs: int) -> Matrix:
         if (w := as_matrix(node, inputs)) is not None:
             return Matrix(w, nbytes(nodes[0]))
     raise MinitxError(
-        f"{part} is now a {type(nodes[0]).__name__}, which does not multiply by one matrix "
+        f"{part} is now of type {type(nodes[0]).__name__}, which does not multiply by one matrix "
         "whatever its input is; show another part."
     )
 
