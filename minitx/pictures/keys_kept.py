@@ -103,7 +103,7 @@ class KeysKept:
         worst = int(np.where(ran, self.missed, -1).argmax())
         text = (
             f"Layer {self.layer}, head {self.head}: {self.counts[ran].sum() / seen:.1%} of the "
-            f"keys kept; they miss {self.missed[ran].mean():.1%} of the attention on average, "
+            f"keys kept. They miss {self.missed[ran].mean():.1%} of the attention on average, "
             f"{self.missed[worst]:.1%} at most (token {worst})."
         )
         if not ran.all():

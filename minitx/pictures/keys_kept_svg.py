@@ -17,16 +17,14 @@ SMALL = 9  # of the text beside rows and columns
 def as_svg(found: KeysKept) -> Svg:
     names = [column.text.strip() or column.text for column in found.columns]
     T, longest = len(names), max(text_width(name, SMALL) for name in names)
-    left, top = MARGIN + longest + 6, 84 + 0.75 * longest
+    left = MARGIN + longest + 6
     right = left + T * SIDE
-    title = f"Keys kept: {found.title}, layer {found.layer}, head {found.head}"
-    sentence = found.sentence
-    lines = [sentence] if text_width(sentence) < right + BAR else sentence.split("; ")
-    needed = max(text_width(title, 13), *(text_width(line) for line in lines), right + BAR + 32)
-    height = top + T * SIDE + 20 + 18 * len(lines)
-    picture = Svg(max(needed + MARGIN, 560), height, title)
-    picture.text(MARGIN, 22, title, size=13, font_weight="bold")
-    draw_legend(picture, 44)
+    width = max(right + BAR + 40 + MARGIN, 560)
+    picture = Svg(width, 0, f"Keys kept: {found.title}")
+    room = width - 2 * MARGIN
+    y = picture.paragraph(MARGIN, 22, found.title, room, size=13, font_weight="bold")
+    draw_legend(picture, y + 22)
+    top = y + 62 + 0.75 * longest
     for j, name in enumerate(names):
         x = left + j * SIDE + 8
         turned = f"rotate(-50 {x:.4g} {top - 5:.4g})"
@@ -47,8 +45,8 @@ def as_svg(found: KeysKept) -> Svg:
                 picture.text(x, y + 9, f"{missed:.0%}", size=SMALL, fill="#555555")
         hover = dict(fill="none", pointer_events="all", note=in_words(found, i, names))
         picture.rect(left, y, right - left + BAR, SIDE, **hover)
-    for n, line in enumerate(lines):
-        picture.text(MARGIN, top + T * SIDE + 24 + 18 * n, line, fill="#555555")
+    y = picture.paragraph(MARGIN, top + T * SIDE + 24, found.sentence, room, fill="#555555")
+    picture.height = y + MARGIN
     return picture
 
 

@@ -13,6 +13,7 @@ from minitx.pictures.svg import FONT_SIZE, Svg, text_width
 from minitx.pictures.token_columns import Column, lines
 
 WIDTH, MARGIN = 800, 12
+ROOM = WIDTH - 2 * MARGIN
 LETTER = text_width("x")  # every character of the font is as wide
 ROW, CELL = 14, 12  # from one row to the next; the height of a cell
 ATTENTION, FFN = "#1b4f8f", "#6ba8e0"
@@ -32,17 +33,19 @@ def as_svg(found: SkipMap) -> Svg:
     rows = sum(map(len, found.cells.values())) + (8 * (len(found.cells) - 1)) / ROW
     rows += rounds + bool(found.rejected)
     line = 20 + rows * ROW + 16
-    top = 40 + 20 * len(legend)
-    height = top + line * len(text) + (36 if rounds else 18)
-    picture = Svg(WIDTH, height, f"Skip map: {found.title}")
-    picture.text(MARGIN, 22, found.title, size=14, font_weight="bold")
+    picture = Svg(WIDTH, 0, f"Skip map: {found.title}")
+    y = picture.paragraph(MARGIN, 22, found.title, ROOM, size=14, font_weight="bold") + 22
     for i, entries in enumerate(legend):
-        draw_legend(picture, MARGIN, 44 + 20 * i, entries)
+        draw_legend(picture, MARGIN, y + 20 * i, entries)
+    y += 20 * len(legend) - 4
     for i, columns in enumerate(text):
-        draw_line(picture, found, columns, left, top + line * i)
+        draw_line(picture, found, columns, left, y + line * i)
+    y += line * len(text) + 6
     if rounds:
-        picture.text(MARGIN, height - 30, rounds_sentence(found.work.rounds), fill="#555555")
-    picture.text(MARGIN, height - 12, found.sentence, fill="#555555")
+        words = rounds_sentence(found.work.rounds)
+        y = picture.paragraph(MARGIN, y, words, ROOM, fill="#555555") + 18
+    y = picture.paragraph(MARGIN, y, found.sentence, ROOM, fill="#555555")
+    picture.height = y + MARGIN
     return picture
 
 
@@ -153,7 +156,7 @@ def legend_of(found: SkipMap) -> list[list[tuple]]:
         entries.append(((SAMPLED, 0.5), None, "sampled from the logits"))
     packed: list[list[tuple]] = [[]]
     for entry in entries:
-        if sum(map(entry_width, [*packed[-1], entry])) > WIDTH - 2 * MARGIN:
+        if sum(map(entry_width, [*packed[-1], entry])) > ROOM:
             packed.append([])
         packed[-1].append(entry)
     return packed
