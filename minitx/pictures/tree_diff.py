@@ -2,14 +2,13 @@
 
     minitx show --diff --fold-norms --quantize bits=8
 
-      LM
-        model: Transformer
-          stack: Stack
-            blocks.0-7: Block
-              attn: Attention
-    -           norm: RMSNorm(gain 128, eps=1e-05)
-    +           norm: WeightlessRMSNorm(eps=1e-05)
-    ~           qkv: QKV, with 3 parts: other values
+      model: Transformer
+        stack: Stack
+          blocks.0-7: Block
+            attn: Attention
+    -         norm: RMSNorm(gain 128, eps=1e-05)
+    +         norm: WeightlessRMSNorm(eps=1e-05)
+    ~         qkv: QKV, with 3 parts: other values
 
 The two trees are compared part by part, so a part that was wrapped stays the same inside its
 wrapper. Subtrees that did not change take one line, and so do those that only hold other numbers.
@@ -77,7 +76,8 @@ class TreeDiff:
 
 def tree_diff(dense: LM, changed: LM, title: str = "") -> TreeDiff:
     """What techniques changed in the model and in the decoding loop."""
-    lines = diff("", dense, changed, 0)
+    lines = diff("model", dense.model, changed.model, 0)
+    lines += diff("decode", dense.decode, changed.decode, 0)
     return TreeDiff(title, lines, sizes(dense), sizes(changed))
 
 
