@@ -67,7 +67,7 @@ def test_lines_are_marked_and_indented_like_the_tree():
 
 def test_totals_are_those_of_the_models():
     dense = tiny_lm()
-    changed = apply(dense, {"prune": {"sparsity": 0.5}})
+    changed = apply(dense, {"prune": {"sparsity": 0.5, "method": "magnitude"}})
     found = tree_diff(dense, changed)
     assert found.before["bytes in memory"] == nbytes(dense)
     assert found.before["zeros among the floats"] == 0 < found.after["zeros among the floats"]

@@ -55,7 +55,7 @@ def test_bar_shows_eighths():
 
 
 def test_pruning_shows_its_zeros_and_nothing_else_changes():
-    found = compared({"prune": {"sparsity": 0.5}})
+    found = compared({"prune": {"sparsity": 0.5, "method": "magnitude"}})
     assert found.before.zeros.mean() == 0
     assert found.after.zeros.mean() == pytest.approx(0.5, abs=0.05)
     kept = ~found.after.zeros
@@ -68,7 +68,7 @@ def test_pruning_shows_its_zeros_and_nothing_else_changes():
     [
         ({"quantize": {"bits": 8}}, 0.01),
         ({"separate_signs": {}}, 1e-6),
-        ({"pack_zeros": {}, "prune": {"sparsity": 0.5}}, 0.5),
+        ({"pack_zeros": {}, "prune": {"sparsity": 0.5, "method": "magnitude"}}, 0.5),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -82,7 +82,7 @@ def test_matrix_in_another_form_is_read_by_what_it_makes_of_unit_vectors(flags, 
 
 
 def test_low_rank_cuts_the_spectrum():
-    found = compared({"low_rank": {"rank": 4}})
+    found = compared({"low_rank": {"rank": 4, "weighted": False}})
     s = found.after.singular_values
     assert s[3] > 0.1 and (s[4:] < 1e-4 * s[0]).all()
 
@@ -121,7 +121,7 @@ def test_every_matrix_is_listed_once():
 
 
 def test_svg_and_json_are_complete():
-    found = compared({"prune": {"sparsity": 0.5}})
+    found = compared({"prune": {"sparsity": 0.5, "method": "magnitude"}})
     root = minidom.parseString(str(as_svg(found))).documentElement
     texts = [t.firstChild.data for t in root.getElementsByTagName("text")]
     assert {"before", "after", "singular values", "zeros: 50.0%"} <= set(texts)
