@@ -6,8 +6,10 @@ from xml.dom import minidom
 import pytest
 from tiny import TOKENIZER, tiny_lm
 
+from minitx.pictures import skip_map_svg
+from minitx.pictures.cells import Cells
 from minitx.pictures.rounds import marks, rounds_text, was_speculative
-from minitx.pictures.skip_map import skip_map, state_of
+from minitx.pictures.skip_map import Cell, skip_map, state_of
 from minitx.pictures.skip_map_svg import as_svg
 from minitx.pictures.token_columns import Column, columns_of, lines, shown, width
 from minitx.pictures.token_work import Round, Spent
@@ -105,6 +107,24 @@ def test_svg_is_well_formed_and_says_what_ran():
     assert any("a token sampled from the logits" in note for note in notes)
     places = [float(e.getAttribute("x") or 0) for e in root.getElementsByTagName("rect")]
     assert max(places) < float(root.getAttribute("width"))
+
+
+@pytest.mark.parametrize(
+    "state, spent, colors",
+    [
+        ("ran", DENSE, {"ATTENTION", "FFN"}),
+        ("later", DENSE, {"LATER_ATTENTION", "LATER_FFN"}),
+        ("no ffn", Spent(attn=100), {"ATTENTION"}),
+        ("no attention", Spent(kv=9, ffn=200), {"CACHED", "FFN"}),
+        ("kv", Spent(kv=9), {"CACHED"}),
+        ("skipped", Spent(), set()),
+    ],
+)
+def test_colors_of_a_cell_say_what_ran(state, spent, colors):
+    cells = Cells()
+    skip_map_svg.draw_cell(cells, Cell(state, spent, DENSE), 0, 0, 10)
+    drawn = {fill for fill, _ in cells.paths} - {skip_map_svg.NOTHING}
+    assert drawn == {getattr(skip_map_svg, name) for name in colors}
 
 
 def test_rounds_by_hand():

@@ -8,12 +8,15 @@ from tiny import tiny_lm
 from minitx import ledger
 from minitx.pictures.token_work import (
     Spent,
+    TokenWatcher,
     block_of,
     generate_observed,
+    in_rounds,
     model_of,
     run_observed,
     some_rows,
 )
+from minitx.state import Layer
 from minitx.technique import apply
 
 PROMPT, NEW = "once upon a time", 10
@@ -117,18 +120,52 @@ def test_rejected_token_is_not_taken_for_the_one_in_the_text():
             assert work.blocks["model", 1, (position, id)].ffn >= 3 * 16 * 24
 
 
-@pytest.mark.parametrize("name", ["self_speculative", "prompt_lookup", "jacobi"])
-def test_rounds_agree_with_what_the_loop_counts_about_itself(name):
-    settings = {"layers": 1, "gamma": 3, "stop": 0.0} if name == "self_speculative" else {}
-    work = observed({name: settings}, max_new_tokens=20)
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("self_speculative", {"layers": 1, "gamma": 3, "stop": 0.0}),
+        ("prompt_lookup", {}),
+        ("jacobi", {}),
+        ("lookahead", {"window": 4}),  # runs several guesses for one position
+    ],
+)
+def test_rounds_agree_with_what_the_loop_counts_about_itself(name, settings):
+    work = observed({name: settings}, max_new_tokens=24)
     events, rounds = work.ledger.events, work.rounds
     assert sum((r.ids for r in rounds), []) == work.ids[len(work.prompt) :]
     accepted = events["draft tokens accepted"] + events["guesses accepted"]
-    proposed = events["draft tokens proposed"] + events["guesses checked"]
+    proposed = events["draft tokens proposed"] + events["guesses checked"] + events["rows run"]
     assert len(rounds) == events["target passes"] + events["passes"]
     assert sum(r.proposed for r in rounds) == accepted
     rejected = sum(len(r.rejected) for r in rounds)
     assert 0 < rejected <= proposed - accepted  # a wrong guess may equal the token that came later
+
+
+def test_last_token_of_a_round_is_sampled_even_if_it_was_a_guess_on_another_branch():
+    watcher = TokenWatcher()
+
+    def loop():
+        watcher.calls, watcher.run = 1, {(5, 11): None, (6, 12): None, (6, 13): None}
+        yield from (11, 12)  # 11 was accepted; 12 was guessed after another token than 11
+        watcher.calls, watcher.run = 2, {(7, 14): None}
+        yield 14  # and here the text ends, inside of a round
+
+    ids, (first, last) = in_rounds(loop(), 5, watcher)
+    assert ids == [11, 12, 14]
+    assert (first.ids, first.proposed, first.rejected) == ([11, 12], 1, [(6, 13)])
+    assert (last.first, last.proposed) == (7, 1)
+
+
+def test_work_belongs_to_the_tokens_of_the_layer_at_that_time():
+    """A method may set ``layer.tokens`` to some of them, and work before and after."""
+    watcher, layer = TokenWatcher(), Layer.once(3)
+    path = "model.stack.blocks.0.ffn"
+    watcher.enter("model.embed", "__call__", (np.array([7, 8, 9]), slice(0, 3)))
+    watcher.enter(path, "__call__", (np.zeros((3, 4)), layer))
+    watcher.spend(path, 30, 0)
+    layer.tokens = layer.tokens.only([1])
+    watcher.spend(path, 5, 0)
+    assert [watcher.blocks["model", 0, (p, 7 + p)].ffn for p in range(3)] == [10, 15, 10]
 
 
 def test_plain_run_of_a_text_costs_what_generating_it_does():
