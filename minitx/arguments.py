@@ -178,8 +178,6 @@ def parser(flags=()) -> Parser:
     add_sampling(generate, "fill the context")
     add_json(generate)
 
-    add_pictures(names)
-
     show = add(names, "show", commands.show, "print the tree of parts that runs")
     add_model(show)
     text = "show what the techniques change in the tree, line by line"
@@ -195,6 +193,8 @@ def parser(flags=()) -> Parser:
     explain = add(names, "explain", commands.explain, "print a technique's card")
     explain.add_argument("name", help="name of a technique, such as fold-norms")
     add_json(explain)
+
+    add_pictures(names)
 
     check = add(
         names, "check", commands.check, "compare models with Hugging Face reference outputs"

@@ -195,6 +195,7 @@ def _number(n) -> int:
 @contextmanager
 def counting(root: Part, watcher: Watcher | None = None) -> Iterator[Ledger]:
     """Count the work of the parts below ``root`` inside the ``with`` block; yields the ledger.
+    watcher: told of every call of a part and of all work.
 
     While the ledger is open, every method of the parts' classes records which part is running; at
     other times that costs nothing. Ledgers do not nest: an inner one counts by itself.

@@ -31,6 +31,7 @@ from minitx.tree import Part, field_names, part, rebuild
 
 LEVELS = ((0.4, "█"), (0.15, "▓"), (0.05, "▒"), (0.01, "░"), (0.0, "·"))  # of the dense weight
 MISSED = ((0.05, "X"), (0.01, "x"), (0.0, " "))  # the same, of a key that is left out
+MOST = 512  # tokens of a picture: it has a cell for each pair
 LABEL = 13  # characters of a query's text
 
 
@@ -155,6 +156,11 @@ def keys_kept(
     L, H = len(blocks_of(changed)), changed.model.config.heads
     layer = L // 2 if layer is None else layer
     check(layer, head, L, H)
+    if len(prompt) + max_new_tokens > MOST:
+        raise MinitxError(
+            f"minitx keys draws a cell for each pair of tokens, and at most {MOST} tokens; got a "
+            f"prompt of {len(prompt)} and {max_new_tokens} new ones: shorten it."
+        )
     ids, calls = generated(changed, prompt, max_new_tokens, layer, options)
     T = len(ids)
     kept, ran = np.zeros((T, T), bool), np.zeros(T, bool)

@@ -15,8 +15,10 @@ ACCEPTED, SAMPLED = "=", "+"
 
 
 def was_speculative(rounds: Sequence[Round]) -> bool:
-    """Were there any guesses?"""
-    return any(r.proposed or r.rejected for r in rounds)
+    """Were there guesses, round after round? A single round is no speculation: there, several texts
+    were written and one was taken. Nor are tokens that were rejected once: another model began."""
+    accepted = any(r.proposed for r in rounds)
+    return len(rounds) > 1 and (accepted or sum(bool(r.rejected) for r in rounds) > 1)
 
 
 def marks(rounds: Sequence[Round]) -> dict[int, str]:

@@ -92,7 +92,7 @@ class SkipMap:
                     found.append(f"{label:{wide}}{words}")
             parts.append("\n".join(word.rstrip() for word in found))
         legend = [f"{STATES[s][0]} {STATES[s][1]}" for s in self.states if s != "none"]
-        parts.append("   ".join(legend))
+        parts.append("   ".join(legend) or "No block of the model ran for any of these tokens.")
         if was_speculative(self.work.rounds):
             parts[-1] += f"\n{ACCEPTED} accepted guess   {SAMPLED} token sampled from the logits"
             parts.append(rounds_text(self.work.rounds, self.texts))

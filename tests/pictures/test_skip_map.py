@@ -4,7 +4,7 @@ import json
 from xml.dom import minidom
 
 import pytest
-from tiny import TOKENIZER, tiny_lm
+from tiny import TOKENIZER, ScriptedLoop, tiny_lm
 
 from minitx.pictures import skip_map_svg
 from minitx.pictures.cells import Cells
@@ -130,12 +130,33 @@ def test_colors_of_a_cell_say_what_ran(state, spent, colors):
 def test_rounds_by_hand():
     """Two guesses accepted and a token sampled; then one sampled after a wrong guess."""
     rounds = [Round(3, [7, 8, 9], 2, []), Round(6, [5], 0, [(6, 4)])]
-    assert was_speculative(rounds) and not was_speculative([Round(0, [1], 0, [])])
+    assert was_speculative(rounds), "guesses were accepted"
     assert marks(rounds) == {3: "=", 4: "=", 5: "+", 6: "+"}
     first, second, totals = rounds_text(rounds, {i: chr(96 + i) for i in range(1, 10)}).splitlines()
     assert first == "round 1  gh[i]"
     assert second == "round 2  [e]   rejected: d"
     assert totals.startswith("2 rounds, 2.00 tokens each: 2 guesses accepted, 1 rejected, 2 tokens")
+
+
+def test_rounds_are_shown_only_for_guesses_round_after_round():
+    plain, wrong = Round(0, [1], 0, []), Round(0, [1], 0, [(0, 2)])
+    for rounds, shown in (
+        ([plain, plain], False),
+        ([wrong, wrong], True),  # every guess was wrong
+        ([wrong, plain], False),  # another model began: a cascade
+        ([Round(0, [1, 2], 1, [(0, 3)])], False),  # several texts, and one was taken: a vote
+    ):
+        assert was_speculative(rounds) == shown, rounds
+
+
+def test_map_of_a_text_that_no_block_wrote():
+    """An answer from a store: every cell is empty."""
+    dense = tiny_lm()
+    stored = tiny_lm(decode=ScriptedLoop(([111, 112, 113],), []))
+    found = skip_map(dense, stored, "a title", "once", 3)
+    assert found.states == ["none"] and found.blocks == 0
+    assert "No block of the model ran" in found.text()
+    assert str(as_svg(found)).startswith("<svg")
 
 
 def test_columns_are_as_wide_as_their_text():
