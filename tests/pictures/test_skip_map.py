@@ -140,13 +140,13 @@ def test_rounds_by_hand():
 
 def test_rounds_are_shown_only_for_guesses_round_after_round():
     plain, wrong = Round(0, [1], 0, []), Round(0, [1], 0, [(0, 2)])
-    for rounds, shown in (
+    for rounds, expected in (
         ([plain, plain], False),
         ([wrong, wrong], True),  # every guess was wrong
         ([wrong, plain], False),  # another model began: a cascade
         ([Round(0, [1, 2], 1, [(0, 3)])], False),  # several texts, and one was taken: a vote
     ):
-        assert was_speculative(rounds) == shown, rounds
+        assert was_speculative(rounds) == expected, rounds
 
 
 def test_map_of_a_text_that_no_block_wrote():
