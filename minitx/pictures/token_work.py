@@ -212,18 +212,19 @@ class TokenWatcher(Watcher):
         return rows
 
     def rows_of_layer(self, at: int, step: "Step") -> list[Token]:
-        """The tokens of the layer that this call was given."""
+        """The tokens of the layer that this call was given. If it got fewer rows than that, they
+        are looked for in what the calls around it were given."""
         call = self.running[at]
         if call.rows is None or call.tokens is not call.layer.tokens:
             call.tokens = call.layer.tokens
             call.rows = step.tokens_at(call.tokens)
             if call.x is not None and call.x.ndim < 3 and row_count(call.x) < len(call.rows):
-                outer = [c for c in self.running[:at] if c.layer is call.layer and c.rows]
-                for before in reversed(outer):
-                    found = some_rows(call.x, before.x, before.rows)
-                    if found:
-                        call.rows = found
-                        break
+                around = (i for i in range(at - 1, -1, -1) if self.running[i].layer is call.layer)
+                matches = (
+                    some_rows(call.x, self.running[i].x, self.rows_of_layer(i, step))
+                    for i in around
+                )
+                call.rows = next(filter(None, matches), call.rows)
         return call.rows
 
 

@@ -17,7 +17,7 @@ from minitx.pictures.token_work import (
     some_rows,
 )
 from minitx.state import Layer
-from minitx.technique import apply
+from minitx.technique import apply, find
 
 PROMPT, NEW = "once upon a time", 10
 GREEDY = dict(max_new_tokens=NEW, temperature=0)
@@ -92,6 +92,17 @@ def test_block_ran_only_the_tokens_that_the_router_let_in():
     assert enter.any() and not enter.all(), "the setting must let in some tokens"
     ran = [work.of("model", 1, p).ffn > 0 for p in range(len(enter))]
     assert ran == enter.tolist()
+
+
+def test_ffn_ran_for_the_tokens_that_were_not_found_in_a_table():
+    """memoize_ffn gives the FFN some rows of a prompt and does not say whose they are."""
+    work = observed({"memoize_ffn": find("memoize_ffn").demo})
+    assert work.ledger.events["hits"], "the setting must hit"
+    for block in (0, 1):
+        events = work.ledger.events_at.get(f"model.stack.blocks.{block}.ffn", {})
+        spent = [work.of("model", block, p).ffn for p in range(len(work.ids) - 1)]
+        ran = sum(ffn >= 3 * 16 * 24 for ffn in spent)
+        assert ran == events.get("lookups", len(spent)) - events.get("hits", 0), f"block {block}"
 
 
 def test_early_exit_backfills_or_defers_the_layers_after_the_exit():
