@@ -13,6 +13,7 @@ from minitx import commands
 from minitx.commands import SEED, TEMPERATURE
 from minitx.errors import MinitxError, abbreviate, did_you_mean, nearest
 from minitx.lab.layout import fit
+from minitx.learn.command import add_learn, with_check
 
 RENAMED = {"compare-attention": "frontier attention"}
 
@@ -95,7 +96,7 @@ def technique_help(flags) -> str:
 
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
-    args, unknown = parser(flags).parse_known_args(words)
+    args, unknown = parser(flags).parse_known_args(with_check(words))
     if flags and not hasattr(args, "techniques"):
         raise MinitxError(f"{args.parser.prog} takes no techniques; remove {flags[0][0]}.")
     if flags:
@@ -300,6 +301,8 @@ def parser(flags=()) -> Parser:
     add_model(precompute)
 
     add_cache(names, flags)
+
+    add_learn(names, add)
 
     train = add(names, "train", commands.train, "train a model from a recipe")
     train.add_argument("recipe", help="a recipe.json, or the folder that contains one")
