@@ -118,6 +118,7 @@ def flawed(
     known_only=False,
     missing=None,
     greedy=True,
+    greedy_needs_seed=False,
     order="none",
     numbers=True,
     ids="list",
@@ -133,11 +134,12 @@ def flawed(
         for name in fields.keys() - KNOWN:
             del fields[name]
     no_seed = fields["seed"] is None or (seed_0 == "no seed" and fields["seed"] == 0)
-    if fields["temperature"] == 0 and greedy:
-        fields |= dict.fromkeys(("top_k", "top_p", "seed"))
-    elif unseeded == "None" and no_seed and (fields["temperature"] > 0 or not greedy):
+    drawn = fields["temperature"] > 0
+    if no_seed and (drawn and unseeded == "None" or not drawn and greedy_needs_seed):
         return None
-    elif unseeded == "always None":
+    if not drawn and greedy:
+        fields |= dict.fromkeys(("top_k", "top_p", "seed"))
+    if drawn and unseeded == "always None":
         return None
     for name in ("temperature", "top_p") if numbers else ():
         fields[name] = None if fields[name] is None else float(fields[name])
@@ -199,6 +201,11 @@ MISTAKES = (
         greedy=False,
     ),
     Mistake(
+        "At temperature 0 you return None without a seed, but a greedy answer is always the same: "
+        "return a key.",
+        greedy_needs_seed=True,
+    ),
+    Mistake(
         "The key depends on the order of the fields. Sort them by name, those inside techniques "
         "too: json.dumps(..., sort_keys=True).",
         order="fields",
@@ -258,10 +265,12 @@ def served(request_key, first, second):
     for key in keys:
         if not isinstance(key, str | bytes | None):
             return f"a key of type {type(key).__name__}"
+    if keys == [None, None]:
+        return "not kept"
     if requests != (first, second):
         return "the request is changed"
     if None in keys:
-        return "not kept" if keys == [None, None] else "only one of them is kept"
+        return "only one of them is kept"
     return "the same key" if keys[0] == keys[1] else "two keys"
 
 
