@@ -27,7 +27,7 @@ The rules:
 1. id and stream do not change the answer. Everything else may, also a field that is not listed here
    because a later version has added it ("stop", say): two requests with another value have two
    keys, unless rule 2 or 3 says otherwise.
-2. At temperature 0, top_k, top_p and seed do not matter.
+2. At temperature 0, top_k, top_p and seed do not matter: no technique here draws anything then.
 3. The order of the fields does not matter, nor that of the techniques, nor that of their settings.
    temperature and top_p are integers in some programs and floats in others: 1 and 1.0 are the same.
 4. Above temperature 0 without a seed, every answer is another draw. It must not be kept: return
@@ -165,6 +165,11 @@ MISTAKES = (
         "stream is in the key: the same answer is generated again only because it is shown in "
         "another way.",
         irrelevant=("id",),
+    ),
+    Mistake(
+        "id and stream are in the key, although the answer does not depend on them: no answer is "
+        "ever found again.",
+        irrelevant=(),
     ),
     Mistake(
         "Fields that you do not know are left out of the key. They may change the answer, so leave "
@@ -405,5 +410,9 @@ EXERCISE = Exercise(
     ),
     library="minitx/shared/answer_key.py: request and key_of",
     show=show,
-    saves="An answer that is found under its key costs no multiply-adds at all.",
+    saves=(
+        "An answer that is found under its key costs no multiply-adds at all. minitx's own key "
+        "keeps top_k and top_p at temperature 0: one of its techniques, majority vote, samples "
+        "even then."
+    ),
 )
