@@ -362,7 +362,7 @@ DAY = (  # what is asked of ``stories``, one after another
     ("the same again", {"temperature": 0.8, "seed": 1}),
     ("temperature 0.8, no seed", {"temperature": 0.8}),
     ("the same again", {"temperature": 0.8}),
-    ("without layers 3 and 4", {"techniques": {"layer_skip": {"drop": "3,4"}}}),
+    ("without layers 1 and 2", {"techniques": {"layer_skip": {"drop": "1,2"}}}),
 )
 
 
