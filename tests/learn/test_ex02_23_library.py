@@ -79,3 +79,10 @@ def test_exercise_23_shares_keys_where_the_library_does():
         assert mine == library, difference
         compared += 1
     assert compared > 15
+
+
+def test_exercise_4_shows_how_many_tokens_each_setting_leaves():
+    left = ex04_sampling.show(ex04_sampling.EXERCISE.solution).splitlines()[-1].split()
+    V, halved, top_k, top_p = map(int, left[-4:])
+    assert V == halved > top_p > 1, "a temperature drops no token, top_p does"
+    assert top_k == 3
