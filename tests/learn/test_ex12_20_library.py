@@ -2,6 +2,7 @@
 computes, and skips as much."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 from same import assert_same
@@ -12,9 +13,11 @@ from minitx.learn import (
     ex13_ffn_skipping,
     ex14_sign_hashes,
     ex15_greedy_search,
+    ex19_head_importance,
 )
 from minitx.lm import LM
 from minitx.model import Attend
+from minitx.precompute.head_prune import importance
 from minitx.shared.sparse_attention import SparseAttention
 from minitx.skip.a3 import greedy_search
 from minitx.skip.a3.sorted_columns import Columns
@@ -77,3 +80,11 @@ def test_greedy_sums_equal_the_library():
         columns = Columns(np.take_along_axis(keys, order, 0).T, order.T)
         expected = greedy_search(q.tolist(), columns, M, len(keys))
         assert_same(ex15_greedy_search.greedy(q, keys, M)[0], expected, "sums", tolerance=1e-12)
+
+
+def test_head_importance_equals_the_library():
+    texts = [IDS.tolist(), IDS[5:].tolist()]
+    answer = SimpleNamespace(importance=ex19_head_importance.importance)
+    found = ex19_head_importance.scores_of(TINY, answer, texts)
+    expected = importance(TINY, [np.ones(2, bool)] * 5, texts)
+    assert_same(found, expected, "importances", axes=("layer", "head"), tolerance=1e-10)
