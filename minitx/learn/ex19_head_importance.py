@@ -252,7 +252,7 @@ EXERCISE = Exercise(
         "Begin with one text and one head: out[h] @ W_h is (T, D), and so is grad. What is left to "
         "do to get one number? Where in this does the absolute value belong?",
         "w_out.reshape(H, d, D)[h] is W_h, so out @ w_out.reshape(H, d, D) does all heads at once, "
-        "(H, T, D). Multiply by grad, sum over the last two axes, take abs; then the mean over texts.",
+        "(H, T, D). Multiply by grad, sum over the last two axes, take abs; average over texts.",
     ),
     library="minitx/precompute/head_prune.py: importance",
     into_model=into_model,

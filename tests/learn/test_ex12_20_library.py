@@ -14,6 +14,7 @@ from minitx.learn import (
     ex14_sign_hashes,
     ex15_greedy_search,
     ex19_head_importance,
+    ex20_lazy_tokens,
 )
 from minitx.lm import LM
 from minitx.model import Attend
@@ -21,6 +22,7 @@ from minitx.precompute.head_prune import importance
 from minitx.shared.sparse_attention import SparseAttention
 from minitx.skip.a3 import greedy_search
 from minitx.skip.a3.sorted_columns import Columns
+from minitx.skip.lazy_tokens import pruning_layers
 from minitx.technique import apply, swap
 
 IDS = np.array([84, 104, 101, 32, 99, 97, 116, 32, 115, 97, 116, 46])
@@ -88,3 +90,9 @@ def test_head_importance_equals_the_library():
     found = ex19_head_importance.scores_of(TINY, answer, texts)
     expected = importance(TINY, [np.ones(2, bool)] * 5, texts)
     assert_same(found, expected, "importances", axes=("layer", "head"), tolerance=1e-10)
+
+
+def test_lazy_tokens_in_a_model_equal_the_library():
+    setting = dict(keep=0.6, every=0.4, first=1)
+    ours = ex20_lazy_tokens.lazy(TINY, ex20_lazy_tokens.step, 0.6, pruning_layers(5, 0.4, 1)).model
+    check_steps(ours, {"lazy_tokens": setting}, "logits with pruned and revived tokens")
