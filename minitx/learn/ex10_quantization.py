@@ -20,7 +20,7 @@ so W[0 : group, 0] is a group, W[group : 2 * group, 0] the next one. `group` div
 
     quantize(W, bits, group) -> codes, scales
 
-    W      (inputs, outputs)
+    W      (inputs, outputs)           floats; bits is the b from above
     codes  (inputs, outputs)           integers, in an integer dtype: np.int8 for at most 8 bits
     scales (inputs / group, outputs)   floats
 

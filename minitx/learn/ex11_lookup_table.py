@@ -47,7 +47,8 @@ The weights (0, 1, 0) of one output have the digits 2, 3, 2 and 2, and the codes
     >>> dot(x_codes, w_codes, table).tolist()
     [-1]
 
-Source: Lin et al., "LUTIN", ISLPED 2024.
+Source: Lin et al., "LUTIN", ISLPED 2024. (Of the paper we know the abstract and a reader's notes;
+in which order integers are packed is ours.)
 """
 
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Exercise 21: Stop when the sum is certain to be negative (30 minutes)
+"""Exercise 21: Early stop before a ReLU (30 minutes)
 
 A ReLU turns every negative number into 0. So of a neuron
 
@@ -7,7 +7,7 @@ A ReLU turns every negative number into 0. So of a neuron
 that ends below 0, only the sign is needed, and often the sign is certain long before the last
 product. Let all inputs x be 0 or more, as they are after an earlier ReLU. Then a product is
 negative only if its weight is. Add the products with positive weights first, and from then on the
-sum can only fall: once it is 0 or less, ReLU makes it 0 whatever is left. That is SnaPEA.
+sum can only fall: once it is 0 or less, ReLU makes it 0 whatever is left. SnaPEA stops there.
 
 The order depends on the weights alone, so it is found once, before any input is known:
 
@@ -107,18 +107,33 @@ def relu_dot_in_loops(x, w, b, order):
 in_loops = SimpleNamespace(sort_weights=sort_in_loops, relu_dot=relu_dot_in_loops)
 
 
-def flawed_sort(w, *, first="positive", rest="largest", positives="largest"):
+def flawed_sort(
+    w, *, first="positive", rest="largest", positives="largest", ascending=False, indices=True
+):
     size = -abs(w)
     by_size = dict(largest=size, smallest=-size, unsorted=np.zeros(len(w)))
-    group = dict(positive=w <= 0, negative=w >= 0, neither=np.zeros(len(w)))[first]
-    return np.lexsort((np.where(w > 0, by_size[positives], by_size[rest]), group))
+    group = dict(positive=w <= 0, neither=np.zeros(len(w)))[first]
+    order = np.lexsort((np.where(w > 0, by_size[positives], by_size[rest]), group))
+    if ascending:
+        order = np.argsort(w, kind="stable")
+    return order if indices else w[order]
 
 
 def flawed_relu_dot(
-    x, w, b, order, *, bias="first", begin="positive", stop="<= 0", look="before", relu=True
+    x,
+    w,
+    b,
+    order,
+    *,
+    bias="first",
+    begin="positive",
+    stop="<= 0",
+    look="before",
+    relu=True,
+    ordered=True,
 ):
     total, count = (b if bias == "first" else 0), 0
-    for i in order:
+    for i in order if ordered else range(len(w)):
         may_stop = begin == "at once" or w[i] <= 0
         enough = {"<= 0": total <= 0, "< 0": total < 0, "never": False}[stop]
         if look == "before" and may_stop and enough:
@@ -133,8 +148,9 @@ def flawed_relu_dot(
 
 MISTAKES = (
     Mistake(
-        "The order begins with the negative weights; the positive ones come first.",
-        first="negative",
+        "The order is ascending, so it begins with the negative weights; the positive ones come "
+        "first.",
+        ascending=True,
     ),
     Mistake(
         "The order ignores the sign: first all positive weights, then all others, each part by "
@@ -153,8 +169,12 @@ MISTAKES = (
         positives="unsorted",
     ),
     Mistake(
-        "The positive weights are ordered from the smallest; begin with the largest.",
-        positives="smallest",
+        "sort_weights returns the sorted weights; return their indices (np.argsort or np.lexsort).",
+        indices=False,
+    ),
+    Mistake(
+        "relu_dot does not follow the order: the k-th product is that of weight order[k].",
+        ordered=False,
     ),
     Mistake("The bias comes last; begin the sum with it, for it may settle the sign.", bias="last"),
     Mistake("The bias is missing: begin the sum with it.", bias="missing"),
@@ -188,21 +208,21 @@ def observe(answer, x, w, b, order):
 
 
 def cases(rng):
-    """Neurons that end above 0 and below, early and late; a weight that is 0; equal weights; small
-    integers, whose sums are exactly 0 at times."""
-    for D, b in ((6, 0.0), (6, 1.0), (8, -2.0), (5, 0.3)):
-        w, x = rng.standard_normal(D), rng.exponential(1, D)
-        yield x, w, b, sort_weights(w)
+    """Small integers, whose sums are exactly 0 at times, with equal weights and one that is 0; then
+    neurons that end above 0 and below, early and late."""
     for weights, x, b in (
         ([1, -2, 2, 0, -1, -1], [2, 3, 1, 5, 0, 1], 2),  # 2 + 2 + 2 = 6, then 0 after one more
         ([-1, -3, -2], [1, 1, 1], 0),  # stops before the first product
         ([2, -1, 1, -4], [0, 1, 1, 0.25], -1),  # 0 after all positive weights
-        ([1, -1, 1, -2], [3, 1, 2, 1], -4),  # below 0 among the positive weights, in the end 0
+        ([1, -1, 1, -2], [3, 1, 2, 1], -4),  # below 0 amid the positive weights, 1 after them
         ([1, 3, 2, 2], [1, 1, 0, 2], -1),  # no other weights
-        ([-2, 1, -1], [1, 3, 3], 1),  # 1 + 3 = 4, 2, -1: all are needed
+        ([-2, 1, -1], [1, 3, 3], 1),  # 1 + 3 = 4, then 2, then -1: all are needed
     ):
         w = np.array(weights, float)
         yield np.array(x, float), w, float(b), sort_weights(w)
+    for D, b in ((6, 0.0), (6, 1.0), (8, -2.0), (5, 0.3)):
+        w, x = rng.standard_normal(D), rng.exponential(1, D)
+        yield x, w, b, sort_weights(w)
 
 
 # In the model ------------------------------------------------------------------------------------
@@ -267,7 +287,7 @@ def show(answer):
 
 
 EXERCISE = Exercise(
-    title="Stop when the sum is certain to be negative",
+    title="Early stop before a ReLU",
     minutes=30,
     difficulty="medium",
     names=("sort_weights", "relu_dot"),
