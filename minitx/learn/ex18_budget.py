@@ -246,13 +246,14 @@ class Score:
         return "\n".join(lines)
 
     def figures(self) -> dict[str, float]:
-        """multiply_adds: per token. share: of the dense model's. loss: in nats per token, above
-        it. two_hops: right answers in percent, above it."""
+        """What grading ranks by. multiply_adds: the share of the dense model's. loss: in nats per
+        token, above the dense model's. two_hops: right answers in percent, above the dense
+        model's. per_token: multiply-adds."""
         return {
-            "multiply_adds": float(self.work),
-            "share": float(self.share),
+            "multiply_adds": float(self.share),
             "loss": float(self.loss),
             "two_hops": float(0 - self.points),
+            "per_token": float(self.work),
         }
 
 

@@ -62,7 +62,7 @@ def test_limits_are_those_of_the_text():
 def test_dense_model_saves_nothing():
     verdict = verdict_on({})
     assert verdict.kind == "wrong" and "misses the least saving" in verdict.message
-    assert verdict.figures["share"] == 1 and verdict.figures["loss"] == 0
+    assert verdict.figures["multiply_adds"] == 1 and verdict.figures["loss"] == 0
 
 
 def test_recipe_is_judged_on_other_stories_for_another_seed():
@@ -152,4 +152,4 @@ def test_work_of_a_technique_of_ones_own_counts():
         return wrap(lm, "ffn", lambda ffn, index: Changed(ffn, costly) if index == 0 else ffn)
 
     found = verdict_on(({}, own)).figures
-    assert found["share"] > 1.3 and abs(found["loss"]) < 1e-6
+    assert found["multiply_adds"] > 1.3 and abs(found["loss"]) < 1e-6
