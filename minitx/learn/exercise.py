@@ -68,6 +68,7 @@ class Exercise:
     judge: ``judge(answer, seed)``, for an exercise that is not judged by comparing results.
     show: ``show(answer)``, text to print when it is solved; for an exercise that has no
         ``into_model``.
+    seconds: that a check may take.
     """
 
     title: str
@@ -88,6 +89,7 @@ class Exercise:
     same_as: dict = field(default_factory=dict)
     judge: Callable[[SimpleNamespace, int], Verdict] | None = None
     show: Callable[[SimpleNamespace], str] | None = None
+    seconds: float = 20.0
     module: ModuleType | None = None  # the master; set by ``exercises``
 
     @cached_property
