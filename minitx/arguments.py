@@ -176,40 +176,13 @@ def parser(flags=()) -> Parser:
     )
     generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
     add_model(generate)
-    generate.add_argument(
-        "-n",
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="maximum number of new tokens (default: fill the context)",
-    )
-    generate.add_argument(
-        "-t",
-        "--temperature",
-        type=float,
-        metavar="T",
-        help=f"sampling temperature (default {TEMPERATURE}); 0: greedy decoding, the likeliest "
-        "token each time",
-    )
-    generate.add_argument(
-        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
-    )
-    generate.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="nucleus sampling: keep the smallest set with probability mass P",
-    )
-    generate.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help=f"random seed (default {SEED}): the same seed gives the same text",
-    )
+    add_sampling(generate, "fill the context")
     add_json(generate)
 
     show = add(names, "show", commands.show, "print the tree of parts that runs")
     add_model(show)
+    text = "show what the techniques change in the tree, line by line"
+    show.add_argument("--diff", action="store_true", help=text)
     add_json(show)
 
     models = add(names, "models", commands.models, "list the models that can be loaded")
@@ -221,6 +194,8 @@ def parser(flags=()) -> Parser:
     explain = add(names, "explain", commands.explain, "print a technique's card")
     explain.add_argument("name", help="name of a technique, such as fold-norms")
     add_json(explain)
+
+    add_pictures(names)
 
     check = add(
         names, "check", commands.check, "compare models with Hugging Face reference outputs"
@@ -357,6 +332,32 @@ def parser(flags=()) -> Parser:
     return top
 
 
+def add_pictures(names) -> None:
+    """The commands that draw: each prints a picture as text, and writes it to a file if asked."""
+    text = "draw what ran for every token in every layer, under the generated text"
+    skip_map = add(names, "map", commands.skip_map, text)
+    text = "draw which keys a head's queries attend to, and how much attention they miss"
+    keys = add(names, "keys", commands.keys, text)
+    text = "layer, counted from 0 (default: the middle one)"
+    keys.add_argument("--layer", type=int, metavar="N", help=text)
+    text = "query head, counted from 0 (default 0)"
+    keys.add_argument("--head", type=int, default=0, metavar="N", help=text)
+    text = "draw a weight matrix before and after techniques: histogram, zeros, singular values"
+    weights = add(names, "weights", commands.draw_weights, text)
+    text = "part that holds the matrix, such as stack.blocks.3.ffn.down (default: the first of the "
+    text += "middle block that the techniques change)"
+    weights.add_argument("--part", metavar="PATH", help=text)
+    add_model(weights)
+    add_picture(weights)
+    add_json(weights)
+    for command in (skip_map, keys):
+        command.add_argument("prompt", help="the text to continue; - reads it from stdin")
+        add_model(command)
+        add_sampling(command, "60, or as many as fit the context")
+        add_picture(command)
+        add_json(command)
+
+
 def add_frontier(names, flags) -> None:
     """``minitx frontier FAMILY``: a command for each family, with the options that it needs."""
     from minitx.lab.frontier.families import FAMILIES
@@ -481,6 +482,46 @@ def add_model(command: Parser, techniques: bool = True) -> None:
         return
     command.set_defaults(techniques={})
     command.takes_techniques = True
+
+
+def add_sampling(command: Parser, all_of_them: str) -> None:
+    """How many tokens to generate, and how they are drawn."""
+    command.add_argument(
+        "-n",
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"maximum number of new tokens (default: {all_of_them})",
+    )
+    command.add_argument(
+        "-t",
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"sampling temperature (default {TEMPERATURE}); 0: greedy decoding, the likeliest "
+        "token each time",
+    )
+    command.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="nucleus sampling: keep the smallest set with probability mass P",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"random seed (default {SEED}): the same seed gives the same text",
+    )
+
+
+def add_picture(command: Parser) -> None:
+    command.add_argument("--svg", metavar="FILE", help="also write the picture as SVG")
+    text = "also write the picture as PNG (needs matplotlib)"
+    command.add_argument("--png", metavar="FILE", help=text)
 
 
 def add_measured(command: Parser, stories: int, tokens: int) -> None:

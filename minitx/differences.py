@@ -111,6 +111,8 @@ def decapitalized(sentence: str) -> str:
 def named_factor(factor: float, tolerance: float = 1e-6) -> str:
     """A factor in words: "2.828 = sqrt(8)", "0.125 = 1/8", "-1", or just its digits."""
     size, sign = abs(factor), "-" if factor < 0 else ""
+    if not 1e-6 < size < 1e6:
+        return f"{sign}{size:.4g}"
     names: list[tuple[str, float]] = []
     for n in (round(size), round(1 / size), round(size**2), round(1 / size**2)):
         if 1 < n <= 4096:
@@ -194,12 +196,12 @@ def one_factor(a, b, same: Callable) -> str | None:
     factor = float((a * b).sum()) / size
     if not same(a, factor * b):
         return None
+    if abs(factor) < 1e-12:
+        return "Everything is 0." if b.size > 1 else None
     if np.count_nonzero(b) < 2:  # one number is always off by some factor
         telling = factor == -1 or "=" in named_factor(factor, 1e-9)
         if not telling:
             return None
-    if abs(factor) < 1e-12:
-        return "Everything is 0."
     if abs(factor + 1) < 1e-9:
         return "The sign is wrong, everywhere." if b.size > 1 else "The sign is wrong."
     subject = "All are" if b.size > 1 else "It is"

@@ -1,7 +1,5 @@
 """Judge a student's file in a process of its own, with a limit on time and memory: an endless loop
 costs some seconds, not the terminal, and nobody's code runs in the process that grades others.
-
-Run as ``python -m minitx.learn.apart``, it is that process.
 """
 
 import json
@@ -10,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from minitx.learn.exercise import Exercise
@@ -33,9 +32,11 @@ def judge_apart(
     does neither."""
     with tempfile.TemporaryDirectory(prefix="minitx-learn-") as folder:
         out = Path(folder) / "verdict.json"
-        order = dict(exercise=exercise.stem, path=str(path), seed=seed, out=str(out), shown=shown)
+        order = dict(
+            exercise=exercise.stem, path=str(path.resolve()), seed=seed, out=str(out), shown=shown
+        )
         order |= dict(seconds=seconds, megabytes=megabytes)
-        ended = run_limited(json.dumps(order), seconds, quiet=not shown)
+        ended = run_limited(json.dumps(order), seconds, None if shown else folder)
         try:
             found = json.loads(out.read_bytes())
             return Verdict.from_dict(found["verdict"]), found["shown"]
@@ -43,21 +44,25 @@ def judge_apart(
             return lost(ended, seconds, megabytes), ""
 
 
-def run_limited(order: str, seconds: float, quiet: bool) -> int | None:
-    """Run the child; its exit status, or None if it took too long and was ended."""
+def run_limited(order: str, seconds: float, quiet_in: str | None) -> int | None:
+    """Run the child; its exit status, or None if it took too long and was ended. quiet_in: the
+    folder in which it runs without a terminal; None: where we are, with ours."""
+    quiet = quiet_in is not None
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # "" is the current folder, in which a student's numpy.py would be found before NumPy.
+    begin = f"import sys; sys.path = [*filter(None, sys.path), {str(ROOT)!r}]; "
     output = subprocess.DEVNULL if quiet else None
     child = subprocess.Popen(
-        [sys.executable, "-m", "minitx.learn.apart", order],
-        env=os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths)},
+        [sys.executable, "-c", f"{begin}from minitx.learn.apart import main; main()", order],
+        env=os.environ | threads,
+        cwd=quiet_in,
         stdin=subprocess.DEVNULL if quiet else None,
         stdout=output,
         stderr=output,
         start_new_session=quiet,  # a student at the terminal may want to press Ctrl-C or debug
     )
     try:
-        return child.wait(seconds + 5)  # 5: to start Python
+        return child.wait(2 * seconds + 5)  # the processor time has its own limit; 5: to begin
     except subprocess.TimeoutExpired:
         return None
     finally:
@@ -91,10 +96,10 @@ def lost(ended: int | None, seconds: float, megabytes: float) -> Verdict:
 # In the process ----------------------------------------------------------------------------------
 
 
-def main(order: str) -> None:
+def main() -> None:
     from minitx.learn.exercise import find_exercise
 
-    wanted = json.loads(order)
+    wanted = json.loads(sys.argv[1])
     limit_resources(wanted["seconds"], wanted["megabytes"])
     verdict, shown = run_here(find_exercise(wanted["exercise"]), wanted)
     text = json.dumps({"verdict": verdict.as_dict(), "shown": shown})
@@ -127,14 +132,11 @@ def limit_resources(seconds: float, megabytes: float) -> None:
         import resource
     except ImportError:  # Windows
         return
-    for kind, most in (("RLIMIT_CPU", seconds + 5), ("RLIMIT_AS", megabytes * 1e6)):
+    spent = time.process_time()  # to start Python
+    for kind, most in (("RLIMIT_CPU", spent + seconds + 1), ("RLIMIT_AS", megabytes * 1e6)):
         _, hard = resource.getrlimit(getattr(resource, kind))
         most = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
         try:
             resource.setrlimit(getattr(resource, kind), (most, hard))
         except (ValueError, OSError):
             pass  # macOS refuses a limit on address space
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

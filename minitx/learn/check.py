@@ -11,6 +11,7 @@ distribution, not by counting draws.
 import copy
 import traceback
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +19,27 @@ from types import SimpleNamespace
 import numpy as np
 
 from minitx.differences import describe
-from minitx.errors import abbreviate
+from minitx.errors import MinitxError, abbreviate
 from minitx.learn.exercise import Case, Exercise, Mistake
-from minitx.learn.outcomes import TOLERANCE, Raised, as_leaves, is_number, same, with_arrays
+from minitx.learn.outcomes import (
+    TOLERANCE,
+    BadForm,
+    Raised,
+    as_leaves,
+    comparable,
+    is_number,
+    same,
+    same_leaves,
+    with_arrays,
+)
 from minitx.learn.verdict import Verdict
 
-PACKAGE = Path(__file__).resolve().parents[1]
+# minitx, NumPy and Python's own library: what raises an error in there is a line of the student's.
+LIBRARIES = (
+    Path(__file__).resolve().parents[1],
+    Path(np.__file__).resolve().parent,
+    Path(copy.__file__).resolve().parent,
+)
 ROUNDS = 2  # how often cases are drawn
 NOT_WRITTEN = "not written yet"  # what a hole raises
 
@@ -35,18 +51,18 @@ def judge(exercise: Exercise, answer: SimpleNamespace, seed: int = 0) -> Verdict
     with np.errstate(all="ignore"):  # overflow is found by its result
         if exercise.judge is not None:
             return judged_by_itself(exercise, answer, seed)
-        cases = draw_cases(exercise, seed)
+        cases = drawn(exercise, seed)
         found = []
         for case in cases:
             outcome, trouble = attempt(exercise, answer, case)
             if trouble is not None:
                 return trouble
             found.append(outcome)
-        expected = outcomes(exercise, exercise.solution, cases)
+        expected = right(exercise, seed)
         wrong = [i for i in range(len(cases)) if not same(found[i], expected[i])]
         if not wrong:
             return Verdict("passed", "Right.")
-        named = name_mistakes(exercise, cases, found)
+        named = name_mistakes(exercise, seed, found)
         if named:
             return named_verdict(named)
         return generic(exercise, cases[wrong[0]], found[wrong[0]], expected[wrong[0]])
@@ -59,6 +75,12 @@ def judged_by_itself(exercise: Exercise, answer: SimpleNamespace, seed: int) -> 
         return hole(error) or verdict_on_error(error)
     except (Exception, SystemExit) as error:
         return verdict_on_error(error)
+
+
+@cache
+def drawn(exercise: Exercise, seed: int) -> list[Case]:
+    """The cases of a seed. Whoever runs an answer on one gives it a copy."""
+    return draw_cases(exercise, seed)
 
 
 def draw_cases(exercise: Exercise, seed: int) -> list[Case]:
@@ -76,6 +98,8 @@ def attempt(exercise: Exercise, answer: SimpleNamespace, case: Case):
         outcome = exercise.run(answer, mine)
     except NotImplementedError as error:
         return Raised(error), hole(error)
+    except BadForm as error:
+        return None, Verdict("form", str(error))
     except (Exception, SystemExit) as error:
         return Raised(error), None
     changed = changed_input(case, mine)
@@ -124,29 +148,39 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 # Naming the mistake ------------------------------------------------------------------------------
 
 
-def name_mistakes(exercise: Exercise, cases: Sequence[Case], found: Sequence) -> list[Mistake]:
+def name_mistakes(exercise: Exercise, seed: int, found: Sequence) -> list[Mistake]:
     """The one or two mistakes with which the flawed version does what the answer did in every
     case; none if there are no such mistakes."""
     if all(isinstance(outcome, Raised) for outcome in found):
         return []  # to raise the same exception everywhere is no evidence
-    for mistakes in suspects(exercise.mistakes):
-        flags = {name: value for mistake in mistakes for name, value in mistake.flags.items()}
-        twin = exercise.twin(**flags)
-        if all(agree(exercise, twin, case, outcome) for case, outcome in zip(cases, found)):
-            return list(mistakes)
+    found = [comparable(outcome) for outcome in found]
+    for which in suspects(exercise.mistakes):
+        if all(same_leaves(mine, flawed(exercise, which, seed, i)) for i, mine in enumerate(found)):
+            return [exercise.mistakes[j] for j in which]
     return []
 
 
-def suspects(mistakes: Sequence[Mistake]) -> Iterator[tuple[Mistake, ...]]:
-    """Each mistake, then each pair of mistakes that do not set the same flag."""
-    yield from ((mistake,) for mistake in mistakes)
-    for pair in combinations(mistakes, 2):
-        if not set(pair[0].flags) & set(pair[1].flags):
-            yield pair
+def suspects(mistakes: Sequence[Mistake]) -> Iterator[tuple[int, ...]]:
+    """The numbers of each mistake, then of each pair of mistakes that do not set the same flag."""
+    yield from ((j,) for j in range(len(mistakes)))
+    for a, b in combinations(range(len(mistakes)), 2):
+        if not set(mistakes[a].flags) & set(mistakes[b].flags):
+            yield a, b
 
 
-def agree(exercise: Exercise, twin: SimpleNamespace, case: Case, outcome) -> bool:
-    return same(outcomes(exercise, twin, [case])[0], outcome)
+@cache
+def right(exercise: Exercise, seed: int) -> list:
+    """What the solution does with each case."""
+    return outcomes(exercise, exercise.solution, drawn(exercise, seed))
+
+
+@cache  # a class makes the same mistakes
+def flawed(exercise: Exercise, which: tuple[int, ...], seed: int, i: int):
+    """What the flawed version with these mistakes does with case i, to be compared."""
+    mistakes = [exercise.mistakes[j] for j in which]
+    flags = {name: value for mistake in mistakes for name, value in mistake.flags.items()}
+    case = drawn(exercise, seed)[i]
+    return comparable(outcomes(exercise, exercise.twin(**flags), [case])[0])
 
 
 def named_verdict(mistakes: Sequence[Mistake]) -> Verdict:
@@ -166,6 +200,8 @@ def generic(exercise: Exercise, case: Case, found, expected) -> Verdict:
     given = f" The arguments were {arguments(case)}."
     if found is None and expected is not None:
         return Verdict("form", "Your function returns None; is there a return missing?")
+    if exercise.explain is not None:
+        return exercise.explain(case, found, expected)
     mine, theirs = as_leaves(found), as_leaves(expected)
     if [name for name, _ in mine] != [name for name, _ in theirs]:
         message = f"Expected {form(expected)} as the result, got {form(found)}."
@@ -197,13 +233,22 @@ def compare_arrays(exercise: Exercise, a, b, where: str, given: str) -> Verdict:
 
 
 def verdict_on_error(error: BaseException, case: Case | None = None) -> Verdict:
-    """The verdict on an exception: what it says, and the student's line that raised it."""
+    """The verdict on an exception: what it says, and the student's line that raised it. The
+    sentence of a MinitxError is ours, so it is told as it is."""
     lines = traceback.extract_tb(error.__traceback__)
-    own = [line for line in lines if PACKAGE not in Path(line.filename).parents and line.line]
+    own = [line for line in lines if line.line and not is_library(line.filename)]
     at = f" in line {own[-1].lineno}: {own[-1].line}" if own else ""
     given = f" The arguments were {arguments(case)}." if case is not None else ""
+    if isinstance(error, MinitxError):
+        return Verdict("error", f"{error}{at and f' That was{at}.'}{given}")
+    if isinstance(error, MemoryError):
+        return Verdict("limit", f"Your code needs more memory than there is{at}.{given}")
     what = f"{type(error).__name__}: {abbreviate(str(error))[1:-1] or 'no message'}"
     return Verdict("error", f"Your code raised {what}{at}.{given}")
+
+
+def is_library(filename: str) -> bool:
+    return any(folder in Path(filename).parents for folder in LIBRARIES)
 
 
 def arguments(case: Case) -> str:
@@ -217,4 +262,6 @@ def form(value) -> str:
         return f"an array of shape {value.shape}" if value.ndim else str(value)
     if isinstance(value, list):
         return f"{len(value)} values"
+    if callable(value):
+        return "a function"
     return abbreviate(value)

@@ -1,5 +1,6 @@
 """``minitx learn``: its arguments, and what they do."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -44,6 +45,47 @@ def add_learn(names, add) -> None:
     add_exercise(reset)
     add_folder(reset)
 
+    add_teacher(commands, add)
+
+
+def add_teacher(commands, add) -> None:
+    text = "for teachers: a folder with exercises to give to students, without solutions"
+    handout = add(commands, "handout", make_handout, text)
+    handout.add_argument("folder", metavar="DIR", help="a new folder")
+    add_only(handout)
+
+    text = "for teachers: check a class, one folder per student, with limits and other numbers"
+    grade = add(commands, "grade", grade_class, text)
+    grade.add_argument(
+        "folder", metavar="SUBMISSIONS", help="the folder with the students' folders"
+    )
+    add_only(grade)
+    grade.add_argument("--csv", metavar="FILE", help="also write a table for a spreadsheet")
+    grade.add_argument("--json", action="store_true", help="print JSON")
+    text = "draws the numbers that answers are tried on (default 1; the student's own check has 0)"
+    grade.add_argument("--seed", type=integer, default=1, metavar="N", help=text)
+    text = "limit of each answer (default 20)"
+    grade.add_argument("--seconds", type=number, default=20.0, metavar="S", help=text)
+    text = "memory limit of each answer (default 4096)"
+    grade.add_argument("--megabytes", type=number, default=4096.0, metavar="MB", help=text)
+
+
+def add_only(command) -> None:
+    text = "some exercises, such as 1-6,12 (default: all)"
+    command.add_argument("--only", metavar="NUMBERS", help=text)
+
+
+def integer(word: str) -> int:
+    if not 0 <= int(word) < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {word}")
+    return int(word)
+
+
+def number(word: str) -> float:
+    if not 0 < float(word) <= 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {word}")
+    return float(word)
+
 
 def add_folder(command) -> None:
     text = "the workbook (default: the current folder if it is one, or the last one used)"
@@ -77,10 +119,11 @@ def show_table(args) -> None:
 
     folder = find_workbook(args.dir, needed=bool(args.dir))
     progress = None if folder is None else Progress(folder)
-    states = {e: "" if progress is None else progress.state(e) for e in exercises()}
+    here = [e for e in exercises() if folder is None or (folder / f"{e.stem}.py").exists()]
+    states = {e: "" if progress is None else progress.state(e) for e in here}
     if args.json:
-        rows = [{"number": e.number, "name": e.stem, "title": e.title} for e in exercises()]
-        for row, e in zip(rows, exercises()):
+        rows = [{"number": e.number, "name": e.stem, "title": e.title} for e in here]
+        for row, e in zip(rows, here):
             row |= {"minutes": e.minutes, "difficulty": e.difficulty, "state": states[e]}
         print(json.dumps({"folder": folder and str(folder), "exercises": rows}, indent=1))
         return
@@ -153,3 +196,28 @@ def reset_exercise(args) -> None:
     folder, exercise = located(args)
     kept = reset(folder, exercise)
     print(f"{exercise.stem}.py is new" + (f"; your version is {kept.name}." if kept else "."))
+
+
+# Teachers ----------------------------------------------------------------------------------------
+
+
+def make_handout(args) -> None:
+    from minitx.learn.handout import chosen_exercises, hand_out
+
+    chosen = chosen_exercises(args.only)
+    hand_out(args.folder, chosen)
+    print(f"{args.folder}: {len(chosen)} exercises and a README.md for students, no solutions.")
+
+
+def grade_class(args) -> None:
+    from minitx.checkpoints.common import need_writable_file
+    from minitx.learn.grade import grade
+    from minitx.learn.handout import chosen_exercises
+
+    chosen = chosen_exercises(args.only)
+    if args.csv is not None:
+        need_writable_file(Path(args.csv))  # now, not after half an hour
+    found = grade(args.folder, chosen, args.seed, args.seconds, args.megabytes)
+    if args.csv is not None:
+        found.write_csv(args.csv)
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)

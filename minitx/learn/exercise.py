@@ -54,12 +54,15 @@ class Exercise:
         Small ones, of several shapes; each mistake must show in at least one.
     observe: ``observe(answer, *case)`` is what is compared: arrays, numbers, booleans, or tuples,
         lists and dicts of them. Default: the result of the only function.
+    explain: ``explain(case, found, expected)``, the verdict on a wrong result that no mistake
+        explains, for results that say little as arrays. Default: where the first difference is.
     flawed: the flawed version of each name; a single function if there is only one name.
     mistakes: the mistakes that the checker can name.
     hints: two, the second of which says more.
     axes: what the axes of the result are called in messages ("token", "column").
     library: where minitx does the same: "minitx/ops.py: rms_norm".
     into_model: ``into_model(lm, answer)``, a copy of the model in which the answer does the work.
+    model: the shipped model that ``into_model`` gets.
     same_as: the techniques whose text the model with the answer must generate.
     saves: one sentence about what the answer is good for; shown when it is solved.
     judge: ``judge(answer, seed)``, for an exercise that is not judged by comparing results.
@@ -76,10 +79,12 @@ class Exercise:
     saves: str
     cases: Callable[[Any], Sequence[Case]] | None = None
     observe: Callable[..., Any] | None = None
+    explain: Callable[[Case, Any, Any], Verdict] | None = None
     flawed: Callable | dict[str, Callable] | None = None
     mistakes: tuple[Mistake, ...] = ()
     axes: tuple[str, ...] = ()
     into_model: Callable[[Any, SimpleNamespace], Any] | None = None
+    model: str = "stories"
     same_as: dict = field(default_factory=dict)
     judge: Callable[[SimpleNamespace, int], Verdict] | None = None
     show: Callable[[SimpleNamespace], str] | None = None
@@ -123,8 +128,13 @@ class Exercise:
 
 def _with_flags(f: Callable, flags: dict) -> Callable:
     """The function with those of the flags that it has."""
-    known = inspect.signature(f).parameters
+    known = _parameters(f)
     return partial(f, **{name: value for name, value in flags.items() if name in known})
+
+
+@cache
+def _parameters(f: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(f).parameters)
 
 
 @cache

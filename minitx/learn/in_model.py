@@ -1,4 +1,4 @@
-"""What a student sees after the exercise is solved: the answer at work in ``stories``."""
+"""What a student sees after the exercise is solved: the answer at work in a shipped model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import minitx
 from minitx import ledger
+from minitx.learn.check import verdict_on_error
 from minitx.learn.exercise import Exercise
 from minitx.lm import LM
 from minitx.technique import apply
@@ -19,21 +20,25 @@ def demonstration(exercise: Exercise, answer: SimpleNamespace) -> str:
     """The text that the model generates with the answer inside, what that saved, and where minitx
     does the same."""
     parts = []
-    if exercise.into_model is not None:
-        parts.append(swapped_in(exercise, answer))
-    if exercise.show is not None:
-        parts.append(exercise.show(answer))
+    try:
+        if exercise.into_model is not None:
+            parts.append(swapped_in(exercise, answer))
+        if exercise.show is not None:
+            parts.append(exercise.show(answer))
+    except Exception as error:  # the answer is right on every case, and still does not fit in
+        parts.append(f"In the model it did not work, though. {verdict_on_error(error).message}")
     parts += [exercise.saves, f"minitx does the same in {exercise.library}."]
     return "\n\n".join(parts)
 
 
 def swapped_in(exercise: Exercise, answer: SimpleNamespace) -> str:
-    dense = minitx.load("stories")
+    dense = minitx.load(exercise.model)
     before = run(dense)
     after = run(exercise.into_model(dense, answer))
     library = run(apply(dense, exercise.same_as)) if exercise.same_as else before
-    names = " and ".join(exercise.names)
-    lines = [f"With your {names} inside, the model `stories` writes:", "", after.text, ""]
+    *others, last = exercise.names
+    names = ", ".join(others) + " and " * bool(others) + last
+    lines = [f"With your {names} inside, the model `{exercise.model}` writes:", "", after.text, ""]
     if after.text == library.text:
         lines.append("That is the text that minitx's own code writes.")
     else:

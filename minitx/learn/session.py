@@ -21,7 +21,7 @@ def check(folder: Path, exercise: Exercise) -> bool:
     progress, and return whether it passed."""
     verdict, shown = judge_apart(exercise, folder / f"{exercise.stem}.py")
     note(folder, exercise, verdict)
-    print(told(exercise, verdict, shown), flush=True)
+    print(told(exercise, verdict, shown, folder), flush=True)
     return verdict.passed
 
 
@@ -34,7 +34,8 @@ def check_here(path) -> bool:
     verdict = trouble or judge(exercise, answer)
     if is_workbook(path.parent):
         note(path.parent, exercise, verdict)
-    print(told(exercise, verdict, demonstration(exercise, answer) if verdict.passed else ""))
+    shown = demonstration(exercise, answer) if verdict.passed else ""
+    print(told(exercise, verdict, shown, path.parent))
     return verdict.passed
 
 
@@ -86,15 +87,17 @@ def note(folder: Path, exercise: Exercise, verdict: Verdict) -> None:
     progress.write()
 
 
-def told(exercise: Exercise, verdict: Verdict, shown: str = "") -> str:
-    """The verdict as the student reads it, and what to do next."""
+def told(exercise: Exercise, verdict: Verdict, shown: str, folder: Path) -> str:
+    """The verdict as the student reads it, and what to do next in this workbook."""
     n, words = exercise.number, HEADINGS.get(verdict.kind, "not yet")
     lines = [f"Exercise {n}, {exercise.title}: {words}."]
     if verdict.passed:
-        lines += ["", *shown.splitlines(), "", next_step(exercise)]
+        lines += ["", *shown.splitlines(), "", next_step(exercise, folder)]
     else:
         lines += verdict.message.splitlines()
-        if verdict.kind != "not written":
+        if not (folder / f"{exercise.stem}.py").exists():
+            lines.append(f"(minitx learn start {folder} writes the files that are not there.)")
+        elif verdict.kind != "not written":
             lines.append(f"(minitx learn hint {n} gives a hint.)")
         else:
             lines.append(f"Open {exercise.stem}.py, read its text, and fill in the hole.")
@@ -104,8 +107,9 @@ def told(exercise: Exercise, verdict: Verdict, shown: str = "") -> str:
 HEADINGS = {"passed": "solved", "not written": "not written yet", "limit": "stopped"}
 
 
-def next_step(exercise: Exercise) -> str:
-    later = [e for e in exercises() if e.number > exercise.number]
+def next_step(exercise: Exercise, folder: Path) -> str:
+    here = names_in(folder)
+    later = [e for e in exercises() if e.number > exercise.number and e.stem in here]
     after = f"; the next exercise is minitx learn {later[0].number}" if later else ""
     return f"minitx learn solution {exercise.number} shows our version{after}."
 

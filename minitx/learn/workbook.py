@@ -37,12 +37,14 @@ def test_exercise(name):
     if not verdict.passed:
         pytest.fail(verdict.message, pytrace=False)
 '''
-SETTINGS = "[pytest]\ntestpaths = .\n"  # so that no settings of a folder above are used
+# So that no settings of a folder above are used, and ex17_test_the_test.py is no file of tests.
+SETTINGS = "[pytest]\ntestpaths = .\npython_files = test_exercises.py\n"
 
 
-def start(folder, chosen: tuple[Exercise, ...] | None = None) -> list[Path]:
+def start(folder, chosen: tuple[Exercise, ...] | None = None, remembered=True) -> list[Path]:
     """Write the files of a workbook that are not there yet, and return them. chosen: the exercises
-    (default: all). MinitxError if the folder cannot be written."""
+    (default: all). remembered: as the workbook last used. MinitxError if the folder cannot be
+    written."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,8 @@ def start(folder, chosen: tuple[Exercise, ...] | None = None) -> list[Path]:
         write(path, wanted[path.name])
     if not (folder / PROGRESS).exists():
         Progress(folder).write()
-    remember(folder)
+    if remembered:
+        remember(folder)
     return new
 
 

@@ -102,6 +102,12 @@ def test_one_number_is_off_by_a_factor_only_if_the_factor_has_a_name():
     assert describe(-0.3, 0.3) == "Expected 0.3, got -0.3. The sign is wrong."
 
 
+def test_one_number_may_be_0_or_huge():
+    for found in (0.0, 1e-200, 1e200):
+        assert describe(np.array(found), np.array(3.0)) == f"Expected 3, got {found:.4g}."
+    assert describe(np.zeros(3), np.array([0, 3.0, 0])).startswith("The only difference")
+
+
 def test_axes_name_the_place():
     heads = RNG.normal(size=(2, 4, 6))
     other = heads.copy()

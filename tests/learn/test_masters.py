@@ -6,6 +6,7 @@ They look at the masters in minitx/learn, never at a student's folder.
 
 import doctest
 import re
+from functools import cache
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -168,30 +169,32 @@ IN_MODEL = [e for e in ALL if e.into_model is not None]
 
 
 @pytest.fixture(scope="module")
-def stories():
+def dense():
+    """dense(name): a shipped model, loaded once."""
     import minitx
 
-    return minitx.load("stories")
+    return cache(minitx.load)
 
 
 @pytest.fixture(scope="module")
-def library_text(stories):
-    """text(techniques): what minitx's own code writes, each once."""
+def library_text(dense):
+    """text(model, techniques): what minitx's own code writes, each once."""
     known = {}
 
-    def text(techniques):
-        key = repr(techniques)
+    def text(model, techniques):
+        key = model, repr(techniques)
         if key not in known:
-            known[key] = run(apply(stories, techniques) if techniques else stories).text
+            lm = dense(model)
+            known[key] = run(apply(lm, techniques) if techniques else lm).text
         return known[key]
 
     return text
 
 
 @pytest.mark.parametrize("e", IN_MODEL, ids=names)
-def test_solution_in_the_model_writes_the_same_text(e, stories, library_text):
-    found = run(e.into_model(stories, e.solution))
-    assert found.text == library_text(e.same_as)
+def test_solution_in_the_model_writes_the_same_text(e, dense, library_text):
+    found = run(e.into_model(dense(e.model), e.solution))
+    assert found.text == library_text(e.model, e.same_as)
 
 
 @pytest.mark.parametrize("e", [e for e in ALL if e.into_model is None], ids=names)
