@@ -81,6 +81,9 @@ class Layer:
     def __call__(self, positions, states, candidates):
         """positions (n) of the tokens to run, their states (n, D) -> their new states (n, D)"""
         self.cache.update(zip(positions, states))
+        for j in candidates:
+            if j <= max(positions) and j not in self.cache:
+                raise ValueError(f"token {j} is a candidate, but is not in this layer's cache")
         means = [np.mean([self.cache[j] for j in candidates if j <= i], axis=0) for i in positions]
         return np.array(states) + np.array(means)
 
