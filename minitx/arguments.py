@@ -298,7 +298,7 @@ def parser(flags=()) -> Parser:
     add_model(sweep)
     add_measured(sweep, 40, 2048)
     add_chains(sweep)
-    sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs matplotlib)")
+    add_pictures(sweep, "also draw the curve")
     add_json(sweep)
 
     add_frontier(names, flags)
@@ -374,7 +374,7 @@ def add_frontier(names, flags) -> None:
             add_decoding(command)
         else:
             add_shares(command, family)
-        command.add_argument("--png", metavar="FILE", help="also draw curves (needs matplotlib)")
+        add_pictures(command, "also draw curves")
         add_json(command)
 
 
@@ -508,6 +508,11 @@ def add_chains(command: Parser) -> None:
         metavar="N",
         help="read N chains of stories instead, each as long as the context",
     )
+
+
+def add_pictures(command: Parser, what: str) -> None:
+    command.add_argument("--svg", metavar="FILE", help=f"{what}, as SVG")
+    command.add_argument("--png", metavar="FILE", help=f"{what}, as PNG (needs matplotlib)")
 
 
 def add_json(command: Parser) -> None:

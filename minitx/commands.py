@@ -351,20 +351,32 @@ def sweep(args) -> None:
     from minitx.lab import sweep as lab
     from minitx.technique import find
 
-    if args.png is not None:
-        lab.check_picture(args.png)
+    check_pictures(args)
     technique = find(args.name)
     chosen = lab.settings(technique, args.settings)
     work = workload(args, 40)
     points = lab.sweep(load(args), technique, chosen, work, grade(args))
     print(json.dumps(lab.as_dict(points), indent=1) if args.json else fit(lab.as_text(points)))
-    if args.png is not None:
-        lab.picture(points, f"{technique.name} on {args.model}", args.png)
+    for path in pictures(args):
+        lab.picture(points, f"{technique.name} on {args.model}", path)
+
+
+def pictures(args) -> list[str]:
+    """The files that --svg and --png name."""
+    return [path for path in (args.svg, args.png) if path is not None]
+
+
+def check_pictures(args) -> None:
+    """Refuse them, before the work, if they cannot be drawn or written."""
+    from minitx.pictures.output import check_output
+
+    for path, ending in ((args.svg, ".svg"), (args.png, ".png")):
+        if path is not None:
+            check_output(path, ending)
 
 
 def frontier(args) -> int | None:
     from minitx.lab.frontier.families import FAMILIES, family_of
-    from minitx.lab.sweep import check_picture
     from minitx.text import read_text
 
     if args.family is None:
@@ -375,8 +387,7 @@ def frontier(args) -> int | None:
             print(fit(f"{name:{wide[0]}}  {equal:{wide[1]}}  {summary}", hanging=sum(wide) + 4))
         return
     family = family_of(args.family)
-    if args.png is not None:
-        check_picture(args.png)
+    check_pictures(args)
     plans = {"keys": attention_plan, "multiply-adds": work_plan, None: decoding_plan}
     plan = plans[family.equal](args)
     plan["text"] = None if args.text is None else read_text(args.text)
@@ -384,8 +395,8 @@ def frontier(args) -> int | None:
     plan |= dict(methods=args.methods, grade=grade(args))
     found = family.compare(dense, **plan)
     print_report(found, args.json)
-    if args.png is not None:
-        found.picture(args.png)
+    for path in pictures(args):
+        found.picture(path)
     return INTERRUPTED if getattr(found, "stopped", False) else None
 
 
