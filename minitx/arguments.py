@@ -302,6 +302,7 @@ def parser(flags=()) -> Parser:
     add_json(sweep)
 
     add_frontier(names, flags)
+    add_report(names)
 
     cost = add(
         names,
@@ -376,6 +377,36 @@ def add_frontier(names, flags) -> None:
             add_shares(command, family)
         add_pictures(command, "also draw curves")
         add_json(command)
+
+
+def add_report(names) -> None:
+    text = "every technique on one model, as one HTML page with Pareto charts"
+    report = add(names, "report", commands.report, text)
+    add_model(report, techniques=False)
+    add_measured(report, 40, 2048)
+    text = "the page; results are kept beside it, as .json (default report.html)"
+    report.add_argument("--out", metavar="FILE", help=text)
+    text = "small samples: noisy figures, in minutes on a small model"
+    report.add_argument("--quick", action="store_true", help=text)
+    text = "shares of the multiply-adds to tune methods to (default 0.9,0.75,0.5)"
+    report.add_argument("--share", type=shares, metavar="A,B", help=text)
+    text = "defaults, attention, structure, calculation, decoding (default: all)"
+    report.add_argument("--families", type=words, metavar="A,B", help=text)
+    text = "only these techniques or methods (default: all)"
+    report.add_argument("--methods", type=words, metavar="A,B", help=text)
+    report.add_argument("--rounds", type=count, metavar="N", help="timing rounds (default 3)")
+    text = "the second model of methods that need one: a draft, say (default stories-draft)"
+    report.add_argument("--small", metavar="MODEL", help=text)
+    text = "give a method up after S seconds (default 300)"
+    report.add_argument("--time-limit", type=seconds, metavar="S", help=text)
+    text = "measure all of it again, even what is in the .json file"
+    report.add_argument("--restart", action="store_true", help=text)
+    text = "measure nothing: draw from the results (or the points) in this JSON file"
+    report.add_argument("--from", dest="source", metavar="JSON", help=text)
+    add_pictures(report, "also draw the chart of loss against multiply-adds")
+    text = "also write the points of the chart, as a small JSON file for --from"
+    report.add_argument("--points", metavar="FILE", help=text)
+    add_json(report)
 
 
 def add_cache(names, flags) -> None:

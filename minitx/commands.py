@@ -17,7 +17,7 @@ import numpy as np
 
 import minitx
 from minitx.decode import Autoregressive
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 from minitx.lab.layout import COLUMNS, fit
 from minitx.progress import say
 from minitx.tree import nbytes, weights
@@ -398,6 +398,83 @@ def frontier(args) -> int | None:
     for path in pictures(args):
         found.picture(path)
     return INTERRUPTED if getattr(found, "stopped", False) else None
+
+
+def report(args) -> int | None:
+    from minitx.lab.report.points import pareto, points_of, read_points
+    from minitx.lab.report.results import read_results
+    from minitx.lab.report.summary import summary
+    from minitx.pictures.output import write_picture
+
+    page = report_page(args)
+    results = None
+    if args.source is None:
+        results = measured_report(args, page)
+    elif page is not None:
+        results = read_results(args.source)
+    found = read_points(args.source) if results is None else points_of(results)
+    if page is not None:
+        from minitx.lab.report.page import write_page
+
+        write_page(results, page)
+    for path in pictures(args):
+        write_picture(pareto(found), path)
+    if args.points is not None:
+        found.write(args.points)
+    about = None if results is None else results.about
+    if args.json:
+        print(json.dumps(found.as_dict() if results is None else results.as_dict(), indent=1))
+    else:
+        print(fit(summary(found, about)))
+    if page is not None:
+        say(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+    return INTERRUPTED if about and args.source is None and about["stopped"] else None
+
+
+def report_page(args) -> Path | None:
+    """The page to write; all that is refused before the work."""
+    from minitx.checkpoints.common import need_writable_file
+
+    check_pictures(args)
+    if args.source is not None:
+        for name in REPORT_MEASURED:
+            if getattr(args, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise MinitxError(f"{flag} has no effect with --from, which measures nothing.")
+    for path, ending in ((args.out, ".html"), (args.points, ".json")):
+        if path is not None and Path(path).suffix.lower() != ending:
+            raise MinitxError(
+                f"Expected a file name that ends in {ending}, got {abbreviate(str(path))}."
+            )
+        if path is not None:
+            need_writable_file(Path(path))
+    if args.out is None:
+        return Path("report.html") if args.source is None else None
+    return Path(args.out)
+
+
+# Options of report that say what is measured.
+REPORT_MEASURED = (
+    "stories", "grade", "text", "tokens", "quick", "share", "families", "methods", "rounds",
+    "small", "time_limit", "restart", "calibrate", "tokenizer",
+)  # fmt: skip
+
+
+def measured_report(args, page: Path):
+    from minitx.lab.report import Plan, measure
+    from minitx.text import read_text
+
+    check_measured(args)
+    names = ("stories", "tokens", "families", "methods", "rounds", "small", "time_limit")
+    given = {name: getattr(args, name) for name in names}
+    given |= {"shares": args.share, "grade": grade(args)}
+    if args.text is not None:
+        given["text"] = read_text(args.text)
+    given = {name: value for name, value in given.items() if value is not None}
+    plan = Plan.quickly(**given) if args.quick else Plan(**given)
+    kept = page.with_suffix(".json")
+    dense = minitx.load(args.model, args.tokenizer, **calibration(args))
+    return measure(dense, plan, kept, args.restart)
 
 
 def attention_plan(args) -> dict:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from minitx.pictures.svg import FONT_SIZE, text_width
 
-DISTANCES = (5, 12, 22, 34, 48)  # pixels from the point to the label's box
+DISTANCES = (5, 12, 22, 34, 48, 64, 82, 102)  # pixels from the point to the label's box
 ANGLES = (0, 180, 270, 90, 315, 45, 225, 135)  # degrees clockwise: right first, then left, above
+BETWEEN = (22, 202, 338, 158, 292, 68, 248, 112)  # further ones, for far labels
 LINE = 1.25  # height of a line of text, in font sizes
 GAP = 5  # pixels between labels on a line
 LIST_GAP = 18  # pixels between the frame and the list beside it
@@ -25,8 +26,9 @@ class Box:
     right: float
     bottom: float
 
-    def wider(self, by: float) -> "Box":
-        return Box(self.left - by, self.top, self.right + by, self.bottom)
+    def wider(self, x: float, y: float = 0.0) -> "Box":
+        """By so many pixels at each side."""
+        return Box(self.left - x, self.top - y, self.right + x, self.bottom + y)
 
     def meets(self, other: "Box") -> bool:
         """Do they share more than an edge?"""
@@ -71,10 +73,11 @@ def place(
     frame: Box,
     radius: float = 4.0,
     size: float = FONT_SIZE,
+    lines: Sequence[Box] = (),
 ) -> list[Label]:
     """A label for each wanted (x, y, text), in pixels; points: all that may not be covered, each
-    with this radius."""
-    taken = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points]
+    with this radius; lines: what else may not be."""
+    taken = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points] + [*lines]
     placed, listed = [], []
     for x, y, text in wanted:
         free = (
@@ -94,7 +97,7 @@ def place(
 def around(x, y, width: float, height: float, radius: float) -> Iterator[Box]:
     """Boxes around a point, from the nearest to the farthest."""
     for distance in DISTANCES:
-        for angle in ANGLES:
+        for angle in ANGLES + BETWEEN * (distance > 20):
             right, down = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             away = radius + distance
             # The box's side, or its corner, that faces the point is at this distance from it.

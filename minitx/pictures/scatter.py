@@ -33,7 +33,7 @@ class Point:
 @dataclass(frozen=True)
 class Curve:
     """Points of one method. line: they are joined, in the order given. color, shape: None for the
-    next ones. listed: it has an entry in the legend."""
+    next ones; shape "none": only the line. listed: it has an entry in the legend."""
 
     name: str
     points: Sequence[Point]
@@ -46,9 +46,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """least, most: values of y beyond them are drawn there, at the edge. level: a value of y that a
-    dotted line marks (the dense model's). ticks: (value, label) on the x axis instead of round
-    numbers."""
+    """least, most: values of y beyond them are drawn there, at the edge; most_x: larger values of
+    x, likewise. level: a value of y that a dotted line marks (the dense model's). ticks: (value,
+    label) on the x axis instead of round numbers."""
 
     curves: Sequence[Curve]
     x: str
@@ -57,6 +57,7 @@ class Panel:
     log_y: bool = False
     least: float | None = None
     most: float | None = None
+    most_x: float | None = None
     level: float | None = None
     title: str = ""
     ticks: Sequence[tuple[float, str]] = ()
@@ -146,7 +147,7 @@ class Layout:
     def __init__(self, panel: Panel, frame: Box):
         self.panel, self.frame = panel, frame
         points = [p for curve in panel.curves for p in curve.points]
-        xs = [p.x for p in points] + [value for value, _ in panel.ticks]
+        xs = [self.clipped_x(p.x) for p in points] + [value for value, _ in panel.ticks]
         ys = [self.clipped(p.y) for p in points]
         ys += [self.clipped(v) for v in (panel.level, panel.least) if v is not None]
         margin = 0.05
@@ -165,15 +166,29 @@ class Layout:
             for p, place in zip(curve.points, places)
             if p.label
         ]
-        self.labels: list[Label] = place_with_room(wanted, marked, frame)
+        inner = frame.wider(-2, -2)  # labels do not touch its edge
+        self.labels: list[Label] = place(wanted, marked, inner, RADIUS + 1, lines=self.steps())
+
+    def steps(self) -> list[Box]:
+        """The pieces of staircases, horizontal or vertical, as thin boxes: no label covers them."""
+        found = []
+        for curve, places in zip(self.panel.curves, self.places):
+            for a, b in zip(places, places[1:]) if curve.shape == "none" else ():
+                (left, right), (top, bottom) = (sorted(pair) for pair in zip(a, b))
+                if right - left < 1 or bottom - top < 1:
+                    found.append(Box(left, top, right, bottom).wider(1, 1))
+        return found
 
     def clipped(self, y: float) -> float:
         low = -math.inf if self.panel.least is None else self.panel.least
         high = math.inf if self.panel.most is None else self.panel.most
         return min(max(y, low), high)
 
+    def clipped_x(self, x: float) -> float:
+        return x if self.panel.most_x is None else min(x, self.panel.most_x)
+
     def place(self, p: Point) -> tuple[float, float]:
-        return self.across(p.x), self.up(self.clipped(p.y))
+        return self.across(self.clipped_x(p.x)), self.up(self.clipped(p.y))
 
     @property
     def right(self) -> float:
@@ -202,12 +217,16 @@ class Layout:
         for value, words in panel.ticks or self.across.ticks():
             x = self.across(value)
             picture.line(x, f.top, x, f.bottom, FAINT, 0.6)
+            if panel.most_x is not None and value >= panel.most_x * 0.9999:
+                words = f">= {words}"
             picture.text(x, f.bottom + 16, words, 11, "middle")
         for value, words in self.up.ticks():
             y = self.up(value)
             picture.line(f.left, y, f.right, y, FAINT, 0.6)
             if panel.least is not None and value <= panel.least * 1.0001:
                 words = f"<= {words}"
+            if panel.most is not None and value >= panel.most * 0.9999:
+                words = f">= {words}"
             picture.text(f.left - 6, y + 4, words, 11, "end")
         if panel.level is not None:
             y = self.up(self.clipped(panel.level))
@@ -216,12 +235,6 @@ class Layout:
         picture.rect(f.left, f.top, width, height, "none", stroke=GRAY, stroke_width=1)
         picture.text((f.left + f.right) / 2, f.bottom + 38, panel.x, anchor="middle")
         picture.text(f.left, f.top - 8, panel.title or panel.y)
-
-
-def place_with_room(wanted, marked, frame: Box) -> list[Label]:
-    """``place``, in a frame whose edge labels do not touch."""
-    inner = Box(frame.left + 2, frame.top + 2, frame.right - 2, frame.bottom - 2)
-    return place(wanted, marked, inner, RADIUS + 1)
 
 
 # Axes ---------------------------------------------------------------------------------------------

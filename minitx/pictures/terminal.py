@@ -40,10 +40,12 @@ def plot(
     least: float | None = None,
     x_words: Callable[[float], str] = "{:.3g}".format,
     y_words: Callable[[float], str] = "{:.3g}".format,
+    shared: bool = True,
 ) -> str:
     """The chart; below it the ends of the x axis, then ``about`` and the names of the letters, then
     the marks that share a character. below: what x is. least: y on a logarithmic scale that begins
-    there, for smaller values too. x_words, y_words: how values are written."""
+    there, for smaller values too. x_words, y_words: how values are written. shared: False for no
+    list of marks that share a character."""
     heights = [y_level(m.y, least) for m in marks]
     x, y = scale([m.x for m in marks], WIDTH), scale(heights, HEIGHT)
     cells: dict[tuple[int, int], list[Mark]] = {}  # by row, from the top, and column
@@ -61,11 +63,11 @@ def plot(
     lines.append(f"{'':{wide + 2}}{ends(left, f'{right} {below}')}")
     names = dict.fromkeys(f"{m.letter} {m.name}" for m in marks)
     lines.append(fill(about + ", ".join(names), COLUMNS, break_long_words=False))
-    lines += shared(cells, x_words, y_words)
+    lines += in_one_place(cells, x_words, y_words) if shared else []
     return "\n".join(line.rstrip() for line in lines)
 
 
-def shared(cells: dict, x_words, y_words) -> list[str]:
+def in_one_place(cells: dict, x_words, y_words) -> list[str]:
     """A line for each character that several methods share, from left to right: of one on the
     logarithmic scale's lowest line, too."""
     found = []
