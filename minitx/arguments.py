@@ -301,6 +301,16 @@ def parser(flags=()) -> Parser:
     add_pictures(sweep, "also draw the curve")
     add_json(sweep)
 
+    text = "what each technique saves when it is added to those before it, part by part"
+    waterfall = add(names, "waterfall", commands.waterfall, text)
+    add_model(waterfall)
+    text = "prompts to continue (default 4)"
+    waterfall.add_argument("--prompts", type=count, default=4, metavar="N", help=text)
+    add_grade(waterfall)
+    add_text(waterfall)
+    add_pictures(waterfall, "also draw the bars")
+    add_json(waterfall)
+
     add_frontier(names, flags)
     add_report(names)
 

@@ -375,6 +375,23 @@ def check_pictures(args) -> None:
             check_output(path, ending)
 
 
+def waterfall(args) -> None:
+    from minitx.lab.compare import Workload
+    from minitx.lab.waterfall import waterfall as measure
+    from minitx.text import read_text
+
+    check_pictures(args)
+    check_measured(args, of_stories=("grade",), of_text=())
+    work = Workload(stories=args.prompts, prompts=args.prompts)
+    if args.text is not None:
+        work = Workload(text=read_text(args.text), prompts=args.prompts)
+    dense = minitx.load(args.model, args.tokenizer, **calibration(args))
+    found = measure(dense, args.techniques, work, grade(args))
+    print_report(found, args.json)
+    for path in pictures(args):
+        found.picture(path)
+
+
 def frontier(args) -> int | None:
     from minitx.lab.frontier.families import FAMILIES, family_of
     from minitx.text import read_text
