@@ -240,6 +240,7 @@ def parser(flags=()) -> Parser:
     add_model(evaluate)
     add_measured(evaluate, 500, 4096)
     evaluate.add_argument("--depths", action="store_true", help="also exit after every block")
+    add_pictures(evaluate, "with --depths: also draw right answers by hops and depth")
     add_json(evaluate)
 
     compare = add(

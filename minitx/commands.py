@@ -280,12 +280,18 @@ def evaluate(args) -> None:
     from minitx.text import read_text
 
     check_measured(args)
+    check_pictures(args)
+    if pictures(args) and (not args.depths or args.text is not None):
+        why = "they need --depths" if args.text is None else "a text has no answers"
+        raise MinitxError(f"--svg and --png draw right answers by hops and depth: {why}.")
     options = dict(depths=args.depths, shown=True)
     if args.text is None:
         report = evaluate_model(load(args), args.stories or 500, grade(args), **options)
     else:
         report = evaluate_text(load(args), read_text(args.text), args.tokens or 4096, **options)
     print_report(report, args.json)
+    for path in pictures(args):
+        report.picture(path)
 
 
 def compare(args) -> int | None:

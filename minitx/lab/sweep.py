@@ -15,8 +15,9 @@ from itertools import product
 from minitx import progress
 from minitx.errors import MinitxError
 from minitx.lab.compare import Comparison, Workload, compare_with, measure_dense, to_read
-from minitx.lab.evaluate import percent, table
+from minitx.lab.evaluate import heat_of, percent, table
 from minitx.pictures import scatter
+from minitx.pictures.heatmap import Heat
 from minitx.pictures.output import write_picture
 from minitx.pictures.scatter import Curve, Panel, draw
 from minitx.pictures.svg import INK
@@ -103,7 +104,14 @@ def as_dict(points: Sequence[Point]) -> list[dict]:
 
 
 def as_text(points: Sequence[Point]) -> str:
-    return f"{as_table(points)}\n\n{chart(points)}"
+    parts = [as_table(points), chart(points), *filter(None, [heat(points)])]
+    return "\n\n".join(map(str, parts))
+
+
+def heat(points: Sequence[Point]) -> Heat | None:
+    """Right answers by setting and hops; None for a text, which has no answers."""
+    reports = [points[0].comparison.reading.dense, *(p.comparison.reading.changed for p in points)]
+    return heat_of("setting", ["dense", *(p.label or "defaults" for p in points)], reports)
 
 
 def axis(points: Sequence[Point]) -> tuple[str, list[float]]:
@@ -140,8 +148,11 @@ def chart(points: Sequence[Point]) -> str:
 
 
 def picture(points: Sequence[Point], name: str, path) -> None:
-    """The chart as an SVG or PNG file (output.py)."""
-    write_picture(draw([panel(points)], name, legend=False), path)
+    """The chart, and the map of right answers below it, as an SVG or PNG file (output.py)."""
+    drawn = draw([panel(points)], name, legend=False)
+    if found := heat(points):
+        found.paint(drawn, drawn.height)
+    write_picture(drawn, path)
 
 
 def panel(points: Sequence[Point]) -> Panel:

@@ -126,7 +126,8 @@ def text(axes, a: dict, words: str, order: int) -> None:
 
 
 def filled(a: dict) -> dict:
-    edge = {"edgecolor": a.get("stroke", "none"), "linewidth": number(a, "stroke-width", 0)}
+    edge = {"edgecolor": a.get("stroke", "none"), "linewidth": number(a, "stroke-width", 1)}
+    edge["linewidth"] *= "stroke" in a
     return {"facecolor": a.get("fill", "none"), "alpha": number(a, "opacity", 1)} | edge
 
 

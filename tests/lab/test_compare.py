@@ -239,6 +239,15 @@ def test_sweep_chart_lists_settings_in_one_place(leave_out):
     assert sweeps.chart(points).endswith("x=1.000x, y=+0.0000: a n=0, D dense")
 
 
+def test_sweep_maps_right_answers_by_setting_and_hops(leave_out, tmp_path):
+    points = sweeps.sweep(story_lm(), leave_out, [{"n": 0}, {"n": 1}], PLAN, bar=False)
+    heat = sweeps.heat(points)
+    assert [*heat.rows] == ["dense", "n=0", "n=1"] and "2 hops" in heat.columns
+    changed = points[1].comparison.reading.changed
+    assert heat.values[2] == [*changed.by_hops.values()]
+    assert str(heat) in sweeps.as_text(points)
+
+
 # The commands ------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ from minitx.text import Text
 
 POND = Text("The balance of once and twice: a fence, a pond, and a stone. " * 4, "pond.txt")
 PLAN = Workload(text=POND, tokens=60, prompts=2)
-WANTED = {"early_exit": {"first": 1, "threshold": 0.0}, "quantize": {}, "fold_norms": {}}
+SKIP = {"unit": "layer", "choose": "last", "count": 1}
+WANTED = {"layer_skip": SKIP, "quantize": {}, "fold_norms": {}}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def found():
 def test_steps_are_in_the_order_in_which_techniques_are_applied(found):
     labels = [step.label for step in found.steps]
     assert labels[:3] == ["dense", "+ fold-norms", "+ quantize"]
-    assert labels[3].startswith("+ early-exit ") and "threshold=0" in labels[3]
+    assert labels[3] == "+ layer-skip unit=layer choose=last count=1"
 
 
 def test_steps_count_what_the_ledger_counts(found):
@@ -39,7 +40,7 @@ def test_steps_count_what_the_ledger_counts(found):
             assert step.parts[part] == entry.divided(tokens), f"{part} of {step.label}"
 
 
-def test_exit_saves_multiply_adds_and_quantize_saves_bytes(found):
+def test_skipped_layer_saves_multiply_adds_and_quantize_saves_bytes(found):
     def total(number, name):
         return sum(found.steps[number].amounts(name).values())
 
