@@ -15,7 +15,7 @@ STYLE = """
           --soft: #a4a4ac; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; background: var(--paper);
+body { margin: 0 auto; padding: 1.5rem; max-width: 82rem; background: var(--paper);
        color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 h3 { font-size: 1.05rem; margin: 2rem 0 0.2rem; }

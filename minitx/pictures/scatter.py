@@ -28,6 +28,7 @@ class Point:
     y: float
     label: str = ""  # drawn beside it
     note: str = ""  # appears when the mouse is over it
+    first: bool = False  # its label finds a place before those of others
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,14 @@ class Layout:
             for place in places
             if curve.shape != "none"
         ]
-        wanted = [
-            (*place, p.label)
-            for curve, places in zip(panel.curves, self.places)
+        labelled = [  # the last curve's first: they are drawn on top
+            (p, place)
+            for curve, places in reversed(list(zip(panel.curves, self.places)))
             for p, place in zip(curve.points, places)
             if p.label
         ]
+        labelled.sort(key=lambda one: not one[0].first)
+        wanted = [(*place, p.label) for p, place in labelled]
         inner = frame.wider(-2, -2)  # labels do not touch its edge
         self.labels: list[Label] = place(wanted, marked, inner, RADIUS + 1, lines=self.steps())
 
@@ -192,8 +195,9 @@ class Layout:
 
     @property
     def right(self) -> float:
-        """Of the frame, or of the list of labels beside it."""
-        return max([self.frame.right, *(label.box.right for label in self.labels)])
+        """Of the frame, of the words above it, or of the list of labels beside it."""
+        words = self.frame.left + text_width(self.panel.title or self.panel.y)
+        return max([self.frame.right, words, *(label.box.right for label in self.labels)])
 
     def draw(self, picture: Svg) -> None:
         self.draw_frame(picture)
@@ -214,19 +218,21 @@ class Layout:
 
     def draw_frame(self, picture: Svg) -> None:
         f, panel = self.frame, self.panel
-        for value, words in panel.ticks or self.across.ticks():
+        points = [p for curve in panel.curves for p in curve.points]
+        at_edge = [
+            (panel.most_x, ">=", any(p.x > (panel.most_x or math.inf) for p in points)),
+        ]
+        for value, words in panel.ticks or with_edges(self.across, at_edge, 44):
             x = self.across(value)
             picture.line(x, f.top, x, f.bottom, FAINT, 0.6)
-            if panel.most_x is not None and value >= panel.most_x * 0.9999:
-                words = f">= {words}"
             picture.text(x, f.bottom + 16, words, 11, "middle")
-        for value, words in self.up.ticks():
+        at_edge = [
+            (panel.least, "<=", panel.least is not None),
+            (panel.most, ">=", any(p.y > (panel.most or math.inf) for p in points)),
+        ]
+        for value, words in with_edges(self.up, at_edge, 14):
             y = self.up(value)
             picture.line(f.left, y, f.right, y, FAINT, 0.6)
-            if panel.least is not None and value <= panel.least * 1.0001:
-                words = f"<= {words}"
-            if panel.most is not None and value >= panel.most * 0.9999:
-                words = f">= {words}"
             picture.text(f.left - 6, y + 4, words, 11, "end")
         if panel.level is not None:
             y = self.up(self.clipped(panel.level))
@@ -265,7 +271,19 @@ class Axis:
         return [(value, f"{value:,.6g}") for value in values]
 
 
-def round_ticks(low: float, high: float, about: int = 6) -> list[float]:
+def with_edges(axis: Axis, edges: Sequence[tuple], room: float) -> list[tuple[float, str]]:
+    """The ticks of an axis and those of its edges (value, "<=" or ">=", is it shown): what is
+    beyond an edge is drawn at it. Ticks within ``room`` pixels of an edge make way."""
+    shown = [(value, f"{sign} {value:,.6g}") for value, sign, there in edges if there]
+    ticks = [
+        tick
+        for tick in axis.ticks()
+        if all(abs(axis(tick[0]) - axis(value)) >= room for value, _ in shown)
+    ]
+    return sorted([*ticks, *shown])
+
+
+def round_ticks(low: float, high: float, about: int = 7) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of 10 between two values: about so many."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))

@@ -7,13 +7,14 @@ the chart lists them all:
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_letters
 from textwrap import fill
 
 WIDTH, HEIGHT = 60, 15  # characters of the chart
 COLUMNS = 100  # of the terminal
+UNBROKEN = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def plot(
     lines.append(f"{'':{wide + 1}}+{'-' * WIDTH}")
     lines.append(f"{'':{wide + 2}}{ends(left, f'{right} {below}')}")
     names = dict.fromkeys(f"{m.letter} {m.name}" for m in marks)
-    lines.append(fill(about + ", ".join(names), COLUMNS, break_long_words=False))
+    lines.append(listed(about, names))
     lines += in_one_place(cells, x_words, y_words) if shared else []
     return "\n".join(line.rstrip() for line in lines)
 
@@ -74,9 +75,16 @@ def in_one_place(cells: dict, x_words, y_words) -> list[str]:
     for _, here in sorted(cells.items(), key=lambda cell: (cell[0][1], -cell[0][0])):
         names = dict.fromkeys(f"{m.letter} {m.name}" for m in here)
         if len(names) > 1:
-            line = f"x={x_words(here[0].x)}, y={y_words(here[0].y)}: {', '.join(names)}"
-            found.append(fill(line, COLUMNS, subsequent_indent="    ", break_long_words=False))
+            about = f"x={x_words(here[0].x)}, y={y_words(here[0].y)}: "
+            found.append(listed(about, names, "    "))
     return ["Points in one place:", *found] if found else []
+
+
+def listed(about: str, names: Iterable[str], indent: str = "") -> str:
+    """``about`` and the names, broken into lines between names only."""
+    joined = ", ".join(name.replace(" ", UNBROKEN) for name in names)
+    options = dict(subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return fill(about + joined, COLUMNS, **options).replace(UNBROKEN, " ")
 
 
 def ends(left: str, right: str) -> str:

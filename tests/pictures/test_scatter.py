@@ -48,6 +48,34 @@ def test_values_beyond_least_and_most_are_drawn_at_the_edge():
     curve = Curve("a", [Point(0, -1), Point(1, 0.5), Point(2, 99)])
     layout = Layout(Panel([curve], "x", "y", log_y=True, least=0.01, most=1), FRAME)
     assert [y for _, y in layout.places[0]] == [layout.up(v) for v in (0.01, 0.5, 1)]
+    drawn = str(draw([Panel([curve], "x", "y", log_y=True, least=0.01, most=1, most_x=1.5)], "t"))
+    for words in ("&lt;= 0.01", "&gt;= 1", "&gt;= 1.5"):
+        assert f">{words}</text>" in drawn, "the axis says what the edge means"
+
+
+def test_curve_on_top_is_labelled_first():
+    """Of two points in one place, it is the last one's label that is nearest to it."""
+    curves = [Curve(name, [Point(1, 1, name)]) for name in ("below", "on top")]
+    first, second = Layout(Panel(curves, "x", "y"), Box(0, 0, 400, 400)).labels
+    assert first.text == "on top" and first.box.left == pytest.approx(first.x + 10)
+    assert second.box.right < second.x, "the other one stands at the left"
+
+
+def test_label_of_a_first_point_is_placed_before_others():
+    curves = [
+        Curve("a", [Point(1, 1, "wanted", first=True)]),
+        Curve("b", [Point(1, 1, f"other {i}") for i in range(5)]),
+    ]
+    labels = Layout(Panel(curves, "x", "y"), Box(0, 0, 400, 400)).labels
+    assert labels[0].text == "wanted" and labels[0].leader == []
+
+
+def test_label_does_not_cover_a_staircase():
+    stairs = [Point(0, 2), Point(1, 2), Point(1, 1), Point(2, 1)]
+    curves = [Curve("front", stairs, line=True, shape="none"), Curve("a", [Point(1, 1, "name")])]
+    layout = Layout(Panel(curves, "x", "y"), Box(0, 0, 400, 400))
+    assert len(layout.steps()) == 3 and not layout.labels[0].listed
+    assert not any(layout.labels[0].box.meets(step) for step in layout.steps())
 
 
 def test_picture_has_every_name_label_and_note():

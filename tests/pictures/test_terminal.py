@@ -34,3 +34,10 @@ def test_logarithmic_axis_begins_at_its_least_value():
     assert lines[HEIGHT // 2][8 + WIDTH // 2 - 1 : 8 + WIDTH // 2 + 1].strip() == "a", (
         "0.01 is half way between 0.0001 and 1"
     )
+
+
+def test_names_are_broken_between_names_only():
+    series = {f"method number {i}": [(i, i)] for i in range(20)}
+    names = plot(marks_of(series), "x").splitlines()[HEIGHT + 2 :]
+    assert len(names) > 1 and all(len(line) <= 100 for line in names)
+    assert all(line[1:].startswith(" method number ") for line in names), names

@@ -24,19 +24,21 @@ from minitx.pictures.html import chart, heading, html_table, links, page, paragr
 from minitx.technique import LEVELS, Technique
 
 READ = (
-    "executed: share of the dense model's multiply-adds while reading. loss: nats per token above "
-    "dense. KL: KL(dense || changed), nats per token. agrees: the argmax. hops: answers that are "
-    "right. Relative to dense, per new token when generating: multiply-adds, bytes of weights and "
-    "of KV cache read, speed; memory is of all arrays."
+    "Reading and generating. executed: share of the dense model's multiply-adds while reading. "
+    "loss: nats per token above dense. KL: KL(dense || changed), nats per token. agrees: the "
+    "argmax. hops: answers that are right. Relative to dense, per new token when generating: "
+    "multiply-adds, bytes of weights and of KV cache read, speed; memory is of all arrays."
 )
 KEYS = (
-    "kept: share of the keys that queries see; mass: share of the exact attention on them. "
-    "multiply-adds and bytes: of attention alone, without its projections, relative to dense."
+    "At the same share of keys (minitx frontier attention). kept: share of the keys that queries "
+    "see; mass: share of the exact attention on them. multiply-adds and bytes: of attention alone, "
+    "without its projections, relative to dense."
 )
 DECODED = (
-    "tokens per call: new tokens per pass of the model. Relative to plain decoding, per new token: "
-    "multiply-adds, bytes of weights and KV cache, time to the first token, speed. same: greedy "
-    "texts that are those of plain decoding."
+    "Ways to decode, on the same prompts (minitx frontier decoding). tokens per call: new tokens "
+    "per pass of the model. Relative to plain decoding, per new token: multiply-adds, bytes of "
+    "weights and KV cache, time to the first token, speed. same: greedy texts that are those of "
+    "plain decoding."
 )
 
 
@@ -56,7 +58,7 @@ def pieces(results: Results, found: Points, title: str) -> Iterator[str]:
     yield heading(1, title)
     yield paragraph(opening(found, about))
     yield paragraph(f"The model: {about['shape']}. Methods are tuned on {about['tuning']}.", "soft")
-    yield links([("charts", "charts"), *((level, level) for level in LEVELS),
+    yield links([("charts", "charts"), ("tables", "tables"), *((level, level) for level in LEVELS),
                  ("baselines", "baselines")])  # fmt: skip
     yield heading(2, "All techniques", "charts")
     yield paragraph(
@@ -67,16 +69,19 @@ def pieces(results: Results, found: Points, title: str) -> Iterator[str]:
     for cost, name in COSTS.items():
         yield chart(pareto(found, cost))
         yield html_table(front_rows(found, cost), f"The Pareto front of loss and {name}", 2)
-    level = ""
-    for technique, rows in by_technique(results):
-        if technique.level != level:
-            level = technique.level
-            yield heading(2, f"Level: {level}", level)
-        yield from section(results, technique, rows)
+    yield heading(2, "How to read the tables", "tables")
+    yield from map(paragraph, (READ, KEYS, DECODED))
+    found_of = list(by_technique(results))
+    for level in LEVELS:
+        own = [(technique, rows) for technique, rows in found_of if technique.level == level]
+        yield heading(2, f"Level: {level}", level)
+        yield links((technique.name, technique.flag) for technique, _ in own)
+        for technique, rows in own:
+            yield from section(results, technique, rows)
     yield heading(2, "Baselines", "baselines")
     rows = [(family, row) for family, row in results.rows() if is_baseline(family, row.method)]
     if rows:
-        yield html_table(work_table(results, rows), READ, 2)
+        yield html_table(work_table(results, rows), words=3)
     for family, why in results.refused.items():
         yield paragraph(f"minitx frontier {family}: {why}")
 
@@ -90,13 +95,13 @@ def section(results: Results, technique: Technique, rows: Sequence) -> Iterator[
     if measured and has_no_loss(technique.name):
         yield paragraph(ANSWERS[0].upper() + ANSWERS[1:], "soft")
     elif measured:
-        yield html_table(work_table(results, measured), READ, 2)
+        yield html_table(work_table(results, measured), words=3)
     keys = keys_table(results, technique.name)
     if len(keys) > 1:
-        yield html_table(keys, KEYS)
+        yield html_table(keys, "At the same share of keys")
     decoded = decoded_table(results, technique.name)
     if len(decoded) > 1:
-        yield html_table(decoded, DECODED, 2)
+        yield html_table(decoded, "Ways to decode, on the same prompts", 2)
     if len(measured) + len(keys) + len(decoded) == 2 and not rows:
         yield paragraph("Not measured.", "soft")
     said = [f"{where(family, row)}: {row.reason}" for family, row in rows if row.reason]

@@ -208,10 +208,10 @@ def panel(points: Sequence[Cost], cost: str) -> Panel:
     for number, (name, levels) in enumerate(GROUPS.items()):
         own = [p for p in points if not p.baseline and find(p.technique).level in levels]
         shape = ("circle", "square", "diamond", "triangle", "circle")[number]
-        curves.append(Curve(name, [marked(p, cost, named) for p in own], shape=shape))
+        curves.append(Curve(name, [marked(p, cost, named, p in best) for p in own], shape=shape))
     baselines = [marked(p, cost, named) for p in points if p.baseline]
     curves.append(Curve("baselines", baselines, color="#b0b0b0", shape="square"))
-    dense = [Point(1.0, 0.0, "dense", "the dense model")]
+    dense = [Point(1.0, 0.0, "dense", "the dense model", first=True)]
     curves.append(Curve("dense", dense, color=INK, shape="diamond"))
     return Panel(
         curves,
@@ -224,9 +224,9 @@ def panel(points: Sequence[Cost], cost: str) -> Panel:
     )
 
 
-def marked(p: Cost, cost: str, named: dict[int, str]) -> Point:
+def marked(p: Cost, cost: str, named: dict[int, str], first: bool = False) -> Point:
     note = f"{p.name}: {getattr(p, cost):.3f}x {COSTS[cost]}, loss {p.loss:+.4f}"
-    return Point(getattr(p, cost), p.loss, named.get(id(p), ""), note)
+    return Point(getattr(p, cost), p.loss, named.get(id(p), ""), note, first)
 
 
 def labels(points: Sequence[Cost], best: Sequence[Cost]) -> dict[int, str]:
