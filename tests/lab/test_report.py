@@ -5,13 +5,14 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_frontier import POND
 from tiny import tiny_lm
 
 from minitx.errors import MinitxError
-from minitx.lab.frontier.equal_work import Figures, Measuring, Row
+from minitx.lab.frontier.equal_work import Figures, Measuring, Row, additions
 from minitx.lab.report import Plan, measure, read_results
 from minitx.lab.report.page import html
 from minitx.lab.report.points import (
@@ -28,6 +29,7 @@ from minitx.lab.report.points import (
 )
 from minitx.lab.report.results import Results
 from minitx.lab.report.summary import summary
+from minitx.ledger import Entry
 from minitx.technique import names
 
 ROOT = Path(__file__).parents[2]
@@ -92,11 +94,13 @@ def test_results_of_something_else_are_refused_and_kept(found, lm, plan, differs
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
     def interrupted(self, method):
         if method.name == "zero_skip":
+            kept = read_results(path).work["defaults"]
+            assert "fold_norms" in kept, "a result is kept before the next method begins"
             raise KeyboardInterrupt
         return [Row(method.name, None, reason="it was the first.")]
 
-    monkeypatch.setattr(Measuring, "rows_or_reasons", interrupted)
     path = tmp_path / "report.json"
+    monkeypatch.setattr(Measuring, "rows_or_reasons", interrupted)
     stopped = measure(tiny_lm(name="tiny"), PLAN, path, bar=False)
     assert stopped.about["stopped"] and "goes on" in summary(points_of(stopped), stopped.about)
     assert [*read_results(path).work["defaults"]] == ["fold_norms"]
@@ -137,6 +141,12 @@ def test_costs_of_a_point():
     (point,) = points_of(Results({}, about, {"defaults": {"lut_product": [row]}})).points
     assert (point.operations, point.time, point.loss) == (0.75, 0.25, 0.25)
     assert point.bytes == pytest.approx((0.8 * 300 + 2.0 * 100) / 400)
+
+
+def test_additions_are_relative_to_the_dense_multiply_adds():
+    work = {"dense": {"ffn": Entry(80), "head": Entry(20)}}
+    work["changed"] = {"ffn": Entry(0, additions=30), "head": Entry(20, additions=5)}
+    assert additions(SimpleNamespace(generation=SimpleNamespace(**work))) == 0.35
 
 
 def test_front_has_the_points_that_nothing_beats():

@@ -38,6 +38,8 @@ def test_steps_count_what_the_ledger_counts(found):
         tokens = sum(map(len, texts))
         for part, entry in counts.by_group().items():
             assert step.parts[part] == entry.divided(tokens), f"{part} of {step.label}"
+            amount = step.amounts("multiply_adds").get(part, 0)
+            assert amount == entry.divided(tokens).multiply_adds, f"{part} is missing in the bars"
 
 
 def test_skipped_layer_saves_multiply_adds_and_quantize_saves_bytes(found):

@@ -17,6 +17,7 @@ def test_points_of_several_methods_in_one_place_are_listed():
         "x=0.5, y=0: b two, c three",
         "x=1, y=1: a one, b two",
     ]
+    assert chart.splitlines()[HEIGHT - 1].endswith("b"), "the first method's letter is shown"
 
 
 def test_points_of_one_method_in_one_place_are_not_listed():
