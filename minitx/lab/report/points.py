@@ -31,6 +31,7 @@ ABOUT = {
     "bytes": "bytes of weights and KV cache read per new token, relative to dense",
     "time": "time per new token, relative to dense",
 }
+PALE = "#a8a8a8"  # of baselines
 GROUPS = {  # by the levels of their techniques
     "weights": ("pruning", "weights", "matrices"),
     "attention": ("scores", "attention"),
@@ -209,8 +210,10 @@ def panel(points: Sequence[Cost], cost: str) -> Panel:
         own = [p for p in points if not p.baseline and find(p.technique).level in levels]
         shape = ("circle", "square", "diamond", "triangle", "circle")[number]
         curves.append(Curve(name, [marked(p, cost, named, p in best) for p in own], shape=shape))
-    baselines = [marked(p, cost, named) for p in points if p.baseline]
-    curves.append(Curve("baselines", baselines, color="#b0b0b0", shape="square"))
+    for name, shape, at_random in (("random baselines", "square", True),
+                                   ("static baselines", "circle", False)):  # fmt: skip
+        own = [p for p in points if p.baseline and ("random" in p.method) == at_random]
+        curves.append(Curve(name, [marked(p, cost, named) for p in own], False, False, PALE, shape))
     dense = [Point(1.0, 0.0, "dense", "the dense model", first=True)]
     curves.append(Curve("dense", dense, color=INK, shape="diamond"))
     return Panel(
