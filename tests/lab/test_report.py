@@ -205,6 +205,27 @@ def test_page_is_self_contained_and_has_every_technique(found):
     assert "prefers-color-scheme: dark" in page
 
 
+def test_page_has_the_tables_of_attention_and_decoding(found):
+    """As their own --json has them; a baseline belongs to no technique."""
+    point = dict(setting="p=1", kept=0.25, mass=0.5, accuracy=0.75, crossover=None)
+    point |= dict(multiply_adds_to_dense=0.3, bytes_to_dense=0.4)
+    figures = dict(
+        tokens_per_call=2.5, multiply_adds=1.1, weight_bytes=0.5, cache_bytes=0.6, same=2
+    )
+    figures |= dict(first={"median": 0.9}, speed={"median": 1.5})
+    row = dict(method="speculative gamma=2", sampling="greedy", seen=False, figures=figures)
+    others = {
+        "attention": {"points": [dict(point, method=name) for name in ("elsa", "oracle")]},
+        "decoding": {"rows": [row, dict(row, seen=True, figures=None)]},
+    }
+    page = html(replace(found, others=others, refused={"decoding": "the context is too short."}))
+    sections = dict(re.findall(r'<h[23] id="(\w+)">(.*?)(?=<h[23] |$)', page, re.S))
+    assert "p=1" in sections["elsa"] and "25.0 %" in sections["elsa"]
+    assert ">oracle</td>" in sections["baselines"] and ">oracle</td>" not in sections["elsa"]
+    assert ">2.50</td>" in sections["speculative"] and ">1.50x</td>" in sections["speculative"]
+    assert "frontier decoding: the context is too short." in page
+
+
 def test_summary_fits_100_columns_and_says_why_techniques_are_missing(found):
     text = summary(points_of(found), found.about)
     assert max(map(len, text.splitlines())) <= 100

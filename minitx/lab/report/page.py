@@ -6,6 +6,7 @@ from pathlib import Path
 from minitx.checkpoints.common import atomic_write
 from minitx.lab.evaluate import percent
 from minitx.lab.frontier.equal_work import Row
+from minitx.lab.frontier.families import family_of
 from minitx.lab.report.measure import DEFAULTS
 from minitx.lab.report.points import (
     ANSWERS,
@@ -23,6 +24,7 @@ from minitx.lab.report.summary import front_rows, opening
 from minitx.pictures.html import chart, heading, html_table, links, page, paragraph
 from minitx.technique import LEVELS, Technique
 
+SAME_KEYS = "At the same share of keys"
 READ = (
     "Reading and generating. executed: share of the dense model's multiply-adds while reading. "
     "loss: nats per token above dense. KL: KL(dense || changed), nats per token. agrees: the "
@@ -82,6 +84,9 @@ def pieces(results: Results, found: Points, title: str) -> Iterator[str]:
     rows = [(family, row) for family, row in results.rows() if is_baseline(family, row.method)]
     if rows:
         yield html_table(work_table(results, rows), words=3)
+    keys = keys_table(results, *family_of("attention").baselines)
+    if len(keys) > 1:
+        yield html_table(keys, SAME_KEYS, 2)
     for family, why in results.refused.items():
         yield paragraph(f"minitx frontier {family}: {why}")
 
@@ -98,7 +103,7 @@ def section(results: Results, technique: Technique, rows: Sequence) -> Iterator[
         yield html_table(work_table(results, measured), words=3)
     keys = keys_table(results, technique.name)
     if len(keys) > 1:
-        yield html_table(keys, "At the same share of keys")
+        yield html_table(keys, SAME_KEYS, 2)
     decoded = decoded_table(results, technique.name)
     if len(decoded) > 1:
         yield html_table(decoded, "Ways to decode, on the same prompts", 2)
@@ -146,15 +151,15 @@ def work_table(results: Results, rows: Sequence[tuple[str, Row]]) -> list[list[s
     return found
 
 
-def keys_table(results: Results, technique: str) -> list[list[str]]:
-    """At the same share of keys (minitx frontier attention)."""
-    found = [["setting", "kept", "mass", "right", "mult-adds", "bytes", "faster from"]]
+def keys_table(results: Results, *names: str) -> list[list[str]]:
+    """At the same share of keys (minitx frontier attention): of these techniques or baselines."""
+    found = [["method", "setting", "kept", "mass", "right", "mult-adds", "bytes", "faster from"]]
     for p in results.others.get("attention", {}).get("points", []):
-        if technique_of("attention", p["method"]) == technique:
+        if technique_of("attention", p["method"]) in names:
             faster = f"{p['crossover']:,} keys" if p["crossover"] else "never"
             shares = [percent(p[name]) for name in ("kept", "mass", "accuracy")]
             costs = [f"{p[f'{name}_to_dense']:.2f}x" for name in ("multiply_adds", "bytes")]
-            found.append([p["setting"], *shares, *costs, faster])
+            found.append([p["method"], p["setting"], *shares, *costs, faster])
     return found
 
 
