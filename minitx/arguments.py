@@ -216,6 +216,7 @@ def parser(flags=()) -> Parser:
     add_model(evaluate)
     add_measured(evaluate, 500, 4096)
     evaluate.add_argument("--depths", action="store_true", help="also exit after every block")
+    add_pictures(evaluate, "with --depths: also draw right answers by hops and depth")
     add_json(evaluate)
 
     compare = add(
@@ -274,10 +275,21 @@ def parser(flags=()) -> Parser:
     add_model(sweep)
     add_measured(sweep, 40, 2048)
     add_chains(sweep)
-    sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs matplotlib)")
+    add_pictures(sweep, "also draw the curve")
     add_json(sweep)
 
+    text = "what each technique saves when it is added to those before it, part by part"
+    waterfall = add(names, "waterfall", commands.waterfall, text)
+    add_model(waterfall)
+    text = "prompts to continue (default 4)"
+    waterfall.add_argument("--prompts", type=count, default=4, metavar="N", help=text)
+    add_grade(waterfall)
+    add_text(waterfall)
+    add_pictures(waterfall, "also draw the bars")
+    add_json(waterfall)
+
     add_frontier(names, flags)
+    add_report(names)
 
     cost = add(
         names,
@@ -378,8 +390,38 @@ def add_frontier(names, flags) -> None:
             add_decoding(command)
         else:
             add_shares(command, family)
-        command.add_argument("--png", metavar="FILE", help="also draw curves (needs matplotlib)")
+        add_pictures(command, "also draw curves")
         add_json(command)
+
+
+def add_report(names) -> None:
+    text = "every technique on one model, as one HTML page with Pareto charts"
+    report = add(names, "report", commands.report, text)
+    add_model(report, techniques=False)
+    add_measured(report, 40, 2048)
+    text = "the page; results are kept beside it, as .json (default report.html)"
+    report.add_argument("--out", metavar="FILE", help=text)
+    text = "small samples: noisy figures, in minutes on a small model"
+    report.add_argument("--quick", action="store_true", help=text)
+    text = "shares of the multiply-adds to tune methods to (default 0.9,0.75,0.5)"
+    report.add_argument("--share", type=shares, metavar="A,B", help=text)
+    text = "defaults, attention, structure, calculation, decoding (default: all)"
+    report.add_argument("--families", type=words, metavar="A,B", help=text)
+    text = "only these techniques or methods (default: all)"
+    report.add_argument("--methods", type=words, metavar="A,B", help=text)
+    report.add_argument("--rounds", type=count, metavar="N", help="timing rounds (default 3)")
+    text = "the second model of methods that need one: a draft, say (default stories-draft)"
+    report.add_argument("--small", metavar="MODEL", help=text)
+    text = "give a method up after S seconds (default 300)"
+    report.add_argument("--time-limit", type=seconds, metavar="S", help=text)
+    text = "measure all of it again, even what is in the .json file"
+    report.add_argument("--restart", action="store_true", help=text)
+    text = "measure nothing: draw from the results (or the points) in this JSON file"
+    report.add_argument("--from", dest="source", metavar="JSON", help=text)
+    add_pictures(report, "also draw the chart of loss against multiply-adds")
+    text = "also write the points of the chart, as a small JSON file for --from"
+    report.add_argument("--points", metavar="FILE", help=text)
+    add_json(report)
 
 
 def add_cache(names, flags) -> None:
@@ -552,6 +594,11 @@ def add_chains(command: Parser) -> None:
         metavar="N",
         help="read N chains of stories instead, each as long as the context",
     )
+
+
+def add_pictures(command: Parser, what: str) -> None:
+    command.add_argument("--svg", metavar="FILE", help=f"{what}, as SVG")
+    command.add_argument("--png", metavar="FILE", help=f"{what}, as PNG (needs matplotlib)")
 
 
 def add_json(command: Parser) -> None:

@@ -23,7 +23,7 @@ from minitx.arguments import read_arguments
 from minitx.checkpoints.huggingface import write_model
 from minitx.cli import main
 from minitx.errors import MinitxError, MinitxWarning
-from minitx.lab import sweep
+from minitx.pictures import output
 from minitx.technique import techniques
 from minitx.tree import map_weights
 
@@ -134,7 +134,7 @@ def test_picture_that_cannot_be_written_is_refused_before_the_work(
     run, workdir, monkeypatch, command, path, message
 ):
     (workdir / "folder.png").mkdir()
-    monkeypatch.setattr(sweep, "need_pyplot", lambda: None)
+    monkeypatch.setattr(output, "need_pyplot", lambda: None)
     monkeypatch.setattr(minitx, "load", None)  # the work would begin with it
     before = sorted(workdir.iterdir())
     status, out, err = run(*command, "--png", path)
