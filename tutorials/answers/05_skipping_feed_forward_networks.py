@@ -46,8 +46,8 @@ many = 10 * np.random.default_rng(0).standard_normal((10_000, 2))
 cosines, lengths = cosine_and_length(many)
 turned = lengths[cosines <= 0]
 say(
-    f"Of {len(many):,} random vectors, {np.sum(lengths < 5):,} are shorter than a. The shortest that",
-    f"turns a by 90 degrees or more has the length {turned.min():.2f}.",
+    f"Of {len(many):,} random vectors, {np.sum(lengths < 5):,} are shorter than a. The shortest",
+    f"that turns a by 90 degrees or more has the length {turned.min():.2f}.",
 )
 assert np.isclose(cosine, -1) and np.isclose(cosine_and_length(-a + [-0.4, 0.3])[0], 0)
 assert turned.min() > 5
