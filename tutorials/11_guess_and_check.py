@@ -67,13 +67,19 @@ WORDS = ("park", "kitchen", "garden", "cave")
 p = [Fraction(6, 10), Fraction(3, 10), Fraction(1, 10), Fraction(0)]
 q = [Fraction(4, 10), Fraction(2, 10), Fraction(2, 10), Fraction(2, 10)]
 
+# %% [markdown]
 # The rule: accept the guess x with probability min(1, p(x) / q(x)). A word that is at least as
 # probable in p as in q is always accepted. "garden" is guessed twice as often as it should be, so
 # half of its guesses are rejected. "cave" must never come out, so all of its are.
+
+# %%
 accept = [min(Fraction(1), p_x / q_x) for p_x, q_x in zip(p, q)]
 
+# %% [markdown]
 # After a rejection another word is drawn, from the residual distribution: what is left of p where
 # it is above q (2/10 for park, 1/10 for kitchen), scaled to sum 1.
+
+# %%
 excess = [max(Fraction(0), p_x - q_x) for p_x, q_x in zip(p, q)]
 residual = [e / sum(excess) for e in excess]
 table = [[WORDS[i], *map(str, (p[i], q[i], accept[i], residual[i]))] for i in range(4)]
