@@ -54,6 +54,7 @@ from dataclasses import replace
 import numpy as np
 
 from minitx.learn.exercise import Exercise, Mistake
+from minitx.learn.outcomes import unpack
 from minitx.model import Transformer
 from minitx.shared.cosine import cosine
 from minitx.state import Layer, State, Tokens
@@ -269,15 +270,12 @@ def cases(rng):
 def observe(answer, x, blocks, confidence, threshold, first):
     """The state and depth of each token of a text, and what the caches hold after it."""
     caches = [Cache() for _ in blocks]
-    ends = [pair(answer.run(h, blocks, caches, confidence, threshold, first)) for h in x]
+    ends = [
+        unpack(answer.run(h, blocks, caches, confidence, threshold, first), "run", "h", "depth")
+        for h in x
+    ]
     kept = [(np.array(cache.keys), np.array(cache.values)) for cache in caches]
     return {"tokens": ends, "caches": kept}
-
-
-def pair(result):
-    if not isinstance(result, (tuple, list)) or len(result) != 2:
-        raise TypeError("run must return two values: the state h and the depth")
-    return result
 
 
 # In the model ------------------------------------------------------------------------------------

@@ -205,8 +205,15 @@ MISTAKES = (
 
 
 def cases(rng):
-    """Cosines on both sides of the threshold, with cold layers and without."""
-    for D, L, k, cold_start, cold_end in ((3, 6, 2, 1, 5), (4, 8, 1, 0, 8), (4, 9, 3, 2, 8)):
+    """Cosines on both sides of the threshold, with cold layers and without; states so short that
+    their dot products stay below it."""
+    for D, L, threshold, k, cold_start, cold_end in (
+        (3, 6, 0.8, 2, 1, 5),
+        (4, 8, 0.8, 1, 0, 8),
+        (4, 9, 0.3, 3, 2, 8),
+        (3, 9, 0.9, 1, 1, 8),
+        (2, 8, 0.6, 2, 2, 7),
+    ):
         blocks = [
             Block(
                 rng.standard_normal((D, D)) / 2,
@@ -215,8 +222,9 @@ def cases(rng):
             )
             for _ in range(L)
         ]
-        for threshold in (0.3, 0.8, 0.95):
-            yield 2 * rng.standard_normal(D), blocks, threshold, k, cold_start, cold_end
+        yield 2 * rng.standard_normal(D), blocks, threshold, k, cold_start, cold_end
+    small = [Block(np.eye(3) / 9, np.zeros((3, 3)), rng.uniform(0.01, 0.02, 3)) for _ in range(6)]
+    yield rng.uniform(0.1, 0.3, 3), small, 0.9, 1, 1, 5
 
 
 # In the model ------------------------------------------------------------------------------------
