@@ -337,7 +337,7 @@ say(
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 14`: Sign hashes (ELSA)
+# - `minitx learn 14`: Sign hashes
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/06_which_keys_matter.py`.

@@ -349,7 +349,7 @@ say(
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 15`: Greedy search (A3)
+# - `minitx learn 15`: Greedy search
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/07_four_ways_to_find_keys.py`.
