@@ -118,8 +118,8 @@ def erf(x):
     """The error function, which NumPy lacks, to about 1e-15.
 
     A Taylor polynomial around the nearest point c of a grid: with t = x - c,
-    erf(c + t) = erf(c) + erf'(c) (t - c t^2 + (4c^2 - 2) t^3 / 6 + ...). The factors of a power of t
-    are Hermite polynomials in c: they come from differentiating exp(-c^2).
+    erf(c + t) = erf(c) + erf'(c) (t - c t^2 + (4c^2 - 2) t^3 / 6 + ...). The factors of the powers
+    of t are Hermite polynomials in c: they come from differentiating exp(-c^2).
     """
     i = np.fmax(np.fmin(np.rint(x * _ERF_STEPS), _ERF_END), -_ERF_END).astype(np.int32)  # not NaN
     t = x - i.astype(x.dtype) * (1 / _ERF_STEPS)
