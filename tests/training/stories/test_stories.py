@@ -20,6 +20,7 @@ from minitx.training.stories import (
     stories,
     vocabulary,
 )
+from minitx.training.stories.gaps import GAPS, find_gaps
 from minitx.training.stories.generator import StoryGenerator
 from minitx.training.stories.grades import SHORT
 from minitx.training.stories.grammar import (
@@ -343,3 +344,14 @@ def test_first_stories_are_those_of_the_stream_and_are_written_once(monkeypatch)
         patch.setattr(StoryGenerator, "generate", interrupted)
         first_stories("train", "one_hop", 5, 9)
     assert first_stories("train", "one_hop", 5, 9) == take(9, "one_hop", seed=5)
+
+
+@pytest.mark.parametrize("stream", GAPS, ids=str)
+def test_known_gaps_lead_to_the_stories_that_a_search_finds(stream):
+    gaps, (split, grade, seed) = GAPS[stream], stream
+    stale = "the stories have changed: print the table of gaps.py again"
+    assert gaps[:8] == tuple(find_gaps(split, grade, seed, 8)), stale
+    found = list(itertools.islice(stories(split, grade, seed), len(gaps) + 1))
+    assert all(split_of(story.text) == split for story in found), stale
+    searched = list(itertools.islice(stories(split, GRADES[grade], seed), 8))
+    assert found[:8] == searched, "the stories with and without gaps differ"
