@@ -11,6 +11,7 @@ A run of chosen files or tests, or in a debugger, is a usual run in one process;
 tests``.
 """
 
+import gc
 import json
 import os
 import signal
@@ -67,6 +68,7 @@ class Process:
         """Runs the tests instead of pytest's own loop, which runs if this returns None."""
         if session.testsfailed and not self.config.option.continue_on_collection_errors:
             return None  # it says what could not be collected
+        gc.freeze()  # so many tests, and none is ever garbage: not looked at again and again
         pieces = pieces_of(session.items)
         for piece in self.in_order(list(pieces)):
             if self.claim(*piece):
