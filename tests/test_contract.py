@@ -43,7 +43,7 @@ IDS = np.random.default_rng(0).integers(0, 258, 40)
 PROMPT, NEW = IDS[:12].tolist(), 16
 # As generation runs a text: the prompt at once, then token by token; last, many tokens at once.
 STEPS = (12, *[1] * 16, 12)
-FEW = 4  # calibration stories: the laws are the same after many
+FEW = 2  # calibration stories: the laws are the same after many
 
 
 def settings(t) -> dict[str, dict]:
