@@ -44,7 +44,7 @@ def share(config):
     return First(config)
 
 
-PIECE = 800  # tests: a longer file (the contract) is claimed in pieces, so that both end together
+PIECE = 400  # tests: a longer file (the contract) is claimed in pieces, so that both end together
 
 
 def pieces_of(items) -> dict[tuple[Path, int], list]:
