@@ -13,6 +13,7 @@ from minitx import commands
 from minitx.commands import SEED, TEMPERATURE
 from minitx.errors import MinitxError, abbreviate, did_you_mean, nearest
 from minitx.lab.layout import fit
+from minitx.learn.command import add_learn, with_check
 
 RENAMED = {"compare-attention": "frontier attention"}
 
@@ -96,7 +97,7 @@ def technique_help(flags) -> str:
 def read_arguments(arguments: list[str] | None, known: Parser | None = None) -> argparse.Namespace:
     """The arguments, parsed. known: the ``parser()``, to build it once for many command lines."""
     words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
-    args, unknown = (known or parser(flags)).parse_known_args(words)
+    args, unknown = (known or parser(flags)).parse_known_args(with_check(words))
     if flags and not hasattr(args, "techniques"):
         raise MinitxError(f"{args.parser.prog} takes no techniques; remove {flags[0][0]}.")
     if flags:
@@ -176,40 +177,13 @@ def parser(flags=()) -> Parser:
     )
     generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
     add_model(generate)
-    generate.add_argument(
-        "-n",
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="maximum number of new tokens (default: fill the context)",
-    )
-    generate.add_argument(
-        "-t",
-        "--temperature",
-        type=float,
-        metavar="T",
-        help=f"sampling temperature (default {TEMPERATURE}); 0: greedy decoding, the likeliest "
-        "token each time",
-    )
-    generate.add_argument(
-        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
-    )
-    generate.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="nucleus sampling: keep the smallest set with probability mass P",
-    )
-    generate.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help=f"random seed (default {SEED}): the same seed gives the same text",
-    )
+    add_sampling(generate, "fill the context")
     add_json(generate)
 
     show = add(names, "show", commands.show, "print the tree of parts that runs")
     add_model(show)
+    text = "show what the techniques change in the tree, line by line"
+    show.add_argument("--diff", action="store_true", help=text)
     add_json(show)
 
     models = add(names, "models", commands.models, "list the models that can be loaded")
@@ -221,6 +195,8 @@ def parser(flags=()) -> Parser:
     explain = add(names, "explain", commands.explain, "print a technique's card")
     explain.add_argument("name", help="name of a technique, such as fold-norms")
     add_json(explain)
+
+    add_pictures(names)
 
     check = add(
         names, "check", commands.check, "compare models with Hugging Face reference outputs"
@@ -327,6 +303,8 @@ def parser(flags=()) -> Parser:
 
     add_cache(names, flags)
 
+    add_learn(names, add)
+
     train = add(names, "train", commands.train, "train a model from a recipe")
     train.add_argument("recipe", help="a recipe.json, or the folder that contains one")
     train.add_argument("--out", metavar="DIR", help="folder to write (default: runs/NAME)")
@@ -353,6 +331,32 @@ def parser(flags=()) -> Parser:
     for command in names.choices.values():
         command.flags = flags
     return top
+
+
+def add_pictures(names) -> None:
+    """The commands that draw: each prints a picture as text, and writes it to a file if asked."""
+    text = "draw what ran for every token in every layer, under the generated text"
+    skip_map = add(names, "map", commands.skip_map, text)
+    text = "draw which keys a head's queries attend to, and how much attention they miss"
+    keys = add(names, "keys", commands.keys, text)
+    text = "layer, counted from 0 (default: the middle one)"
+    keys.add_argument("--layer", type=int, metavar="N", help=text)
+    text = "query head, counted from 0 (default 0)"
+    keys.add_argument("--head", type=int, default=0, metavar="N", help=text)
+    text = "draw a weight matrix before and after techniques: histogram, zeros, singular values"
+    weights = add(names, "weights", commands.draw_weights, text)
+    text = "part that holds the matrix, such as stack.blocks.3.ffn.down (default: the first of the "
+    text += "middle block that the techniques change)"
+    weights.add_argument("--part", metavar="PATH", help=text)
+    add_model(weights)
+    add_picture(weights)
+    add_json(weights)
+    for command in (skip_map, keys):
+        command.add_argument("prompt", help="the text to continue; - reads it from stdin")
+        add_model(command)
+        add_sampling(command, "60, or as many as fit the context")
+        add_picture(command)
+        add_json(command)
 
 
 def add_frontier(names, flags) -> None:
@@ -479,6 +483,46 @@ def add_model(command: Parser, techniques: bool = True) -> None:
         return
     command.set_defaults(techniques={})
     command.takes_techniques = True
+
+
+def add_sampling(command: Parser, all_of_them: str) -> None:
+    """How many tokens to generate, and how they are drawn."""
+    command.add_argument(
+        "-n",
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"maximum number of new tokens (default: {all_of_them})",
+    )
+    command.add_argument(
+        "-t",
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"sampling temperature (default {TEMPERATURE}); 0: greedy decoding, the likeliest "
+        "token each time",
+    )
+    command.add_argument(
+        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="nucleus sampling: keep the smallest set with probability mass P",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"random seed (default {SEED}): the same seed gives the same text",
+    )
+
+
+def add_picture(command: Parser) -> None:
+    command.add_argument("--svg", metavar="FILE", help="also write the picture as SVG")
+    text = "also write the picture as PNG (needs matplotlib)"
+    command.add_argument("--png", metavar="FILE", help=text)
 
 
 def add_measured(command: Parser, stories: int, tokens: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby, islice, tee
 from pathlib import Path
+from shutil import get_terminal_size
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from minitx.progress import say
 from minitx.tree import nbytes, weights
 
 NOT_FINISHED, INTERRUPTED = 3, 130
+NEW_TOKENS = 60  # that a picture shows
 TEMPERATURE, SEED = 0.8, 0  # of generate: a story that does not repeat itself, every time the same
 
 
@@ -87,6 +89,69 @@ def generate(args) -> None:
     say(f"{len(new)} tokens in {took:.2f} s, {len(new) / took:.0f} tokens/s")
 
 
+def skip_map(args) -> None:
+    from minitx.pictures.skip_map import skip_map as draw
+    from minitx.pictures.skip_map_svg import as_svg
+
+    draw_generated(args, draw, as_svg)
+
+
+def keys(args) -> None:
+    from minitx.pictures.keys_kept import keys_kept
+    from minitx.pictures.keys_kept_svg import as_svg
+
+    draw_generated(args, keys_kept, as_svg, layer=args.layer, head=args.head)
+
+
+def draw_weights(args) -> None:
+    from minitx.pictures.save import check_files
+    from minitx.pictures.weights import weights as draw
+    from minitx.pictures.weights_svg import as_svg
+    from minitx.technique import apply
+
+    check_files(args.svg, args.png)
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer)
+    changed = apply(dense, args.techniques, **calibrate) if args.techniques else None
+    title = " ".join(["minitx weights", flags_text(args)]).strip()
+    print_picture(args, draw(dense, changed, title, args.part), as_svg)
+
+
+def draw_generated(args, draw, as_svg, **more) -> None:
+    """A picture of a generated text, compared with the model without techniques."""
+    from minitx.pictures.save import check_files
+    from minitx.technique import apply
+
+    options = sampling(args)
+    check_files(args.svg, args.png)
+    prompt = read_stdin() if args.prompt == "-" else need_text(args.prompt)
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer)
+    changed = apply(dense, args.techniques, **calibrate)
+    new = args.max_new_tokens
+    if new is None:
+        new = min(NEW_TOKENS, changed.model.config.new_tokens(len(changed.encode(prompt))))
+    command = args.parser.prog.removeprefix("minitx ")
+    title = " ".join(["minitx", command, repr(prompt), flags_text(args)]).strip()
+    with np.errstate(over="ignore", invalid="ignore"):  # as for generate
+        found = draw(dense, changed, title, prompt, new, **more, **options)
+    print_picture(args, found, as_svg)
+
+
+def print_picture(args, found, as_svg) -> None:
+    """As text or JSON, and into the files that were asked for."""
+    from minitx.pictures.save import save
+
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found.text(terminal_columns()))
+    if args.svg is not None or args.png is not None:
+        save(as_svg(found), args.svg, args.png)
+
+
+def terminal_columns() -> int:
+    """The width of the terminal; of a pipe or a file, that of tables."""
+    return get_terminal_size((COLUMNS, 0)).columns if sys.stdout.isatty() else COLUMNS
+
+
 def sampling(args) -> dict:
     """The options of the sampler: those given, and a temperature and a seed if they are not."""
     names = ("top_k", "top_p", "seed")
@@ -145,6 +210,8 @@ def read_stdin() -> str:
 
 
 def show(args) -> None:
+    if args.diff:
+        return show_diff(args)
     from minitx.checkpoints.precomputed import is_precomputed, read_origin
 
     lm = load(args)
@@ -163,6 +230,21 @@ def show(args) -> None:
             say(str(read_origin(lm.folder)))
         for use in calibrated:
             say(use)
+
+
+def show_diff(args) -> None:
+    from minitx.pictures.tree_diff import tree_diff
+    from minitx.technique import apply
+
+    if not args.techniques:
+        raise MinitxError(
+            "--diff compares the model before and after techniques; give at least one, such as "
+            "--fold-norms."
+        )
+    calibrate = calibration(args)
+    dense = minitx.load(args.model, args.tokenizer)
+    found = tree_diff(dense, apply(dense, args.techniques, **calibrate), flags_text(args))
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
 OTHER_MODELS = """

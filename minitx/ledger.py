@@ -81,6 +81,7 @@ class Ledger:
     entered: Callable[[str], None] | None = (
         None  # called with the path of a part that begins to run
     )
+    watcher: "Watcher | None" = None  # told of every call and of all work, as it happens
 
     def add(
         self,
@@ -91,8 +92,10 @@ class Ledger:
         bits: int | None = None,
         part: Part | None = None,
     ) -> None:
-        places = self.paths.get(id(part), [self.path])
-        entry = self.entries.setdefault(_path(places, self.path, ()), Entry())
+        path = _path(self.paths.get(id(part), [self.path]), self.path, ())
+        if self.watcher:
+            self.watcher.spend(path, multiply_adds, additions)
+        entry = self.entries.setdefault(path, Entry())
         entry.multiply_adds += multiply_adds
         entry.weight_bytes += weight_bytes
         entry.cache_bytes += cache_bytes
@@ -117,6 +120,19 @@ class Ledger:
             group = group_of(path)
             found[group] = found.get(group, Entry()) + entry
         return found
+
+
+class Watcher:
+    """The interface of what looks on while a ledger is open (pictures/token_work.py)."""
+
+    def enter(self, path: str, method: str, arguments: tuple) -> None:
+        """A method of the part at this path begins to run."""
+
+    def leave(self) -> None:
+        """The method that began last ends."""
+
+    def spend(self, path: str, multiply_adds: int, additions: int) -> None:
+        """The part at this path works."""
 
 
 def is_below(path: str, above: str) -> bool:
@@ -177,14 +193,15 @@ def _number(n) -> int:
 
 
 @contextmanager
-def counting(root: Part) -> Iterator[Ledger]:
+def counting(root: Part, watcher: Watcher | None = None) -> Iterator[Ledger]:
     """Count the work of the parts below ``root`` inside the ``with`` block; yields the ledger.
+    watcher: told of every call of a part and of all work.
 
     While the ledger is open, every method of the parts' classes records which part is running; at
     other times that costs nothing. Ledgers do not nest: an inner one counts by itself.
     """
     global active
-    outer, active = active, Ledger()
+    outer, active = active, Ledger(watcher=watcher)
     ledger, paths = active, active.paths
     classes = set()
     for path, node in walk(root):
@@ -219,10 +236,14 @@ def _noted(method, ledger: Ledger, paths: dict[int, list[str]]):
         ledger.path = _path(paths.get(id(self), [before]), before, args)
         if ledger.entered and ledger.path != before:
             ledger.entered(ledger.path)
+        if ledger.watcher:
+            ledger.watcher.enter(ledger.path, method.__name__, args)
         try:
             return method(self, *args, **options)
         finally:
             ledger.path = before
+            if ledger.watcher:
+                ledger.watcher.leave()
 
     noted.__wrapped__ = method  # for digest.py, to which it stays the same method
     return noted

@@ -14,14 +14,22 @@ import sys
 from collections.abc import Iterable
 
 
-def bar(work: int | Iterable, label: str, unit: str = "step", delay: float = 0.0, shown=True):
+def bar(
+    work: int | Iterable,
+    label: str,
+    unit: str = "step",
+    delay: float = 0.0,
+    shown=True,
+    total: int | None = None,
+):
     """A progress bar over ``work``: a number of steps, or an iterable to loop over.
 
     label: what is being done. unit: of what one step is. delay: seconds before the bar appears, for
-    work that is usually over by then. shown: False for no bar at all. Returns a tqdm bar: iterate
-    over it, or use ``with`` and call ``update()``, ``set_description(label)``.
+    work that is usually over by then. shown: False for no bar at all. total: the number of items of
+    an iterable that does not know its length. Returns a tqdm bar: iterate over it, or use ``with``
+    and call ``update()``, ``set_description(label)``.
     """
-    many = {"total": work} if isinstance(work, int) else {"iterable": work}
+    many = {"total": work} if isinstance(work, int) else {"iterable": work, "total": total}
     shown = shown and _is_terminal()
     return _bar_type()(
         **many,

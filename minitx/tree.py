@@ -210,7 +210,7 @@ def draw(node: Part) -> str:
 
 def _lines(name: str, node: Part) -> list[str]:
     title = f"{name}: " if name else ""
-    lines = [f"{title}{type(node).__name__}{_settings(node)}"]
+    lines = [f"{title}{type(node).__name__}{settings(node)}"]
     drawn, names = [], {}
     for child_name, child in children(node):
         first = names.setdefault(id(child), child_name)
@@ -235,7 +235,7 @@ def _folded(drawn: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
     return out
 
 
-def _settings(node: Part) -> str:
+def settings(node: Part) -> str:
     """``(w 352x128, eps=1e-05)``: the fields in order, arrays by their shape."""
     words = []
     for f in fields(node):

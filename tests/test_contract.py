@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from enumeration import exact_distribution, model_distribution, total_variation
 from random_sets import MODELS, broken_law, draw_case, try_case
+from same import assert_same
 from tiny import END, FAMILIES, KINDS, WIDE, decode, tiny_lm, tiny_model
 
 from minitx.errors import MinitxError
@@ -110,9 +111,11 @@ def greedy(lm, prompt, n=NEW):
     return list(decode(lm.decode, lm.model, prompt, Sampler(), n))
 
 
+LOGITS = ("token", "vocabulary entry")
+
+
 def close(found, expected, within, what):
-    error = abs(found - expected).max() / abs(expected).max()
-    assert error <= within, f"{what}: logits differ by {error:.1e} of the largest"
+    assert_same(found, expected, f"logits, {what}", LOGITS, within)
 
 
 each = pytest.mark.parametrize("name", ALL)
@@ -158,7 +161,8 @@ def test_neutral_setting_equals_dense(name, family):
         pytest.skip("it has no neutral setting")
     dense, lm = tiny_lm(family), changed(name, family, "neutral", np.float32)
     for sizes in ((40,), (7, 20, 13)):
-        np.testing.assert_array_equal(run(lm, IDS, sizes), run(dense, IDS, sizes))
+        what = f"neutral setting equals dense bit for bit, in steps of {sizes}"
+        assert_same(run(lm, IDS, sizes), run(dense, IDS, sizes), what, LOGITS)
     assert greedy(lm, PROMPT) == greedy(dense, PROMPT)
 
 
@@ -210,7 +214,7 @@ def test_rewind_and_replay_gives_same_logits(name, family):
             back_to = 24
         steps = STEPS[: end - 11] if back_to == 0 else (1,) * (end - back_to)
         again = run(lm, IDS[back_to:end], steps, state)
-        np.testing.assert_array_equal(again, first[back_to:end], f"replayed from {back_to}")
+        assert_same(again, first[back_to:end], f"logits replayed from {back_to}", LOGITS)
 
 
 @inner
@@ -225,7 +229,8 @@ def test_fork_is_independent(name, family):
     np.testing.assert_array_equal(found, first[20:], "the original was changed by its fork")
     fork = state.fork()
     expected = run(lm, IDS[:3], (1,) * 3, state)
-    np.testing.assert_array_equal(run(lm, IDS[:3], (1,) * 3, fork), expected, "the fork differs")
+    found = run(lm, IDS[:3], (1,) * 3, fork)
+    assert_same(found, expected, "a fork goes on like its original", LOGITS)
 
 
 @inner
@@ -262,7 +267,7 @@ def test_setting_keeps_the_laws_with_large_matrices(name, setting):
     if setting == "neutral":
         dense, lm = dense_lm("large", np.float32), changed(name, "large", setting, np.float32)
         found, expected = run(lm, IDS, (12, 1, 1, 26)), run(dense, IDS, (12, 1, 1, 26))
-        np.testing.assert_array_equal(found, expected, "neutral is not dense bit for bit")
+        assert_same(found, expected, "neutral setting equals dense bit for bit", LOGITS)
         return
     if wrong := broken_law(lm, IDS[:16], prompt=6, new=4):
         pytest.fail(wrong)

@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -20,9 +21,11 @@ import pytest
 import minitx
 from minitx.fast import ONE_THREAD
 from minitx.lab.evaluate import evaluate
+from minitx.learn.exercise import find_exercise
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tutorials"
+ANSWERS = FOLDER / "answers"
 NUMBERED = sorted(path.name for path in FOLDER.glob("[0-9]*.py"))
 SOURCES = {name: (FOLDER / name).read_text("utf-8") for name in NUMBERED}
 NAMES = [name for name in NUMBERED if "from helpers import" in SOURCES[name]]
@@ -472,13 +475,63 @@ def test_tutorial_begins_with_its_question(name):
     assert "?" in text.partition("\n\n")[0], "the first paragraph asks the question"
 
 
+def cells_of(name) -> list[tuple[str, str]]:
+    """(kind, text) of each cell: "[markdown]" or "" for code."""
+    found = re.split(r"^# %%(.*)\n", SOURCES[name], flags=re.MULTILINE)
+    assert found[0] == "", "the file begins with a cell"
+    return [(kind.strip(), text.strip("\n")) for kind, text in zip(found[1::2], found[2::2])]
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_tutorial_is_made_of_titled_cells_and_ends_with_exercises(name):
-    cells = re.findall(r"^# %%(.*)$", SOURCES[name], re.MULTILINE)
-    assert all(title.startswith(" ") and title.strip() for title in cells)
-    assert cells[-1] == " Try this"
-    exercises = SOURCES[name].rpartition("# %%")[2]
-    assert len(re.findall(r"^# \d\. ", exercises, re.MULTILINE)) >= 3
+def test_tutorial_is_a_notebook_of_prose_and_code(name):
+    """Cells as Jupytext and editors know them: prose becomes markdown, not a comment in code."""
+    for number, (kind, text) in enumerate(cells_of(name)):
+        assert kind in ("[markdown]", ""), f"a cell of an unknown kind: {kind}"
+        lines = text.splitlines()
+        if kind == "":
+            assert not lines[0].startswith("#"), f"prose at the start of a code cell: {lines[0]}"
+            assert not lines[-1].startswith("#"), f"prose at the end of a code cell: {lines[-1]}"
+        elif number:
+            assert all(re.match(r"#( |$)", line) for line in lines), "code in a markdown cell"
+            prose = re.sub(r"`[^`]*`", "", re.sub(r"^#     .*$", "", text, flags=re.MULTILINE))
+            assert not re.search(r"<[A-Za-z/]|\w\*\w", prose), "markdown would take this for markup"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tutorial_has_titles_and_ends_with_exercises(name):
+    titles = re.findall(r"^# ## (.+)$", SOURCES[name], re.MULTILINE)
+    assert len(titles) >= 5
+    kind, text = cells_of(name)[-1]
+    assert kind == "[markdown]" and text.startswith("# ## Exercises\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tutorial_says_which_exercises_continue_it(name):
+    _, text = cells_of(name)[-1]
+    named = re.findall(r"^# - `minitx learn (\d+)`: (.+)$", text, re.MULTILINE)
+    assert named, "no exercise continues this tutorial"
+    for number, title in named:
+        assert find_exercise(number).title == title
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_question_of_a_tutorial_has_an_answer(name):
+    """tutorials/answers has a file of the same name, with a cell "Question N" for each question."""
+    _, text = cells_of(name)[-1]
+    questions = re.findall(r"^# (\d+)\. ", text, re.MULTILINE)
+    assert f"`tutorials/answers/{name}`" in text
+    answers = (ANSWERS / name).read_text("utf-8")
+    assert re.findall(r"^# ## Question (\d+)", answers, re.MULTILINE) == questions
+    assert answers.count("\nassert ") >= len(questions), "each answer is checked"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_hold(name, monkeypatch, capsys):
+    """They assert what they say; run in this process, which has the packages loaded already."""
+    monkeypatch.setattr(sys, "path", [str(ANSWERS), *sys.path])
+    monkeypatch.delitem(sys.modules, "helpers", raising=False)
+    runpy.run_path(str(ANSWERS / name), run_name="__main__")
+    assert capsys.readouterr().out.count("Question ") >= 1
 
 
 @pytest.mark.parametrize("name", NAMES)

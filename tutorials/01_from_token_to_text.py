@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 1: from token to text. What does a language model compute?
 
 Nothing is hidden: halfway down, the whole model stands as one page of NumPy, and it gives the same
@@ -9,7 +10,10 @@ Letters, as everywhere in minitx: T tokens, D width, H query heads, K key/value 
 F hidden width, V vocabulary, L layers.
 """
 
-# %% A model, and a short story that ends with a question
+# %% [markdown]
+# ## A model, and a short story that ends with a question
+
+# %%
 import inspect
 import re
 
@@ -27,12 +31,16 @@ W = weights(model)  # every weight array by its path in the model: {"embed.w": a
 print(f"{sum(w.size for w in W.values()):,} weights in {len(W)} arrays")
 say(STORY + QUESTION, "...")
 
-# %% 1. Text becomes tokens
+# %% [markdown]
+# ## 1. Text becomes tokens
+#
 # A model knows no letters. A tokenizer cuts the text into tokens from a fixed vocabulary, and each
 # token has an id. Our stories use few words, so nearly every word is one token; a rare word is put
-# together from smaller tokens, down to bytes. In front goes a special token, <start> here: every
+# together from smaller tokens, down to bytes. In front goes a special token, `<start>` here: every
 # story of the training data came after one. The last line shows two rare words: one is one token,
 # the other five.
+
+# %%
 title("1. Text becomes tokens")
 ids = lm.encode(STORY + QUESTION)
 words = ["<start>"] + [lm.tokenizer.decode([i]) for i in ids[1:]]
@@ -47,11 +55,15 @@ print("' kite' is one token, ' Zürich' is", len(pieces) - 1, "tokens:", pieces)
 assert pieces[0] == b" kite"
 assert lm.tokenizer.decode(ids[1:]) == STORY + QUESTION  # nothing was lost
 
-# %% 2. Tokens become vectors
+# %% [markdown]
+# ## 2. Tokens become vectors
+#
 # Each token looks up its row in the embedding table: D learned numbers. From here on the model only
 # computes with these rows, one row x[t] for each token. x is called the residual stream, because
 # everything that follows is added to it. Look at which words have similar rows: nobody told the
 # model what a name, a place or a colour is.
+
+# %%
 title("2. Tokens become vectors")
 table = W["embed.w"]  # (V, D)
 x = table[ids]  # (T, D)
@@ -64,10 +76,14 @@ for word in (" Tom", " park", " red"):
     nearest = np.argsort(-cosines)[1:6]  # without the word itself
     print(f"  most similar to{word}:", ",".join(lm.tokenizer.decode([i]) for i in nearest))
 
-# %% 3. Attention on three tokens, by hand
+# %% [markdown]
+# ## 3. Attention on three tokens, by hand
+#
 # So far each row knows its own word only. Attention is how a token reads from the tokens before it.
 # Every token has a query (what am I looking for?), a key (what can I be found by?) and a value
 # (what do I hand over?). Here the third of three tokens looks back, and all numbers fit on paper.
+
+# %%
 title("3. Attention on three tokens, by hand")
 query = np.array([2.0, 0.0])  # of the third token
 keys = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])  # of all three tokens
@@ -80,14 +96,20 @@ print("scores           ", scores.round(2))
 print("exponentials     ", exponentials.round(2), " sum", exponentials.sum().round(2))
 print("attention weights", attention_weights.round(2))
 print("weighted sum of the values", (attention_weights @ values).round(2))
+
+# %% [markdown]
 # The first key points where the query points, so its value makes up most of the result. That is all
 # of attention: a lookup that is soft. Now the same in the trained model.
 
-# %% 4. The first block of the model: norm, queries, keys, values
+# %% [markdown]
+# ## 4. The first block of the model: norm, queries, keys, values
+#
 # First a norm: each row is divided by its size (the root of the mean square, RMS), then every
 # column is multiplied by a learned gain. Three matrix products give queries, keys and values. They
 # are cut into heads, small independent attentions side by side. To save memory, query heads share
 # key heads.
+
+# %%
 title("4. The first block, step by step")
 block = "stack.blocks.0."
 rms = np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)  # (T, 1)
@@ -101,13 +123,16 @@ v = (normed @ W[block + "attn.qkv.v.w"]).reshape(T, c.kv_heads, -1).swapaxes(0, 
 G = c.heads // c.kv_heads
 print(f"queries {q.shape}, keys {k.shape}, values {v.shape}: {G} query heads share a key head")
 
-# %% ... positions
+# %% [markdown]
+# ## ... positions
+#
 # A dot product of query and key does not know how far apart the two tokens are. Rotary position
 # embedding (RoPE) tells it: pairs of columns are rotated by an angle proportional to the position,
 # so that in a dot product only the distance of the two positions is left. Look at the first two
 # lines below: other positions, the same distance, the same product.
 
 
+# %%
 def rotate(rows, positions):
     """Rotate rows (..., T, d) to their positions (T,)."""
     first, second = np.split(rows, 2, -1)  # pair i is (column i, column i + d/2)
@@ -124,10 +149,14 @@ for query_position, key_position in ((7, 5), (107, 105), (8, 5)):
     print(f"a query at position {query_position:3}, a key at {key_position:3}: {product:+.4f}")
 q, k = rotate(q, np.arange(T)), rotate(k, np.arange(T))
 
-# %% ... attention
+# %% [markdown]
+# ## ... attention
+#
 # As in the toy example, for all heads and all tokens at once. One thing is new: a token must not
 # see the tokens after it, or predicting them would be trivial. The causal mask sets their scores to
 # minus infinity, and exp(-infinity) is 0.
+
+# %%
 scores = q @ k.repeat(G, 0).swapaxes(1, 2) / np.sqrt(c.head_width).astype(q.dtype)  # (H, T, T)
 causal_mask = np.triu(np.ones((T, T), bool), 1)  # True above the diagonal: key after query
 scores[:, causal_mask] = -np.inf
@@ -141,10 +170,14 @@ heads = attention_weights @ v.repeat(G, 0)  # (H, T, d)
 attention = heads.swapaxes(0, 1).reshape(T, -1) @ W[block + "attn.out.w"]  # (T, D)
 h = x + attention  # added: the residual stream keeps what it had
 
-# %% ... and the feed-forward network
+# %% [markdown]
+# ## ... and the feed-forward network
+#
 # It works on each row by itself: expand to F hidden neurons, silu(gate) * up with
 # silu(x) = x * sigmoid(x), then project back to D. Here two thirds of the work happens. Look at the
 # error at the end, which compares our few lines with the block of the model.
+
+# %%
 rms = np.sqrt((h * h).mean(-1, keepdims=True) + c.norm_eps)
 normed = h / rms * W[block + "ffn.norm.gain"]
 gate = normed @ W[block + "ffn.expand.gate.w"]  # (T, F)
@@ -160,11 +193,15 @@ error = abs(ours - theirs).max() / abs(theirs).max()
 print(f"our first block against the model's: error {error:.0e} of the largest number")
 assert error < 1e-5
 
-# %% 5. All the blocks, then the head
+# %% [markdown]
+# ## 5. All the blocks, then the head
+#
 # The other blocks do the same with weights of their own. At the end come a last norm and the head:
 # a dot product with every row of the embedding table. The results are the logits, one for each word
 # of the vocabulary, and their softmax is the probability that this word comes next. Nothing forbids
 # to ask the head earlier: look at which block finds the answer.
+
+# %%
 title(f"5. {c.layers} blocks, then the head: what comes after '{''.join(words[-4:]).strip()}'?")
 
 
@@ -184,10 +221,14 @@ for number, one_block in enumerate(model.stack.blocks, 1):
 assert best == answer
 print("The early blocks know that a place is due; from some block on, the model knows which one.")
 
-
-# %% 6. The whole model on one page
+# %% [markdown]
+# ## 6. The whole model on one page
+#
 # Now everything in order, for all blocks, with nothing called but NumPy. A comment with a colon
 # names the part of the model that does this line, and the shape of the result.
+
+
+# %%
 def flat_forward(ids, W, c):
     """Token ids (T,) to logits (T, V), and the attention weights (H, T, T) of every block."""
     T, H, K, d = len(ids), c.heads, c.kv_heads, c.head_width
@@ -225,9 +266,13 @@ def flat_forward(ids, W, c):
     return n @ table.T, attention_weights  # head: (T, V)
 
 
-# %% ... is the model
+# %% [markdown]
+# ## ... is the model
+#
 # Sums are added up in another order here and there, so the last digits may differ. That has to be
 # rounding: in float64, with 16 digits instead of 7, the difference must shrink by 9 digits.
+
+# %%
 title("6. The whole model on one page")
 for dtype, tolerance in ((np.float32, 1e-5), (np.float64, 1e-12)):
     precise = minitx.load("stories", dtype=dtype).model
@@ -238,10 +283,14 @@ for dtype, tolerance in ((np.float32, 1e-5), (np.float64, 1e-12)):
     print(f"of the largest logit (tolerance {tolerance:.0e})")
     assert logits.dtype == dtype and error < tolerance
 
-# %% 7. The same thing as a tree
+# %% [markdown]
+# ## 7. The same thing as a tree
+#
 # minitx keeps the model as a tree of small parts, and each part does one of the lines above. That
 # is what makes it easy to change: to skip work, a part is replaced by one that does less. (The part
 # Cache does nothing in a single pass; tutorial 2 is about it.)
+
+# %%
 title("7. The same thing as a tree: print(lm.model)")
 print(model)
 
@@ -257,10 +306,14 @@ for line in inspect.getsource(flat_forward).splitlines():
     code = line.partition("#")[0].strip()
     print(f"  {found[1]:16} {repr(part).splitlines()[0]:30} {code:.48}")
 
-# %% 8. A picture of attention
+# %% [markdown]
+# ## 8. A picture of attention
+#
 # Which head looks up the answer? The attention weights tell: of all heads of all blocks we take the
 # one whose last row puts most weight on the answer's word in the story. Below, a row is a token
 # that looks, a column one that is looked at. Look for the dark spot in the last row.
+
+# %%
 title("8. What one head looks at")
 all_weights = np.stack(attention_weights)  # (L, H, T, T)
 place = words.index(ANSWER)
@@ -276,9 +329,13 @@ for t in range(words.index(" Where"), T):
     row = all_weights[layer, head, t, : t + 1]  # the causal mask ends the row
     print(f"{words[t].strip():>8} |" + " ".join(shade(row)))
 
-# %% 9. Token by token to text
+# %% [markdown]
+# ## 9. Token by token to text
+#
 # Greedy decoding: take the most likely token, append it, start again, until the model predicts its
 # end token. This loop recomputes everything for each token; tutorial 2 is about not doing that.
+
+# %%
 title("9. Token by token to text")
 text, rows = list(ids), 0
 for _ in range(24):
@@ -294,11 +351,15 @@ count = len(text) - T
 print(f"{count} new tokens, and lm.generate gives the same.")
 print(f"The price: {rows:,} rows were run through every block; only {T + count - 1} were new.")
 
-# %% 10. Sampling
+# %% [markdown]
+# ## 10. Sampling
+#
 # Greedy text is always the same. To vary it, draw the next token by its probability. A temperature
 # divides the logits first: below 1 the likely tokens get likelier, above 1 all become more equal.
 # top_k keeps the k most likely tokens, top_p (nucleus sampling) the smallest set with probability
 # p. For each setting, look at how many tokens are possible, and how probable the first of them is.
+
+# %%
 title("10. Sampling: how the story goes on after its first sentence")
 opening = ids[: words.index(".") + 1]
 logits = lm.logits(opening)[-1]
@@ -317,10 +378,25 @@ for setting in SETTINGS:
         new = lm.generate(opening, 12, seed=seed, **setting)
         print(f"    seed {seed}: {lm.tokenizer.decode(new)}")
 assert Sampler(temperature=2).probabilities(logits).max() < 0.1
+
+# %% [markdown]
 # At temperature 0 one token is possible, so the seed does not matter. At temperature 2 no token has
 # even a tenth, and the sentences are still good: most of the later words have one likely candidate.
 
-# %% Try this
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: these exercises continue the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 1`: RMS norm
+# - `minitx learn 2`: Rotary positions
+# - `minitx learn 3`: Causal attention with grouped heads
+# - `minitx learn 4`: Sampling
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/01_from_token_to_text.py`.
+#
 # 1. Remove the line `s[:, causal_mask] = -np.inf` from flat_forward, and in section 6 replace the
 #    assertion by print(abs(logits - expected).max(-1)). (The script will stop at the assertion in
 #    section 9: the text is another one.) Is any row still right? Why would the last row be right in

@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 3: before the first token. What can be computed before the first token, without changing
 a single answer?
 
@@ -10,7 +11,10 @@ Letters, as everywhere in minitx: T tokens, D width, H query heads, K key/value 
 V vocabulary, L layers (blocks).
 """
 
-# %% A model and a text
+# %% [markdown]
+# ## A model and a text
+
+# %%
 import numpy as np
 from helpers import (
     QUESTION,
@@ -41,7 +45,9 @@ T = len(ids)
 answer = lm.generate(ids, 40)  # 40 tokens by greedy decoding: always the most likely one
 say(STORY + QUESTION, ">>>" + lm.tokenizer.decode(answer))
 
-# %% 1. A gain and a matrix, by hand
+# %% [markdown]
+# ## 1. A gain and a matrix, by hand
+#
 # In front of a matrix stands a norm. It divides a row x by its size (the root of the mean square,
 # RMS), then multiplies each number by a learned gain g. Then comes the matrix W:
 #
@@ -49,6 +55,8 @@ say(STORY + QUESTION, ">>>" + lm.tokenizer.decode(answer))
 #
 # Two numbers, a 2 x 2 matrix: please check with a pencil. The gain multiplies number i of the row,
 # and the matrix multiplies number i again, by row i of W. So why not multiply row i of W by g[i]?
+
+# %%
 title("1. A gain and a matrix, by hand")
 x = np.array([3.0, -3.0])
 g = np.array([2.0, 5.0])
@@ -62,13 +70,19 @@ folded_W = g[:, None] * W  # offline, once: row i of W times g[i]
 print("offline:  folded W =", folded_W[0], folded_W[1])
 print("online:   x / rms =", x / rms, "  times folded W =", x / rms @ folded_W)
 assert np.array_equal(gained @ W, (x / rms) @ folded_W)
+
+# %% [markdown]
 # The same result, and the multiplications by the gain are gone, for every x and not just this one.
 
-# %% 2. The same in every block of `stories`
+# %% [markdown]
+# ## 2. The same in every block of `stories`
+#
 # A block has two norms. One is read by three matrices (queries, keys, values), the other by two
 # (gate and up, of the feed-forward network). The technique fold_norms multiplies the gain into all
 # of their readers. Below is one block: "-" lines are before, "+" lines after. Look at what remains
 # of the norms.
+
+# %%
 title("2. load('stories', fold_norms=True)")
 folded = minitx.load("stories", fold_norms=True)
 tree_changes(lm.model.stack.blocks[1], folded.model.stack.blocks[1])
@@ -84,24 +98,34 @@ assert gone == 2 * c.layers * c.width
 assert folded.generate(ids, 40) == answer
 error = largest_error(folded.logits(ids), lm.logits(ids))
 print(f"The answer is the same. The logits differ by {error:.0e} of the largest one.")
+
+# %% [markdown]
 # (The last norm, before the output head, keeps its gain: its reader is the embedding table, which
 # is also read at the input, and there no gain is due.)
 
-# %% 3. "Exact" means: up to rounding
+# %% [markdown]
+# ## 3. "Exact" means: up to rounding
+#
 # In algebra nothing changed, and yet the logits differ a little. The reason is rounding: a computer
 # keeps a few digits after each step, and our steps come in another order. You can see it with three
 # numbers.
+
+# %%
 title("3. Rounding, or a mistake?")
 first_two, last_two = (0.1 * 0.2) * 0.3, 0.1 * (0.2 * 0.3)
 print("(0.1 * 0.2) * 0.3 =", first_two)
 print("0.1 * (0.2 * 0.3) =", last_two)
 assert first_two != last_two and abs(first_two - last_two) < 1e-15
 
-# %% ... how to tell one from the other
+# %% [markdown]
+# ## ... how to tell one from the other
+#
 # How small must a difference be, if it is to pass as rounding? That is the wrong question. Compute
 # with more digits: rounding shrinks by as many digits, a mistake stays. So we make mistakes on
 # purpose, in the folded queries of block 4 (blocks are numbered from 0), and look at which columns
 # notice.
+
+# %%
 PATH = "stack.blocks.4.attn.qkv.q.w"
 
 
@@ -126,13 +150,19 @@ for mistake in ("none", "one gain wrong by 1/10,000", "one gain forgotten"):
     table.append([mistake, "yes" if same else "no", f"{error:.0e}", f"{error64:.0e}"])
     assert (error64 < 1e-12) == (mistake == "none")
 print_table(["mistake", "same answer", "float32", "float64"], table)
+
+# %% [markdown]
 # The answer notices nothing, and float32 hides a small mistake in its rounding. Only float64 tells:
 # without a mistake the error has 9 digits less, with one it stays where it is.
 
-# %% 4. Side by side
+# %% [markdown]
+# ## 4. Side by side
+#
 # Three matrices read the same row, one after another. Put side by side they are one wider matrix:
 # the same multiplications and additions, in one call. A call costs something whatever its size:
 # Python, checks, starting the product.
+
+# %%
 title("4. Three products in one call")
 W_q = np.array([[1.0, 3.0], [4.0, 2.0]])
 W_k = np.array([[1.0], [0.0]])
@@ -154,14 +184,20 @@ def products(lm):
 
 print(f"products for one token: {products(lm)} before, {products(fused)} after")
 assert count_last(lm, ids).total().multiply_adds == count_last(fused, ids).total().multiply_adds
+
+# %% [markdown]
 # The multiply-adds are the same (a multiply-add: one multiplication and one addition, the unit of
 # all work in a product). Seven matrices of a block became four. One more constant went into a
 # matrix: scores are divided by sqrt(d), and now the queries' columns are, hence "scale=1".
 
-# %% 5. What depends on one token only: a table, by hand
+# %% [markdown]
+# ## 5. What depends on one token only: a table, by hand
+#
 # So far we used what depends on no token at all. What depends on one token has only V possible
 # values, one for each token of the vocabulary. Take three tokens. Each has a row of two numbers in
 # the embedding table; block 0 divides it by its RMS and multiplies it by the folded W of section 1.
+
+# %%
 title("5. A table with a row for each token, by hand")
 VOCABULARY = ["Tom", "ran", "home"]
 embedding = np.array([[3.0, -3.0], [2.0, 2.0], [7.0, 1.0]])  # (V, D)
@@ -175,13 +211,19 @@ x = embedding[text]
 computed = x / np.sqrt((x * x).mean(-1, keepdims=True)) @ folded_W
 assert np.array_equal(table[text], computed)
 print(f"{len(text)} tokens: {len(text)} products if computed, {len(text)} reads from the table")
+
+# %% [markdown]
 # Three products were made for the table, however long the text is.
 
-# %% 6. The first layer of `stories` as a table
+# %% [markdown]
+# ## 6. The first layer of `stories` as a table
+#
 # The technique first_layer does this with the queries, keys and values of block 0. A row of its
 # table holds the embedding (which is read too), q, k and v. The chart shows the work for one
 # more token, the others being in the KV cache (the stored keys and values of earlier tokens): "#"
 # is still done, "." is saved.
+
+# %%
 title("6. load('stories', first_layer=True)")
 first = minitx.load("stories", first_layer=True)
 assert first.generate(ids, 40) == answer
@@ -203,10 +245,14 @@ offline = c.vocab_size * saved / before.total().multiply_adds
 print(f"the table: {c.vocab_size:,} rows of {c.width} + {numbers} numbers,", end=" ")
 print(f"{table.nbytes / 1e6:.2f} MB, made once by the work of {offline:.0f} tokens")
 
-# %% ... why only the first, and what about the position?
+# %% [markdown]
+# ## ... why only the first, and what about the position?
+#
 # The same word stands at several places of our text. A table can hold only what is equal at all of
 # them. Look at how far the rows for " Tom" differ from the first of them, relative to its largest
 # number.
+
+# %%
 (tom,) = lm.tokenizer.encode(" Tom", special=False)
 places = [t for t in range(T) if ids[t] == tom]
 print(f"\n' Tom' stands at {len(places)} places. Largest difference of their rows:")
@@ -216,14 +262,20 @@ for number in range(4):
     print(f"  entering block {number}: {difference:4.0%} {bar(difference, 1, 40)}")
     assert (difference == 0) == (number == 0)
     x = lm.model.stack.blocks[number](x, Layer.once(T))  # T tokens, and an empty KV cache
+
+# %% [markdown]
 # Attention in block 0 has added what came before, and from there on a row depends on all the words
 # so far. The position matters too, but later: rotary positions rotate q and k after the product
 # with W, so the table holds them unrotated.
 
-# %% 7. How many rows would a table need?
+# %% [markdown]
+# ## 7. How many rows would a table need?
+#
 # The rule behind all of this: a result can be prepared only for every value of what it depends on,
 # and each of them has to be stored. One token: V rows. A token and its position: V rows for each
 # position. Two tokens: V x V. All T tokens so far: V to the power of T.
+
+# %%
 title("7. Rows of a table, by what the result depends on")
 V = c.vocab_size
 relu = minitx.load("stories-relu")  # a model that adds a learned row for each position
@@ -238,10 +290,14 @@ print_table(
     ],
 )
 
-# %% ... token and position: a table that is exact and no use
+# %% [markdown]
+# ## ... token and position: a table that is exact and no use
+#
 # The second line exists: stories-relu starts with embedding[token] + positions[position], and the
 # technique merge_embeddings adds them in advance for every pair. It is the same addition made
 # earlier, so here even the last bit is the same. Is it faster, too?
+
+# %%
 merged = minitx.load("stories-relu", merge_embeddings=True)
 relu_ids = relu.encode(STORY + QUESTION)
 assert np.array_equal(merged.logits(relu_ids), relu.logits(relu_ids))
@@ -250,12 +306,18 @@ megabytes = [4 * weight_count(one) / 1e6 for one in (relu, merged)]
 print(f"merge_embeddings: {megabytes[0]:.1f} MB of weights become {megabytes[1]:.1f} MB", end=", ")
 print(f"and a token takes {times[1] / times[0]:.2f} times as long")
 assert megabytes[1] > 20 * megabytes[0]
+
+# %% [markdown]
 # One addition of two rows is nothing compared with the blocks. Exact is not the same as useful.
 
-# %% 8. The price
+# %% [markdown]
+# ## 8. The price
+#
 # Now all that is worth having, alone and together (techniques combine in any order). Counts first:
 # what must be computed and stored. Then the time of one token, the others in the cache, as a ratio
 # within this run: above 1 is faster than the plain model.
+
+# %%
 title("8. The price: counts, then time")
 together = minitx.load("stories", fold_norms=True, fuse_projections=True, first_layer=True)
 together64 = minitx.load(
@@ -278,16 +340,22 @@ print_table(["", "multiply-adds", "products", "weights, MB", "speed", ""], table
 error64 = largest_error(together64.logits(ids), lm64.logits(ids))
 print(f"all three in float64: the logits differ by {error64:.0e} of the largest one")
 assert error64 < 1e-12
+
+# %% [markdown]
 # Every answer is the same, as promised. But only 2 % of the multiply-adds are gone; and that nearly
 # half of the products are gone, too, saves calls, not work. Alone, each of the three changes the
 # time by hardly more than a busy machine does from run to run. All three together are faster by
 # about a tenth, mostly for making fewer calls.
 
-# %% ... when is it more?
+# %% [markdown]
+# ## ... when is it more?
+#
 # first_layer removes part of one block of L, so at most 1/L. It can be nearly all of a block in a
 # model with parallel blocks, where attention and feed-forward network read the same row: there the
 # feed-forward network of block 0 depends on one token, too. The chart asks what the share would be,
 # if the two models had other numbers of blocks.
+
+# %%
 parallel = minitx.load("stories-parallel")
 parallel_first = minitx.load("stories-parallel", first_layer=True)
 LAYERS = (1, 2, 4, 8, 16, 32)
@@ -305,14 +373,20 @@ save_lines("03_first_layer", LAYERS, lines, "blocks (L)", "share of multiply-add
 tasks = decode_last(parallel, ids), decode_last(parallel_first, ids)
 times = time_side_by_side(*tasks, repeats=80)
 print(f"stories-parallel has 4 blocks; measured: {times[0] / times[1]:.2f} times as fast")
+
+# %% [markdown]
 # In a model with 32 blocks the share is small for both. The card of first_layer (python -m minitx
 # explain first_layer) says so: "at most 1/L of the work".
 
-# %% 9. Outlook: whole matrices can go
+# %% [markdown]
+# ## 9. Outlook: whole matrices can go
+#
 # If two matrices follow each other with nothing in between, their product is one matrix. Below, h
 # goes through A, then through W_q for the query and W_k for the key. Let A absorb W_q: then x is
 # already the query. The key must not have W_q in it, so its matrix first undoes it: the new one is
 # W_q^-1 W_k, since (h A W_q) (W_q^-1 W_k) = h A W_k.
+
+# %%
 title("9. Outlook: a matrix that another one absorbs")
 h = np.array([1.0, 2.0])
 A = np.array([[1.0, 0.0], [2.0, 1.0]])
@@ -327,9 +401,13 @@ x = h @ new_A
 print("two matrices:   query", x, " key", x @ new_W_k)
 assert np.array_equal(x, h @ A @ W_q) and np.array_equal(x @ new_W_k, h @ A @ W_k)
 
-# %% ... in a model where nothing is in between
+# %% [markdown]
+# ## ... in a model where nothing is in between
+#
 # In most models there is something in between: a norm, and x is added to what each network gives.
 # stories-skipless was trained without both. There remove_weights merges two matrices of each block.
+
+# %%
 skipless = minitx.load("stories-skipless")
 removed = minitx.load("stories-skipless", remove_weights=True)
 assert removed.generate(ids, 40) == skipless.generate(ids, 40)
@@ -343,14 +421,30 @@ for name, one in (("plain", skipless), ("remove_weights", removed)):
     work = count_last(one, ids).total().multiply_adds
     print(f"  {name:15} {work:7,} multiply-adds in {products(one)} products")
 print(f"{times[0] / times[1]:.2f} times as fast; in float64 the logits differ by {error64:.0e}")
+
+# %% [markdown]
 # 19 products became 13: two fewer in each of the 3 blocks. This is work, and the time shows it. A
 # warning: an inverse enlarges what was rounded
 # before, the more the closer W_q is to a matrix that has none. Other merges of this kind: shrink,
 # slim_attention and absorb_products (python -m minitx explain shrink).
 
-# %% Try this
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: these exercises continue the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 7`: Folding a norm
+# - `minitx learn 8`: The first layer is a table
+# - `minitx learn 9`: Keys are enough (slim attention)
+# - `minitx learn 17`: Test the test
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/03_before_the_first_token.py`.
+#
 # (An assertion may stop a script that you changed, as it guards what the text says of the original.
 # Delete it then.)
+#
 # 1. Section 1: a norm may also add a bias b after the gain, y = (x / rms * g + b) @ W. What becomes
 #    of b @ W, which is known offline? Write the two lines and check them with b = [1, -1].
 # 2. Section 3: make the mistake of 1/10,000 (1e-4) smaller, tenfold each time: from where on does

@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 6: which keys matter? A token attends to every token before it. How few would do, and
 can one know which, without computing all the scores?
 
@@ -9,7 +10,10 @@ Letters: a query sees S keys, each a row of d numbers; r of them are kept. The m
 each with H query heads and K key heads; H / K query heads share the keys of one key head.
 """
 
-# %% Setup
+# %% [markdown]
+# ## Setup
+
+# %%
 import numpy as np
 from helpers import (
     count_last,
@@ -32,10 +36,14 @@ lm = load_stories()
 c = lm.model.config
 L, H, K, d = c.layers, c.heads, c.kv_heads, c.head_width  # d = 32
 
-# %% 1. Six keys by hand
+# %% [markdown]
+# ## 1. Six keys by hand
+#
 # Here is attention for one query. The scores are given: products of the query with each of six
 # keys. The softmax turns them into positive weights whose sum is 1, and the result is the weighted
 # sum of the values, one number per key here.
+
+# %%
 title("1. Six keys by hand")
 
 
@@ -59,10 +67,14 @@ print(f"all six keys: {dense:.3f}. The two best, {1 - dropped:.1%} of the weight
 rest = weights[~kept] @ values[~kept] / dropped
 print(f"error {sparse - dense:.3f} = {dropped:.3f} * ({sparse:.3f} - {rest:.3f})")
 assert np.isclose(sparse - dense, dropped * (sparse - rest))
+
+# %% [markdown]
 # A third of the keys gives nearly the same result. By the last line, the error is small in two
 # cases: little weight was dropped, or the dropped values are about the same as the kept ones.
 
-# %% 2. Answers of a model that attends to r keys
+# %% [markdown]
+# ## 2. Answers of a model that attends to r keys
+#
 # Every query keeps r keys, in all heads and blocks. `baseline` knows three ways to select them:
 # - oracle: the r largest scores. It computes all scores to find them, so it saves little.
 # - window: the newest keys and the first four, without looking. (Many models put much weight on the
@@ -71,6 +83,8 @@ assert np.isclose(sparse - dense, dropped * (sparse - rest))
 # The stories contain questions. Some answers are one fact ("1 hop"); for others, two or three facts
 # have to be put together: the ball is where Tom is, and Tom is in the park. The loss is the mean
 # negative log-likelihood of all tokens; lower is better. Which lines would you accept?
+
+# %%
 title("2. Answers of a model that attends to r keys")
 
 
@@ -91,11 +105,15 @@ for r in (32, 16, 8):
 print_table(["", "keys", "loss", "1 hop", "2 hops", "3 hops"], table)
 assert loss["oracle", 32] < dense_scores.mean_loss + 0.02
 assert loss["oracle", 8] < min(loss["window", 32], loss["random", 32])
+
+# %% [markdown]
 # A story has about 135 tokens. With its 32 best keys the model does all that it does with all keys,
 # and with the 16 best nearly. The window loses what is further back than it reaches, and random
 # keys are worse still: 8 good keys beat 32 random ones. So it matters which keys are kept.
 
-# %% 3. ELSA: an angle from bits
+# %% [markdown]
+# ## 3. ELSA: an angle from bits
+#
 # The oracle computes all scores. Something cheaper must tell which are large. A score is
 # q . key = |q| |key| cos(angle): the two lengths, and the cosine of the angle between them. The
 # length of a key can be stored when the key comes. The angle is the hard part; ELSA estimates it
@@ -103,6 +121,8 @@ assert loss["oracle", 8] < min(loss["window", 32], loss["random", 32])
 # with the direction 0 or more) or away from it? If two vectors are at 60 degrees, a bit differs
 # with probability 60 / 180: it does if the line at right angles to the direction falls between the
 # two vectors, and of the 180 degrees that it may have, 60 do.
+
+# %%
 title("3. An angle from 32 bits")
 q_toy = np.array([1.0, 0.0])
 key_toy = np.array([0.5, np.sqrt(0.75)])  # at 60 degrees
@@ -116,10 +136,14 @@ print("bits of key:", "".join("#" if bit else "." for bit in key_bits))
 print(f"{differing} of 32 bits differ: an angle of about 180 * {differing} / 32", end=" ")
 print(f"= {180 * differing / 32:.0f} degrees (true: 60)")
 assert 40 <= 180 * differing / 32 <= 80
+
+# %% [markdown]
 # The bits of a key (its hash) are computed once, when the key comes. From then on, its angle with
 # any query costs one comparison of 32 bits: an XOR and a count. Its score costs d multiply-adds.
 
-# %% 4. Four keys by hand
+# %% [markdown]
+# ## 4. Four keys by hand
+#
 # In the plane, with four fixed directions at 0, 45, 90 and 135 degrees, you can find the bits on
 # paper: a bit is 1 if the vector is at most 90 degrees away from the direction. Each bit that
 # differs counts 180 / 4 = 45 degrees. The query has length 1 and is at 20 degrees; the keys are at
@@ -127,6 +151,8 @@ assert 40 <= 180 * differing / 32 <= 80
 # be left out: the similarity is |key| cos(estimated angle). A key is kept if its similarity is
 # above a threshold t = 0.4 times the length of the longest key that the query sees, so above 0.8
 # here. Which of the four are kept?
+
+# %%
 title("4. Four keys by hand")
 
 
@@ -157,15 +183,21 @@ for i, (degrees, length) in enumerate(places):
     table.append(row)
 print_table(["key", "estimated angle", "true", "similarity", "exact", "above 0.8?"], table)
 assert kept[:4].tolist() == [True, True, False, False]
+
+# %% [markdown]
 # Four bits are crude, but good enough to drop two keys. The estimate only decides which keys take
 # part: their weights come from exact scores. (If no key is above the threshold, ELSA keeps the one
 # with the largest similarity.)
 
-# %% 5. How many bits, and a precaution
+# %% [markdown]
+# ## 5. How many bits, and a precaution
+#
 # ELSA takes as many bits as a vector has numbers (d = 32 in `stories`) unless told otherwise. Its
 # directions are at right angles to each other, since two that are nearly parallel would give the
 # same bit twice: the rows of a random orthogonal matrix A of d x d, and for more bits several such
 # matrices. How far are the estimated angles off, for random vectors?
+
+# %%
 title("5. Errors of the estimated angle, by the number of bits")
 rng = np.random.default_rng(0)
 orthogonal = [np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in range(4)]
@@ -183,12 +215,16 @@ for bits in (8, 32, 128):
     table.append([bits, f"{mean_error[bits]:.1f} degrees", f"{bias:.1f} degrees"])
 print_table(["bits", "mean error", "bias"], table)
 assert mean_error[8] > 1.5 * mean_error[32] > 2 * mean_error[128]
+
+# %% [markdown]
 # Four times the bits at least halve the error. The last column is a precaution. An angle that is
 # estimated too large loses a key that matters; one too small only costs a score that was not
 # needed. So ELSA subtracts a bias from all estimated angles, so large that 80 % of them become too
 # small (and takes 0 where an angle would become negative).
 
-# %% 6. Where to put the threshold?
+# %% [markdown]
+# ## 6. Where to put the threshold?
+#
 # Every head has lengths and angles of its own, so ELSA learns a threshold t for each, from text. If
 # all n keys that a query sees were alike, each would have the weight 1/n. Say that a key matters if
 # its weight is above p/n. (In section 1, n = 6: with p = 1, those with 0.684 and 0.252.) For each
@@ -196,6 +232,8 @@ assert mean_error[8] > 1.5 * mean_error[32] > 2 * mean_error[128]
 # the length of the longest key, is what t should be for this query; t is the mean over the queries.
 # What one sets is p. Here for the four keys of section 4 and three queries of length 1 (and, for
 # brevity, without dividing the scores by sqrt(d) as the model does):
+
+# %%
 title("6. A threshold, learned from three queries")
 p, best_t = 1, []
 for degrees in (20, 90, 170):
@@ -206,13 +244,19 @@ for degrees in (20, 90, 170):
     print(f"query at {degrees} degrees: weights {weights.round(2)},", end=" ")
     print(f"key {just_matters} just matters: {exact[just_matters]:.2f} / 2 = {best_t[-1]:.2f}")
 print(f"t = {np.mean(best_t):.2f}")
+
+# %% [markdown]
 # A larger p keeps fewer keys. (If no weight is above p/n, ELSA takes the key with the largest.)
 
-# %% 7. With the flag
+# %% [markdown]
+# ## 7. With the flag
+#
 # `elsa` does this in all heads of all blocks: hashes and lengths stand beside the KV cache, and t
 # is learned for each head when the model is loaded, from stories kept for that (min_visible=1: from
 # all of their queries, also those that see few keys). The ledger notes "keys kept" of "keys seen".
 # Compare the losses with those of section 2.
+
+# %%
 title("7. load('stories', elsa=...)")
 table = [row_of("dense", "100%", dense_scores)]
 selected = {}
@@ -226,16 +270,22 @@ for p in (0.5, 1.0, 2.0, 4.0):
 print_table(["", "keys", "loss", "1 hop", "2 hops", "3 hops"], table)
 assert dense_scores.mean_loss < loss[0.5] < loss[1.0] < loss[2.0] < loss[4.0]
 assert loss[2.0] < min(loss["window", 16], loss["random", 16])
+
+# %% [markdown]
 # With half of the keys (p = 1), little is lost. With a fifth (p = 2), ELSA loses about as much as
 # the oracle with 8 keys: its keys are good, but not the best. (p = 0 keeps every key: exact.)
 
-# %% 8. The price, in counts
+# %% [markdown]
+# ## 8. The price, in counts
+#
 # The last token of a text that fills the context, with all others in the KV cache. Per block, dense
 # attention takes 2 S d multiply-adds for each query head: d for the score of each key, d for its
 # value. ELSA takes 2 d for each key kept, and S for the similarities. It also hashes H new queries
 # and K new keys, with 320 multiply-adds each: instead of an A of 32 * 32 = 1,024 random numbers it
 # multiplies by three small orthogonal matrices (2 x 2, 4 x 4 and 4 x 4), whose Kronecker product is
 # A. The length of a new key takes d. The projections are the same for both, and subtracted.
+
+# %%
 title(f"8. The price of one token after {c.context - 1} others")
 long_ids = []
 for story in stories:
@@ -258,11 +308,17 @@ for name, model in models.items():
 print_table(["", "keys kept", "multiply-adds", "bits compared", "cache bytes read"], table)
 assert work["dense"] == 2 * d * L * H * S
 assert work["p = 4"] < work["p = 1"] < work["dense"]
+
+# %% [markdown]
 # The bytes fall less than the multiply-adds: all hashes are read, and two query heads that share
 # their keys keep different ones, so a key may be read twice.
 
-# %% ... and in time
+# %% [markdown]
+# ## ... and in time
+#
 # On ELSA's own hardware, comparing bits costs next to nothing. NumPy is another matter.
+
+# %%
 steps = [decode_last(model, long_ids) for model in models.values()]
 best = time_side_by_side(*steps, repeats=20)
 for name, seconds in zip(list(models)[1:], best[1:]):
@@ -275,8 +331,20 @@ say(
     "before ELSA breaks even.",
 )
 
-# %% Try this
-# An assertion may fail when you change something. Then it tells you what changed: delete it.
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 14`: Sign hashes (ELSA)
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/06_which_keys_matter.py`.
+#
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
+#
 # 1. In section 1, change the dropped values so that their weighted mean is that of the kept ones.
 #    What is the error, although the dropped weight is the same?
 # 2. In section 4, add a key at 60 degrees of length 0.5: (60, 0.5). Find its bits on paper, and say

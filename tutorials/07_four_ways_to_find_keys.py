@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 7: four more ways to find the keys that matter. Which finds the best ones, and at what
 price?
 
@@ -9,7 +10,10 @@ Letters: a query q (d numbers) sees S keys (d numbers each); its score for a key
 q . key. x is what queries and keys are made of: D numbers for each of T tokens.
 """
 
-# %% Four keys, and what we want to know
+# %% [markdown]
+# ## Four keys, and what we want to know
+
+# %%
 import numpy as np
 from helpers import (
     decode_last,
@@ -35,10 +39,14 @@ weights = np.exp(scores) / np.exp(scores).sum()
 print("scores ", scores)
 print("weights", weights.round(3))
 
-# %% 1. A3: the largest products first
+# %% [markdown]
+# ## 1. A3: the largest products first
+#
 # (Ham et al., HPCA 2020.) A score is a sum of d products, one for each column: q[j] * key[j]. A key
 # with a large score has large products somewhere. So A3 looks at the most extreme products of all
 # keys, the largest and the smallest in turn, and adds them up key by key. Here are all twelve:
+
+# %%
 title("1. A3: the largest products first")
 table = []
 for i in range(4):
@@ -46,17 +54,22 @@ for i in range(4):
     table.append([f"key {i}", *row, f"{scores[i]:.0f}"])
 print_table(["products", "column 0", "column 1", "column 2", "score"], table)
 
+# %% [markdown]
 # How to find the extreme ones without multiplying all? Keep each column of the keys sorted, before
 # there is any query. Then the largest product of a column is at one end (if q[j] > 0, the end of
 # the largest numbers) and the smallest at the other. To find the next largest of all, compare d
 # products, one for each column.
 
-
-# %% ... from both ends of sorted columns
+# %% [markdown]
+# ## ... from both ends of sorted columns
+#
 # One turn takes the largest product that is left, and then the smallest. Without the second, keys
 # with one large product and many negative ones would look good. (The smallest is left out while the
 # sum of all that was added is negative: otherwise, when most products are negative, no key would
 # end above 0. Here that never happens.)
+
+
+# %%
 def greedy_search(q, keys, M, show=False):
     """The sum for each key, after M turns."""
     S, d = keys.shape
@@ -90,16 +103,22 @@ def greedy_search(q, keys, M, show=False):
 sums = greedy_search(q, keys, 2, show=True)
 print("keys with a sum above 0 are kept:", np.flatnonzero(sums > 0))
 assert np.flatnonzero(sums > 0).tolist() == [0, 2]
+
+# %% [markdown]
 # Four products were added, and the right keys found. (To find the four, one needs the products at
 # the six ends of the columns, and after each that is taken the next one of its column. Here that is
 # nearly all twelve; with hundreds of keys it is few.) Exact scores and softmax follow for the keys
 # that are kept, as in all these techniques: the search only decides which keys take part.
 
-# %% 2. Predictive attention: scores in few bits
+# %% [markdown]
+# ## 2. Predictive attention: scores in few bits
+#
 # (Chen et al., AICAS 2022; only its abstract is public, so this is our reconstruction.) To tell
 # large scores from small ones, rough numbers will do. Write each vector as integers from -3 to 3,
 # which take 3 bits, times a scale of its own: its largest |number| divided by 3. Products of such
 # integers are cheap in hardware.
+
+# %%
 title("2. Predictive attention: scores in 3 bits")
 q_scale = np.abs(q).max() / 3
 q_code = np.rint(q / q_scale)
@@ -115,14 +134,20 @@ for i in range(4):
 print_table(["", "code", "scale", "predicted", "exact"], table)
 best = np.argsort(-predicted, kind="stable")[:2]
 assert sorted(best.tolist()) == [0, 2]
+
+# %% [markdown]
 # The predictions are off by up to 1.3, and the two best keys are still the best.
 
-# %% 3. DOTA: a small detector that learns
+# %% [markdown]
+# ## 3. DOTA: a small detector that learns
+#
 # (Qu et al., ASPLOS 2022; reconstructed from its abstract and what others wrote about it.) Queries
 # and keys are made of x, the D numbers of each token: q = x W_q and k = x W_k. DOTA puts a tiny
 # pair of matrices beside these. First a fixed matrix P of -1, 0 and 1 (drawn at random: 0 with
 # probability 2/3) reduces x to a few columns, y = x P, which takes additions only. Here P is chosen
 # by hand, from D = 4 columns to 2:
+
+# %%
 title("3. DOTA: a small detector that learns")
 P = np.array([[1.0, 0.0], [0.0, -1.0], [1.0, 0.0], [0.0, 1.0]])
 rng = np.random.default_rng(2)
@@ -138,10 +163,14 @@ W_q = np.array([[1.0, 0.0, 0.2], [0.0, 1.0, 0.0], [1.0, 0.0, -0.2], [0.0, -1.0, 
 W_k = np.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.2], [0.8, 1.0, 0.0], [-1.0, 1.0, 0.1]])
 exact = (x @ W_q) @ (x @ W_k).T  # (6, 6)
 
-# %% ... and how it learns
+# %% [markdown]
+# ## ... and how it learns
+#
 # The detector's scores are (y w_q) . (y w_k), with two matrices of 2 x 2 that start with small
 # random numbers. On many tokens, gradient descent lowers the mean squared error of its scores. Look
 # at the two largest scores of the last token: from which step on are they at the right places?
+
+# %%
 many = rng.integers(-2, 3, (200, 4)).astype(float)
 many_y, many_exact = many @ P, (many @ W_q) @ (many @ W_k).T
 w_q, w_k = 0.1 * rng.standard_normal((2, 2, 2))
@@ -159,16 +188,22 @@ for step in range(max(shown) + 1):
 table.append(["exact", "", *(f"{number:.1f}" for number in exact[-1])])
 print_table(["", "mean squared error", *(f"key {i}" for i in range(6))], table)
 assert np.argsort(-estimated)[:2].tolist() == np.argsort(-exact[-1])[:2].tolist()
+
+# %% [markdown]
 # Eight learned numbers are enough to select by, and an estimate takes 2 products instead of 3. In
 # `stories`, where the detectors were trained with the model, it takes 16 instead of 32. (There is a
 # P for each block, a w_q for each query head and a w_k for each key head.)
 
-# %% 4. Sparse memory: a fixed number of slots
+# %% [markdown]
+# ## 4. Sparse memory: a fixed number of slots
+#
 # (Rae et al., NIPS 2016.) This one does not estimate scores; it limits how many keys there are. A
 # memory has a fixed number of slots, and a query reads only the best of them. When the memory is
 # full, a new key overwrites the slot that was not accessed for the longest time (least recently
 # used, LRU): what nobody reads can go. Here 3 slots for 5 keys, and each query reads one. Which key
 # goes when D comes, although it is not the oldest?
+
+# %%
 title("4. Sparse memory: 3 slots for 5 keys")
 stream_keys = {"A": (3, 0), "B": (0, 3), "C": (2, 2), "D": (-3, 0), "E": (0, -3)}
 stream_queries = [(1, 0), (1, 0), (1, -1), (0, 1), (1, 0)]
@@ -187,15 +222,21 @@ for now, (name, query) in enumerate(zip(stream_keys, stream_queries)):
     log.append([f"token {now}", gone, " ".join(slots), slots[best], max(slot_scores)])
 print_table(["", "overwritten", "slots", "reads", "score"], log)
 assert [row[1] for row in log] == ["", "", "", "B", "A"]
+
+# %% [markdown]
 # B goes first: A is older, but was read all the time. Then C is read, A is not, and A goes, just
 # when a query comes whose score with it would be 3. A memory cannot know what a later query wants.
 
-# %% 5. All of them in one model
+# %% [markdown]
+# ## 5. All of them in one model
+#
 # Now every technique in all heads and blocks of `stories`, with settings at which each keeps about
 # a fifth of the keys that a query sees. Beside them stand the three of tutorial 6: the oracle (the
 # best keys, known from all scores), a window (the newest keys and the first four), and random keys.
 # The stories have about 135 tokens, so that a query sees 68 keys on average; 14 are a fifth of
 # them. They ask for one fact ("1 hop"), or for two that have to be put together.
+
+# %%
 title("5. At a fifth of the keys")
 lm = load_stories()
 c = lm.model.config
@@ -223,9 +264,13 @@ def models(keep):
     }
 
 
-# %% ... the answers
+# %% [markdown]
+# ## ... the answers
+#
 # The loss is the mean negative log-likelihood of all tokens, lower is better; then the share of
 # answers that are right. Who is near the oracle, and who is no better than the window?
+
+# %%
 dense = evaluate_stories(lm, stories)
 table, loss, right = [], {}, {}
 for name, model in models(keep=14).items():
@@ -244,6 +289,8 @@ assert loss["predictive attention"] < dense.mean_loss + 0.1
 assert loss["predictive attention"] < loss["ELSA"] < min(loss["DOTA"], loss["A3"])
 assert max(loss["DOTA"], loss["A3"]) < loss["random"]
 assert min(right["DOTA"], right["A3"]) > max(right["window"], right["random"])
+
+# %% [markdown]
 # Four bits predict so well that predictive attention is as good as the oracle. (It is even a little
 # better: it keeps a fifth of what each query sees, up to 27 keys; the oracle keeps 14 throughout.)
 # Sparse memory scores every key in its slots and keeps the best, so with a slot for every key it
@@ -252,10 +299,14 @@ assert min(right["DOTA"], right["A3"]) > max(right["window"], right["random"])
 # at the answers. Most words of a story follow from the words just before them, which the window
 # always has. An answer has to be looked up far back, and that the window cannot do.
 
-# %% 6. The price, in counts and in time
+# %% [markdown]
+# ## 6. The price, in counts and in time
+#
 # The last token of two stories. Dense attention takes 2 d multiply-adds for each key and head: d
 # for its score, and d for its value. The projections are the same for all, and subtracted. The last
 # column is the speed of the same step, all timed side by side: above 1 would be faster than dense.
+
+# %%
 title(f"6. The price of one token after {len(ids) - 1} others")
 projections = c.layers * c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads)
 all_models = {"dense": lm, **models(keep=len(ids) // 5)}
@@ -292,8 +343,20 @@ say(
     "and DOTA build hardware for it. `minitx frontier attention` times longer texts.",
 )
 
-# %% Try this
-# An assertion may fail when you change something. Then it tells you what changed: delete it.
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 15`: Greedy search (A3)
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/07_four_ways_to_find_keys.py`.
+#
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
+#
 # 1. Keys 1 and 3 alone, whose scores are negative: greedy_search(q, keys[[1, 3]], 2, show=True).
 #    They are called key 0 and key 1 then. If no sum is above 0, A3 keeps the key with the largest
 #    sum. Has it the larger score, too?

@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 8: fewer bits. How few bits does a weight need?
 
 A weight is a float32: 32 bits, about seven decimal digits. To decode one token, every weight is
@@ -10,7 +11,10 @@ You need matrix products, and attention with a KV cache as in tutorial 2. Letter
 m the largest code, g weights in a group that shares a scale, S tokens in the KV cache.
 """
 
-# %% A model, and held-out stories to judge it by
+# %% [markdown]
+# ## A model, and held-out stories to judge it by
+
+# %%
 from functools import partial
 
 import numpy as np
@@ -39,10 +43,14 @@ ids = lm.encode(stories[0].text)
 count = sum(w.size for w in weights(lm.model).values())
 print(f"{count:,} weights in float32: {4 * count / 1e6:.2f} MB")
 
-# %% 1. Four weights, by hand
+# %% [markdown]
+# ## 1. Four weights, by hand
+#
 # With 4 bits the codes are -7, -6, ..., 7. The scale is chosen so that the largest weight gets the
 # code 7. Then a weight is divided by the scale and rounded to the nearest integer: that is its
 # code. To dequantize, multiply by the scale again.
+
+# %%
 title("1. Four weights in 4 bits")
 w = np.array([0.70, -0.34, 0.12, 0.03])
 scale = abs(w).max() / 7
@@ -55,13 +63,19 @@ print("code * scale ", restored.round(2))
 print("error        ", (restored - w).round(2))
 assert codes.tolist() == [7, -3, 1, 0]
 assert np.all(abs(restored - w) <= scale / 2 + 1e-12)
+
+# %% [markdown]
 # No error is larger than half a scale, 0.05. The largest weight has none; the smallest becomes 0.
 
-
-# %% ... and in fewer bits
+# %% [markdown]
+# ## ... and in fewer bits
+#
 # With b bits the codes go from -m to m, where m = 2^(b - 1) - 1: 127, 7, 3 and 1 for 8, 4, 3 and 2
 # bits. In the picture, "|" are the values that there are, and "o" our four weights, each of which
 # must move to the nearest "|". Look at how soon the values become few.
+
+
+# %%
 def quantize_group(w, bits):
     """Codes and scale of weights that share one scale."""
     m = 2 ** (bits - 1) - 1
@@ -83,12 +97,18 @@ for bits in (4, 3, 2):
     print(f"          {''.join(line).rstrip()}")
     error = abs(codes * scale - w).mean()
     print(f"          become {(codes * scale).round(2)}, mean error {error:.3f}")
+
+# %% [markdown]
 # With 2 bits there are only -1, 0 and 1, so whatever is below half of the largest weight becomes 0.
 
-# %% 2. One outlier ruins its group
+# %% [markdown]
+# ## 2. One outlier ruins its group
+#
 # Here are eight weights, one of them much larger than the others: an outlier. It sets the scale for
 # all that share it. Compare the errors of the first four with one scale for all eight, and with one
 # scale for each group of four.
+
+# %%
 title("2. One outlier among eight weights, 4 bits")
 w = np.array([0.70, -0.34, 0.12, 0.03, 0.25, -0.41, 2.80, 0.09])
 for name, groups in (("one group", w.reshape(1, 8)), ("two groups", w.reshape(2, 4))):
@@ -106,12 +126,18 @@ table = []
 for g in (4, 16, 32, 128):
     table.append([g, *(f"{bits + 32 / g:.2f}" for bits in (8, 4, 3))])
 print_table(["weights in a group (g)", "8 bits", "4 bits", "3 bits"], table)
+
+# %% [markdown]
 # Groups of four would triple a weight of 4 bits. 32 to 128 weights in a group are usual.
 
-# %% 3. Zero point: codes that do not lie around 0
+# %% [markdown]
+# ## 3. Zero point: codes that do not lie around 0
+#
 # If nearly all weights of a group are positive, the negative codes are wasted. Asymmetric
 # quantization lets the codes go from 0 to 15 and stores one more integer per group, the zero point:
 # the code of the weight 0. Look at the scale: it is half as large, so the errors should be too.
+
+# %%
 title("3. A group of mostly positive weights, 4 bits")
 w = np.array([-0.10, 0.33, 0.82, 1.40])
 codes, scale = quantize_group(w, 4)
@@ -126,14 +152,20 @@ asymmetric = (codes - zero_point) * scale
 print(f"asymmetric: scale {scale:.2f}, zero point {zero_point}, codes {codes}")
 print(f"            restored {asymmetric.round(2)}, mean error {abs(asymmetric - w).mean():.4f}")
 assert abs(asymmetric - w).mean() < abs(symmetric - w).mean() / 2
+
+# %% [markdown]
 # In a trained matrix the weights of most groups lie around 0, so there it brings less.
 
-# %% 4. How a model is judged
+# %% [markdown]
+# ## 4. How a model is judged
+#
 # By its loss on 24 held-out stories: the mean negative log-likelihood per token. A model that knew
 # nothing about the vocabulary's 1,022 tokens would have ln 1022 = 6.9. The stories also ask
 # questions, whose answers follow from one, two or three sentences (hops); we count the share
 # answered correctly. Of 2 hops there are only 23 questions, of 3 hops 15, so one answer changes a
 # share by 4 or 7 %.
+
+# %%
 HOPS = ("1 hop", "2 hops", "3 hops")
 losses = {}
 
@@ -146,12 +178,16 @@ def judge(name, model, size):
     return [name, size, f"{scores.mean_loss:.4f}", *answers]
 
 
-# %% ... a trained model in 8 bits, and in 4
+# %% [markdown]
+# ## ... a trained model in 8 bits, and in 4
+#
 # The technique `quantize` does this to every matrix of the model: each column (the weights of one
 # output) is cut into groups of at most 64. Zero points come with symmetric=False. Norms stay as
 # they are, and so does the embedding table, unless we say embeddings=True. The bytes are those of
 # all arrays: the weights, and 131,072 bytes of tables for rotary positions. Where do you expect the
 # first damage?
+
+# %%
 title("4. load('stories', quantize=...)")
 int8 = minitx.load("stories", quantize={"bits": 8})
 int4 = minitx.load("stories", quantize={"bits": 4})
@@ -168,16 +204,22 @@ table = [
 print_table(["", "bytes", "loss", *HOPS], table)
 assert abs(losses["8 bits"] - losses["float32"]) < 0.001
 assert losses["4 bits, embedding too"] - losses["float32"] < 0.015
+
+# %% [markdown]
 # 8 bits cannot be told from float32, in a third of the bytes. 4 bits cost less than 0.01 of loss
 # and hardly an answer. Zero points lower the loss a little, because they make use of the 16th code;
 # that an answer of 2 hops is lost is chance. (In thousandths, the loss depends on which stories one
 # reads.)
 
-
-# %% 5. How few?
+# %% [markdown]
+# ## 5. How few?
+#
 # The flag stops at 4 bits, because codes of 3 bits do not fill bytes. But the loss does not care
 # how codes are stored: we can round a model's weights ourselves and leave them floats. So we load
 # fresh copies of the model and overwrite their matrices.
+
+
+# %%
 def round_weights(w, bits, g):
     """The matrix w (in, out) after quantizing and dequantizing it."""
     inputs, outputs = w.shape
@@ -195,10 +237,14 @@ def rounded_model(bits, g):
     return rounded
 
 
-# %% ... the loss by bits and group size
+# %% [markdown]
+# ## ... the loss by bits and group size
+#
 # Group size None means one scale for a whole column, which is 128 or 352 weights here. Half of the
 # stories are enough for this. In the bar chart, for groups of 32, look at where the bars begin to
 # grow.
+
+# %%
 title("5. The loss by bits and group size")
 BITS = (5, 4, 3, 2)
 half = stories[:12]
@@ -219,13 +265,19 @@ at_5, at_4, at_3, at_2 = lines["groups of 32"]
 assert at_5 < at_4 < float32 + 0.01 < at_3 < float32 + 0.05 and at_2 > 2
 assert lines["whole columns"][2] > lines["groups of 16"][2] + 0.03  # 3 bits
 assert lines["whole columns"][0] < lines["groups of 16"][1] + 0.001  # 5 bits, and 4
+
+# %% [markdown]
 # Down to 4 bits hardly anything happens, 3 bits can be noticed, and with 2 the model is gone: each
 # bit less at least doubles the scale, and the errors with it. Small groups help most where bits are
 # few. Are they worth their scales? By section 2, 4 bits in groups of 16 are 6 bits per weight. 5
 # bits in whole columns are at most 5.25, and no worse here. (Scales in float16 halve that price.)
 
-# %% ... why 2 bits are not enough
+# %% [markdown]
+# ## ... why 2 bits are not enough
+#
 # The codes -1, 0 and 1 are left. How many weights get the code 0?
+
+# %%
 zeros, count = 0, 0
 for path, w in weights(rounded_model(2, 32).model).items():
     if w.ndim == 2 and path != "embed.w":
@@ -233,16 +285,22 @@ for path, w in weights(rounded_model(2, 32).model).items():
         count += w.size
 print(f"With 2 bits in groups of 32, {zeros / count:.0%} of the weights become 0.")
 assert zeros / count > 0.7
+
+# %% [markdown]
 # The largest weight of a group decides what is small. Which weights can be set to 0 without such
 # harm is the question of tutorial 9; exercise 2 below saves some of them.
 
-# %% 6. Which errors matter? Activation-aware scaling
+# %% [markdown]
+# ## 6. Which errors matter? Activation-aware scaling
+#
 # An error in a weight is multiplied by the weight's input. So weights with large inputs should be
 # rounded more carefully. AWQ (activation-aware weight quantization) does it with a trick: multiply
 # those weights by c before rounding, and divide their input by c. The product is the same, but
 # relative to the weight the rounding is finer. Each input has its own c = (mean |input|)^ratio, so
 # ratio 0 is plain rounding. (Here there is one row, so the mean is |x| itself.) The output is
 # 10 * 0.14 + 1 * 0.70 = 2.10. Which ratio gets it right?
+
+# %%
 title("6. Activation-aware scaling, two weights in 4 bits")
 x = np.array([10.0, 1.0])  # two inputs, the first one large
 w = np.array([0.14, 0.70])
@@ -255,16 +313,22 @@ for ratio in (0, 0.35, 0.7, 1):
     if ratio == 0.7:
         assert abs(output - x @ w) < 0.01
 print_table(["ratio", "c", "scale", "codes", "output"], table)
+
+# %% [markdown]
 # With plain rounding, 0.14 becomes 0.1, and ten times the difference is lost. With c = 5 the two
 # weights are equally large. With more, the first one becomes an outlier, and the other one suffers.
 # So AWQ tries several ratios on calibration text and keeps the best, for each matrix. The division
 # of the inputs by c is not free when the model runs: `quantize` does it before each product. The
 # authors divide the gain of the norm before by c instead, once and for all.
 
-# %% ... on the model
+# %% [markdown]
+# ## ... on the model
+#
 # That pays where some inputs are much larger than the others. Large language models have such
 # inputs. How is it here? Look at the inputs of the attention of each block: mean |input| of the
 # largest one, compared to the median.
+
+# %%
 aware = minitx.load("stories", quantize={"bits": 4, "awq": True})
 judge("4 bits, awq", aware, nbytes(aware.model))
 print(f"loss in 4 bits {losses['4 bits']:.4f}, with awq {losses['4 bits, awq']:.4f}")
@@ -278,13 +342,19 @@ for block in lm.model.stack.blocks:
     x = block(x, Layer.once(len(ids)))  # what enters the next block
 print(f"the largest input of a block is {min(ratios):.1f} to {max(ratios):.1f} times the median")
 assert max(ratios) < 3 and abs(losses["4 bits, awq"] - losses["4 bits"]) < 0.005
+
+# %% [markdown]
 # All inputs are of about the same size, so awq finds little to do in this model.
 
-# %% 7. The KV cache in few bits
+# %% [markdown]
+# ## 7. The KV cache in few bits
+#
 # The weights stay the same, but the KV cache grows with every token, and in long texts and large
 # batches it can become larger than they are. It can be quantized too: each new key and value when
 # it is stored. Here a group is the key (or value) of one head, 32 numbers. Look at the bytes of 500
 # tokens.
+
+# %%
 title("7. load('stories', quantize_cache=...)")
 S = 500
 text = (ids * S)[:S]
@@ -298,15 +368,21 @@ for name, model in (("float32", lm), ("cache in 8 bits", cache8), ("cache in 4 b
 print_table(["", f"cache bytes, S = {S}", "loss", *HOPS], table)
 assert abs(losses["cache in 8 bits"] - losses["float32"]) < 0.001
 assert losses["cache in 4 bits"] - losses["float32"] < 0.005
+
+# %% [markdown]
 # 4 bits and a float32 scale for 32 numbers are 5 bits a number instead of 32. The answers of
 # questions are looked up in this cache, and they are still found.
 
-# %% 8. The price: one product
+# %% [markdown]
+# ## 8. The price: one product
+#
 # So far we counted bytes. Now the time. The codes are stored as int8, but they cannot be multiplied
 # as int8: 127 is the largest number there, and products overflow (see the first line that is
 # printed). So each product has to convert them first. Either to floats, for which NumPy has a fast
 # library, BLAS: how much longer does that take than the product of floats alone? Or to int32, for
 # which NumPy has only a plain loop: how long does that take, even without the conversion?
+
+# %%
 title("8. The price, in time: one row times a matrix of 1024 x 1024")
 product = np.array([100], np.int8) @ np.array([100], np.int8)
 print(f"100 * 100 in int8 is {product}")
@@ -329,11 +405,15 @@ times = time_side_by_side(float_product, dequantize_and_multiply, integer_produc
 print(f"int8 to floats, then the product: {times[1] / times[0]:.1f} times as long as the product")
 print(f"the product of integers (int32): {times[2] / times[0]:.0f} times as long")
 
-# %% ... and the model
+# %% [markdown]
+# ## ... and the model
+#
 # First how many bytes of weights are read for one token (float32 = 1), and the speedup if reading
 # them were all that takes time. Then what is measured here: one token, with 63 before it, and a
 # prompt of 300 tokens in one pass. `quantize` has several ways to run: "stream" dequantizes each
 # matrix for every pass, "load" once for all, and keeps the floats.
+
+# %%
 title("... and of the model (float32 = 1)")
 int4_load = minitx.load("stories", quantize={"bits": 4, "run": "load"})
 
@@ -358,12 +438,16 @@ say(
     "MB of weights fit into the cache of many processors: reading them is not what takes the time.",
 )
 
-# %% ... and where it pays
+# %% [markdown]
+# ## ... and where it pays
+#
 # Few bits save memory everywhere. They save time where decoding is memory-bandwidth bound: where
 # the processor can multiply faster than memory delivers weights, as with large models. There the
 # product itself must dequantize, in the processor's registers (a fused kernel), so that only codes
 # travel. Then the bytes give the speedup. For 8 billion weights, and a memory of 1,000 GB per
 # second:
+
+# %%
 title("... and of 8 billion weights: the least time for one token")
 table = []
 for bits in (16, 8 + 16 / 64, 4 + 16 / 64):  # float16; codes with a float16 scale for 64 weights
@@ -375,8 +459,19 @@ say(
     "little; and 2 are too few if one only rounds.",
 )
 
-# %% Try this
-# An assertion may fail when you change things; delete it then.
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 10`: Quantization
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/08_fewer_bits.py`.
+#
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
 #
 # 1. In section 1, find four weights, the largest 0.70, that 2 bits restore without any error. Then
 #    four, 0.70 among them again, with the largest mean error that is possible in 4 bits.

@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 9: fewer weights. Which weights of a trained model can go?
 
 Tutorial 8 made each weight smaller. Here weights go altogether, in three ways: single weights
@@ -10,7 +11,10 @@ You need matrix products. Letters: X inputs, a row for each token; W a matrix (i
 that the outputs are X W; D the model's width, F its hidden neurons; r the rank of a matrix.
 """
 
-# %% A model, and held-out stories to judge it by
+# %% [markdown]
+# ## A model, and held-out stories to judge it by
+
+# %%
 from functools import partial
 
 import numpy as np
@@ -45,11 +49,15 @@ def loss_of(model):
 dense_loss = loss_of(lm)
 print(f"loss on {len(stories)} held-out stories: {dense_loss:.3f}")
 
-# %% 1. Which weight of each output? By hand
+# %% [markdown]
+# ## 1. Which weight of each output? By hand
+#
 # Three inputs, three outputs, and two tokens to try them on. In each column of W, the weights of
 # one output, one weight is to become zero. The oldest rule takes the smallest: magnitude.
 # Wanda asks what the weight contributes: its size times the size of its input, |w| * ||x||, where
 # ||x|| is the norm of the input over the tokens. Look at the norms: the first input is the largest.
+
+# %%
 title("1. Magnitude and Wanda, by hand")
 X = np.array([[3.0, 0.6, 0.0], [4.0, -0.8, 2.0]])  # a row for each token
 W = np.array([[0.3, 0.2, -0.7], [0.9, 0.4, 0.9], [0.5, -0.6, 0.2]])  # (inputs, outputs)
@@ -68,10 +76,14 @@ for i in range(3):
     table.append([f"input {i + 1}", f"{norms[i]:.1f}", *rows])
 print_table(["", "norm", "W", "magnitude", "wanda"], table)
 
-# %% ... and what their choices cost
+# %% [markdown]
+# ## ... and what their choices cost
+#
 # In each column the weight with the lowest score becomes zero. Which do the two rules choose, and
 # how far does each output move? (Its error is a column with a number for each token: we take the
 # norm.)
+
+# %%
 for name, score in (("magnitude", magnitude), ("wanda", wanda)):
     lowest = score.argmin(0)  # the input that each output loses
     pruned = W.copy()
@@ -80,15 +92,20 @@ for name, score in (("magnitude", magnitude), ("wanda", wanda)):
     dropped = W[lowest, [0, 1, 2]]
     print(f"{name:9} drops {dropped}, errors of the outputs {error.round(2)}")
     assert np.allclose(error, wanda[lowest, [0, 1, 2]])
+
+# %% [markdown]
 # Wanda drops 0.9 and keeps 0.3, and it is right: the error is exactly the dropped weight's Wanda
 # score. If several weights of an output go, their errors may add up or cancel, so then the score is
 # an estimate.
 
-
-# %% 2. Zeros in a trained model
+# %% [markdown]
+# ## 2. Zeros in a trained model
+#
 # The technique `prune` does this to every matrix of the model, for any share of the weights; Wanda
 # measures its norms on calibration stories, which are not those that we judge by (8 of them, to be
 # quick). A random baseline tells what the scores are worth: the same share, drawn at random.
+
+# %%
 CALIBRATION = 8
 
 
@@ -106,8 +123,12 @@ def prune(share, method):
     return minitx.load("stories", prune=options)
 
 
-# %% ... how many can go?
+# %% [markdown]
+# ## ... how many can go?
+#
 # Before you run it: how large a share can go until the model fails?
+
+# %%
 title("2. The loss after setting a share of the weights to zero")
 SHARES = (0.1, 0.3, 0.5)
 headings = ["", *(f"{share:.0%} gone" for share in SHARES)]
@@ -131,14 +152,20 @@ def print_losses(*names):
 print_losses("random weights", "magnitude", "wanda")
 assert loss["magnitude"][1] < dense_loss + 0.02 and loss["random weights"][1] > 3
 assert abs(loss["magnitude"][1] - loss["wanda"][1]) < 0.01
+
+# %% [markdown]
 # Nearly a third of the weights can go, if they are the right ones; half hurts. Wanda is hardly
 # better than magnitude here. Its norms matter where inputs differ in size, as in large language
 # models; in this model the largest input is less than twice the median (tutorial 8, section 6).
 
-# %% 3. A pattern for hardware: 2 of 4
+# %% [markdown]
+# ## 3. A pattern for hardware: 2 of 4
+#
 # Some GPUs can skip zeros, if they come in a fixed pattern: of each 4 consecutive weights of an
 # output, 2 are kept (2:4). Then a kept weight needs only 2 bits to say where it was. Look at what
 # the pattern costs: it must keep 0.2 and drop 0.7.
+
+# %%
 title("3. Half of eight weights: freely, and 2 of each 4")
 column = np.array([0.9, 0.8, 0.7, 0.6, 0.3, 0.2, 0.1, 0.0])
 free = np.where(column >= np.sort(column)[4], column, 0)
@@ -151,10 +178,14 @@ print("2 of 4   ", np.array(pattern), f"sum of what was dropped {column.sum() - 
 two_of_four = minitx.load("stories", prune={"scope": "2:4", "stories": CALIBRATION})
 print(f"stories: loss {loss['wanda'][2]:.3f} freely, {loss_of(two_of_four):.3f} with 2 of 4")
 
-# %% 4. What do zeros save?
+# %% [markdown]
+# ## 4. What do zeros save?
+#
 # Nothing, in a dense array. A zero is stored and multiplied like any other number. Packing helps
 # memory: the technique `pack_zeros` stores one bit for each weight (zero or not) and the others one
 # after another; but each product must unpack them first. Look at the last column.
+
+# %%
 title("4. Half of the weights are zero: what is saved (1 = the original model)")
 original = count_last(lm, ids).total().multiply_adds
 half = {"sparsity": 0.5, "method": "magnitude"}
@@ -167,13 +198,19 @@ for name, model in (("zeros", magnitude_models[2]), ("packed zeros", packed)):
     table.append([name, f"{work:.2f}", f"{memory:.2f}", f"{speed:.2f}"])
     assert work == 1
 print_table(["", "multiply-adds", "memory", "speed"], table)
+
+# %% [markdown]
 # So for speed, a product must become smaller, and that takes whole rows or columns.
 
-# %% 5. Whole neurons, by hand
+# %% [markdown]
+# ## 5. Whole neurons, by hand
+#
 # The hidden neurons of a feed-forward network are computed from x, then multiplied by W_down: each
 # neuron adds its activation times its row of W_down. Here are the activations of three neurons on
 # two tokens. Which neuron will be missed least? Not the one with small weights, nor the one with
 # small activations: the one with the smallest product.
+
+# %%
 title("5. Three neurons, by hand")
 hidden = np.array([[3.0, 0.06, 2.0], [4.0, 0.08, 0.0]])  # (tokens, neurons)
 W_down = np.array([[0.2, 0.0], [3.0, 4.0], [0.6, 0.8]])  # (neurons, outputs)
@@ -192,10 +229,14 @@ print("outputs of the two tokens ", *outputs.round(2))
 print("the same without neuron 2 ", *smaller.round(2))
 print(f"error                      {error:.2f}")
 assert np.isclose(error, scores[1])
+
+# %% [markdown]
 # Again the error is the score. And this time the arrays are smaller: neuron 2 is gone from W_down,
 # and its columns from the matrices that computed its activation. What is left is a plain model.
 
-# %% 6. Neurons and heads of the trained model
+# %% [markdown]
+# ## 6. Neurons and heads of the trained model
+#
 # The technique `prune_structure` removes the neurons with the lowest scores from every block. In a
 # block of this model, 3 D F weights belong to neurons (two columns before each, and its row of
 # W_down) and 3 D^2 to attention (D^2 each to W_q and W_o, half of that each to W_k and W_v), so
@@ -204,6 +245,8 @@ assert np.isclose(error, scores[1])
 # If asked, it removes attention heads, too. A head is scored like a neuron: how large is what it
 # adds to the outputs, its weighted sum of the values times its rows of W_o? In this model two heads
 # share their keys and values, so these go together, with their keys and values.
+
+# %%
 title("6. The loss after removing neurons")
 c = lm.model.config
 in_neurons = 3 * c.width * c.hidden / (3 * c.width * c.hidden + 3 * c.width**2)
@@ -221,14 +264,20 @@ options = {"neurons": 0, "heads": 0.5, "stories": CALIBRATION}
 heads = minitx.load("stories", prune_structure=options)
 print(f"half of the heads gone: loss {loss_of(heads):.3f}, and half of the KV cache")
 assert loss["wanda"][1] < loss["neurons"][1] < loss["random weights"][1]
+
+# %% [markdown]
 # A neuron takes good weights along with bad ones, so the loss is higher than with zeros in the best
 # places. And with only 4 heads in a block, none is redundant.
 
-# %% 7. Low rank: one matrix as two thin ones, by hand
+# %% [markdown]
+# ## 7. Low rank: one matrix as two thin ones, by hand
+#
 # The third way: all rows of the matrix below are nearly multiples of one row. Such a matrix has
 # nearly rank 1: it is nearly a column times a row, 3 + 3 numbers instead of 9. The singular value
 # decomposition (SVD) finds them: it writes a matrix as a sum of such products, the largest first,
 # and the singular values are their sizes. Look at how much smaller the second one is.
+
+# %%
 title("7. A 3 x 3 matrix of nearly rank 1")
 largest = np.outer([1, 2, 2], [2, 2, 1])  # size: the norms multiplied, 3 * 3 = 9
 second = 0.1 * np.outer([2, 1, -2], [1, -2, 2])  # size 0.1 * 3 * 3 = 0.9
@@ -252,11 +301,15 @@ print(f"share of the squares that is kept: {sizes} = {share:.0%}")
 missing = np.linalg.norm(W - column @ row)
 assert np.isclose(missing, singular_values[1])  # what is missing is the second one
 
-# %% 8. Are trained matrices of low rank?
+# %% [markdown]
+# ## 8. Are trained matrices of low rank?
+#
 # A matrix (in, out) at rank r becomes (in, r) and (r, out): r (in + out) weights instead of in *
 # out. For a square matrix that is less only if r is below half of the full rank. So we look at what
 # the larger half of the singular values keeps of the sum of squares, and compare with a matrix of
 # random numbers of the same shape. Look for a difference.
+
+# %%
 title("8. Kept by half of the rank")
 rng = np.random.default_rng(0)
 
@@ -274,14 +327,20 @@ for name in ("attn.qkv.q.w", "attn.qkv.v.w", "attn.out.w", "ffn.expand.gate.w", 
     table.append([name, str(w.shape), f"{trained:.0%}", f"{random:.0%}"])
     assert random < trained < random + 0.1
 print_table(["matrix of block 5", "shape", "trained", "random"], table)
+
+# %% [markdown]
 # There is little: this small model uses all of its directions, and low rank will be expensive.
 
-# %% ... low rank in the trained model
+# %% [markdown]
+# ## ... low rank in the trained model
+#
 # The technique `low_rank` factorizes every matrix for which two factors are smaller. "plain" is the
 # truncated SVD of the weights. "weighted" has the outputs in mind, like Wanda's score: it minimizes
 # their error on calibration stories, for what never occurs in the inputs need not be kept. To do
 # so, it takes a square matrix C with C C^T = X^T X, truncates the SVD of C^T W instead of W, and
 # multiplies the left factor by the inverse of C^T.
+
+# %%
 title("... and the loss with factors instead of matrices")
 
 
@@ -295,11 +354,17 @@ weighted_models = [low_rank(share, True) for share in SHARES]
 loss["low rank, weighted"] = [loss_of(model) for model in weighted_models]
 print_losses("random weights", "low rank, plain", "low rank, weighted")
 assert loss["neurons"][1] < loss["low rank, weighted"][1] < loss["low rank, plain"][1]
+
+# %% [markdown]
 # It takes many inputs to know which directions never occur: exercise 3 gives it more stories.
 
-# %% 9. All together
+# %% [markdown]
+# ## 9. All together
+#
 # The same share gone, 30 % of the blocks' weights, in five ways and at random. The longer the bar,
 # the more the model has lost.
+
+# %%
 title(f"9. The loss with 30 % of the weights gone (nothing gone: {dense_loss:.3f})")
 names = ["magnitude", "wanda", "neurons"]
 names += ["low rank, weighted", "low rank, plain", "random weights"]
@@ -307,9 +372,13 @@ bar_chart(names, [loss[name][1] for name in names], "{:.3f}", width=50)
 lines = {name: [dense_loss, *loss[name]] for name in names}
 save_lines("09_loss_by_weights_gone", (0, *SHARES), lines, "share of the weights gone", "loss")
 
-# %% ... and the price: counts, then time
+# %% [markdown]
+# ## ... and the price: counts, then time
+#
 # What each saves for one token, with 63 before it. The last line is for comparison: all weights
 # stay, in 8 bits (tutorial 8). The original model is 1 in all columns but the loss.
+
+# %%
 title("... and what 30 % fewer weights save (1 = the original model)")
 candidates = {
     "wanda": wanda_models[1],
@@ -331,10 +400,14 @@ say(
     "that was saved. If it is memory that you lack, fewer bits give more for less.",
 )
 
-# %% ... in a wide matrix
+# %% [markdown]
+# ## ... in a wide matrix
+#
 # In wide matrices calls hardly count, and the multiply-adds that are gone are time that is gone. A
 # row times a matrix of 1024 x 4096, and what remains of it with half of the weights gone, in the
 # three ways.
+
+# %%
 title("... and in a matrix of 1024 x 4096, half of its weights gone (time, whole matrix = 1)")
 x = rng.standard_normal((1, 1024)).astype(np.float32)
 W = rng.standard_normal((1024, 4096)).astype(np.float32)
@@ -352,11 +425,24 @@ tasks = [partial(np.matmul, x, matrix) for matrix in (W, zeros, half_of_columns)
 times = time_side_by_side(*tasks, two_products, repeats=25)
 for name, time in zip(("half zeros", "half of the columns", f"rank {r}"), times[1:]):
     print(f"  {name:20} {time / times[0]:.2f}")
+
+# %% [markdown]
 # One thing is missing on this page: a model that has lost weights is usually trained a little
 # further, so that the others make up for them. That wins back part of the loss.
 
-# %% Try this
-# An assertion may fail when you change things; delete it then.
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 18`: The budget (open project)
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/09_fewer_weights.py`.
+#
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
 #
 # 1. In section 1, change X so that all three norms are equal. What does Wanda choose now, and why?
 #    Then make Wanda drop the -0.7.

@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 10: tables instead of products. Can a table replace a product?
 
 Children learn the multiplication table by heart and then look products up. A program can do the
@@ -10,7 +11,10 @@ multiplication and one addition, the unit of all work in a product; a read fetch
 table.
 """
 
-# %% A model, and text to judge it by
+# %% [markdown]
+# ## A model, and text to judge it by
+
+# %%
 import numpy as np
 from helpers import (
     QUESTION,
@@ -36,11 +40,17 @@ ids = lm.encode(STORY + QUESTION)
 read = held_out_stories(4)
 plain_loss = evaluate_stories(lm, read).mean_loss
 print(f"loss on {len(read)} held-out stories: {plain_loss:.3f} nats per token")
+
+# %% [markdown]
 # (The loss is the negative log-likelihood of the text: lower is better, and 0.1 more is a lot.)
 
-# %% 1. All products of two short vectors
+# %% [markdown]
+# ## 1. All products of two short vectors
+#
 # Let every number be -1, 0 or 1. Then there are only 9 different pairs, and only 9 x 9 dot products
 # of two pairs. We compute all of them once. Check one entry: (-1, 1) with (1, 0) is -1 + 0 = -1.
+
+# %%
 title("1. A table of all products of two pairs")
 PAIRS = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
 T = np.array(PAIRS) @ np.array(PAIRS).T  # (9, 9)
@@ -55,13 +65,19 @@ first = T[PAIRS.index((1, -1)), PAIRS.index((1, 1))]
 second = T[PAIRS.index((0, 1)), PAIRS.index((-1, 1))]
 print(f"{x} . {w} = {first} + {second} = {first + second}, with 2 reads and no multiplication")
 assert first + second == np.dot(x, w)
+
+# %% [markdown]
 # The table knows neither x nor w. The same 81 entries serve every vector of such numbers.
 
-# %% 2. A matrix of the model
+# %% [markdown]
+# ## 2. A matrix of the model
+#
 # Real weights are no small integers, so they are rounded first: to 4 bits, the integers from -7 to
 # 7 (-8 would fit, too, but is not used), times a scale (tutorial 8 is about that). With inputs in 4
 # bits as well, a pair has a code from 0 to 16 x 16 - 1, one byte, and the table of all products of
 # two pairs has 256 x 256 entries. Those in use are at most 7 x 7 + 7 x 7 = 98: one byte as well.
+
+# %%
 title("2. A matrix of 352 x 128 weights by table")
 T4_PAIRS = [(a, b) for a in range(-8, 8) for b in range(-8, 8)]  # pair number 16 (a + 8) + (b + 8)
 T4 = np.array(T4_PAIRS) @ np.array(T4_PAIRS).T  # (256, 256)
@@ -85,13 +101,19 @@ print(f"{W.size:,} multiply-adds became {W_codes.size:,} reads from {T4.size:,} 
 print("against the product of the same integers: no error")
 print(f"against the product before rounding: worst error {error:.0%} of the largest output")
 assert 0 < error < 0.5
+
+# %% [markdown]
 # So the table itself is exact, and whatever is lost is lost by rounding to 4 bits. That is much for
 # a single output. What does the whole model say to it?
 
-# %% ... in all blocks: lut_product
+# %% [markdown]
+# ## ... in all blocks: lut_product
+#
 # The technique does it with every matrix of the blocks, all with the same table (LUT: look-up
 # table). Each token has its own scale for x. Look at the memory: a pair of weights is one byte now,
 # before it was two numbers of 4 bytes. The loss says what the rounding costs.
+
+# %%
 lut_product = minitx.load("stories", lut_product={"input_bits": 4, "weight_bits": 4, "length": 2})
 
 
@@ -107,12 +129,18 @@ loss = {"plain": describe("plain", lm)}
 loss["lut_product"] = describe("lut_product", lut_product)
 assert nbytes(lut_product.model) < nbytes(lm.model) / 4
 assert loss["plain"] < loss["lut_product"] < loss["plain"] + 0.2
+
+# %% [markdown]
 # Rounding errors have both signs and partly cancel in later sums: the model tolerates them.
 
-# %% 3. Why only pairs?
+# %% [markdown]
+# ## 3. Why only pairs?
+#
 # Longer vectors would need fewer reads. But with b bits for an input and b for a weight, vectors of
 # length n have 2^(n b) codes each, so the table has 2^(2 n b) entries. Look for the tables that fit
 # into 32 KB, the usual size of a processor's fastest cache.
+
+# %%
 title("3. The size of the table, by bits and length")
 LENGTHS = (1, 2, 3, 4)
 
@@ -141,14 +169,20 @@ def draw(axes):
 
 
 save_picture("10_table_size", draw)
+
+# %% [markdown]
 # Each number more in a vector multiplies the size by 2^(2b). At 4 bits, a table of pairs (66 KB) is
 # already twice the fastest cache; it fits into the next one.
 
-# %% 4. Tables of the inputs, indexed by bits
+# %% [markdown]
+# ## 4. Tables of the inputs, indexed by bits
+#
 # Must both sides be rounded? Let only the weights be integers, and look at their bits. A bit of a
 # weight says: add this input, or do not. Two inputs have only four such sums, and we compute all of
 # them for this x. Then the weights' first bits say which sum counts twice, and their last bits
 # which sum counts once. By hand: 3 * 2 + 5 * 3 = 21.
+
+# %%
 title("4. One table for each few inputs, read by the bits of the weights")
 x = (3, 5)
 sums = {"00": 0, "10": 3, "01": 5, "11": 3 + 5}  # "10": only the first input is added
@@ -163,15 +197,21 @@ assert dot == np.dot(x, w)
 bit_serial = minitx.load("stories", lut_bit_serial={"bits": 4, "group": 4})
 loss["lut_bit_serial"] = describe("lut_bit_serial", bit_serial)
 assert abs(loss["lut_bit_serial"] - loss["plain"]) < abs(loss["lut_product"] - loss["plain"])
+
+# %% [markdown]
 # Inputs stay as they are, so less is lost. But an output takes 4 reads (one for each bit) for 4
 # inputs: in all as many reads as there were multiply-adds. (Negative weights: the stored integers u
 # go from 0 to 15, and the weight is scale * (u - zero), so zero times the sum of x is subtracted
 # from the result. An output has one scale and one zero.)
 
-# %% 5. Prototypes
+# %% [markdown]
+# ## 5. Prototypes
+#
 # The third table needs no integers at all. Cut x into parts and replace each part by the nearest of
 # a few prototypes, also called centroids. What W makes of a prototype is known in advance. Below
 # are parts of 2 numbers and 2 prototypes. Which prototype is nearest to (0.9, 0.2)?
+
+# %%
 title("5. The nearest prototype")
 PROTOTYPES = np.array([[1.0, 0.0], [0.0, 1.0]])
 W = np.array([[1.0, 2.0], [3.0, 1.0], [0.0, 2.0], [4.0, 1.0]])  # 4 inputs, 2 outputs
@@ -188,28 +228,40 @@ for number, part in enumerate((x[0:2], x[2:4])):
     print(tables[number][nearest])
 print("sum of the rows:", y, "  the exact product:", (x @ W).round(2))
 assert np.array_equal(y, [5, 3])
+
+# %% [markdown]
 # A row of the table serves all outputs, and it is read in order. All that is lost is lost by
 # rounding x.
 
-# %% ... in the model: lut_centroid
+# %% [markdown]
+# ## ... in the model: lut_centroid
+#
 # The prototypes are learned from the inputs that a matrix gets on a few stories set apart for that:
 # k-means finds 16 centroids for each part of 4 numbers. Look at the loss if this is done in the
 # last two blocks, and if it is done in all eight.
+
+# %%
 last_two = minitx.load("stories", lut_centroid={"stories": 4, "layers": 2})
 lut_centroid = minitx.load("stories", lut_centroid={"stories": 4, "layers": None})
 loss["lut_centroid, last 2"] = describe("lut_centroid, last 2 blocks", last_two)
 loss["lut_centroid"] = describe("lut_centroid, all 8 blocks", lut_centroid)
 assert loss["lut_centroid, last 2"] < loss["plain"] + 0.2
 assert loss["lut_centroid"] > loss["plain"] + 1
+
+# %% [markdown]
 # In two blocks, little is lost; with all eight the model no longer works: each block rounds inputs
 # that the blocks before have changed already. (The paper LUT-NN trains the prototypes together with
 # the weights.) And the tables are 4 times as large as the weights: a table has 16 rows for each 4
 # rows of W.
 
-# %% 6. A table for a function
+# %% [markdown]
+# ## 6. A table for a function
+#
 # The activation SiLU, x / (1 + exp(-x)), takes an exponential and a division. An input in 16 bits
 # has only 65,536 values, so we compute all of them. The index is the input's own bits, read as an
 # integer. (float16 keeps 11 binary digits: the only thing that is lost.)
+
+# %%
 title("6. A function of one number")
 every_float16 = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 with np.errstate(all="ignore"):  # Inf and NaN are among them
@@ -226,12 +278,16 @@ function_tables = minitx.load("stories", function_tables=True)
 loss["function_tables"] = describe("function_tables", function_tables)
 assert abs(loss["function_tables"] - loss["plain"]) < 1e-3
 
-# %% 7. The price: counts
+# %% [markdown]
+# ## 7. The price: counts
+#
 # What one token takes, the others being in the KV cache (the stored keys and values): the
 # multiply-adds that are left, the reads, and the bytes of the tables that they go to. Queries with
 # keys, attention weights with values, and the output head are products as before: 208,640
 # multiply-adds. The rest is what the tables themselves need. Look at the first column: which table
 # needs most?
+
+# %%
 title("7. The price of one token: counts")
 models = {
     "plain": lm,
@@ -268,22 +324,34 @@ assert as_before == 208_640
 assert multiply_adds["lut_product"] == as_before + inputs + 2 * outputs  # scales of x, then of y
 assert multiply_adds["lut_bit_serial"] == as_before + 2 * outputs  # zero and scale of each output
 assert multiply_adds["lut_centroid"] == as_before + 16 * inputs  # distances to 16 centroids
+
+# %% [markdown]
 # lut_centroid: to find the nearest of 16 centroids, each input takes 16 multiply-adds. lut_product
 # multiplies by scales, lut_bit_serial by the scale and the zero of each output. (To make the sums
 # of lut_bit_serial takes additions only.)
 
-# %% ... as a picture
+# %% [markdown]
+# ## ... as a picture
+#
 # "#" are multiply-adds, "r" reads, drawn to the same scale.
+
+# %%
 print()
 for name in models:
     products = "#" * round(40 * multiply_adds[name] / multiply_adds["plain"])
     lookups = "r" * round(40 * reads[name] / multiply_adds["plain"])
     print(f"  {name:20} {products}{lookups}")
+
+# %% [markdown]
 # Most multiplications are gone. lut_product leaves three fifths of the operations, lut_centroid two
 # fifths; lut_bit_serial has exchanged one kind for the other. Is that faster?
 
-# %% 8. The price: time
+# %% [markdown]
+# ## 8. The price: time
+#
 # Now the same token with a clock. Above 1 is faster than the plain model.
+
+# %%
 title("8. The price of one token: speed (plain = 1)")
 tasks = [decode_last(one, ids) for one in models.values()]
 times = time_side_by_side(*tasks, repeats=20)
@@ -291,11 +359,16 @@ for name, seconds in zip(models, times):
     if name != "plain":
         print(f"  {name:20} {times[0] / seconds:.2f}  {verdict(times[0] / seconds)}")
 assert times[1] > times[0] and times[2] > times[0]
+
+# %% [markdown]
 # In NumPy the tables of products lose, clearly. Why? Let us time the two operations alone.
 
-
-# %% ... what does a read cost?
+# %% [markdown]
+# ## ... what does a read cost?
+#
 # The same 352 x 128 matrix as in section 2: its product, and its reads.
+
+# %%
 W = weights(lm.model)["stack.blocks.1.ffn.down.w"]
 x = np.random.default_rng(0).standard_normal(352).astype(np.float32)
 flat = T4.reshape(-1)
@@ -314,6 +387,8 @@ product_time, reading_time = time_side_by_side(multiply, fetch, repeats=200)
 cost = (reading_time / index.size) / (product_time / W.size)
 print(f"\none read takes the time of {cost:.0f} multiply-adds")
 assert cost > 2
+
+# %% [markdown]
 # The product goes through memory in order, and one instruction multiplies 8 or 16 numbers at once.
 # Each read has an address of its own. So here a table pays only if one read replaces more
 # multiply-adds than that (the additions of what was read are not even in it): lut_product replaces
@@ -321,23 +396,40 @@ assert cost > 2
 # entries in one instruction, if the table fits into a register (the byte shuffle, for which
 # lut_bit_serial is made), and chips have been designed around such tables. NumPy reaches neither.
 
-# %% 9. Where a table wins
+# %% [markdown]
+# ## 9. Where a table wins
+#
 # In tutorial 3, one read of a ready row replaces whole products, and in stories-parallel, where it
 # replaces nearly a whole block, that pays. And GELU, another activation, takes dozens of operations
 # for one number; SiLU takes few. Which of the two does a table make faster?
+
+# %%
 title("9. One read for much work")
 gelu = minitx.load("stories-parallel")  # a model with GELU
 gelu_table = minitx.load("stories-parallel", function_tables=True)
 for name, plain, tabled in (("SiLU", lm, function_tables), ("GELU", gelu, gelu_table)):
     before, after = time_side_by_side(decode_last(plain, ids), decode_last(tabled, ids), repeats=60)
     print(f"  {name} by table: {before / after:.2f}  {verdict(before / after)}")
+
+# %% [markdown]
 # For SiLU, rounding and reading take NumPy as long as the function itself, or longer. So, can a
 # table replace a product? Yes, and exactly, once the numbers are small integers. Whether it should
 # depends on how much work one read replaces, and on what a read costs on your machine.
 
-# %% Try this
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 11`: Lookup tables (LUTIN)
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/10_tables_instead_of_products.py`.
+#
 # (An assertion may stop a script that you changed, as it guards what the text says of the original.
 # Delete it then.)
+#
 # 1. Section 1: how many entries has the table for triples of {-1, 0, 1}? And how many reads does a
 #    dot product of 12 numbers take, with pairs and with triples?
 # 2. Section 2: put the weights into the table, too: for each pair of inputs, each of its 256 codes

@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 11: guess and check. Can a small model's guesses save passes of the large model without
 changing its text?
 
@@ -14,7 +15,10 @@ Letters: V vocabulary; p the target model's distribution of the next token (V nu
 model's; gamma guesses per pass; alpha the probability that a guess is accepted.
 """
 
-# %% Two models with one vocabulary
+# %% [markdown]
+# ## Two models with one vocabulary
+
+# %%
 from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
@@ -49,11 +53,15 @@ sizes = [sum(w.size for w in weights(lm.model).values()) for lm in (target, draf
 print(f"target model: {sizes[0]:,} weights in {len(target.model.stack.blocks)} blocks")
 print(f"draft model:  {sizes[1]:,} weights in {len(draft.model.stack.blocks)} blocks")
 
-# %% 1. One guess, by hand
+# %% [markdown]
+# ## 1. One guess, by hand
+#
 # Four words, and two opinions about which comes next. The draft model draws a word from q. The
 # target model may keep it or throw it away, and the words that come out must be distributed as p:
 # nobody may be able to tell that there was a draft model. All numbers are fractions, so nothing is
 # rounded.
+
+# %%
 title("1. One guess, by hand")
 WORDS = ("park", "kitchen", "garden", "cave")
 p = [Fraction(6, 10), Fraction(3, 10), Fraction(1, 10), Fraction(0)]
@@ -71,9 +79,13 @@ residual = [e / sum(excess) for e in excess]
 table = [[WORDS[i], *map(str, (p[i], q[i], accept[i], residual[i]))] for i in range(4)]
 print_table(["word", "p", "q", "accept", "residual"], table)
 
-# %% ... and all that can happen
+# %% [markdown]
+# ## ... and all that can happen
+#
 # We go through every guess, accepted or not, and add up how often each word comes out. It should be
 # as often as in p: 6, 3, 1 and 0 of 10.
+
+# %%
 output = [Fraction(0)] * 4
 for guess in range(4):
     output[guess] += q[guess] * accept[guess]
@@ -87,10 +99,13 @@ acceptance = sum(q_x * a_x for q_x, a_x in zip(q, accept))
 assert acceptance == sum(map(min, p, q))
 print(f"a guess is accepted with probability {acceptance}, the sum of min(p, q)")
 
+# %% [markdown]
 # (To draw from p itself after a rejection would be wrong. The accepted guesses of "garden" are
 # 1/5 * 1/2 = 1/10 of all words, as many as p allows. It must not be drawn again.)
 
-# %% 2. Several guesses, one pass
+# %% [markdown]
+# ## 2. Several guesses, one pass
+#
 # The draft model guesses gamma tokens in a row. One pass of the target model over all of them gives
 # its own distribution after each. Guesses are accepted up to the first rejection; the rest is
 # thrown away. A rejected guess is replaced by a draw from the residual distribution, so each pass
@@ -100,6 +115,8 @@ print(f"a guess is accepted with probability {acceptance}, the sum of min(p, q)"
 # Say that each guess is accepted with probability alpha. Guess 1 counts with probability alpha,
 # guess 2 only if both are accepted, alpha^2, and so on. One token comes in any case. So a pass
 # brings 1 + alpha + alpha^2 + ... + alpha^gamma tokens on average. How much do more guesses add?
+
+# %%
 title("2. Tokens from one pass, by formula")
 
 
@@ -116,14 +133,19 @@ for alpha in ALPHAS:
     lines[f"alpha = {alpha}"] = tokens
 print_table(["alpha", *(f"gamma = {gamma}" for gamma in GAMMAS)], table)
 save_lines("11_tokens_per_pass", GAMMAS, lines, "guesses per pass (gamma)", "tokens per pass")
+
+# %% [markdown]
 # With alpha = 0.5, 8 guesses bring hardly more than 4, and at 0.9 half as much again. Many guesses
 # pay only if nearly all are right: one wrong guess spoils those after it.
 
-# %% 3. The same with the two models
+# %% [markdown]
+# ## 3. The same with the two models
+#
 # Greedy decoding first, where the rule is simple: a guess is accepted if it is the target model's
 # own most likely token. To be short, this loop has no KV cache.
 
 
+# %%
 def greedy_pass(text, gamma):
     """The tokens that one pass of the target model adds to the text, its own one last."""
     guesses = []
@@ -137,9 +159,13 @@ def greedy_pass(text, gamma):
     return guesses[:accepted] + [own[accepted]]
 
 
-# %% ... pass by pass
+# %% [markdown]
+# ## ... pass by pass
+#
 # Each line is one pass of the target model: accepted guesses, then a token of its own, in the place
 # of the first wrong guess. What kind of words are these?
+
+# %%
 title("3. One story, pass by pass (greedy, gamma = 4)")
 prompt = target.encode(STORY + QUESTION)
 text, passes = list(prompt), 0
@@ -152,14 +178,20 @@ while len(text) < len(prompt) + 40:
 new = text[len(prompt) :]
 assert new == target.generate(prompt, len(new))  # the target model's own text, token for token
 print(f"{len(new)} tokens in {passes} passes; the target model alone writes the same text.")
+
+# %% [markdown]
 # The draft model misses where somebody is (park, kitchen), and what happens next (five carrots).
 # The common phrases it knows: there four guesses are accepted, and a pass brings five tokens.
 
-# %% 4. How often do the models agree?
+# %% [markdown]
+# ## 4. How often do the models agree?
+#
 # When tokens are sampled, alpha is the sum of min(p, q), as in section 1. To know it, nothing has
 # to be guessed: run both models over a text and compare their distributions at every token. Below
 # are the question and what was generated, with the alpha of a guess there. Where do the models
 # agree?
+
+# %%
 title("4. The probability that a guess is accepted, token by token")
 sampler = Sampler(temperature=1)
 
@@ -182,13 +214,19 @@ for t in range(len(prompt) - 8, len(prompt) + 8):
 stories = [target.encode(story.text) for story in held_out_stories(8)]
 alpha = np.mean(np.concatenate([agreement(ids) for ids in stories]))
 print(f"On average over {len(stories)} held-out stories: alpha = {alpha:.2f}")
+
+# %% [markdown]
 # Grammar is easy to guess. Where somebody is, is not: the target model is sure of "park" after 4 of
 # its 8 blocks (tutorial 1, section 5), and the draft model has 2.
 
-# %% 5. With the flag
+# %% [markdown]
+# ## 5. With the flag
+#
 # The technique `speculative` does the same with KV caches for both models, and samples by the rule
 # of section 1. The ledger notes how many guesses were proposed and accepted. (stop=0: always guess
 # gamma tokens. Section 7 is about that.)
+
+# %%
 GAMMA = 4
 guessing = minitx.load("stories", speculative={"gamma": GAMMA, "stop": 0})
 prompts = [ids[:40] for ids in stories]
@@ -204,9 +242,14 @@ def write(lm, temperature=0):
     return new, counts
 
 
-# %% ... what to look at
+# %% [markdown]
+# ## ... what to look at
+#
 # Guesses and tokens per pass: without guessing, a pass brings 1. And all multiply-adds, of both
 # models and with the reading of the prompts, relative to the target model alone.
+
+
+# %%
 class Cost(NamedTuple):
     proposed: float  # guesses per pass
     tokens: float  # per pass
@@ -223,9 +266,13 @@ def cost(new, counts, alone):
     return Cost(proposed / passes, tokens / passes, work / work_alone)
 
 
-# %% ... greedy and sampled
+# %% [markdown]
+# ## ... greedy and sampled
+#
 # A pass of section 3 brought 3.3 tokens. And here? Are more guesses accepted in greedy decoding, or
 # in sampling?
+
+# %%
 title("5. load('stories', speculative=...): counts on held-out stories")
 alone = write(target)
 table = []
@@ -242,17 +289,23 @@ print_table(["", "accepted", "tokens per pass", "multiply-adds (alone = 1)"], ta
 print(
     f"By the formula for alpha = {alpha:.2f}: {tokens_per_pass(alpha, GAMMA):.2f} tokens per pass"
 )
+
+# %% [markdown]
 # The formula is for sampling, and a good guide though alpha differs from token to token. Greedy
 # decoding accepts less: where two words are about equally likely, the models' distributions may
 # nearly agree and yet have different most likely words. The multiply-adds are the first part of the
 # price. They are above 1, since the draft model works, too, and since the rejected guesses were
 # work for nothing, in both models.
 
-# %% 6. Is sampled text still distributed as p?
+# %% [markdown]
+# ## 6. Is sampled text still distributed as p?
+#
 # A test: after one beginning, draw the next word 250 times, with a guess each time, and count. It
 # should be hard for the technique. So of all places in the text of section 4 at which the target
 # model is in doubt, we take the one where the two models agree least. A share of 250 draws has a
 # standard error of sqrt(p (1 - p) / 250). Are the drawn shares those of p, or of q?
+
+# %%
 title("6. The next word, drawn 250 times with guess and check")
 DRAWS = 250
 likeliest = [sampler.probabilities(logits).max() for logits in target.logits(text[:-1])]
@@ -274,28 +327,40 @@ for token in np.argsort(-p)[:3]:
     table.append([word, f"{q[token]:.1%}", f"{p[token]:.1%}", f"{drawn:.1%}", f"{error:.1%}"])
     assert abs(drawn - p[token]) < 4 * error
 print_table(["word", "q", "p", "drawn", "standard error"], table)
+
+# %% [markdown]
 # They follow p, to within two standard errors or so, and are far from q. The text is the target
 # model's, although the guesses come from q.
 
-# %% 7. When to stop guessing
+# %% [markdown]
+# ## 7. When to stop guessing
+#
 # A guess counts only if all guesses before it were right. Say that the draft model gives its five
 # guesses the probabilities below, its confidence, and that it is right that often. Then the
 # probability that guess 3 counts is 0.9 * 0.9 * 0.4 = 0.324: its own confidence times those before.
 # Which guesses are worth their work?
+
+# %%
 title("7. When to stop guessing: five guesses by hand")
 confidence = np.array([0.9, 0.9, 0.4, 0.9, 0.9])
 counts_for = np.cumprod(confidence)
 labels = [f"guess {i + 1}: {confidence[i]}" for i in range(5)]
 bar_chart(labels, counts_for, "{:.2f}")
 assert round(counts_for[2], 3) == 0.324
+
+# %% [markdown]
 # Guesses 4 and 5 are as confident as the first two and worth a third of them: they hang on guess 3.
 # So stop after the first unsure guess. (After, not before it. It has been drawn, and to drop a
 # guess *because* it was unlikely would change the distribution of those that are left.)
 
-# %% Is the draft model unsure where it is wrong?
+# %% [markdown]
+# ## Is the draft model unsure where it is wrong?
+#
 # Both models over the same text, the target model's greedy one. We sort the tokens by the draft
 # model's confidence in its most likely token. A bar is the share of those that are right: the
 # target model's own token.
+
+# %%
 title("The draft model's confidence, and how often it is right")
 confidences, right = [], []
 for ids, new in zip(prompts, alone[0]):
@@ -313,13 +378,19 @@ for low, high in ((0, 0.3), (0.3, 0.6), (0.6, 0.9), (0.9, 1)):
 bar_chart(labels, shares, "{:.0%}")
 sure = confidences > 0.6
 assert np.mean(right[sure]) > np.mean(right[~sure])
+
+# %% [markdown]
 # Where it is sure, it is nearly always right. Where it is unsure, it is wrong more often, but far
 # from always: where several words are about equally likely, both models may have the same favorite.
 
-# %% ... the threshold `stop`
+# %% [markdown]
+# ## ... the threshold `stop`
+#
 # Up to 8 guesses, and no more after one with a confidence below `stop`. The guesses that are not
 # accepted are wasted. What does a threshold save, and what does it cost? (Even without one, a pass
 # has a little less than gamma guesses: near the limit of 60 tokens, fewer are needed.)
+
+# %%
 title("gamma = 8, and a threshold for the confidence (greedy)")
 for stop in (0, 0.3, 0.6):
     changed = minitx.load("stories", speculative={"gamma": 8, "stop": stop})
@@ -334,11 +405,15 @@ for name, found in costs.items():
 print_table(["", "tokens per pass", "guesses", "wasted", "multiply-adds"], table)
 always, default = costs["gamma = 8, stop = 0"], costs["gamma = 8, stop = 0.3"]
 assert default.proposed < always.proposed and default.tokens <= always.tokens
+
+# %% [markdown]
 # With a threshold, a pass guesses far where the text is easy, and stops early where it is not. It
 # wastes fewer guesses, and brings fewer tokens: an unsure guess may be right, after all. Which is
 # better depends on what a step of the draft model costs, and what a row in the pass.
 
-# %% 8. The price of a few rows at once
+# %% [markdown]
+# ## 8. The price of a few rows at once
+#
 # A pass brings several tokens, but it runs gamma + 1 rows instead of one. How much longer does that
 # take? The more rows, the more multiply-adds. But a matrix also has to come from memory to the
 # processor, and that can take longer than to multiply by it. How often must it come?
@@ -348,6 +423,8 @@ assert default.proposed < always.proposed and default.tokens <= always.tokens
 # x reads all of it. Five rows, one after another, read it five times. Or we cut it into blocks of
 # 400 rows (0.5 MB), small enough to stay in the cache, and multiply all five rows by a block before
 # we go on to the next: then it comes from memory once.
+
+# %%
 large = to_column_major(random_model(config_of("288x6")))
 W = large.head.w  # (V, D): a row for each token of the vocabulary
 
@@ -365,8 +442,12 @@ def block_by_block(x, height=400):
     return y
 
 
-# %% ... one matrix
+# %% [markdown]
+# ## ... one matrix
+#
 # Both do the same multiply-adds. In which one does each row cost as much as the first?
+
+# %%
 title("8. Several rows times a matrix, the time of one row = 1")
 ROWS = (1, 2, 3, 5, 9)
 x = np.random.default_rng(0).standard_normal((max(ROWS), large.config.width)).astype(np.float32)
@@ -386,14 +467,20 @@ for name, run in (("one row after another", row_by_row), ("block by block", bloc
     table.append([name, *(f"{seconds:.2f}" for seconds in times[1:])])
 headings = [f"{rows} rows" for rows in ROWS[1:]]
 print_table([f"{W.nbytes / 1e6:.0f} MB", *headings], table)
+
+# %% [markdown]
 # One row after another: each costs as much as the first, since it waits for the same numbers
 # again. Block by block, only the first row waits for memory, which takes most of its time (tutorial
 # 2). The others find the block in the cache. It is the same work in another order.
 
-# %% ... the whole model
+# %% [markdown]
+# ## ... the whole model
+#
 # A pass of `stories`, whose weights stay in the cache of many processors, and one of the large
 # model, after 100 tokens. minitx multiplies row by row or block by block, whichever is faster
 # (minitx/fast.py). Compare each number with its number of rows.
+
+# %%
 title("A pass over several rows, the time of one row = 1")
 
 
@@ -416,13 +503,17 @@ for name, model, v in (("stories", target.model, v_small), ("288 x 6", large, v_
 print_table(["", "weights", *headings], table)
 lines = {"stories": v_small, "288 x 6": v_large, "each row at full price": ROWS}
 save_lines("11_rows", ROWS, lines, "rows in a pass", "time of the pass, one row = 1")
+
+# %% [markdown]
 # Every row after the first costs less than the first. In `stories`, a good part of the time is
 # Python calling NumPy, once for all rows. (Its matrices go block by block from 5 rows on, so these
 # may take no longer than 3.) In the large model it is memory. A GPU multiplies so much faster than
 # its memory delivers that dozens of rows of a large model take no longer than one: the papers
 # reckon with that.
 
-# %% 9. The price, in time
+# %% [markdown]
+# ## 9. The price, in time
+#
 # Now all together. Call a step of the target model 1, a step of the draft model c, and a pass over
 # the guesses and one row more v. With n guesses in a pass,
 #
@@ -433,6 +524,8 @@ save_lines("11_rows", ROWS, lines, "rows in a pass", "time of the pass, one row 
 # We measure c for `stories`. For the large model we suppose a draft model that guesses as well, and
 # is smaller by the same ratio; reading weights is nearly all of its time, so c is that ratio. In
 # the last column, "v = 1", the rows of the check are free.
+
+# %%
 title("9. The price, in time")
 ids = prompts[0]
 steps = decode_last(target, ids), decode_last(draft, ids)
@@ -453,15 +546,21 @@ for name, (proposed, tokens, _) in costs.items():
     paper = tokens / (proposed * c_large + 1)
     table.append([name, *(f"{speed:.2f}" for speed in (here, there, paper))])
 print_table(["speedup by the formula", "stories", "288 x 6", "v = 1"], table)
+
+# %% [markdown]
 # Eight guesses without a threshold bring most tokens per pass, but are fastest only where rows are
 # free. A wasted guess costs a step of the draft model in all columns, and a row of the pass in the
 # first two. A draft model with cheap steps helps, and a target model whose time goes into reading
 # weights.
 
-# %% ... and measured
+# %% [markdown]
+# ## ... and measured
+#
 # Greedy, on one text of `stories`, with the default setting (gamma = 8, stop = 0.3). A run that
 # writes only one token shows how long reading the prompt takes, so we can subtract that. Is the
 # formula right?
+
+# %%
 by_default = minitx.load("stories", speculative=True)
 with counting(by_default) as counts:
     new = by_default.generate(ids, 60)
@@ -483,13 +582,25 @@ say(
     f"models read the prompt. The draft model has 1/{1 / c_large:.0f} of the target's weights, but",
     f"c = {c_small:.2f}: Python calls NumPy for each layer, however small it is.",
 )
+
+# %% [markdown]
 # (c and v are the best of many short runs, which on a busy machine look better than a long run.)
 #
 # So speculative decoding pays most where models are large, and one text is written at a time. (In a
 # large batch, a pass has so many rows already that more are not cheap.) minitx.lab.rows measures v
 # for more shapes, and minitx.lab.speculation_speed the speedup.
 
-# %% Try this
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 16`: Speculative decoding
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/11_guess_and_check.py`.
+#
 # 1. In section 1, let q be 1/10, 1/10, 1/10, 7/10: a draft model that nearly always says "cave".
 #    How often is a guess accepted, and does p still come out? Then bring q close to p, all four
 #    above 0. When is a guess always accepted?

@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 12: which layers matter?
 
 Our model has eight layers. Take one out, and seven run: an eighth of the work is gone, for every
@@ -8,7 +9,10 @@ Letters: L layers, D width (a token is D numbers between two layers), h the hidd
 a vector of D numbers.
 """
 
-# %% The model
+# %% [markdown]
+# ## The model
+
+# %%
 import numpy as np
 from helpers import (
     calibration_stories,
@@ -30,7 +34,9 @@ from minitx.tree import nbytes
 lm = load_stories()
 L = lm.model.config.layers
 
-# %% 1. How much does a layer change a token? By hand
+# %% [markdown]
+# ## 1. How much does a layer change a token? By hand
+#
 # A layer reads the hidden state h and adds something to it: h + f(h). If it adds little, we could
 # leave it out. ShortGPT (Men et al., 2024) measures "little" by the angle between h before and
 # after, and calls it Block Influence:
@@ -39,6 +45,8 @@ L = lm.model.config.layers
 #
 # Take three toy layers that add the same vector to every token: A adds (0, 1), B adds (1, 1), and
 # C adds (-2, 2). A token enters as (1, 0).
+
+# %%
 title("1. Three layers that add a vector")
 toy = {"A": np.array([0, 1]), "B": np.array([1, 1]), "C": np.array([-2, 2])}
 
@@ -53,10 +61,15 @@ for name, added in toy.items():
     table.append([name, h, added, h + added, f"{1 - cosine(h, h + added):.3f}"])
     h = h + added
 print_table(["layer", "h before", "adds", "h after", "influence"], table)
+
+# %% [markdown]
 # B has influence 0: it makes the vector longer and does not turn it. So by this measure B is the
 # layer to drop. What comes out at the end without each of the layers?
 
-# %% ... and without each of them
+# %% [markdown]
+# ## ... and without each of them
+
+# %%
 end = h
 table = [["none", end, "0 degrees"]]
 for dropped in toy:
@@ -64,15 +77,21 @@ for dropped in toy:
     angle = np.degrees(np.arccos(min(cosine(left, end), 1)))
     table.append([dropped, left, f"{angle:.0f} degrees"])
 print_table(["dropped", "h at the end", "turned by"], table)
+
+# %% [markdown]
 # Without A the end has the same direction as before. Without B, the layer of influence 0, it is
 # turned by 18 degrees: a longer vector would have been turned less by what C adds. The influence
 # looks at one place and not at what happens later. It is a guess, so we have to measure.
 
-# %% 2. The influence of each layer, and the loss without it
+# %% [markdown]
+# ## 2. The influence of each layer, and the loss without it
+#
 # `layer_skip` drops layers by number (from 0: drop=3 is the fourth). The loss is the mean of
 # -ln(probability of the right word) over ten stories that the model was not trained on; printed is
 # by how much it rises above the dense model, which drops nothing. Hops are how many facts of the
 # story an answer has to combine. Does the influence predict the rise of the loss?
+
+# %%
 title("2. Without one layer")
 held_out = held_out_stories(10)
 texts = [lm.encode(story.text) for story in calibration_stories(8)]
@@ -96,6 +115,8 @@ for layer in range(L):
     table.append([layer + 1, f"{influence[layer]:.3f}", f"{losses[-1]:+.4f}", *right(scores)])
 print_table(["layer", "influence", "loss rise", *GROUPS], table)
 assert losses[0] > 5 and min(losses[1:4]) > 5 * max(losses[4:])
+
+# %% [markdown]
 # The influence tells three kinds of layers apart: 1, then 2 to 4, then 5 to 8. It does not tell
 # the order within a kind: of 2 to 4, layer 4 has the largest influence and is missed least; of 5 to
 # 8 it is layer 8. (A rise of 0.001 up or down is noise: there are few stories. And few questions:
@@ -107,10 +128,14 @@ assert losses[0] > 5 and min(losses[1:4]) > 5 * max(losses[4:])
 # the layer that looks the fact up. That so many late layers can go is due to how this model was
 # trained: late layers were left out at random, more often than early ones (LayerSkip).
 
-# %% 3. Half a layer
+# %% [markdown]
+# ## 3. Half a layer
+#
 # A layer is attention, which fetches something from other tokens, and then an FFN, which works on
 # each token alone. We drop only one of the two. Compare each row with the whole layer: should half
 # of a layer not cost less than all of it?
+
+# %%
 title("3. Without a layer, its attention, or its FFN")
 table, cost = [], {}
 for layer in range(L):
@@ -121,17 +146,23 @@ for layer in range(L):
     table.append([layer + 1, f"{losses[layer]:+.4f}", *halves])
 print_table(["layer", "rise without it", "without attention", "without FFN"], table)
 assert cost["attention", 1] > 10 * losses[1]
+
+# %% [markdown]
 # Look at layer 2: without its attention the loss is far higher than without the whole layer. Its
 # FFN was trained to read what its attention has fetched; without that it adds nonsense, and
 # nonsense is worse than nothing. In layers 5 to 8 either half can go. In large models much of the
 # attention is like that: LLM-Drop (He et al., 2024) leaves out half of the attention sub-layers of
 # Llama-2-70B for 2.4% of its accuracy.
 
-# %% 4. Without several layers
+# %% [markdown]
+# ## 4. Without several layers
+#
 # Now we drop n layers at once, chosen in three ways: those of lowest influence, all judged in the
 # dense model; greedily, where after each removal the loss without each of the others is measured
 # again; and at random (the mean of two draws). Watch two things: the rise of the loss, and the
 # answers to the 7 questions with three hops.
+
+# %%
 title("4. Without n layers")
 curves = {"influence": [], "greedy": [], "random": []}
 table = []
@@ -150,6 +181,8 @@ for n in range(1, 5):
 print_table(["n", "influence", "3 hops", "greedy", "3 hops", "random", "3 hops"], table)
 assert curves["influence"][3] < 0.03 and curves["random"][3] > 1
 save_lines("12_layers", range(1, 5), curves, "layers dropped", "loss, minus that of dense")
+
+# %% [markdown]
 # Three of eight layers can go, and hardly an answer changes. The fourth takes most of the answers
 # with three hops, although the loss is still low: the last facts of a chain are put together in one
 # of the late layers, and now all of these are gone. Greedy needs 26 measurements of the loss where
@@ -157,9 +190,13 @@ save_lines("12_layers", range(1, 5), curves, "layers dropped", "loss, minus that
 # half as much at n = 3. Random is a warning: from n = 2 on, one of the two draws includes layer 1,
 # and the mean is half of that disaster.
 
-# %% 5. In another order
+# %% [markdown]
+# ## 5. In another order
+#
 # All eight layers run again, but some in another order. `layer_reorder` takes the list of layers
 # (again from 0). We swap two neighbours, each pair in turn. What do you expect?
+
+# %%
 title("5. Two neighbouring layers swapped")
 table = []
 swapped = []
@@ -172,18 +209,24 @@ for layer in range(L - 1):
     table.append([f"{layer + 1} and {layer + 2}", f"{swapped[-1]:+.4f}", *right(scores)])
 print_table(["swapped", "loss rise", *GROUPS], table)
 assert swapped[0] > 5 and max(swapped[4:6]) < 0.01
+
+# %% [markdown]
 # Layers 5 to 7 commute: each adds its little bit to the hidden state, whatever came before. Then
 # two of them may as well read the same input and run side by side, on two machines or cores: that
 # is order=parallel. Layer 4 reads what layer 3 has looked up, so there the order counts. Layer 1
 # turns words into something that the others can read at all. Layer 8 is not missed (section 2), yet
 # run before layer 7 it costs 0.02: layer 7 has not learned to read what it writes.
 
-# %% 6. Two layers, one set of weights
+# %% [markdown]
+# ## 6. Two layers, one set of weights
+#
 # Instead of dropping a layer we could run another one twice. Then no multiply-add is saved, but the
 # weights of one layer need not be stored: that is layer fusion (ALBERT shares one set among all
 # layers). Each still has its own keys and values. Below, `layer_fusion` lets two, three or four
 # neighbours share the weights of the first of them, at the place where that costs least on
 # calibration stories. Next to it, the same layers are dropped instead, all but the first.
+
+# %%
 title("6. Neighbours that share one set of weights, or are dropped")
 whole = nbytes(lm)
 fused, table = {}, []
@@ -201,6 +244,8 @@ for size in (2, 3, 4):
     table.append([layers, memory, f"{fused[size]:+.4f}", right(scores)[2], loss, right(dropped)[2]])
 print_table(["layers", "memory", "shared", "3 hops", "dropped", "3 hops"], table)
 assert fused[4] < 0.05
+
+# %% [markdown]
 # Both store the same weights. Sharing runs all eight layers, dropping only some of them, and yet
 # dropping costs less: for these layers, doing nothing is better than doing what another layer does.
 # Sharing pays where a layer cannot be left out; but there it has to be trained. In
@@ -211,9 +256,13 @@ assert fused[4] < 0.05
 #     minitx train weights/recipes/layer_fusion.json --out runs/layer_fusion
 #     minitx evaluate -m runs/layer_fusion --stories 60
 
-# %% 7. The price
+# %% [markdown]
+# ## 7. The price
+#
 # First the counts: what a token costs in multiply-adds (after 100 others), and what the model takes
 # in memory. Then the time of decoding that token, as a ratio. A number above 1 is faster.
+
+# %%
 title("7. The price")
 text = lm.encode(held_out[0].text)[:100]
 models = {
@@ -229,6 +278,8 @@ for name, changed in models.items():
     faster = f"{speedup(decode_last(lm, text), decode_last(changed, text), 15):.2f}x"
     table.append([name, f"{work:,}", memory, faster])
 print_table(["", "multiply-adds", "memory", "speed"], table)
+
+# %% [markdown]
 # Layers that are gone save time nearly in proportion to their multiply-adds. An attention has few
 # of these, but takes many small steps, so dropping it saves more time than one would think.
 #
@@ -237,8 +288,19 @@ print_table(["", "multiply-adds", "memory", "speed"], table)
 # alike, the former is no better than a fixed list of layers, and the latter is better at one of its
 # settings: see the notes at the end of their files in minitx/skip/.
 
-# %% Try this
-# An assertion may fail when you change things; delete it then.
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 18`: The budget (open project)
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/12_which_layers_matter.py`.
+#
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
 #
 # 1. In section 1, choose what C adds so that the influence is right: dropping B should do less harm
 #    than dropping A.

@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 13: which heads matter? A layer of our model has four attention heads. What does each of
 them do, and can some of them go?
 
@@ -9,7 +10,10 @@ Letters: L layers with H query heads each, K key/value heads (H / K query heads 
 D width (a token is D numbers between two layers), d width of a head, T tokens, S cached tokens.
 """
 
-# %% The model
+# %% [markdown]
+# ## The model
+
+# %%
 from collections import Counter
 
 import numpy as np
@@ -42,7 +46,9 @@ lm = load_stories()
 c = lm.model.config
 L, H, K, D, d = c.layers, c.heads, c.kv_heads, c.width, c.head_width
 
-# %% 1. Two heads and two texts, by hand
+# %% [markdown]
+# ## 1. Two heads and two texts, by hand
+#
 # Each head fetches something from other tokens and writes a vector; the layer adds these vectors
 # up. So a head can be left out: one term of a sum is missing. To ask how much the loss depends on
 # it, put a gate in front of it, a factor that is 1 in the model as it is and 0 without the head.
@@ -51,6 +57,8 @@ L, H, K, D, d = c.layers, c.heads, c.kv_heads, c.width, c.head_width
 # with gates a and b. The loss of a text is half of the squared error, (y - target)^2 / 2, and its
 # derivative with respect to a is (y - target) * 2. Now look at the last two columns: for each text,
 # the derivatives of its loss with respect to a and to b, with both gates at 1.
+
+# %%
 title("1. Two heads and two texts")
 writes = np.array([2, 1])  # what head A and head B write
 targets = np.array([2, 4])  # of text 1 and text 2
@@ -68,14 +76,20 @@ for text in range(2):
     loss = toy_losses(np.array([1, 1]))[text]
     table.append([text + 1, targets[text], y, y - targets[text], loss, *derivatives[text]])
 print_table(["text", "target", "y", "error", "loss", "dloss/da", "dloss/db"], table)
+
+# %% [markdown]
 # They cancel. A little more of head A would make text 1 worse and text 2 better, by as much. In a
 # trained model that has to be so, for each head: if the mean over the texts were not 0, a little
 # more (or less) of this head would lower the mean loss, and training would have done that.
 
-# %% ... the mean of what?
+# %% [markdown]
+# ## ... the mean of what?
+#
 # So in the toy, the mean of the derivatives tells nothing: it is 0 for both heads. Michel et al.
 # take the absolute value first, text by text, and then the mean. Compare both with the last column:
 # how much the mean loss rises when the head is removed.
+
+# %%
 table, toy_cost = [], []
 for head in range(2):
     gates = np.array([1, 1])
@@ -86,16 +100,21 @@ for head in range(2):
     table.append(["AB"[head], *means, f"{toy_cost[head]:+.1f}"])
 print_table(["head", "mean", "mean of |...|", "loss without it"], table)
 assert toy_cost == [2.0, 0.5]
+
+# %% [markdown]
 # The mean of the absolute values puts A before B, which is right. It is called the importance of a
 # head. It is not the rise of the loss itself (1 for B, where the loss rises by 0.5): a derivative
 # says what a small change of the gate does, and from 1 to 0 is not small. What we hope for is the
 # right order.
 
-# %% 2. What do the heads of our model look at?
+# %% [markdown]
+# ## 2. What do the heads of our model look at?
+#
 # `look` runs a text through the layers, as in tutorial 1, and gives what each token attends to, and
 # the lengths of its queries, which we need in section 5.
 
 
+# %%
 def look(ids):
     """Attention weights (L, H, T, T), and lengths of the queries (L, H, T)."""
     x, T = lm.model.embed(ids, None), len(ids)
@@ -116,11 +135,15 @@ def look(ids):
     return np.stack(weights), np.stack(lengths)
 
 
-# %% ... one fact
+# %% [markdown]
+# ## ... one fact
+#
 # The text ends with "Tom is in the", and the next word should be "park". For each head of each
 # layer: which word does the last token attend to most? (A word that occurs twice counts with both
 # weights; "-" means that no word gets half of the attention.) To answer, the model has to notice
 # that the question is about Tom, and to look up where he is. Which heads do that?
+
+# %%
 title("2. What the last token looks at, in each head")
 
 
@@ -148,24 +171,36 @@ def print_heads(found, layers):
 one_fact = main_words(STORY + QUESTION)
 print_heads(one_fact, range(1, L + 1))
 assert one_fact[2, 3].startswith("Tom") and one_fact[3, 3].startswith("park")
+
+# %% [markdown]
 # Head 4 of layer 3 fetches "Tom", and in the next layer heads 1 and 4 look at "park". (So does head
 # 1 of layer 2, but it does not know yet what the question is about: it takes the newest place.)
 
-# %% ... how can they know which of the places?
+# %% [markdown]
+# ## ... how can they know which of the places?
+#
 # The word "garden" is also there, and "kitchen". What does the token "park" itself attend to? We
 # end the text there, and print only layer 3.
+
+# %%
 print('\nIn layer 3, the token "park" of "Tom went to the park" looks at:')
 park = main_words(STORY.removesuffix("."))
 print_heads(park, [3])
 assert park[2, 2].startswith("Tom") and park[2, 3].startswith("Tom")
+
+# %% [markdown]
 # Heads 3 and 4 of layer 3 look at "Tom". So after layer 3, the token "park" knows that it is the
 # place of Tom, and the last token knows that the question is about Tom. Layer 4 brings the two
 # together: the query of the last token is like the key of "park".
 
-# %% ... two facts
+# %% [markdown]
+# ## ... two facts
+#
 # A ball was put down with a person, and the question is where the ball is. First the model has to
 # find the person, and then the place. We ask it twice: the ball is with Tom, then it is with Anna,
 # who is in the kitchen. Only layers 2 to 6 are printed. What is the same in both, and what changes?
+
+# %%
 facts = {}
 for person in ("Tom", "Anna"):
     ball = f" A ball was put down with {person}. Where is the ball? The ball is still there in the"
@@ -174,17 +209,23 @@ for person in ("Tom", "Anna"):
     facts[person] = main_words(STORY + ball)
     print_heads(facts[person], range(2, 7))
     assert facts[person][2, 0].startswith(person) and facts[person][4, 0].startswith(answer)
+
+# %% [markdown]
 # Head 4 of layer 3 fetches what the question is about, as before: the ball. Head 1 of the same
 # layer looks at the person who has it, head 1 of layer 5 and head 2 of layer 6 at the place of that
 # person. So heads have jobs, and a chain of facts is followed from layer to layer. (Not all that we
 # see makes sense: head 4 of layer 4 looks at Tom even if Anna has the ball.) Many heads look at
 # "park". Are all of them needed? Where a head looks does not show it; removing the head does.
 
-# %% 3. The importance of all 32 heads
+# %% [markdown]
+# ## 3. The importance of all 32 heads
+#
 # Section 1 in our model: a gate in front of each head (`gated`), and the gradient of the loss with
 # respect to all gates. `grad_of` runs a text forward and then backward, and gives the derivatives
 # with respect to all 32 gates at once. We do this for 12 texts, and take the mean in both ways. (Of
 # the plain mean we take the absolute value.)
+
+# %%
 title("3. Importance, and the loss without each head")
 ones = np.ones((L, H), np.float32)
 
@@ -204,10 +245,14 @@ slopes = np.array([slopes_of(ids) for ids in texts])  # (texts, L, H)
 by_importance = abs(slopes).mean(0)
 by_plain_mean = abs(slopes.mean(0))
 
-# %% ... and the truth
+# %% [markdown]
+# ## ... and the truth
+#
 # Now each of the 32 heads is removed, one at a time, and the model is judged on stories that it was
 # not trained on: those of the first ten in which some answer takes three hops. (Hops are the facts
 # that have to be put together for an answer: one for Tom, two for the ball.)
+
+# %%
 held_out, questions = [], Counter()
 for story in held_out_stories(10):
     hops = [hops for _, _, hops in answers_in(lm, [story])]
@@ -232,7 +277,9 @@ for layer, head in np.ndindex(L, H):
     loss[layer, head] = scores.mean_loss - dense.mean_loss
     one_hop[layer, head] = scores.accuracy["1 hop"]
 
-# %% ... side by side
+# %% [markdown]
+# ## ... side by side
+#
 # A row is a layer, and the four characters of a map are its heads 1 to 4. Darker means a higher
 # rank among all 32 ("@" are the first three, "." the last four). The first map is by importance,
 # which takes one forward and one backward pass of each text; the second is by the rise of the loss
@@ -241,6 +288,7 @@ for layer, head in np.ndindex(L, H):
 # head 1, 2, 3 or 4. (The dense model has all of them right.)
 
 
+# %%
 def ranks(scores):
     """(L, H): the rank of each head among all, from 0 for the lowest."""
     return scores.ravel().argsort().argsort().reshape(L, H)
@@ -279,6 +327,8 @@ save_picture("13_importance_and_loss", draw)
 assert rank_correlation(by_importance, loss) > 0.7 > rank_correlation(by_plain_mean, loss)
 assert loss[0].min() > 10 * loss[4:].max() and by_importance[:4].mean() > by_importance[4:].max()
 assert one_hop[2, 3] < 0.75 and loss[2, 3] < 0.2 * loss[0, 2] and one_hop[5, 1] > 0.95
+
+# %% [markdown]
 # The order is about right: heads of layers 1 to 4 matter, those of layers 5 to 8 hardly. The plain
 # mean is further off. It still correlates (0.53), since over 12 texts the mean is not exactly 0,
 # and what is left tends to be larger for heads with large derivatives.
@@ -290,12 +340,16 @@ assert one_hop[2, 3] < 0.75 and loss[2, 3] < 0.2 * loss[0, 2] and one_hop[5, 1] 
 # see that either. And head 2 of layer 6, which looks at "park", is not missed at all: others look
 # there, too.
 
-# %% 4. Without many heads
+# %% [markdown]
+# ## 4. Without many heads
+#
 # If others stand in for a head, those others may not go as well. So Michel et al. remove heads in
 # rounds, and before each round they measure the importance of the heads that are left again. Here a
 # round removes six of the 32 heads (but never the last one of a layer). What is removed is gone:
 # its columns of the query matrix, its rows of the output matrix, and a key/value head goes with the
 # last query head that reads it. The technique `head_prune` does all this.
+
+# %%
 title("4. Without n of 32 heads")
 everything = np.ones((L, H), bool)
 
@@ -320,12 +374,15 @@ print(f"heads left in layers 1 to {L}")
 for n in (12, 18):
     print(f"  {n} removed, in rounds:", *in_rounds[n].sum(1), "  at once:", *at_once[n].sum(1))
 
-# %% ... what it costs
+# %% [markdown]
+# ## ... what it costs
+#
 # We compare the rounds with two others: all heads at once, by the importances of section 3, and
 # random heads. Look at the loss and at the answers, which need not agree. Work is multiply-adds,
 # dense = 1.
 
 
+# %%
 def measure(changed):
     """The loss minus that of dense, the answers in per cent, and the multiply-adds."""
     with counting(changed) as counts:
@@ -348,6 +405,8 @@ for n in (6, 12, 18):
 print_table(["n", "", "work", "loss", *GROUPS], table)
 assert rises["in rounds", 12] < 0.02 and rises["random", 6] > 10 * rises["in rounds", 12]
 assert rises["in rounds", 18] > 0.1
+
+# %% [markdown]
 # Twelve heads can go, three from each of layers 5 to 8, and all answers are still right. Then those
 # layers have one head each, and what goes next is missed. At 18, the rounds have the higher loss
 # and the better answers: they left two heads in layers 3 and 4, where facts are looked up, and took
@@ -357,26 +416,36 @@ assert rises["in rounds", 18] > 0.1
 # with LayerSkip's layer dropout: layers left out at random, late ones most often. Other models have
 # less to spare.
 
-# %% 5. Other heads for each token
+# %% [markdown]
+# ## 5. Other heads for each token
+#
 # So far a head is there for all tokens or for none. But head 4 of layer 3 is needed where a
 # question is answered, and perhaps nowhere else. MoH (mixture of heads) lets each token run its own
 # heads. To select them, it takes something that is known before attention: the length of the query.
 # Why? A score is the product of query and key, so a query that is twice as long makes all scores
 # twice as large, and the attention weights sharper. Take three keys that have the scores 1, 0 and 0
 # with a query of length 1. How much weight does the first key get from a longer query?
+
+# %%
 title("5. The length of a query, and its attention weights")
 for length in (0, 1, 4):
     exponentials = np.exp(length * np.array([1, 0, 0]))
     print(f"length {length}: weights {(exponentials / exponentials.sum()).round(2)}")
+
+# %% [markdown]
 # A query of length 0 gets the plain average of all values. So where the query of a head is short,
 # the head is not looking for anything in particular, and the token may do without it. That is the
 # idea; we will see what it costs.
 
-# %% ... in the model
+# %% [markdown]
+# ## ... in the model
+#
 # `look` has the lengths of all queries. Let each token leave out one head of each layer, that with
 # the shortest query. Below, a row is a token of the question, a column is a layer, and the digit is
 # the head that the token leaves out there. Then for each layer: of all tokens, how many leave out
 # the head that is left out most? If they all agreed, it would be 100%.
+
+# %%
 ids = lm.encode(STORY + QUESTION)
 _, lengths = look(ids)
 left_out = lengths.argmin(1)  # (L, T)
@@ -389,14 +458,20 @@ print("  the same head:", ", ".join(f"{share:.0%}" for share in most))
 rare = np.sum(left_out[2] == 3)
 print(f"  head 4 of layer 3 is left out by {rare} of {len(ids)} tokens")
 assert rare < 6 and max(most[:5]) < 0.6
+
+# %% [markdown]
 # The tokens differ, above all in layers 1 to 5. And hardly any leaves out head 4 of layer 3, which
 # we know to be needed: its queries are long.
 
-# %% ... beside the same heads for all tokens
+# %% [markdown]
+# ## ... beside the same heads for all tokens
+#
 # The technique is `head_router`. In the layers after the first few (`first`), each token runs a
 # share of the heads (`active`), here half of them. There are two baselines: random heads for each
 # token, and the same heads for all tokens, where each layer loses its two least important ones. We
 # do this in layers 3 to 8, and then in layers 5 to 8. Where does it help to look at each token?
+
+# %%
 table = []
 for first in (2, 4):
     same = everything.copy()
@@ -415,19 +490,25 @@ print()
 print_table(["in layers", "heads that run", "work", "loss", *GROUPS], table)
 assert rises["longest queries", 2] < 0.7 * rises["the same for all", 2] < rises["random", 2]
 assert max(rises[name, 4] for name in ("longest queries", "random", "the same for all")) < 0.02
+
+# %% [markdown]
 # Where layers 3 and 4 take part, it helps a lot: half of the heads give nearly all answers. In
 # layers 5 to 8 any heads will do. But "the same for all" saves more work, since the router needs
 # the queries of all heads to select some, and keys and values of all heads for later tokens. And if
 # heads may be taken from any layer, section 4 has a lower loss with less work. (MoH trains the
 # model with its router, which we have not done.)
 
-# %% 6. Two more, by SpAtten
+# %% [markdown]
+# ## 6. Two more, by SpAtten
+#
 # `head_cascade` decides which heads run in later layers: it adds up how large the outputs of heads
 # 1, 2, 3 and 4 were so far, and from layer 5 on leaves out those with the smallest sums, one more
 # in each layer until one is left. It decides for all tokens that run together, here those of a
 # story.
 # `value_prune` decides which values are read: of each query and head the 35% with the largest
 # attention weights. All scores are still computed.
+
+# %%
 title("6. head_cascade and value_prune")
 table = []
 for name, technique in (
@@ -439,16 +520,22 @@ for name, technique in (
     table.append([name, f"{work / dense_work:.2f}", f"{rises[name]:+.4f}", *answers])
 print_table(["", "work", "loss", *GROUPS], table)
 assert max(rises["head_cascade"], rises["... random heads"], rises["value_prune"]) < 0.02
+
+# %% [markdown]
 # All three cost little. With random heads the loss rises twice as much as with those of the cascade
 # (0.0046 against 0.0021), but both are small, and the answers are the same: in these layers any
 # heads will do. And that head 1 of one layer wrote little says nothing about head 1 of the next,
 # which has other weights.
 
-# %% 7. The price, in counts
+# %% [markdown]
+# ## 7. The price, in counts
+#
 # One token after 511 others. A query head has 2 D d weights (its parts of the query matrix and of
 # the output matrix) and takes as many multiply-adds for them, and 2 S d more: d for each score, d
 # for each value. A key/value head has 2 D d weights and adds 2 d numbers to the cache for each
 # token. Which of the techniques saves all three: multiply-adds, weights and cache?
+
+# %%
 title(f"7. The price of one token after {c.context - 1} others")
 models = {
     "dense": lm,
@@ -472,21 +559,40 @@ key_heads = L * K - sum(block.attn.kv_heads for block in blocks)
 print(f"With the 12 query heads, {key_heads} of {L * K} key/value heads went.")
 saved = counts["dense"].multiply_adds - counts["12 heads removed"].multiply_adds
 assert saved == 12 * (2 * D * d + 2 * S * d) + key_heads * 2 * D * d
+
+# %% [markdown]
 # Removing heads saves all three, and also the memory of the weights and of the cache. The others
 # read fewer weights or less of the cache for this token, but have to keep all of it: the next token
 # may want another head or another value.
 
-# %% ... and in time
+# %% [markdown]
+# ## ... and in time
+
+# %%
 steps = [decode_last(model, long_text) for model in models.values()]
 best = time_side_by_side(*steps, repeats=10)
 print("Speed of this token (dense = 1):")
 for name, seconds in zip(models, best):
     print(f"  {name:16}  {best[0] / seconds:.2f} {bar(best[0] / seconds, 2)}")
+
+# %% [markdown]
 # What is decided while the model runs takes many small NumPy calls, and they cost more than they
 # save in a model of this size. Heads that are removed beforehand cost nothing.
 
-# %% Try this
-# An assertion may fail when you change something. Then it tells you what changed: delete it.
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 19`: Head importance
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/13_which_heads_matter.py`.
+#
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
+#
 # 1. In section 1, let head B write -1. Find the derivatives on paper. What would training do with
 #    the two gates? Head B has an importance of 2: why does the loss fall without it?
 # 2. In section 2, ask for three facts: print_heads(main_words(STORY + more), range(2, 7)) with

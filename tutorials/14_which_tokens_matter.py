@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 14: which tokens matter? Must every token of a text go through every layer?
 
 A layer is as much work for a comma as for a name. But to say the next word, a model may need only
@@ -9,7 +10,10 @@ We compare them with tokens drawn at random.
 Letters: L layers, T tokens.
 """
 
-# %% The model
+# %% [markdown]
+# ## The model
+
+# %%
 import time
 from collections import Counter
 from fractions import Fraction
@@ -34,11 +38,15 @@ from minitx.ledger import counting
 lm = load_stories()
 L = lm.model.config.layers
 
-# %% 1. Three tokens, by hand
+# %% [markdown]
+# ## 1. Three tokens, by hand
+#
 # Each token attends to itself and to all tokens before it, with weights whose sum is 1. Below is a
 # row for each of three tokens A, B and C: what it gives to A, to B and to C. SpAtten adds up each
 # column: the attention that a token receives. First with uniform attention, where each token
 # divides its attention evenly. No token matters more than another, so we would like a tie.
+
+# %%
 title("1. Three tokens with uniform attention")
 uniform = [
     [Fraction(1), Fraction(0), Fraction(0)],
@@ -57,15 +65,21 @@ for token in range(3):
     sums = f"received {str(uniform_sums[token]):>4}, per query {str(per_query[token]):>5}"
     print(f"  {'ABC'[token]}  {sums} {bar(uniform_sums[token], 2)}")
 assert uniform_sums == [Fraction(11, 6), Fraction(5, 6), Fraction(1, 3)]
+
+# %% [markdown]
 # No tie: A is far ahead. Three tokens see A, two see B, and one sees C: later tokens cannot be seen
 # (the causal mask). Dividing by the number of tokens that see it (queries) is not enough, since
 # an early token spreads its attention over fewer tokens: A has only itself to attend to. So the sum
 # says more about a token's position than about the token.
 
-# %% ... and a correction
+# %% [markdown]
+# ## ... and a correction
+#
 # Divide what a token received by what it would have received if attention were uniform. A tie is
 # then a tie, and more than 1 means: attended to more than its position explains. Here is another
 # text of three tokens, in which B and C attend mostly to B.
+
+# %%
 title("Three tokens, two of which attend to B")
 weights = [
     [Fraction(1), Fraction(0), Fraction(0)],
@@ -80,15 +94,21 @@ for token in range(3):
     table.append(["ABC"[token], *cells])
 print_table(["token", "received", "if uniform", "corrected", "from C alone"], table)
 assert received[0] == received[1] and corrected[1] > 1 > corrected[0]
+
+# %% [markdown]
 # By the plain sum, A and B are equal. Corrected, B is ahead of A by far. The last column is what
 # LazyLLM looks at: it asks the last token alone, because that one makes the next word. One row of
 # weights needs no correction: its token sees all others.
 
-# %% 2. A story, and half of its tokens
+# %% [markdown]
+# ## 2. A story, and half of its tokens
+#
 # Now the trained model. `token_prune` is SpAtten's way: after the first three layers, each layer
 # keeps fewer tokens, the last one half of them. `lazy_tokens` is LazyLLM's: after layer 4 it keeps
 # 70%, and after layer 7 again 70% of those. A pruned token is really not computed. We see which
 # tokens a layer ran by its KV cache: it has a row for each of them.
+
+# %%
 title("2. What the last layer sees of a story")
 ids = lm.encode(STORY + QUESTION)
 words = ["(start)", *(lm.tokenizer.decode([token]).strip() for token in ids[1:])]
@@ -119,14 +139,20 @@ for name, model in pruned.items():
     say(" ".join(seen))
     assert answer == "park"
 assert ran["SpAtten, plain sum"][-1, :10].all() and not ran["SpAtten, plain sum"][-1, 20:-1].any()
+
+# %% [markdown]
 # The plain sum keeps the beginning, whatever it says: section 1 in real life. Corrected, it keeps
 # "Tom went park" and most of the question. LazyLLM, whose last token says what it needs, keeps "was
 # in garden" and "went to park". (All three answer "park": layer 4 has settled that, as tutorial 4
 # showed, and the later layers do not change it.)
 
-# %% 3. Token by token, layer by layer
+# %% [markdown]
+# ## 3. Token by token, layer by layer
+#
 # The same two maps in full. A row is a token, a column is a layer, "#" means that the layer ran
 # the token, "." that it did not. Which words go furthest?
+
+# %%
 title("3. Which layer ran which token")
 heading = "".join(str(layer) for layer in range(1, L + 1))
 print(f"  {'layer':10}  SpAtten   LazyLLM\n  {'':10}  {heading}  {heading}")
@@ -135,18 +161,25 @@ for t, word in enumerate(words):
     for name in ("SpAtten, corrected", "LazyLLM"):
         maps.append("".join("#" if layer_ran else "." for layer_ran in ran[name][:, t]))
     print(f"  {word:10}  {maps[0]}  {maps[1]}")
+
+# %% [markdown]
 # In SpAtten names and full stops go furthest ("Tom", "Anna", "."), and most of the question; of the
 # three places only "park" does. LazyLLM prunes most full stops, but keeps "garden", "park" and the
 # last words, "is in the". Each row is a run of "#" and then dots: within one step, a pruned token
 # does not come back. Now for the next steps.
 
-# %% 4. A long text, and 48 more tokens
+# %% [markdown]
+# ## 4. A long text, and 48 more tokens
+#
 # Stories are joined to a prompt of 360 tokens, which runs in one step (prefill). Then the model
 # writes 48 tokens one by one (decode). LazyLLM decides anew in each step: a token that was pruned
 # may be revived, and then goes on from the layer that it had reached. SpAtten revives none, and
 # what it prunes now frees its cache rows. So there are four fates of a prompt token in a layer:
-#   #  it ran with the prompt         r  it was revived by a later step
-#   x  it ran, and was pruned later   .  it never ran
+#
+#     #  it ran with the prompt         r  it was revived by a later step
+#     x  it ran, and was pruned later   .  it never ran
+
+# %%
 title("4. 360 tokens of prompt, after 48 more: every fourth token")
 chain = []
 for story in held_out_stories(6):
@@ -175,7 +208,10 @@ for name, found in fate.items():
 assert not (fate["SpAtten, corrected"] == "r").any()
 assert not (fate["LazyLLM"] == "x").any() and (fate["LazyLLM"] != ".").all()
 
-# %% ... and a picture of all of them
+# %% [markdown]
+# ## ... and a picture of all of them
+
+# %%
 COLORS = {".": "white", "x": "lightsteelblue", "#": "steelblue", "r": "darkorange"}
 
 
@@ -199,12 +235,18 @@ revived = np.mean(fate["LazyLLM"][-1] == "r")
 lost = np.mean(fate["SpAtten, corrected"][-1] == ".")
 print(f"LazyLLM: {revived:.0%} of the prompt tokens reached the last layer only in a later step.")
 print(f"SpAtten: {lost:.0%} of them never reached it.")
+
+# %% [markdown]
 # SpAtten prunes most of the oldest stories, to which later ones hardly attend. LazyLLM has revived
 # everything: each new word needs other tokens, and to be needed once is enough.
 
-# %% 5. The price, in counts
+# %% [markdown]
+# ## 5. The price, in counts
+#
 # Multiply-adds of the prompt and of the 48 tokens after it, and cache rows at the end, all compared
 # with the dense model. Which of the two saves something on a new token?
+
+# %%
 title("5. The price, in counts: dense = 1")
 
 
@@ -234,13 +276,19 @@ for name in fate:
     table.append([name, *(f"{share:.2f}" for share in shares)])
 print_table(["", "prefill", "48 decoded tokens", "cache rows"], table)
 assert decoded["SpAtten, corrected"] < 1 < decoded["LazyLLM"]
+
+# %% [markdown]
 # SpAtten saves little on a new token, which runs through all layers itself and only attends to
 # fewer tokens; but its cache stays a fifth smaller. In LazyLLM a new token costs twice as much as
 # in the dense model on average: its step also runs the tokens that it revives. Does every one?
 
-# %% ... token by token
+# %% [markdown]
+# ## ... token by token
+#
 # The first eight new tokens of LazyLLM, each compared with the same token in the dense model. "So
 # far" is everything up to there, with the prompt. Where is the saving spent?
+
+# %%
 cost = steps["LazyLLM"] / steps["dense"]
 so_far = steps["LazyLLM"].cumsum() / steps["dense"].cumsum()
 table = []
@@ -250,14 +298,19 @@ print()
 print_table(["new token", "its cost", "so far"], table)
 print(f"Tokens 9 to 48 cost {cost[9:].mean():.2f} on average, and everything {so_far[-1]:.2f}.")
 assert cost[1] > 20 and cost[7:].max() < 1.2 and so_far[0] < 0.85 and 0.95 < so_far[6] < 1
+
+# %% [markdown]
 # The first new token costs as much as 27 dense ones. After six tokens nearly all of the prompt is
 # revived, and a new token costs about as much as in the dense model. So nearly all that the prompt
 # saved is spent at once: only an answer of one to three tokens is clearly cheaper.
 
-# %% ... and in time
+# %% [markdown]
+# ## ... and in time
+#
 # The better of two turns, as a speed: dense = 1.
 
 
+# %%
 def seconds(model):
     """How long the prompt takes, and how long the 48 new tokens."""
     state = model.model.new_state()
@@ -278,14 +331,20 @@ for name in best:
     table.append([name, *(f"{speed:.2f}" for speed in best["dense"] / best[name])])
 print()
 print_table(["speed", "prefill", "48 decoded tokens"], table)
+
+# %% [markdown]
 # The prompt is a little faster, but a new token takes about twice as long or more. So it does with
 # SpAtten, though it saves multiply-adds: in NumPy, bookkeeping costs more than the rows save.
 
-# %% 6. The price, in answers
+# %% [markdown]
+# ## 6. The price, in answers
+#
 # The stories ask questions. "1 hop": one fact is the answer. "2 hops" and "3 hops": facts have to
 # be put together (the ball is where Tom is, and Tom is in the park). Each text up to an answer is a
 # prompt, and we only prefill. All settings do 71% of the dense work, and each method has a random
 # baseline: as many tokens, but drawn without looking. What would you expect?
+
+# %%
 title("6. Answers with 0.71 of the work")
 questions = answers_in(lm, held_out_stories(16))
 
@@ -322,6 +381,8 @@ assert scores["SpAtten, corrected"]["1 hop"] > scores["SpAtten, plain sum"]["1 h
 assert scores["SpAtten, plain sum"]["3 hops"] > scores["SpAtten, corrected"]["3 hops"]
 for hops in numbers:
     assert scores["SpAtten, random"][hops] > scores["SpAtten, corrected"][hops]
+
+# %% [markdown]
 # LazyLLM has all 61 one-hop answers, and random tokens have nearly as many. (Of the other questions
 # there are few: exercise 3 shows how far chance goes.) With two or three hops LazyLLM is no better
 # than random: the last token of a question attends to the answer, but not yet to the facts on the
@@ -332,15 +393,31 @@ for hops in numbers:
 # what many attend to is not what the next word needs. Without a random baseline, 87% would look
 # fine.
 
-# %% ... and where SpAtten does better
+# %% [markdown]
+# ## ... and where SpAtten does better
+#
 # When a text grows token by token, a step prunes a single token or none, out of all that have been
 # looked at for long. Measured on 8 chains of stories (it takes some minutes):
-#   minitx sweep token-prune keep=0.25 choose=attention,random correct=true,false --chains 8
+#
+#     minitx sweep token-prune keep=0.25 choose=attention,random correct=true,false --chains 8
+#
 # There, in per cent of 1 / 2 / 3 hops, the corrected sum has 94 / 83 / 92, random tokens have
 # 83 / 83 / 77, and the plain sum 90 / 61 / 62. The correction makes the difference.
 
-# %% Try this
-# An assertion may fail when you change something. Then it tells you what changed: delete it.
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 20`: LazyLLM's bookkeeping
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/14_which_tokens_matter.py`.
+#
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
+#
 # 1. In section 1, let C attend to itself alone: 0, 0, 1. Find the corrected numbers on paper first.
 #    Why may such a number of the last token not be trusted? (How many have seen it?)
 # 2. In section 4, let the model write 1 token instead of 48, then 3, then 6: range(1) and so on.

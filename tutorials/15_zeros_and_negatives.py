@@ -1,3 +1,4 @@
+# %% [markdown]
 """Tutorial 15: which products of an FFN may be left out, because of a zero or a negative sum?
 
 An FFN multiplies a token by two matrices, W_up and W_down. Between them stands an activation. If it
@@ -9,8 +10,12 @@ Letters: D width, F hidden neurons of an FFN, x (D,) the input of an FFN, after 
 W_up (D, F), h = relu(x W_up + b) (F,) the neurons, W_down (F, D).
 """
 
-# %% The model
+# %% [markdown]
+# ## The model
+#
 # stories-relu is a small GPT-2 with ReLU in its FFNs. (No biases in the sums that we do by hand.)
+
+# %%
 from typing import NamedTuple
 
 import numpy as np
@@ -43,9 +48,13 @@ lm = minitx.load("stories-relu")
 D, F = lm.model.config.width, lm.model.config.hidden
 L = lm.model.config.layers
 
-# %% 1. One neuron with four inputs
+# %% [markdown]
+# ## 1. One neuron with four inputs
+#
 # A neuron multiplies each input by a weight and adds up: its terms. ReLU turns a negative sum into
 # 0. Do the sum in your head before you look.
+
+# %%
 title("1. One neuron, by hand")
 x = np.array([1, -2, 3, 1])
 w = np.array([2, 1, -1, -2])
@@ -53,9 +62,13 @@ print(f"inputs {x}, weights {w}: terms {x * w}")
 print(f"sum {np.sum(x * w)}, after ReLU {max(np.sum(x * w), 0)}")
 assert np.sum(x * w) == -5
 
-# %% ... and three neurons
+# %% [markdown]
+# ## ... and three neurons
+#
 # Each column of W_up is a neuron, the one above is the first. Each row of W_down is what a neuron
 # adds to the output, times its value. Which rows are needed?
+
+# %%
 W_up = np.array([[2, 1, -1], [1, 0, 1], [-1, 1, -1], [-2, -1, 2]])
 W_down = np.array([[1, 2, -1, 3], [2, -1, 1, 0], [4, 1, -2, 1]])
 h = np.maximum(x @ W_up, 0)
@@ -67,12 +80,18 @@ dense_work = W_up.size + W_down.size
 skip_work = W_up.size + len(h) + len(nonzero) * W_down.shape[1]
 print(f"multiply-adds: dense {dense_work}; skipping, with a comparison for each h: {skip_work}")
 assert (dense_work, skip_work) == (24, 19)
+
+# %% [markdown]
 # This is zero skipping, and it is exact: what is left out are products with 0. W_down costs 4
 # instead of 12. W_up costs 12 as before: we had to compute each sum to see that it is negative.
 
-# %% 2. Zeros in the model
+# %% [markdown]
+# ## 2. Zeros in the model
+#
 # The same in the trained model, for all tokens of three stories. How many neurons are 0? And do the
 # four layers differ?
+
+# %%
 title("2. Neurons that are 0, by layer")
 texts = [lm.encode(story.text) for story in held_out_stories(3)]
 ups = [node.expand.up for _, node in walk(lm.model) if type(node) is FFN]
@@ -86,16 +105,21 @@ together = np.mean([(h[:16] != 0).any(0).mean() for h in neurons])
 print(f"All: {np.mean(zeros):.0%}. Rows that a token needs: {1 - np.mean(zeros):.0%}.")
 print(f"Rows that at least one of the first 16 tokens needs: {together:.0%}.")
 assert 0.7 < np.mean(zeros) < 0.8 and together > 0.6
+
+# %% [markdown]
 # Three of four neurons are 0: from two thirds in layer 4 to seven of eight in layer 2. Nobody asked
 # for that: the loss of the training does not mention it. But each token has zeros of its own: 16
 # tokens together need five of six rows. So zeros save most where tokens are decoded one by one.
 
-# %% ... skipped
+# %% [markdown]
+# ## ... skipped
+#
 # `zero_skip` does what section 1 did. Each part of a model writes its multiply-adds down, and a
 # ledger adds them up. Here it does so for 16 tokens that are decoded one by one, after 32 others.
 # What does a token cost, and are the logits the same?
 
 
+# %%
 def work_of(model, ids):
     """The ledger of decoding 16 tokens of a text."""
     state = model.model.new_state()
@@ -121,13 +145,19 @@ print_table(["multiply-adds", "dense", "zero_skip", "share"], table)
 error = abs(lm.logits(texts[0]) - zero_skip.logits(texts[0])).max()
 print(f"Largest difference of a logit: {error:.6f}")
 assert error < 1e-4 and multiply_adds(skipped) < 0.82 * multiply_adds(dense)
+
+# %% [markdown]
 # A quarter of W_down is left, and a fifth of the whole model is saved; the logits differ by
 # rounding only.
 
-# %% ... and the time
+# %% [markdown]
+# ## ... and the time
+#
 # A row is skipped by gathering: the other rows are copied, then multiplied. BLAS, the library that
 # NumPy uses for products, multiplies them all without a copy. So gathering only wins when few rows
 # are left. How few? First the measurement:
+
+# %%
 rng = np.random.default_rng(0)
 
 
@@ -152,8 +182,12 @@ def relative_times(inputs, outputs, shares):
     return found
 
 
-# %% ... for a small matrix and a large one
+# %% [markdown]
+# ## ... for a small matrix and a large one
+#
 # The W_down of our model, and one of 4,096 x 1,024. Above 1, gathering loses. Where does it win?
+
+# %%
 title("Time of one token's product with W_down: gathered rows, dense = 1")
 shares = (0.5, 0.75, 0.9, 0.99)
 small, large = relative_times(512, 128, shares), relative_times(4096, 1024, shares)
@@ -164,16 +198,22 @@ print_table(["zeros", "512 x 128", "4,096 x 1,024"], table)
 ids = texts[0][:64]
 speed = speedup(decode_last(lm, ids), decode_last(zero_skip, ids))
 print(f"Decoding a token of our model with zero_skip: {speed:.2f}x the speed, {verdict(speed)}")
+
+# %% [markdown]
 # For the large matrix it breaks even between 50% and 75% of zeros, and at 99% it is about ten times
 # as fast. (OPT-175B, which has a ReLU, is said to have 95% of zeros.) The small one does not win
 # even at 99%: to find the few rows takes as long as to multiply them all. So our model saves a
 # fifth of the multiply-adds and no time. On a chip where each multiply-add costs energy, it is the
 # count that matters; in NumPy, it is not.
 
-# %% 3. A zero that is known before the sum is complete
+# %% [markdown]
+# ## 3. A zero that is known before the sum is complete
+#
 # W_up is still computed in full. But of a negative sum ReLU only needs the sign! First, let the
 # inputs be >= 0, as they are behind another ReLU. Below are the running sums of one neuron, in the
 # order as stored, and with positive weights first, then the others, the largest first in both.
+
+# %%
 title("3. Running sums, inputs >= 0")
 x = np.array([1, 2, 1, 3])
 w = np.array([-4, 1, -1, -2])
@@ -184,6 +224,8 @@ for name, found in (("as stored", np.arange(4)), ("positive weights first", orde
     table.append([name, w[found], terms, np.cumsum(terms)])
 print_table(["order", "weights", "terms", "running sums"], table)
 assert list(np.cumsum(x[order] * w[order])) == [2, -2, -8, -9]
+
+# %% [markdown]
 # Both end at -9. As stored, the sum is negative at once, but it may rise again; indeed it does. In
 # the other order it can only fall after the first term, since from there on weights are negative.
 # So at -2 we know that the neuron is 0: two terms of four. This is SnaPEA's exact mode (2018).
@@ -194,23 +236,33 @@ assert list(np.cumsum(x[order] * w[order])) == [2, -2, -8, -9]
 # still adds all products, so alone it saves nothing. `negative_skip` is from the second: it stops
 # early, which in the order as stored it hardly ever could. The order makes the skipping possible.
 
-# %% ... and why this is wrong for a transformer
+# %% [markdown]
+# ## ... and why this is wrong for a transformer
+#
 # The input of an FFN comes from a norm, and has both signs. Two terms are enough to see what goes
 # wrong: weights 1 and -1, inputs -1 and -3.
+
+# %%
 title("The same rule with signed inputs")
 x = np.array([-1, -3])
 w = np.array([1, -1])
 print(f"after the positive weight: {x[0] * w[0]}; in the end: {np.sum(x * w)}")
 assert x[0] * w[0] < 0 < np.sum(x * w)
+
+# %% [markdown]
 # The rule would stop at -1 and make it 0. But a negative weight times a negative input is positive,
 # so the sum could rise after all. Two rules that are right follow.
 
-# %% Rule 1: shift the inputs
+# %% [markdown]
+# ## Rule 1: shift the inputs
+#
 # Subtract the least input m from all of them: x' = x - m >= 0, and since x = x' + m,
 #
 #     sum of x_i w_i = sum of x'_i w_i + m r        with r = the sum of the weights, found offline
 #
 # So start at m r and add x'_i w_i, positive weights first. Now the sum can only fall again.
+
+# %%
 title("Rule 1: shift")
 x = np.array([4, -1, 2, 2])
 w = np.array([-2, 1, -1, 1])
@@ -221,12 +273,18 @@ print(f"inputs {x}, weights {w}, sum {np.sum(x * w)}")
 print(f"m = {m}, shifted inputs {x - m}, r = {w.sum()}, start at {m * w.sum()}")
 print(f"weights in order {w[order]}, running sums {sums}")
 assert list(sums) == [1, 4, -6, -9] and np.sum(x * w) == -9
+
+# %% [markdown]
 # After three terms the sum is -6, and only a negative weight is left: stop. One term is saved.
 
-# %% Rule 2: bound what is left
+# %% [markdown]
+# ## Rule 2: bound what is left
+#
 # Add the terms of the largest weights first. Those that are left have the weights w_rest and the
 # inputs x_rest, and add at most |w_rest| |x_rest|, the product of the lengths of the two vectors
 # (Cauchy-Schwarz). |w_rest| is found offline, and |x| >= |x_rest| is computed once for a token.
+
+# %%
 title("Rule 2: bound")
 order = largest_first(w[:, None])[:, 0]
 length = np.linalg.norm(x)
@@ -238,16 +296,22 @@ for terms in range(1, 5):
 print(f"inputs {x}, |x| = {length:.0f}, weights in order {w[order]}")
 print_table(["terms", "weight", "sum so far", "the rest adds at most", "highest end"], table)
 assert table[0][-1] == "0.66" and table[1][-1] == "-1.93"
+
+# %% [markdown]
 # After two terms the sum is certain to end below 0: two terms are saved, and the order is again
 # offline work. Both rules are exact, but for rounding. Which one stops earlier in the model?
 
-# %% 4. Negative sums in the model
+# %% [markdown]
+# ## 4. Negative sums in the model
+#
 # `negative_skip` has both rules, and checks after every 16 of 128 terms. Here is the share of the
 # terms of W_up that it computes for 32 tokens of a story, and that of the multiply-adds, with all
 # checks and preparation. In the third row the weights are added in the order as stored, in which
 # nothing is precomputed. In the last one the mean input, measured on other stories, is subtracted
 # first (its product is in b), so that inputs are smaller. Three of four sums are negative: how many
 # of the terms can be left out?
+
+# %%
 title("4. Exact: stop when it is certain. Dense = 1")
 ids = texts[0][:32]
 with counting(lm) as dense:
@@ -275,16 +339,22 @@ print(f"The last row leaves {exact_work:.2f} of the work of the whole model.")
 print(f"Decoding with it: {speed:.2f}x the speed, {verdict(speed)}")
 assert terms["bound, centered"] < terms["bound"] < terms["shift"] < 0.96
 assert terms["bound, as stored"] > 0.99
+
+# %% [markdown]
 # It is exact, and it saves little: nine tenths of the terms are computed. A bound thinks of the
 # worst case, which hardly ever happens. In the order as stored hardly anything is certain before
 # the end, and the checks are a loss. And NumPy loses time in any order: each neuron gathers its
 # inputs in an order of its own, which takes far longer than to multiply them all.
 
-# %% Predict instead, by hand
+# %% [markdown]
+# ## Predict instead, by hand
+#
 # SnaPEA's predictive mode does not wait for certainty. It adds the k terms with the largest weights
 # (the prefix), and if their sum is below a threshold, it takes the neuron for 0. A positive sum
 # that is predicted to be 0 is a false negative. Here are the sums of one neuron for five tokens.
 # Which threshold is the highest that loses none of the three positive sums? And which loses one?
+
+# %%
 title("A threshold for the sum of a prefix")
 after_prefix = np.array([-4, -2, -1, 1, 3])
 after_all = np.array([-6, 1, -3, 2, 5])
@@ -296,14 +366,20 @@ for threshold in (-2, 1):
     table.append([threshold, np.sum(below), len(lost), np.sum(lost)])
 print_table(["threshold", "predicted 0", "of these false", "sum lost, of 8"], table)
 assert table == [[-2, 1, 0, 0], [1, 3, 1, 1]]
+
+# %% [markdown]
 # -2 stops one token early, and 1 stops three. (A sum at the threshold itself goes on.) What is lost
 # is the smallest of the positive sums.
 
-# %% ... prefix and threshold in the model
+# %% [markdown]
+# ## ... prefix and threshold in the model
+#
 # Each neuron has a threshold of its own, as high as possible while at most the share `miss` of its
 # positive sums is lost on four calibration stories (texts to tune on, others than those we judge
 # by). We do it for layer 3, on our three stories. "terms" is the share that is computed: k terms of
 # every neuron, and the rest of those that are not predicted to be 0. Which k is best?
+
+# %%
 title("Predict from a prefix, layer 3")
 layer = 2  # from 0
 up, x = ups[layer], inputs[layer]
@@ -330,16 +406,22 @@ print_table(headings, table)
 terms = {setting: numbers[0] for setting, numbers in measured.items()}
 assert terms[48, 0.02] < min(0.65, terms[16, 0.02], terms[80, 0.02])
 assert measured[48, 0.1][2] < 0.3 * measured[48, 0.1][1]
+
+# %% [markdown]
 # A longer prefix finds more zeros, but has cost more before. With 2% of misses the best is in
 # between: at k = 48 six tenths of the terms are computed, where certainty took nine tenths. With
 # 10%, k = 16 needs as few, but loses more. The last column says why mistakes cost little: the
 # sums that are lost are small ones. What is far below 0 after its largest terms hardly ends far
 # above.
 
-# %% ... a picture of one neuron
+# %% [markdown]
+# ## ... a picture of one neuron
+#
 # The neuron with the most mistakes. Each point of the picture is a token: its sum after 48 terms,
 # and in the end. What lies left of the threshold is taken for 0: below the horizontal line rightly
 # so, above it by mistake. How far above do the mistakes lie?
+
+# %%
 plan = plan_of(up, calibration, 48, 0.1)
 prefix_sums = x @ np.where(rank < 48, up.w, 0) + up.b
 wrong = (prefix_sums < plan.threshold) & (sums > 0)
@@ -362,14 +444,19 @@ lost = sums[wrong[:, neuron], neuron]
 print(f"Neuron {neuron}: {len(lost)} of {len(positive)} positive sums are lost.")
 print(f"Their median is {np.median(lost):.2f}, that of all is {np.median(positive):.2f}.")
 assert np.median(lost) < 0.5 * np.median(positive)
+
+# %% [markdown]
 # Not far: the cloud is narrow, since 48 of 128 terms, the largest, are most of a sum.
 
-# %% How a price is measured
+# %% [markdown]
+# ## How a price is measured
+#
 # From here on we judge whole models. The loss is the mean of -ln(probability of the next word). KL,
 # the KL divergence, says how far the probabilities of all words have moved from those of the dense
 # model; 0 is not at all. `price` puts both into one row, with work, bytes and speed.
 
 
+# %%
 class Price(NamedTuple):
     work: float  # multiply-adds per decoded token, dense = 1
     read: float  # bytes of weights, dense = 1
@@ -415,10 +502,14 @@ def print_prices(prices):
     print_table(["", "work", "loss", "KL"], table)
 
 
-# %% The price of predictions
+# %% [markdown]
+# ## The price of predictions
+#
 # Now all layers, with k = 48 (0.375 of 128) and on two of the stories. "work" is what is left of
 # the multiply-adds of a decoded token, "loss" by how much the loss has risen. Random takes as many
 # neurons of each token for 0, but others. Is the price low only because most neurons do not matter?
+
+# %%
 title("Predictions in all layers")
 relu, prices = Dense(lm, texts[:2]), {}
 for name, options in (
@@ -431,15 +522,21 @@ for name, options in (
 print_prices(prices)
 assert prices["negative_predict, 2% of misses"].kl < 0.001
 assert prices["negative_predict, 2% of misses, random"].kl > 1
+
+# %% [markdown]
 # A tenth of the model's work is saved at next to no price, and as many random neurons ruin it. Five
 # times as many misses save only a little more. (The loss of two stories is noisy to about 0.01. KL
 # is the better witness, since it looks at all words and is never below 0.)
 
-# %% 5. Without a ReLU: small, but not zero
+# %% [markdown]
+# ## 5. Without a ReLU: small, but not zero
+#
 # Most models today have SwiGLU instead. A neuron is h = silu(gate) * up, where gate and up are
 # products of x with two matrices, W_gate and W_up, and silu(g) = g / (1 + e^-g). Nothing is exactly
 # 0, but numbers are small. To drop those is approximate. And which number has to be small? Here are
 # three neurons, and a threshold for each of two rules.
+
+# %%
 title("5. Three neurons of a SwiGLU")
 gate, up = np.array([2, -0.1, -3]), np.array([0.1, 5, 1])
 act = ops.silu(gate)
@@ -451,15 +548,21 @@ print(f"|silu(gate)| > 0.1: neurons {np.flatnonzero(abs(act) > 0.1) + 1}")
 print(f"|h| > 0.15:         neurons {np.flatnonzero(abs(act * up) > 0.15) + 1}")
 assert list(abs(act) > 0.1) == [True, False, True]
 assert list(abs(act * up) > 0.15) == [True, True, False]
+
+# %% [markdown]
 # CATS (2024) looks at silu(gate). A neuron that it drops needs neither its column of W_up nor its
 # row of W_down. But it drops neuron 2, whose h is the largest in magnitude: it cannot know `up`.
 # TEAL (2024) looks at the input of a matrix. Here that is h, the input of W_down: it drops neuron
 # 3, which is right, but saves a row of W_down only. It does so before every matrix, also where no
 # activation function has made anything small: the inputs of W_gate and W_up, and of attention.
 
-# %% ... small numbers in the model
+# %% [markdown]
+# ## ... small numbers in the model
+#
 # The model `stories` has SwiGLU. How large is each |h|, compared with the largest one of its token
 # and layer?
+
+# %%
 swiglu = minitx.load("stories")
 ffns = [node for _, node in walk(swiglu.model) if type(node) is FFN]
 recorded = inputs_of_up(swiglu, texts, "inputs")
@@ -475,15 +578,21 @@ bar_chart(["below 0.1%", "0.1% to 1%", "1% to 10%", "above 10%"], shares, "{:.1%
 zero = np.mean(np.concatenate(relative) == 0)
 print(f"exactly 0: {zero:.1%}")
 assert zero < 0.001 and shares[0] + shares[1] > 0.35
+
+# %% [markdown]
 # No neuron is exactly 0, but four of ten are below a hundredth of the largest. To drop them is
 # approximate now: how much does it cost?
 
-# %% ... and their price
+# %% [markdown]
+# ## ... and their price
+#
 # Thresholds are quantiles: the sparsity, say 0.5, is the share that is dropped on calibration
 # stories. TEAL has a threshold for each matrix. With "uniform" all matrices drop the same share of
 # their inputs. "greedy" goes in steps: in each, one matrix drops more, the one for which that
 # damages the output of its block least. Random drops as many neurons or inputs of each token, but
 # others. We compare at the same work, first 0.79, then 0.66. Look at KL.
+
+# %%
 title("CATS and TEAL at the same work, on stories")
 UNIFORM = {"allocation": "uniform", "stories": 1}
 settings = {
@@ -506,31 +615,43 @@ assert kl["teal 0.25, greedy"] < kl["teal 0.25, uniform"]
 assert kl["cats 0.8"] < kl["teal 0.4, greedy"] < kl["teal 0.4, uniform"]
 assert kl["cats 0.5, random"] > 500 * kl["cats 0.5"]
 assert kl["teal 0.25, random"] > 500 * kl["teal 0.25, uniform"]
+
+# %% [markdown]
 # Random neurons cost about a thousand times as much as those that CATS drops, and random inputs
 # about as many times what TEAL's cost: small numbers are indeed what can be left out. The
 # allocation matters: with the same share everywhere, TEAL costs more at both. At 0.66 CATS is ahead
 # of greedy TEAL. At 0.79 greedy TEAL is, but by so little that other stories may tell otherwise.
 # (Three stories are few. Do not believe a difference of a tenth, nor the sign of a loss.)
 
-# %% ... what greedy drops
+# %% [markdown]
+# ## ... what greedy drops
+#
 # Where is the work that teal 0.4 saves? For each kind of matrix, the multiply-adds that are left,
 # dense = 1, all layers together. With uniform, it would be about 0.6 for each.
+
+# %%
 title("TEAL 0.4, greedy: what is left of each matrix")
 before, after = work_of(swiglu, texts[0]), work_of(models["teal 0.4, greedy"], texts[0])
 matrices = ("qkv.q", "qkv.k", "qkv.v", "attn.out", "expand.gate", "expand.up", "ffn.down")
 left = [multiply_adds(after, matrix) / multiply_adds(before, matrix) for matrix in matrices]
 bar_chart(matrices, left, "{:.2f}")
 assert min(left) == left[-1] < 0.35
+
+# %% [markdown]
 # W_down drops three quarters: its inputs are the numbers of the chart above, most of them small.
 # W_k and W_v drop nothing at all (above 1, since comparisons are counted, too), which is partly an
 # accident: they are half as large as W_q, and one step of this quick greedy would empty them. The
 # paper takes steps a tenth as large, which takes ten times as long. Exercise 3 tries smaller ones.
 
-# %% 6. Guess the active neurons before W_up
+# %% [markdown]
+# ## 6. Guess the active neurons before W_up
+#
 # Back to ReLU. Could a cheap product guess which neurons will be active, before any of their sums?
 # Then both matrices shrink. Take the three neurons of section 1: the predictor first makes one
 # number of the four inputs (its rank is 1), and of that a score for each neuron. That is 4 + 3
 # multiply-adds; W_up takes 12. Does it find neuron 2, the one that is active?
+
+# %%
 title("6. A predictor of rank 1, by hand")
 x = np.array([1, -2, 3, 1])
 a, b = np.array([-1, 1, 1, 1]), np.array([-1, 1, -1])
@@ -539,13 +660,19 @@ print(f"x a = {x @ a}, scores {scores}; the real sums are {x @ W_up}")
 print(f"predicted: neuron {np.flatnonzero(scores > 0) + 1}")
 print(f"multiply-adds: {len(a) + len(b)} to predict, {4 + 4} for neuron 2, 24 in the dense FFN")
 assert list(scores > 0) == [False, True, False]
+
+# %% [markdown]
 # It does, and 15 multiply-adds are enough, where zero skipping took 19. But a and b are chosen so
 # that it works, and they may be wrong about the next token.
 
-# %% ... recall
+# %% [markdown]
+# ## ... recall
+#
 # Deja Vu (2023) trains such predictors, here of rank 32, on texts. Ours are in a file beside the
 # weights. A token runs the neurons with the highest scores, say the top 30%. Recall: of the active
 # neurons, how many run? Two functions say that.
+
+# %%
 predictors = shipped(lm, "ffn", None)
 
 
@@ -565,10 +692,14 @@ def recalls(scores_by_layer, count):
     return np.mean(found, axis=0)
 
 
-# %% ... of the predictor, of chance, and the best possible
+# %% [markdown]
+# ## ... of the predictor, of chance, and the best possible
+#
 # Random neurons of the same number are the baseline, and the best that is possible is to know h
 # beforehand. It is below 1 where fewer neurons run than are active. The last column weights each
 # active neuron by its value. Is the predictor nearer to the baseline, or to the best?
+
+# %%
 title("Recall of active neurons, mean of the layers")
 predicted = [predictor(x) for predictor, x in zip(predictors, inputs)]
 by_chance = [rng.random(h.shape) for h in neurons]
@@ -586,13 +717,19 @@ for i, share in enumerate(runs):
 print_table(["neurons run", *curves, "predictor, of the sum of h"], table)
 save_lines("15_recall", runs, curves, "share of the neurons that run", "recall of active neurons")
 assert curves["predictor"][2] > 0.8 and curves["predictor"][0] > 4 * curves["random"][0]
+
+# %% [markdown]
 # With 30% of the neurons, the predictor runs 88% of the active ones, and those make 96% of the sum
 # of all h: what it misses is small again. It is close to the best possible.
 
-# %% ... and what comes out
+# %% [markdown]
+# ## ... and what comes out
+#
 # In the model: a fixed share of the neurons for each token and layer; random ones at the same work
 # (45%, since they need no predictor); or all neurons with a score above a threshold, which may be
 # many for one token and layer and few for another. Which selection is best at 0.7 of the work?
+
+# %%
 title("Predicted neurons")
 settings = {
     "top 30%": {"neurons": 0.3},
@@ -608,14 +745,20 @@ print_prices(guessed)
 kl = {name: p.kl for name, p in guessed.items()}
 assert 3 * kl["contextual_sparsity, score > 0"] < kl["contextual_sparsity, top 30%"] < 0.02
 assert kl["contextual_sparsity, random 45%"] > 1
+
+# %% [markdown]
 # The threshold: with "score > 0", KL is a fifth of what it is with the top 30%, or less. Section 2
 # showed that layers need from 12% to 35% of their neurons, and tokens differ, too. Now both
 # matrices have shrunk, and the predictor is paid for: three tenths of the model's work are saved.
 
-# %% 7. The price list
+# %% [markdown]
+# ## 7. The price list
+#
 # All of them once more, each compared with its own dense model. "bytes" is what a token reads of
 # the weights, "speed" that of decoding in NumPy: below 1 is slower. At the same work, which has the
 # least KL? And is one of them faster than dense?
+
+# %%
 title("7. The price list: dense = 1")
 pair = apply(lm, {"zero_skip": {}, "negative_predict": {"prefix": 0.375, "stories": 4}})
 on_relu = {
@@ -635,6 +778,8 @@ print(f"negative_skip with inputs centered is exact; section 4: work {exact_work
 both, deja_vu = on_relu["negative_predict and zero_skip"], on_relu["contextual_sparsity, score > 0"]
 assert abs(both.work - deja_vu.work) < 0.04 and both.kl < deja_vu.kl
 assert on_relu["zero_skip"].kl < 1e-6
+
+# %% [markdown]
 # With ReLU, zero_skip comes first: exact, and a fifth of the work is gone. With negative_predict
 # beside it, seven tenths are left, and so they are with contextual_sparsity, whose KL is several
 # times as high: a score comes from 32 numbers, where negative_predict adds real terms. But look at
@@ -651,10 +796,13 @@ assert on_relu["zero_skip"].kl < 1e-6
 # predictor. It is always the same bargain: work that is done once, offline, tells which work can be
 # skipped at every token.
 
-# %% ... as a picture
+# %% [markdown]
+# ## ... as a picture
+#
 # Left is less work, low is nearer to the dense model. What is in the lower left corner?
 
 
+# %%
 def draw_prices(axes):
     for found, marker in ((on_relu, "o"), (small_numbers, "^")):
         points = {}
@@ -669,10 +817,24 @@ def draw_prices(axes):
 
 
 save_picture("15_prices", draw_prices)
+
+# %% [markdown]
 # Nothing: less work has its price. But random choices cost a hundred times as much or more.
 
-# %% Try this
-# An assertion may fail when you change something. Then it tells you what changed: delete it.
+# %% [markdown]
+# ## Exercises
+#
+# Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
+# (`minitx learn start exercises` writes the files).
+#
+# - `minitx learn 21`: SnaPEA's early stop
+#
+# Questions to think about, or to try in this file. The answers are computed in
+# `tutorials/answers/15_zeros_and_negatives.py`.
+#
+# (An assertion may stop a script that you changed, as it guards what the text says of the original.
+# Delete it then.)
+#
 # 1. In section 3, keep the weights of rule 1 and find an input for which rule 1 stops after two
 #    terms and rule 2 only after three. (What if no input is negative, and most are 0?)
 # 2. In section 4, check after every 4, 8 or 32 terms: add "every": 4 to the options of "bound".

@@ -10,6 +10,7 @@ No library is needed to write one, and every browser, and GitHub's README view, 
 x grows to the right and y downwards, both in pixels. Colors are those of CSS.
 """
 
+import textwrap
 from html import escape
 from pathlib import Path
 
@@ -50,6 +51,13 @@ class Svg:
         space = {"xml:space": "preserve"} if text != text.strip() else {}
         more = {"font_size": size, "text_anchor": anchor, "fill": fill} | more | space
         self.elements.append(f"<text{_attributes(x=x, y=y, **more)}>{escape(text)}</text>")
+
+    def paragraph(self, x, y, text: str, room: float, size=FONT_SIZE, **more) -> float:
+        """Text in lines of at most ``room`` pixels; returns the baseline of the last one."""
+        for i, line in enumerate(textwrap.wrap(text, max(int(room / text_width("x", size)), 1))):
+            y += 1.4 * size * (i > 0)
+            self.text(x, y, line, size=size, **more)
+        return y
 
     def element(self, name: str, note: str = "", **attributes) -> None:
         """Any other element. note: shown when the mouse is over it."""

@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from same import assert_same
 
 import minitx
 from minitx.lab.evaluate import held_out
@@ -109,7 +110,7 @@ def test_the_greedy_text_of_100_stories_is_the_dense_one(chosen):
         some = [(prompt, new) for prompt, new in texts if len(new) == length]
         logits = lm.model(np.array([prompt + new for prompt, new in some]))
         best = logits[:, PROMPT - 1 : -1].argmax(-1)
-        np.testing.assert_array_equal(best, [new for _, new in some], "another word")
+        assert_same(best, np.array([new for _, new in some]), "another word")
 
 
 def test_most_techniques_fit_together():
