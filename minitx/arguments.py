@@ -94,9 +94,10 @@ def technique_help(flags) -> str:
     return "\n".join([ask, *lines, ""])
 
 
-def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def read_arguments(arguments: list[str] | None, known: Parser | None = None) -> argparse.Namespace:
+    """The arguments, parsed. known: the ``parser()``, to build it once for many command lines."""
     words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
-    args, unknown = parser(flags).parse_known_args(with_check(words))
+    args, unknown = (known or parser(flags)).parse_known_args(with_check(words))
     if flags and not hasattr(args, "techniques"):
         raise MinitxError(f"{args.parser.prog} takes no techniques; remove {flags[0][0]}.")
     if flags:

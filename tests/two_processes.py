@@ -14,6 +14,7 @@ A run of chosen files or tests, or in a debugger, is a usual run in one process;
 tests``.
 """
 
+import gc
 import json
 import os
 import signal
@@ -47,7 +48,7 @@ def share(config):
     return First(config)
 
 
-PIECE = 800  # tests: a longer file (the contract) is claimed in pieces, so that both end together
+PIECE = 400  # tests: a longer file (the contract) is claimed in pieces, so that both end together
 
 
 def pieces_of(items) -> dict[tuple[Path, int], list]:
@@ -71,6 +72,7 @@ class Process:
         """Runs the tests instead of pytest's own loop, which runs if this returns None."""
         if session.testsfailed and not self.config.option.continue_on_collection_errors:
             return None  # it says what could not be collected
+        gc.freeze()  # so many tests, and none is ever garbage: not looked at again and again
         pieces = pieces_of(session.items)
         self.begin(pieces)
         for piece in self.in_order(list(pieces)):

@@ -193,12 +193,11 @@ def test_prompt_longer_than_a_block_equals_the_literal_version(settings):
 
 
 @each_setting
-@pytest.mark.parametrize("sizes", [(30,), (1,) * 30, (2, 20, 1, 7)])
-def test_padded_batch_equals_each_row_alone(settings, sizes):
+def test_padded_batch_equals_each_row_alone(settings):
     def literal_attention(q, k, v):
         return literal.attention(q, k, v, 0.5, **settings)[0]
 
-    check_padded_batch(a3_part(**settings), literal_attention, (0, 5, 18), sizes)
+    check_padded_batch(a3_part(**settings), literal_attention, (0, 5, 18))
 
 
 @pytest.mark.parametrize("rebuild", [0, 4])

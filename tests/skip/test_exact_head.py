@@ -261,7 +261,7 @@ settings = pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def dense_and_its_texts(family, dtype):
     """The dense model, and its greedy texts after eight prompts."""
     dense = tiny_lm(family, dtype=dtype)
-    return dense, [dense.generate(ids, 20) for ids in IDS.reshape(8, 5)]
+    return dense, [dense.generate(ids, 12) for ids in IDS.reshape(8, 5)]
 
 
 @settings
@@ -272,7 +272,7 @@ def test_greedy_text_is_the_dense_models(family, dtype, options):
     lm = apply(dense, {"exact_head": options})
     with counting(lm) as counts:
         for ids, text in zip(IDS.reshape(8, 5), texts):
-            assert lm.generate(ids, 20) == text
+            assert lm.generate(ids, 12) == text
     assert 0 < counts.events["head rows"] and set(counts.by_group()) >= {"head", "blocks.ffn"}
     if options.get("rank") == 16:
         assert counts.events["head rows read"] < 0.1 * counts.events["head rows"]
@@ -287,7 +287,7 @@ def test_greedy_text_is_the_dense_models_with_a_bias_in_the_head(dtype, options)
     lm = apply(dense, {"exact_head": options})
     with counting(lm) as counts:
         for ids in IDS.reshape(8, 5):
-            assert lm.generate(ids, 20) == dense.generate(ids, 20)
+            assert lm.generate(ids, 12) == dense.generate(ids, 12)
     if options.get("rank") != 1:  # too weak a preview
         assert counts.events["dense fallbacks"] < counts.events["head rows"] / 259
 

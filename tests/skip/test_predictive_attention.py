@@ -145,12 +145,11 @@ def test_long_prompt_in_blocks_equals_the_literal_version(settings):
 
 
 @each_setting
-@pytest.mark.parametrize("sizes", [(30,), (1,) * 30, (2, 20, 1, 7)])
-def test_padded_batch_equals_the_literal_version_of_each_sequence(settings, sizes):
+def test_padded_batch_equals_the_literal_version_of_each_sequence(settings):
     def literal_attention(q, k, v):
         return literal.attention(q, k, v, 0.5, **settings)[0]
 
-    check_padded_batch(part(**settings), literal_attention, (0, 4, 17), sizes)
+    check_padded_batch(part(**settings), literal_attention, (0, 4, 17))
 
 
 def test_model_generates_the_same_in_a_batch_and_alone():

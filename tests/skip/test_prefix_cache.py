@@ -249,11 +249,11 @@ def test_speculation_goes_on_from_reused_rows(family, loop, inner):
         pytest.skip(str(error))  # an exiting stack cannot be cut in half
     assert repr(both.decode).startswith("PrefixCache(block=4)\n  inner: Speculative")
     for prompt in (IDS[:13], IDS[:11] + [1, 2, 3], IDS[:13]):
-        assert both.generate(prompt, 20) == alone.generate(prompt, 20)
+        assert both.generate(prompt, 12) == alone.generate(prompt, 12)
     assert generate(both, IDS[:13])[1] == 12
     seeded = dict(temperature=1.0, top_k=9, seed=3)
     without = apply(dense, COMPANIONS[inner] | speculative)
-    assert both.generate(IDS[:13], 20, **seeded) == without.generate(IDS[:13], 20, **seeded)
+    assert both.generate(IDS[:13], 12, **seeded) == without.generate(IDS[:13], 12, **seeded)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

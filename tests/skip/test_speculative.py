@@ -623,7 +623,7 @@ def with_technique(name, family):
         lm = apply(tiny_lm(family, dtype=np.float64), {name: options})
     except MinitxError:
         return None
-    return (lm, lm.generate(PROMPT, 20)) if decides(lm.model) == "token" else None
+    return (lm, lm.generate(PROMPT, 12)) if decides(lm.model) == "token" else None
 
 
 INSIDE = [t for t in techniques() if t.level not in ("decode", "answer")]
@@ -643,7 +643,7 @@ def test_another_technique_in_the_target_keeps_its_text(technique, loop):
                 both = apply(alone, {loop: LOOPS[loop]})
             except MinitxError:
                 continue
-            assert both.generate(PROMPT, 20) == text
+            assert both.generate(PROMPT, 12) == text
             return
 
 
