@@ -196,7 +196,7 @@ def parser(flags=()) -> Parser:
     explain.add_argument("name", help="name of a technique, such as fold-norms")
     add_json(explain)
 
-    add_pictures(names)
+    add_drawings(names)
 
     check = add(
         names, "check", commands.check, "compare models with Hugging Face reference outputs"
@@ -345,7 +345,7 @@ def parser(flags=()) -> Parser:
     return top
 
 
-def add_pictures(names) -> None:
+def add_drawings(names) -> None:
     """The commands that draw: each prints a picture as text, and writes it to a file if asked."""
     text = "draw what ran for every token in every layer, under the generated text"
     skip_map = add(names, "map", commands.skip_map, text)
@@ -361,13 +361,13 @@ def add_pictures(names) -> None:
     text += "middle block that the techniques change)"
     weights.add_argument("--part", metavar="PATH", help=text)
     add_model(weights)
-    add_picture(weights)
+    add_pictures(weights, "also write the picture")
     add_json(weights)
     for command in (skip_map, keys):
         command.add_argument("prompt", help="the text to continue; - reads it from stdin")
         add_model(command)
         add_sampling(command, "60, or as many as fit the context")
-        add_picture(command)
+        add_pictures(command, "also write the picture")
         add_json(command)
 
 
@@ -559,12 +559,6 @@ def add_sampling(command: Parser, all_of_them: str) -> None:
         metavar="N",
         help=f"random seed (default {SEED}): the same seed gives the same text",
     )
-
-
-def add_picture(command: Parser) -> None:
-    command.add_argument("--svg", metavar="FILE", help="also write the picture as SVG")
-    text = "also write the picture as PNG (needs matplotlib)"
-    command.add_argument("--png", metavar="FILE", help=text)
 
 
 def add_measured(command: Parser, stories: int, tokens: int) -> None:

@@ -104,12 +104,11 @@ def keys(args) -> None:
 
 
 def draw_weights(args) -> None:
-    from minitx.pictures.save import check_files
     from minitx.pictures.weights import weights as draw
     from minitx.pictures.weights_svg import as_svg
     from minitx.technique import apply
 
-    check_files(args.svg, args.png)
+    check_pictures(args)
     calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer)
     changed = apply(dense, args.techniques, **calibrate) if args.techniques else None
@@ -119,11 +118,10 @@ def draw_weights(args) -> None:
 
 def draw_generated(args, draw, as_svg, **more) -> None:
     """A picture of a generated text, compared with the model without techniques."""
-    from minitx.pictures.save import check_files
     from minitx.technique import apply
 
     options = sampling(args)
-    check_files(args.svg, args.png)
+    check_pictures(args)
     prompt = read_stdin() if args.prompt == "-" else need_text(args.prompt)
     calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer)
@@ -140,11 +138,11 @@ def draw_generated(args, draw, as_svg, **more) -> None:
 
 def print_picture(args, found, as_svg) -> None:
     """As text or JSON, and into the files that were asked for."""
-    from minitx.pictures.save import save
+    from minitx.pictures.output import write_picture
 
     print(json.dumps(found.as_dict(), indent=1) if args.json else found.text(terminal_columns()))
-    if args.svg is not None or args.png is not None:
-        save(as_svg(found), args.svg, args.png)
+    for path in pictures(args):
+        write_picture(as_svg(found), path)
 
 
 def terminal_columns() -> int:

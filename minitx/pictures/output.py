@@ -6,6 +6,7 @@
 A picture is laid out once, as SVG (svg.py). For a PNG its shapes are drawn one by one.
 """
 
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -71,7 +72,8 @@ def as_figure(picture: Svg):
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, picture.width), ylim=(picture.height, 0))  # y grows downwards
     axes.axis("off")
-    drawn = {"rect": rect, "circle": circle, "line": line, "polyline": path, "text": text}
+    drawn = {"rect": rect, "circle": circle, "line": line, "polyline": polyline, "path": path}
+    drawn["text"] = text
     for order, element in enumerate(ElementTree.fromstring(str(picture))):
         name = element.tag.rpartition("}")[2]
         if name in drawn:
@@ -99,12 +101,31 @@ def line(axes, a: dict, _, order: int) -> None:
     axes.plot(*ends, **stroked(a), zorder=order)
 
 
-def path(axes, a: dict, _, order: int) -> None:
+def polyline(axes, a: dict, _, order: int) -> None:
     pairs = [pair.split(",") for pair in a["points"].split()]
     xs, ys = zip(*[(float(x), float(y)) for x, y in pairs])
     if a.get("fill", "none") != "none":
         axes.fill(xs, ys, a["fill"], zorder=order)
     axes.plot(xs, ys, **stroked(a), zorder=order)
+
+
+def path(axes, a: dict, _, order: int) -> None:
+    """Closed shapes of the steps M (to a point), h and v (so far to the right, or down)."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Shape
+
+    points, codes = [], []
+    for step, numbers in re.findall("([Mhvz])([^Mhvz]*)", a["d"]):
+        by = [float(n) for n in numbers.split()]
+        if step == "M":
+            points.append((by[0], by[1]))
+        elif step == "z":
+            points.append(points[-1])
+        else:
+            x, y = points[-1]
+            points.append((x + by[0], y) if step == "h" else (x, y + by[0]))
+        codes.append({"M": Shape.MOVETO, "z": Shape.CLOSEPOLY}.get(step, Shape.LINETO))
+    axes.add_patch(PathPatch(Shape(points, codes), **filled(a), zorder=order))
 
 
 def text(axes, a: dict, words: str, order: int) -> None:
@@ -117,7 +138,8 @@ def text(axes, a: dict, words: str, order: int) -> None:
         color=a.get("fill"),
         fontweight=a.get("font-weight", "normal"),
         family="monospace",
-        parse_math=False,
+        parse_math=False,  # a $ is a $
+        rotation=rotation(a),
     )
     drawn = axes.text(number(a, "x"), number(a, "y"), words, **look, zorder=order)
     if "stroke" in a:
@@ -128,7 +150,14 @@ def text(axes, a: dict, words: str, order: int) -> None:
 def filled(a: dict) -> dict:
     edge = {"edgecolor": a.get("stroke", "none"), "linewidth": number(a, "stroke-width", 1)}
     edge["linewidth"] *= "stroke" in a
-    return {"facecolor": a.get("fill", "none"), "alpha": number(a, "opacity", 1)} | edge
+    alpha = number(a, "opacity", 1) * number(a, "fill-opacity", 1)
+    return {"facecolor": a.get("fill", "none"), "alpha": alpha} | edge
+
+
+def rotation(a: dict) -> float:
+    """Degrees, counterclockwise: SVG turns the other way."""
+    found = re.match(r"rotate\((-?[\d.]+)", a.get("transform", ""))
+    return -float(found[1]) if found else 0.0
 
 
 def stroked(a: dict) -> dict:
