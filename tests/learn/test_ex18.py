@@ -120,6 +120,18 @@ def test_technique_that_looks_at_the_whole_chunk_is_noticed():
     )
 
 
+def test_technique_that_says_that_it_decides_by_step_may_depend_on_the_chunk():
+    @part
+    class Centered(Changed):
+        decides = "step"
+
+    def centered(x, y, layer):
+        return y - y.mean(-2, keepdims=True)
+
+    lm = wrap(tiny_lm(dtype=np.float64), "ffn", lambda ffn, index: Centered(ffn, centered))
+    assert broken_promise(lm) is None
+
+
 def test_technique_that_does_not_rewind_is_noticed():
     @part
     class Decays(Part):
