@@ -13,9 +13,9 @@ Write ``run``, which takes one token through the layers:
 - Run the layers in order. Each is called with the token's state h and its own cache, and returns
   the new state. It stores the token's key and value in the cache by itself.
 - After ``first`` layers, and after each further one, ask whether the token may exit. It exits if
-  confidence(h, previous) >= threshold. Here h is the state now and ``previous`` the state before
-  the last layer. Before ``first`` layers have run, do not ask. After the last layer it makes no
-  difference.
+  confidence(h, previous) >= threshold. Here h is the state now, and ``previous`` the state before
+  the layer that has just run. Before ``first`` layers have run, do not ask. Whether you ask after
+  all L layers makes no difference.
 - When it exits, append a key and a value to the cache of every layer that has not run. The layers
   read their input through their own norm, so the key and value of a skipped layer are
 

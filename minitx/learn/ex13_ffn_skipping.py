@@ -25,6 +25,10 @@ its FFN was skipped.
 
     h           (D,)   the token's state before the first layer
     blocks             L layers (the class Block below)
+    threshold          a number, such as 0.9
+    k                  how many FFNs are skipped after a cosine of at least the threshold, from 1 on
+    cold_start         layers before this one are cold: their FFNs always run
+    cold_end           this layer and the later ones are cold, too
     result             (h (D,), a list of L booleans)
 
 Four layers to check by hand, with no cold layers, a threshold of 0.9 and k = 1. Attention adds

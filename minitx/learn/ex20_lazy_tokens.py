@@ -1,4 +1,4 @@
-"""Exercise 20: Which token is in which cache? (35 minutes)
+"""Exercise 20: LazyLLM's bookkeeping (35 minutes)
 
 To predict the next token, later layers need only the tokens that it attends to. LazyLLM prunes the
 others: they do not run in the later layers, which saves most where the prompt is long. But a pruned
@@ -350,7 +350,7 @@ def lazy(lm, step, keep: float, cuts: tuple):
 
 
 EXERCISE = Exercise(
-    title="Which token is in which cache?",
+    title="LazyLLM's bookkeeping",
     minutes=35,
     difficulty="hard",
     names=("step",),
