@@ -10,11 +10,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from secrets import token_hex
 
+from minitx.errors import abbreviate
 from minitx.learn.exercise import Exercise
 from minitx.learn.verdict import Verdict
 
 MEGABYTES = 4096.0
+INTERRUPTED = 130  # exit status, as shells have it
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,16 +36,19 @@ def judge_apart(
     does neither."""
     seconds = exercise.seconds if seconds is None else seconds
     with tempfile.TemporaryDirectory(prefix="minitx-learn-") as folder:
-        out = Path(folder) / "verdict.json"
-        order = dict(
+        out, order, token = Path(folder) / "verdict.json", Path(folder) / "order.json", token_hex()
+        wanted = dict(
             exercise=exercise.stem, path=str(path.resolve()), seed=seed, out=str(out), shown=shown
         )
-        order |= dict(seconds=seconds, megabytes=megabytes)
-        ended = run_limited(json.dumps(order), seconds, None if shown else folder)
+        wanted |= dict(seconds=seconds, megabytes=megabytes, token=token)
+        order.write_text(json.dumps(wanted), "utf-8")
+        ended = run_limited(str(order), seconds, None if shown else folder)
         try:
             found = json.loads(out.read_bytes())
+            if found["token"] != token or not isinstance(found["shown"], str):
+                raise ValueError("the answer wrote this, not main")
             return Verdict.from_dict(found["verdict"]), found["shown"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return lost(ended, seconds, megabytes), ""
 
 
@@ -92,6 +98,10 @@ def lost(ended: int | None, seconds: float, megabytes: float) -> Verdict:
     if ended and ended < 0:
         message = f"It was ended by signal {-ended}; was it out of its {megabytes:,.0f} MB?"
         return Verdict("limit", message)
+    if ended == INTERRUPTED:
+        return Verdict(
+            "error", "It was interrupted: Ctrl-C, or your code raised KeyboardInterrupt."
+        )
     return Verdict("error", "It ended the whole process (sys.exit, os._exit) instead of returning.")
 
 
@@ -101,18 +111,26 @@ def lost(ended: int | None, seconds: float, megabytes: float) -> Verdict:
 def main() -> None:
     from minitx.learn.exercise import find_exercise
 
-    wanted = json.loads(sys.argv[1])
+    order = Path(sys.argv.pop())
+    wanted = json.loads(order.read_bytes())
+    order.unlink()  # so that an answer finds no token, with which it could write its own verdict
     limit_resources(wanted["seconds"], wanted["megabytes"])
-    verdict, shown = run_here(find_exercise(wanted["exercise"]), wanted)
-    text = json.dumps({"verdict": verdict.as_dict(), "shown": shown})
+    try:
+        verdict, shown = run_here(find_exercise(wanted["exercise"]), wanted)
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
+    text = json.dumps({"token": wanted["token"], "verdict": verdict.as_dict(), "shown": shown})
     out = Path(wanted["out"])
-    out.with_suffix(".tmp").write_text(text, "utf-8")
-    out.with_suffix(".tmp").replace(out)
+    try:
+        out.with_suffix(".tmp").write_text(text, "utf-8")
+        out.with_suffix(".tmp").replace(out)
+    except OSError:  # the answer has put something in its place
+        os._exit(1)
 
 
 def run_here(exercise: Exercise, wanted: dict) -> tuple[Verdict, str]:
     from minitx.learn.answer import read_answer
-    from minitx.learn.check import judge
+    from minitx.learn.check import judge, text_of
     from minitx.learn.in_model import demonstration
 
     path = Path(wanted["path"])
@@ -126,6 +144,10 @@ def run_here(exercise: Exercise, wanted: dict) -> tuple[Verdict, str]:
     except MemoryError:
         limit = f"{wanted['megabytes']:,.0f} MB"
         return Verdict("limit", f"It needs more memory than the {limit} that it may have."), ""
+    except Exception as error:  # of the checker: the answer has changed what it needs
+        what = f"{type(error).__name__}: {abbreviate(text_of(error))[1:-1]}"
+        message = f"The checker broke on it ({what}). Does it change NumPy, or Python itself?"
+        return Verdict("error", message), ""
 
 
 def limit_resources(seconds: float, megabytes: float) -> None:

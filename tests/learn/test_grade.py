@@ -17,6 +17,14 @@ from minitx.learn.verdict import Verdict
 FIRST, THIRD = find_exercise(1), find_exercise(3)
 RIGHT = "import numpy as np\n\n\n" + solution_text(FIRST) + "\n"
 
+# An answer that writes a verdict on itself into the folder in which it runs.
+FORGED = """
+import json, os
+verdict = {"kind": "passed", "message": "Right.", "mistakes": [], "figures": None}
+open("verdict.json", "w").write(json.dumps({"token": "", "verdict": verdict, "shown": ""}))
+os._exit(0)
+"""
+
 
 def test_handout_has_no_solution_and_says_how_to_begin(tmp_path):
     hand_out(tmp_path / "out", (FIRST, THIRD))
@@ -34,6 +42,7 @@ def test_class_is_graded_one_folder_per_student(tmp_path):
         "cleo": RIGHT.replace("import numpy as np", "import numpy as np\nfrom minitx import ops"),
         "dora": student_file(FIRST),
         "emil": "import os\nos._exit(0)\n",
+        "evil": FORGED,
         "finn": "while True:\n    pass\n",
     }
     for name, text in answers.items():
@@ -49,6 +58,7 @@ def test_class_is_graded_one_folder_per_student(tmp_path):
         "cleo": "passed",
         "dora": "not written",
         "emil": "error",
+        "evil": "error",
         "finn": "limit",
         "gwen": "missing",
     }
