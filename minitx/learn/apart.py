@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 
@@ -41,14 +42,15 @@ def judge_apart(
     does neither."""
     seconds = exercise.seconds if seconds is None else seconds
     with tempfile.TemporaryDirectory(prefix="minitx-learn-") as folder:
-        folder_of_file, path = path.resolve().parent, path.resolve()
+        path = Path(os.path.abspath(path))
+        beside = path.parent
         if not shown:  # a copy: no submission is changed by what runs in it
             path = Path(shutil.copyfile(path, Path(folder) / path.name))
         out, order, token = Path(folder) / "verdict.json", Path(folder) / "order.json", token_hex()
         wanted = dict(
             exercise=exercise.stem,
             path=str(path),
-            beside=str(folder_of_file),
+            beside=str(beside),
             seed=seed,
             out=str(out),
         )
@@ -153,6 +155,10 @@ def main() -> None:
         out.with_suffix(".tmp").replace(out)
     except OSError:  # the answer has put something in its place
         os._exit(1)
+    with suppress(Exception):  # an answer may have closed them
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)  # without waiting for threads that the answer has started
 
 
 def run_here(exercise: Exercise, wanted: dict) -> tuple[Verdict, str]:
