@@ -8,6 +8,7 @@ import time
 import pytest
 
 from minitx.errors import MinitxError
+from minitx.learn import check_file
 from minitx.learn.apart import judge_apart
 from minitx.learn.exercise import exercises, find_exercise
 from minitx.learn.holes import solution_text
@@ -211,6 +212,13 @@ def test_files_of_a_workbook_run_by_themselves_and_under_pytest(book):
     assert Progress(book).state(FIRST) == "tried"
     out = python("-m", "pytest", "-k", "ex01", "-p", "no:cacheprovider")
     assert "take their mean" in out and "1 failed" in out and "Traceback" not in out
+
+
+def test_renamed_file_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "my_rotary.py"
+    path.write_text(ANSWER)
+    with pytest.raises(SystemExit, match="no exercise 'my_rotary'"):
+        check_file(path)
 
 
 def test_watch_checks_again_when_the_file_is_saved(book, monkeypatch, capfd):
