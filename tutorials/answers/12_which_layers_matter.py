@@ -29,7 +29,7 @@ L = lm.model.config.layers
 # Something that does not turn the vector: (2, 2), for example. Then nothing after B depends on how
 # long the vector is, and dropping B changes the length only, while without A the vector is turned
 # by 8 degrees. The influence of a layer says what the layer does to h; it is right if later layers
-# do not magnify it.
+# do not turn a shorter vector further than a long one.
 
 # %%
 title("Question 1. A third layer that does not turn the vector")

@@ -77,8 +77,8 @@ assert found[4, 0].startswith("park") and found[5, 1].startswith("park")
 # Yes, for 12 as for 18. (To be quick, this takes the gradients of 4 texts instead of 12, and the
 # loss of a head on two of the three stories that judge it.) But even the truth about single heads
 # leaves a rise of half a nat at 18: heads stand in for each other, so each of two is not missed
-# while the other is there. The rounds of section 4 notice that. The plain mean takes heads that are
-# needed among the first 12 already.
+# while the other is there. That is why the rounds of section 4 measure again. The plain mean takes
+# heads that are needed among the first 12 already.
 
 # %%
 title("Question 3. All at once, by the measured loss")
@@ -131,10 +131,9 @@ assert min(rise[name, 18] for name in by) > 0.1
 #
 # How do the three compare if the router begins in layer 1?
 #
-# Each token's own heads win by far: they cost 0.02, the others twenty times as much or more. In
-# layer 1 every head is needed by some token (section 3 has its largest losses there), so taking the
-# same head from all tokens breaks something. But most tokens can do without one of them, and the
-# length of the query tells which.
+# Each token's own heads win by far: they cost 0.02, the others twenty times as much or more.
+# Section 3 has its largest losses in layer 1, so to take the same head from all tokens there costs
+# a lot. But each token can do without one of the four, and the length of the query tells which.
 
 # %%
 title("Question 4. From layer 1 on, three heads of four")
