@@ -425,7 +425,7 @@ for name, plain, tabled in (("SiLU", lm, function_tables), ("GELU", gelu, gelu_t
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 11`: Lookup tables (LUTIN)
+# - `minitx learn 11`: Lookup tables
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/10_tables_instead_of_products.py`.

@@ -226,7 +226,6 @@ class StudentSampler(Sampler):
 
     def __init__(self, choose: Sampler, probabilities):
         super().__init__(choose.temperature, choose.top_k, choose.top_p, choose.seed)
-        self.uniform = choose.uniform
         self.function = probabilities
 
     def probabilities(self, logits):

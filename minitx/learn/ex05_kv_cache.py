@@ -16,7 +16,7 @@ append(k, v) adds T new tokens, T >= 1. Values are cached as they are. Keys come
 so they are rotated first (as in exercise 2, here for all heads at once): rotate(k, positions), with
 the positions (T,) of these tokens as an array of integers. The first token of the text has position
 0, and each chunk continues where the tokens before it ended. A key is rotated once, when it is
-appended, and never again. The result are the keys and values of all S tokens so far, old and new:
+appended, and never again. append returns the keys and values of all S tokens so far, old and new:
 
     k, v          (heads, T, d)
     keys, values  (heads, S, d)     views of the two arrays (slices), not copies

@@ -5,8 +5,10 @@ from same import assert_same
 from tiny import tiny_model
 
 from minitx import ledger, ops
-from minitx.decode import Sampler
+from minitx.decode import Autoregressive, Sampler
 from minitx.learn import ex02_rotary, ex04_sampling, ex05_kv_cache, ex06_cost
+from minitx.learn import ex23_answer_key as exercise
+from minitx.shared.answer_key import key_of, request
 from minitx.state import Layer
 
 
@@ -51,3 +53,36 @@ def test_exercise_6_equals_what_the_ledger_counts_and_the_cache_holds():
     assert counts.total().multiply_adds == ex06_cost.multiply_adds(model.config, 1, 5)
     held = sum(rows.nbytes for layer in state.layers for rows in layer.rows())
     assert held == ex06_cost.cache_bytes(model.config, 5)
+
+
+def library_key(wanted):
+    """minitx's own key of a request of exercise 23."""
+    dtype = {"float32": np.float32, "float16": np.float64}[wanted["dtype"]]
+    model = tiny_model("llama", 2 if wanted["model"] == "another" else 1, dtype)
+    choose = Sampler(*(wanted[name] for name in ("temperature", "top_k", "top_p", "seed")))
+    fields = request(model, Autoregressive(), choose, wanted["max_new_tokens"])
+    return fields and key_of(fields | {"prompt": wanted["prompt"]})
+
+
+def test_exercise_23_shares_keys_where_the_library_does():
+    numbers = (7, 500, 321, 40)
+    greedy, sampled = (pairs(*numbers) for pairs in (exercise.greedy_pairs, exercise.sampled_pairs))
+    compared = 0
+    for difference, first, second in greedy + sampled:
+        if {"stop"} & {*first, *second} or first["techniques"] != second["techniques"]:
+            continue  # the tiny models here have neither
+        if difference.endswith("at temperature 0"):
+            continue  # the library keeps them for majority vote, which samples even then
+        mine, library = (
+            exercise.served(key, first, second) for key in (exercise.request_key, library_key)
+        )
+        assert mine == library, difference
+        compared += 1
+    assert compared > 15
+
+
+def test_exercise_4_shows_how_many_tokens_each_setting_leaves():
+    left = ex04_sampling.show(ex04_sampling.EXERCISE.solution).splitlines()[-1].split()
+    V, halved, top_k, top_p = map(int, left[-4:])
+    assert V == halved > top_p > 1, "a temperature drops no token, top_p does"
+    assert top_k == 3

@@ -4,10 +4,7 @@
 # %%
 import numpy as np
 from helpers import (
-    ANSWER,
     GROUPS,
-    QUESTION,
-    STORY,
     borrow,
     evaluate_stories,
     held_out_stories,
@@ -102,8 +99,8 @@ assert wrong > 0
 # When does a check cost more than a layer?
 #
 # V D > 12 D^2 means V > 12 D: 49,152 for D = 4096. Many vocabularies are larger than that, so there
-# a check of the softmax costs more than the layer that it may save. With every=2 the gap checks half
-# as often, and saves more work, although tokens exit a layer later.
+# a check of the softmax costs more than the layer that it may save. With every=2 the gap checks
+# half as often, and saves more work, although tokens exit a layer later.
 
 # %%
 title("Question 3. The price of a check")
@@ -113,9 +110,8 @@ for every in (1, 2):
     changed = exiting(measure="softmax", threshold=0.95, first=4, every=every)
     scores, multiply_adds = measure(changed)
     work[every] = multiply_adds / dense_work
-    say(
-        f"every={every}: {work[every]:.2f} of the work, loss {scores.mean_loss - dense.mean_loss:+.4f}"
-    )
+    loss = scores.mean_loss - dense.mean_loss
+    say(f"every={every}: {work[every]:.2f} of the work, loss {loss:+.4f}")
 assert work[2] < work[1]
 
 # %% [markdown]
