@@ -76,11 +76,11 @@ assert revived[1] > 0.15 and at_first + revived[6] > 0.98
 # 14% for the 9 with three. So believe that LazyLLM (100%) is better than SpAtten's plain sum (77%)
 # with one hop. Do not believe any difference of one or two answers with two or three hops.
 #
-# To be quick, only questions after at most 110 tokens of ten stories are asked here.
+# To be quick, only questions after at most 110 tokens of eight stories are asked here.
 
 # %%
 title("Question 3. Other random tokens")
-questions = [each for each in answers_in(lm, held_out_stories(10)) if len(each[0]) <= 110]
+questions = [each for each in answers_in(lm, held_out_stories(8)) if len(each[0]) <= 110]
 numbers = Counter(hops for _, _, hops in questions)
 
 
@@ -110,12 +110,13 @@ assert error["1 hop"] < 0.04 < error["2 hops"] < error["3 hops"]
 #
 # What happens if LazyLLM prunes after layer 1?
 #
-# The work falls to 0.48, and nearly half of the answers with one hop are gone, which were all right
-# before. The model looks a fact up in layers 3 and 4 (tutorial 13), and knows it after layer 4.
-# What is pruned after that does little harm to them, but now the facts are gone before layer 3 has
+# The work falls to 0.48, and more than a third of the answers with one hop are gone, which were all
+# right before. The model looks a fact up in layers 3 and 4 (tutorial 13), and knows it after layer
+# 4. What is pruned after that does no harm to them, but now the facts are gone before layer 3 has
 # looked. In layer 1 the last token does not know yet what it will need, so its attention selects
-# hardly better than chance. (Of the other questions there are too few here; on all 16 stories, 15
-# of 18 with two hops become 13, and 6 of 9 with three become 4.)
+# hardly better than chance. (There are too few of the other questions here. On all 16 stories, 29
+# of 61 answers with one hop are left, 13 of 18 with two where LazyLLM has 15 otherwise, and 4 of 9
+# with three instead of 6. So those with one hop suffer most.)
 
 # %%
 title("Question 4. Pruned after layer 1")
@@ -129,5 +130,5 @@ table = []
 for name, (right, work) in (("late", late), ("early", early), ("early, random", by_chance)):
     table.append([name, f"{work / dense_work:.2f}", *(right[group] for group in numbers)])
 print_table(["", "work", *(f"{group} (of {numbers[group]})" for group in numbers)], table)
-assert late[0]["1 hop"] == numbers["1 hop"] and early[0]["1 hop"] < 0.6 * numbers["1 hop"]
-assert early[0]["1 hop"] - by_chance[0]["1 hop"] < 5 and early[1] < 0.5 * dense_work
+assert late[0]["1 hop"] == numbers["1 hop"] and early[0]["1 hop"] < 0.7 * numbers["1 hop"]
+assert abs(early[0]["1 hop"] - by_chance[0]["1 hop"]) < 5 and early[1] < 0.5 * dense_work
