@@ -111,12 +111,12 @@ assert error["1 hop"] < 0.04 < error["2 hops"] < error["3 hops"]
 # What happens if LazyLLM prunes after layer 1?
 #
 # The work falls to 0.48, and more than a third of the answers with one hop are gone, which were all
-# right before. The model looks a fact up in layers 3 and 4 (tutorial 13), and knows it after layer
-# 4. What is pruned after that does no harm to them, but now the facts are gone before layer 3 has
-# looked. In layer 1 the last token does not know yet what it will need, so its attention selects
-# hardly better than chance. (There are too few of the other questions here. On all 16 stories, 29
-# of 61 answers with one hop are left, 13 of 18 with two where LazyLLM has 15 otherwise, and 4 of 9
-# with three instead of 6. So those with one hop suffer most.)
+# right before. The model looks a fact up in layers 3 and 4 (tutorial 13), and then knows the place.
+# Pruning after that does no harm to them, but now the facts are gone before layer 3 has looked. In
+# layer 1 the last token does not know yet what it will need, so its attention selects hardly better
+# than chance. (There are too few of the other questions here. On all 16 stories, 29 of 61 answers
+# with one hop are left, 13 of 18 with two where LazyLLM has 15 otherwise, and 4 of 9 with three
+# instead of 6. So those with one hop suffer most.)
 
 # %%
 title("Question 4. Pruned after layer 1")
