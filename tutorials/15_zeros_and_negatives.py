@@ -641,7 +641,7 @@ assert min(left) == left[-1] < 0.35
 # W_down drops three quarters: its inputs are the numbers of the chart above, most of them small.
 # W_k and W_v drop nothing at all (above 1, since comparisons are counted, too), which is partly an
 # accident: they are half as large as W_q, and one step of this quick greedy would empty them. The
-# paper takes steps a tenth as large, which takes ten times as long. Exercise 3 tries smaller ones.
+# paper takes steps a tenth as large, which takes ten times as long. Question 3 tries smaller ones.
 
 # %% [markdown]
 # ## 6. Guess the active neurons before W_up

@@ -335,7 +335,7 @@ assert abs(rise_of("equal vectors")) < 1e-5 and rise_of("equal hashes") < 0.03
 # %% [markdown]
 # A hundredth of the work, since only one layer has equal vectors. LSH saves an eighth, and the loss
 # rises: a third of its hits are another word. That it does not rise more may be due to the hash, or
-# to the late layers, which forgive much. Exercise 3 tells.
+# to the late layers, which forgive much. Question 3 tells.
 
 # %% [markdown]
 # ## 5. Near one in a table
@@ -717,5 +717,5 @@ assert min(reuse, key=work_of) == "radius 0.35"
 #    layers say to another word's product?
 # 4. In section 5, write other_text in the words of the stories (Tom went to the park ...), but of
 #    things that do not happen in them. How many hits are there, and how many are false?
-# 5. Let the monitor of section 7 begin at 0.35 instead of 0.7 (with two halvings). What does it cost
-#    now beside the fixed radius, and what is it still good for?
+# 5. Let the monitor of section 7 begin at 0.35 instead of 0.7 (with two halvings). What does it
+#    cost now beside the fixed radius, and what is it still good for?

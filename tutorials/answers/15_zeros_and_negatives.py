@@ -186,9 +186,9 @@ assert largest[4] > 5 and share > 0.5 and largest[8] < 0.1
 #
 # With half of the rows, gathering takes 1.75 times as long as the dense product with all of them,
 # so a gathered row takes g = 3.5 times as long as a row of the dense product. It breaks even when
-# one row in 3.5 is left, at 71% of zeros. At 75% the table should say 3.5 * 0.25 = 0.88, and it says
-# 0.81; at 90% it should say 0.35 (0.34). At 99% it should say 0.04 and says 0.09: to look for the
-# zeros takes time, too, however few rows are left. The last line measures g on your machine.
+# one row in 3.5 is left, at 71% of zeros. At 75% the table should say 3.5 * 0.25 = 0.88, and it
+# said 0.81; at 90% it should say 0.35 (0.34). At 99% it should say 0.04 and said 0.09: to look for
+# the zeros takes time, too, however few rows are left. The last line measures g on your machine.
 
 # %%
 title("Question 5. Break-even")

@@ -66,8 +66,8 @@ assert naive_error([10, 12, 14, 12, 10]) == 0 and naive_error([10, 12, 14, 10]) 
 # Does delta beat zero in the FFNs of stories-relu?
 #
 # No. At 0.3 it sends more coordinates. Most inputs of W_down are exactly 0 there: to zero they cost
-# nothing, but to delta a number that becomes 0 is a change. At 0.5 delta sends no fewer than at
-# most a few percent more or less, and the loss rises far more.
+# nothing, but to delta a number that becomes 0 is a change. At 0.5 both take about the same
+# work, and with delta the loss rises far more.
 
 # %%
 title("Question 2. Delta and zero in the FFNs of stories-relu")
@@ -112,8 +112,9 @@ assert by_hash < any_token < 0.2 and everywhere > 10 * any_token
 #
 # Do the words of the stories bring hits, if what they say does not happen?
 #
-# A few: more than in the text of the engineer, far fewer than in a real story, and more of them are
-# false. So it is not the words alone: what is similar is the situation, as in section 2.
+# A few: more than in the text of the engineer, far fewer than in a real story. And nearly a quarter
+# of them are false, where it is a twelfth in the real story. So it is not the words alone: what is
+# similar is the situation, as in section 2.
 
 # %%
 title("Question 4. Known words in unknown stories")
@@ -121,8 +122,8 @@ memo, memos = apply(lm, {"memoize_ffn": {"stories": 8}}), {}
 wrap(memo, "ffn", lambda ffn, index: memos.setdefault(index, ffn))
 written = {
     "other words": "The engineer read a paper about caches. She wrote a test and drank tea.",
-    "known words": "Tom went to the park. The park was in the box. Anna put the garden in the drum. "
-    "The box went to Tom. The kitchen was pink.",
+    "known words": "Tom went to the park. The park was in the box. Anna put the garden in the "
+    "drum. The box went to Tom. The kitchen was pink.",
     "a real story": held_out[0].text[:130],
 }
 table, hits = [], {}
