@@ -96,8 +96,8 @@ assert real == count(said[0], 2, 4)
 #
 # Which numbers are right after the first pass although the guess before them was wrong?
 #
-# Those after a guess with the right square: x and 7 - x have the same one, as (7 - x)^2 = x^2 mod
-# 7. The function forgets one bit of its input. The chain is 2, 4, 2, 4, 2, 4; the second number is
+# Those after a guess with the right square. x and 7 - x have the same square mod 7, so the function
+# forgets which of the two it was given. The chain is 2, 4, 2, 4, 2, 4; the second number is
 # right if the first guess is 2 or 5, the third if the second guess is 4 or 3.
 
 # %%
