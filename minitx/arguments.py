@@ -94,9 +94,10 @@ def technique_help(flags) -> str:
     return "\n".join([ask, *lines, ""])
 
 
-def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def read_arguments(arguments: list[str] | None, known: Parser | None = None) -> argparse.Namespace:
+    """The arguments, parsed. known: the ``parser()``, to build it once for many command lines."""
     words, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
-    args, unknown = parser(flags).parse_known_args(with_check(words))
+    args, unknown = (known or parser(flags)).parse_known_args(with_check(words))
     if flags and not hasattr(args, "techniques"):
         raise MinitxError(f"{args.parser.prog} takes no techniques; remove {flags[0][0]}.")
     if flags:
@@ -195,7 +196,7 @@ def parser(flags=()) -> Parser:
     explain.add_argument("name", help="name of a technique, such as fold-norms")
     add_json(explain)
 
-    add_pictures(names)
+    add_drawings(names)
 
     check = add(
         names, "check", commands.check, "compare models with Hugging Face reference outputs"
@@ -216,6 +217,7 @@ def parser(flags=()) -> Parser:
     add_model(evaluate)
     add_measured(evaluate, 500, 4096)
     evaluate.add_argument("--depths", action="store_true", help="also exit after every block")
+    add_pictures(evaluate, "with --depths: also draw right answers by hops and depth")
     add_json(evaluate)
 
     compare = add(
@@ -274,10 +276,21 @@ def parser(flags=()) -> Parser:
     add_model(sweep)
     add_measured(sweep, 40, 2048)
     add_chains(sweep)
-    sweep.add_argument("--png", metavar="FILE", help="also draw the curve (needs matplotlib)")
+    add_pictures(sweep, "also draw the curve")
     add_json(sweep)
 
+    text = "what each technique saves when it is added to those before it, part by part"
+    waterfall = add(names, "waterfall", commands.waterfall, text)
+    add_model(waterfall)
+    text = "prompts to continue (default 4)"
+    waterfall.add_argument("--prompts", type=count, default=4, metavar="N", help=text)
+    add_grade(waterfall)
+    add_text(waterfall)
+    add_pictures(waterfall, "also draw the bars")
+    add_json(waterfall)
+
     add_frontier(names, flags)
+    add_report(names)
 
     cost = add(
         names,
@@ -332,7 +345,7 @@ def parser(flags=()) -> Parser:
     return top
 
 
-def add_pictures(names) -> None:
+def add_drawings(names) -> None:
     """The commands that draw: each prints a picture as text, and writes it to a file if asked."""
     text = "draw what ran for every token in every layer, under the generated text"
     skip_map = add(names, "map", commands.skip_map, text)
@@ -348,13 +361,13 @@ def add_pictures(names) -> None:
     text += "middle block that the techniques change)"
     weights.add_argument("--part", metavar="PATH", help=text)
     add_model(weights)
-    add_picture(weights)
+    add_pictures(weights, "also write the picture")
     add_json(weights)
     for command in (skip_map, keys):
         command.add_argument("prompt", help="the text to continue; - reads it from stdin")
         add_model(command)
         add_sampling(command, "60, or as many as fit the context")
-        add_picture(command)
+        add_pictures(command, "also write the picture")
         add_json(command)
 
 
@@ -378,8 +391,38 @@ def add_frontier(names, flags) -> None:
             add_decoding(command)
         else:
             add_shares(command, family)
-        command.add_argument("--png", metavar="FILE", help="also draw curves (needs matplotlib)")
+        add_pictures(command, "also draw curves")
         add_json(command)
+
+
+def add_report(names) -> None:
+    text = "every technique on one model, as one HTML page with Pareto charts"
+    report = add(names, "report", commands.report, text)
+    add_model(report, techniques=False)
+    add_measured(report, 40, 2048)
+    text = "the page; results are kept beside it, as .json (default report.html)"
+    report.add_argument("--out", metavar="FILE", help=text)
+    text = "small samples: noisy figures, in minutes on a small model"
+    report.add_argument("--quick", action="store_true", help=text)
+    text = "shares of the multiply-adds to tune methods to (default 0.9,0.75,0.5)"
+    report.add_argument("--share", type=shares, metavar="A,B", help=text)
+    text = "defaults, attention, structure, calculation, decoding (default: all)"
+    report.add_argument("--families", type=words, metavar="A,B", help=text)
+    text = "only these techniques or methods (default: all)"
+    report.add_argument("--methods", type=words, metavar="A,B", help=text)
+    report.add_argument("--rounds", type=count, metavar="N", help="timing rounds (default 3)")
+    text = "the second model of methods that need one: a draft, say (default stories-draft)"
+    report.add_argument("--small", metavar="MODEL", help=text)
+    text = "give a method up after S seconds (default 300)"
+    report.add_argument("--time-limit", type=seconds, metavar="S", help=text)
+    text = "measure all of it again, even what is in the .json file"
+    report.add_argument("--restart", action="store_true", help=text)
+    text = "measure nothing: draw from the results (or the points) in this JSON file"
+    report.add_argument("--from", dest="source", metavar="JSON", help=text)
+    add_pictures(report, "also draw the chart of loss against multiply-adds")
+    text = "also write the points of the chart, as a small JSON file for --from"
+    report.add_argument("--points", metavar="FILE", help=text)
+    add_json(report)
 
 
 def add_cache(names, flags) -> None:
@@ -518,12 +561,6 @@ def add_sampling(command: Parser, all_of_them: str) -> None:
     )
 
 
-def add_picture(command: Parser) -> None:
-    command.add_argument("--svg", metavar="FILE", help="also write the picture as SVG")
-    text = "also write the picture as PNG (needs matplotlib)"
-    command.add_argument("--png", metavar="FILE", help=text)
-
-
 def add_measured(command: Parser, stories: int, tokens: int) -> None:
     """What to measure on: stories of the grammar, or any text."""
     number = f"number of held-out stories (default {stories})"
@@ -552,6 +589,11 @@ def add_chains(command: Parser) -> None:
         metavar="N",
         help="read N chains of stories instead, each as long as the context",
     )
+
+
+def add_pictures(command: Parser, what: str) -> None:
+    command.add_argument("--svg", metavar="FILE", help=f"{what}, as SVG")
+    command.add_argument("--png", metavar="FILE", help=f"{what}, as PNG (needs matplotlib)")
 
 
 def add_json(command: Parser) -> None:

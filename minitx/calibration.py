@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Stories:
     def ids(self, lm, count: int) -> list[list[int]]:
         """Ids of ``count`` stories, each truncated to the model's context."""
         context = lm.model.config.context
-        return [lm.tokenizer.encode(story.text)[:context] for story in _stories(count)]
+        return [ids[:context] for ids in _story_ids(lm.tokenizer, count)]
 
     def amount(self, found: list[list[int]]) -> str:
         return f"{len(found)} stories (grade full, calibration split)"
@@ -120,6 +121,12 @@ def _stories(count: int) -> list:
     from minitx.training.stories import first_stories  # only where the default source is used
 
     return first_stories("calibration", "full", 0, count)
+
+
+@lru_cache(maxsize=4)
+def _story_ids(tokenizer, count: int) -> list[list[int]]:
+    """Ids of the first ``count`` stories: several techniques ask for the same."""
+    return [tokenizer.encode(story.text) for story in _stories(count)]
 
 
 # What techniques ask for -------------------------------------------------------------------------

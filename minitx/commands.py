@@ -18,7 +18,7 @@ import numpy as np
 
 import minitx
 from minitx.decode import Autoregressive
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, abbreviate
 from minitx.lab.layout import COLUMNS, fit
 from minitx.progress import say
 from minitx.tree import nbytes, weights
@@ -104,12 +104,11 @@ def keys(args) -> None:
 
 
 def draw_weights(args) -> None:
-    from minitx.pictures.save import check_files
     from minitx.pictures.weights import weights as draw
     from minitx.pictures.weights_svg import as_svg
     from minitx.technique import apply
 
-    check_files(args.svg, args.png)
+    check_pictures(args)
     calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer)
     changed = apply(dense, args.techniques, **calibrate) if args.techniques else None
@@ -119,11 +118,10 @@ def draw_weights(args) -> None:
 
 def draw_generated(args, draw, as_svg, **more) -> None:
     """A picture of a generated text, compared with the model without techniques."""
-    from minitx.pictures.save import check_files
     from minitx.technique import apply
 
     options = sampling(args)
-    check_files(args.svg, args.png)
+    check_pictures(args)
     prompt = read_stdin() if args.prompt == "-" else need_text(args.prompt)
     calibrate = calibration(args)
     dense = minitx.load(args.model, args.tokenizer)
@@ -140,11 +138,11 @@ def draw_generated(args, draw, as_svg, **more) -> None:
 
 def print_picture(args, found, as_svg) -> None:
     """As text or JSON, and into the files that were asked for."""
-    from minitx.pictures.save import save
+    from minitx.pictures.output import write_picture
 
     print(json.dumps(found.as_dict(), indent=1) if args.json else found.text(terminal_columns()))
-    if args.svg is not None or args.png is not None:
-        save(as_svg(found), args.svg, args.png)
+    for path in pictures(args):
+        write_picture(as_svg(found), path)
 
 
 def terminal_columns() -> int:
@@ -362,12 +360,18 @@ def evaluate(args) -> None:
     from minitx.text import read_text
 
     check_measured(args)
+    check_pictures(args)
+    if pictures(args) and (not args.depths or args.text is not None):
+        why = "they need --depths" if args.text is None else "a text has no answers"
+        raise MinitxError(f"--svg and --png draw right answers by hops and depth: {why}.")
     options = dict(depths=args.depths, shown=True)
     if args.text is None:
         report = evaluate_model(load(args), args.stories or 500, grade(args), **options)
     else:
         report = evaluate_text(load(args), read_text(args.text), args.tokens or 4096, **options)
     print_report(report, args.json)
+    for path in pictures(args):
+        report.picture(path)
 
 
 def compare(args) -> int | None:
@@ -433,20 +437,49 @@ def sweep(args) -> None:
     from minitx.lab import sweep as lab
     from minitx.technique import find
 
-    if args.png is not None:
-        lab.check_picture(args.png)
+    check_pictures(args)
     technique = find(args.name)
     chosen = lab.settings(technique, args.settings)
     work = workload(args, 40)
     points = lab.sweep(load(args), technique, chosen, work, grade(args))
     print(json.dumps(lab.as_dict(points), indent=1) if args.json else fit(lab.as_text(points)))
-    if args.png is not None:
-        lab.picture(points, f"{technique.name} on {args.model}", args.png)
+    for path in pictures(args):
+        lab.picture(points, f"{technique.name} on {args.model}", path)
+
+
+def pictures(args) -> list[str]:
+    """The files that --svg and --png name."""
+    return [path for path in (args.svg, args.png) if path is not None]
+
+
+def check_pictures(args) -> None:
+    """Refuse them, before the work, if they cannot be drawn or written."""
+    from minitx.pictures.output import check_output
+
+    for path, ending in ((args.svg, ".svg"), (args.png, ".png")):
+        if path is not None:
+            check_output(path, ending)
+
+
+def waterfall(args) -> None:
+    from minitx.lab.compare import Workload
+    from minitx.lab.waterfall import waterfall as measure
+    from minitx.text import read_text
+
+    check_pictures(args)
+    check_measured(args, of_stories=("grade",), of_text=())
+    work = Workload(stories=args.prompts, prompts=args.prompts)
+    if args.text is not None:
+        work = Workload(text=read_text(args.text), prompts=args.prompts)
+    dense = minitx.load(args.model, args.tokenizer, **calibration(args))
+    found = measure(dense, args.techniques, work, grade(args))
+    print_report(found, args.json)
+    for path in pictures(args):
+        found.picture(path)
 
 
 def frontier(args) -> int | None:
     from minitx.lab.frontier.families import FAMILIES, family_of
-    from minitx.lab.sweep import check_picture
     from minitx.text import read_text
 
     if args.family is None:
@@ -457,8 +490,7 @@ def frontier(args) -> int | None:
             print(fit(f"{name:{wide[0]}}  {equal:{wide[1]}}  {summary}", hanging=sum(wide) + 4))
         return
     family = family_of(args.family)
-    if args.png is not None:
-        check_picture(args.png)
+    check_pictures(args)
     plans = {"keys": attention_plan, "multiply-adds": work_plan, None: decoding_plan}
     plan = plans[family.equal](args)
     plan["text"] = None if args.text is None else read_text(args.text)
@@ -466,9 +498,86 @@ def frontier(args) -> int | None:
     plan |= dict(methods=args.methods, grade=grade(args))
     found = family.compare(dense, **plan)
     print_report(found, args.json)
-    if args.png is not None:
-        found.picture(args.png)
+    for path in pictures(args):
+        found.picture(path)
     return INTERRUPTED if getattr(found, "stopped", False) else None
+
+
+def report(args) -> int | None:
+    from minitx.lab.report.points import pareto, points_of, read_points
+    from minitx.lab.report.results import read_results
+    from minitx.lab.report.summary import summary
+    from minitx.pictures.output import write_picture
+
+    page = report_page(args)
+    results = None
+    if args.source is None:
+        results = measured_report(args, page)
+    elif page is not None:
+        results = read_results(args.source)
+    found = read_points(args.source) if results is None else points_of(results)
+    if page is not None:
+        from minitx.lab.report.page import write_page
+
+        write_page(results, page)
+    for path in pictures(args):
+        write_picture(pareto(found), path)
+    if args.points is not None:
+        found.write(args.points)
+    about = None if results is None else results.about
+    if args.json:
+        print(json.dumps(found.as_dict() if results is None else results.as_dict(), indent=1))
+    else:
+        print(fit(summary(found, about)))
+    if page is not None:
+        say(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+    return INTERRUPTED if about and args.source is None and about["stopped"] else None
+
+
+def report_page(args) -> Path | None:
+    """The page to write; all that is refused before the work."""
+    from minitx.checkpoints.common import need_writable_file
+
+    check_pictures(args)
+    if args.source is not None:
+        for name in REPORT_MEASURED:
+            if getattr(args, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise MinitxError(f"{flag} has no effect with --from, which measures nothing.")
+    for path, ending in ((args.out, ".html"), (args.points, ".json")):
+        if path is not None and Path(path).suffix.lower() != ending:
+            raise MinitxError(
+                f"Expected a file name that ends in {ending}, got {abbreviate(str(path))}."
+            )
+        if path is not None:
+            need_writable_file(Path(path))
+    if args.out is None:
+        return Path("report.html") if args.source is None else None
+    return Path(args.out)
+
+
+# Options of report that say what is measured.
+REPORT_MEASURED = (
+    "stories", "grade", "text", "tokens", "quick", "share", "families", "methods", "rounds",
+    "small", "time_limit", "restart", "calibrate", "tokenizer",
+)  # fmt: skip
+
+
+def measured_report(args, page: Path):
+    from minitx.lab.report import Plan, measure
+    from minitx.text import read_text
+
+    check_measured(args)
+    names = ("stories", "tokens", "families", "methods", "rounds", "small", "time_limit")
+    given = {name: getattr(args, name) for name in names}
+    given |= {"shares": args.share, "grade": grade(args)}
+    if args.text is not None:
+        given["text"] = read_text(args.text)
+    given = {name: value for name, value in given.items() if value is not None}
+    plan = Plan.quickly(**given) if args.quick else Plan(**given)
+    kept = page.with_suffix(".json")
+    dense = minitx.load(args.model, args.tokenizer, **calibration(args))
+    return measure(dense, plan, kept, args.restart)
 
 
 def attention_plan(args) -> dict:

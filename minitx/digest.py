@@ -23,7 +23,8 @@ from minitx.tree import Part, walk
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...))
 FOLDER = Path(__file__).parent
 BY_DATACLASS = ("__init__", "__setattr__", "__delattr__", "__replace__")  # methods it writes
-NOT_MODELS = ("lab", "training", "checkpoints")  # folders that do not change what a model computes
+# Folders that do not change what a model computes.
+NOT_MODELS = ("lab", "training", "checkpoints", "learn", "pictures")
 
 
 def digest(root: Part) -> bytes:

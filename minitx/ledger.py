@@ -203,9 +203,11 @@ def counting(root: Part, watcher: Watcher | None = None) -> Iterator[Ledger]:
     global active
     outer, active = active, Ledger(watcher=watcher)
     ledger, paths = active, active.paths
+    classes = set()
     for path, node in walk(root):
         paths.setdefault(id(node), []).append(path)
-    methods = list(_methods({type(node) for _, node in walk(root)}))
+        classes.add(type(node))
+    methods = list(_methods(classes))
     try:
         for cls, name, method in methods:
             setattr(cls, name, _noted(method, ledger, paths))

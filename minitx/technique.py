@@ -22,7 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -157,7 +157,7 @@ class Technique:
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Option]:
         parameters = list(inspect.signature(self.function).parameters.values())[1:]
         return {p.name: Option.of(p) for p in parameters}

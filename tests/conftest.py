@@ -31,6 +31,11 @@ def pytest_configure(config):
         config.pluginmanager.register(plugin)
 
 
+def pytest_collection_modifyitems(items):
+    """The fundamentals first: with -x, what they find is named there and not by what it breaks."""
+    items.sort(key=lambda item: item.path.name != two_processes.FIRST)
+
+
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """A working directory with the models "toy" and "bare" (no tokenizer); no shipped models."""

@@ -41,13 +41,17 @@ def check_long_prompt(attend, literal_attention):
         np.testing.assert_allclose(found[:, end - 1 : end], expected, atol=1e-12, err_msg=message)
 
 
-def check_padded_batch(attend, literal_attention, start, sizes):
-    """Each sequence of a batch padded on the left up to ``start`` (3,), fed in chunks of these
-    sizes, equals the literal version of that sequence alone."""
+def check_padded_batch(attend, literal_attention, start):
+    """Each sequence of a batch padded on the left up to ``start`` (3,), fed at once, token by token
+    or in chunks, equals the literal version of that sequence alone."""
     q, k, v = random_qkv(1, lead=(3,))
-    found = run(attend, q, k, v, sizes, Layer(30, np.array(start)))
-    assert np.isfinite(found).all(), "padding gave NaN or Inf"
-    for i, first in enumerate(start):
-        expected = literal_attention(*(x[i, :, first:].tolist() for x in (q, k, v)))
-        message = f"sequence {i} of the batch differs from itself alone"
-        np.testing.assert_allclose(found[i, :, first:], expected, atol=1e-12, err_msg=message)
+    alone = [
+        literal_attention(*(x[i, :, first:].tolist() for x in (q, k, v)))
+        for i, first in enumerate(start)
+    ]
+    for sizes in ((30,), (1,) * 30, (2, 20, 1, 7)):
+        found = run(attend, q, k, v, sizes, Layer(30, np.array(start)))
+        assert np.isfinite(found).all(), "padding gave NaN or Inf"
+        for i, first in enumerate(start):
+            message = f"in chunks of {sizes} sequence {i} of the batch differs from itself alone"
+            np.testing.assert_allclose(found[i, :, first:], alone[i], atol=1e-12, err_msg=message)

@@ -136,7 +136,7 @@ def try_case(case: Case) -> str:
             return f"refuses when it runs: {error}"
 
 
-def broken_law(lm: LM, ids, prompt: int = 12, new: int = 20) -> str:
+def broken_law(lm: LM, ids, prompt: int = 12, new: int = 12) -> str:
     """The first law that the model breaks on these ids, in words; "" if it keeps all. As generation
     does it, the first ``prompt`` ids run at once and the others one by one."""
     steps = (prompt, *[1] * (len(ids) - prompt))

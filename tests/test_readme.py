@@ -9,11 +9,13 @@ import pytest
 import minitx
 from minitx import arguments
 from minitx.checkpoints.find import shipped
+from minitx.cli import main
+from minitx.learn.exercise import exercises
 from minitx.technique import techniques
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"`(minitx [^`]+)`", README)))
+COMMANDS = sorted({" ".join(found.split()) for found in re.findall(r"`(minitx [^`]+)`", README)})
 
 
 def blocks(language: str) -> list[str]:
@@ -21,7 +23,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_printed_tree_is_the_tree_of_stories():
-    assert blocks("text")[1].strip() == repr(minitx.load("stories").model)
+    (tree,) = (block.strip() for block in blocks("text") if block.startswith("Transformer"))
+    assert tree == repr(minitx.load("stories").model)
 
 
 def test_python_example_runs(capsys):
@@ -48,6 +51,22 @@ def test_every_path_exists():
 def test_every_tutorial_is_linked():
     for script in (ROOT / "tutorials").glob("[0-9]*.py"):
         assert script.name in README, script.name
+
+
+def test_number_of_exercises_and_mistakes_is_that_of_the_masters():
+    known = sum(len(exercise.mistakes) for exercise in exercises())
+    assert re.search(r"^(\d+) exercises, ", README, re.M)[1] == str(len(exercises()))
+    said = int(re.search(r"one of the (\d+) mistakes", README)[1])
+    assert said <= known < said + 50, f"the checker knows {known} mistakes"
+
+
+def test_skip_map_is_what_its_command_draws(tmp_path, capsys):
+    """The picture is current: the command beside it, run now, draws the same file."""
+    (command,) = [line for line in COMMANDS if line.startswith("minitx map") and "--svg" in line]
+    *words, name = shlex.split(command)[1:]
+    assert main([*words, str(tmp_path / name)]) == 0
+    committed = (ROOT / "tutorials" / "pictures" / name).read_text("utf-8")
+    assert (tmp_path / name).read_text("utf-8") == committed, f"draw it again with: {command}"
 
 
 def test_every_model_is_named():

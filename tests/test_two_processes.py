@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from two_processes import CLAIMS, PIECE, pieces_of
+from two_processes import CLAIMS, FIRST, PIECE, pieces_of
 
 CAN_BE_TWO = (os.cpu_count() or 1) >= 2
 two = pytest.mark.skipif(not CAN_BE_TWO, reason="needs two processors")
@@ -123,6 +123,19 @@ def test_failures_of_both_processes_are_in_one_summary_with_their_messages(tmp_p
         message = f"AssertionError: property of test_{name} broke"
         assert f"FAILED test_{name}.py::test_one[1] - {message}" in output
         assert f"E       {message}" in output, "the failure is shown with its source"
+
+
+@two
+def test_second_process_waits_for_the_fundamentals(tmp_path):
+    """The first file fails after a second, all others at once: with -x it is still the one that is
+    reported, because a file of that name is in the suite."""
+    slow = (
+        "import time\n\ndef test_slow():\n    time.sleep(1)\n    assert False, 'the fundamentals'\n"
+    )
+    (tmp_path / FIRST).write_text(FAILS)
+    status, output = run(tmp_path, ["-x"], 1, a=slow, d=FAILS)
+    assert (status, summary(output)) == (1, "1 failed")
+    assert "FAILED test_a.py::test_slow - AssertionError: the fundamentals" in output
 
 
 @two

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+from same import assert_same
 
 from minitx.checkpoints.added_tokens import AddedToken
 from minitx.checkpoints.byte_level_bpe import ByteLevelBPE
@@ -82,9 +83,9 @@ def error(found, expected):
 
 
 def check_close(found, expected, tolerance, what):
-    """Assert that ``error`` is within the tolerance; a failure names ``what`` differs."""
-    off = error(found, expected)
-    assert off <= tolerance, f"{what}: off by {off:.1e} of the largest number expected"
+    """Assert that ``error`` is within the tolerance; a failure says where and how ``what``
+    differs."""
+    assert_same(found, expected, what, tolerance=tolerance)
 
 
 def in_chunks(lm, ids, sizes, state=None):

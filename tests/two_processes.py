@@ -1,6 +1,9 @@
 """Run the whole suite in two processes, reported as one: one process takes test files from the
 front, the other from the back, until they meet.
 
+Only the first file (``FIRST``) is run before the second process begins, so that with -x a mistake
+in the fundamentals is reported by their own test.
+
 A process claims a file (a very long one in pieces) by creating a directory of its name, so no file
 runs twice. The second process writes what happens in it to a file, line by line. The first reads
 those lines and reports them as its own: every test appears once, in one list and one summary, and a
@@ -11,6 +14,7 @@ A run of chosen files or tests, or in a debugger, is a usual run in one process;
 tests``.
 """
 
+import gc
 import json
 import os
 import signal
@@ -23,6 +27,7 @@ from pathlib import Path
 import pytest
 
 CLAIMS = "MINITX_TEST_CLAIMS"  # environment variable: the folder of claims, for the second process
+FIRST = "test_fundamentals.py"
 PATIENCE = 10  # seconds for the second process to end after it was interrupted
 FINE = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 # Options that choose tests or their order, only list something, or need the terminal.
@@ -43,7 +48,7 @@ def share(config):
     return First(config)
 
 
-PIECE = 800  # tests: a longer file (the contract) is claimed in pieces, so that both end together
+PIECE = 400  # tests: a longer file (the contract) is claimed in pieces, so that both end together
 
 
 def pieces_of(items) -> dict[tuple[Path, int], list]:
@@ -67,12 +72,17 @@ class Process:
         """Runs the tests instead of pytest's own loop, which runs if this returns None."""
         if session.testsfailed and not self.config.option.continue_on_collection_errors:
             return None  # it says what could not be collected
+        gc.freeze()  # so many tests, and none is ever garbage: not looked at again and again
         pieces = pieces_of(session.items)
+        self.begin(pieces)
         for piece in self.in_order(list(pieces)):
             if self.claim(*piece):
                 self.run(session, pieces[piece])
         self.finish(session)
         return True
+
+    def begin(self, pieces) -> None:
+        """Called before the first piece."""
 
     def claim(self, path: Path, number: int) -> bool:
         name = os.path.relpath(path, self.config.rootpath).replace(os.sep, "+")
@@ -103,6 +113,12 @@ class Second(Process):
         for name in ("lfplugin", "nfplugin", "stepwiseplugin"):
             if config.pluginmanager.has_plugin(name):
                 config.pluginmanager.unregister(name=name)
+
+    def begin(self, pieces) -> None:
+        """Wait until the first process has run the fundamentals."""
+        waits = any(path.name == FIRST for path, _ in pieces)
+        while waits and not (self.folder / "begin").exists() and os.getppid() == self.parent:
+            time.sleep(0.02)
 
     def in_order(self, files):
         return reversed(files)
@@ -165,6 +181,8 @@ class First(Process):
 
     def after(self, item, end_of_file: bool) -> None:
         self.done.add(item.nodeid)
+        if end_of_file and not item.session.shouldfail:
+            (self.folder / "begin").touch()  # the second process waits for it
         if self.config.option.maxfail:
             self.report()  # at once: it may be time to stop
         elif end_of_file:

@@ -436,7 +436,7 @@ print(f"{times[0] / times[1]:.2f} times as fast; in float64 the logits differ by
 #
 # - `minitx learn 7`: Folding a norm
 # - `minitx learn 8`: The first layer is a table
-# - `minitx learn 9`: Keys are enough (slim attention)
+# - `minitx learn 9`: Keys are enough
 # - `minitx learn 17`: Test the test
 #
 # Questions to think about, or to try in this file. The answers are computed in

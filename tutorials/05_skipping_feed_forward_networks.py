@@ -362,11 +362,12 @@ for name, time in zip(("dense", "by cosine", "layers 6 to 8"), seconds):
 # Delete it then.)
 #
 # 1. In section 1, find an FFN(a) for a = (3, 4) so that the cosine is 0, and one so that it is -1.
-#    How long must it be at least?
+#    How long must such an FFN(a) be?
 # 2. Set "skip": 1 in CHOSEN. How many FFNs does each token skip now, and why not more? In section
 #    5, give both baselines the same rate (0.25). Which of the three has the lowest loss?
 # 3. How many FFNs can you skip for all tokens, from the last downwards? Use choose="static",
 #    cold_start=1 and cold_end=8 as at the end of section 6, with rate=1 / L, 2 / L and so on. When
 #    does the loss jump? And when do the answers with one hop get worse?
 # 4. In a batch of B texts, an FFN saves time only if all B tokens skip it. If each does with
-#    probability 0.4, independently of the others, how often is that for B = 1, 2, 4 and 8?
+#    probability 0.4, independently of the others, how often is that for B = 1, 2, 4 and 8? Look at
+#    section 4 again: are the tokens of this model independent?

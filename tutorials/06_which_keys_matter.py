@@ -337,7 +337,7 @@ say(
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 14`: Sign hashes (ELSA)
+# - `minitx learn 14`: Sign hashes
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/06_which_keys_matter.py`.
@@ -350,7 +350,7 @@ say(
 # 2. In section 4, add a key at 60 degrees of length 0.5: (60, 0.5). Find its bits on paper, and say
 #    whether it is kept, before you run the cell. From which length on would it be?
 # 3. How many of the best keys are enough? Add 64 and 100 to the numbers of keys in section 2. When
-#    does the oracle have the loss of the dense model, to three digits?
+#    does the oracle have the loss of the dense model, to within 0.001?
 # 4. Hash with twice the bits: elsa={"p": p, "bits": 64} in section 7. The bias is smaller then, and
 #    fewer keys are kept. Add p = 1.5 to the list: it keeps about a fifth of the keys now. Compare
 #    its loss with that of p = 2 and 32 bits.

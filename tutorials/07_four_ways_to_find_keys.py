@@ -349,7 +349,7 @@ say(
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 15`: Greedy search (A3)
+# - `minitx learn 15`: Greedy search
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/07_four_ways_to_find_keys.py`.
@@ -365,6 +365,6 @@ say(
 # 3. In section 3, let P read the first two columns only: [[1, 0], [0, 1], [0, 0], [0, 0]], and add
 #    100 and 300 to the steps that are shown. Where does the error stop, and are the two largest
 #    scores still found?
-# 4. In section 4, change the query of token 3 to (1, 0). Which key goes then, and what does the
-#    last query read? And with 4 slots and the queries as they were: which key goes? (Of two that
-#    were last accessed at the same time, the one in the first slot.)
+# 4. In section 4, change the query of token 3 to (1, 0). Which key does E overwrite then, and what
+#    does the last query read? And with 4 slots and the queries as they were? (Of two keys that were
+#    last accessed at the same time, the one in the first slot goes.)

@@ -436,7 +436,7 @@ for name, time in zip(("half zeros", "half of the columns", f"rank {r}"), times[
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 18`: The budget (open project)
+# - `minitx learn 18`: The budget
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/09_fewer_weights.py`.

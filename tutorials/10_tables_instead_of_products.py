@@ -192,8 +192,11 @@ dot = 2 * sums[first_bits] + 1 * sums[last_bits]
 print(f"{x} . {w} = 2 * {sums[first_bits]} + 1 * {sums[last_bits]} = {dot}")
 assert dot == np.dot(x, w)
 
+# %% [markdown]
 # The table is new for every token, but it serves all outputs: 128 columns of W read the same four
 # sums. This is lut_bit_serial; it takes 4 inputs together (16 sums) and weights of 4 bits.
+
+# %%
 bit_serial = minitx.load("stories", lut_bit_serial={"bits": 4, "group": 4})
 loss["lut_bit_serial"] = describe("lut_bit_serial", bit_serial)
 assert abs(loss["lut_bit_serial"] - loss["plain"]) < abs(loss["lut_product"] - loss["plain"])
@@ -422,7 +425,7 @@ for name, plain, tabled in (("SiLU", lm, function_tables), ("GELU", gelu, gelu_t
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 11`: Lookup tables (LUTIN)
+# - `minitx learn 11`: Lookup tables
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/10_tables_instead_of_products.py`.
@@ -436,9 +439,10 @@ for name, plain, tabled in (("SiLU", lm, function_tables), ("GELU", gelu, gelu_t
 #    and each of the 128 outputs, the finished sum. How many entries are that for 352 inputs, and
 #    how many times the 45,056 weights? How many reads does one output take? (It is what section 5
 #    does with 256 prototypes for 2 numbers.)
-# 3. Section 5: take x = (0.6, 0.5, 0.1, 1.1). How far is the result from the
-#    exact product? Add the prototype (0.5, 0.5): how far now? And what comes out for x = 0?
+# 3. Section 5: take x = (0.6, 0.5, 0.1, 1.1). How far is the result from the exact product? Add the
+#    prototype (0.5, 0.5): how far now? And what comes out for x = 0?
 # 4. Inputs or weights: which may be rounded more? Load lut_product with input_bits 3 and
-#    weight_bits 4, then the other way round, and compare the losses with `describe`.
+#    weight_bits 4, then the other way round, and compare the losses with `describe`. Look at the
+#    inputs of down in a block for the reason: how many of them does rounding turn into 0?
 # 5. A read takes as long as 12 multiply-adds, say. From which length on would lut_product pay, and
 #    how large is its table then, with 4 bits? With 1 bit? (Section 3 has the formula.)

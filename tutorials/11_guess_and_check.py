@@ -67,13 +67,19 @@ WORDS = ("park", "kitchen", "garden", "cave")
 p = [Fraction(6, 10), Fraction(3, 10), Fraction(1, 10), Fraction(0)]
 q = [Fraction(4, 10), Fraction(2, 10), Fraction(2, 10), Fraction(2, 10)]
 
+# %% [markdown]
 # The rule: accept the guess x with probability min(1, p(x) / q(x)). A word that is at least as
 # probable in p as in q is always accepted. "garden" is guessed twice as often as it should be, so
 # half of its guesses are rejected. "cave" must never come out, so all of its are.
+
+# %%
 accept = [min(Fraction(1), p_x / q_x) for p_x, q_x in zip(p, q)]
 
+# %% [markdown]
 # After a rejection another word is drawn, from the residual distribution: what is left of p where
 # it is above q (2/10 for park, 1/10 for kitchen), scaled to sum 1.
+
+# %%
 excess = [max(Fraction(0), p_x - q_x) for p_x, q_x in zip(p, q)]
 residual = [e / sum(excess) for e in excess]
 table = [[WORDS[i], *map(str, (p[i], q[i], accept[i], residual[i]))] for i in range(4)]
@@ -604,11 +610,12 @@ say(
 # 1. In section 1, let q be 1/10, 1/10, 1/10, 7/10: a draft model that nearly always says "cave".
 #    How often is a guess accepted, and does p still come out? Then bring q close to p, all four
 #    above 0. When is a guess always accepted?
-# 2. With alpha = 0.91, c = 0.08 and v = 1, which gamma from 1 to 20 has the largest
-#    tokens_per_pass(alpha, gamma) / (gamma * c + v)? And which from 1 to 8, if c = c_small and v =
-#    np.interp(gamma + 1, ROWS, v_small)?
+# 2. With alpha = 0.92, c = 0.08 and v = 1, which gamma from 1 to 20 has the largest
+#    tokens_per_pass(alpha, gamma) / (gamma * c + v)? And which from 1 to 8, if rows are not free:
+#    c = 0.24 and v = 1 + 0.13 * gamma, about what section 9 measures for `stories`?
 # 3. In section 7, put "draft": "self" beside "gamma": 8. The draft model is then the first half of
-#    the target's own blocks. More tokens per pass? And the multiply-adds?
-#    (Tutorial 18 does this without running a block twice for the same token.)
-# 4. In section 8, set height to 40, 4,000 and 32,000 rows of W (46 KB, 4.6 MB, all). Which sizes
-#    are so small that the calls of NumPy take much of the time, and which do not fit the L2 cache?
+#    the target's own blocks. Is its alpha larger (section 4), and does a pass bring more tokens?
+#    And the multiply-adds? (Tutorial 18 does this without running a block twice for a token.)
+# 4. In section 8, set height to 40, 4,000 and 32,000 rows of W (all). How much memory does a block
+#    take, and how often is NumPy called for five rows? Which heights are so small that the calls
+#    take much of the time, and which blocks do not fit the L2 cache?

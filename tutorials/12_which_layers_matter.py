@@ -294,7 +294,7 @@ print_table(["", "multiply-adds", "memory", "speed"], table)
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 18`: The budget (open project)
+# - `minitx learn 18`: The budget
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/12_which_layers_matter.py`.

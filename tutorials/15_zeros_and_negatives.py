@@ -827,7 +827,7 @@ save_picture("15_prices", draw_prices)
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 21`: SnaPEA's early stop
+# - `minitx learn 21`: Early stop before a ReLU
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/15_zeros_and_negatives.py`.

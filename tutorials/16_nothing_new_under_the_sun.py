@@ -700,7 +700,7 @@ assert min(reuse, key=work_of) == "radius 0.35"
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 22`: Delta networks
+# - `minitx learn 22`: Delta networks without drift
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/16_nothing_new_under_the_sun.py`.

@@ -644,7 +644,7 @@ for name, skipped, match, danger in rows:
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 23`: Answer-cache keys
+# - `minitx learn 23`: The key of an answer
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/17_answer_once.py`.

@@ -465,7 +465,7 @@ assert brought["random n-grams"] < brought["lookahead"]
 # (`minitx learn start exercises` writes the files).
 #
 # - `minitx learn 16`: Speculative decoding
-# - `minitx learn 24`: BiLD's rollback
+# - `minitx learn 24`: Big-little decoding's rollback
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/18_guessing_without_a_draft.py`.

@@ -3,17 +3,21 @@
 The same text is run in float32 and float64, and the hidden states after each stage (embedding,
 every block, final norm) and the logits are compared with those of Hugging Face transformers. Also
 compared: a greedy continuation token by token, which exercises the KV cache, and the tokenizer's
-ids. ``comparison.py`` gives the verdict; ``reference.py`` reads the stored outputs.
+ids. If a block is the first stage that differs, the comparison continues inside it, step by step
+(norm, queries, keys, values, ...). ``comparison.py`` gives the verdict; ``reference.py`` reads the
+stored outputs.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from minitx.checkpoints.find import locate, name_of, shipped
 from minitx.errors import MinitxError
-from minitx.lab.comparison import ALLOWED, BUG, Comparison, Stage
+from minitx.lab.comparison import ALLOWED, BUG, Comparison, Inside, Stage, compare_values
+from minitx.lab.inside import STEPS, inside
 from minitx.lab.layout import fit
 from minitx.lab.reference import (
     DTYPES,
@@ -137,21 +141,47 @@ def compare(reference: Reference, make: Callable[[str], Transformer], tokenizer=
 
     Raises MinitxError if the sizes of the model are not those of the reference.
     """
-    largest = {name: np.abs(x).max() for name, x in reference.stages("float64").items()}
-    errors: dict[str, dict[str, float]] = {name: {} for name in largest}
-    greedy = {}
+    theirs = {dtype: reference.stages(dtype) for dtype in DTYPES}
+    ours, greedy = {}, {}
     for dtype in DTYPES:
         model = make(dtype)
         _need_same_sizes(reference, model)
         with np.errstate(all="ignore"):  # NaN and Inf are reported in the table
-            ours = run_stages(model, reference.ids)
-            for name, theirs in reference.stages(dtype).items():
-                errors[name][dtype] = float(np.abs(ours[name][reference.rows] - theirs).max())
+            values = run_stages(model, reference.ids)
             greedy[dtype] = _same_tokens(reference, model)
-    stages = [Stage(name, float(largest[name]), errors[name]) for name in largest]
+        ours[dtype] = {name: x[reference.rows] for name, x in values.items()}
+    stages = [
+        compare_values(name, _each(ours, name), _each(theirs, name), reference.rows)
+        for name in theirs["float64"]
+    ]
     c = model.config
     title = f"{c.family}, {c.layers} blocks of width {c.width}, vocabulary {c.vocab_size}"
-    return Comparison(reference, title, stages, greedy, _wrong_text(reference, tokenizer))
+    found = Comparison(reference, title, stages, greedy, _wrong_text(reference, tokenizer))
+    return replace(found, inside=compare_inside(reference, make, found.bug))
+
+
+def _each(values: dict, name: str) -> dict[str, np.ndarray]:
+    """The values of one stage by dtype."""
+    return {dtype: values[dtype][name] for dtype in DTYPES}
+
+
+def compare_inside(
+    reference: Reference, make: Callable[[str], Transformer], bug: Stage | None
+) -> Inside | None:
+    """Compare the steps inside the block that is the first wrong stage; None if that is no block,
+    or if the reference does not have them."""
+    if bug is None or not bug.name.startswith("block ") or not reference.inside:
+        return None
+    block = int(bug.name.removeprefix("block "))
+    with np.errstate(all="ignore"):
+        ours = {dtype: inside(make(dtype), block, reference.ids) for dtype in DTYPES}
+    steps = []
+    for name, expected in reference.inside.items():
+        if all(name in ours[dtype] for dtype in DTYPES):  # not, if another part is in its place
+            found = {dtype: ours[dtype][name][reference.inside_rows] for dtype in DTYPES}
+            theirs = dict.fromkeys(DTYPES, expected[block])
+            steps.append(compare_values(name, found, theirs, reference.inside_rows, STEPS[name]))
+    return Inside(bug.name, steps, reference.inside_rows.tolist())
 
 
 def _need_same_sizes(reference: Reference, model: Transformer) -> None:

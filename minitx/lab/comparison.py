@@ -7,8 +7,12 @@ does not. ``check.py`` runs the models.
 
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from minitx.differences import decapitalized, describe, scale_of
 from minitx.lab.layout import table
 from minitx.lab.reference import DTYPES, Reference
 
@@ -23,11 +27,13 @@ AGREES, ROUNDING, BUG = "agrees", "rounding", "bug"  # the verdicts
 
 @dataclass(frozen=True)
 class Stage:
-    """The values after one stage of the forward pass, compared in both dtypes."""
+    """The values after one stage of the forward pass, or after one step inside a block, compared in
+    both dtypes."""
 
     name: str
     largest: float  # the reference's largest absolute value
     error: dict[str, float]  # by dtype: the largest absolute difference; NaN if ours has NaN
+    difference: str = ""  # of more than rounding: where and how it differs, in a sentence
 
     @property
     def relative(self) -> dict[str, float]:
@@ -60,6 +66,76 @@ class Stage:
         return {"stage": self.name, "largest": self.largest, **compared}
 
 
+def compare_values(
+    name: str,
+    found: dict[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+    positions: Sequence[int],
+    axes: tuple[str, ...] = ("column",),
+) -> Stage:
+    """Compare the values (R, ...) after a stage, by dtype, at R positions. axes: the names of the
+    axes after the position."""
+    largest = float(np.abs(expected["float64"]).max())
+    error = {dtype: _largest_difference(found[dtype], expected[dtype]) for dtype in DTYPES}
+    stage = Stage(name, largest, error)
+    if not stage.is_bug:
+        return stage
+    dtype, allowed = ("float32", SLIGHT) if stage.ok["float64"] else ("float64", ALLOWED["float64"])
+    for position, ours, theirs in zip(positions, found[dtype], expected[dtype]):
+        said = describe(ours, theirs, axes, allowed * largest / scale_of(theirs))
+        if said is not None:
+            said = f"At position {position}, {decapitalized(said)}"
+            return Stage(name, largest, error, said)
+    raise AssertionError("a stage with a bug differs at some position")
+
+
+def _largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Inf for other shapes; NaN if there is any."""
+    return float(np.abs(found - expected).max()) if found.shape == expected.shape else math.inf
+
+
+@dataclass(frozen=True)
+class Inside:
+    """The steps inside the first block that differs, compared at a few positions. Their reference
+    is transformers in float64."""
+
+    block: str
+    steps: list[Stage]
+    positions: Sequence[int]
+
+    @property
+    def bug(self) -> Stage | None:
+        """The first step with more than rounding."""
+        return next((step for step in self.steps if step.is_bug), None)
+
+    @property
+    def where(self) -> str:
+        return "at positions " + " and ".join(map(str, self.positions))
+
+    @property
+    def explanation(self) -> str:
+        if self.bug:
+            return (
+                f"Inside {self.block} it begins in the {self.bug.name}: "
+                f"{decapitalized(self.bug.difference)}"
+            )
+        return (
+            f"Inside {self.block}, every step agrees {self.where}: look at what is added to the "
+            "residual stream at the end of the block, and at other positions."
+        )
+
+    def __str__(self) -> str:
+        return f"Inside {self.block}, {self.where}:\n\n{stage_table(self.steps, 'step')}"
+
+    def as_dict(self) -> dict:
+        return {
+            "block": self.block,
+            "bug_in": self.bug and self.bug.name,
+            "explanation": self.explanation,
+            "steps": [step.as_dict() for step in self.steps],
+        }
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Everything that was compared for one model."""
@@ -69,6 +145,7 @@ class Comparison:
     stages: list[Stage]
     greedy: dict[str, int]  # by dtype: greedy tokens that match before the first mismatch
     wrong_text: int | None  # index of the first text with other token ids
+    inside: Inside | None = None  # if the first wrong stage is a block
 
     @property
     def name(self) -> str:
@@ -115,7 +192,8 @@ class Comparison:
                 "float32 loses digits."
             )
         if self.bug:
-            return explain_bug(self.bug)
+            more = self.inside.explanation if self.inside else self.bug.difference
+            return f"{explain_bug(self.bug)} {more}"
         if not self.greedy_ok("float64"):
             return (
                 f"A bug: it first appears in the greedy continuation, after "
@@ -140,6 +218,8 @@ class Comparison:
             stage_table(self.stages),
             "",
         ]
+        if self.inside:
+            lines += [str(self.inside), ""]
         for dtype, same in self.greedy.items():
             ok = self.greedy_ok(dtype)
             lines.append(f"{mark(ok):<6} greedy in {dtype}: {same} of {total} tokens match")
@@ -166,6 +246,7 @@ class Comparison:
             "explanation": self.explanation,
             "bug_in": self.bug and self.bug.name,
             "stages": [stage.as_dict() for stage in self.stages],
+            "inside": self.inside and self.inside.as_dict(),
             "greedy": {"tokens": len(self.reference.greedy), "same": self.greedy},
             "tokenizer_ok": self.wrong_text is None if "texts" in self.reference.about else None,
             "versions": self.reference.about["versions"],
@@ -189,8 +270,8 @@ def explain_bug(first: Stage) -> str:
     return words + "It does not shrink in float64, so it is not rounding."
 
 
-def stage_table(stages: list[Stage]) -> str:
-    head = ["stage", "largest", "float32 error", "relative", "", "float64 error", "relative", ""]
+def stage_table(stages: list[Stage], kind: str = "stage") -> str:
+    head = [kind, "largest", "float32 error", "relative", "", "float64 error", "relative", ""]
     lines = table([head, *(stage.row() for stage in stages)]).splitlines()
     return "\n".join(line.rstrip() for line in lines)
 

@@ -15,6 +15,8 @@ import numpy as np
 from minitx.calibration import STORIES
 from minitx.errors import MinitxError
 from minitx.lab.layout import table
+from minitx.pictures.heatmap import Heat
+from minitx.pictures.output import write_picture
 from minitx.progress import bar
 from minitx.technique import blocks_of, decides
 from minitx.text import Text, start_of
@@ -191,7 +193,17 @@ class Profile:
         rows = [["exit after", *self.depths[-1].columns()]]
         for depth, r in enumerate(self.depths, 1):
             rows.append([f"{depth} of {len(self.depths)}", *r.columns().values()])
-        return f"{self.depths[-1]}\n\n{table(rows)}"
+        parts = [str(self.depths[-1]), table(rows), *filter(None, [self.heat()])]
+        return "\n\n".join(map(str, parts))
+
+    def heat(self) -> Heat | None:
+        """The map of right answers; None for a text, which has no answers."""
+        names = [f"{depth} of {len(self.depths)}" for depth in range(1, len(self.depths) + 1)]
+        return heat_of("exit after", names, self.depths)
+
+    def picture(self, path) -> None:
+        """The map as an SVG or PNG file (pictures/output.py); MinitxError if there is none."""
+        write_picture(need_heat(self.heat()).draw(), path)
 
     def as_dict(self) -> dict:
         return self.depths[-1].as_dict() | {"depths": [r.as_dict() for r in self.depths]}
@@ -407,6 +419,26 @@ def pad(stories: list[Encoded]) -> Padded:
 
 
 # Text --------------------------------------------------------------------------------------------
+
+
+def heat_of(corner: str, names: Sequence[str], reports: Sequence) -> Heat | None:
+    """Right answers by hops, a row for each report; None if they have no answers. corner: what the
+    rows are."""
+    hops = list(getattr(reports[0], "by_hops", ()))
+    if not hops:
+        return None
+    values = [[r.by_hops[h] for h in hops] for r in reports]
+    title = "Right answers, per cent, by the facts that they need"
+    return Heat(title, names, [hops_name(h) for h in hops], values, corner)
+
+
+def need_heat(heat: Heat | None) -> Heat:
+    if heat is None:
+        raise MinitxError(
+            "A map of right answers needs stories with questions, and what was read has none; "
+            "leave out --svg and --png."
+        )
+    return heat
 
 
 def context_of(model) -> int | None:

@@ -7,7 +7,7 @@ the shipped weights (``stories``, ...) or from random weights that a seed reprod
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,14 @@ from minitx.build import build, random_model
 from minitx.checkpoints.common import atomic_write, parse_json, read_npz, weights_fingerprint
 from minitx.config import Config
 from minitx.errors import MinitxError
+from minitx.lab.inside import STEPS
 from minitx.model import Transformer
 from minitx.tree import weights
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FOLDER = CHECKOUT / "tests" / "reference"
 DTYPES = ("float32", "float64")
+INSIDE = "inside: "  # begins the name of an array of values inside the blocks
 MAX_BYTES = 2**28  # of one reference, unpacked
 
 
@@ -37,6 +39,9 @@ class Reference:
     greedy: np.ndarray  # (N,) its tokens, continuing past end-of-text
     hidden: dict[str, np.ndarray]  # by dtype (L + 2, R, D): embedding, each block, norm
     logits: dict[str, np.ndarray]  # by dtype (R, V)
+    # Inside the blocks (inside.py), in float64 only: by step (L, I, ...) at these I positions.
+    inside_rows: np.ndarray = field(default_factory=lambda: np.array([], int))
+    inside: dict[str, np.ndarray] = field(default_factory=dict)
 
     def stages(self, dtype: str) -> dict[str, np.ndarray]:
         """The values (R, D or V) after each stage of the forward pass, in order."""
@@ -91,6 +96,9 @@ def write_reference(reference: Reference, folder=FOLDER) -> Path:
     for dtype in DTYPES:
         arrays[f"hidden_{dtype}"] = reference.hidden[dtype]
         arrays[f"logits_{dtype}"] = reference.logits[dtype]
+    arrays["inside_rows"] = reference.inside_rows
+    for step, values in reference.inside.items():
+        arrays[INSIDE + step] = values
     path = Path(folder) / f"{reference.name}.npz"
     with atomic_write(path) as file:
         np.savez_compressed(file, **arrays)
@@ -108,6 +116,8 @@ def read_reference(path) -> Reference:
             **{name: a[name] for name in ("ids", "rows", "prompt", "greedy")},
             hidden={dtype: a[f"hidden_{dtype}"] for dtype in DTYPES},
             logits={dtype: a[f"logits_{dtype}"] for dtype in DTYPES},
+            inside_rows=a["inside_rows"],
+            inside={step: a[INSIDE + step] for step in STEPS if INSIDE + step in a},
         )
     except MinitxError:  # no file, or not a regular one
         raise

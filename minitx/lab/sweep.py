@@ -11,16 +11,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 from minitx import progress
-from minitx.checkpoints.common import atomic_write, need_writable_file
-from minitx.errors import MinitxError, abbreviate
+from minitx.errors import MinitxError
 from minitx.lab.compare import Comparison, Workload, compare_with, measure_dense, to_read
-from minitx.lab.evaluate import percent, table
+from minitx.lab.evaluate import heat_of, percent, table
+from minitx.pictures import scatter
+from minitx.pictures.heatmap import Heat
+from minitx.pictures.output import write_picture
+from minitx.pictures.scatter import Curve, Panel, draw
+from minitx.pictures.svg import INK
+from minitx.pictures.terminal import Mark, letter, plot
 from minitx.technique import Technique, apply, as_words
-
-WIDTH, HEIGHT = 60, 15  # characters of the chart
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,14 @@ def as_dict(points: Sequence[Point]) -> list[dict]:
 
 
 def as_text(points: Sequence[Point]) -> str:
-    return f"{as_table(points)}\n\n{chart(points)}"
+    parts = [as_table(points), chart(points), *filter(None, [heat(points)])]
+    return "\n\n".join(map(str, parts))
+
+
+def heat(points: Sequence[Point]) -> Heat | None:
+    """Right answers by setting and hops; None for a text, which has no answers."""
+    reports = [points[0].comparison.reading.dense, *(p.comparison.reading.changed for p in points)]
+    return heat_of("setting", ["dense", *(p.label or "defaults" for p in points)], reports)
 
 
 def axis(points: Sequence[Point]) -> tuple[str, list[float]]:
@@ -129,84 +138,33 @@ def as_table(points: Sequence[Point]) -> str:
 
 
 def chart(points: Sequence[Point]) -> str:
-    """A text chart: letters for the settings, D for the dense model. If points overlap, the last
-    one shows."""
+    """A text chart: letters for the settings, D for the dense model; what coincides is listed."""
     what, costs = axis(points)
-    marks = [("D", 1.0, 0.0)]
-    marks += [(letter(i), cost, p.added_loss) for i, (p, cost) in enumerate(zip(points, costs))]
-    x, y = scale([m[1] for m in marks], WIDTH), scale([m[2] for m in marks], HEIGHT)
-    grid = [[" "] * WIDTH for _ in range(HEIGHT)]
-    for mark, cost, harm in marks:
-        grid[HEIGHT - 1 - y(harm)][x(cost)] = mark
-    top, low = max(m[2] for m in marks), min(m[2] for m in marks)
-    left, right = min(m[1] for m in marks), max(m[1] for m in marks)
-    lines = ["".join(row) for row in grid]
-    lines[0] = f"{top:+8.4f} |{lines[0]}"
-    lines[-1] = f"{low:+8.4f} |{lines[-1]}"
-    lines[1:-1] = [f"{'':8} |{line}" for line in lines[1:-1]]
-    lines.append(f"{'':9}+{'-' * WIDTH}")
-    ends = f"{left:.3f}x", f"{right:.3f}x {what}"
-    lines.append(f"{'':10}{ends[0]}{ends[1]:>{max(WIDTH - len(ends[0]), len(ends[1]) + 1)}}")
-    lines.append("y: loss above dense.  D dense, " + key(points))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def key(points: Sequence[Point]) -> str:
-    return ", ".join(f"{letter(i)} {p.label or 'defaults'}" for i, p in enumerate(points))
-
-
-def letter(number: int) -> str:
-    return "abcdefghijklmnopqrstuvwxyz"[number % 26]
-
-
-def scale(values: Sequence[float], size: int):
-    """A function from a value to its cell 0 .. size - 1."""
-    low, high = min(values), max(values)
-    wide = high - low or 1.0
-    return lambda value: round((value - low) / wide * (size - 1))
+    marks = [Mark(letter(i), p.label or "defaults", cost, p.added_loss)
+             for i, (p, cost) in enumerate(zip(points, costs))]  # fmt: skip
+    marks.append(Mark("D", "dense", 1.0, 0.0))
+    words = "{:.3f}x".format, "{:+.4f}".format
+    return plot(marks, what, "y: loss above dense.  ", None, *words)
 
 
 def picture(points: Sequence[Point], name: str, path) -> None:
-    """The chart as a PNG file; needs the ``plot`` extra."""
-    pyplot = check_picture(path)
-    figure, axes = pyplot.subplots(figsize=(7, 5))
+    """The chart, and the map of right answers below it, as an SVG or PNG file (output.py)."""
+    drawn = draw([panel(points)], name, legend=False)
+    if found := heat(points):
+        found.paint(drawn, drawn.height)
+    write_picture(drawn, path)
+
+
+def panel(points: Sequence[Point]) -> Panel:
     what, costs = axis(points)
-    axes.plot(costs, [p.added_loss for p in points], "o-")
-    axes.plot([1], [0], "ks")
-    axes.annotate("dense", (1, 0), textcoords="offset points", xytext=(5, 5))
+    marked = []
     for p, cost in zip(points, costs):
-        axes.annotate(p.label, (cost, p.added_loss), textcoords="offset points", xytext=(5, 5))
-    axes.set_xlabel(f"{what}, relative to dense")
-    axes.set_ylabel("loss above dense (nats per token)")
-    axes.set_title(name)
-    figure.tight_layout()
-    with atomic_write(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=150)
-    pyplot.close(figure)
-
-
-def check_picture(path):
-    """pyplot, if a picture can be drawn and written to ``path``; MinitxError if not. Called before
-    the measurements, which may take minutes."""
-    pyplot, path = need_pyplot(), Path(path)
-    if path.suffix.lower() != ".png":
-        raise MinitxError(
-            f"A picture is written as PNG; expected a file name that ends in .png, got "
-            f"{abbreviate(str(path))}."
-        )
-    need_writable_file(path)
-    return pyplot
-
-
-def need_pyplot():
-    """matplotlib's pyplot (the ``plot`` extra), set up to write files."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise MinitxError(
-            "A picture needs matplotlib; install it with: pip install matplotlib"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+        label, note = p.label or "defaults", f"{cost:.3f}x {what}, loss {p.added_loss:+.4f}"
+        marked.append(scatter.Point(cost, p.added_loss, label, f"{label}: {note}"))
+    dense = Curve("dense", [scatter.Point(1.0, 0.0, "dense")], color=INK, shape="diamond")
+    return Panel(
+        [Curve("settings", marked, line=True), dense],
+        f"{what}, relative to dense",
+        "loss above dense (nats per token)",
+        level=0.0,
+    )

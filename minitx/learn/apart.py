@@ -14,7 +14,7 @@ from pathlib import Path
 from minitx.learn.exercise import Exercise
 from minitx.learn.verdict import Verdict
 
-SECONDS, MEGABYTES = 20.0, 4096.0
+MEGABYTES = 4096.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -22,14 +22,16 @@ def judge_apart(
     exercise: Exercise,
     path: Path,
     seed: int = 0,
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     megabytes: float = MEGABYTES,
     shown: bool = True,
 ) -> tuple[Verdict, str]:
     """(verdict, what the answer does in a model if it passed).
 
+    seconds: the limit; default: the exercise's own.
     shown: let the student's own prints through, and run the answer in a model; False, for grading,
     does neither."""
+    seconds = exercise.seconds if seconds is None else seconds
     with tempfile.TemporaryDirectory(prefix="minitx-learn-") as folder:
         out = Path(folder) / "verdict.json"
         order = dict(

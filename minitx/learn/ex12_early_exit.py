@@ -13,9 +13,9 @@ Write ``run``, which takes one token through the layers:
 - Run the layers in order. Each is called with the token's state h and its own cache, and returns
   the new state. It stores the token's key and value in the cache by itself.
 - After ``first`` layers, and after each further one, ask whether the token may exit. It exits if
-  confidence(h, previous) >= threshold. Here h is the state now and ``previous`` the state before
-  the last layer. Before ``first`` layers have run, do not ask. After the last layer it makes no
-  difference.
+  confidence(h, previous) >= threshold. Here h is the state now, and ``previous`` the state before
+  the layer that has just run. Before ``first`` layers have run, do not ask. Whether you ask after
+  all L layers makes no difference.
 - When it exits, append a key and a value to the cache of every layer that has not run. The layers
   read their input through their own norm, so the key and value of a skipped layer are
 
@@ -54,6 +54,7 @@ from dataclasses import replace
 import numpy as np
 
 from minitx.learn.exercise import Exercise, Mistake
+from minitx.learn.outcomes import unpack
 from minitx.model import Transformer
 from minitx.shared.cosine import cosine
 from minitx.state import Layer, State, Tokens
@@ -269,15 +270,12 @@ def cases(rng):
 def observe(answer, x, blocks, confidence, threshold, first):
     """The state and depth of each token of a text, and what the caches hold after it."""
     caches = [Cache() for _ in blocks]
-    ends = [pair(answer.run(h, blocks, caches, confidence, threshold, first)) for h in x]
+    ends = [
+        unpack(answer.run(h, blocks, caches, confidence, threshold, first), "run", "h", "depth")
+        for h in x
+    ]
     kept = [(np.array(cache.keys), np.array(cache.values)) for cache in caches]
     return {"tokens": ends, "caches": kept}
-
-
-def pair(result):
-    if not isinstance(result, (tuple, list)) or len(result) != 2:
-        raise TypeError("run must return two values: the state h and the depth")
-    return result
 
 
 # In the model ------------------------------------------------------------------------------------

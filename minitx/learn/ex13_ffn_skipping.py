@@ -25,6 +25,10 @@ its FFN was skipped.
 
     h           (D,)   the token's state before the first layer
     blocks             L layers (the class Block below)
+    threshold          a number, such as 0.9
+    k                  how many FFNs are skipped after a cosine of at least the threshold, from 1 on
+    cold_start         layers before this one are cold: their FFNs always run
+    cold_end           this layer and the later ones are cold, too
     result             (h (D,), a list of L booleans)
 
 Four layers to check by hand, with no cold layers, a threshold of 0.9 and k = 1. Attention adds
@@ -205,8 +209,15 @@ MISTAKES = (
 
 
 def cases(rng):
-    """Cosines on both sides of the threshold, with cold layers and without."""
-    for D, L, k, cold_start, cold_end in ((3, 6, 2, 1, 5), (4, 8, 1, 0, 8), (4, 9, 3, 2, 8)):
+    """Cosines on both sides of the threshold, with cold layers and without; states so short that
+    their dot products stay below it."""
+    for D, L, threshold, k, cold_start, cold_end in (
+        (3, 6, 0.8, 2, 1, 5),
+        (4, 8, 0.8, 1, 0, 8),
+        (4, 9, 0.3, 3, 2, 8),
+        (3, 9, 0.9, 1, 1, 8),
+        (2, 8, 0.6, 2, 2, 7),
+    ):
         blocks = [
             Block(
                 rng.standard_normal((D, D)) / 2,
@@ -215,8 +226,9 @@ def cases(rng):
             )
             for _ in range(L)
         ]
-        for threshold in (0.3, 0.8, 0.95):
-            yield 2 * rng.standard_normal(D), blocks, threshold, k, cold_start, cold_end
+        yield 2 * rng.standard_normal(D), blocks, threshold, k, cold_start, cold_end
+    small = [Block(np.eye(3) / 9, np.zeros((3, 3)), rng.uniform(0.01, 0.02, 3)) for _ in range(6)]
+    yield rng.uniform(0.1, 0.3, 3), small, 0.9, 1, 1, 5
 
 
 # In the model ------------------------------------------------------------------------------------

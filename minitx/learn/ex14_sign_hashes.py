@@ -115,14 +115,13 @@ def flawed_similarity(
     turn=np.pi,
     per="k",
     same=False,
-    cos=True,
 ):
     q_hash, hashes = A @ q >= 0, keys @ A.T >= 0
     distance = (q_hash == hashes if same else q_hash != hashes).sum(-1)
     angle = turn / {"k": len(A), "d": len(q), "1": 1}[per] * distance + sign * bias
     angle = np.maximum(0, angle) if clamp else angle
     lengths = np.linalg.norm(keys, axis=-1 if length == "own" else None) if length else 1
-    return lengths * (np.cos(angle) if cos else angle)
+    return lengths * np.cos(angle)
 
 
 def flawed_select(
@@ -141,9 +140,8 @@ def flawed_select(
     turn=np.pi,
     per="k",
     same=False,
-    cos=True,
 ):
-    flags = dict(sign=sign, clamp=clamp, length=length, turn=turn, per=per, same=same, cos=cos)
+    flags = dict(sign=sign, clamp=clamp, length=length, turn=turn, per=per, same=same)
     sim = flawed_similarity(q, keys, A, bias, **flags)
     lengths = np.linalg.norm(keys, axis=-1)
     least = t * {"longest": lengths.max(), "1": 1, "own": lengths, "sim": sim.max()}[limit]
@@ -178,7 +176,6 @@ MISTAKES = (
     Mistake("You divide by d; k, the number of bits, is the number of rows of A.", per="d"),
     Mistake("The distance is not divided by k, so it is no share of the bits.", per="1"),
     Mistake("You count the bits that agree; the distance counts those that differ.", same=True),
-    Mistake("The similarity takes the cosine of the angle, not the angle.", cos=False),
     Mistake(
         "The threshold is relative: compare sim with t times the largest |key|, not with t.",
         limit="1",
@@ -203,12 +200,20 @@ MISTAKES = (
 
 
 def cases(rng):
-    """More bits than columns and fewer; thresholds that some, all and no keys pass."""
-    for d, k, S, bias in ((3, 5, 6, 0.3), (4, 3, 7, 0.2), (4, 9, 8, 0.5)):
-        keys = rng.standard_normal((S, d)) * rng.uniform(0.5, 2, (S, 1))
-        for t in (0.3, 2.0) if k == 3 else (0.1, 0.6):
-            q = rng.standard_normal(d) + keys[0]  # at least one key that is similar
-            yield q, keys, rng.standard_normal((k, d)), bias, t
+    """More bits than columns and fewer; thresholds that some keys pass, and that none passes; two
+    keys like the query beside a far longer one that is not; short keys."""
+    for d, k, S, bias, t, size in (
+        (3, 5, 6, 0.3, 0.1, 1),
+        (4, 3, 7, 0.2, 2.0, 1),
+        (4, 9, 8, 0.5, 0.6, 1),
+        (3, 4, 8, 0.4, 0.6, 0.1),
+    ):
+        q, keys = rng.standard_normal(d), rng.standard_normal((S, d))
+        keys *= rng.uniform(0.5, 1, (S, 1)) / np.linalg.norm(keys, axis=-1, keepdims=True)
+        keys[0] = q / np.linalg.norm(q)
+        if t == 0.6:
+            keys[1:3] = 1.2 * keys[0], -3 * keys[0]
+        yield q, size * keys, rng.standard_normal((k, d)), bias, t
 
 
 def observe(answer, q, keys, A, bias, t):

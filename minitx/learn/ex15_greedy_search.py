@@ -229,8 +229,12 @@ MISTAKES = (
 
 def cases(rng):
     """Products of both signs, mostly negative ones, only negative ones, and only positive ones."""
-    for d, S, M in ((3, 4, 2), (2, 6, 3), (4, 5, 4)):
+    for d, S, M in ((3, 4, 2), (4, 5, 4)):
         yield rng.standard_normal(d), rng.standard_normal((S, d)), M
+    # the running total falls below 0, and the next product lifts it again
+    products = np.array([5, 4, 3, -6, -2.5, -1]) * rng.uniform(0.95, 1.05, 6)
+    q = np.array([1, -1]) * rng.uniform(0.5, 2, 2)
+    yield q, rng.permutation(products).reshape(3, 2) / q, 2
     q = np.where(rng.random(3) < 0.5, -1, 1) * rng.uniform(0.5, 2, 3)
     size = np.sign(q) * rng.uniform(0.5, 2, (5, 3))
     mostly = size * np.where(np.arange(15).reshape(5, 3) % 4 == 1, -0.2, 1)

@@ -1,4 +1,4 @@
-"""Exercise 20: Which token is in which cache? (35 minutes)
+"""Exercise 20: LazyLLM's bookkeeping (35 minutes)
 
 To predict the next token, later layers need only the tokens that it attends to. LazyLLM prunes the
 others: they do not run in the later layers, which saves most where the prompt is long. But a pruned
@@ -81,6 +81,9 @@ class Layer:
     def __call__(self, positions, states, candidates):
         """positions (n) of the tokens to run, their states (n, D) -> their new states (n, D)"""
         self.cache.update(zip(positions, states))
+        for j in candidates:
+            if j <= max(positions) and j not in self.cache:
+                raise ValueError(f"token {j} is a candidate, but is not in this layer's cache")
         means = [np.mean([self.cache[j] for j in candidates if j <= i], axis=0) for i in positions]
         return np.array(states) + np.array(means)
 
@@ -347,7 +350,7 @@ def lazy(lm, step, keep: float, cuts: tuple):
 
 
 EXERCISE = Exercise(
-    title="Which token is in which cache?",
+    title="LazyLLM's bookkeeping",
     minutes=35,
     difficulty="hard",
     names=("step",),

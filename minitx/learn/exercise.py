@@ -68,6 +68,8 @@ class Exercise:
     judge: ``judge(answer, seed)``, for an exercise that is not judged by comparing results.
     show: ``show(answer)``, text to print when it is solved; for an exercise that has no
         ``into_model``.
+    seconds: that a check may take.
+    uses_minitx: an answer may import minitx.
     """
 
     title: str
@@ -88,6 +90,8 @@ class Exercise:
     same_as: dict = field(default_factory=dict)
     judge: Callable[[SimpleNamespace, int], Verdict] | None = None
     show: Callable[[SimpleNamespace], str] | None = None
+    seconds: float = 20.0
+    uses_minitx: bool = False
     module: ModuleType | None = None  # the master; set by ``exercises``
 
     @cached_property

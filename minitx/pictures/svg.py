@@ -46,8 +46,13 @@ class Svg:
         more = {"fill": "none", "stroke_width": width} | more
         self.element("polyline", note, points=there, stroke=stroke, **more)
 
-    def text(self, x, y, text: str, size=FONT_SIZE, anchor="start", fill=INK, **more) -> None:
-        """Text whose baseline is at y; anchor: which part of it is at x, start, middle or end."""
+    def text(
+        self, x, y, text: str, size=FONT_SIZE, anchor="start", fill=INK, halo=False, **more
+    ) -> None:
+        """Text whose baseline is at y; anchor: which part of it is at x, start, middle or end.
+        halo: lines behind it stop short of its letters."""
+        if halo:  # the same text, wider and in the color of the paper
+            self.text(x, y, text, size, anchor, PAPER, stroke=PAPER, stroke_width=3, **more)
         space = {"xml:space": "preserve"} if text != text.strip() else {}
         more = {"font_size": size, "text_anchor": anchor, "fill": fill} | more | space
         self.elements.append(f"<text{_attributes(x=x, y=y, **more)}>{escape(text)}</text>")

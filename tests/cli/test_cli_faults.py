@@ -19,11 +19,11 @@ from tiny import tiny_model
 
 import minitx
 from minitx import cli, commands
-from minitx.arguments import read_arguments
+from minitx.arguments import parser, read_arguments
 from minitx.checkpoints.huggingface import write_model
 from minitx.cli import main
 from minitx.errors import MinitxError, MinitxWarning
-from minitx.lab import sweep
+from minitx.pictures import output
 from minitx.technique import techniques
 from minitx.tree import map_weights
 
@@ -134,7 +134,7 @@ def test_picture_that_cannot_be_written_is_refused_before_the_work(
     run, workdir, monkeypatch, command, path, message
 ):
     (workdir / "folder.png").mkdir()
-    monkeypatch.setattr(sweep, "need_pyplot", lambda: None)
+    monkeypatch.setattr(output, "need_pyplot", lambda: None)
     monkeypatch.setattr(minitx, "load", None)  # the work would begin with it
     before = sorted(workdir.iterdir())
     status, out, err = run(*command, "--png", path)
@@ -176,11 +176,12 @@ NASTY = (
 @pytest.mark.parametrize("command", NUMBERS)
 def test_number_of_any_length_is_read_or_refused_at_once(command):
     """``--share 1e999999999`` is no integer of a billion digits."""
+    known = parser()
     for flag in NUMBERS[command]:
         for text in NASTY:
             began = time.process_time()
             try:
-                read_arguments([*command.split(), f"{flag}={text}"])
+                read_arguments([*command.split(), f"{flag}={text}"], known)
             except MinitxError as error:
                 assert str(error).isprintable() and len(str(error)) <= 400
             assert time.process_time() - began < 1, f"{flag} {text[:30]}"

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import KINDS, tiny_lm, tiny_model
 
 from minitx import fast, ops
@@ -70,7 +71,7 @@ def test_wrap_reaches_every_block_with_its_index(kind, slot):
     wrapped = wrap(lm, slot, tag("w"))
     slots = [b if slot == "block" else getattr(b, slot) for b in blocks_of(wrapped)]
     assert [node.tag for node in slots] == ["w0", "w1"]
-    np.testing.assert_array_equal(wrapped.logits(IDS), lm.logits(IDS))
+    assert_same(wrapped.logits(IDS), lm.logits(IDS))
 
 
 def test_later_wrap_goes_outside():
@@ -179,7 +180,7 @@ def test_unequal_groups_equal_single_heads(start):
     layer.store(k, v)
     found = AttendUnequalGroups(0.5, key_head)(q, *layer.rows(), layer)
     expected = Attend(0.5)(q, k[..., key_head, :, :], v[..., key_head, :, :], layer)
-    np.testing.assert_allclose(found, expected, atol=1e-14)
+    assert_same(found, expected, atol=1e-14)
 
 
 def test_model_with_unequal_groups_equals_model_without_heads():
@@ -199,7 +200,7 @@ def test_model_with_unequal_groups_equals_model_without_heads():
         return replace(attn, out=replace(attn.out, w=w))
 
     one, other = wrap(lm, "attn", cut), wrap(lm, "attn", zeroed)
-    np.testing.assert_allclose(one.logits(IDS), other.logits(IDS), atol=1e-12)
+    assert_same(one.logits(IDS), other.logits(IDS), atol=1e-12)
     with counting(one) as fewer:
         one.logits(IDS)
     with counting(other) as more:

@@ -67,7 +67,7 @@ SENTENCES = {
 def test_difference_is_said_in_a_sentence(found, sentence):
     said = describe(found, X)
     assert said is not None and sentence in said, said
-    if found.shape == X.shape and found.dtype == X.dtype and found[0, 0] != X[0, 0]:
+    if found.shape == X.shape and found.dtype == X.dtype and abs(found - X)[0, 0] > 1e-3:
         assert said.startswith(FIRST + f"{found[0, 0]:.4g}.")
 
 
@@ -97,6 +97,7 @@ def test_only_difference_is_not_described_twice():
 
 
 def test_one_number_is_off_by_a_factor_only_if_the_factor_has_a_name():
+    assert describe(0.0, 0.3) == "Expected 0.3, got 0."
     assert describe(0.31, 0.3) == "Expected 0.3, got 0.31."
     assert describe(0.3 * 8**0.5, 0.3).endswith("It is off by the factor 2.828 = sqrt(8).")
     assert describe(-0.3, 0.3) == "Expected 0.3, got -0.3. The sign is wrong."
@@ -132,8 +133,25 @@ def test_booleans_and_words_are_compared():
 
 def test_two_rows_are_swapped_and_equal_rows_are_not_moved():
     assert "The two tokens are swapped." in describe(X[[1, 0]], X[:2])
-    same_rows = np.ones((4, 1)) * X[0]
-    assert "belongs" not in describe(same_rows + changed(2)[2] * 0.1, same_rows)
+    equal = np.ones((4, 1)) * X[0]
+    for row in (0, 3):
+        other = equal.copy()
+        other[row] = NOISE[row]
+        assert describe(other, equal).endswith(f"Only token {row} differs."), "no shift by one"
+
+
+def test_numbers_whose_squares_overflow_are_described():
+    assert describe(X * -1e300, X * 1e300).endswith("Only signs are wrong.")
+
+
+def test_axis_with_the_smaller_share_is_named():
+    said = describe(changed(np.s_[1:3, 0]), X)
+    assert said.endswith("Only column 0 differs.")  # 1 of 6 columns, 2 of 4 tokens
+
+
+def test_single_numbers_do_not_count_as_factors_of_their_rows():
+    said = describe(np.diag([2.0, 3, 4, 5]), np.eye(4))
+    assert said.endswith("4 of 16 numbers differ.")
 
 
 @pytest.mark.parametrize(
@@ -157,8 +175,32 @@ def test_assert_same_begins_with_the_property():
 
 def test_assert_same_compares_exactly_unless_told_otherwise():
     assert_same(X + 1e-9, X, "x", tolerance=1e-8)
-    with pytest.raises(AssertionError, match="^x: the first difference is at token 0"):
+    with pytest.raises(
+        AssertionError, match="^x: .* small, at most 3.0e-10 of the largest number.$"
+    ):
         assert_same(X + 1e-9, X, "x")
+
+
+def test_assert_same_names_the_test_that_runs():
+    with pytest.raises(
+        AssertionError, match="^assert same names the test that runs: expected 2, g"
+    ):
+        assert_same(1, 2)
+
+
+def test_assert_same_adds_an_absolute_tolerance():
+    assert_same([1e-9, 100], [0, 100], "x", atol=1e-8)
+    with pytest.raises(AssertionError, match="^x: the only difference is at index 0"):
+        assert_same([1e-7, 100], [0, 100], "x", atol=1e-8)
+    assert_same([1e-9], [0.0], "x", atol=1e-8)
+
+
+def test_assert_same_takes_one_number_for_all():
+    assert_same(np.zeros((2, 3)), 0, "x")
+    with pytest.raises(
+        AssertionError, match="^x: the only difference is at row 1, column 2: expec"
+    ):
+        assert_same([[0, 0, 0], [0, 0, 1]], 0, "x")
 
 
 def test_assert_same_compares_dtypes_if_asked():
@@ -169,4 +211,5 @@ def test_assert_same_compares_dtypes_if_asked():
 
 
 def test_nearly_equal_numbers_are_shown_with_more_digits():
-    assert describe(0.25000001, 0.25) == "Expected 0.25, got 0.25000001."
+    assert describe(X * (1 + 1e-15), X, tolerance=0).endswith("of the largest number.")
+    assert describe(0.25000001, 0.25).startswith("Expected 0.25, got 0.25000001.")

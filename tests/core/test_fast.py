@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from same import assert_same
 
 from minitx import fast, ops
 
@@ -14,7 +15,7 @@ def test_matmul_equals_plain_product(rows, shape, order):
     x, w = rng.standard_normal((2, rows, shape[0])), rng.standard_normal(shape)
     for rows_of_x in (x[0], x):
         found = fast.matmul(rows_of_x, np.array(w, order=order))
-        np.testing.assert_allclose(found, rows_of_x @ w, rtol=1e-12, atol=1e-12)
+        assert_same(found, rows_of_x @ w, tolerance=1e-12, atol=1e-12)
 
 
 def in_a_block_of_all_matrices(w, nbytes: int):
@@ -38,7 +39,7 @@ def test_matmul_of_several_rows_block_by_block_equals_plain_product(rows, nbytes
         found = fast.matmul(given, block)
         assert found.dtype == np.float32 and found.shape == (*given.shape[:-1], 3001)
         what = "the product of several rows differs from x @ w"
-        np.testing.assert_allclose(found.reshape(rows, 3001), expected, 1e-4, 1e-4, err_msg=what)
+        assert_same(found.reshape(rows, 3001), expected, what, tolerance=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("n, nbytes, called", ((8, 32 << 20, 1), (9, 32 << 20, 0), (8, 8 << 20, 0)))
@@ -76,7 +77,7 @@ def test_attention_equals_plain_attention(T, S):
     rng = np.random.default_rng(S)
     q, k, v = (rng.standard_normal((4, n, 8)) for n in (T, S, S))
     expected = ops.plain_attention(q, k, v, 0.3, ops.causal_mask(T, S))
-    np.testing.assert_allclose(ops.attention(q, k, v, 0.3), expected, atol=1e-12)
+    assert_same(ops.attention(q, k, v, 0.3), expected, atol=1e-12)
 
 
 def test_attention_with_shared_key_heads_equals_plain_attention_with_copies():
@@ -85,7 +86,7 @@ def test_attention_with_shared_key_heads_equals_plain_attention_with_copies():
     expected = ops.plain_attention(
         q, k.repeat(3, axis=0), v.repeat(3, axis=0), 0.3, ops.causal_mask(80, 80)
     )
-    np.testing.assert_allclose(ops.attention(q, k, v, 0.3), expected, atol=1e-12)
+    assert_same(ops.attention(q, k, v, 0.3), expected, atol=1e-12)
 
 
 def test_attention_with_a_mask_of_its_own_equals_plain_attention():
@@ -94,18 +95,16 @@ def test_attention_with_a_mask_of_its_own_equals_plain_attention():
     mask = rng.random((90, 90)) < 0.5
     mask[:, 0] = False  # every query sees one key at least
     expected = ops.plain_attention(q, k, v, 0.3, mask)
-    np.testing.assert_allclose(ops.attention(q, k, v, 0.3, mask), expected, atol=1e-12)
+    assert_same(ops.attention(q, k, v, 0.3, mask), expected, atol=1e-12)
 
 
 def test_block_mask_is_the_causal_mask_of_a_square():
     for T in (1, 2, fast.ROWS):
-        np.testing.assert_array_equal(fast.block_mask(T), ops.causal_mask(T, T))
+        assert_same(fast.block_mask(T), ops.causal_mask(T, T))
 
 
 def test_softmax_by_hand():
     # e^0 = 1 and e^(ln 3) = 3, so the weights are 1/4 and 3/4, also far from 0
     for shift in (0, 1000, -1000):
         found = ops.softmax(np.array([[shift, shift + np.log(3)], [0, 0]]))
-        np.testing.assert_allclose(
-            found, [[0.25, 0.75], [0.5, 0.5]], atol=1e-12, err_msg=f"rows shifted by {shift}"
-        )
+        assert_same(found, [[0.25, 0.75], [0.5, 0.5]], f"rows shifted by {shift}", atol=1e-12)

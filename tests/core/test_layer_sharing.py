@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
 from minitx.errors import MinitxError
@@ -44,12 +45,12 @@ def test_shared_blocks_equal_copied_blocks(family, order):
     shared, copied = stacked(order, family), stacked(order, family, copies=True)
     blocks = shared.model.stack.blocks
     assert blocks[0] is blocks[2] and nbytes(shared) < nbytes(copied)
-    np.testing.assert_array_equal(shared.logits(IDS), copied.logits(IDS))
+    assert_same(shared.logits(IDS), copied.logits(IDS))
     assert (shared.logits(IDS) != stacked((0, 1), family).logits(IDS)).any(), "2 layers, not 3"
     for sizes in ((7, 20, 13), (1,) * 40):
         found = in_chunks(shared, IDS, sizes)
-        np.testing.assert_array_equal(found, in_chunks(copied, IDS, sizes))
-        np.testing.assert_allclose(found, shared.logits(IDS), atol=1e-10 * abs(found).max())
+        assert_same(found, in_chunks(copied, IDS, sizes))
+        assert_same(found, shared.logits(IDS), atol=1e-10 * abs(found).max())
     prompts = [IDS[:4].tolist(), IDS[5:16].tolist()]
     assert shared.generate(prompts, 20) == [copied.generate(prompt, 20) for prompt in prompts]
 
@@ -91,7 +92,7 @@ class Labelled(Part):
 def test_wrap_makes_a_part_for_each_place_with_its_index(family, order, slot):
     lm, calls = stacked(order, family), []
     wrapped = wrap(lm, slot, lambda node, index: Labelled(node, index, calls))
-    np.testing.assert_array_equal(wrapped.logits(IDS), lm.logits(IDS))
+    assert_same(wrapped.logits(IDS), lm.logits(IDS))
     assert calls == [(0, 0), (1, 1), (2, 2)]
     assert lm.model.stack.blocks[0] is lm.model.stack.blocks[2], "the model itself was changed"
     for place in (0, 2):  # what is inside stays shared
@@ -151,7 +152,7 @@ def test_rewound_and_forked_states_go_on_as_before(family, order):
         again.rewind(20)
         lm.model((IDS[20:23] + 1) % 258, again)
         again.rewind(20)
-        np.testing.assert_array_equal(lm.model(IDS[20:25], again), expected)
+        assert_same(lm.model(IDS[20:25], again), expected)
     state.rewind(0)
     close = dict(atol=1e-10 * abs(expected).max())
     np.testing.assert_allclose(lm.model(IDS[:25], state)[20:], expected, **close)

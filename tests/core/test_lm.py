@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from same import assert_same
 from test_llama2c_tokenizer import RAW
 from tiny import END, FAMILIES, SIZES, TOKENIZER, ScriptedLoop, Spy, tiny_lm, tiny_model
 
@@ -30,7 +31,7 @@ def says(*texts_or_ids, **changes):
 def test_logits():
     lm = tiny_lm()
     assert lm.logits(IDS).shape == (5, 259) and lm.logits([IDS, IDS]).shape == (2, 5, 259)
-    np.testing.assert_array_equal(lm.logits(np.array(IDS, np.uint8)), lm.model(np.array(IDS)))
+    assert_same(lm.logits(np.array(IDS, np.uint8)), lm.model(np.array(IDS)))
 
 
 # Kinds of prompts --------------------------------------------------------------------------------

@@ -35,10 +35,12 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def in_an_empty_folder(tmp_path_factory):
     """A word may be the name of a file that a technique writes."""
-    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        yield
 
 
 def outcome(run, *arguments):

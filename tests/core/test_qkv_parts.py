@@ -5,6 +5,7 @@ import inspect
 
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import tiny_lm
 
 from minitx import ledger
@@ -73,7 +74,7 @@ def test_queries_alone_and_keys_and_values_alone(case):
     q, k, v = qkv(X)
     for found, expected in zip((qkv.q(X), *qkv.kv(X)), (q, k, v), strict=True):
         assert found.shape == expected.shape
-        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+        assert_same(found, expected, tolerance=1e-12, atol=1e-12)
 
 
 @each

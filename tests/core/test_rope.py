@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from same import assert_same
 
 from minitx.build import build, normal_init
 from minitx.config import Config
@@ -41,8 +42,8 @@ def test_linear_scaling_worked_example():
     gets the angles that position 2 had."""
     cos, sin = rope_tables(4, 9, 1e4, np.float64)
     slow_cos, slow_sin = rope_tables(4, 9, 1e4, np.float64, lambda f: linear_rope_scaling(f, 4.0))
-    np.testing.assert_allclose(slow_cos[8], cos[2], atol=1e-15)
-    np.testing.assert_allclose(slow_sin[8], sin[2], atol=1e-15)
+    assert_same(slow_cos[8], cos[2], atol=1e-15)
+    assert_same(slow_sin[8], sin[2], atol=1e-15)
 
 
 def test_llama3_scaling_worked_example():
@@ -50,7 +51,7 @@ def test_llama3_scaling_worked_example():
     low 1 and high 5: the first stays; 3 turns are halfway, so half of it is divided by 8; the last
     is divided by 8."""
     found = llama3_rope_scaling(np.array([1, 0.3, 0.05]), 8.0, 1.0, 5.0, 2 * math.pi * 10)
-    np.testing.assert_allclose(found, [1, 0.15 + 0.15 / 8, 0.05 / 8], rtol=1e-14)
+    assert_same(found, [1, 0.15 + 0.15 / 8, 0.05 / 8], tolerance=1e-14)
 
 
 @pytest.mark.parametrize("base", [10.0, 625.0, 5e5])
@@ -58,7 +59,7 @@ def test_llama3_scaling_equals_literal_version(base):
     frequencies = base ** -(np.arange(0, 64, 2) / 64)
     arguments = (8.0, 1.0, 4.0, 8192)
     expected = [literal_llama3(f, *arguments) for f in frequencies]
-    np.testing.assert_allclose(llama3_rope_scaling(frequencies, *arguments), expected, rtol=1e-13)
+    assert_same(llama3_rope_scaling(frequencies, *arguments), expected, tolerance=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_model_rotates_by_scaled_frequencies(scaling):
         assert slower[0] == 1 and slower[3] == frequencies[3] / 4, "a fast and a slow one"
     else:
         slower = [f / 4 for f in frequencies]
-    np.testing.assert_allclose(found, np.cos(7 * np.array(slower)), atol=1e-14)
+    assert_same(found, np.cos(7 * np.array(slower)), atol=1e-14)
 
 
 def test_scaling_keeps_float32():

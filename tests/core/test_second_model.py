@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import END, FAMILIES, TOKENIZER, tiny_folder, tiny_lm, tiny_model
 
 from minitx.errors import MinitxError
@@ -43,7 +44,7 @@ def test_second_model_is_loaded_by_path(tmp_path):
     folder = tiny_folder(tmp_path / "toy", "gpt2")
     for lm in (tiny_lm(), tiny_lm(tokenizer=None)):
         other = load_second(lm, folder, "a test", "draft")
-        np.testing.assert_array_equal(other.logits([1, 2]), tiny_lm("gpt2").logits([1, 2]))
+        assert_same(other.logits([1, 2]), tiny_lm("gpt2").logits([1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_first_blocks_equal_running_those_blocks(family):
     state = model.new_state()
     state.take(9)
     x = model.stack.run(x, state, 0, 2)  # by hand: two of the three blocks, then norm and head
-    np.testing.assert_array_equal(small(ids), model.head(model.norm(x)))
+    assert_same(small(ids), model.head(model.norm(x)))
     assert len(small.new_state().layers) == 2
 
 

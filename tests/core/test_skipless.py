@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import SKIPLESS, tiny_model
 
 import minitx
@@ -55,11 +56,11 @@ def test_skipless_blocks_equal_the_formula():
     )
     hidden = block.ffn.expand.activation(attended @ block.ffn.expand.up.w + block.ffn.expand.up.b)
     expected = hidden @ block.ffn.down.w + block.ffn.down.b
-    np.testing.assert_allclose(block(x, layer), expected, atol=1e-12, err_msg="serial block")
+    assert_same(block(x, layer), expected, "serial block", atol=1e-12)
     parallel = SkiplessParallelBlock(block.attn, block.ffn)
     found = parallel(x, Layer(48).take(5))
     expected = attended + block.ffn(x, layer)
-    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="parallel block")
+    assert_same(found, expected, "parallel block", atol=1e-12)
 
 
 def heads(block, x, h):
@@ -89,8 +90,8 @@ def test_skipless_backfill_caches_the_same_rows_as_a_full_run():
         layers = Layer(48).take(5), Layer(48).take(5)
         block(x, layers[0])
         block.backfill(x, layers[1])
-        np.testing.assert_array_equal(layers[0].keys[:, :5], layers[1].keys[:, :5], "keys")
-        np.testing.assert_array_equal(layers[0].values[:, :5], layers[1].values[:, :5], "values")
+        assert_same(layers[0].keys[:, :5], layers[1].keys[:, :5], "keys")
+        assert_same(layers[0].values[:, :5], layers[1].values[:, :5], "values")
 
 
 # Initialization ----------------------------------------------------------------------------------
@@ -104,9 +105,9 @@ def test_initial_model_is_near_the_identity(kind):
     x = np.random.default_rng(2).standard_normal((6, 32))
     for block in model.stack.blocks:
         v, o = block.attn.qkv.v.w, block.attn.out.w
-        np.testing.assert_allclose(v @ o, np.eye(32), atol=1e-12, err_msg="W_v W_o")
-        np.testing.assert_allclose(block.ffn(x, None), x, atol=1e-12, err_msg="FFN")
-        np.testing.assert_array_equal(block.attn.qkv.q.w, block.attn.qkv.k.w, "W_k = W_q")
+        assert_same(v @ o, np.eye(32), "W_v W_o", atol=1e-12)
+        assert_same(block.ffn(x, None), x, "FFN", atol=1e-12)
+        assert_same(block.attn.qkv.q.w, block.attn.qkv.k.w, "W_k = W_q")
     ids = np.random.default_rng(3).permutation(40)
     stages = run_stages(model, ids)
     first, after = stages["embedding"], stages["block 0"]
@@ -132,7 +133,7 @@ def test_initial_model_is_seeded_and_has_the_requested_dtype(kind):
     one, same, other = (weights(initial_model(CONFIGS[kind], s)) for s in (1, 1, 2))
     for path, w in one.items():
         assert w.dtype == np.float32 and w.flags["C_CONTIGUOUS"] and np.isfinite(w).all()
-        np.testing.assert_array_equal(w, same[path])
+        assert_same(w, same[path])
         assert w.ndim == 1 or (w != other[path]).any()
     assert weights(initial_model(CONFIGS[kind], 1, np.float64))[path].dtype == np.float64
 
@@ -147,7 +148,7 @@ def test_skipless_files_round_trip(tmp_path, kind):
     write_model(model, tmp_path, "F32")
     again = read_model(tmp_path)
     assert again.config == config and repr(again) == repr(model)
-    np.testing.assert_array_equal(again(IDS % 40), model(IDS % 40))
+    assert_same(again(IDS % 40), model(IDS % 40))
     fields = json.loads((tmp_path / "config.json").read_text())
     # A name that no other framework takes for a model that it has.
     assert fields["architectures"][0].startswith("Skipless")

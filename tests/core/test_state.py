@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm, tiny_model
 
 from minitx import ops
@@ -27,7 +28,7 @@ def filled(T, capacity=20):
 def held(layer):
     """The positions of the rows of each head, by what is really in the cache."""
     k, v = layer.rows()
-    np.testing.assert_array_equal(k, -v, "keys and values are of different tokens")
+    assert_same(k, -v, "keys and values are of different tokens")
     return k[..., 0].tolist()
 
 
@@ -59,9 +60,9 @@ def test_tokens_on_branches_do_not_see_each_other():
     layer.tokens = Tokens(np.array([2, 3, 3]), unseen=unseen)
     layer.store(*kv(3))
     hidden = np.array([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0]], bool)
-    np.testing.assert_array_equal(layer.mask(), hidden)
+    assert_same(layer.mask(), hidden)
     layer.tokens = layer.tokens.only(np.array([False, False, True]))
-    np.testing.assert_array_equal(layer.mask(), hidden[2:], "one of the tokens")
+    assert_same(layer.mask(), hidden[2:], "one of the tokens")
 
 
 # Rows --------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_attention_is_independent_of_row_order():
     shuffled.store(k[:, order], v[:, order])
     shuffled.tokens = Tokens(slice(5, 8))
     found = ops.attention(q, *shuffled.rows(), 0.5, shuffled.mask())
-    np.testing.assert_allclose(found, expected, atol=1e-14)
+    assert_same(found, expected, atol=1e-14)
 
 
 def test_only_visible_rows_are_attended():
@@ -146,7 +147,7 @@ def test_padding_is_masked_in_a_padded_batch():
     mask = layer.mask()  # (B, 1, 1, T, S)
     causal = np.triu(np.ones((3, 3), bool), 1)
     assert mask.shape == (2, 1, 1, 3, 3)
-    assert (mask[0, 0, 0] == causal).all()
+    assert_same(mask[0, 0, 0], causal)
     assert mask[1, 0, 0].tolist() == [[True] * 3, [True] * 3, [True, True, False]]
 
 
@@ -206,11 +207,11 @@ def test_fork_shares_no_mutable_data():
     lm.model(ids[:20], state)
     early, late = state.fork(12), state.fork()
     expected = lm.model(ids[20:], state)
-    np.testing.assert_array_equal(lm.model(ids[20:], late), expected)
+    assert_same(lm.model(ids[20:], late), expected)
     whole = lm.model.new_state()
     lm.model(ids[:12], whole)
     found, expected = (lm.model(ids[5:9], after) for after in (early, whole))
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert_same(found, expected, atol=1e-12)
     assert (early.position, state.position) == (16, 30)
 
 
@@ -251,7 +252,7 @@ def test_explicit_causal_mask_equals_built_in_mask(T, S):
     q, (k, v) = RNG.standard_normal((4, T, 4)), kv(S)
     mask = np.arange(S) > np.arange(S - T, S)[:, None]
     found, expected = ops.attention(q, k, v, 0.5, mask), ops.attention(q, k, v, 0.5)
-    np.testing.assert_allclose(found, expected, atol=1e-14)
+    assert_same(found, expected, atol=1e-14)
 
 
 # The end of the context ---------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_context_end_is_refused_and_leaves_the_state_usable(family, lead):
                 use(ids[..., 47 : 47 + T], state)
     for other in (state, state.fork(), state.fork(30)):
         found = model(ids[..., other.position : 48], other)
-        np.testing.assert_allclose(found[..., -1, :], whole[..., -1, :], atol=1e-12)
+        assert_same(found[..., -1, :], whole[..., -1, :], atol=1e-12)
         with pytest.raises(MinitxError, match="would grow to 49 tokens"):
             model(ids[..., 48:49], other)
         other.rewind(0)

@@ -227,17 +227,25 @@ def test_sweep_compares_each_setting(leave_out):
     json.dumps(found)
 
 
-def test_sweep_picture_needs_matplotlib(leave_out, tmp_path):
-    points = sweeps.sweep(story_lm(), leave_out, [{"n": 0}], PLAN, bar=False)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        with pytest.raises(MinitxError, match="pip install matplotlib"):
-            sweeps.picture(points, "x", tmp_path / "a.png")
-        assert not list(tmp_path.iterdir())
-    else:
-        sweeps.picture(points, "x", tmp_path / "a.png")
-        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+def test_sweep_picture_labels_each_setting(leave_out, tmp_path):
+    points = sweeps.sweep(story_lm(), leave_out, [{"n": 0}, {"n": 1}], PLAN, bar=False)
+    sweeps.picture(points, "x", tmp_path / "a.svg")
+    picture = (tmp_path / "a.svg").read_text("utf-8")
+    assert all(f">{name}</text>" in picture for name in ("dense", "n=0", "n=1"))
+
+
+def test_sweep_chart_lists_settings_in_one_place(leave_out):
+    points = sweeps.sweep(story_lm(), leave_out, [{"n": 0}, {"n": 1}], PLAN, bar=False)
+    assert sweeps.chart(points).endswith("x=1.000x, y=+0.0000: a n=0, D dense")
+
+
+def test_sweep_maps_right_answers_by_setting_and_hops(leave_out, tmp_path):
+    points = sweeps.sweep(story_lm(), leave_out, [{"n": 0}, {"n": 1}], PLAN, bar=False)
+    heat = sweeps.heat(points)
+    assert [*heat.rows] == ["dense", "n=0", "n=1"] and "2 hops" in heat.columns
+    changed = points[1].comparison.reading.changed
+    assert heat.values[2] == [*changed.by_hops.values()]
+    assert str(heat) in sweeps.as_text(points)
 
 
 # The commands ------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import pytest
 from tiny import tiny_lm
 
 from minitx import technique as module
+from minitx.calibration import calibration_ids
 from minitx.errors import MinitxError
 from minitx.lab import compare_all as lab
 from minitx.lab.compare import Workload
 from minitx.lab.compare_all import compare_all
 from minitx.technique import find, technique, techniques
 from minitx.text import Text
-from minitx.training.stories import first_stories
 
 TEXT = Text("The balance of once and twice: a fence, a pond, and a stone. " * 20, "pond.txt")
 WORK = Workload(text=TEXT, tokens=60, prompts=1, rounds=1)
@@ -79,7 +79,8 @@ def test_ctrl_c_keeps_the_rows_so_far(run, workdir, monkeypatch):
 
 
 def test_rows_of_all_techniques_are_figures_or_a_reason():
-    first_stories("calibration", "full", 0, 32)  # once, not in the process of each technique
+    for count in (16, 32):  # encoded once, not in the process of each technique
+        calibration_ids("a technique", tiny_lm(), count)
     found = compare_all(tiny_lm(), WORK, bar=False)
     assert [row.flag for row in found.rows] == [t.flag for t in techniques()]
     rows = {row.flag: row for row in found.rows}

@@ -32,7 +32,7 @@ class Text:
     """What is read for the loss; the beginning of the first story or chain is continued for the
     counts."""
 
-    stories: int = 12
+    stories: int = 6
     chains: int = 0  # chains of stories instead, each as long as the context
     again: bool = False  # continue the beginning twice, for what is kept between prompts
     batch: bool = False  # continue beginnings of different lengths in one batch, to their ends
@@ -81,9 +81,9 @@ class Figures:
 
 
 EXACT = (-1e-5, 1e-5)
-CHAINS = Text(chains=2)
+CHAINS = Text(chains=1)
 CHAIN = Text(chains=1)  # for those that run it token by token
-SOME, FEW, ONE = Text(stories=8), Text(stories=2), Text(stories=1)  # fewer where it is slow
+MORE, SOME, FEW, ONE = map(Text, (8, 4, 2, 1))  # more where it is close, fewer where it is slow
 
 SKIP = {
     "a3": NoSaving((0.2, 0.6), "cache_bytes", (0.6, 0.75), text=Text(stories=1)),
@@ -97,11 +97,11 @@ SKIP = {
     ),
     "dota": NoSaving((0.05, 0.2), "cache_bytes", (0.6, 0.7), text=CHAIN),
     "early_exit": Default((0.001, 0.01), "multiply_adds", (0.6, 0.75)),
-    "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=3)),
+    "elsa": Default((0.003, 0.02), "cache_bytes", (0.8, 0.95), text=Text(chains=2)),
     "ensemble": NoSaving(EXACT, "multiply_adds", (1.05, 1.25), text=FEW),
     "exact_head": Default(EXACT, "weight_bytes", (0.93, 0.95), model="stories-draft"),
     "ffn_skip": Default((0.001, 0.01), "multiply_adds", (0.85, 0.92)),
-    "head_cascade": Default((0.0, 0.015), "multiply_adds", (0.93, 0.95), text=Text(stories=8)),
+    "head_cascade": Default((0.0, 0.015), "multiply_adds", (0.93, 0.95), text=Text(stories=4)),
     "head_router": Default((-0.003, 0.005), "multiply_adds", (0.9, 0.94), text=CHAINS),
     "heavy_hitters": Default((-0.005, 0.01), "kv_cache", (0.49, 0.52), text=CHAIN),
     "jacobi": NoSaving(EXACT, "weight_bytes", (0.9, 1.0)),
@@ -126,7 +126,7 @@ SKIP = {
     ),
     "negative_skip": Default(EXACT, "multiply_adds", (0.985, 0.996), "stories-relu", ONE),
     "padding_skip": Default(EXACT, "multiply_adds", (0.67, 0.73), text=Text(stories=4, batch=True)),
-    "perforate": Default((0.0, 0.008), "multiply_adds", (0.81, 0.84), text=Text(stories=8)),
+    "perforate": Default((0.0, 0.008), "multiply_adds", (0.81, 0.84), text=MORE),
     "perforate_keys": Default((0.0, 0.008), "cache_bytes", (0.48, 0.52), text=CHAINS),
     "perforate_positions": Default((0.001, 0.009), "multiply_adds", (0.82, 0.85)),
     "predictive_attention": Default((0.0, 0.015), "cache_bytes", (0.5, 0.6), text=CHAINS),
@@ -138,7 +138,7 @@ SKIP = {
     "sink_window": Default((-0.005, 0.005), "kv_cache", (0.49, 0.51), text=CHAINS),
     "sparse_memory": Default((0.0, 0.015), "cache_bytes", (0.65, 0.75), text=CHAINS),
     "speculative": Default(EXACT, "weight_bytes", (0.32, 0.42)),
-    "switchable": Default((0.002, 0.015), "multiply_adds", (0.55, 0.65), text=Text(stories=8)),
+    "switchable": Default((0.002, 0.015), "multiply_adds", (0.55, 0.65), text=Text(stories=4)),
     "teal": Default((-0.003, 0.015), "multiply_adds", (0.76, 0.82), text=Text(stories=4)),
     "token_prune": Default((0.004, 0.018), "multiply_adds", (0.79, 0.82), text=CHAIN),
     "value_prune": Default((-0.003, 0.008), "multiply_adds", (0.89, 0.92), text=CHAIN),
@@ -164,12 +164,12 @@ PRECOMPUTE = {
     "norm_skip": NoSaving((-0.002, 0.005), "memory", (0.998, 0.9999), "stories-relu", FEW),
     "order_products": NoSaving(EXACT, "weight_bytes", (1.25, 1.3), text=FEW),
     "pack_zeros": Default((0, 0), "memory", (0.8, 0.88), text=FEW, beside="prune"),
-    "prune": Default((0.0, 0.004), "memory", (0.8, 0.88), text=SOME, beside="pack_zeros"),
+    "prune": Default((0.0, 0.004), "memory", (0.8, 0.88), text=MORE, beside="pack_zeros"),
     "prune_structure": Default((-0.001, 0.003), "multiply_adds", (0.92, 0.95), text=SOME),
     "quantize": Default((-5e-4, 5e-4), "memory", (0.33, 0.35), text=SOME),
     "quantize_cache": Default((-5e-4, 5e-4), "kv_cache", (0.27, 0.29), text=SOME),
     "remove_weights": Default(EXACT, "multiply_adds", (0.85, 0.88), "stories-skipless", FEW),
-    "separate_magnitudes": Default((0.0, 0.003), "memory", (0.25, 0.265), text=SOME),
+    "separate_magnitudes": Default((0.0, 0.003), "memory", (0.25, 0.265), text=MORE),
     "separate_signs": NoSaving(EXACT, "multiply_adds", (1.85, 1.95), text=FEW),
     "shrink": Default(EXACT, "multiply_adds", (0.95, 0.98), "stories-relu", FEW),
     "slim_attention": Default(EXACT, "kv_cache", (0.5, 0.5), "stories-parallel", FEW),

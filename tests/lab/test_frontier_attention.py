@@ -25,7 +25,6 @@ from minitx.lab.frontier.attention_mass import KeyTotals, MeasuredSelector
 from minitx.lab.frontier.attention_methods import METHODS, first_guess
 from minitx.lab.frontier.attention_published import PUBLISHED
 from minitx.lab.frontier.knobs import Knob, chosen_methods, tune
-from minitx.lab.sweep import need_pyplot
 from minitx.lm import LM
 from minitx.model import Attend, Rope
 from minitx.shared.sparse_attention import SparseAttention, Visible
@@ -338,7 +337,8 @@ def test_chart_places_points_by_their_values():
     lines = drawn.splitlines()
     assert lines[0].startswith("     1 |") and lines[0].rstrip().endswith("a")
     assert lines[14].startswith("     0 |a") and lines[14].endswith("b")
-    assert lines[-1] == "a one, b two" and lines[-2].endswith("1 x")
+    assert lines[17] == "a one, b two" and lines[16].endswith("1 x")
+    assert lines[-1] == "x=1, y=1: a one, b two", "points that coincide are listed"
 
 
 # Timing ------------------------------------------------------------------------------------------
@@ -520,13 +520,12 @@ def test_picture_without_matplotlib_is_refused_before_measuring(
     assert not list(tmp_path.iterdir())
 
 
-def test_picture_is_written(found, tmp_path):
-    try:
-        need_pyplot()
-    except MinitxError:
-        pytest.skip("matplotlib is not installed")
-    attention_report.picture(found, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+def test_picture_names_every_method(found, tmp_path):
+    attention_report.picture(found, tmp_path / "a.svg")
+    picture = (tmp_path / "a.svg").read_text("utf-8")
+    assert all(f">{p.method}</text>" in picture for p in found.points), (
+        "a method is missing in the legend"
+    )
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from same import assert_same
 
 import minitx
 from minitx.checkpoints.find import shipped
 from minitx.checkpoints.hf_config import read_config
 from minitx.lab.check import check_model
 from minitx.lab.comparison import AGREES
-from minitx.lab.reference import FOLDER, find_references, read_reference
+from minitx.lab.inside import STEPS, inside
+from minitx.lab.reference import FOLDER, find_references, read_reference, seeded_model
 
 FILES = find_references()
 RANDOM = {n: read_reference(path) for n, path in FILES.items() if n.startswith("random-")}
@@ -58,6 +60,31 @@ def test_reference_matches_its_description(name):
             assert (single[name] != rounded).any(), "two runs, neither of them the other's copy"
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_every_step_inside_the_blocks_agrees_with_the_reference(name):
+    r = read_reference(FILES[name])
+    if name in RANDOM:
+        model = seeded_model(r.config, r.seed, "float64")
+    else:
+        model = minitx.load(name, dtype="float64").model
+    absent = {"gpt2": {"rotated queries", "rotated keys", "FFN gate"}, "gpt_neox": {"FFN gate"}}
+    absent = absent.get(model.config.family, set())
+    if model.config.parallel:
+        absent = absent | {"residual after attention"}
+    assert set(r.inside) == set(STEPS) - absent
+    assert r.inside_rows.tolist() == [round((len(r.ids) - 1) / 2), len(r.ids) - 1]
+    for block in range(model.config.layers):
+        found = inside(model, block, r.ids)
+        assert set(found) - set(r.inside) <= absent | {"product with W_o"}
+        for step, expected in r.inside.items():
+            what = f"{step} in block {block} of {name}"
+            assert abs(expected[block]).max() > 0.05 and expected.dtype == np.float64, what
+            ours = found[step][r.inside_rows]
+            assert_same(ours, expected[block], what, ("position", *STEPS[step]), 1e-12)
+        weights = r.inside["attention weights"][block]  # (2, H, T)
+        assert_same(weights.sum(-1), np.ones(weights.shape[:2]), "sums of weights", tolerance=1e-14)
+
+
 @pytest.mark.parametrize("name", COMPARED)
 def test_reference_prompt_is_text(name):
     r = read_reference(FILES[name])
@@ -87,4 +114,4 @@ def test_random_models_cover_the_families():
 
 def test_reference_folder_is_small():
     files = [path for path in Path(FOLDER).rglob("*") if "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files if path.is_file()) < 3_000_000
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 4_500_000

@@ -1,5 +1,7 @@
 """Exercises 16, 17, 18, 22 and 24 do what the library does, in float64."""
 
+from configparser import ConfigParser
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,8 @@ import minitx
 from minitx.learn import ex16_speculative, ex22_delta, ex24_rollback
 from minitx.learn.check import judge
 from minitx.learn.exact import exact_distribution
-from minitx.learn.exercise import find_exercise
+from minitx.learn.exercise import exercises, find_exercise
+from minitx.learn.workbook import SETTINGS
 from minitx.shared.draft_and_verify import accept_or_resample
 from minitx.skip.big_little import first_far
 from minitx.skip.delta import DeltaLinear
@@ -132,16 +135,27 @@ def test_test_that_returns_its_result_is_told_to_assert():
     assert len(verdict.mistakes) == 8 and "returns True" in verdict.message
 
 
+GROUPS = "K divides H"  # not in the line of the call, which messages quote
+
+
 @pytest.mark.parametrize(
     "test, words",
     [
         (lambda attention: None, "never calls"),
         (lambda attention: attention(*np.ones((3, 2, 4))), "no array of floats with 3 axes"),
         (lambda attention: attention(*np.ones((3, 1, 2, 4), int)), "no array of floats"),
-        (lambda attention: attention(np.ones((3, 2, 4)), *np.ones((2, 2, 2, 4))), "K divides H"),
+        (lambda attention: attention(np.ones((3, 2, 4)), *np.ones((2, 2, 2, 4))), GROUPS),
         (lambda attention: 1 / 0, "refuses a right attention"),
     ],
 )
 def test_test_that_cannot_be_used_is_told_why(test, words):
     verdict = verdict_on(test)
     assert not verdict.passed and words in verdict.message
+
+
+def test_pytest_takes_no_exercise_for_a_file_of_tests():
+    """ex17_test_the_test.py would match pytest's default pattern *_test.py."""
+    settings = ConfigParser()
+    settings.read_string(SETTINGS)
+    patterns = settings["pytest"]["python_files"].split()
+    assert not [e.stem for e in exercises() for p in patterns if fnmatch(f"{e.stem}.py", p)]

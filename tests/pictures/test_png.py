@@ -6,8 +6,7 @@ import pytest
 
 from minitx.errors import MinitxError
 from minitx.pictures.cells import Cells
-from minitx.pictures.png import write_png
-from minitx.pictures.save import check_files
+from minitx.pictures.output import check_output, write_picture
 from minitx.pictures.svg import Svg
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -16,9 +15,9 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 @pytest.mark.skipif(HAS_MATPLOTLIB, reason="matplotlib is installed")
 def test_png_without_matplotlib_is_refused_before_the_work(tmp_path):
     with pytest.raises(MinitxError, match="pip install matplotlib"):
-        check_files(None, tmp_path / "a.png")
+        check_output(tmp_path / "a.png")
     with pytest.raises(MinitxError, match="pip install matplotlib"):
-        write_png(Svg(10, 10, "x"), tmp_path / "a.png")
+        write_picture(Svg(10, 10, "x"), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -34,7 +33,7 @@ def test_png_has_the_colors_of_the_svg_at_their_places(tmp_path):
     picture.path([(0, 0), (1, 1)])
     picture.line(0, 0, 1, 1)
     picture.circle(30, 2, 1, fill="#00ff00")
-    write_png(picture, tmp_path / "a.png")
+    write_picture(picture, tmp_path / "a.png")
     pixels = imread(tmp_path / "a.png")[..., :3]
     assert pixels.shape == (40, 80, 3)
     assert pixels[20, 10].tolist() == [1, 0, 0], "red on the left"

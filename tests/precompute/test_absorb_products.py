@@ -6,6 +6,7 @@ from itertools import product
 import literal_absorb_products as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm
 
 from minitx.build import random_model
@@ -71,10 +72,10 @@ def test_absorb_products_worked_example_by_hand():
     bias b_o + b_v W_o = [0.5, 0.25] + 30 [7, 8] = [210.5, 240.25];   b_k drops out
     """
     both = absorb(by_hand(), qk=True, ov=True)
-    np.testing.assert_array_equal(both.qkv.q.w, [[3, 4], [6, 8]], "QK")
-    np.testing.assert_array_equal(both.qkv.q.b, [30, 40], "b_q W_k^T")
-    np.testing.assert_array_equal(both.out.w, [[35, 40], [42, 48]], "OV")
-    np.testing.assert_array_equal(both.out.b, [210.5, 240.25], "b_v W_o + b_o")
+    assert_same(both.qkv.q.w, [[3, 4], [6, 8]], "QK")
+    assert_same(both.qkv.q.b, [30, 40], "b_q W_k^T")
+    assert_same(both.out.w, [[35, 40], [42, 48]], "OV")
+    assert_same(both.out.b, [210.5, 240.25], "b_v W_o + b_o")
 
 
 # Literal version ---------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def test_absorb_products_default_is_what_the_positions_allow(kind, pairs):
         apply(make(kind), {"absorb_products": options}) for options in ({}, {"pairs": pairs})
     )
     assert repr(possible) == repr(asked)
-    np.testing.assert_array_equal(possible.logits(IDS), asked.logits(IDS))
+    assert_same(possible.logits(IDS), asked.logits(IDS))
 
 
 @cases
@@ -207,7 +208,7 @@ def test_absorb_products_with_any_mix_of_biases_by_hand(names):
     if not {"v", "out"} & set(names):
         assert b is None, f"expected no bias of the output, got {b}"
     else:
-        np.testing.assert_array_equal(b, expected, err_msg="b_v W_o + b_o")
+        assert_same(b, expected, "b_v W_o + b_o")
 
 
 # Costs -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import replace
 import literal_first_layer as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, error, tiny_lm
 
 from minitx import model as core
@@ -74,7 +75,7 @@ def test_first_layer_worked_example_by_hand():
     table = token_table(np.array([[3.0, 4.0]]), norm, qkv, None)
     root = 2**0.5
     expected = [[3, 4, root * 11, root * 8, root * 3, root * 16]]
-    np.testing.assert_allclose(table, expected, rtol=1e-15, err_msg="[s, q, k, v]")
+    assert_same(table, expected, "[s, q, k, v]", tolerance=1e-15)
 
 
 # Literal version ---------------------------------------------------------------------------------
@@ -108,10 +109,10 @@ def test_first_layer_table_and_block_0_equal_the_literal_version(kind, kv_heads)
     dense = make(kind, kv_heads=kv_heads)
     lm, w, c = apply(dense, {"first_layer": True}), literal_weights(dense), dense.model.config
     table = literal.make_table(w, c.parallel)
-    np.testing.assert_allclose(lm.model.embed.w, table, atol=1e-12, err_msg="table")
+    assert_same(lm.model.embed.w, table, "table", atol=1e-12)
     sizes = (c.heads, c.kv_heads, c.width, c.rope_width, c.rope_base, c.parallel)
     expected = literal.block_0(table, IDS, w, *sizes)
-    np.testing.assert_allclose(after_block_0(lm), expected, atol=1e-12, err_msg="block 0")
+    assert_same(after_block_0(lm), expected, "block 0", atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["learned", "learned-rms"])
@@ -121,9 +122,9 @@ def test_first_layer_learned_positions_equal_the_literal_version(kind):
     rows = embed(IDS, slice(3, 3 + len(IDS)))
     for t, row in zip(IDS, enumerate(rows)):
         position = 3 + row[0]
-        np.testing.assert_allclose(row[1][24:], literal.split_qkv(t, position, w), atol=1e-12)
+        assert_same(row[1][24:], literal.split_qkv(t, position, w), atol=1e-12)
         x = np.array(w["embedding"][t]) + w["positions"][position]
-        np.testing.assert_allclose(row[1][:24], x, atol=1e-15, err_msg="x")
+        assert_same(row[1][:24], x, "x", atol=1e-15)
 
 
 # The dense model ---------------------------------------------------------------------------------
@@ -175,9 +176,7 @@ def test_first_layer_row_of_a_batch_is_the_row_alone(kind):
 def test_first_layer_table_made_in_pieces_is_the_whole_table(monkeypatch):
     whole = apply(make("parallel"), {"first_layer": True}).model.embed.w
     monkeypatch.setattr("minitx.precompute.first_layer.ROWS", 4)
-    np.testing.assert_allclose(
-        apply(make("parallel"), {"first_layer": True}).model.embed.w, whole, atol=1e-13
-    )
+    assert_same(apply(make("parallel"), {"first_layer": True}).model.embed.w, whole, atol=1e-13)
 
 
 @pytest.mark.parametrize("control", ["rotated keys", "normalized x", "no x", "one position"])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import literal_fold_norms as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, tiny_lm
 
 from minitx.errors import MinitxError
@@ -25,8 +26,8 @@ def test_fold_norms_worked_example_by_hand():
     """
     linear = Linear(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([5.0, 6.0]))
     found = fold_into(linear, np.array([2.0, 10.0]), np.array([1.0, 3.0]))
-    np.testing.assert_array_equal(found.w, [[2, 4], [30, 40]], "W*")
-    np.testing.assert_array_equal(found.b, [15, 20], "c*")
+    assert_same(found.w, [[2, 4], [30, 40]], "W*")
+    assert_same(found.b, [15, 20], "c*")
 
 
 # Literal version ---------------------------------------------------------------------------------
@@ -48,13 +49,13 @@ def test_folded_norms_equal_the_literal_version(family):
         c = np.zeros(linear.w.shape[1]) if linear.b is None else linear.b
         arguments = norm.gain.tolist(), bias, linear.w.tolist(), c.tolist()
         w, c = literal.fold(*arguments)
-        np.testing.assert_allclose(folded.w, w, atol=1e-12, err_msg="W*")
+        assert_same(folded.w, w, "W*", atol=1e-12)
         found = folded(weightless(x))
         for row, z in zip(x.tolist(), found):
             expected = literal.norm_then_project(row, *arguments, kind, norm.eps)
-            np.testing.assert_allclose(z, expected, atol=1e-12, err_msg="output before folding")
+            assert_same(z, expected, "output before folding", atol=1e-12)
             expected = literal.folded(row, w, c, kind, norm.eps)
-            np.testing.assert_allclose(z, expected, atol=1e-12, err_msg="output after folding")
+            assert_same(z, expected, "output after folding", atol=1e-12)
 
 
 def test_folded_bias_goes_through_the_matrix():
@@ -65,7 +66,7 @@ def test_folded_bias_goes_through_the_matrix():
     for o in range(w.shape[1]):
         column = [float(g[i]) * float(w[i, o]) for i in range(len(g))]
         bias = sum(float(b[i]) * float(w[i, o]) for i in range(len(b))) + float(c[o])
-        np.testing.assert_allclose(after.qkv.k.w[:, o], column, rtol=1e-6)
+        assert_same(after.qkv.k.w[:, o], column, tolerance=1e-6)
         assert after.qkv.k.b[o] == pytest.approx(bias, rel=1e-5, abs=1e-6)
 
 

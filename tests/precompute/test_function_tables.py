@@ -5,6 +5,7 @@ import math
 import literal_function_tables as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm
 
 from minitx import ops
@@ -24,7 +25,7 @@ def test_worked_example_by_hand():
     0 01111 1000000000b = 0011 1110 0000 0000b = 0x3E00; with the sign of -1.5, 0xBE00."""
     table = FunctionTable.make(ops.relu, np.float64)
     assert (table.values[0x3E00], table.values[0xBE00]) == (1.5, 0)
-    np.testing.assert_array_equal(table(np.array([1.5, -1.5])), [1.5, 0])
+    assert_same(table(np.array([1.5, -1.5])), [1.5, 0])
 
 
 def test_function_table_equals_the_literal_version():
@@ -34,11 +35,11 @@ def test_function_table_equals_the_literal_version():
     expected = literal.function_table(square)
     found = FunctionTable.make(square, np.float64)
     numbers = [x is not None for x in expected]
-    np.testing.assert_array_equal(found.values[numbers], [x for x in expected if x is not None])
+    assert_same(found.values[numbers], [x for x in expected if x is not None])
     assert np.isnan(found.values[~np.array(numbers)]).all()
     x = [*np.random.default_rng(1).normal(0, 30, 500), 1e-9, 65519.0, math.inf, -math.inf]
     looked_up = [literal.look_up(expected, a, square) for a in x]
-    np.testing.assert_array_equal(found(np.array(x)), looked_up)
+    assert_same(found(np.array(x)), looked_up)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -50,11 +51,9 @@ def test_all_65536_float16_inputs_give_the_bits_of_the_function(f, dtype):
         expected = f(EVERY[numbers].astype(dtype))
     bits = np.uint32 if dtype == np.float32 else np.uint64
     assert found.dtype == dtype and numbers.sum() == 65536 - 2 * 1023
-    np.testing.assert_array_equal(found[numbers].view(bits), expected.view(bits))
+    assert_same(found[numbers].view(bits), expected.view(bits))
     given = EVERY[~numbers].astype(dtype)
-    np.testing.assert_array_equal(
-        found[~numbers].view(bits), given.view(bits), err_msg="NaN stays the same NaN"
-    )
+    assert_same(found[~numbers].view(bits), given.view(bits), "NaN stays the same NaN")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -67,14 +66,14 @@ def test_inputs_beyond_float16_give_the_function_itself(f, dtype):
         found, expected = FunctionTable.make(f, dtype)(x), f(x)
     inside = abs(x) < 65520
     assert np.isfinite(found).all() and found.dtype == dtype
-    np.testing.assert_array_equal(found[~inside], expected[~inside], "beyond float16")
-    np.testing.assert_allclose(found[inside], expected[inside], rtol=5e-4, atol=1e-7)
+    assert_same(found[~inside], expected[~inside], "beyond float16")
+    assert_same(found[inside], expected[inside], tolerance=5e-4, atol=1e-7)
 
 
 def test_other_inputs_are_rounded_to_float16():
     x = np.random.default_rng(1).normal(0, 3, (5, 7)).astype(np.float32)
     found = FunctionTable.make(ops.silu, np.float32)(x)
-    np.testing.assert_array_equal(found, ops.silu(x.astype(np.float16).astype(np.float32)))
+    assert_same(found, ops.silu(x.astype(np.float16).astype(np.float32)))
     assert 0 < abs(found - ops.silu(x)).max() < 0.01
 
 
@@ -104,7 +103,7 @@ def test_swiglu_looks_up_the_rounded_gate():
     assert type(expand) is TableSwiGLU
     x = np.random.default_rng(2).normal(size=(4, 16)).astype(np.float32)
     gate = expand.gate(x).astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(expand(x), ops.silu(gate) * expand.up(x))
+    assert_same(expand(x), ops.silu(gate) * expand.up(x))
 
 
 def test_table_reads_are_counted():

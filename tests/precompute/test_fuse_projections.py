@@ -5,6 +5,7 @@ from dataclasses import replace
 import literal_fuse_projections as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, in_chunks, tiny_lm
 
 from minitx.errors import MinitxError
@@ -35,7 +36,7 @@ def test_fuse_projections_worked_example_by_hand():
         attention_of(tiny_lm()), qkv=QKV(Linear(q), Linear(k), Linear(v)), attend=Attend(0.5)
     )
     fused = fuse_attention(attn)
-    np.testing.assert_array_equal(fused.qkv.all.w, [[1, 2, 1, 5], [3, 4, 3, 7]], "W_qkv")
+    assert_same(fused.qkv.all.w, [[1, 2, 1, 5], [3, 4, 3, 7]], "W_qkv")
     assert fused.qkv.all.b is None and fused.attend.scale == 1.0
     found = [part.tolist() for part in fused.qkv(np.array([1.0, 10.0]))]
     assert found == [[31, 42], [31], [75]], "queries, keys, values"
@@ -52,25 +53,25 @@ def test_fused_qkv_equals_the_literal_version(family):
     biases = [np.zeros(m.w.shape[1]) if m.b is None else m.b for m in maps]
     d = dense.model.config.head_width
     w, b = literal.fuse_qkv(*(a.tolist() for m, c in zip(maps, biases) for a in (m.w, c)), d)
-    np.testing.assert_allclose(after.qkv.all.w, w, atol=1e-15, err_msg="W_qkv")
+    assert_same(after.qkv.all.w, w, "W_qkv", atol=1e-15)
     x = np.random.default_rng(1).normal(size=(3, 16))
     widths = [m.w.shape[1] for m in maps]
     for row, q, k, v in zip(x, *after.qkv(x)):
         expected = literal.split(literal.project(row.tolist(), w, b), *widths)
         for name, found, piece in zip("qkv", (q, k, v), expected):
-            np.testing.assert_allclose(found, piece, atol=1e-13, err_msg=name)
+            assert_same(found, piece, name, atol=1e-13)
 
 
 def test_fused_swiglu_equals_the_literal_version():
     dense = tiny_lm("llama", np.float64)
     before, after = (lm.model.stack.blocks[1].ffn.expand for lm in (dense, apply(dense, FUSED)))
     w = literal.side_by_side(before.gate.w.tolist(), before.up.w.tolist())
-    np.testing.assert_array_equal(after.both.w, w, "W_gu")
+    assert_same(after.both.w, w, "W_gu")
     x = np.random.default_rng(1).normal(size=(3, 16))
     for row, found in zip(x, after(x)):
         gate, up = literal.split(literal.project(row.tolist(), w, [0] * 48), 24, 24)
         expected = [g / (1 + np.exp(-g)) * u for g, u in zip(gate, up)]
-        np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="silu(gate) * up")
+        assert_same(found, expected, "silu(gate) * up", atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,7 +79,7 @@ def test_fused_queries_only_and_keys_and_values_only(family):
     qkv = attention_of(apply(tiny_lm(family, np.float64), FUSED)).qkv
     x = np.random.default_rng(1).normal(size=(3, 16))
     for name, found, expected in zip("qkv", (qkv.q(x), *qkv.kv(x)), qkv(x), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-13, err_msg=name)
+        assert_same(found, expected, name, atol=1e-13)
 
 
 # The model ---------------------------------------------------------------------------------------

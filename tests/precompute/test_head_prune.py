@@ -5,6 +5,7 @@ from dataclasses import replace
 import literal_head_prune as literal
 import numpy as np
 import pytest
+from same import assert_same
 from test_prune_structure import kept_heads, make, parts
 from tiny import FAMILIES, error, tiny_lm
 
@@ -79,9 +80,7 @@ def test_importance_equals_finite_differences_of_the_literal_version(family):
         gates = [heads.astype(float).tolist() for heads in alive]
         expected = literal.importance([loss(ids) for ids in TEXTS[:2]], gates)
         found = importance(lm, alive, TEXTS[:2])
-        np.testing.assert_allclose(
-            found, expected, rtol=1e-5, atol=1e-9, err_msg="mean |derivative by the gate|"
-        )
+        assert_same(found, expected, "mean |derivative by the gate|", tolerance=1e-5, atol=1e-9)
 
 
 def test_texts_do_not_cancel():
@@ -89,13 +88,13 @@ def test_texts_do_not_cancel():
     lm = make("llama")
     each = np.array([importance(lm, all_alive(lm), [ids]) for ids in TEXTS])
     whole = np.array(importance(lm, all_alive(lm), TEXTS))
-    np.testing.assert_allclose(whole, each.mean(0), err_msg="the mean over texts of |derivative|")
+    assert_same(whole, each.mean(0), "the mean over texts of |derivative|", tolerance=1e-7)
 
 
 def test_gates_of_one_change_nothing_and_gates_of_zero_remove_a_head():
     lm = make("gpt2")
     alive = all_alive(lm)
-    np.testing.assert_array_equal(gated(lm, alive).logits(IDS), lm.logits(IDS))
+    assert_same(gated(lm, alive).logits(IDS), lm.logits(IDS))
     alive[1][2] = False
     found = wrap(lm, "attn", lambda attn, i: keep_heads(attn, np.flatnonzero(alive[i])))
     off = error(found.logits(IDS), gated(lm, alive).logits(IDS))
@@ -103,7 +102,7 @@ def test_gates_of_one_change_nothing_and_gates_of_zero_remove_a_head():
 
 
 def test_norm_divides_by_the_length_of_a_layers_scores():
-    np.testing.assert_allclose(by_norm(np.array([3.0, 4.0])), [0.6, 0.8])
+    assert_same(by_norm(np.array([3.0, 4.0])), [0.6, 0.8], tolerance=1e-7)
     assert by_norm(np.zeros(3)).tolist() == [0, 0, 0]
 
 
@@ -117,7 +116,7 @@ def test_contribution_is_what_a_head_adds_to_the_residual_stream():
     for h in range(6):
         own = slice(8 * h, 8 * h + 8)
         expected = 0 if h == 1 else (seen[:, own] @ attn.out.w[own]) ** 2
-        np.testing.assert_allclose(found[0][h], np.sum(expected), err_msg=f"head {h}")
+        assert_same(found[0][h], np.sum(expected), f"head {h}", tolerance=1e-7)
 
 
 # Which heads go ----------------------------------------------------------------------------------
@@ -211,7 +210,7 @@ def test_unequal_groups_equal_the_literal_attention():
     layer.store(k, v)
     found = attn.attend(q, k, v, layer)
     expected = literal.attention(*(x.tolist() for x in (q, k, v)), 8**-0.5, [0, 1, 1])
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert_same(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -248,7 +247,7 @@ def test_config_has_the_new_sizes_only_if_all_layers_agree(tmp_path):
     both = prune(lm, share=0.5)  # one of two heads in each of two layers
     assert (both.model.config.heads, both.model.config.kv_heads) == (1, 1)
     write_model(both.model, tmp_path / "both", "F32")
-    np.testing.assert_array_equal(minitx.load(tmp_path / "both").logits(IDS), both.logits(IDS))
+    assert_same(minitx.load(tmp_path / "both").logits(IDS), both.logits(IDS))
     for alive in ([[1, 0], [1, 1]], [[1, 1], [0, 1]]):
         one = without_heads(lm, [np.array(heads, bool) for heads in alive])
         assert [attn.heads for attn in parts(one, Attention)] == [sum(heads) for heads in alive]
@@ -262,7 +261,7 @@ def test_layers_of_different_sizes_can_be_precomputed(tmp_path):
     assert AttendUnequalGroups in {type(attn.attend) for attn in parts(lm, Attention)}
     write_precomputed(lm, tmp_path / "new", Origin("tiny", "--head-prune"), None)
     model, _ = read_precomputed(tmp_path / "new")
-    np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
+    assert_same(model(IDS), lm.logits(IDS))
 
 
 def test_prune_structure_goes_first():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import literal_low_rank as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm
 
 from minitx.calibration import calibration_ids
@@ -55,7 +56,7 @@ def test_factors_by_hand():
     w = np.array([[3.0, 3], [1, -1]])
     found = at_rank(w, 1)
     assert found.left.w.shape == (2, 1) and found.right.w.shape == (1, 2)
-    np.testing.assert_allclose(product(found), [[3, 3], [0, 0]], atol=1e-12)
+    assert_same(product(found), [[3, 3], [0, 0]], atol=1e-12)
     assert relative_error(w, product(found)) == pytest.approx((2 / 20) ** 0.5)
 
 
@@ -64,7 +65,7 @@ def test_weighted_factors_by_hand():
     of norms sqrt(18) and sqrt(200) sqrt(2) = 20: now row 1 is kept, and outputs are hardly off."""
     w, x = np.array([[3.0, 3], [1, -1]]), np.array([[0.0, 10], [0, 10], [1, 0]])
     found = product(at_rank(w, 1, root_of(x.T @ x, 1e-12)))
-    np.testing.assert_allclose(found, [[0, 0], [1, -1]], atol=1e-6)
+    assert_same(found, [[0, 0], [1, -1]], atol=1e-6)
     plain = product(at_rank(w, 1))
     assert relative_error(w, found, x) < 0.25 < relative_error(w, plain, x)
 
@@ -97,11 +98,9 @@ def test_factors_equal_the_literal_version(r):
     x, w = rng.normal(0, 1, (20, 6)) * rng.lognormal(0, 1, 6), rng.normal(0, 1, (6, 7))
     found = product(at_rank(w, r, root_of(x.T @ x, 1e-12)))
     expected = literal.low_rank(w.tolist(), r, x.tolist())
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert_same(found, expected, atol=1e-6)
     plain = product(at_rank(w, r))
-    np.testing.assert_allclose(
-        plain, literal.low_rank(w.tolist(), r, np.eye(6).tolist()), atol=1e-6
-    )
+    assert_same(plain, literal.low_rank(w.tolist(), r, np.eye(6).tolist()), atol=1e-6)
     assert relative_error(w, found, x) < relative_error(w, plain, x)
     assert relative_error(w, plain) < relative_error(w, found)
 
@@ -113,7 +112,7 @@ def test_inputs_that_are_always_zero_give_finite_factors():
     for seen in (x, x * 0):  # fewer rows than inputs, and none at all
         found = product(at_rank(w, 3, root_of(seen.T @ seen, 0.01)))
         assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, product(at_rank(w, 3)), atol=1e-12)
+    assert_same(found, product(at_rank(w, 3)), atol=1e-12)
 
 
 # The rank ----------------------------------------------------------------------------------------
@@ -189,10 +188,8 @@ def test_weighted_has_the_least_output_error_and_plain_the_least_weight_error(fa
             <= relative_error(linear.w, product(better)) * 1.0001
         )
         expected = plain(x) if linear.b is None else x @ product(plain) + linear.b
-        np.testing.assert_allclose(plain(x), expected, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(
-            plain.outputs(x, slice(5, None)), plain(x)[..., 5:], rtol=1e-4, atol=1e-4
-        )
+        assert_same(plain(x), expected, tolerance=1e-4, atol=1e-4)
+        assert_same(plain.outputs(x, slice(5, None)), plain(x)[..., 5:], tolerance=1e-4, atol=1e-4)
 
 
 def test_only_the_chosen_matrices_are_factorized():
@@ -210,7 +207,7 @@ def test_fused_projections_get_one_pair_of_factors():
     assert type(fused.all) is LowRank
     x = np.random.default_rng(0).normal(0, 1, (3, 16))
     for found, expected in zip(fused.kv(x), fused(x)[1:]):
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        assert_same(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import literal_lut_bit_serial as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import tiny_lm
 
 from minitx.errors import MinitxError
@@ -28,10 +29,10 @@ def test_worked_example_by_hand():
     """
     x, u = np.array([[3.0, -1, 2, 5]]), np.array([[3], [0], [2], [1]])
     sums = [-9, -3, -11, -5, -5, 1, -7, -1, 1, 7, -1, 5, 5, 11, 3, 9]
-    np.testing.assert_array_equal(signed_sums(x, 4), [[sums]], err_msg="table")
+    assert_same(signed_sums(x, 4), [[sums]], "table")
     assert (sums[9], sums[5]) == (7, 1)
     index = table_index(u, 2, 4)
-    np.testing.assert_array_equal(index[:, 0, 0], [9, 5], err_msg="index of each bit")
+    assert_same(index[:, 0, 0], [9, 5], "index of each bit")
     assert integer_product(x, index, 4) == 18
     assert BitSerialLinear(index, np.ones(1), np.full(1, 2.0), 4)(x) == 0
     y, tables, places = literal.lut_bit_serial(x[0].tolist(), u.tolist(), [2], [1], 2, 4)
@@ -47,10 +48,10 @@ def test_lut_bit_serial_equals_the_literal_version(bits, group):
         y, tables, index = literal.lut_bit_serial(
             row.tolist(), u.astype(int).tolist(), zero, scale, bits, group
         )
-        np.testing.assert_array_equal(part.index, index, err_msg="index")
+        assert_same(part.index, index, "index")
         padded = np.pad(row, (0, -len(row) % group))
-        np.testing.assert_allclose(signed_sums(padded[None], group)[0], tables, atol=1e-13)
-        np.testing.assert_allclose(part(row), y + b, atol=1e-12, err_msg="outputs")
+        assert_same(signed_sums(padded[None], group)[0], tables, atol=1e-13)
+        assert_same(part(row), y + b, "outputs", atol=1e-12)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
@@ -60,12 +61,12 @@ def test_table_reads_equal_the_integer_product_bit_for_bit(bits, group):
     x = RNG.integers(-100, 101, (7, 18)).astype(np.float64)
     u, zero = RNG.integers(0, 2**bits, (18, 11)), RNG.integers(0, 2**bits, 11).astype(np.float64)
     part = BitSerialLinear(table_index(u, bits, group), np.ones(11), zero, group)
-    np.testing.assert_array_equal(part(x), x @ (u - zero))
+    assert_same(part(x), x @ (u - zero))
 
 
 def test_the_second_half_of_a_table_is_the_negative_of_the_first():
     sums = signed_sums(RNG.normal(size=(3, 8)), 4)
-    np.testing.assert_array_equal(sums[..., ::-1], -sums)
+    assert_same(sums[..., ::-1], -sums)
 
 
 def test_float_inputs_are_multiplied_by_the_quantized_weights():
@@ -73,7 +74,7 @@ def test_float_inputs_are_multiplied_by_the_quantized_weights():
     u, scale, zero = quantize(w, 3)
     assert u.min() == 0 and u.max() == 7
     expected = x @ (scale * (u - zero)) + b
-    np.testing.assert_allclose(BitSerialLinear.of(w, b, 3, 4)(x), expected, atol=1e-13)
+    assert_same(BitSerialLinear.of(w, b, 3, 4)(x), expected, atol=1e-13)
     assert abs(scale * (u - zero) - w).max() <= scale.max(), "a weight is off by over one step"
 
 

@@ -3,6 +3,7 @@
 import literal_lut_centroid as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import tiny_lm
 
 from minitx.calibration import calibration_ids
@@ -22,13 +23,13 @@ def test_worked_example_by_hand():
     codebook = Codebook(centroids, (centroids**2).sum(-1) / 2)
     w, x = np.array([[2.0, 1], [1, -3]]), np.array([[0.8, 0.3]])
     part = CentroidLinear.of(codebook, w, None)
-    np.testing.assert_array_equal(part.tables, [[[2, 1], [1, -3], [-3, 2]]])
-    np.testing.assert_array_equal(codebook(x), [[0]])
-    np.testing.assert_array_equal(part(x), [[2, 1]])
-    np.testing.assert_allclose(x @ w, [[1.9, -0.1]])
+    assert_same(part.tables, [[[2, 1], [1, -3], [-3, 2]]])
+    assert_same(codebook(x), [[0]])
+    assert_same(part(x), [[2, 1]])
+    assert_same(x @ w, [[1.9, -0.1]], tolerance=1e-7)
     assert literal.lut_centroid([0.8, 0.3], w.tolist(), centroids.tolist()) == ([2, 1], [0])
     tie = codebook(np.array([[0.5, 0.5]]))
-    np.testing.assert_array_equal(tie, [[0]], err_msg="ties go to the lower index")
+    assert_same(tie, [[0]], "ties go to the lower index")
 
 
 def test_lut_centroid_equals_the_literal_version():
@@ -36,8 +37,8 @@ def test_lut_centroid_equals_the_literal_version():
     part = CentroidLinear.of(Codebook.of(rows, 4, 3, 0), w, None)
     for x in rows[:10]:
         y, codes = literal.lut_centroid(x.tolist(), w.tolist(), part.codebook.centroids.tolist())
-        np.testing.assert_array_equal(part.codebook(x[None])[0], codes, err_msg="codes")
-        np.testing.assert_allclose(part(x), y, atol=1e-12, err_msg="outputs")
+        assert_same(part.codebook(x[None])[0], codes, "codes")
+        assert_same(part(x), y, "outputs", atol=1e-12)
 
 
 def test_the_whole_error_is_that_of_the_reconstruction():
@@ -47,7 +48,7 @@ def test_the_whole_error_is_that_of_the_reconstruction():
     for centroids in (2, 8, 32, 80):
         codebook = Codebook.of(x, centroids, 3, 0)
         y = CentroidLinear.of(codebook, w, None)(x)
-        np.testing.assert_allclose(y, codebook.reconstruct(x) @ w, atol=1e-12)
+        assert_same(y, codebook.reconstruct(x) @ w, atol=1e-12)
         errors.append(((y - x @ w) ** 2).sum())
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < errors[0] / 4 and errors[3] < 1e-20
@@ -58,7 +59,7 @@ def test_kmeans_finds_clusters_and_is_deterministic():
     points = centers[:, RNG.integers(0, 3, 60)] + RNG.normal(0, 0.1, (2, 60, 2))
     found = kmeans(points, 3, 0)
     assert found.shape == (2, 3, 2)
-    np.testing.assert_array_equal(found, kmeans(points, 3, 0))
+    assert_same(found, kmeans(points, 3, 0))
     for segment, expected in zip(found, centers):
         distance = abs(segment[:, None] - expected).max(-1)
         assert (distance.min(0) < 0.2).all(), "a cluster has no centroid"
@@ -118,7 +119,7 @@ def test_sampled_inputs_are_every_nth_row_across_texts():
     sample = EveryRow(3)
     for a, b in ((0, 5), (5, 7), (7, 13)):
         sample.add(rows[a:b])
-    np.testing.assert_array_equal(sample.all, rows[::3])
+    assert_same(sample.all, rows[::3])
 
 
 def test_head_learns_from_the_normalized_hidden_states():
@@ -126,4 +127,4 @@ def test_head_learns_from_the_normalized_hidden_states():
     lm = tiny_lm()
     changed = apply(lm, {"lut_centroid": dict(layers=0, head=True, centroids=64, stories=1)})
     (ids,) = calibration_ids("test", lm, 1)
-    np.testing.assert_allclose(changed.logits(ids), lm.logits(ids), rtol=1e-4, atol=1e-4)
+    assert_same(changed.logits(ids), lm.logits(ids), tolerance=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import literal_lut_product as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import tiny_lm
 
 from minitx.errors import MinitxError
@@ -66,29 +67,29 @@ def test_worked_example_with_3_bit_inputs_and_2_bit_weights():
     """
     xi, xs = quantize_symmetric(X, 3)
     wi, ws = quantize_weights(W, 2)
-    np.testing.assert_allclose(xs, [0.3])
-    np.testing.assert_array_equal(xi, [[3, -1, 1, 2]])
-    np.testing.assert_array_equal(ws, [1, 1])
-    np.testing.assert_array_equal(wi, [[0, -1], [1, 0], [0, 1], [0, 1]])
+    assert_same(xs, [0.3], tolerance=1e-7)
+    assert_same(xi, [[3, -1, 1, 2]])
+    assert_same(ws, [1, 1])
+    assert_same(wi, [[0, -1], [1, 0], [0, 1], [0, 1]])
     table = ProductTable.of(3, 2, 2, "vertical")
     part = ProductTableLinear.of(table, W, None)
     cx = pack(xi, 3, 2)
-    np.testing.assert_array_equal(cx, [[31, 53]], err_msg="input codes")
-    np.testing.assert_array_equal(part.codes, [[14, 9], [10, 15]], err_msg="weight codes")
-    np.testing.assert_array_equal(table.entries[cx[0][:, None], part.codes], [[-1, -3], [0, 3]])
-    np.testing.assert_array_equal(table.sums(cx, part.codes), [[-1, 0]])
-    np.testing.assert_allclose(part(X), [[-0.3, 0]])
-    np.testing.assert_allclose(X @ W, [[0.1, -0.25]])
+    assert_same(cx, [[31, 53]], "input codes")
+    assert_same(part.codes, [[14, 9], [10, 15]], "weight codes")
+    assert_same(table.entries[cx[0][:, None], part.codes], [[-1, -3], [0, 3]])
+    assert_same(table.sums(cx, part.codes), [[-1, 0]])
+    assert_same(part(X), [[-0.3, 0]], tolerance=1e-7)
+    assert_same(X @ W, [[0.1, -0.25]], tolerance=1e-7)
 
 
 def test_worked_example_with_4_bits():
     xi, _ = quantize_symmetric(X, 4)
     wi, _ = quantize_weights(W, 4)
-    np.testing.assert_array_equal(xi, [[7, -3, 2, 5]])
-    np.testing.assert_array_equal(wi, [[4, -7], [7, 2], [-4, 5], [2, 7]])
+    assert_same(xi, [[7, -3, 2, 5]])
+    assert_same(wi, [[4, -7], [7, 2], [-4, 5], [2, 7]])
     part = ProductTableLinear.of(ProductTable.of(4, 4, 2, "vertical"), W, None)
-    np.testing.assert_array_equal(part.table.sums(pack(xi, 4, 2), part.codes), [[9, -10]])
-    np.testing.assert_allclose(part(X), [[0.16531, -0.18367]], atol=5e-6)
+    assert_same(part.table.sums(pack(xi, 4, 2), part.codes), [[9, -10]])
+    assert_same(part(X), [[0.16531, -0.18367]], atol=5e-6)
 
 
 @pytest.mark.parametrize("input_bits, weight_bits, length", [(3, 2, 2), (2, 2, 3), (4, 4, 1)])
@@ -100,10 +101,10 @@ def test_lut_product_equals_the_literal_version(input_bits, weight_bits, length)
     part = ProductTableLinear.of(table, w, None)
     xi, _ = quantize_symmetric(x[None], input_bits)
     found = pack(xi, input_bits, length)
-    np.testing.assert_array_equal(found[0], cx, err_msg="input codes")
-    np.testing.assert_array_equal(part.codes.T, cw, err_msg="weight codes")
-    np.testing.assert_array_equal(table.sums(found, part.codes)[0], acc, err_msg="integer sums")
-    np.testing.assert_allclose(part(x), y, rtol=1e-14, err_msg="outputs")
+    assert_same(found[0], cx, "input codes")
+    assert_same(part.codes.T, cw, "weight codes")
+    assert_same(table.sums(found, part.codes)[0], acc, "integer sums")
+    assert_same(part(x), y, "outputs", tolerance=1e-14)
 
 
 @pytest.mark.parametrize("layout", ["vertical", "horizontal"])
@@ -116,7 +117,7 @@ def test_table_reads_equal_the_integer_product_bit_for_bit(input_bits, weight_bi
     xi[0], wi[:, 0], xi[1] = a, w, -a
     table = ProductTable.of(input_bits, weight_bits, length, layout)
     cw = pack(wi.T, weight_bits, length).T.astype(np.uint32)
-    np.testing.assert_array_equal(table.sums(pack(xi, input_bits, length), cw), xi @ wi)
+    assert_same(table.sums(pack(xi, input_bits, length), cw), xi @ wi)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -127,19 +128,19 @@ def test_table_part_equals_the_integer_part_bit_for_bit(input_bits, weight_bits,
     found = ProductTableLinear.of(table, w, b)
     expected = IntegerLinear.of(w, b, input_bits, weight_bits)
     assert found(x).dtype == dtype
-    np.testing.assert_array_equal(found(x), expected(x))
+    assert_same(found(x), expected(x))
 
 
 @pytest.mark.parametrize("bits, length", [(2, 3), (3, 2), (4, 2), (8, 1)])
 def test_pack_inverts_unpack(bits, length):
     every = unpack(bits, length)
     assert every.min() == -(1 << bits - 1) and every.max() == (1 << bits - 1) - 1
-    np.testing.assert_array_equal(pack(every, bits, length)[:, 0], np.arange(1 << bits * length))
+    assert_same(pack(every, bits, length)[:, 0], np.arange(1 << bits * length))
 
 
 def test_pack_pads_the_last_group_with_the_value_0():
     """1 is stored as 1 + 8 = 9, the missing 0 as 8; a digit of 0 would mean -8."""
-    np.testing.assert_array_equal(pack(np.array([[1]]), 4, 2), [[9 + (8 << 4)]])
+    assert_same(pack(np.array([[1]]), 4, 2), [[9 + (8 << 4)]])
 
 
 @pytest.mark.parametrize(
@@ -172,12 +173,12 @@ def test_an_outlier_token_does_not_change_the_others():
     part = ProductTableLinear.of(ProductTable.of(4, 4, 2, "vertical"), w, None)
     before = part(x)
     x[2] *= 1000
-    np.testing.assert_array_equal(np.delete(part(x), 2, 0), np.delete(before, 2, 0))
+    assert_same(np.delete(part(x), 2, 0), np.delete(before, 2, 0))
 
 
 def test_an_input_of_zeros_gives_the_bias():
     part = ProductTableLinear.of(ProductTable.of(4, 4, 2, "vertical"), W, np.ones(2))
-    np.testing.assert_array_equal(part(np.zeros((1, 4))), [[1, 1]])
+    assert_same(part(np.zeros((1, 4))), [[1, 1]])
 
 
 # In a model --------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def test_all_matrices_share_one_table():
 )
 def test_layout_and_length_do_not_change_a_bit(options):
     expected = with_tables(length=1).logits(IDS)
-    np.testing.assert_array_equal(with_tables(**options).logits(IDS), expected)
+    assert_same(with_tables(**options).logits(IDS), expected)
 
 
 def test_logits_equal_the_integer_model_bit_for_bit():
@@ -207,7 +208,7 @@ def test_logits_equal_the_integer_model_bit_for_bit():
         dense, nodes, lambda node: IntegerLinear.of(*weight_and_bias(node), 4, 4)
     )
     found = with_tables(dtype=np.float32, head=True)
-    np.testing.assert_array_equal(found.logits(IDS), integer.logits(IDS))
+    assert_same(found.logits(IDS), integer.logits(IDS))
 
 
 # Search ------------------------------------------------------------------------------------------

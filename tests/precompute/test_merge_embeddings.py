@@ -6,6 +6,7 @@ from dataclasses import replace
 import literal_merge_embeddings as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm
 
 from minitx.build import random_model
@@ -34,19 +35,19 @@ def test_merged_embedding_worked_example_by_hand():
     embed = PositionEmbedding(TokenEmbedding(tokens), positions)
     dense = LM(replace(random_model(SMALL, 3), embed=embed))
     merged = apply(dense, {"merge_embeddings": True}).model.embed
-    np.testing.assert_array_equal(merged.w, [[[11, 22], [31, 42]], [[13, 24], [33, 44]]], "merged")
+    assert_same(merged.w, [[[11, 22], [31, 42]], [[13, 24], [33, 44]]], "merged")
     found = merged(np.array([1, 0]), slice(0, 2))
-    np.testing.assert_array_equal(found, [[13, 24], [31, 42]], "rows of tokens 1, 0")
+    assert_same(found, [[13, 24], [31, 42]], "rows of tokens 1, 0")
 
 
 def test_merged_embedding_equals_the_literal_version():
     dense = random_model(SMALL, 3, np.float64)
     merged = apply(LM(dense), {"merge_embeddings": True}).model.embed
     table = literal.merge(dense.embed.tokens.w.tolist(), dense.embed.w.tolist())
-    np.testing.assert_array_equal(merged.w, table, "merged")
+    assert_same(merged.w, table, "merged")
     ids = np.array([6, 0, 3])
     expected = literal.embed(table, ids.tolist(), first=2)
-    np.testing.assert_array_equal(merged(ids, slice(2, 5)), expected, "rows from position 2 on")
+    assert_same(merged(ids, slice(2, 5)), expected, "rows from position 2 on")
 
 
 def test_merged_embedding_rows_are_sums_of_two_float32_rows():
@@ -56,17 +57,17 @@ def test_merged_embedding_rows_are_sums_of_two_float32_rows():
     assert table.shape == (7, 5, 4) and table.dtype == np.float32
     for t in range(7):
         for p in range(5):
-            np.testing.assert_array_equal(table[t, p], dense.embed.tokens.w[t] + dense.embed.w[p])
+            assert_same(table[t, p], dense.embed.tokens.w[t] + dense.embed.w[p])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_merge_embeddings_is_bit_for_bit_the_dense_model(dtype):
     dense = tiny_lm("gpt2", dtype)
     lm = apply(dense, {"merge_embeddings": True})
-    np.testing.assert_array_equal(lm.logits(IDS), dense.logits(IDS))
-    np.testing.assert_array_equal(lm.logits(IDS.astype(np.uint16)), dense.logits(IDS))
+    assert_same(lm.logits(IDS), dense.logits(IDS))
+    assert_same(lm.logits(IDS.astype(np.uint16)), dense.logits(IDS))
     both = np.stack([IDS, IDS[::-1]])
-    np.testing.assert_array_equal(lm.logits(both), dense.logits(both))
+    assert_same(lm.logits(both), dense.logits(both))
     prompts = [[7, 2, 7, 0], [3], [10, 9]]  # padded on the left: positions of their own
     assert lm.generate(prompts, 8) == dense.generate(prompts, 8)
 

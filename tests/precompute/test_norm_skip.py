@@ -5,6 +5,7 @@ from functools import cache
 import literal_norm_skip as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_lm, tiny_model
 
 import minitx
@@ -34,7 +35,7 @@ family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def close(found, expected, what, tolerance=1e-10):
-    np.testing.assert_allclose(found, expected, atol=tolerance * abs(expected).max(), err_msg=what)
+    assert_same(found, expected, what, atol=tolerance * abs(expected).max())
 
 
 def skipped(lm) -> list[str]:
@@ -147,7 +148,7 @@ def test_random_choice_is_that_of_the_seed():
 def test_tied_head_keeps_the_embedding_as_it_is():
     lm = tiny_lm("gpt2", dtype=np.float64)
     changed = apply(lm, {"norm_skip": dict(where="final", count=1)}, calibrate=TEXTS)
-    np.testing.assert_array_equal(changed.model.embed.tokens.w, lm.model.embed.tokens.w)
+    assert_same(changed.model.embed.tokens.w, lm.model.embed.tokens.w)
     assert changed.model.head.w is changed.model.embed.tokens.w
     assert type(changed.model.norm) is FixedScale
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import literal_order_products as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm
 
 import minitx
@@ -66,7 +67,7 @@ def test_orders_by_hand():
 @pytest.mark.parametrize("by", ORDERINGS)
 def test_orders_equal_the_literal_version(by):
     order = np.broadcast_to(ORDERINGS[by](W), W.shape)
-    np.testing.assert_array_equal(order.T, expected_orders(W, by))
+    assert_same(order.T, expected_orders(W, by))
     assert order.dtype == np.uint8
     assert ORDERINGS[by](rng.normal(size=(300, 2))).dtype == np.uint16
 
@@ -89,19 +90,19 @@ def test_integer_sums_are_exact_in_every_order(by):
     x, w = rng.integers(-127, 128, (9, 24)), rng.integers(-127, 128, (24, 10))
     order = ORDERINGS[by](w)
     part = OrderedLinear(in_order(w, order), order, by)
-    np.testing.assert_array_equal(part(x), x @ w)
-    np.testing.assert_array_equal(accumulate(x, in_order(w, order), order, 32).saturated, x @ w)
+    assert_same(part(x), x @ w)
+    assert_same(accumulate(x, in_order(w, order), order, 32).saturated, x @ w)
 
 
 @pytest.mark.parametrize("by", ORDERINGS)
 def test_products_columns_and_blocks_of_rows_agree(by, monkeypatch):
     x, b, order = rng.normal(size=(3, 5, 24)), rng.normal(size=10), ORDERINGS[by](W)
     part = OrderedLinear(in_order(W, order), order, by, b)
-    np.testing.assert_allclose(part(x), x @ W + b, atol=1e-13)
-    np.testing.assert_allclose(part.outputs(x, slice(4, None)), (x @ W + b)[..., 4:], atol=1e-13)
+    assert_same(part(x), x @ W + b, atol=1e-13)
+    assert_same(part.outputs(x, slice(4, None)), (x @ W + b)[..., 4:], atol=1e-13)
     whole = part(x)
     monkeypatch.setattr(module, "GATHERED", 500)  # two rows at a time
-    np.testing.assert_array_equal(part(x), whole)
+    assert_same(part(x), whole)
     if order.shape[1] > 1:  # added in that order and no other
         one, expected = order[:, 0].astype(int), 0.0
         for i in one:
@@ -173,8 +174,8 @@ EXAMPLE_W = np.array(
 )
 SATURATED = [2, 0, 127, -1, -1, 0, -128]
 TOTAL = [2, 127, 381, -127, -1, 1, -381]
-TRANSIENT = [0, 1, 0, 1, 0, 1, 0]
-PERSISTENT = [0, 0, 1, 0, 0, 0, 1]
+TRANSIENT = np.array([0, 1, 0, 1, 0, 1, 0], bool)
+PERSISTENT = np.array([0, 0, 1, 0, 0, 0, 1], bool)
 
 
 def test_accumulator_of_8_bits_saturates_by_hand():
@@ -182,15 +183,15 @@ def test_accumulator_of_8_bits_saturates_by_hand():
     sums = accumulate(EXAMPLE_X, EXAMPLE_W, order, 8)
     expected = dict(saturated=SATURATED, exact=TOTAL, transient=TRANSIENT, persistent=PERSISTENT)
     for name, row in expected.items():
-        np.testing.assert_array_equal(getattr(sums, name), [row], err_msg=name)
-    either = np.add(TRANSIENT, PERSISTENT)
-    np.testing.assert_array_equal(sums.overflowed, [either], err_msg="a running sum overflowed")
+        assert_same(getattr(sums, name), [row], name)
+    either = TRANSIENT | PERSISTENT
+    assert_same(sums.overflowed, [either], "a running sum overflowed")
     b = np.arange(7.0)
     part = SaturatingLinear.of(EXAMPLE_W, b, order, "original", 8)
     with counting(part) as counts:
         y = part(np.concatenate([EXAMPLE_X, [[127.0, 0, 0]]]))  # the second: 127 w[0], which fits
-    np.testing.assert_array_equal(y[0], SATURATED + b, err_msg="saturated sums and the bias")
-    np.testing.assert_array_equal(y[1], 127 * EXAMPLE_W[0] + b, err_msg="products that fit")
+    assert_same(y[0], SATURATED + b, "saturated sums and the bias")
+    assert_same(y[1], 127 * EXAMPLE_W[0] + b, "products that fit")
     expected = {"dot products": 14, "persistent overflows": 2, "transient overflows": 3}
     assert counts.events == expected, f"expected {expected}, counted {dict(counts.events)}"
 
@@ -218,7 +219,7 @@ def test_scales_of_inputs_and_weights_multiply_the_saturated_sum_by_hand():
     same codes and scale 2. So the sums are those of the example, times 1/2."""
     part = SaturatingLinear.of(EXAMPLE_W * 2, None, orderings.original(EXAMPLE_W), "original", 8)
     found = part(EXAMPLE_X / 4)
-    np.testing.assert_array_equal(found, [np.array(SATURATED) / 2], err_msg="scaled sums")
+    assert_same(found, [np.array(SATURATED) / 2], "scaled sums")
 
 
 def test_overflows_counted_in_a_model_equal_the_literal_version():
@@ -275,9 +276,9 @@ def test_saturating_linear_is_the_int8_product_if_nothing_overflows():
     codes, scale = quantize_symmetric(W.T, 8)
     xs, x_scale = quantize_symmetric(x, 8)
     expected = (xs * x_scale[..., None]) @ (codes * scale[:, None]).T + b
-    np.testing.assert_allclose(part(x), expected, atol=1e-12)
-    np.testing.assert_allclose(part(x), x @ W + b, atol=0.2)
-    np.testing.assert_array_equal(part.outputs(x, slice(3, None)), part(x)[..., 3:])
+    assert_same(part(x), expected, atol=1e-12)
+    assert_same(part(x), x @ W + b, atol=0.2)
+    assert_same(part.outputs(x, slice(3, None)), part(x)[..., 3:])
     assert part.codes.dtype == np.int8
     narrow = replace(part, accumulator_bits=14)
     assert abs(narrow(x) - expected).max() > 0.2

@@ -5,6 +5,7 @@ import warnings
 import literal_pack_zeros as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm
 
 from minitx.errors import MinitxError, MinitxWarning
@@ -32,8 +33,8 @@ def test_bitmask_by_hand():
     w = np.array([[0, 2], [0, 0], [0.5, 0]], np.float32)
     packed = BitmaskLinear.of(Linear(w))
     assert packed.values.tolist() == [2, 0.5] and packed.mask.tolist() == [72]
-    np.testing.assert_array_equal(packed.w, w)
-    np.testing.assert_array_equal(packed(np.array([[1.0, 10, 100]], np.float32)), [[50, 2]])
+    assert_same(packed.w, w)
+    assert_same(packed(np.array([[1.0, 10, 100]], np.float32)), [[50, 2]])
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (8, 8), (1, 1), (5, 7)])
@@ -51,18 +52,16 @@ def test_packed_matrix_equals_the_literal_version(shape, sparsity):
 def test_packed_matrices_multiply_bit_for_bit_like_dense_ones(family):
     lm = pruned(tiny_lm(family), scope="2:4")
     packed = apply(lm, {"pack_zeros": True})
-    np.testing.assert_array_equal(packed.logits(IDS), lm.logits(IDS))
-    np.testing.assert_array_equal(
-        packed.model.next_logits(IDS[:1], packed.model.new_state()),
-        lm.model.next_logits(IDS[:1], lm.model.new_state()),
-    )
+    assert_same(packed.logits(IDS), lm.logits(IDS))
+    found, expected = (m.next_logits(IDS[:1], m.new_state()) for m in (packed.model, lm.model))
+    assert_same(found, expected)
     found = [node for _, node in walk(packed) if type(node) is BitmaskLinear]
     for part, w in zip(found, matrices(lm), strict=True):
-        np.testing.assert_array_equal(part.w, w)
+        assert_same(part.w, w)
         assert part.values.nbytes + part.mask.nbytes == w.size * (2 + 1 / 8)
         x = np.ones((2, len(w)), np.float32)
         some = slice(3, None)
-        np.testing.assert_array_equal(part.outputs(x, some), Linear(w, part.b).outputs(x, some))
+        assert_same(part.outputs(x, some), Linear(w, part.b).outputs(x, some))
 
 
 def test_memory_and_bytes_read_are_those_of_the_formula():
@@ -116,7 +115,7 @@ def test_every_matrix_that_the_default_packs_gets_smaller():
 def test_a_matrix_of_zeros_is_packed_without_values():
     packed = BitmaskLinear.of(Linear(np.zeros((4, 3), np.float32)))
     assert packed.values.size == 0
-    np.testing.assert_array_equal(packed.w, np.zeros((4, 3), np.float32))
+    assert_same(packed.w, np.zeros((4, 3), np.float32))
 
 
 def test_bad_options_are_refused():

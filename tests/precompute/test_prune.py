@@ -3,6 +3,7 @@
 import literal_prune as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, tiny_lm
 
 from minitx.calibration import calibration_ids
@@ -43,7 +44,7 @@ def test_wanda_and_magnitude_by_hand():
     """
     w, norms = np.array([[1.0], [-2.0], [0.5], [4.0]]), np.array([[10.0], [1.0], [1.0], [0.1]])
     scores = abs(w) * norms
-    np.testing.assert_allclose(scores[:, 0], [10, 2, 0.5, 0.4])
+    assert_same(scores[:, 0], [10, 2, 0.5, 0.4], tolerance=1e-7)
     half = selector("output", 0.5)
     assert half(scores)[:, 0].tolist() == [False, False, True, True], "wanda"
     assert half(abs(w))[:, 0].tolist() == [True, False, True, False], "magnitude"
@@ -61,7 +62,7 @@ def test_masks_equal_the_literal_version(seed):
         (abs(w), literal.scores(w.tolist())),
         (abs(w) * norms.norms[:, None], literal.scores(w.tolist(), x.tolist())),
     ):
-        np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg="scores")
+        assert_same(found, expected, "scores", tolerance=1e-12)
         for scope, mask in (
             ("output", literal.by_output(expected, 4)),  # int(16 * 0.3)
             ("matrix", literal.by_matrix(expected, 24)),
@@ -69,7 +70,7 @@ def test_masks_equal_the_literal_version(seed):
             ("4:8", literal.n_of_m(expected, 4, 8)),
         ):
             select = selector(scope, 0.3)
-            np.testing.assert_array_equal(select(np.array(expected)), mask, err_msg=scope)
+            assert_same(select(np.array(expected)), mask, scope)
 
 
 def test_scope_output_compares_a_column_and_n_of_m_runs_along_the_inputs():
@@ -77,9 +78,9 @@ def test_scope_output_compares_a_column_and_n_of_m_runs_along_the_inputs():
     w = np.array([[1.0, 40.0], [2.0, 30.0], [3.0, 20.0], [4.0, 10.0]])
     expected = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
     for scope in ("output", "2:4"):
-        np.testing.assert_array_equal(selector(scope, 0.5)(w), expected, err_msg=scope)
+        assert_same(selector(scope, 0.5)(w), expected, scope)
     by_matrix = selector("matrix", 0.5)(w)
-    np.testing.assert_array_equal(by_matrix, [[1, 0], [1, 0], [1, 0], [1, 0]])
+    assert_same(by_matrix, [[True, False]] * 4)
 
 
 def test_ties_go_to_the_lower_index_and_sparsity_0_zeroes_none():
@@ -118,8 +119,8 @@ def test_every_output_loses_the_same_share(family, method):
     lm = tiny_lm(family)
     changed = pruned(lm, sparsity=0.3, method=method, stories=3)
     for w, before in zip(matrices(changed), matrices(lm)):
-        np.testing.assert_array_equal((w == 0).sum(0), share_of(len(w), 0.3))
-        assert (w[w != 0] == before[w != 0]).all(), "the other weights stay as they were"
+        assert_same((w == 0).sum(0), share_of(len(w), 0.3))
+        assert_same(w[w != 0], before[w != 0], "the other weights stay as they were")
     for scope in ("2:4", "4:8"):
         m = int(scope[-1])
         for w in matrices(pruned(lm, scope=scope, method=method, stories=3)):
@@ -140,7 +141,7 @@ def test_global_scope_compares_all_matrices_as_in_the_literal_version():
     expected = literal.globally([literal.scores(w.tolist()) for w in before], 14)
     found = prune_globally(three, {id(m): m for m in (three.q, three.k, three.v)}, 0.4)  # of 35
     for w, mask, after in zip(before, expected, (found.q.w, found.k.w, found.v.w)):
-        np.testing.assert_array_equal(after, np.where(mask, 0, w))
+        assert_same(after, np.where(mask, 0, w))
 
     lm = tiny_lm("gpt2")
     total = sum(w.size for w in matrices(lm))

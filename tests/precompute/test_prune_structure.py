@@ -5,6 +5,7 @@ from dataclasses import replace
 import literal_prune_structure as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, error
 
 from minitx.build import random_model
@@ -65,7 +66,7 @@ def test_contributions_equal_the_literal_version():
     for rows in (1, 3, 4):
         found = contributions(hidden.T @ hidden, w, rows)
         expected = literal.contributions(hidden.tolist(), w.tolist(), rows)
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        assert_same(found, expected, tolerance=1e-12)
 
 
 def test_highest_scoring_ties_go_to_the_lower_index():
@@ -86,9 +87,9 @@ def kept_neurons(before: FFN, after: FFN):
     for name, linear in vars(after.expand).items():
         if type(linear) is Linear:
             whole = getattr(before.expand, name)
-            np.testing.assert_array_equal(linear.w, whole.w[:, rows])
+            assert_same(linear.w, whole.w[:, rows])
             if whole.b is not None:
-                np.testing.assert_array_equal(linear.b, whole.b[rows])
+                assert_same(linear.b, whole.b[rows])
     return rows
 
 
@@ -125,10 +126,10 @@ def kept_heads(before: Attention, after: Attention):
     q, kv = (np.concatenate([np.arange(h * d, h * d + d) for h in heads]) for heads in found)
     for name, columns in (("q", q), ("k", kv), ("v", kv)):
         whole, after_ = getattr(before.qkv, name), getattr(after.qkv, name)
-        assert np.array_equal(after_.w, whole.w[:, columns]), f"W_{name} keeps other heads"
+        assert_same(after_.w, whole.w[:, columns], f"W_{name} keeps other heads")
         if whole.b is not None:
-            assert np.array_equal(after_.b, whole.b[columns]), f"b_{name} keeps other heads"
-    assert np.array_equal(after.out.w, before.out.w[q]), "W_o keeps other heads"
+            assert_same(after_.b, whole.b[columns], f"b_{name} keeps other heads")
+    assert_same(after.out.w, before.out.w[q], "W_o keeps other heads")
     assert after.out.b is before.out.b, "the output projection keeps its whole bias"
     return found
 
@@ -166,7 +167,7 @@ SCORES = [20, 28, 9, 27, 1, 38]
 def test_heads_by_groups_and_weights_by_hand(share, groups):
     lm = with_norms(make("llama"), *NORMS)
     for attn in parts(lm, Attention):
-        np.testing.assert_allclose(head_scores(attn, {}), SCORES, err_msg="|W_v|^2 |W_o|^2")
+        assert_same(head_scores(attn, {}), SCORES, "|W_v|^2 |W_o|^2", tolerance=1e-7)
     changed = prune(lm, heads=share, heads_by="groups", score="weights")
     for number, both in enumerate(zip(parts(lm, Attention), parts(changed, Attention))):
         queries, kv = kept_heads(*both)
@@ -301,7 +302,7 @@ def test_removing_units_equals_zeroing_their_rows(family, score, by):
     lm = make(family)
     changed = prune(lm, neurons=0.5, heads=0.5, heads_by=by, score=score)
     expected = with_zeros(lm, changed)
-    assert error(changed.logits(IDS), expected.logits(IDS)) < 1e-12
+    assert_same(changed.logits(IDS), expected.logits(IDS), tolerance=1e-12)
     assert error(changed.logits(IDS), lm.logits(IDS)) > 1e-3
     heads, kv_heads = HEADS[family]
     group = heads // kv_heads
@@ -321,13 +322,11 @@ def test_heads_that_contribute_most_stay():
     scores = contributions(seen.gram, attn.out.w, 8).reshape(2, 3)
     rows = attn.out.w.reshape(2, 3, 8, -1)
     changed = parts(prune(lm, heads=0.67, heads_by="queries"), Attention)[0]
-    np.testing.assert_array_equal(
-        changed.out.w.reshape(2, 8, -1), rows[np.arange(2), scores.argmax(1)]
-    )
+    assert_same(changed.out.w.reshape(2, 8, -1), rows[np.arange(2), scores.argmax(1)])
     groups = parts(prune(lm, heads=0.5), Attention)[0]
     best = scores.sum(1).argmax()
-    np.testing.assert_array_equal(groups.out.w.reshape(3, 8, -1), rows[best])
-    np.testing.assert_array_equal(groups.qkv.v.w, attn.qkv.v.w[:, best * 8 : best * 8 + 8])
+    assert_same(groups.out.w.reshape(3, 8, -1), rows[best])
+    assert_same(groups.qkv.v.w, attn.qkv.v.w[:, best * 8 : best * 8 + 8])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -362,7 +361,7 @@ def test_pruned_model_is_a_plain_model_that_can_be_written(tmp_path):
     lm = prune(make("llama", np.float32), neurons=0.25, heads=0.34)
     assert lm.model.config.kv_heads == 2 and lm.model.config.heads == 4
     write_model(lm.model, tmp_path, "F32")
-    np.testing.assert_array_equal(load(tmp_path).logits(IDS), lm.logits(IDS))
+    assert_same(load(tmp_path).logits(IDS), lm.logits(IDS))
 
 
 def test_at_least_one_unit_stays_and_shares_are_rounded_down():
@@ -407,4 +406,4 @@ def test_other_techniques_accept_the_pruned_model(family):
         {"pack_zeros": True},
         {"exact_head": True},
     ):
-        assert error(apply(lm, options | others).logits(IDS), expected) < 1e-12
+        assert_same(apply(lm, options | others).logits(IDS), expected, tolerance=1e-12)

@@ -3,6 +3,7 @@
 import literal_quantize as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, in_chunks, tiny_lm, tiny_model
 
 import minitx
@@ -56,7 +57,7 @@ def test_quantize_symmetric_by_hand():
     assert codes.ravel().tolist() == [64, -127, 32, 13]
     assert scales.item() == 1 / 127 and zero_points is None
     found = dequantize(codes, scales, zero_points).ravel()
-    np.testing.assert_allclose(found, [0.50394, -1, 0.25197, 0.10236], atol=5e-6)
+    assert_same(found, [0.50394, -1, 0.25197, 0.10236], atol=5e-6)
     assert literal.symmetric([0.5, -1, 0.25, 0.1], 8)[0] == [64, -127, 32, 13]
 
 
@@ -85,9 +86,8 @@ def test_quantized_matrix_equals_the_literal_version(bits, group_size, symmetric
         found = quantize_matrix(w, bits, group_size, symmetric, channel_scales=scales)
         listed = None if scales is None else c.tolist()
         expected = literal.quantized(w.tolist(), bits, group_size or 20, symmetric, listed)
-        np.testing.assert_allclose(
-            found.dequantized(), expected, rtol=1e-12, atol=1e-14, err_msg="dequantized weights"
-        )
+        what = "dequantized weights"
+        assert_same(found.dequantized(), expected, what, tolerance=1e-12, atol=1e-14)
 
 
 def test_asymmetric_range_without_zero_is_widened():
@@ -102,7 +102,7 @@ def test_group_of_zeros_has_scale_1_and_stays_zero():
     found = quantize_matrix(np.zeros((8, 2), np.float32), 8, 4)
     assert (found.dequantized() == 0).all() and (found.scales == 1).all()
     found = quantize_matrix(np.zeros((8, 2), np.float32), 4, 4, symmetric=False)
-    assert (found.dequantized() == 0).all()
+    assert_same(found.dequantized(), 0)
 
 
 def test_symmetric_codes_never_reach_minus_128():
@@ -127,7 +127,7 @@ def test_error_is_at_most_half_a_scale(bits, dtype, half):
 def test_weights_on_the_grid_are_exact():
     w = RNG.integers(-127, 128, (32, 5)).astype(np.float32) / 64
     w[0], w[16] = 127 / 64, -127 / 64
-    np.testing.assert_array_equal(quantize_matrix(w, 8, 16).dequantized(), w)
+    assert_same(quantize_matrix(w, 8, 16).dequantized(), w)
 
 
 def test_group_sizes_are_equal_and_even_for_int4():
@@ -153,9 +153,9 @@ def test_groups_equal_llama2c_q8_0_where_group_size_divides():
     ours = quantize_matrix(w.T, 8, 64)
     data = ours.codes.transpose(2, 0, 1).tobytes() + ours.scales.T.astype("<f4").tobytes()
     found = decode_values(Llama2cHeader(2, None, 64), "head.w", data, np.float32).reshape(3, 128)
-    np.testing.assert_array_equal(found, ours.dequantized().T)
+    assert_same(found, ours.dequantized().T)
     expected = literal.quantized(w.T.tolist(), 8, 64)
-    np.testing.assert_allclose(found.T, expected, atol=1e-6)
+    assert_same(found.T, expected, atol=1e-6)
 
 
 # 4-bit integers ----------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_int4_packing_by_hand_and_round_trip():
     assert packed.tolist() == [248, 112] == literal.pack_int4([-8, -1, 0, 7])
     assert packed.dtype == np.uint8
     pairs = np.array([(a, b) for a in range(-8, 8) for b in range(-8, 8)])
-    np.testing.assert_array_equal(int4.unpack_int4(int4.pack_int4(pairs)), pairs)
+    assert_same(int4.unpack_int4(int4.pack_int4(pairs)), pairs)
     expected = literal.pack_int4(pairs.ravel().tolist())
     assert int4.pack_int4(pairs).ravel().tolist() == expected
     with pytest.raises(MinitxError, match="even number of 4-bit integers.*got 3"):
@@ -187,14 +187,12 @@ def test_products_equal_that_of_the_dequantized_matrix(bits, symmetric, T):
     expected = x @ matrix.dequantized() + b
     streamed = StreamedLinear(matrix, b, 200), StreamedLinear(matrix, b, 10**6)
     for part in (*streamed, DequantizedLinear(matrix, b)):
-        np.testing.assert_allclose(part(x), expected, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(
-            part.outputs(x, slice(5, None)), expected[..., 5:], rtol=1e-12, atol=1e-12
-        )
+        assert_same(part(x), expected, tolerance=1e-12, atol=1e-12)
+        assert_same(part.outputs(x, slice(5, None)), expected[..., 5:], tolerance=1e-12, atol=1e-12)
     integers = IntegerSumLinear(matrix, b)
     error = abs(integers(x) - expected).max() / abs(expected).max()
     assert 1e-6 < error < 0.05, "the inputs are rounded to int8"
-    np.testing.assert_array_equal(integers(x[1]), integers(x)[1])
+    assert_same(integers(x[1]), integers(x)[1])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -203,7 +201,7 @@ def test_integer_product_equals_the_literal_version(bits):
     x[:5] = 0  # a whole group of zeros
     found = IntegerSumLinear(quantize_matrix(w, bits, 5), None)(x[None])[0]
     expected = literal.integer_product(x.tolist(), w.tolist(), bits, 5)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert_same(found, expected, tolerance=1e-12)
 
 
 def test_integer_sums_in_float32_are_exact_up_to_1040_inputs():
@@ -213,7 +211,7 @@ def test_integer_sums_in_float32_are_exact_up_to_1040_inputs():
     a, b = RNG.integers(-127, 128, (2, 50, g))
     exact = (a[:, None, :] @ b[:, :, None]).ravel()
     found = a.astype(np.float32)[:, None, :] @ b.astype(np.float32)[:, :, None]
-    np.testing.assert_array_equal(found.ravel(), exact)
+    assert_same(found.ravel(), exact)
 
 
 def test_asymmetric_integer_sums_in_float32_are_exact_up_to_518_inputs():
@@ -248,11 +246,11 @@ def test_quantized_models_are_dense_models_with_rounded_weights(family, embeddin
         whole = changed.logits(IDS)
         largest = abs(whole).max()
         if run != "integers":
-            np.testing.assert_allclose(whole, expected, atol=1e-11 * abs(expected).max())
+            assert_same(whole, expected, atol=1e-11 * abs(expected).max())
         batch = changed.logits(np.array([IDS[:10], IDS[10:20]]))
-        np.testing.assert_allclose(batch[0], whole[:10], atol=1e-10 * largest)
+        assert_same(batch[0], whole[:10], atol=1e-10 * largest)
         chunks = in_chunks(changed, IDS, (9, 1, 14))
-        np.testing.assert_allclose(chunks, whole, atol=1e-10 * largest)
+        assert_same(chunks, whole, atol=1e-10 * largest)
         assert changed.generate(IDS[:5], 5) is not None
 
 
@@ -263,7 +261,7 @@ def test_techniques_on_top_use_the_quantized_weights():
     inner["quantize"] = {"bits": 4, "group_size": 6}
     expected = apply(lm, inner).logits(IDS)
     found = apply(lm, inner | {"first_layer": True, "early_exit": {"threshold": 1.1}}).logits(IDS)
-    np.testing.assert_allclose(found, expected, atol=1e-12 * abs(expected).max())
+    assert_same(found, expected, atol=1e-12 * abs(expected).max())
 
 
 # AWQ ---------------------------------------------------------------------------------------------
@@ -286,7 +284,7 @@ def test_awq_channel_scales_by_hand():
     """Mean |x| of 1, 16 and 0 at ratio 1/2: c = 1, 4 and 1e-4, the least allowed; divided by
     sqrt(4 * 1e-4) = 0.02 they are 50, 200 and 0.005, whose largest times smallest is 1."""
     c = channel_scales(np.array([1.0, 16, 0]), 0.5)
-    np.testing.assert_allclose(c, [50, 200, 0.005])
+    assert_same(c, [50, 200, 0.005], tolerance=1e-7)
     assert channel_scales(np.array([1.0, 16, 0]), 0) is None, "ratio 0 is plain rounding"
 
 
@@ -332,7 +330,7 @@ def test_awq_in_a_model_gives_the_same_however_products_are_computed():
     options = {"bits": 4, "group_size": 8, "awq": True, "stories": 1}
     found = [apply(lm, {"quantize": options | {"run": run}}).logits(IDS) for run in RUNS[:3]]
     for other in found[1:]:
-        np.testing.assert_allclose(other, found[0], atol=1e-11 * abs(found[0]).max())
+        assert_same(other, found[0], atol=1e-11 * abs(found[0]).max())
 
 
 # Counts, types, messages -------------------------------------------------------------------------
@@ -370,7 +368,7 @@ def test_float64_model_with_float16_scales_computes_in_float64(bits):
             w = node.dequantized()
             codes = node.codes_of(slice(None), np.float64)
             exact = dequantize(codes, node.scales.astype(np.float64), node.zero_points)
-            np.testing.assert_array_equal(w, exact.reshape(-1, node.width)[: node.inputs])
+            assert_same(w, exact.reshape(-1, node.width)[: node.inputs])
             assert w.dtype == node.columns([1, 2]).dtype == np.float64
 
 

@@ -3,6 +3,7 @@
 import literal_quantize_cache as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, in_chunks, tiny_lm
 
 from minitx.errors import MinitxError
@@ -28,8 +29,8 @@ def test_cache_row_by_hand():
     k = np.array([[[12.7, -6.35, 0.02, 0.96]]], np.float32)  # (K, T, d)
     cache.store(k, 0 * k, layer.take(1))
     keys, values = cache.read(layer)
-    np.testing.assert_allclose(keys[0, 0], [12.7, -6.4, 0, 1.0], rtol=1e-6, atol=1e-7)
-    assert (values == 0).all(), "a vector of zeros has scale 1 and stays zero"
+    assert_same(keys[0, 0], [12.7, -6.4, 0, 1.0], tolerance=1e-6, atol=1e-7)
+    assert_same(values, 0, "a vector of zeros has scale 1 and stays zero")
     row = layer.rows()[0][0, 0]
     assert row[:4].view(np.int8).tolist() == [127, -64, 0, 10], "codes"
     assert row[4:].view(np.float32) == np.float32(0.1) and row.dtype == np.uint8, "scale"
@@ -49,13 +50,13 @@ def test_keys_and_values_read_back_equal_the_literal_version(bits, group_size, d
     found = cache.read(layer)
     for part, whole in zip(first, found):
         assert whole.dtype == dtype
-        np.testing.assert_array_equal(part, whole[:, :4], err_msg="a later token changed a row")
+        assert_same(part, whole[:, :4], "a later token changed a row")
     for head in range(3):
         expected = literal.Cache(bits, g)
         for t in range(5):
             expected.store(k[head, t].tolist(), v[head, t].tolist())
         for whole, rows in zip(found, expected.read()):
-            np.testing.assert_allclose(whole[head], rows, rtol=1e-6)
+            assert_same(whole[head], rows, tolerance=1e-6)
     assert layer.keys.dtype == np.uint8
     assert layer.keys.shape[-1] == 6 * bits // 8 + 6 // g * np.dtype(dtype).itemsize
 
@@ -76,7 +77,7 @@ def test_attention_over_the_cache_equals_the_literal_version(bits, group_size, s
     for head in range(2):
         rows = (a[head].tolist() for a in (q, k, v))
         expected = literal.attend(*rows, bits, group_size or 8)
-        np.testing.assert_allclose(found[head], expected, rtol=1e-6, err_msg=f"head {head}")
+        assert_same(found[head], expected, f"head {head}", tolerance=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,12 +88,12 @@ def test_one_pass_chunks_and_batches_see_the_same_quantized_keys(family, options
     whole = lm.logits(IDS)  # in one pass, without a cache
     assert abs(whole - tiny_lm(family, dtype=np.float64).logits(IDS)).max() > 1e-6
     largest = abs(whole).max()
-    np.testing.assert_allclose(in_chunks(lm, IDS, (9, 1, 20)), whole, atol=1e-10 * largest)
+    assert_same(in_chunks(lm, IDS, (9, 1, 20)), whole, atol=1e-10 * largest)
     start = np.array([0, 8])
     batch = np.stack([IDS, np.concatenate([np.zeros(8, int), IDS[:22]])])
     found = in_chunks(lm, batch, (20, 10), lm.model.new_state(start))
-    np.testing.assert_allclose(found[0], whole, atol=1e-10 * largest)
-    np.testing.assert_allclose(found[1, 8:], whole[:22], atol=1e-10 * largest)
+    assert_same(found[0], whole, atol=1e-10 * largest)
+    assert_same(found[1, 8:], whole[:22], atol=1e-10 * largest)
 
 
 @pytest.mark.parametrize("options", [{}, {"bits": 4}, {"group_size": 4}, {"bits": 32}], ids=str)
@@ -128,7 +129,7 @@ def test_key_selection_reads_dequantized_keys():
     alone = apply(lm, {"quantize_cache": {}}).logits(IDS)
     for name in ("a3", "elsa", "predictive_attention"):
         both = apply(lm, {name: find(name).neutral, "quantize_cache": {}}).logits(IDS)
-        np.testing.assert_allclose(both, alone, atol=1e-12 * abs(alone).max(), err_msg=name)
+        assert_same(both, alone, name, atol=1e-12 * abs(alone).max())
 
 
 def test_slim_attention_whose_keys_give_the_values_works():

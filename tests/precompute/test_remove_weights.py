@@ -6,6 +6,7 @@ from itertools import product
 import literal_remove_weights as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, error, tiny_lm
 
 from minitx.build import build
@@ -124,7 +125,7 @@ def test_remove_weights_worked_example_by_hand():
         "b_down of block 1": (last.ffn.down.b, [1, 1]),
     }
     for name, (found, by_hand) in expected.items():
-        np.testing.assert_allclose(found, by_hand, atol=1e-15, err_msg=name)
+        assert_same(found, by_hand, name, atol=1e-15)
     check_close(new.logits([0, 0, 0]), lm.logits([0, 0, 0]), 1e-15, "logits")
 
 
@@ -154,19 +155,19 @@ def test_removed_weights_equal_the_literal_version(kind, matrix):
     sizes = c.heads, c.kv_heads, c.rope_width, c.rope_base
     embedding, blocks, head = as_lists(lm)
     dense = literal.forward(embedding, blocks, head, ids, *sizes)
-    np.testing.assert_allclose(dense, lm.logits(ids), atol=1e-12, err_msg="dense logits")
+    assert_same(dense, lm.logits(ids), "dense logits", atol=1e-12)
     embedding, blocks = literal.remove(embedding, blocks, matrix)
-    np.testing.assert_allclose(new.model.embed.w, embedding, atol=1e-11)
+    assert_same(new.model.embed.w, embedding, atol=1e-11)
     for block, theirs in zip(new.model.stack.blocks, blocks):
         for name, linear in vars(block.attn.qkv).items():
             if name != "condition":
-                np.testing.assert_allclose(linear.w, theirs[f"w_{name}"], atol=1e-10)
-                np.testing.assert_allclose(linear.b, theirs[f"b_{name}"], atol=1e-10)
+                assert_same(linear.w, theirs[f"w_{name}"], atol=1e-10)
+                assert_same(linear.b, theirs[f"b_{name}"], atol=1e-10)
         for linear, name in ((block.ffn.expand.up, "up"), (block.ffn.down, "down")):
-            np.testing.assert_allclose(linear.w, theirs[f"w_{name}"], atol=1e-10)
-            np.testing.assert_allclose(linear.b, theirs[f"b_{name}"], atol=1e-10)
+            assert_same(linear.w, theirs[f"w_{name}"], atol=1e-10)
+            assert_same(linear.b, theirs[f"b_{name}"], atol=1e-10)
     found = literal.forward(embedding, blocks, head, ids, *sizes)
-    np.testing.assert_allclose(found, new.logits(ids), atol=1e-11)
+    assert_same(found, new.logits(ids), atol=1e-11)
 
 
 # Exact -------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def test_remove_weights_condition_numbers_are_in_the_tree():
     new = apply(made("plain-mha"), {"remove_weights": {}})
     found = [node.condition for _, node in walk(new) if type(node) is InputIsQ]
     expected = [np.linalg.cond(b.attn.qkv.q.w) for b in made("plain-mha").model.stack.blocks]
-    np.testing.assert_allclose(found, expected)
+    assert_same(found, expected, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("other", ["fuse_projections", "fold_norms", "first_layer"])

@@ -3,6 +3,7 @@
 import literal_separate_magnitudes as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm, tiny_model
 
 from minitx import fast
@@ -39,7 +40,7 @@ def test_separate_magnitudes_equals_the_literal_version(bits, share):
         _, scale, large = literal.separate(column, bits, share)
         assert dict(zip(part.rows[:, o].tolist(), part.values[:, o].tolist())) == large
         assert part.scale[o] == pytest.approx(scale)
-        np.testing.assert_allclose(part.w[:, o], literal.weights(column, bits, share), rtol=1e-12)
+        assert_same(part.w[:, o], literal.weights(column, bits, share), tolerance=1e-12)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -50,8 +51,8 @@ def test_rest_is_off_by_half_a_scale_at_most(bits, share):
     error = abs(part.w - W)
     assert (error <= part.scale / 2 + 1e-12).all()
     largest = np.sort(abs(W), axis=0)[64 - k :]
-    np.testing.assert_array_equal(np.sort(abs(part.values), axis=0), largest)
-    assert (np.take_along_axis(error, part.rows.astype(int), 0) == 0).all()
+    assert_same(np.sort(abs(part.values), axis=0), largest)
+    assert_same(np.take_along_axis(error, part.rows.astype(int), 0), 0)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -59,7 +60,7 @@ def test_rest_is_off_by_half_a_scale_at_most(bits, share):
 def test_unpack_inverts_pack(bits, outputs):
     codes = rng.integers(0, 2**bits, (5, outputs))
     planes = pack(codes, bits)
-    np.testing.assert_array_equal(unpack(planes, outputs), codes)
+    assert_same(unpack(planes, outputs), codes)
     assert planes.shape == (5, bits, -(-outputs // 8)) and planes.dtype == np.uint8
 
 
@@ -70,8 +71,8 @@ def test_pack_by_hand():
 
 def test_outputs_are_products_with_the_rebuilt_weights():
     part, x = OutlierLinear.of(Linear(W, B), 4, 0.05), rng.normal(size=(3, 5, 64))
-    np.testing.assert_allclose(part(x), x @ part.w + B, atol=1e-12)
-    np.testing.assert_array_equal(part.outputs(x, slice(4, None)), part(x)[..., 4:])
+    assert_same(part(x), x @ part.w + B, atol=1e-12)
+    assert_same(part.outputs(x, slice(4, None)), part(x)[..., 4:])
 
 
 def rounded(w, bits, groups):
@@ -92,14 +93,14 @@ def test_heavy_tails_are_nearer_than_by_plain_rounding_at_the_same_memory(bits):
     groups = round((32 + k * (32 + 8)) / 32)  # as much memory, see lab/costs
     errors = [np.linalg.norm(found - w) for found in (part.w, rounded(w, bits, groups))]
     assert errors[0] < errors[1] < np.linalg.norm(rounded(w, bits, 1) - w)
-    np.testing.assert_allclose(OutlierLinear.of(Linear(w), bits, 0).w, rounded(w, bits, 1))
+    assert_same(OutlierLinear.of(Linear(w), bits, 0).w, rounded(w, bits, 1), tolerance=1e-7)
 
 
 def test_zero_weights_stay_zero_and_share_1_keeps_all():
     zero = OutlierLinear.of(Linear(np.zeros((4, 3), np.float32)), 4, 0.25)
     assert not zero.w.any() and zero.w.dtype == np.float32
     w = W.astype(np.float32)
-    np.testing.assert_array_equal(OutlierLinear.of(Linear(w), 2, 1.0).w, w)
+    assert_same(OutlierLinear.of(Linear(w), 2, 1.0).w, w)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,7 +136,7 @@ def test_matrix_that_keeps_every_weight_stays_as_it_is(share, monkeypatch):
     lm = to_column_major(tiny_lm(model=tiny_model(width=24, hidden=24, heads=3, kv_heads=3)))
     found = apply(lm, {"separate_magnitudes": {"share": share}})
     assert OutlierLinear not in kinds(found)
-    np.testing.assert_array_equal(found.logits(IDS), lm.logits(IDS))
+    assert_same(found.logits(IDS), lm.logits(IDS))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import literal_separate_signs as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm
 
 from minitx.errors import MinitxError
@@ -34,21 +35,21 @@ def test_separate_signs_equals_the_literal_version(bits):
     for o, w in enumerate(W.T.tolist()):
         y, its_up, its_down = literal.unsigned_product(x[0].tolist(), w, bits)
         assert (up[0, o], down[0, o]) == (its_up, its_down), f"sums of output {o}"
-        np.testing.assert_allclose(part(x)[0, o], y, rtol=1e-12)
+        assert_same(part(x)[0, o], y, tolerance=1e-12)
         y = literal.difference_of_sums(x[0].tolist(), w)
-        np.testing.assert_allclose(SplitLinear(*split_signs(W))(x)[0, o], y, rtol=1e-9)
+        assert_same(SplitLinear(*split_signs(W))(x)[0, o], y, tolerance=1e-9)
 
 
 def test_each_weight_is_in_one_of_the_two_matrices():
     plus, minus = split_signs(W)
-    np.testing.assert_array_equal(plus - minus, W)
+    assert_same(plus - minus, W)
     assert not (plus * minus).any() and plus.min() >= 0 and minus.min() >= 0
 
 
 def test_float_difference_equals_the_product():
     part, x = SplitLinear(*split_signs(W), B), rng.normal(size=(3, 5, 24))
-    np.testing.assert_allclose(part(x), x @ W + B, atol=1e-13)
-    np.testing.assert_allclose(part.outputs(x, slice(4, None)), (x @ W + B)[..., 4:], atol=1e-13)
+    assert_same(part(x), x @ W + B, atol=1e-13)
+    assert_same(part.outputs(x, slice(4, None)), (x @ W + B)[..., 4:], atol=1e-13)
     x = abs(x)
     assert (x @ part.plus + B >= part(x) - 1e-12).all(), "x W+ + b is no upper bound"
 
@@ -64,12 +65,12 @@ def test_integer_sums_are_exact_and_bounded(bits, dtype):
     codes, scale = quantize_symmetric(x, 8)
     codes = codes.astype(int)
     up, down = part.sums(*split_signs(codes))
-    np.testing.assert_array_equal(up - down, codes @ signed)
+    assert_same(up - down, codes @ signed)
     largest = 127 * abs(signed).sum(0)  # known before any input
     assert up.min() >= 0 and down.min() >= 0 and (np.maximum(up, down) <= largest).all()
     expected = (codes @ signed) * scale[..., None] * part.scale + B
-    np.testing.assert_allclose(part(x), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(part.outputs(x, slice(3, None)), part(x)[..., 3:])
+    assert_same(part(x), expected, tolerance=1e-5, atol=1e-5)
+    assert_same(part.outputs(x, slice(3, None)), part(x)[..., 3:])
     assert part(x).dtype == dtype
 
 
@@ -85,7 +86,7 @@ def test_sums_beyond_float32_are_exact():
     x = np.full((1, 3000), 127)
     x[0, -1] = 126
     up, down = part.sums(*split_signs(x))
-    np.testing.assert_array_equal(up - down, x @ (127 * w.astype(np.int64)))
+    assert_same(up - down, x @ (127 * w.astype(np.int64)))
     assert up.max() > 1 << 24
 
 

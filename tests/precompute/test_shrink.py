@@ -5,6 +5,7 @@ from dataclasses import replace
 import literal_shrink as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, KINDS, check_close, error, tiny_lm
 
 from minitx.build import random_model
@@ -56,10 +57,10 @@ def test_shrink_worked_example_by_hand():
     w_v, w_o = np.array([[1.0], [2.0], [3.0]]), np.array([[3.0, 6.0, -2.0]])
     qkv = replace(attn.qkv, v=Linear(w_v))
     new = shrink_output(replace(attn, qkv=qkv, out=Linear(w_o), heads=1, kv_heads=1), "pivoted", 0)
-    np.testing.assert_allclose(new.qkv.v.w, [[6], [12], [18]], err_msg="W_v*")
-    np.testing.assert_allclose(new.out.rest, [[[0.5, -1 / 3]]], err_msg="W_o*[rest]")
+    assert_same(new.qkv.v.w, [[6], [12], [18]], "W_v*", tolerance=1e-7)
+    assert_same(new.out.rest, [[[0.5, -1 / 3]]], "W_o*[rest]", tolerance=1e-7)
     u = new.qkv.v(np.array([[1.0, 0, 0]]))
-    np.testing.assert_allclose(new.out(u), [[3, 6, -2]], err_msg="output")
+    assert_same(new.out(u), [[3, 6, -2]], "output", tolerance=1e-7)
 
 
 # Literal version ---------------------------------------------------------------------------------
@@ -76,12 +77,12 @@ def test_shrunk_values_and_output_equal_the_literal_version(kind):
         a = attn.qkv.v.w[:, j * d : (j + 1) * d]
         b = attn.out.w[j * G * d : (j * G + 1) * d]
         a_new, rest, p = literal.pair(a.tolist(), b.tolist())
-        np.testing.assert_allclose(new.qkv.v.w[:, j * d : (j + 1) * d], a_new, atol=1e-11)
-        np.testing.assert_allclose(new.out.rest[j], rest, atol=1e-11)
+        assert_same(new.qkv.v.w[:, j * d : (j + 1) * d], a_new, atol=1e-11)
+        assert_same(new.out.rest[j], rest, atol=1e-11)
         assert np.argsort(new.out.gather[j]).tolist() == p
         for x in np.eye(D)[:3]:
             applied = literal.apply(a_new, rest, p, x.tolist())
-            np.testing.assert_allclose(applied, x @ a @ b, atol=1e-11)
+            assert_same(applied, x @ a @ b, atol=1e-11)
 
 
 def test_shrink_pivots_equal_the_literal_version():
@@ -131,19 +132,19 @@ def test_shrink_padded_batch_and_single_tokens():
     ids = np.stack([IDS[:12], IDS[12:24]]) % 19
     start = np.array([0, 5])
     found, expected = (x.model(ids, x.model.new_state(start)) for x in (new, lm))
-    np.testing.assert_allclose(found[1, 5:], expected[1, 5:], atol=1e-11)
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-11)
+    assert_same(found[1, 5:], expected[1, 5:], atol=1e-11)
+    assert_same(found[0], expected[0], atol=1e-11)
     state = new.model.new_state()
     one = [new.model(ids[0, t : t + 1], state)[0] for t in range(12)]
-    np.testing.assert_allclose(one, expected[0], atol=1e-11)
+    assert_same(one, expected[0], atol=1e-11)
 
 
 def test_shrunk_parts_give_output_columns():
     attn = attention_of(made(GROUPED))
     x = np.random.default_rng(3).standard_normal((2, 5, 24))
     keys, out = shrink_keys(attn, "pivoted", 0).qkv.k, shrink_output(attn, "pivoted", 0).out
-    np.testing.assert_array_equal(keys.outputs(x, slice(3, None)), keys(x)[..., 3:])
-    np.testing.assert_array_equal(out.outputs(x, slice(3, None)), out(x)[..., 3:])
+    assert_same(keys.outputs(x, slice(3, None)), keys(x)[..., 3:])
+    assert_same(out.outputs(x, slice(3, None)), out(x)[..., 3:])
 
 
 def test_shrink_keeps_scores_though_queries_and_keys_change():
@@ -156,13 +157,13 @@ def test_shrink_keeps_scores_though_queries_and_keys_change():
         j = h // 2
         for a, b, same in ((4, 6, False), (0, 4, True)):
             qs, ks = slice(6 * h + a, 6 * h + b), slice(6 * j + a, 6 * j + b)
-            np.testing.assert_allclose(q2[:, qs] @ k2[:, ks].T, q[:, qs] @ k[:, ks].T, atol=1e-10)
+            assert_same(q2[:, qs] @ k2[:, ks].T, q[:, qs] @ k[:, ks].T, atol=1e-10)
             assert np.array_equal(q2[:, qs], q[:, qs]) == same
     for j in range(2):  # the identity: these keys are numbers of x, plus the bias
         order = new.qkv.k.order[j, :2]
         rest = x[:, new.qkv.k.order[j, 2:]] @ new.qkv.k.rest[j]
         found = k2[:, 6 * j + 4 : 6 * j + 6] - new.qkv.k.b[6 * j + 4 : 6 * j + 6]
-        np.testing.assert_allclose(found - rest, x[:, order], atol=1e-12)
+        assert_same(found - rest, x[:, order], atol=1e-12)
 
 
 def test_shrink_of_rotated_columns_would_change_the_logits():

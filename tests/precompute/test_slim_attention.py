@@ -6,6 +6,7 @@ from dataclasses import replace
 import literal_slim_attention as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm, tiny_model
 
 from minitx import fast, ops
@@ -73,8 +74,8 @@ def test_slim_attention_worked_example_by_hand():
     """
     w_k, w_v = np.array([[2.0, 0.0], [0.0, 4.0]]), np.array([[6.0, 2.0], [8.0, 4.0]])
     w_kv, condition = solve(w_k, w_v)
-    np.testing.assert_allclose(w_kv, [[3, 1], [2, 1]], rtol=1e-15, err_msg="W_kv")
-    np.testing.assert_allclose(np.array([2, 4]) @ w_kv, [14, 6], rtol=1e-15, err_msg="value")
+    assert_same(w_kv, [[3, 1], [2, 1]], "W_kv", tolerance=1e-15)
+    assert_same(np.array([2, 4]) @ w_kv, [14, 6], "value", tolerance=1e-15)
     assert condition == pytest.approx(2)
 
 

@@ -3,6 +3,7 @@
 import literal_vocab_prune as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import END, FAMILIES, in_chunks, tiny_lm, tiny_model
 
 import minitx
@@ -46,7 +47,7 @@ def kept_of(lm) -> list[int]:
 
 
 def close(found, expected, what, tolerance=1e-10):
-    np.testing.assert_allclose(found, expected, atol=tolerance * abs(expected).max(), err_msg=what)
+    assert_same(found, expected, what, atol=tolerance * abs(expected).max())
 
 
 # Worked example ----------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def test_kept_logits_equal_dense_on_a_text_of_kept_tokens(family):
     close(found[:, kept], expected[:, kept], "logits of kept tokens")
     dropped = np.setdiff1d(np.arange(259), kept)
     gap = found[:, kept].max(-1, keepdims=True) - found[:, dropped]
-    np.testing.assert_allclose(gap, BELOW, err_msg="logits of dropped tokens")
+    assert_same(gap, BELOW, "logits of dropped tokens", tolerance=1e-7)
 
 
 def test_dropped_tokens_are_never_sampled():
@@ -194,7 +195,7 @@ def test_saved_model_has_its_tokenizer_back(tmp_path):
     text = "Mia went to the garden."
     assert again.tokenizer.encode(text) == lm.tokenizer.encode(text)
     assert again.tokenizer.encode(text) != lm.tokenizer.original.encode(text)
-    np.testing.assert_array_equal(again.logits([1, 2, 3]), lm.logits([1, 2, 3]))
+    assert_same(again.logits([1, 2, 3]), lm.logits([1, 2, 3]))
 
 
 # Work --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import tempfile
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from minitx.checkpoints.find import shipped  # noqa: E402
 from minitx.checkpoints.hf_config import read_config  # noqa: E402
 from minitx.checkpoints.huggingface import write_model  # noqa: E402
 from minitx.config import Config  # noqa: E402
+from minitx.lab.inside import STEPS  # noqa: E402
 from minitx.lab.reference import (  # noqa: E402
     Reference,
     files_about,
@@ -38,6 +40,7 @@ from minitx.lab.reference import (  # noqa: E402
 )
 from minitx.training.stories import stories  # noqa: E402
 
+INSIDE_ROWS = 2  # positions at which everything inside the blocks is stored
 ROWS = 12  # positions whose outputs are stored; storing all would take 10 times the space
 NEW_TOKENS = 32  # of greedy decoding
 PROMPT = "Once upon a time"
@@ -82,6 +85,36 @@ MODULES = {  # model type: module names of the blocks and of the final norm
     "gpt_neox": ("layers", "final_layer_norm"),
 }
 
+# Model type: module names inside a block. Those of qkv give queries, keys and values.
+INSIDE = {
+    "llama": {
+        "attention norm": "input_layernorm",
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "out": "self_attn.o_proj",
+        "FFN norm": "post_attention_layernorm",
+        "FFN gate": "mlp.gate_proj",
+        "FFN up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    },
+    "gpt2": {
+        "attention norm": "ln_1",
+        "qkv": ("attn.c_attn",),
+        "out": "attn.c_proj",
+        "FFN norm": "ln_2",
+        "FFN up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    },
+    "gpt_neox": {
+        "attention norm": "input_layernorm",
+        "qkv": ("attention.query_key_value",),
+        "out": "attention.dense",
+        "FFN norm": "post_attention_layernorm",
+        "FFN up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    },
+}
+INSIDE |= {"mistral": INSIDE["llama"], "qwen2": INSIDE["llama"]}
+
 
 def make_random(name: str, config: Config, seed: int) -> Reference:
     rng = np.random.default_rng(seed)
@@ -113,7 +146,8 @@ def outputs(name: str, folder, ids: np.ndarray, prompt: np.ndarray, about: dict)
         if dtype == "float64":
             in_float64(model)
         captured = capture_hidden_states(model)
-        all_logits = model(torch.from_numpy(ids)[None], use_cache=False).logits
+        with recorded_blocks(model) as blocks:
+            all_logits = model(torch.from_numpy(ids)[None], use_cache=False).logits
         hidden[dtype] = np.stack([x[0].numpy()[rows] for x in captured])  # (L + 2, R, D)
         logits[dtype] = all_logits[0].numpy()[rows]  # (R, V)
         assert hidden[dtype].dtype == logits[dtype].dtype == dtype
@@ -121,7 +155,16 @@ def outputs(name: str, folder, ids: np.ndarray, prompt: np.ndarray, about: dict)
     # Two nearly tied tokens would make the completion depend on rounding.
     assert greedy["float32"] == greedy["float64"], f"{name}: choose another prompt or seed"
     about = about | {"versions": VERSIONS}
-    return Reference(name, about, ids, rows, prompt, np.array(greedy["float64"]), hidden, logits)
+    few = np.linspace(0, len(ids) - 1, INSIDE_ROWS + 1).round().astype(int)[1:]
+    inside = {}
+    for step in STEPS:
+        if step in blocks[0]:  # of the last run, in float64
+            inside[step] = np.stack([block[step][few] for block in blocks])  # (L, I, ...)
+            assert inside[step].dtype == np.float64
+    return Reference(
+        *(name, about, ids, rows, prompt, np.array(greedy["float64"]), hidden, logits),
+        *(few, inside),
+    )
 
 
 def capture_hidden_states(model) -> list:
@@ -143,6 +186,81 @@ def capture_hidden_states(model) -> list:
     handles += [blocks[0].register_forward_pre_hook(before_first_block, with_kwargs=True)]
     handles += [module.register_forward_hook(after_module) for module in (*blocks, norm)]
     return captured
+
+
+@contextmanager
+def recorded_blocks(model):
+    """Within the context, a forward pass fills one dict per block: step -> values (T, ...)."""
+    kind, config = model.config.model_type, model.config
+    names, found, handles = INSIDE[kind], [], []
+    parallel = kind == "gpt_neox" and config.use_parallel_residual
+
+    for block in getattr(model.base_model, MODULES[kind][0]):
+        into = {}
+        found.append(into)
+
+        def hook(name, on_output=None, on_input=None, block=block):
+            def after(module, args, result):
+                if on_input:
+                    on_input(args[0][0].numpy())
+                if on_output:
+                    on_output(result[0].numpy())
+
+            handles.append(block.get_submodule(name).register_forward_hook(after))
+
+        def keep(step, into=into):
+            return lambda values: into.update({step: values})
+
+        hook(names["attention norm"], keep("attention norm"))
+        for name, steps in zip(names["qkv"], projections(kind, config)):
+            hook(name, lambda values, split=steps, into=into: into.update(split(values)))
+        hook(names["out"], keep("attention output"), keep("weighted sum of the values"))
+        before_ffn = None if parallel else keep("residual after attention")
+        hook(names["FFN norm"], keep("FFN norm"), before_ffn)
+        for step in ("FFN gate", "FFN up"):
+            if step in names:
+                hook(names[step], keep(step))
+        hook(names["down"], keep("FFN output"), keep("hidden neurons"))
+
+    attend, calls = torch.nn.functional.scaled_dot_product_attention, iter(found)
+
+    def recorded_attend(q, k, v, **options):
+        """Torch's own attention; with an identity matrix instead of the values it returns the
+        attention weights."""
+        into, kv_heads = next(calls), getattr(config, "num_key_value_heads", q.shape[1])
+        if kind != "gpt2":
+            into["rotated queries"] = q[0].transpose(0, 1).numpy()  # (T, H, d)
+            each = k.shape[1] // kv_heads  # keys may have been repeated for every query head
+            into["rotated keys"] = k[0, ::each].transpose(0, 1).numpy()  # (T, K, d)
+        S = k.shape[2]
+        identity = torch.eye(S, dtype=v.dtype).expand(*v.shape[:2], S, S)
+        into["attention weights"] = attend(q, k, identity, **options)[0].transpose(0, 1).numpy()
+        return attend(q, k, v, **options)
+
+    torch.nn.functional.scaled_dot_product_attention = recorded_attend
+    try:
+        yield found
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = attend
+        for handle in handles:
+            handle.remove()
+
+
+def projections(kind: str, config) -> list:
+    """One function for each module of "qkv": its output (T, columns) -> values by step."""
+    if len(INSIDE[kind]["qkv"]) == 3:
+        return [lambda values, step=step: {step: values} for step in QKV]
+    if kind == "gpt2":  # all queries, then all keys, then all values
+        return [lambda values: dict(zip(QKV, np.split(values, 3, -1)))]
+
+    def of_heads(values):  # per head: its query, key and value
+        by_head = values.reshape(len(values), config.num_attention_heads, 3, -1)
+        return {step: by_head[:, :, i].reshape(len(values), -1) for i, step in enumerate(QKV)}
+
+    return [of_heads]
+
+
+QKV = ("queries", "keys", "values")
 
 
 def greedy_decode(model, prompt: np.ndarray) -> list[int]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from same import assert_same
 
 from minitx.shared.activation_threshold import AboveThreshold, AsManyAtRandom, Magnitudes
 
@@ -37,10 +38,10 @@ def test_zeros_are_below_a_threshold_of_zero():
 def test_random_baseline_selects_as_many_but_others_for_each_token():
     x = np.random.default_rng(0).standard_normal((50, 40))
     largest, random = AboveThreshold(1.0)(x), AsManyAtRandom.of(1.0, 40, 3)(x)
-    np.testing.assert_array_equal(random.sum(1), largest.sum(1), "not the same number")
+    assert_same(random.sum(1), largest.sum(1), "not the same number")
     assert (random != largest).any(1).all()
     assert random.any(0).mean() > 0.8 and not random.all(0).any(), "the same for every token"
-    np.testing.assert_array_equal(AsManyAtRandom.of(1.0, 40, 3)(x[7]), random[7])
+    assert_same(AsManyAtRandom.of(1.0, 40, 3)(x[7]), random[7])
     assert (AsManyAtRandom.of(1.0, 40, 4)(x) != random).any(), "the seed makes no difference"
 
 

@@ -3,6 +3,7 @@ of the plain softmax."""
 
 import numpy as np
 import pytest
+from same import assert_same
 
 from minitx import fast, ops
 from minitx.ledger import counting
@@ -24,7 +25,7 @@ def test_output_and_weights_equal_plain_attention(monkeypatch, masked):
             weights[:, a:b, :end] = p
     with counting(Attend(0.3)) as expected:
         ops.attention(q, k, v, 0.3, mask if masked else None)
-    np.testing.assert_allclose(out, ops.plain_attention(q, k, v, 0.3, mask), atol=1e-12)
+    assert_same(out, ops.plain_attention(q, k, v, 0.3, mask), atol=1e-12)
     scores = np.where(mask, fast.MASKED, 0.3 * q @ k.swapaxes(-1, -2))
-    np.testing.assert_allclose(weights, ops.softmax(scores), atol=1e-12)
+    assert_same(weights, ops.softmax(scores), atol=1e-12)
     assert counts.total() == expected.total(), "it costs what attention costs"

@@ -5,6 +5,7 @@ import weakref
 
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import tiny_lm
 
 from minitx.model import Linear
@@ -33,7 +34,7 @@ def test_blocks_are_judged_by_the_dense_model_if_wanted():
     expected = watch_inputs(lm, Linear, TEXTS, Rows)
     assert found.keys() == expected.keys()
     for key, observer in expected.items():
-        np.testing.assert_array_equal(found[key], observer.all, "not the dense model's inputs")
+        assert_same(found[key], observer.all, "not the dense model's inputs")
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
@@ -42,7 +43,7 @@ def test_blocks_are_judged_after_the_earlier_ones_changed(factor):
     q = [block.attn.qkv.q for block in lm.model.stack.blocks]
     inputs = watch_inputs(changed, Linear, TEXTS, Rows)  # of the changed model
     second = inputs[id(changed.model.stack.blocks[1].attn.qkv.q)].all
-    np.testing.assert_allclose(found[id(q[1])], second, rtol=1e-6)
+    assert_same(found[id(q[1])], second, tolerance=1e-6)
 
 
 def test_only_wanted_matrices_are_observed_and_one_block_is_kept_at_a_time():

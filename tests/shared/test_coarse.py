@@ -1,6 +1,7 @@
 """coarse: what rounding errors separate becomes equal, what differs by more stays apart."""
 
 import numpy as np
+from same import assert_same
 
 from minitx.shared.coarse import ERROR, coarse
 
@@ -18,7 +19,7 @@ def test_equal_numbers_stay_equal_in_vectors_of_other_lengths():
     x[:, 3] = 0.3
     x[:250] *= np.where(np.arange(8) == 3, 1, 100)
     noisy = x * (1 + 1e-15 * np.random.default_rng(1).standard_normal(x.shape))
-    np.testing.assert_array_equal(coarse(noisy), coarse(x), "rounding errors are left")
+    assert_same(coarse(noisy), coarse(x), "rounding errors are left")
     assert len(np.unique(coarse(noisy)[:, 3])) == 1
 
 
@@ -27,4 +28,4 @@ def test_error_is_bounded():
     error = np.linalg.norm(coarse(x) - x, axis=-1)
     assert (error <= ERROR * np.linalg.norm(x, axis=-1)).all() and error.max() > 0
     assert coarse(x.astype(np.float32)).dtype == np.float64
-    np.testing.assert_array_equal(coarse(x).astype(np.float32), coarse(x), "float32 holds 20 bits")
+    assert_same(coarse(x).astype(np.float32), coarse(x), "float32 holds 20 bits")

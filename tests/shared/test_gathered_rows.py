@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from same import assert_same
 
 from minitx.ledger import counting
 from minitx.shared.gathered_rows import (
@@ -52,14 +53,14 @@ def test_equals_the_product_with_zeros(shape, share):
     active = RNG.random(x.shape) < share
     rows = union_of(active)
     found = NeuronRows(w, b).sum(at_rows(x, active, rows), rows)
-    np.testing.assert_allclose(found, (x * active) @ w + b, atol=1e-12)
+    assert_same(found, (x * active) @ w + b, atol=1e-12)
 
 
 def test_dot_products_are_those_of_the_rows():
     w, b, x = RNG.standard_normal((9, 5)), RNG.standard_normal(9), RNG.standard_normal((4, 5))
     rows = np.array([1, 2, 7])
     found = NeuronRows(w, b).dot(x, rows)
-    np.testing.assert_allclose(found, (x @ w.T + b)[:, rows], atol=1e-12)
+    assert_same(found, (x @ w.T + b)[:, rows], atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(1,), (6,), (2, 3), (0,), (2, 0)])
@@ -67,4 +68,4 @@ def test_token_by_token_equals_all_at_once_also_without_tokens(shape):
     w, x = RNG.standard_normal((9, 5)), RNG.standard_normal((*shape, 9))
     found = token_by_token(lambda row: row @ w, x)
     assert found.shape == (*shape, 5)
-    np.testing.assert_allclose(found, x @ w, atol=1e-12)
+    assert_same(found, x @ w, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from same import assert_same
 
 from minitx.errors import MinitxError
 from minitx.ledger import counting
@@ -45,7 +46,7 @@ def test_rough_version_that_fails_a_check_gives_way_to_the_finer_one():
     with counting(monitor := with_monitor()) as counts:
         y = monitor(x, Layer.once(5))
     # position 0 rough; 1 checked: exact, and one level down; 2 fine; 3 checked; 4 fine
-    np.testing.assert_allclose(y[:, 0], [0, 2.2, 2.0, 2.2, 2.0], err_msg="other versions ran")
+    assert_same(y[:, 0], [0, 2.2, 2.0, 2.2, 2.0], "other versions ran", tolerance=1e-7)
     assert counts.events == {"quality checks": 2, "checks above the limit": 1}
 
 
@@ -66,14 +67,14 @@ def test_exact_version_is_left_when_the_next_one_is_good_enough():
     y = with_monitor()(x, layer)
     # checks: 1 rough fails -> fine; 3 fine fails (0 instead of 0.4) -> exact; 5 fine would do ->
     # fine; 7 fine does -> rough; 8 runs rough: 3.0 becomes 4.0
-    np.testing.assert_allclose(y[:, 0], [0, 2.2, 2.0, 0.4, 16, 16, 16, 16, 8])
+    assert_same(y[:, 0], [0, 2.2, 2.0, 0.4, 16, 16, 16, 16, 8], tolerance=1e-7)
 
 
 def test_exact_version_stays_while_the_next_one_is_not_good_enough():
     x = column(*[0.2] * 9)  # rough and fine give 0 instead of 0.4
     y = with_monitor()(x, Layer.once(9))
     # checks: 1 rough fails -> fine; 3 fine fails -> exact; 5 and 7: fine would fail again
-    np.testing.assert_allclose(y[:, 0], [0, 0.4, 0, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
+    assert_same(y[:, 0], [0, 0.4, 0, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4], tolerance=1e-7)
 
 
 def numbers(n):
@@ -91,7 +92,7 @@ def run(x, sizes):
 @pytest.mark.parametrize("sizes", [(1,) * 20, (7, 1, 12), (2, 2, 16)])
 def test_one_pass_equals_chunks(sizes):
     x = numbers(20)
-    assert np.array_equal(run(x, sizes), run(x, (20,))), "decisions depend on the chunks"
+    assert_same(run(x, sizes), run(x, (20,)), "decisions depend on the chunks")
 
 
 def test_rewind_takes_decisions_back():
@@ -99,7 +100,7 @@ def test_rewind_takes_decisions_back():
     first = monitor(x, layer.take(20))
     layer.rewind(5)
     again = monitor(x[5:], layer.take(15))
-    assert np.array_equal(first[5:], again), "a decision after the rewind position survived"
+    assert_same(first[5:], again, "a decision after the rewind position survived")
 
 
 def test_decisions_go_by_position_when_tokens_are_missing():
@@ -118,7 +119,7 @@ def test_batch_without_cache_runs_row_by_row():
     y = with_monitor(3, 0.2)(x, Layer.once(10))
     for b in range(2):
         alone = with_monitor(3, 0.2)(x[b], Layer.once(10))
-        assert np.array_equal(y[b], alone), f"row {b} differs from the row alone"
+        assert_same(y[b], alone, f"row {b} differs from the row alone")
     with pytest.raises(MinitxError, match="quality monitor.*batch"):
         with_monitor()(x, Layer(10).take(10))
 

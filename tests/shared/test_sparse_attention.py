@@ -7,6 +7,7 @@ attend to the kept keys; and the symmetric quantization that several selectors u
 import numpy as np
 import pytest
 from qkv import random_qkv, run
+from same import assert_same
 
 from minitx import fast, ops
 from minitx.ledger import counting
@@ -35,8 +36,8 @@ class EveryThird(Part):
 
     def __call__(self, q, k, known, visible):
         sums, twice = known
-        np.testing.assert_array_equal(sums[..., : visible.S], k.sum(-1), "known of other keys")
-        np.testing.assert_array_equal(twice[..., : visible.S, :], 2 * k, "known of other keys")
+        assert_same(sums[..., : visible.S], k.sum(-1), "known of other keys")
+        assert_same(twice[..., : visible.S, :], 2 * k, "known of other keys")
         *lead, H, T, _ = q.shape
         K = k.shape[-3]
         kept = np.zeros((*lead, K, H // K, T, visible.S), bool)
@@ -73,7 +74,7 @@ def test_attention_over_two_of_three_keys_by_hand():
     v = np.array([[[10.0], [20], [30]]])
     kept = np.array([[[[True, False, True]]]])  # (K, G, 1, S)
     for attend in (attend_gathered, attend_masked):
-        np.testing.assert_allclose(attend(q, k, v, 1.0, kept), [[[25]]], err_msg=attend.__name__)
+        assert_same(attend(q, k, v, 1.0, kept), [[[25]]], attend.__name__, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("sizes", [(90,), (1,) * 90, (30, 1, 59)])
@@ -84,7 +85,7 @@ def test_sparse_attention_in_prompts_chunks_and_tokens_equals_literal(sizes, flo
     with counting(attend) as counts:
         found = run(attend, q, k, v, sizes)
     expected, kept = literal_attention(q, k, v, 0.5, floor)
-    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="attention output")
+    assert_same(found, expected, "attention output", atol=1e-12)
     assert counts.events["keys kept"] == kept
     assert counts.events["keys seen"] == 4 * 90 * 91 // 2
     assert ("keys scored" in counts.events) == bool(floor)
@@ -122,11 +123,8 @@ def test_sparse_attention_in_padded_batch_equals_each_sequence_alone(sizes):
     found = run(SparseAttention(EveryThird(), 0.5, 0.2), q, k, v, sizes, Layer(12, start))
     for row in (0, 1):
         expected, _ = literal_attention(q[row], k[row], v[row], 0.5, 0.2, start[row])
-        np.testing.assert_allclose(
-            found[row, :, start[row] :],
-            expected[:, start[row] :],
-            atol=1e-12,
-            err_msg=f"sequence {row}",
+        assert_same(
+            found[row, :, start[row] :], expected[:, start[row] :], f"sequence {row}", atol=1e-12
         )
 
 
@@ -151,9 +149,7 @@ def test_gathered_equals_masked_attention():
         np.testing.assert_allclose(*both, atol=1e-13, err_msg=f"gathered, masked; floor {floor}")
     only_key_7 = np.arange(40) == np.full((3, 2, 2, 1, 1), 7)
     alone = attend_gathered(q, k, v, 0.5, only_key_7)
-    np.testing.assert_allclose(
-        alone, np.repeat(v[..., 7:8, :], 2, -3), atol=1e-13, err_msg="one key: its own value"
-    )
+    assert_same(alone, np.repeat(v[..., 7:8, :], 2, -3), "one key: its own value", atol=1e-13)
 
 
 # Selecting ---------------------------------------------------------------------------------------
@@ -199,7 +195,7 @@ def test_per_key_computes_each_key_once_and_again_after_a_rewind():
 
     for S in (3, 3, 5):
         (known,) = per_key(owner, k[:, :S], make, layer)
-        np.testing.assert_array_equal(known[:, :S], 10 * k[:, :S])
+        assert_same(known[:, :S], 10 * k[:, :S])
     assert asked == [[0, 2, 4], [6, 8]], "every key is computed once, when it is new"
     layer.memory.rewind(4)
     (known,) = per_key(owner, -k[:, :6], make, layer)
@@ -218,5 +214,5 @@ def test_quantize_symmetric_by_hand():
     1.25, which rounds to 1. Zeros have the scale 1, and dtypes stay."""
     integers, scales = quantize_symmetric(np.array([[1.4, -0.6, 0.25], [0, 0, 0]], np.float32), 4)
     assert integers.tolist() == [[7, -3, 1], [0, 0, 0]]
-    np.testing.assert_allclose(scales, [0.2, 1], rtol=1e-6)
+    assert_same(scales, [0.2, 1], tolerance=1e-6)
     assert integers.dtype == scales.dtype == np.float32

@@ -3,6 +3,7 @@ same bits alone and in a batch, counted reads, and other techniques beside them.
 
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm
 
 from minitx.errors import MinitxError
@@ -65,23 +66,23 @@ def test_a_token_alone_equals_the_token_in_a_batch(kind, dtype, out, monkeypatch
     whole = part(x)
     assert whole.shape == (4, 25, out) and whole.dtype == dtype
     single = [part(x[i, t]) for i in range(4) for t in range(25)]
-    np.testing.assert_array_equal(single, whole.reshape(100, out))
-    np.testing.assert_array_equal(part(x[2]), whole[2])
+    assert_same(single, whole.reshape(100, out))
+    assert_same(part(x[2]), whole[2])
     strided = np.concatenate([x, x], -1)[..., :22]  # not contiguous
-    np.testing.assert_array_equal(part(strided), whole)
+    assert_same(part(strided), whole)
     for first in {0, out // 2}:
-        np.testing.assert_allclose(
-            part.outputs(x, slice(first, None)), whole[..., first:], rtol=1e-4, atol=1e-5
+        assert_same(
+            part.outputs(x, slice(first, None)), whole[..., first:], tolerance=1e-4, atol=1e-5
         )
     for module in (table_lookup, centroid_file, bit_serial_file):  # a few tokens or columns a step
         monkeypatch.setattr(module, "READS", 300)
-    np.testing.assert_allclose(part(x), whole, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal([part(row) for row in x[0]], part(x)[0])
+    assert_same(part(x), whole, tolerance=1e-4, atol=1e-5)
+    assert_same([part(row) for row in x[0]], part(x)[0])
 
 
 def test_weights_of_zero_give_zeros():
     for kind, part in every_part(np.zeros((5, 3)), None, RNG.normal(size=(9, 5))).items():
-        np.testing.assert_array_equal(part(np.ones((2, 5))), np.zeros((2, 3)), err_msg=kind)
+        assert_same(part(np.ones((2, 5))), np.zeros((2, 3)), kind)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -97,7 +98,7 @@ def test_nan_and_inf_spoil_their_own_token_alone(bad):
         damaged[1, 2] = bad
         found = part(damaged)
         assert not np.isfinite(found[1]).any(), f"{kind} hides a {bad}"
-        np.testing.assert_array_equal(found[::2], expected[::2], err_msg=kind)
+        assert_same(found[::2], expected[::2], kind)
 
 
 # In a model --------------------------------------------------------------------------------------
@@ -112,8 +113,8 @@ def test_every_matrix_and_the_head_get_tables_and_run_in_steps_and_batches(name,
     whole = lm.logits(IDS)
     state = lm.model.new_state()
     found = [lm.model(IDS[a:b], state) for a, b in ((0, 11), (11, 12), (12, 30))]
-    np.testing.assert_allclose(np.concatenate(found), whole, atol=1e-9)
-    np.testing.assert_allclose(lm.logits(np.stack([IDS, IDS[::-1]]))[0], whole, atol=1e-9)
+    assert_same(np.concatenate(found), whole, atol=1e-9)
+    assert_same(lm.logits(np.stack([IDS, IDS[::-1]]))[0], whole, atol=1e-9)
     assert lm.generate(IDS[:5], 8) == lm.generate([IDS[:5], IDS[:3]], 8)[0]
 
 
@@ -182,7 +183,7 @@ def test_lut_product_runs_beside_others_or_is_refused(other, family):
     if other == "fuse_projections":  # columns have their scales as before, q a factor more
         found = both.logits(IDS)
         alone = apply(lm, {"lut_product": True}).logits(IDS)
-        np.testing.assert_allclose(found, alone, atol=1e-4 * abs(alone).max())
+        assert_same(found, alone, atol=1e-4 * abs(alone).max())
 
 
 @each

@@ -73,7 +73,8 @@ def loss(model, texts, dropped=()):
     for ids in texts:
         logits = run(model, ids, dropped)[0]
         for row, target in zip(logits, ids[1:]):
-            total += math.log(sum(math.exp(z - max(row)) for z in row)) + max(row) - row[target]
+            top = max(row)
+            total += math.log(sum(math.exp(z - top) for z in row)) + top - row[target]
             tokens += 1
     return float(total / tokens)
 

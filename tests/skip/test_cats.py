@@ -6,6 +6,7 @@ import literal_cats as literal
 import numpy as np
 import pytest
 from own_rows import check_own_rows
+from same import assert_same
 from tiny import WIDE, check_close, tiny_lm, tiny_model
 
 import minitx
@@ -44,7 +45,7 @@ def test_worked_example_by_hand():
         (-1.0, (4 * two, 3 * one + 4 * two), [0, 1, 2]),
     ):
         found = ffn(w_gate, w_up, w_down, t)(x, Layer.once(1))
-        np.testing.assert_allclose(found[0], expected, err_msg=f"t={t}")
+        assert_same(found[0], expected, f"t={t}", tolerance=1e-7)
         by_hand, neurons = literal.ffn([1.0, 1.0], w_gate, w_up, w_down, t)
         assert neurons == active and by_hand == pytest.approx(list(expected))
 
@@ -57,9 +58,9 @@ def test_equals_the_literal_version(t):
     one_by_one = np.concatenate([part(row[None], Layer.once(1)) for row in x])
     arrays = [w.tolist() for w in (w_gate, w_up, w_down)]
     expected = np.array([literal.ffn(row, *arrays, t)[0] for row in x.tolist()])
-    np.testing.assert_allclose(one_by_one, expected, atol=1e-12, err_msg="one token at a time")
+    assert_same(one_by_one, expected, "one token at a time", atol=1e-12)
     together = part(x, Layer.once(7))
-    np.testing.assert_allclose(together, expected, atol=1e-12, err_msg="tokens together")
+    assert_same(together, expected, "tokens together", atol=1e-12)
 
 
 def test_biases_are_added_once_and_to_active_neurons_only():
@@ -74,7 +75,7 @@ def test_biases_are_added_once_and_to_active_neurons_only():
         found = ThresholdedFFN.of(dense, AboveThreshold(-1.0))(rows, Layer.once(len(rows)))
         check_close(found, dense(rows, Layer.once(len(rows))), 1e-12, "all neurons active")
         none = ThresholdedFFN.of(dense, AboveThreshold(1e9))(rows, Layer.once(len(rows)))
-        np.testing.assert_array_equal(none, np.tile(biases[2], (len(rows), 1)))
+        assert_same(none, np.tile(biases[2], (len(rows), 1)))
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])

@@ -9,6 +9,7 @@ import literal_contextual_sparsity as literal
 import numpy as np
 import pytest
 from random_sets import broken_law, large_matrices
+from same import assert_same
 from tiny import TOKENIZER, check_close, in_chunks, tiny_folder, tiny_model
 
 import minitx
@@ -88,7 +89,7 @@ def test_neurons_by_hand():
     w1 = np.array([[1.0, 0], [0, 1], [-1, -1]])  # a neuron in each row
     w2, b1, b2 = np.array([[1.0, 0], [0, 1], [5, 5]]), np.array([0.0, 0, 1]), np.full(2, 0.5)
     x, layer = np.array([[1.0, 2.0]]), Layer.once(1)
-    np.testing.assert_allclose(predictor(x), [[3, -3, 1.5]])
+    assert_same(predictor(x), [[3, -3, 1.5]], tolerance=1e-7)
     for selector, runs in (
         (Above(predictor, 0.0), [True, False, True]),
         (Above(predictor, 2.0), [True, False, False]),
@@ -97,10 +98,10 @@ def test_neurons_by_hand():
     ):
         assert selector(x, layer).tolist() == [runs]
     parts = NoNorm(), w1, b1, w2, b2
-    np.testing.assert_allclose(FFNByNeuron(*parts)(x, layer), [[1.5, 2.5]])
+    assert_same(FFNByNeuron(*parts)(x, layer), [[1.5, 2.5]], tolerance=1e-7)
     some = PredictedNeurons(*parts, selector=Above(predictor, 0.0))
     with counting(some) as counts:
-        np.testing.assert_allclose(some(x, layer), [[1.5, 0.5]])
+        assert_same(some(x, layer), [[1.5, 0.5]], tolerance=1e-7)
     assert counts.events == {"neurons": 3, "neurons run": 2, "active neurons run": 1}
     maps = [a.tolist() for a in (w1.T, b1, w2, b2)]
     assert literal.ffn([1.0, 2.0], *maps, [0, 2]) == [1.5, 0.5]
@@ -254,9 +255,9 @@ def test_first_step_of_adamw_by_hand():
     hyper = Hyperparameters(rate=1.0, decay=0.5)
     optimizer = AdamW([np.array([2.0, -4.0])], hyper, steps=2)
     (w,) = optimizer.step([np.array([2.0, -4.0])], [np.array([0.1, 7.0])])
-    np.testing.assert_allclose(w, [2 - (1 + 1), -4 - (1 - 2)], atol=1e-6)
+    assert_same(w, [2 - (1 + 1), -4 - (1 - 2)], atol=1e-6)
     (w,) = optimizer.step([w], [np.array([0.1, 7.0])])
-    np.testing.assert_allclose(w, [0 - 0.5, -3 - 0.5 * (1 - 1.5)], atol=1e-6)
+    assert_same(w, [0 - 0.5, -3 - 0.5 * (1 - 1.5)], atol=1e-6)
 
 
 def test_training_finds_a_map_of_low_rank():
@@ -282,12 +283,12 @@ def test_examples_are_what_the_sub_layers_read_and_which_units_are_active():
     n = block.attn.norm(x)
     found, active = record(lm, "attn", [one, two])[0].arrays()
     assert found.shape == (20, 24) and active.shape == (20, 4)
-    np.testing.assert_allclose(found[:9], n)
-    assert (active.sum(-1) == 2).all(), "half of the heads"
+    assert_same(found[:9], n, tolerance=1e-7)
+    assert_same(active.sum(-1), 2, "half of the heads")
     x = x + block.attn(x, layer)
     found, active = record(lm, "ffn", [one, two])[0].arrays()
-    np.testing.assert_allclose(found[:9], block.ffn.norm(x))
-    np.testing.assert_array_equal(active[:9], block.ffn.expand(block.ffn.norm(x)) > 0)
+    assert_same(found[:9], block.ffn.norm(x), tolerance=1e-7)
+    assert_same(active[:9], block.ffn.expand(block.ffn.norm(x)) > 0)
 
 
 def test_model_without_a_file_is_trained_when_it_is_loaded_always_the_same():
@@ -296,7 +297,7 @@ def test_model_without_a_file_is_trained_when_it_is_loaded_always_the_same():
     found = train_on_loading(dense_lm(), "ffn", 2, Training(None, Hyperparameters(2)))
     for block, p in zip(blocks_of(one), found):
         used = block.ffn.selector.predictor
-        np.testing.assert_array_equal(used.a, p.a, "not deterministic")
+        assert_same(used.a, p.a, "not deterministic")
         assert used.a.shape == (24, 6), "a quarter of the width"
         assert block.attn.selector.predictor.a.shape == (24, 1), "a sixteenth"
     assert (one.logits(IDS) != other.logits(IDS)).any(), "the seed makes no difference"
@@ -392,7 +393,7 @@ def test_written_predictors_are_read_again_in_float16(folder):
     lm = minitx.load(folder, contextual_sparsity={"heads": 0.5})
     written = random_predictors(lm, 24, 2)[0]
     found = predictor_of(lm)
-    np.testing.assert_array_equal(found.b, written.b.astype(np.float16))
+    assert_same(found.b, written.b.astype(np.float16))
     assert found.b.dtype == np.float32
     assert isinstance(blocks_of(lm)[0].ffn.selector, Above)
     assert blocks_of(lm)[0].attn.selector.predictor.b.shape == (2, 2)
@@ -503,7 +504,7 @@ def test_predictors_that_overflow_float16_are_refused_before_anything_is_written
 def test_nan_runs_units_so_that_it_is_not_hidden():
     x, p = np.full((3, 4), np.nan), Predictor(np.ones((4, 2)), np.ones((2, 6)))
     assert Above(p, 1.0)(x, Layer(3)).all()
-    assert (TopK(p, 2)(x, Layer(3)).sum(-1) == 2).all()
+    assert_same(TopK(p, 2)(x, Layer(3)).sum(-1), 2)
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.0}, {"neurons": 1.0, "heads": 0.5}], ids=str)

@@ -5,6 +5,7 @@ from functools import cache
 import literal_delta as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, WIDE, check_close, error, in_chunks, tiny_lm, tiny_model
 
 import minitx
@@ -52,9 +53,9 @@ def test_worked_example_by_hand():
     xs = np.array([[2.0, 2, 2], [2.9, 2, 4], [3.7, 2, 4]])
     w = np.array([[1.0, 0], [0, 1], [2, 2]])
     expected = [[6, 6], [10, 10], [11.7, 10]]
-    np.testing.assert_allclose(product(xs, w, threshold=0.5), expected, err_msg="the product")
+    assert_same(product(xs, w, threshold=0.5), expected, "the product", tolerance=1e-7)
     by_hand, sent = literal.products(xs.tolist(), w.tolist(), [0, 0], 0.5)
-    np.testing.assert_allclose(by_hand, expected)
+    assert_same(by_hand, expected, tolerance=1e-7)
     assert sent == [3, 1, 1]
 
 
@@ -64,7 +65,7 @@ def test_equals_the_literal_version(threshold, steps):
     xs, w, b = slowly_changing(30, 6), RNG.standard_normal((6, 5)), RNG.standard_normal(5)
     expected, _ = literal.products(xs.tolist(), w.tolist(), b.tolist(), threshold, 8)
     found = product(xs, w, b, threshold, 8, steps)
-    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="x W + b")
+    assert_same(found, expected, "x W + b", atol=1e-12)
 
 
 def test_threshold_zero_is_exact_up_to_rounding():
@@ -115,7 +116,7 @@ def test_comparing_with_the_token_before_pays_where_inputs_change_slowly(keep, b
     parts = {"delta": DeltaLinear(w, None, 0.3, 1 << 30), "zero": LargeInputs(w, None, 0.3)}
     for name, linear in parts.items():
         with counting(linear) as counts:
-            assert error(linear(xs, Layer(300).take(300)), xs @ w) < 0.2
+            assert_same(linear(xs, Layer(300).take(300)), xs @ w, tolerance=0.2)
         sent[name] = counts.events["coordinates sent"] / counts.events["coordinates"]
     assert min(sent, key=sent.get) == better, f"shares sent: {sent}"
 
@@ -133,7 +134,7 @@ def test_decision_does_not_depend_on_the_scale_of_float32_inputs(scale):
     for kind in (lambda w: DeltaLinear(w, None, 0.4, 1 << 30), lambda w: LargeInputs(w, None, 0.4)):
         found = kind(w.astype("f4"))((scale * xs).astype("f4"), Layer(50).take(50))
         expected = kind(w)(xs, Layer(50).take(50))
-        np.testing.assert_allclose(found / np.float64(scale), expected, rtol=0, atol=1e-4)
+        assert_same(found / np.float64(scale), expected, atol=1e-4)
 
 
 def test_token_that_comes_after_later_ones_is_dense_and_not_remembered():
@@ -141,10 +142,10 @@ def test_token_that_comes_after_later_ones_is_dense_and_not_remembered():
     layer, linear = Layer(6), DeltaLinear(w, None, 0.5, 1 << 30)
     before = linear(xs[:5], layer.take(5))
     tokens, layer.tokens = layer.tokens, layer.tokens.only([1])  # token 1 again
-    np.testing.assert_allclose(linear(xs[5:], layer), xs[5:] @ w, err_msg="not dense")
+    assert_same(linear(xs[5:], layer), xs[5:] @ w, "not dense", tolerance=1e-7)
     layer.tokens = tokens
     assert len(layer.memory.recall(linear, None).after) == 5
-    np.testing.assert_array_equal(before, product(xs[:5], w, threshold=0.5))
+    assert_same(before, product(xs[:5], w, threshold=0.5))
 
 
 def demo(family="llama", **options):

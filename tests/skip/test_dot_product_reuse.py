@@ -5,6 +5,7 @@ from functools import cache
 import literal_dot_product_reuse as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, error, in_chunks, tiny_lm, tiny_model
 
 import minitx
@@ -48,7 +49,7 @@ def test_worked_example_by_hand():
     planes = np.array([[[1.0], [0]], [[1], [0]]])
     expected = [[31, 42], [-69, 82], [-71, 80]]
     found, _ = product(xs, w, planes, slices=2)
-    np.testing.assert_array_equal(found, expected, "the product")
+    assert_same(found, expected, "the product")
     by_hand, hits = literal.products(xs.tolist(), w.tolist(), 2, planes.tolist())
     assert by_hand == expected and hits == [[False, False], [True, False], [False, True]]
 
@@ -63,12 +64,12 @@ def test_equals_the_literal_version(form, slices, size, steps):
     arguments = xs.tolist(), w.tolist(), slices, None if planes is None else planes.tolist(), size
     expected, hits = literal.products(*arguments)
     found, memory = product(xs, w, planes, slices, size, steps)
-    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="x W")
+    assert_same(found, expected, "x W", atol=1e-12)
     assert all(len(table.products) <= size for table in memory.tables), "above the size limit"
     if size == 512:
         assert sum(len(table.products) for table in memory.tables) == (~np.array(hits)).sum()
     if form == "exact":
-        np.testing.assert_allclose(found, xs @ w, atol=1e-12, err_msg="the exact form is not")
+        assert_same(found, xs @ w, "the exact form is not", atol=1e-12)
 
 
 def test_later_tokens_do_not_change_earlier_products_but_with_centroids_they_do():
@@ -76,7 +77,7 @@ def test_later_tokens_do_not_change_earlier_products_but_with_centroids_they_do(
     planes, other = RNG.standard_normal((1, 6, 2)), xs.copy()
     other[12:] += 0.3
     found = [product(x, w, planes)[0][:12] for x in (xs, other)]
-    np.testing.assert_array_equal(*found, "the first token of a bucket gives its product")
+    assert_same(*found, "the first token of a bucket gives its product")
     found = [
         np.array(literal.centroid_products(x.tolist(), w.tolist(), planes[0].tolist()))[:12]
         for x in (xs, other)
@@ -117,7 +118,7 @@ def test_token_that_comes_after_later_ones_is_computed_and_not_stored():
     memory = layer.memory.recall(linear, None)
     before = list(memory.tables[0].positions)
     layer.tokens = layer.tokens.only([1])
-    np.testing.assert_allclose(linear(xs[5:], layer), xs[5:] @ w)
+    assert_same(linear(xs[5:], layer), xs[5:] @ w, tolerance=1e-7)
     assert memory.tables[0].positions == before and memory.seen == [0, 1, 2, 3, 4]
 
 

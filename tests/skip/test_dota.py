@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import literal_dota as literal
 import numpy as np
 import pytest
+from same import assert_same
 from test_model_gradients import MODELS, model_of
 from tiny import FAMILIES, tiny_folder, tiny_lm, tiny_model
 
@@ -103,16 +104,16 @@ def test_worked_example_estimates(bits):
     and w_k = I the estimate of a pair is 2/3 * 1.5 = 1 times the dot product of these rows:
     query 2 gets [3, 1].[1, 2] = 5, [3, 1].[-1, 2] = -1 and [3, 1].[3, 1] = 10."""
     y = X @ P / 1.5**0.5
-    np.testing.assert_allclose(y, [[1, 2], [-1, 2], [3, 1], [2, 0], [1, 3]], atol=1e-12)
+    assert_same(y, [[1, 2], [-1, 2], [3, 1], [2, 0], [1, 3]], atol=1e-12)
     quantized, tokens = QuantizedDetector.of(DETECTOR, ATTN, 2, bits), Tokens(slice(0, 5))
     queries, keys = quantized(X, tokens)
     _, q_scales = quantized.heads(quantize(X @ P, bits), quantized.w_q, quantized.s_q, tokens)
     found = estimate(queries, *keys)[0, 0] * q_scales[0][:, None]
     expected = ESTIMATES[bits]
     for i, row in expected.items() if isinstance(expected, dict) else enumerate(expected):
-        np.testing.assert_allclose(found[i, : i + 1], row, atol=5e-5, err_msg=f"query {i}")
+        assert_same(found[i, : i + 1], row, f"query {i}", atol=5e-5)
     for i, row in enumerate(literal.estimates(*LISTS[:4], bits)):
-        np.testing.assert_allclose(found[i, : i + 1], row, rtol=1e-6, err_msg=f"query {i}")
+        assert_same(found[i, : i + 1], row, f"query {i}", tolerance=1e-6)
 
 
 def test_rounding_errors_of_the_input_leave_estimates():
@@ -122,7 +123,7 @@ def test_rounding_errors_of_the_input_leave_estimates():
     noisy = x * (1 + 1e-15 * np.random.default_rng(1).standard_normal((5, 1)))
     quantized, tokens = QuantizedDetector.of(DETECTOR, ATTN, 2, 4), Tokens(slice(0, 5))
     for found, expected in zip(quantized.kv(noisy, tokens), quantized.kv(x, tokens), strict=True):
-        np.testing.assert_array_equal(found, expected)
+        assert_same(found, expected)
 
 
 def test_worked_example_key_integers_at_4_bits():
@@ -130,7 +131,7 @@ def test_worked_example_key_integers_at_4_bits():
     scale sqrt(1.5) * 2 / 7 = 0.34993."""
     _, (integers, scales) = QuantizedDetector.of(DETECTOR, ATTN, 2, 4)(X, Tokens(slice(0, 5)))
     assert integers[0].tolist() == [[4, 7], [-4, 7], [7, 2], [7, 0], [2, 7]]
-    np.testing.assert_allclose(scales[0], [0.34993, 0.34993, 0.52489, 0.34993, 0.52489], atol=5e-6)
+    assert_same(scales[0], [0.34993, 0.34993, 0.52489, 0.34993, 0.52489], atol=5e-6)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4, 2])
@@ -143,11 +144,11 @@ def test_worked_example_kept_keys_and_outputs(kept, bits, sizes):
     for size in sizes:
         x = X[layer.tokens.end : layer.tokens.end + size]
         found.append(attention(x, layer.take(size)))
-    np.testing.assert_allclose(np.concatenate(found), OUTPUT, atol=5e-5)
+    assert_same(np.concatenate(found), OUTPUT, atol=5e-5)
     rows = [set(np.flatnonzero(row)) for call in kept for row in call[0, 0]]
     assert rows == KEPT[-len(rows) :]  # the first two see at most 2 keys, so nothing is selected
     outputs, chosen = literal.one_head(*LISTS, 2**-0.5, 2, bits)
-    np.testing.assert_allclose(np.concatenate(found), outputs, atol=1e-12)
+    assert_same(np.concatenate(found), outputs, atol=1e-12)
     assert [set(row) for row in chosen] == KEPT
 
 
@@ -155,16 +156,16 @@ def test_worked_example_errors_are_within_their_bound():
     """|sparse - dense| <= 2 * (dense weight that is dropped) * max |v|, for any selection."""
     found = detecting(DETECTOR, ATTN, 2, None, 2)(X, Layer(5).take(5))
     dense = ATTN(X, Layer(5).take(5))
-    np.testing.assert_allclose(dense, DENSE, atol=5e-5)
+    assert_same(dense, DENSE, atol=5e-5)
     error = np.linalg.norm(found - dense, axis=1)
     s = (X @ W_Q @ (X @ W_K).T) * 2**-0.5
     weight = np.exp(s - s.max(1, keepdims=True)) * np.tri(5)
     weight /= weight.sum(1, keepdims=True)
     dropped = [1 - sum(weight[i, j] for j in KEPT[i]) for i in range(5)]
     bound = [2 * d * max(np.linalg.norm((X @ W_V)[: i + 1], axis=1)) for i, d in enumerate(dropped)]
-    np.testing.assert_allclose(dropped[2:], [0.0114, 0.0479, 0.0757], atol=5e-5)
-    np.testing.assert_allclose(error[2:], [0.0452, 0.1199, 0.1176], atol=5e-5)
-    np.testing.assert_allclose(bound[2:], [0.0824, 0.3457, 0.5460], atol=5e-4)
+    assert_same(dropped[2:], [0.0114, 0.0479, 0.0757], atol=5e-5)
+    assert_same(error[2:], [0.0452, 0.1199, 0.1176], atol=5e-5)
+    assert_same(bound[2:], [0.0824, 0.3457, 0.5460], atol=5e-4)
     assert (error <= np.array(bound) + 1e-12).all()
 
 
@@ -173,7 +174,7 @@ def test_worked_example_squared_error_of_the_estimates():
     q, k, low_q, low_k = X @ W_Q, X @ W_K, X @ P @ DETECTOR.w_q, X @ P
     lower = [[3], [1, -1], [6, 2, 8], [2, -2, 6, 4], [7, 5, 6, 2, 10]]
     for i, row in enumerate(lower):
-        np.testing.assert_allclose((q @ k.T)[i, : i + 1], row)
+        assert_same((q @ k.T)[i, : i + 1], row, tolerance=1e-7)
     left, right = np.concatenate([low_q, -q], 1), np.concatenate([low_k, k], 1)
     found = squared_products(left[None, None], right[None, None], np.ones((1, 5), bool))
     assert found / 15 == pytest.approx(3.8667, abs=5e-5)
@@ -204,9 +205,7 @@ def test_detecting_attention_equals_the_literal_version(monkeypatch, bits, heads
         rows = x @ w_q[:, h * d : (h + 1) * d], *(x @ w[:, g * d : (g + 1) * d] for w in (w_k, w_v))
         lists = (a.tolist() for a in (x, p, *matrices, *rows))
         expected, kept_keys = literal.one_head(*lists, 0.5, keep, bits)
-        np.testing.assert_allclose(
-            found[:, h * d : (h + 1) * d], expected, atol=1e-12, err_msg=f"head {h}"
-        )
+        assert_same(found[:, h * d : (h + 1) * d], expected, f"head {h}", atol=1e-12)
         all_kept.append(kept_keys)
     assert [len(row) for row in all_kept[0]] == [min(keep, i + 1) for i in range(T)]
     assert counts.events["keys kept"] == literal.loads_one_at_a_time(sum(all_kept, []))
@@ -228,12 +227,12 @@ def test_detecting_attention_equals_the_literal_version(monkeypatch, bits, heads
 def test_projection_is_sparse_and_keeps_lengths():
     p = projection(1000, 200, np.random.default_rng(0))
     values, counts = np.unique(p, return_counts=True)
-    np.testing.assert_allclose(values, [-((3 / 200) ** 0.5), 0, (3 / 200) ** 0.5], rtol=1e-6)
-    np.testing.assert_allclose(counts / p.size, [1 / 6, 2 / 3, 1 / 6], atol=0.004)
+    assert_same(values, [-((3 / 200) ** 0.5), 0, (3 / 200) ** 0.5], tolerance=1e-6)
+    assert_same(counts / p.size, [1 / 6, 2 / 3, 1 / 6], atol=0.004)
     assert p.var() == pytest.approx(1 / 200, rel=0.01) and abs(p.mean()) < 5e-4
     assert p.dtype == np.float32
     x = np.random.default_rng(1).standard_normal((50, 1000))
-    np.testing.assert_allclose(((x @ p) ** 2).sum(1) / (x**2).sum(1), 1, atol=0.35)
+    assert_same(((x @ p) ** 2).sum(1) / (x**2).sum(1), 1, atol=0.35)
 
 
 @pytest.mark.parametrize("keep", [1, 3, 7])
@@ -288,8 +287,8 @@ def test_narrow_rope_rotates_by_the_lowest_frequencies_of_the_model(sizes):
     )
     angle = np.array([[at * 100.0 ** (-2 * i / rotated) for i in pairs] for at in range(7)])
     message = f"expected the angles of the model's pairs {pairs}"
-    np.testing.assert_allclose(rope.cos, np.cos([*angle.T, *angle.T]).T, err_msg=message)
-    np.testing.assert_allclose(rope.sin, np.sin([*-angle.T, *angle.T]).T, err_msg=message)
+    assert_same(rope.cos, np.cos([*angle.T, *angle.T]).T, message, tolerance=1e-7)
+    assert_same(rope.sin, np.sin([*-angle.T, *angle.T]).T, message, tolerance=1e-7)
 
 
 def test_narrow_rope_of_a_partial_rotation_by_hand():
@@ -300,7 +299,7 @@ def test_narrow_rope_of_a_partial_rotation_by_hand():
     c, s = np.cos(0.3), np.sin(0.3)
     expected = [2 * c - 5 * s, 5 * c + 2 * s, 7, 11]
     found = rope(x, Tokens(slice(3, 4)))[0, 0]
-    np.testing.assert_allclose(found, expected, err_msg="rotated key differs at position 3")
+    assert_same(found, expected, "rotated key differs at position 3", tolerance=1e-7)
 
 
 def test_narrow_rope_of_a_model_without_rope_is_none():
@@ -319,8 +318,8 @@ def test_quantized_detector_rotates_in_proportion_to_the_model(family, pairs):
     half = attn.rope.cos.shape[1] // 2
     columns = [*pairs, *(half + i for i in pairs)]
     message = f"expected the model's columns {columns}"
-    np.testing.assert_array_equal(found.cos, attn.rope.cos[:, columns], err_msg=message)
-    np.testing.assert_array_equal(found.sin, attn.rope.sin[:, columns], err_msg=message)
+    assert_same(found.cos, attn.rope.cos[:, columns], message)
+    assert_same(found.sin, attn.rope.sin[:, columns], message)
 
 
 # The post-hoc fit --------------------------------------------------------------------------------
@@ -377,7 +376,7 @@ def test_fit_normal_equations_equal_least_squares_pair_by_pair(side):
     text = Text(projection(16, 2, rng), attn, rope, (x, q, k), 0)
     w_q, w_k = rng.standard_normal((2, 2, 2)), rng.standard_normal((2, 2))
     low_k = rope((text.y @ w_k)[None], Tokens(slice(0, T)))[0]
-    np.testing.assert_allclose(text.rotated(w_k), low_k, atol=1e-12, err_msg="rotated rows")
+    assert_same(text.rotated(w_k), low_k, "rotated rows", atol=1e-12)
     pairs, scores = [], []
     for head in [0] if side == "w_q" else [0, 1]:
         low_q = text.rotated(w_q[head])
@@ -388,7 +387,7 @@ def test_fit_normal_equations_equal_least_squares_pair_by_pair(side):
                 scores.append(q[head, i] @ k[0, j] * attn.attend.scale)
     expected = np.linalg.lstsq(np.array(pairs), np.array(scores))[0].reshape(2, 2)
     found = solve([text.query_sums(w_k, 0) if side == "w_q" else text.key_sums(w_q)])
-    np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=f"{side} of least error")
+    assert_same(found, expected, f"{side} of least error", atol=1e-6)
 
 
 def test_fit_without_texts_is_refused():
@@ -426,9 +425,9 @@ def test_prompts_chunks_and_single_tokens_keep_the_same_keys(kept, family, bits)
         assert len(whole[block]) == 40 and len(single[block]) == 34  # up to 6 keys all are kept
         for a, b in zip(whole[block][6:], single[block], strict=True):
             n = b.shape[-1]
-            np.testing.assert_array_equal(a[..., :n], b)
+            assert_same(a[..., :n], b)
             assert not a[..., n:].any(), "a later key is kept"
-            assert (b.sum(-1) == 6).all()
+            assert_same(b.sum(-1), 6)
     for a in rows((7, 20, 13))[1]:
         assert (a.sum(-1) <= 6).all()
 
@@ -446,7 +445,7 @@ def test_keep_beyond_the_context_is_dense(family, bits):
     dense = tiny_lm(family)
     for keep in (40, 48, 10**9):  # of 40 tokens 40 keys are all, so 40 is dense too
         lm = apply(dense, {"dota": {"keep": keep, "bits": bits}})
-        np.testing.assert_array_equal(lm.logits(IDS), dense.logits(IDS))
+        assert_same(lm.logits(IDS), dense.logits(IDS))
 
 
 def test_backfill_stores_low_rank_keys_too():
@@ -461,7 +460,7 @@ def test_backfill_stores_low_rank_keys_too():
     last = [block(x[19:], layer.take(1)) for layer in (filled, called)]
     np.testing.assert_allclose(*last, atol=1e-12)
     ours, theirs = (layer.memory.kept[DetectorCache] for layer in (called, filled))
-    np.testing.assert_array_equal(ours.keys[..., :20, :], theirs.keys[..., :20, :])
+    assert_same(ours.keys[..., :20, :], theirs.keys[..., :20, :])
     assert ours.keys.dtype == np.int8
 
 
@@ -567,7 +566,7 @@ def test_file_gives_back_the_detectors_written(tmp_path):
     for dtype in (np.float32, np.float64):
         for ours, theirs in zip(read_detectors(tmp_path, LLAMA, dtype), written, strict=True):
             for name in ("p", "w_q", "w_k"):
-                np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+                assert_same(getattr(ours, name), getattr(theirs, name))
                 assert getattr(ours, name).dtype == dtype
 
 
@@ -578,7 +577,7 @@ def test_file_beside_the_weights_is_used(tmp_path, family):
     assert lm.folder == folder and "fit=trained" in repr(lm) and "p 16x4" in repr(lm)
     state = lm.model.new_state()
     single = [lm.model(IDS[t : t + 1], state)[0] for t in range(40)]
-    np.testing.assert_allclose(single, lm.logits(IDS), atol=1e-4)
+    assert_same(single, lm.logits(IDS), atol=1e-4)
     assert (lm.logits(IDS) != minitx.load(folder).logits(IDS)).any()
     assert "fit=trained" in repr(minitx.load(folder, dota={"fit": "trained", "rank": 4}))
     double = minitx.load(folder, dtype=np.float64, dota=True)
@@ -603,7 +602,7 @@ def test_file_does_not_matter_without_dota(tmp_path):
     folder = folder_with_detectors(tmp_path)
     with_file = minitx.load(folder).logits(IDS)
     (folder / "dota.safetensors").write_bytes(b"damaged")
-    np.testing.assert_array_equal(minitx.load(folder).logits(IDS), with_file)
+    assert_same(minitx.load(folder).logits(IDS), with_file)
 
 
 def changed(folder, change):

@@ -6,6 +6,7 @@ import literal_elsa as literal
 import numpy as np
 import pytest
 from qkv import random_qkv, run
+from same import assert_same
 from tiny import END, TOKENIZER, tiny_lm, tiny_model
 
 from minitx import fast, ops
@@ -97,8 +98,8 @@ def test_similarity_in_figure_4():
     hashes = pack_bits(np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 0]], bool))
     norms = np.array([1.35, 1.97, 0.96, 1.66])
     found = selector.similarity(np.ones((1, 1, 3)), hashes[None], norms[None])
-    np.testing.assert_allclose(found[0, 0, 0], [0.82, -0.76, 0.58, -1.65], atol=0.012)
-    np.testing.assert_allclose(selector.cosines[[1, 2, 3]], [0.61, -0.39, -0.99], atol=0.006)
+    assert_same(found[0, 0, 0], [0.82, -0.76, 0.58, -1.65], atol=0.012)
+    assert_same(selector.cosines[[1, 2, 3]], [0.61, -0.39, -0.99], atol=0.006)
 
 
 def test_kronecker_projection_in_figure_5():
@@ -107,7 +108,7 @@ def test_kronecker_projection_in_figure_5():
     a1, a2 = np.array([[1.2, -0.8], [0.8, 1.2]]), np.array([[0.2, -0.7], [0.7, 0.2]])
     project = KroneckerProjection((Factor(a1), Factor(a2)))
     found = project(np.array([0.1, 0.4, 0.3, 0.2]))
-    np.testing.assert_allclose(found, [-0.248, -0.02, -0.304, 0.42], atol=1e-12)
+    assert_same(found, [-0.248, -0.02, -0.304, 0.42], atol=1e-12)
 
 
 def test_threshold_sample_in_figure_6():
@@ -116,9 +117,9 @@ def test_threshold_sample_in_figure_6():
     scores = np.array([1.35, -0.72, 0.86, 0.24])
     q, k = np.full((1, 4, 1), 2.0), scores[None, :, None] / 2  # keys of one number: q k = score
     w = fast.unnormalized_weights(q, k, 1.0, Visible(4, 4).mask)
-    np.testing.assert_allclose(w[0, 3] / w[0, 3].sum(), [0.48, 0.06, 0.30, 0.16], atol=0.005)
+    assert_same(w[0, 3] / w[0, 3].sum(), [0.48, 0.06, 0.30, 0.16], atol=0.005)
     found = threshold_samples(q, k, 1.0, 1.0, Visible(4, 4))[0, 3]
-    np.testing.assert_allclose(found, 0.86 / (2 * (1.35 / 2)))
+    assert_same(found, 0.86 / (2 * (1.35 / 2)), tolerance=1e-7)
     sample = literal.threshold_sample([2.0], (scores[:, None] / 2).tolist(), 1.0, 1.0)
     assert sample == pytest.approx(found)
 
@@ -139,15 +140,15 @@ def test_similarities_of_the_example():
     """Hamming distances 0, 2, 2, 1, 0: cosines of max(0, pi/4 * distance - 0.25) are
     1, 0.2474, 0.2474, 0.8601, 1; norms 1.7321, 1.5, 2.3452, 2.4495, 0.1732."""
     assert literal.sign_hash(projection_of(EXAMPLE).tolist(), Q.tolist()) == [1, 0, 1, 1]
-    np.testing.assert_array_equal(EXAMPLE(Q), pack_bits(np.array([1, 0, 1, 1], bool)))
+    assert_same(EXAMPLE(Q), pack_bits(np.array([1, 0, 1, 1], bool)))
     selector = elsa_part([0.0], bits=4, bias=0.25, hash_of=EXAMPLE).selector
     found = selector.similarity(Q[None, None], *selector.hash_keys(KEYS[None]))[0, 0, 0]
     similarities = [1.7321, 0.3711, 0.5802, 2.1067, 0.1732]
-    np.testing.assert_allclose(found, similarities, atol=5e-5, err_msg="similarities by hand")
+    assert_same(found, similarities, "similarities by hand", atol=6e-5)
     expected = literal.similarities(
         Q.tolist(), KEYS.tolist(), projection_of(EXAMPLE).tolist(), 0.25
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-6)  # norms have 20 bits
+    assert_same(found, expected, tolerance=1e-6)  # norms have 20 bits
 
 
 def test_rounding_errors_of_keys_leave_hashes_and_norms():
@@ -157,7 +158,7 @@ def test_rounding_errors_of_keys_leave_hashes_and_norms():
     noise = 1 + 1e-15 * np.random.default_rng(1).standard_normal((2, 500, 1))
     selector = elsa_part([0.0], bits=4, bias=0.25, hash_of=EXAMPLE).selector
     for found, expected in zip(selector.hash_keys(k * noise), selector.hash_keys(k), strict=True):
-        np.testing.assert_array_equal(found, expected)
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -175,12 +176,12 @@ def test_kept_keys_and_output_of_the_example(threshold, kept, output, sizes):
     part = elsa_part([threshold], bits=4, bias=0.25, hash_of=EXAMPLE)
     v = np.pad(VALUES, ((0, 0), (0, 2)))  # as wide as the keys
     found = run(part, FIVE, KEYS[None], v[None], sizes)
-    np.testing.assert_allclose(found[0, -1, :2], output, atol=5e-5)
+    assert_same(found[0, -1, :2], output, atol=5e-5)
     if np.isfinite(threshold):
         assert set(np.flatnonzero(kept_of(part, FIVE, KEYS[None])[0, 0, -1])) == kept
     settings = projection_of(EXAMPLE).tolist(), 0.25, threshold
     row, which = literal.attend(Q.tolist(), KEYS.tolist(), VALUES.tolist(), 0.5, *settings)
-    np.testing.assert_allclose(row, output, atol=5e-5)
+    assert_same(row, output, atol=5e-5)
     assert set(which) == kept
 
 
@@ -205,7 +206,7 @@ def test_attention_equals_the_literal_version(K, bits):
     assert indices == kept, "other keys are kept"
     assert {len(which) for which in kept[3]} == {1} != {len(which) for which in kept[0]}
     for sizes in ((30,), (1,) * 30, (7, 1, 1, 16, 5)):
-        np.testing.assert_allclose(run(part, q, k, v, sizes), expected, atol=1e-12)
+        assert_same(run(part, q, k, v, sizes), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("d", [7, 12])
@@ -214,7 +215,7 @@ def test_attention_of_odd_head_widths_equals_the_literal_version(d):
     part = elsa_part(d=d)
     expected, _ = literal_attention(q, k, v, part)
     for sizes in ((20,), (1,) * 20):
-        np.testing.assert_allclose(run(part, q, k, v, sizes), expected, atol=1e-12)
+        assert_same(run(part, q, k, v, sizes), expected, atol=1e-12)
 
 
 def test_prompt_longer_than_a_block_equals_the_literal_version():
@@ -223,10 +224,10 @@ def test_prompt_longer_than_a_block_equals_the_literal_version():
     q, k, v = random_qkv(3, S=S)
     part = elsa_part()
     found = run(part, q, k, v, (S,))
-    np.testing.assert_allclose(found, run(part, q, k, v, (1,) * S), atol=1e-12)
+    assert_same(found, run(part, q, k, v, (1,) * S), atol=1e-12)
     for end in (fast.ROWS, fast.ROWS + 1, S):
         expected, _ = literal_attention(q[:, end - 1 : end], k[:, :end], v[:, :end], part)
-        np.testing.assert_allclose(found[:, end - 1 : end], expected, atol=1e-12)
+        assert_same(found[:, end - 1 : end], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(30,), (1,) * 30, (2, 20, 1, 7)])
@@ -241,7 +242,7 @@ def test_padded_batch_equals_each_row_alone(sizes):
     assert np.isfinite(found).all()
     for i, first in enumerate(start):
         expected, _ = literal_attention(q[i, :, first:], k[i, :, first:], v[i, :, first:], part)
-        np.testing.assert_allclose(found[i, :, first:], expected, atol=1e-12)
+        assert_same(found[i, :, first:], expected, atol=1e-12)
 
 
 def test_generation_in_a_batch_equals_generation_alone():
@@ -259,7 +260,7 @@ def test_later_key_changes_nothing_for_earlier_queries():
     large = k.copy()
     large[:, -1] *= 1000
     before, after = (run(elsa_part(), q, x, v, (30,)) for x in (k, large))
-    np.testing.assert_array_equal(before[:, :-1], after[:, :-1])
+    assert_same(before[:, :-1], after[:, :-1])
     kept = kept_of(elsa_part([0.5] * 4), q, large)
     assert kept[..., -1, :].sum(-1).max() == 1, "beside the large key no other one passes"
 
@@ -279,8 +280,8 @@ def test_selection_ignores_query_norm_and_a_common_scale_of_keys():
     kept = kept_of(part, q, k)
     assert 0.05 < kept.sum() / (4 * 30 * 31 / 2) < 0.95
     long = q * np.random.default_rng(0).uniform(0.1, 10, (4, 30, 1))
-    np.testing.assert_array_equal(kept_of(part, long, k), kept, "selection depends on |q|")
-    np.testing.assert_array_equal(kept_of(part, q, 8 * k), kept, "selection depends on the scale")
+    assert_same(kept_of(part, long, k), kept, "selection depends on |q|")
+    assert_same(kept_of(part, q, 8 * k), kept, "selection depends on the scale")
 
 
 def test_selection_depends_on_the_norm_of_a_single_key():
@@ -298,7 +299,7 @@ def test_kept_keys_are_nested_in_the_threshold():
     kept = [kept_of(elsa_part([t] * 4), q, k) for t in (-0.5, 0.0, 0.2, 0.4, 0.6, 0.8, 2.0)]
     for more, fewer in zip(kept, kept[1:]):
         assert (fewer <= more).all() and fewer.sum() < more.sum()
-    assert (kept[-1].sum(-1) == 1).all()
+    assert_same(kept[-1].sum(-1), 1)
 
 
 def test_ties_go_to_the_lower_index_if_no_key_passes():
@@ -330,7 +331,7 @@ def test_threshold_minus_1_is_dense_attention(sizes):
     expected = ops.attention(q, k, v, 0.5)
     part = elsa_part([-1.0] * 4)
     assert not part.selector.keeps_all(30) and kept_of(part, q, k).sum() == 4 * 30 * 31 / 2
-    np.testing.assert_allclose(run(part, q, k, v, sizes), expected, atol=1e-12)
+    assert_same(run(part, q, k, v, sizes), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{"p": 0.0}, {"threshold": -1e9}, {"threshold": -1.5}])
@@ -342,7 +343,7 @@ def test_neutral_is_dense_bit_for_bit_and_hashes_nothing(options):
     with counting(lm) as counts:
         found = [lm.model(ids, states[0]) for ids in pieces]
     for a, ids in zip(found, pieces):
-        np.testing.assert_array_equal(a, plain.model(ids, states[1]))
+        assert_same(a, plain.model(ids, states[1]))
     assert not counts.events and not states[0].layers[0].memory.kept
 
 
@@ -350,9 +351,9 @@ def test_head_that_keeps_all_keys_beside_others_that_do_not():
     q, k, v = random_qkv(10)
     part = elsa_part([-np.inf, -np.inf, 0.3, 0.3])
     found = run(part, q, k, v, (29, 1))
-    np.testing.assert_allclose(found[:2], ops.attention(q, k, v, 0.5)[:2], atol=1e-12)
+    assert_same(found[:2], ops.attention(q, k, v, 0.5)[:2], atol=1e-12)
     expected, _ = literal_attention(q, k, v, elsa_part([-2, -2, 0.3, 0.3]))
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert_same(found, expected, atol=1e-12)
 
 
 def test_layers_share_the_hash_and_have_their_own_thresholds():
@@ -383,34 +384,34 @@ def test_factor_sizes_are_primes_or_4():
 def test_random_factor_is_gram_schmidt_of_standard_normal_rows(n):
     rows = np.random.default_rng(n).standard_normal((n, n))
     found = random_orthogonal(n, np.random.default_rng(n))
-    np.testing.assert_allclose(found, literal.gram_schmidt(rows.tolist()), atol=1e-12)
+    assert_same(found, literal.gram_schmidt(rows.tolist()), atol=1e-12)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
 def test_projection_is_orthonormal(d):
     a = projection_of(sign_hash(d, d, 0))
-    np.testing.assert_allclose(a @ a.T, np.eye(d), atol=1e-12)
+    assert_same(a @ a.T, np.eye(d), atol=1e-12)
 
 
 def test_projection_with_more_bits_than_the_width_has_independent_batches():
     a = projection_of(sign_hash(6, 15, 0))
     assert a.shape == (15, 6)
     for batch in (a[:6], a[6:12], a[12:]):
-        np.testing.assert_allclose(batch @ batch.T, np.eye(len(batch)), atol=1e-12)
+        assert_same(batch @ batch.T, np.eye(len(batch)), atol=1e-12)
     assert 0.05 < abs(a[:6] @ a[6:12].T).max() < 0.999
     fewer = projection_of(sign_hash(6, 4, 0))
-    np.testing.assert_array_equal(fewer, a[:4], "fewer bits take the first rows")
+    assert_same(fewer, a[:4], "fewer bits take the first rows")
 
 
 def test_projection_depends_on_the_seed_alone():
     first, again, other = (projection_of(sign_hash(12, 12, seed)) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
+    assert_same(first, again)
     assert abs(first - other).max() > 0.1
     for dtype in (np.float64, np.float32):
         (shared, *_), *_ = random_factors(12, 12, 0, dtype)
         found = sign_hash(12, 12, 0, dtype).projections[0].factors[0].a
         assert found is shared and found.dtype == dtype, "the arrays are copied"
-        np.testing.assert_allclose(found, random_factors(12, 12, 0)[0][0], rtol=1e-6)
+        assert_same(found, random_factors(12, 12, 0)[0][0], tolerance=1e-6)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -418,7 +419,7 @@ def test_projection_depends_on_the_seed_alone():
 def test_kronecker_projection_equals_the_dense_product(d, shape):
     hash_of = sign_hash(d, d, 3)
     x = np.random.default_rng(d).standard_normal((*shape, d))
-    np.testing.assert_allclose(hash_of.projections[0](x), x @ projection_of(hash_of).T, atol=1e-12)
+    assert_same(hash_of.projections[0](x), x @ projection_of(hash_of).T, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +449,7 @@ def test_hamming_distance_of_packed_bits(k):
     b[1] = a[1]  # none differs
     found = hamming(pack_bits(a)[:, None], pack_bits(b))
     assert found.shape == (6, 4)
-    np.testing.assert_array_equal(found, (a[:, None] != b).sum(-1))
+    assert_same(found, (a[:, None] != b).sum(-1))
     assert found[0, 0] == k and found[1, 1] == 0
 
 
@@ -466,11 +467,11 @@ def test_sign_hash_equals_the_literal_version(d, k):
     x = np.random.default_rng(0).standard_normal((2, 5, d))
     projection = projection_of(hash_of)
     expected = [[literal.sign_hash(projection, vector) for vector in row] for row in x.tolist()]
-    np.testing.assert_array_equal(hash_of(x), pack_bits(np.array(expected, bool)))
-    np.testing.assert_array_equal(hash_of(7 * x), hash_of(x), "the hash depends on |x|")
-    assert (hamming(hash_of(x), hash_of(-x)) == k).all(), "opposite vectors differ in all bits"
+    assert_same(hash_of(x), pack_bits(np.array(expected, bool)))
+    assert_same(hash_of(7 * x), hash_of(x), "the hash depends on |x|")
+    assert_same(hamming(hash_of(x), hash_of(-x)), k, "opposite vectors differ in all bits")
     zero = hash_of(np.zeros((1, d)))
-    np.testing.assert_array_equal(zero, pack_bits(np.ones((1, k), bool)), "the sign of 0 is +")
+    assert_same(zero, pack_bits(np.ones((1, k), bool)), "the sign of 0 is +")
 
 
 # The angle bias ----------------------------------------------------------------------------------
@@ -504,7 +505,7 @@ def test_corrected_angle_is_an_underestimate_in_80_percent_of_cases(d, k):
 
 def test_cosine_table_is_1_at_distance_0():
     found = cosine_table(4, 0.25)
-    np.testing.assert_allclose(found, [1, 0.8601, 0.2474, -0.5102, -0.9689], atol=5e-5)
+    assert_same(found, [1, 0.8601, 0.2474, -0.5102, -0.9689], atol=5e-5)
     for k, bias in ((32, 0.179), (8, 1.0), (5, 0.0)):
         table = cosine_table(k, bias)
         assert table.shape == (k + 1,) and table[0] == 1, "cos(-bias) instead of 1 at distance 0"
@@ -551,7 +552,7 @@ def test_learned_thresholds_equal_the_literal_version(family, p, min_visible):
     for t, seen in zip(found, recorded(lm, TEXTS)):
         scale = lm.model.config.head_width**-0.5
         expected = literal.learn_thresholds(seen, p, scale, min_visible)
-        np.testing.assert_allclose(t, expected, atol=1e-12)
+        assert_same(t, expected, atol=1e-12)
 
 
 def test_learned_thresholds_of_a_text_longer_than_a_block_of_rows():
@@ -559,7 +560,7 @@ def test_learned_thresholds_of_a_text_longer_than_a_block_of_rows():
     text = np.random.default_rng(3).integers(0, 258, 139).tolist()
     found = np.array(learn_thresholds(lm, 1.0, [text], 70))
     expected = literal.learn_thresholds(recorded(lm, [text])[1], 1.0, 8**-0.5, 70)
-    np.testing.assert_allclose(found[1], expected, atol=1e-12)
+    assert_same(found[1], expected, atol=1e-12)
 
 
 def test_learned_thresholds_rise_with_p_so_that_kept_keys_are_nested():
@@ -602,7 +603,7 @@ def test_learning_reads_only_calibration_stories(count):
     again = apply(tiny_lm(), {"elsa": {"stories": count}})
     for one, other in zip(lm.model.stack.blocks, again.model.stack.blocks):
         found, expected = (block.attn.attend.selector.threshold for block in (one, other))
-        np.testing.assert_array_equal(found, expected)
+        assert_same(found, expected)
 
 
 def test_calibration_texts_begin_as_stories_do_and_fit_the_context():
@@ -615,7 +616,7 @@ def test_model_has_the_thresholds_learned_from_its_stories():
     expected = learn_thresholds(lm, 1.0, calibration_ids("test", lm, 2), 5)
     changed = apply(lm, {"elsa": {"p": 1.0, "stories": 2, "min_visible": 5}})
     for t, block in zip(expected, changed.model.stack.blocks):
-        np.testing.assert_allclose(block.attn.attend.selector.threshold, t, rtol=1e-6)
+        assert_same(block.attn.attend.selector.threshold, t, tolerance=1e-6)
 
 
 # Options -----------------------------------------------------------------------------------------
@@ -632,7 +633,7 @@ def test_threshold_is_used_instead_of_p_even_if_p_is_0():
     for p in (0.0, 1.0):
         lm = apply(tiny_lm(), {"elsa": {"p": p, "threshold": 0.3}})
         found = lm.model.stack.blocks[0].attn.attend.selector.threshold
-        np.testing.assert_allclose(found, 0.3, rtol=1e-6, err_msg=f"p={p} replaces the threshold")
+        assert_same(found, 0.3, f"p={p} replaces the threshold", tolerance=1e-6)
 
 
 def test_learning_without_a_tokenizer_is_refused():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from literal_head_cascade import Cascade
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, check_close, in_chunks, tiny_lm, tiny_model
 
 import minitx
@@ -87,7 +88,7 @@ def test_equals_the_literal_version(family, sizes):
         found, expected = lm.model(step, state), literal.step(step.tolist())
         check_close(found, expected, 1e-11, f"{family}, step of {size} up to {at}")
         totals = head_scores(state.layers[0], literal.H, ())[()].by_token[:at].sum(0)
-        np.testing.assert_allclose(totals, literal.s, err_msg="accumulated |E|")
+        assert_same(totals, literal.s, "accumulated |E|", tolerance=1e-7)
     assert [len(heads) for heads in literal.alive_in] != [literal.H] * 4
 
 
@@ -119,7 +120,7 @@ def test_attention_of_some_heads_is_that_of_all_heads_for_these():
     whole = ops.attention(q, k, v, 0.5)
     for heads in ([0, 1, 2, 3, 4, 5], [0, 3, 4], [5], [1, 2, 3, 5]):
         found = AttendHeads(0.5)(q[heads], k, v, None, np.array(heads) // 2)
-        np.testing.assert_allclose(found, whole[heads], atol=1e-14, err_msg=f"heads {heads}")
+        assert_same(found, whole[heads], f"heads {heads}", atol=1e-14)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -193,7 +194,7 @@ def test_a_step_depends_on_its_own_tokens_and_not_on_later_steps():
     other = IDS.copy()
     other[12:] = (other[12:] * 5 + 1) % 258
     once, changed = (in_chunks(lm, ids, STEPS) for ids in (IDS, other))
-    np.testing.assert_array_equal(once[:12], changed[:12])
+    assert_same(once[:12], changed[:12])
     moved = []
     for last in range(12):
         ids = IDS[:12].copy()
@@ -226,7 +227,7 @@ def test_rewind_inside_a_step_forgets_what_its_tokens_added():
     assert by_token[13].all() and not by_token[14:].any(), "what undone tokens added still counts"
     again = lm.model(IDS[14:20], long)
     long.rewind(14)
-    np.testing.assert_array_equal(lm.model(IDS[14:20], long), again)
+    assert_same(lm.model(IDS[14:20], long), again)
 
 
 def test_early_exit_runs_on_top():
@@ -239,7 +240,7 @@ def test_early_exit_runs_on_top():
     in_chunks(lm, IDS[:30], STEPS[:19], state)
     lm.model(IDS[:5], state)
     state.rewind(30)
-    np.testing.assert_array_equal(in_chunks(lm, IDS[30:], (1,) * 10, state), once[30:])
+    assert_same(in_chunks(lm, IDS[30:], (1,) * 10, state), once[30:])
 
 
 # Options and models ------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def test_random_heads_are_drawn_anew_in_each_step():
         cascade(make("gpt2"), choose="random", seed=1),
     )
     found = in_chunks(lm, IDS, STEPS)
-    np.testing.assert_array_equal(in_chunks(same, IDS, STEPS), found)
+    assert_same(in_chunks(same, IDS, STEPS), found)
     assert abs(in_chunks(other, IDS, STEPS) - found).max() > 1e-6
 
 

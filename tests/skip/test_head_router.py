@@ -5,6 +5,7 @@ from functools import cache
 import literal_head_router as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
 import minitx
@@ -32,7 +33,7 @@ def models(family="llama", **options):
 
 
 def close(found, expected, what, tolerance=1e-10):
-    np.testing.assert_allclose(found, expected, atol=tolerance * abs(expected).max(), err_msg=what)
+    assert_same(found, expected, what, atol=tolerance * abs(expected).max())
 
 
 # Worked example ----------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def test_norm_router_by_hand_runs_the_shared_head_and_the_longest_query():
     # token 1   (0, 0)    (1, 1): 1.41     (-2, 0): 2       heads 0 and 2, though 0 is the shortest
     q = np.array([[9, 9, 3, 4, 1, 2], [0, 0, 1, 1, -2, 0]], float)
     runs = NormRouter(heads=3, shared=1, running=2)(q, Layer.once(2))
-    np.testing.assert_array_equal(runs, [[True, True, False], [True, False, True]])
+    assert_same(runs, [[True, True, False], [True, False, True]])
 
 
 def test_ties_go_to_the_lower_head_even_if_rounding_differs():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from literal_heavy_hitters import keep, run
+from same import assert_same
 from tiny import FAMILIES, in_chunks, tiny_lm, tiny_model
 
 import minitx
@@ -37,7 +38,7 @@ def test_worked_example_by_hand():
     heavy=1 recent=2: the last two, and row 0. heavy=2 recent=1: the last one, rows 0 and 2."""
     rows = [[1], [0.7, 0.3], [0.6, 0.1, 0.3], [0.5, 0.05, 0.35, 0.1], [0.4, 0.05, 0.3, 0.05, 0.2]]
     acc = np.sum([np.pad(row, (0, 5 - len(row))) for row in rows], 0)
-    np.testing.assert_allclose(acc, [3.2, 0.5, 0.95, 0.15, 0.2])
+    assert_same(acc, [3.2, 0.5, 0.95, 0.15, 0.2], tolerance=1e-7)
     for heavy, recent, expected in ((1, 2, [0, 3, 4]), (2, 1, [0, 2, 4]), (3, 0, [0, 1, 2])):
         assert heaviest_and_latest(acc, heavy, recent).tolist() == expected
         assert keep(acc.tolist(), heavy, recent) == expected
@@ -64,7 +65,7 @@ def test_equals_the_literal_version(heavy, recent, sizes):
     outputs, cached = run(steps, heavy, recent)
     assert rows == cached, "the rows that are cached after each step"
     for step, expected in zip(found, outputs, strict=True):
-        np.testing.assert_allclose(step, expected, atol=1e-12, err_msg="attention output")
+        assert_same(step, expected, "attention output", atol=1e-12)
 
 
 def test_accumulated_attention_sums_to_the_number_of_queries():
@@ -73,7 +74,7 @@ def test_accumulated_attention_sums_to_the_number_of_queries():
     in_chunks(lm, IDS[:30], (10, 20), state)
     c = lm.model.config
     for layer in state.layers:
-        np.testing.assert_allclose(accumulated(layer).total.sum(-1), 30 * c.group)
+        assert_same(accumulated(layer).total.sum(-1), 30 * c.group, tolerance=1e-7)
 
 
 def test_a_step_of_several_blocks_of_queries_accumulates_all_of_them(monkeypatch):
@@ -119,7 +120,7 @@ def test_the_latest_rows_always_stay():
     state = lm.model.new_state()
     in_chunks(lm, IDS, STEPS, state)
     for layer in state.layers:
-        assert (layer.row_positions[..., -5:] == np.arange(35, 40)).all()
+        assert_same(layer.row_positions[..., -5:], [np.arange(35, 40)])
 
 
 @pytest.mark.parametrize("back", range(33, 41))
@@ -134,9 +135,9 @@ def test_rewind_inside_the_last_step_is_as_if_it_had_ended_there(back):
         lm.model(IDS[33:back], short)
     for _ in range(5):  # what stays depends on what has been accumulated
         found, expected = (lm.model([7], state) for state in (long, short))
-        np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=f"back to {back}")
+        assert_same(found, expected, f"back to {back}", atol=1e-12)
     for one, other in zip(long.layers, short.layers):
-        np.testing.assert_array_equal(one.row_positions, other.row_positions)
+        assert_same(one.row_positions, other.row_positions)
 
 
 def test_rewind_before_the_last_step_is_refused_by_name():
@@ -148,7 +149,7 @@ def test_rewind_before_the_last_step_is_refused_by_name():
     ):
         state.rewind(11)
     state.rewind(0)
-    np.testing.assert_allclose(lm.model(IDS[:9], state), lm.logits(IDS[:9]), rtol=1e-4, atol=1e-4)
+    assert_same(lm.model(IDS[:9], state), lm.logits(IDS[:9]), tolerance=1e-4, atol=1e-4)
 
 
 def test_a_long_step_can_only_be_undone_as_a_whole(monkeypatch):
@@ -243,7 +244,8 @@ def test_one_cached_head_for_several_key_heads_keeps_one_set_of_rows(family):
     layer = state.layers[0]
     assert layer.count == 7, f"expected 3 + 3 rows and the new one, got {layer.count}"
     positions = layer.row_positions
-    assert (positions == positions[..., :1, :]).all(), "heads of one cached head differ in rows"
+    first = np.broadcast_to(positions[..., :1, :], positions.shape)
+    assert_same(positions, first, "heads of one cached head keep the same rows")
 
 
 def test_step_of_which_some_tokens_exited_is_undone_in_part():
@@ -258,13 +260,13 @@ def test_step_of_which_some_tokens_exited_is_undone_in_part():
     lm.model(np.append(IDS[30:33], IDS[20:25]), state)  # eight tokens, some of which exit
     part, whole = state.fork(33), state.fork(30)  # the last five are forgotten, or all of them
     again = in_chunks(lm, IDS[30:], (1,) * 10, whole)
-    np.testing.assert_array_equal(again, once[30:], "the undone step is still counted")
+    assert_same(again, once[30:], "the undone step is still counted")
     three = lm.model.new_state()  # the first three in a step of their own
     in_chunks(lm, IDS[:30], STEPS[:19], three)
     lm.model(IDS[30:33], three)
     for layer, expected in zip(part.layers, three.layers, strict=True):
         found = accumulated(layer).total
-        np.testing.assert_allclose(found, accumulated(expected).total, atol=1e-12)
+        assert_same(found, accumulated(expected).total, atol=1e-12)
     prompts = [IDS[:12].tolist(), IDS[:12].tolist(), IDS[20:23].tolist()]
     assert lm.generate(prompts, 20) == [lm.generate(prompt, 20) for prompt in prompts]
 

@@ -6,6 +6,7 @@ import literal_jacobi as literal
 import numpy as np
 import pytest
 from enumeration import exact_distribution, model_distribution, total_variation
+from same import assert_same
 from tiny import FAMILIES, decode, tiny_lm, tiny_model
 
 import minitx
@@ -212,9 +213,7 @@ def test_cache_between_passes_is_that_of_a_fresh_prefill():
         for kept, new in zip(state.layers, fresh.layers):
             assert kept.count == new.count, "rows of wrong guesses are left"
             for a, b in ((kept.keys, new.keys), (kept.values, new.values)):
-                np.testing.assert_allclose(
-                    a[..., : kept.count, :], b[..., : new.count, :], atol=1e-9
-                )
+                assert_same(a[..., : kept.count, :], b[..., : new.count, :], atol=1e-9)
 
 
 def test_guesses_never_pass_the_end_of_the_context():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import literal_kv_share as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
 import minitx
@@ -57,7 +58,7 @@ def leaders_of(lm) -> list[int]:
 
 
 def close(found, expected, what, tolerance=1e-10):
-    np.testing.assert_allclose(found, expected, atol=tolerance * abs(expected).max(), err_msg=what)
+    assert_same(found, expected, what, atol=tolerance * abs(expected).max())
 
 
 # Worked example ----------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_rewound_and_forked_states_read_their_own_rows(options, back_to):
     state.rewind(back_to)
     for which, name in ((fork, "forked"), (state, "rewound")):
         again = in_chunks(lm, IDS[back_to:], (1,) * (40 - back_to), which)
-        np.testing.assert_array_equal(again, once[back_to:], f"a {name} state differs")
+        assert_same(again, once[back_to:], f"a {name} state differs")
 
 
 def test_ragged_batch_row_equals_row_alone():
@@ -318,7 +319,7 @@ def test_chunks_and_rewinding_with_other_techniques(others):
     expected = lm.model(IDS[20:30], state)
     lm.model(OTHER[:5], state)
     state.rewind(20)
-    np.testing.assert_array_equal(lm.model(IDS[20:30], state), expected)
+    assert_same(lm.model(IDS[20:30], state), expected)
     assert [i for i in range(L) if state.layers[i].count == 0] == [
         i for i, leader in enumerate(leaders_of(lm)) if leader != i
     ], "a follower has cache rows, or a leader none"
@@ -344,7 +345,7 @@ def test_a_written_model_shares_as_before(tmp_path):
     _, lm = models(dtype=np.float32, **SETTINGS[1])
     write_precomputed(lm, tmp_path / "out", Origin("tiny", "--kv-share"), None)
     model, _ = read_precomputed(tmp_path / "out")
-    np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
+    assert_same(model(IDS), lm.logits(IDS))
 
 
 # Training ----------------------------------------------------------------------------------------

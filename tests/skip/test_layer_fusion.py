@@ -6,6 +6,7 @@ tests/core/test_layer_sharing.py holds the core to blocks that stand in several 
 import literal_layer_fusion as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
 import minitx
@@ -50,7 +51,7 @@ def sets_of(lm) -> list[int]:
 
 
 def close(found, expected, what, tolerance=1e-10):
-    np.testing.assert_allclose(found, expected, atol=tolerance * abs(expected).max(), err_msg=what)
+    assert_same(found, expected, what, atol=tolerance * abs(expected).max())
 
 
 # Worked example ----------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_chunks_and_rewinding(options):
     once = in_chunks(lm, IDS, (20, *[1] * 20), state)
     close(once, lm.logits(IDS), "in chunks, logits differ")
     state.rewind(20)
-    np.testing.assert_array_equal(in_chunks(lm, IDS[20:], (1,) * 20, state), once[20:])
+    assert_same(in_chunks(lm, IDS[20:], (1,) * 20, state), once[20:])
 
 
 def test_the_tree_shows_which_layers_share():
@@ -173,7 +174,7 @@ def test_a_written_model_shares_as_before(tmp_path):
     _, lm = models(dtype=np.float32, **SETTINGS[1])
     write_precomputed(lm, tmp_path / "out", Origin("tiny", "--layer-fusion"), None)
     model, _ = read_precomputed(tmp_path / "out")
-    np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
+    assert_same(model(IDS), lm.logits(IDS))
     assert nbytes(model) == nbytes(lm.model), "it is stored once per layer"
 
 

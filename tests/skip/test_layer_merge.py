@@ -4,6 +4,7 @@ import literal_layer_fusion
 import literal_layer_merge as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, in_chunks, tiny_model
 
 import minitx
@@ -35,7 +36,7 @@ def models(family="llama", dtype=np.float64, **options):
 
 
 def close(found, expected, what, tolerance=1e-10):
-    np.testing.assert_allclose(found, expected, atol=tolerance * abs(expected).max(), err_msg=what)
+    assert_same(found, expected, what, atol=tolerance * abs(expected).max())
 
 
 # Worked example ----------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def test_merging_two_layers_is_dropping_the_first(family):
     """W_l + (W_l+1 - W_l) = W_l+1, so nothing of layer l is left."""
     dense, lm = models(family, size=2, first=3)
     dropped = apply(dense, {"layer_skip": dict(drop="3")})
-    np.testing.assert_array_equal(lm.logits(IDS), dropped.logits(IDS))
+    assert_same(lm.logits(IDS), dropped.logits(IDS))
 
 
 # Against the literal version ---------------------------------------------------------------------
@@ -80,7 +81,7 @@ def test_similarity_and_choice_equal_the_literal_version(family, size):
     best = literal.best_first(lm.model, TEXTS, size)
     found = apply(lm, {"layer_merge": dict(size=size)}, calibrate=TEXTS)
     given = apply(lm, {"layer_merge": dict(size=size, first=best)})
-    np.testing.assert_array_equal(found.logits(IDS), given.logits(IDS))
+    assert_same(found.logits(IDS), given.logits(IDS))
 
 
 @family
@@ -124,14 +125,14 @@ def test_chunks_and_rewinding(size, first):
     once = in_chunks(lm, IDS, (20, *[1] * 20), state)
     close(once, lm.logits(IDS), "in chunks, logits differ")
     state.rewind(20)
-    np.testing.assert_array_equal(in_chunks(lm, IDS[20:], (1,) * 20, state), once[20:])
+    assert_same(in_chunks(lm, IDS[20:], (1,) * 20, state), once[20:])
 
 
 def test_a_written_model_has_fewer_layers(tmp_path):
     _, lm = models(dtype=np.float32, size=3, first=2)
     write_precomputed(lm, tmp_path / "out", Origin("tiny", "--layer-merge"), None)
     model, _ = read_precomputed(tmp_path / "out")
-    np.testing.assert_array_equal(model(IDS), lm.logits(IDS))
+    assert_same(model(IDS), lm.logits(IDS))
 
 
 def test_merged_layers_may_share_their_weights_with_others():

@@ -9,6 +9,7 @@ from functools import cache
 import literal_layer_reorder as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, check_close, in_chunks, tiny_model
 
 import minitx
@@ -158,7 +159,7 @@ def test_each_layer_keeps_its_own_cache_slot():
         slots[index] = layer.rows()[0]
     for index, layer in enumerate(state.layers):
         assert layer.index == index and layer.count == 20
-        np.testing.assert_array_equal(layer.rows()[0], slots[index], f"keys of layer {index}")
+        assert_same(layer.rows()[0], slots[index], f"keys of layer {index}")
 
 
 def test_a_ragged_batch_equals_its_rows():

@@ -9,6 +9,7 @@ from functools import cache
 import literal_layer_router as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, check_close, in_chunks, tiny_model
 
 import minitx
@@ -117,7 +118,7 @@ def test_observed_divergences_and_summaries_equal_the_literal_version():
             expected = literal.divergence(lm.model, text, layer, 6)
             assert divergence[layer - 1] == pytest.approx(expected), f"KL without layer {layer}"
             entering = literal.run(lm.model, text)[1][layer][:6]
-            np.testing.assert_allclose(summary[layer - 1], literal.mean(entering), atol=1e-12)
+            assert_same(summary[layer - 1], literal.mean(entering), atol=1e-12)
 
 
 def test_gates_are_the_minimum_of_the_literal_loss():
@@ -181,7 +182,7 @@ def test_rewind_to_0_forgets_the_decision_and_further_rewinds_keep_it():
     state.rewind(0)
     found = lm.model(TEXTS[0], state)
     expected = lm.model(TEXTS[0], new_state(lm.model, TEXTS[0]))
-    np.testing.assert_array_equal(found, expected, "the sequence before is remembered")
+    assert_same(found, expected, "the sequence before is remembered")
 
 
 @family

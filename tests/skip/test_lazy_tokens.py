@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from literal_lazy_tokens import LazyLLM
+from same import assert_same
 from tiny import FAMILIES, KINDS, TOKENIZER, error, in_chunks, tiny_model
 
 import minitx
@@ -114,10 +115,8 @@ def test_score_is_the_mean_over_heads_of_the_last_tokens_attention_weights():
     attend = ScoringAttend(Attend(1.0))
     with counting(attend) as counts:
         found = attend(q, k, k, layer)
-    np.testing.assert_allclose(last_row(layer).weights, np.array([11, 14, 23]) / 48)
-    np.testing.assert_array_equal(
-        found, Attend(1.0)(q, k, k, layer), "attention itself is unchanged"
-    )
+    assert_same(last_row(layer).weights, np.array([11, 14, 23]) / 48, tolerance=1e-7)
+    assert_same(found, Attend(1.0)(q, k, k, layer), "attention itself is unchanged")
     # attention: 2 heads * 3 queries * 3 keys * (1 + 1); the scores: 2 heads * 3 keys * 1
     assert counts.total().multiply_adds == 36 + 6
 
@@ -162,7 +161,9 @@ def test_every_step_equals_the_literal_version(family, keep):
     with counting(lm) as counts:
         for number, ids in enumerate(steps_of(IDS)):
             found = lm.model.next_logits(ids, state)
-            assert error(found, literal.step(ids)) < 1e-12, f"logits differ in step {number}"
+            assert_same(
+                found, literal.step(ids), f"logits differ in step {number}", tolerance=1e-12
+            )
             for index, layer in enumerate(state.layers):
                 held = positions_held(layer)
                 assert sorted(held) == sorted(literal.KV[index]), (
@@ -186,9 +187,7 @@ def test_cached_keys_are_those_of_the_literal_version(family):
     for index, layer in enumerate(state.layers):
         for row, i in enumerate(positions_held(layer)):
             for cached, expected in zip((layer.keys, layer.values), literal.KV[index][i]):
-                np.testing.assert_allclose(
-                    cached[:, row], expected, atol=1e-12, err_msg=f"{index}, {i}"
-                )
+                assert_same(cached[:, row], expected, f"{index}, {i}", atol=1e-12)
 
 
 # Keeping everything ------------------------------------------------------------------------------
@@ -202,15 +201,15 @@ ALL = [dict(keep=1.0), dict(keep=0.999), dict(keep=0.999, choose="random")]  # c
 @pytest.mark.parametrize("options", ALL, ids=str)
 def test_keeping_every_token_is_dense(family, sizes, options):
     dense, lm = models(family, **options)
-    assert error(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes)) < 1e-12
-    assert error(lm.logits(IDS), dense.logits(IDS)) < 1e-12
+    assert_same(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes), tolerance=1e-12)
+    assert_same(lm.logits(IDS), dense.logits(IDS), tolerance=1e-12)
 
 
 @kind
 def test_keep_1_is_dense_bit_for_bit(family):
     dense, lm = models(family, np.float32, keep=1.0)
     for sizes in ((40,), STEPS):
-        np.testing.assert_array_equal(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes))
+        assert_same(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes))
     with counting(dense) as expected:
         in_chunks(dense, IDS, STEPS)
     with counting(lm) as counts:
@@ -226,7 +225,7 @@ def test_keep_1_is_dense_bit_for_bit(family):
 def test_the_same_steps_give_the_same_result(family, choose):
     _, lm = models(family, keep=0.5, choose=choose)
     assert decides(lm.model) == "step"
-    np.testing.assert_array_equal(in_chunks(lm, IDS, STEPS), in_chunks(lm, IDS, STEPS))
+    assert_same(in_chunks(lm, IDS, STEPS), in_chunks(lm, IDS, STEPS))
 
 
 @kind
@@ -237,7 +236,7 @@ def test_nothing_before_a_changed_token_moves(family):
     changed = IDS.copy()
     changed[25] = (changed[25] + 1) % 258
     before, after = lm.logits(IDS), lm.logits(changed)
-    np.testing.assert_allclose(after[:25], before[:25], atol=1e-12)
+    assert_same(after[:25], before[:25], atol=1e-12)
     assert error(after[25:], before[25:]) > 1e-3
 
 
@@ -246,7 +245,7 @@ def test_a_pass_without_memory_equals_the_same_step_with_memory():
         for name in KINDS:
             _, lm = models(name, **options)
             whole = lm.model(IDS, lm.model.new_state())
-            np.testing.assert_allclose(lm.logits(IDS), whole, atol=1e-12 * abs(whole).max())
+            assert_same(lm.logits(IDS), whole, atol=1e-12 * abs(whole).max())
 
 
 @kind
@@ -269,7 +268,7 @@ def test_rewind_and_replay_repeats_every_step_bit_for_bit(family, back_to):
     assert found == [sorted(rows) for rows in held[back_to]], "rows after the rewind"
     done = int(np.searchsorted(np.cumsum(sizes), back_to, "right"))
     for number, ids in list(enumerate(steps_of(IDS, sizes)))[done:]:
-        np.testing.assert_array_equal(lm.model(ids, state), once[number], f"step {number}")
+        assert_same(lm.model(ids, state), once[number], f"step {number}")
 
 
 @pytest.mark.parametrize("back_to", [1, 13, 19])
@@ -298,7 +297,7 @@ def test_fork_goes_on_by_itself():
         lm.model(OTHER[:3], earlier)
     expected = [lm.model(ids, state) for ids in rest]
     for ids, logits in zip(rest, expected):
-        np.testing.assert_array_equal(lm.model(ids, fork), logits)
+        assert_same(lm.model(ids, fork), logits)
     for layer in fork.layers:
         for kept in layer.memory.kept.values():
             if isinstance(kept, AuxCache):
@@ -313,7 +312,7 @@ def test_interleaved_sequences_do_not_disturb_each_other():
         for which in (0, 1):
             found[which].append(lm.model(pair[which], states[which]))
     for which in (0, 1):
-        np.testing.assert_array_equal(np.concatenate(found[which]), alone[which])
+        assert_same(np.concatenate(found[which]), alone[which])
 
 
 @family
@@ -329,11 +328,11 @@ def test_batch_without_memory_runs_its_rows_one_after_another(family):
     _, lm = models(family, keep=0.5)
     found = lm.logits(np.stack([IDS, OTHER]))
     for row, ids in zip(found, (IDS, OTHER)):
-        np.testing.assert_allclose(row, lm.logits(ids), atol=1e-12 * abs(found).max())
+        assert_same(row, lm.logits(ids), atol=1e-12 * abs(found).max())
     start = np.array([0, 9])
     padded = np.stack([IDS, np.concatenate([np.zeros(9, int), OTHER[:31]])])
     found = lm.model(padded, lm.model.new_state(start, remember=False))
-    np.testing.assert_allclose(found[1, 9:], lm.logits(OTHER[:31]), atol=1e-12 * abs(found).max())
+    assert_same(found[1, 9:], lm.logits(OTHER[:31]), atol=1e-12 * abs(found).max())
 
 
 def test_everything_stays_float32():
@@ -497,9 +496,9 @@ def test_exact_techniques_do_not_change_which_tokens_are_pruned(family):
     """first_layer hands the stack rows of a table, wider than the hidden state."""
     dense, lm = models(family, keep=0.5)
     both = apply(dense, {"lazy_tokens": dict(keep=0.5, first=1), "first_layer": True})
-    assert error(in_chunks(both, IDS, STEPS), in_chunks(lm, IDS, STEPS)) < 1e-11
+    assert_same(in_chunks(both, IDS, STEPS), in_chunks(lm, IDS, STEPS), tolerance=1e-11)
     batch = np.stack([IDS, OTHER])
-    assert error(both.logits(batch), lm.logits(batch)) < 1e-11
+    assert_same(both.logits(batch), lm.logits(batch), tolerance=1e-11)
 
 
 def test_the_tree_shows_the_scoring_layers():

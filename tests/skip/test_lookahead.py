@@ -6,6 +6,7 @@ import literal_lookahead as literal
 import numpy as np
 import pytest
 from enumeration import exact_distribution, model_distribution, total_variation
+from same import assert_same
 from tiny import FAMILIES, decode, tiny_lm, tiny_model
 
 import minitx
@@ -183,8 +184,8 @@ def test_cache_between_passes_is_that_of_a_fresh_prefill():
         for kept, new in zip(state.layers, fresh.layers):
             n = new.count
             assert kept.count == n, "rows of other branches are left"
-            np.testing.assert_allclose(kept.keys[..., :n, :], new.keys[..., :n, :], atol=1e-9)
-            np.testing.assert_allclose(kept.values[..., :n, :], new.values[..., :n, :], atol=1e-9)
+            assert_same(kept.keys[..., :n, :], new.keys[..., :n, :], atol=1e-9)
+            assert_same(kept.values[..., :n, :], new.values[..., :n, :], atol=1e-9)
         compared += 1
     assert compared > 5
 

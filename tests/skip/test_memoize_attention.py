@@ -5,6 +5,7 @@ from functools import cache
 import literal_memoize_attention as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, in_chunks, tiny_lm
 
 import minitx
@@ -57,7 +58,7 @@ def test_worked_example_by_hand():
         attn = averaging(stored, radius)
         with counting(attn) as counts:
             y = attn(np.array([[1.0], [2.0], [3.0]]), Layer.once(3))
-        np.testing.assert_allclose(y[:, 0], expected, err_msg=f"radius {radius}")
+        assert_same(y[:, 0], expected, f"radius {radius}", tolerance=1e-7)
         assert counts.events == {"lookups": 3, "hits": hits}
 
 
@@ -98,7 +99,7 @@ def test_calibration_text_itself_hits_everywhere_at_radius_zero(family):
 def test_values_are_those_of_the_sequence_not_of_the_stored_text():
     attn = averaging([[(1.0, [1.0])], [(1.0, [0.75, 0.25])]], 9.0)
     y = attn(np.array([[4.0], [8.0]]), Layer.once(2))
-    np.testing.assert_allclose(y[:, 0], [4, 5], err_msg="0.75 * 4 + 0.25 * 8 = 5")
+    assert_same(y[:, 0], [4, 5], "0.75 * 4 + 0.25 * 8 = 5", tolerance=1e-7)
 
 
 def test_several_blocks_of_hits_equal_one(monkeypatch):
@@ -156,7 +157,7 @@ def test_monitor_halves_the_radius_after_a_false_hit():
             with counting(attn) as counts:
                 for a, b in zip(ends := np.cumsum([0, *sizes]), ends[1:]):
                     y += attn(x[a:b], layer.take(b - a))[:, 0].tolist()
-            np.testing.assert_allclose(y, expected, err_msg=f"limit {limit}, in steps of {sizes}")
+            assert_same(y, expected, f"limit {limit}, in steps of {sizes}", tolerance=1e-7)
             assert counts.events["hits"] == hits
             assert counts.events["checks above the limit"] == false
             assert counts.events["quality checks"] == hits, "only tokens that hit are checked"
@@ -182,7 +183,7 @@ def test_random_baseline_hits_as_often_as_tokens_that_are_not_stored():
     scores = np.array([[0.9, 0.4], [0.0, 0.6]])  # position 0 misses; 1 hits, and gets the second
     attn = averaging(stored, 0.0, RandomMaps, scores=scores, rate=0.5)
     y = attn(np.array([[4.0], [8.0]]), Layer.once(2))
-    np.testing.assert_allclose(y[:, 0], [4, 8])
+    assert_same(y[:, 0], [4, 8], tolerance=1e-7)
 
 
 def test_first_layers_have_no_database():

@@ -5,6 +5,7 @@ from functools import cache
 import literal_memoize_ffn as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, in_chunks, tiny_lm
 
 import minitx
@@ -47,7 +48,7 @@ def test_worked_example_by_hand():
         ffn = memoized(*stored, radius)
         with counting(ffn) as counts:
             y = ffn(x, Layer.once(2))
-        np.testing.assert_allclose(y, [first, [0, 2]], err_msg=f"radius {radius}")
+        assert_same(y, [first, [0, 2]], f"radius {radius}", tolerance=1e-7)
         assert counts.events == {"lookups": 2, "hits": hits}
 
 
@@ -62,7 +63,7 @@ def test_equals_the_literal_version(rank, radius):
     expected, hits = literal.memoized(
         lambda row: [2 * a for a in row], x.tolist(), keys.tolist(), values, basis, radius
     )
-    np.testing.assert_allclose(y, expected, atol=1e-12, err_msg="FFN output")
+    assert_same(y, expected, "FFN output", atol=1e-12)
     assert counts.events["hits"] == sum(hits)
 
 
@@ -79,7 +80,7 @@ def test_monitored_equals_the_literal_version(steps):
     expected, used = literal.monitored(
         lambda row: [2 * a for a in row], x.tolist(), keys.tolist(), values, np.eye(4), 0.6, **how
     )
-    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-12)
+    assert_same(np.concatenate(found), expected, atol=1e-12)
     assert {0.6, 0.3, 0.15} == set(used), "the example uses every radius"
 
 
@@ -92,7 +93,7 @@ def test_monitor_halves_the_radius_after_a_false_hit():
     with counting(ffn) as counts:
         y = ffn(x, Layer.once(6))
     # position 0 hits; 1 is checked: exact, and a false hit, so the radius is 0.15: all others miss
-    np.testing.assert_allclose(y[:, 0], [1.2, *[2.4] * 5])
+    assert_same(y[:, 0], [1.2, *[2.4] * 5], tolerance=1e-7)
     assert counts.events["checks above the limit"] == 1 and counts.events["hits"] == 1
     layer = Layer(6).take(3)
     ffn(x[:3], layer)
@@ -108,7 +109,7 @@ def test_monitor_without_halvings_only_counts_false_hits():
     )
     with counting(ffn) as counts:
         y = ffn(x, Layer.once(6))
-    np.testing.assert_allclose(y[:, 0], [1.2, 2.4] * 3)
+    assert_same(y[:, 0], [1.2, 2.4] * 3, tolerance=1e-7)
     expected = {"lookups": 3, "hits": 3, "quality checks": 3, "checks above the limit": 3}
     assert counts.events == expected
 
@@ -137,13 +138,13 @@ def test_the_search_uses_principal_components_of_the_inputs():
         .ffn.memo
     )
     assert len(memo.keys) == len(IDS), "every token is stored"
-    np.testing.assert_allclose(abs(memo.basis.T @ principal(memo.keys, 4)), np.eye(4), atol=1e-9)
+    assert_same(abs(memo.basis.T @ principal(memo.keys, 4)), np.eye(4), atol=1e-9)
     few = apply(
         tiny_lm(dtype=np.float64),
         {"memoize_ffn": options["memoize_ffn"] | {"size": 3}},
         calibrate=[IDS.tolist()],
     )
-    np.testing.assert_array_equal(few.model.stack.blocks[0].ffn.memo.basis, memo.basis)
+    assert_same(few.model.stack.blocks[0].ffn.memo.basis, memo.basis)
 
 
 def test_calibration_text_itself_hits_everywhere_at_radius_zero():
@@ -186,7 +187,7 @@ def test_an_output_does_not_depend_on_what_was_run_before():
     lm = apply(tiny_lm("gpt2", dtype=np.float64), {"memoize_ffn": DEMO})
     once = lm.logits(IDS)
     lm.logits((IDS + 1) % 258)
-    np.testing.assert_array_equal(lm.logits(IDS), once)
+    assert_same(lm.logits(IDS), once)
 
 
 @pytest.mark.parametrize("options", [{}, {"monitor": 3, "limit": 0.2}, {"choose": "random"}])
@@ -211,7 +212,7 @@ def test_baselines_hit_by_plan_and_random_ones_give_other_outputs():
         hits[choose] = counts.events["hits"]
     assert hits["random"] == hits["random_tokens"] > 0
     nearest, random, tokens = (lm.model.stack.blocks[0].ffn.values for lm in lms.values())
-    np.testing.assert_array_equal(nearest, tokens)
+    assert_same(nearest, tokens)
     assert sorted(nearest.tolist()) == sorted(random.tolist()) and (nearest != random).any()
     with pytest.raises(MinitxError, match="memoize_ffn: monitor=2 .* choose=random"):
         apply(tiny_lm(), {"memoize_ffn": {"choose": "random", "monitor": 2}})

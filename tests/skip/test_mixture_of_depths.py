@@ -9,6 +9,7 @@ from dataclasses import replace
 import literal_mixture_of_depths as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, in_chunks, tiny_lm, tiny_model
 
 from minitx.calibration import calibration_ids
@@ -85,17 +86,17 @@ def test_tokens_that_enter_get_r_times_what_the_block_adds_by_hand():
     # token 0: 1 + 0.5 * 2 = 2;   token 2: 1 + 2 * 4 = 9;   the others skip the block
     expected = np.array([[2.0, 1.0], [1.0, -2.0], [9.0, 4.0], [1.0, 0.0]])
     layer = Layer.once(4)
-    np.testing.assert_array_equal(block(x, layer), expected)
+    assert_same(block(x, layer), expected)
     assert layer.tokens.end == 4, "the tokens of the step are no longer all of them"
     higher = RoutedBlock(Adds(), LearnedRouter(np.array([0.0, 0.5]), threshold=0.5))
     expected = np.array([[1.0, 1.0], [1.0, -2.0], [1.0 + 2 * 2, 4.0], [1.0, 0.0]])
-    np.testing.assert_array_equal(higher(x, Layer.once(4)), expected, "only r = 2 is above 0.5")
+    assert_same(higher(x, Layer.once(4)), expected, "only r = 2 is above 0.5")
 
 
 def test_scale_multiplies_the_vector():
     x = np.array([[1.0, 3.0], [2.0, -3.0]])
     r = LearnedRouter(np.array([2.0, 1.0]), scale=0.5).scores(x)
-    np.testing.assert_allclose(r, [(2 + 3) / 2, (4 - 3) / 2])
+    assert_same(r, [(2 + 3) / 2, (4 - 3) / 2], tolerance=1e-7)
 
 
 def test_fitted_labels_are_the_tokens_that_the_block_changes_most_by_hand():
@@ -106,7 +107,7 @@ def test_fitted_labels_are_the_tokens_that_the_block_changes_most_by_hand():
     assert changed_most(x, f, 0.6).tolist() == [True, True, False, True]  # 2.4: three
     # x has the labels' sides apart: columns (1 and 6: -1) and (2 and 1: +1), solved one by one:
     # w_0 = -(1 + 6) / (1 + 36), w_1 = (2 + 1) / (4 + 1)
-    np.testing.assert_allclose(fit_router(x, f, 0.5), [-7 / 37, 3 / 5], rtol=1e-4)
+    assert_same(fit_router(x, f, 0.5), [-7 / 37, 3 / 5], tolerance=1e-4)
 
 
 # Against the literal version ---------------------------------------------------------------------
@@ -180,7 +181,7 @@ def test_later_tokens_change_nothing_before_them():
     _, lm, _ = models()
     other = IDS.copy()
     other[25:] = (other[25:] + 1) % 258
-    np.testing.assert_array_equal(lm.logits(other)[:25], lm.logits(IDS)[:25])
+    assert_same(lm.logits(other)[:25], lm.logits(IDS)[:25])
 
 
 def test_ranking_the_whole_text_leaks_the_future():
@@ -200,7 +201,7 @@ def test_block_that_no_token_enters_is_not_run():
     assert entered(lm) == 0
     kept = replace(dense.model.stack, blocks=dense.model.stack.blocks[::2])
     without = replace(dense, model=replace(dense.model, stack=Stack(kept.blocks)))
-    np.testing.assert_array_equal(lm.logits(IDS), without.logits(IDS))
+    assert_same(lm.logits(IDS), without.logits(IDS))
     with counting(lm) as counts:
         lm.generate(IDS[:5].tolist(), 5)
     ran = [path for path, entry in counts.entries.items() if entry.weight_bytes]
@@ -304,7 +305,7 @@ def test_default_without_trained_routers_fits_them_and_warns():
     with pytest.warns(MinitxWarning, match="not trained with routers.*stories-mod"):
         lm = apply(tiny_lm(), {"mixture_of_depths": {}})
     explicit = apply(tiny_lm(), {"mixture_of_depths": {"router": "fitted", "capacity": 0.25}})
-    np.testing.assert_array_equal(lm.logits(IDS), explicit.logits(IDS))
+    assert_same(lm.logits(IDS), explicit.logits(IDS))
     with pytest.raises(MinitxError, match="router=trained reads .* was not read from a folder"):
         apply(tiny_lm(), {"mixture_of_depths": {"router": "trained"}})
 
@@ -330,7 +331,7 @@ def test_trained_routers_are_read_from_the_folder(folder):
     for options in ({}, {"router": "trained"}):
         lm = load(folder, mixture_of_depths=options)
         expected = routed(dense, found.vectors)
-        np.testing.assert_array_equal(lm.logits(IDS), expected.logits(IDS))
+        assert_same(lm.logits(IDS), expected.logits(IDS))
     assert entered(load(folder, mixture_of_depths={"threshold": 2.0})) < entered(lm)
     random = load(folder, mixture_of_depths={"router": "random"}).model.stack.blocks
     assert [i for i, b in enumerate(random) if type(b) is RoutedBlock] == [1, 3]

@@ -7,6 +7,7 @@ from functools import cache
 import literal_negative_predict as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import WIDE, check_close, tiny_lm, tiny_model
 
 import minitx
@@ -58,9 +59,7 @@ def test_equals_the_literal_version(prefix, threshold):
         for row in x.reshape(-1, 12)
         for j in range(9)
     ]
-    np.testing.assert_allclose(
-        h.reshape(-1), [value for value, _ in by_hand], atol=1e-12, err_msg="neurons"
-    )
+    assert_same(h.reshape(-1), [value for value, _ in by_hand], "neurons", atol=1e-12)
     assert work == sum(terms for _, terms in by_hand) + 6 * 9, "other sums were finished"
     if threshold == -np.inf:
         check_close(h, np.maximum(x @ w + b, 0), 1e-12, "no threshold: the dense neurons")

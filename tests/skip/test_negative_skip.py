@@ -6,6 +6,7 @@ from functools import cache
 import literal_negative_skip as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import WIDE, check_close, tiny_lm, tiny_model
 
 import minitx
@@ -83,7 +84,7 @@ def test_equals_the_literal_version(method, every, bias):
         for j in range(9)
     ]
     expected = np.reshape([value for value, _ in by_hand], (2, 3, 9))
-    np.testing.assert_allclose(h, expected, atol=1e-12, err_msg="neurons")
+    assert_same(h, expected, "neurons", atol=1e-12)
     assert computed == sum(terms for _, terms in by_hand), "it stops elsewhere"
 
 
@@ -98,7 +99,7 @@ def test_neurons_are_exactly_those_of_relu_in_every_order(method, order, inputs)
     h, _, computed = run(made(w, b, method, 4, order), x)
     expected = relu(x, w, b)
     check_close(h, expected, 1e-12, "neurons")
-    assert ((h == 0) == (expected == 0)).all(), "other zeros than ReLU's"
+    assert_same(h == 0, expected == 0, "other zeros than ReLU's")
     assert computed <= x.size * 30
 
 
@@ -128,7 +129,7 @@ def test_many_tokens_equal_few_at_a_time(monkeypatch):
     part = made(w, None, "bound", 4)
     whole = part(x)
     monkeypatch.setattr("minitx.shared.ordering.GATHERED", 100)
-    np.testing.assert_allclose(part(x), whole, atol=1e-14)
+    assert_same(part(x), whole, atol=1e-14)
 
 
 @each_method

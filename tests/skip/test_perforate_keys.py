@@ -3,6 +3,7 @@
 import literal_perforate_keys as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, in_chunks, tiny_lm
 
 import minitx
@@ -88,7 +89,7 @@ def test_equals_the_literal_version(form, steps):
             *(x.tolist() for x in (q, k, v)), 0.5, [0, 0, 0, 1, 1, 1], sinks, window, stride, form
         )
         what = f"sinks={sinks} window={window} stride={stride}"
-        np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=what)
+        assert_same(found, expected, what, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["skip", "values"])
@@ -97,7 +98,7 @@ def test_several_blocks_of_queries_equal_one(monkeypatch, form):
     whole = attend(q, k, v, KeysByPosition(2, 3, 4), form=form)
     monkeypatch.setattr(fast, "ROWS", 8)
     again = attend(q, k, v, KeysByPosition(2, 3, 4), form=form)
-    np.testing.assert_allclose(again, whole, atol=1e-12)
+    assert_same(again, whole, atol=1e-12)
 
 
 def test_a_factor_of_one_over_the_rate_doubles_the_output():
@@ -105,10 +106,10 @@ def test_a_factor_of_one_over_the_rate_doubles_the_output():
     multiplied by 1 / rate = 2 it gives 2."""
     q, k, v = (*(RNG.standard_normal((1, 40, 4)) for _ in range(2)), np.ones((1, 40, 1)))
     found = attend(q, k, v, KeysByPosition(0, 1, 2))
-    np.testing.assert_allclose(found, 1.0)
+    assert_same(found, 1.0, tolerance=1e-7)
     arrays = [x[:, -20:].tolist() if x is q else x.tolist() for x in (q, k, v)]
     doubled = literal.attend(*arrays, 0.5, [0], 0, 1, 2, factor=2.0)
-    np.testing.assert_allclose(doubled, 2.0)
+    assert_same(doubled, 2.0, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("mean, better", [(0.0, "values"), (2.0, "skip")])
@@ -131,7 +132,7 @@ def test_random_keys_are_as_many_and_hold_the_own_key():
     i, j = np.arange(60)[:, None], np.arange(60)
     by_position = KeysByPosition(2, 5, 4).kept(i, j)
     drawn = RandomKeys(2, 5, 4, scores).kept(i, j)
-    np.testing.assert_array_equal(drawn.sum(-1), by_position.sum(-1), "keys of a query")
+    assert_same(drawn.sum(-1), by_position.sum(-1), "keys of a query")
     assert drawn[i[:, 0], j].all() and not (drawn & (j > i)).any()
     assert (drawn != by_position).sum() > 300
 

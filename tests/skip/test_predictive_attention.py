@@ -4,6 +4,7 @@ import literal_predictive_attention as literal
 import numpy as np
 import pytest
 from qkv import IDS, check_long_prompt, check_padded_batch, random_qkv, run
+from same import assert_same
 from tiny import check_close, in_chunks, stored, tiny_lm
 
 from minitx import ops
@@ -82,8 +83,8 @@ def test_worked_example_codes_at_4_bits():
         [1, -7, 4, -2],
         [7, 1, 0, 4],
     ]
-    np.testing.assert_allclose(q_scale, 0.257143, atol=1e-6)
-    np.testing.assert_allclose(scales, [0.142857, 0.128571, 0.2, 0.142857, 0.2], atol=1e-6)
+    assert_same(q_scale, 0.257143, atol=1e-6)
+    assert_same(scales, [0.142857, 0.128571, 0.2, 0.142857, 0.2], atol=1e-6)
     assert (codes.astype(int) @ q_codes).tolist() == [83, -69, 43, 26, 66]
 
 
@@ -97,8 +98,8 @@ def test_worked_example_codes_at_4_bits():
 )
 def test_worked_example_predicted_scores(bits, expected):
     """At 4 bits key 0: 0.5 * 0.257143 * 0.142857 * 83 = 1.5245 (the exact score is 1.568)."""
-    np.testing.assert_allclose(predicted(bits), expected, atol=5e-5)
-    np.testing.assert_allclose(literal.predictions(Q, KEYS, 0.5, bits), expected, atol=5e-5)
+    assert_same(predicted(bits), expected, atol=5e-5)
+    assert_same(literal.predictions(Q, KEYS, 0.5, bits), expected, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +120,8 @@ def test_worked_example_kept_keys_and_output(settings, kept, output):
     """At 4 bits and threshold 0.5 a key survives from 1.6971 - ln 2 = 1.0040 on: 0, 2 and 4."""
     rules = {name: value for name, value in settings.items() if name != "bits"}
     assert set(np.flatnonzero(keep(predicted(settings["bits"]), 5, **rules))) == kept
-    np.testing.assert_allclose(example(**settings), output, atol=5e-5)
-    np.testing.assert_allclose(
-        literal.one_query(Q, KEYS, VALUES, 0.5, **settings)[0], output, atol=5e-5
-    )
+    assert_same(example(**settings), output, atol=5e-5)
+    assert_same(literal.one_query(Q, KEYS, VALUES, 0.5, **settings)[0], output, atol=5e-5)
 
 
 # Equals the literal version, in every way that tokens may come ------------------------------------
@@ -135,7 +134,7 @@ def test_prompts_chunks_and_single_tokens_equal_the_literal_version(settings, K)
     expected, _ = literal.attention(q.tolist(), k.tolist(), v.tolist(), 0.5, **settings)
     for sizes in ((30,), (1,) * 30, (7, 1, 1, 16, 5)):
         found = run(part(**settings), q, k, v, sizes)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        assert_same(found, expected, atol=1e-12)
 
 
 @each_setting
@@ -146,12 +145,11 @@ def test_long_prompt_in_blocks_equals_the_literal_version(settings):
 
 
 @each_setting
-@pytest.mark.parametrize("sizes", [(30,), (1,) * 30, (2, 20, 1, 7)])
-def test_padded_batch_equals_the_literal_version_of_each_sequence(settings, sizes):
+def test_padded_batch_equals_the_literal_version_of_each_sequence(settings):
     def literal_attention(q, k, v):
         return literal.attention(q, k, v, 0.5, **settings)[0]
 
-    check_padded_batch(part(**settings), literal_attention, (0, 4, 17), sizes)
+    check_padded_batch(part(**settings), literal_attention, (0, 4, 17))
 
 
 def test_model_generates_the_same_in_a_batch_and_alone():
@@ -168,24 +166,24 @@ def test_codes_follow_a_cache_that_was_backfilled_or_rewound():
     expected = run(attend, q, k, v, (30,))
     run(attend, q, k, v, (6,), layer)
     stored(layer, k[:, 6:11], v[:, 6:11])
-    np.testing.assert_allclose(run(attend, q, k, v, (1, 8), layer), expected[:, 11:20], atol=1e-12)
+    assert_same(run(attend, q, k, v, (1, 8), layer), expected[:, 11:20], atol=1e-12)
     layer.rewind(9)
     run(attend, -q, -k, -v, (4,), layer)  # something else, to be forgotten
     layer.rewind(9)
     found = run(attend, q, k, v, (3, 1, 17), layer)
-    np.testing.assert_allclose(found, expected[:, 9:], atol=1e-12)
+    assert_same(found, expected[:, 9:], atol=1e-12)
     layer.rewind(9)
     stored(layer, k[:, 9:16] / 3, v[:, 9:16])  # skipped after a rewind: other keys
     k[:, 9:16] /= 3
     expected = run(attend, q, k, v, (30,))
-    np.testing.assert_allclose(run(attend, q, k, v, (1, 13), layer), expected[:, 16:], atol=1e-12)
+    assert_same(run(attend, q, k, v, (1, 13), layer), expected[:, 16:], atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(30,), (1,) * 30])
 def test_scores_in_the_thousands_do_not_overflow(sizes):
     q, k, v = random_qkv(9)
     expected, _ = literal.attention(q.tolist(), (1000 * k).tolist(), v.tolist(), 0.5)
-    np.testing.assert_allclose(run(part(), q, 1000 * k, v, sizes), expected, atol=1e-12)
+    assert_same(run(part(), q, 1000 * k, v, sizes), expected, atol=1e-12)
 
 
 def test_later_key_changes_nothing_for_earlier_queries():
@@ -195,7 +193,7 @@ def test_later_key_changes_nothing_for_earlier_queries():
     large[:, -1] *= 1000
     for settings in SETTINGS.values():
         before, after = (run(part(**settings), q, x, v, (30,)) for x in (k, large))
-        np.testing.assert_array_equal(before[:, :-1], after[:, :-1])
+        assert_same(before[:, :-1], after[:, :-1])
 
 
 # Error bounds and selection ----------------------------------------------------------------------
@@ -235,7 +233,7 @@ def test_threshold_that_all_keys_reach_is_dense_at_any_bits(bits, sizes):
     """Codes only select: the weights come from the exact vectors."""
     q, k, v = random_qkv(6)
     found = run(part(bits=bits, threshold=5e-324), q, k, v, sizes)
-    np.testing.assert_allclose(found, ops.attention(q, k, v, 0.5), atol=1e-12)
+    assert_same(found, ops.attention(q, k, v, 0.5), atol=1e-12)
 
 
 def test_threshold_0_and_share_1_are_bitwise_dense_and_predict_nothing():
@@ -247,7 +245,7 @@ def test_threshold_0_and_share_1_are_bitwise_dense_and_predict_nothing():
         found = [lm.model(ids, states[0]) for ids in (IDS[:9], IDS[9:10], IDS[10:12])]
     expected = [dense.model(ids, states[1]) for ids in (IDS[:9], IDS[9:10], IDS[10:12])]
     for a, b in zip(found, expected):
-        np.testing.assert_array_equal(a, b)
+        assert_same(a, b)
     assert not counts.events and not states[0].layers[0].memory.kept
 
 
@@ -286,13 +284,11 @@ def test_scaled_key_scales_its_prediction_and_permuted_keys_permute_the_selectio
     keys = KEYS.copy()
     keys[2] *= 8
     codes, scales = IntegerCode(4)(keys)
-    np.testing.assert_array_equal(codes, IntegerCode(4)(KEYS)[0])
+    assert_same(codes, IntegerCode(4)(KEYS)[0])
     assert scales[2] == 8 * IntegerCode(4)(KEYS)[1][2]
-    np.testing.assert_allclose(predicted(4, keys=keys)[2], 8 * predicted(4)[2])
+    assert_same(predicted(4, keys=keys)[2], 8 * predicted(4)[2], tolerance=1e-7)
     order, rules = np.array([3, 0, 4, 1, 2]), {"threshold": 0.5, "share": 0.6}
-    np.testing.assert_array_equal(
-        keep(predicted(4)[order], 5, **rules), keep(predicted(4), 5, **rules)[order]
-    )
+    assert_same(keep(predicted(4)[order], 5, **rules), keep(predicted(4), 5, **rules)[order])
 
 
 def test_integers_without_scales_would_rank_wrongly():

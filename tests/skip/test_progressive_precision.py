@@ -6,6 +6,7 @@ from functools import cache
 import literal_progressive_precision as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, tiny_lm
 
 import minitx
@@ -79,7 +80,7 @@ def test_equals_the_literal_version(high, low, threshold, choose, steps):
     found, events = attend(q, k, v, high, low, threshold, steps, choose=choose)
     lists = q.tolist(), k.tolist(), v.tolist()
     expected, redone = literal.attend(*lists, 0.5, [0, 0, 0, 1, 1, 1], high, low, threshold, choose)
-    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="attention output")
+    assert_same(found, expected, "attention output", atol=1e-12)
     assert events["queries redone"] == len(redone) and events["queries seen"] == 6 * 14
     assert threshold == 0 or 0 < len(redone) < 6 * 14, "one side only is tested"
 
@@ -88,7 +89,7 @@ def test_several_blocks_of_queries_equal_one(monkeypatch):
     q, k, v = (RNG.standard_normal((n, 30, 4)) for n in (2, 1, 1))
     whole, _ = attend(q, k, v, 3, 4, 0.4)
     monkeypatch.setattr(fast, "ROWS", 8)
-    np.testing.assert_allclose(attend(q, k, v, 3, 4, 0.4)[0], whole, atol=1e-12)
+    assert_same(attend(q, k, v, 3, 4, 0.4)[0], whole, atol=1e-12)
 
 
 @pytest.mark.parametrize("high", range(2, 9))
@@ -129,7 +130,7 @@ def test_all_bits_are_nearly_dense_and_float_keys_exactly():
     ]
     assert errors[0] > 10 * errors[1] > 0, errors
     assert 0 < errors[2] < 0.05, "what the 8 bits of the query leave"
-    np.testing.assert_allclose(attend(q, k, v, 2, None, 1)[0], dense, atol=1e-12)
+    assert_same(attend(q, k, v, 2, None, 1)[0], dense, atol=1e-12)
 
 
 def test_last_bits_of_a_float_do_not_decide():

@@ -7,6 +7,7 @@ import literal_self_speculative as literal
 import numpy as np
 import pytest
 from enumeration import exact_distribution, model_distribution, total_variation
+from same import assert_same
 from tiny import FAMILIES, decode, tiny_lm, tiny_model
 
 import minitx
@@ -67,7 +68,7 @@ def test_layers_hold_different_numbers_of_rows_while_drafting_and_the_same_after
     assert rows == [
         [8, 8, 8, 8], [9, 9, 8, 8], [10, 10, 8, 8], [11, 11, 8, 8], [12, 12, 12, 12], [10] * 4
     ]  # fmt: skip
-    np.testing.assert_allclose(logits, model(PROMPT + x)[8:], atol=1e-12)
+    assert_same(logits, model(PROMPT + x)[8:], atol=1e-12)
     assert state.position == 10 and drafting.h == []
 
 
@@ -135,7 +136,7 @@ def test_cache_after_each_round_equals_a_fresh_prefill(family, layers):
             assert kept.count == n, "layers hold different numbers of rows"
             for name in ("keys", "values"):
                 rows, wanted = getattr(kept, name)[..., :n, :], getattr(expected, name)[..., :n, :]
-                np.testing.assert_allclose(rows, wanted, atol=1e-10, err_msg=name)
+                assert_same(rows, wanted, name, atol=1e-10)
 
 
 def test_seed_repeats_a_sample_and_batch_rows_equal_single_runs():

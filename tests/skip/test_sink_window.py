@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from literal_sink_window import attend
+from same import assert_same
 from tiny import FAMILIES, in_chunks, tiny_lm
 
 import minitx
@@ -39,7 +40,7 @@ def test_worked_example_by_hand():
         found.append(attn.attend(np.zeros((2, 1, 8)), *attn.cache.read(layer), layer)[0, 0, 0])
         rows.append(layer.row_tokens().array.tolist())
     assert rows == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]], "the rows that are cached"
-    np.testing.assert_allclose(found, [10, 10.5, 11, 35 / 3, 37 / 3])
+    assert_same(found, [10, 10.5, 11, 35 / 3, 37 / 3], tolerance=1e-7)
 
 
 @pytest.mark.parametrize("positions", ["cache", "original"])
@@ -61,7 +62,7 @@ def test_equals_the_literal_version(positions, sinks, window, sizes):
     for head in range(2):
         rows = (a[head].tolist() for a in (q, k, v))
         expected, kept = attend(*rows, sinks, window, 100.0, positions)
-        np.testing.assert_allclose(found[head], expected, atol=1e-12, err_msg="attention output")
+        assert_same(found[head], expected, "attention output", atol=1e-12)
     if size == 1:
         assert layer.row_tokens().array.tolist() == kept[-1]
 
@@ -120,7 +121,7 @@ def test_counted_cost_is_the_predicted_one():
 def test_chunks_equal_one_pass(family, sizes):
     lm = apply(tiny_lm(family, dtype=np.float64), {"sink_window": SMALL})
     whole = lm.logits(IDS)
-    np.testing.assert_allclose(in_chunks(lm, IDS, sizes), whole, atol=1e-10)
+    assert_same(in_chunks(lm, IDS, sizes), whole, atol=1e-10)
 
 
 def test_rewind_inside_the_last_step_works_and_further_back_is_refused():
@@ -130,11 +131,11 @@ def test_rewind_inside_the_last_step_works_and_further_back_is_refused():
     lm.model(IDS[20:28], state)
     state.rewind(23)
     found = lm.model(IDS[23:25], state)
-    np.testing.assert_allclose(found, lm.logits(IDS[:25])[23:], atol=1e-12)
+    assert_same(found, lm.logits(IDS[:25])[23:], atol=1e-12)
     with pytest.raises(MinitxError, match="sink_window has freed cache rows .*; rewind to 23 or"):
         state.rewind(22)
     state.rewind(0)
-    np.testing.assert_allclose(lm.model(IDS[:9], state), lm.logits(IDS[:9]), atol=1e-12)
+    assert_same(lm.model(IDS[:9], state), lm.logits(IDS[:9]), atol=1e-12)
 
 
 def test_speculation_runs_on_top():
@@ -154,7 +155,7 @@ def test_a_padded_batch_keeps_the_sinks_of_each_row():
 def test_other_caches_and_techniques_work_inside():
     for other in ({"quantize_cache": {"bits": 8}}, {"early_exit": {"measure": "random"}}):
         lm = apply(tiny_lm(dtype=np.float64), {"sink_window": SMALL} | other)
-        np.testing.assert_allclose(in_chunks(lm, IDS, (9, 1, 30)), lm.logits(IDS), atol=1e-8)
+        assert_same(in_chunks(lm, IDS, (9, 1, 30)), lm.logits(IDS), atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import literal_sparse_memory as literal
 import numpy as np
 import pytest
 from qkv import IDS, random_qkv, run
+from same import assert_same
 from tiny import check_close, in_chunks, stored, tiny_lm
 
 from minitx import fast, ops
@@ -81,11 +82,11 @@ def test_worked_example_by_hand(sizes):
         so_far = stored(layer, KEYS[None, new], VALUES[None, new])
         out = attend(QUERIES[None, new], *so_far, layer)
         done += size
-        np.testing.assert_allclose(out[0], [step[3] for step in STEPS[new]], atol=5e-5)
+        assert_same(out[0], [step[3] for step in STEPS[new]], atol=5e-5)
         memory = memory_of(layer)
         used = min(done, 3)
         assert memory.token[0, :used].tolist() == STEPS[done - 1][0], "tokens in slots"
-        np.testing.assert_array_equal(memory.rows[0][0, :used], KEYS[STEPS[done - 1][0]])
+        assert_same(memory.rows[0][0, :used], KEYS[STEPS[done - 1][0]])
 
 
 def test_worked_example_in_the_literal_version():
@@ -96,7 +97,7 @@ def test_worked_example_in_the_literal_version():
         assert memory.token == tokens
         assert memory.evicted[before:] == ([] if evicted is None else [evicted])
         ((out, found),) = memory.read([q])
-        np.testing.assert_allclose(out, output, atol=5e-5)
+        assert_same(out, output, atol=5e-5)
         assert found == pytest.approx(weights, abs=5e-5)
         if memory.t == 2:
             assert memory.last == [2, 2, 2], "token 2 by being written, so token 0 goes next"
@@ -105,7 +106,7 @@ def test_worked_example_in_the_literal_version():
 def test_worked_example_differs_from_dense_attention():
     dense = ops.attention(QUERIES[None], KEYS[None], VALUES[None], 0.5**0.5)[0]
     expected = [[0.9583, 0.0818], [1.5, 0.5978], [0.1922, 3.6031], [1.9756, 0.7543]]
-    np.testing.assert_allclose(dense[2:], expected, atol=5e-5)
+    assert_same(dense[2:], expected, atol=5e-5)
 
 
 def test_least_recently_accessed_slot_is_evicted_not_the_most_recent():
@@ -149,7 +150,7 @@ def test_equals_the_literal_version(index, slots, heads):
         layer = Layer(30)
         with counting(attend) as counts:
             found = run(attend, q, k, v, sizes, layer)
-        np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="attention output")
+        assert_same(found, expected, "attention output", atol=1e-12)
         if slots < 30 or index == "lsh" or sizes == (30,):  # else 4 keys are kept without asking
             assert counts.events["keys kept"] == sum(len(r) for head in read for r in head)
         if slots < 30:
@@ -173,7 +174,7 @@ def test_lsh_without_a_bound_equals_the_literal_version_on_directions(slots):
     settings = dict(slots=slots, keep=4, threshold=0.1, buckets=buckets)
     expected, _, _ = literal.attention(q.tolist(), k.tolist(), v.tolist(), 0.5, **settings)
     for sizes in SIZES:
-        np.testing.assert_allclose(run(attend, q, k, v, sizes), expected, atol=1e-12)
+        assert_same(run(attend, q, k, v, sizes), expected, atol=1e-12)
 
 
 def test_lsh_finds_fewer_than_all_keys_and_sometimes_fewer_than_keep():
@@ -195,7 +196,7 @@ def test_chunks_equal_single_tokens(index, slots):
     for sizes in SIZES:
         layer = Layer(30)
         found = run(attend, q, k, v, sizes, layer)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        assert_same(found, expected, atol=1e-12)
         if slots < 30:
             assert_same_memory(memory_of(layer), memory_of(one))
 
@@ -208,7 +209,7 @@ def test_batch_of_equal_lengths_equals_single_sequences(index, slots):
     found = run(attend, q, k, v, (9, 1, 20))
     for i in (0, 1):
         alone = run(attend, q[i], k[i], v[i], (30,))
-        np.testing.assert_allclose(found[i], alone, atol=1e-12, err_msg=f"row {i}")
+        assert_same(found[i], alone, f"row {i}", atol=1e-12)
 
 
 @pytest.mark.parametrize("index", ["linear", "lsh"])
@@ -221,7 +222,7 @@ def test_padded_batch_equals_single_sequences_without_eviction(index):
         assert np.isfinite(found).all()
         for i, first in enumerate(start):
             alone = run(attend, q[i, :, first:], k[i, :, first:], v[i, :, first:], (30 - first,))
-            np.testing.assert_allclose(found[i, :, first:], alone, atol=1e-12)
+            assert_same(found[i, :, first:], alone, atol=1e-12)
 
 
 def test_prompt_of_several_blocks_equals_the_literal_version():
@@ -230,17 +231,17 @@ def test_prompt_of_several_blocks_equals_the_literal_version():
     for slots in (fast.ROWS // 2, fast.ROWS + 5, S):
         attend = attention(slots=slots, context=S)
         found = run(attend, q, k, v, (S,))
-        np.testing.assert_allclose(found, run(attend, q, k, v, (1,) * S), atol=1e-12)
+        assert_same(found, run(attend, q, k, v, (1,) * S), atol=1e-12)
         expected, _, _ = literal.attention(q.tolist(), k.tolist(), v.tolist(), 0.5, slots, 4, 0.1)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        assert_same(found, expected, atol=1e-12)
 
 
 def test_all_keys_kept_is_dense_attention():
     q, k, v = random_qkv(6)
     expected = ops.attention(q, k, v, 0.5)
-    np.testing.assert_array_equal(run(attention(keep=30, slots=30), q, k, v, (30,)), expected)
+    assert_same(run(attention(keep=30, slots=30), q, k, v, (30,)), expected)
     exact_trees = attention(keep=30, slots=30, index="kd-tree", checks=None)
-    np.testing.assert_allclose(run(exact_trees, q, k, v, (30,)), expected, atol=1e-12)
+    assert_same(run(exact_trees, q, k, v, (30,)), expected, atol=1e-12)
 
 
 def test_exact_kd_trees_select_what_the_linear_scan_selects():
@@ -249,7 +250,7 @@ def test_exact_kd_trees_select_what_the_linear_scan_selects():
         expected = run(attention(slots=slots), q, k, v, (30,))
         for bound in (R, None):
             attend = attention(slots=slots, index="kd-tree", checks=None, R=bound)
-            np.testing.assert_allclose(run(attend, q, k, v, (30,)), expected, atol=1e-12)
+            assert_same(run(attend, q, k, v, (30,)), expected, atol=1e-12)
 
 
 # Eviction and rewind -----------------------------------------------------------------------------
@@ -278,14 +279,14 @@ def assert_same_memory(one: SlotMemory, other: SlotMemory):
     for a, b in zip(
         (*one.rows, one.token, one.last), (*other.rows, other.token, other.last), strict=True
     ):
-        np.testing.assert_array_equal(a, b)
+        assert_same(a, b)
     assert one.built == other.built and one.count == other.count
     assert len(one.journal) == len(other.journal) == one.count
     for change, expected in zip(one.journal, other.journal):
-        np.testing.assert_array_equal(change[:3], expected[:3])
+        assert_same(change[:3], expected[:3])
         assert change.built == expected.built
         for a, b in zip(change.accessed, expected.accessed, strict=True):
-            np.testing.assert_array_equal(a, b)
+            assert_same(a, b)
 
 
 @pytest.mark.parametrize("index", ["linear", "lsh", "kd-tree"])
@@ -340,10 +341,10 @@ def test_tokens_that_skip_the_layer_are_written_and_do_not_read(index):
     layer.rewind(17)
     run(attend, -q, -k, -v, (6,), layer)  # something else, which is then undone
     layer.rewind(0)
-    np.testing.assert_array_equal(all_tokens(), once)
-    np.testing.assert_array_equal(before[:2], (memory.token, memory.last))
+    assert_same(all_tokens(), once)
+    assert_same(before[:2], (memory.token, memory.last))
     for a, b in zip(before[2], memory.rows, strict=True):
-        np.testing.assert_array_equal(a, b)
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize("slots", [30, 100])
@@ -362,8 +363,8 @@ def test_tokens_that_skip_the_layer_between_two_blocks_of_queries_are_written(sl
     so_far = stored(layer, k, v)
     layer.tokens = Tokens(attends)
     found = attend(q[:, attends], *so_far, layer)
-    np.testing.assert_allclose(found, np.concatenate(expected, 1), atol=1e-12)
-    np.testing.assert_array_equal(memory_of(layer).token, memory_of(one).token)
+    assert_same(found, np.concatenate(expected, 1), atol=1e-12)
+    assert_same(memory_of(layer).token, memory_of(one).token)
 
 
 def test_evicted_keys_are_never_read_and_slots_are_never_exceeded():
@@ -376,7 +377,7 @@ def test_evicted_keys_are_never_read_and_slots_are_never_exceeded():
         keys, _ = stored(layer, k[:, new], v[:, new])
         known = selector.remember(keys, layer)
         kept = selector(q[:, new], keys, known, Visible(1, t + 1))  # (K, G, 1, S)
-        assert (kept.sum(-1) == min(4, t + 1)).all()
+        assert_same(kept.sum(-1), min(4, t + 1))
         for h in (0, 1):
             now = set(known.token[h, : min(t + 1, 9)].tolist())
             assert len(now) == min(t + 1, 9) and t in now
@@ -401,8 +402,8 @@ def test_top_k_of_all_candidates_is_a_sort():
         s = k[h, : t + 1] @ q[h, g, t]
         expected = sorted(range(t + 1), key=lambda j: (-s[j], j))[:5]
         assert sorted(expected) == np.flatnonzero(kept[h, g, t]).tolist()
-        np.testing.assert_allclose(p[h, g, t, : t + 1], s)
-        assert (p[h, g, t, t + 1 :] == fast.MASKED).all()
+        assert_same(p[h, g, t, : t + 1], s, tolerance=1e-7)
+        assert_same(p[h, g, t, t + 1 :], fast.MASKED)
 
 
 def test_add_latest_completes_too_few_candidates():
@@ -431,8 +432,8 @@ def test_one_query_and_many_have_the_same_candidates():
         seen = [c[:, : t + 1] for c in codes]
         row = q[:, :, t : t + 1], k[:, : t + 1]
         one, p = top_k_of_candidates(lsh, 5, *row, seen, Visible(1, t + 1))
-        np.testing.assert_array_equal(one[:, :, 0], many[:, :, t, : t + 1])
-        np.testing.assert_allclose(p[:, :, 0], scores[:, :, t, : t + 1], atol=1e-12)
+        assert_same(one[:, :, 0], many[:, :, t, : t + 1])
+        assert_same(p[:, :, 0], scores[:, :, t, : t + 1], atol=1e-12)
 
 
 # Inner products as distances ---------------------------------------------------------------------
@@ -443,12 +444,12 @@ def test_augmentation_by_hand():
     too. R = |[3, 3]| = sqrt(18)."""
     keys, q = np.array([[2.0, 0], [0, 1], [3, 3]]), np.array([1, 0.2])
     R = np.sqrt(18)
-    np.testing.assert_allclose(keys @ q, [2, 0.2, 3.6])
-    np.testing.assert_allclose(((keys - q) ** 2).sum(-1), [1.04, 1.64, 11.84])
+    assert_same(keys @ q, [2, 0.2, 3.6], tolerance=1e-7)
+    assert_same(((keys - q) ** 2).sum(-1), [1.04, 1.64, 11.84], tolerance=1e-7)
     x = augment_queries(q, R)
-    np.testing.assert_allclose(x, [4.16025, 0.83205, 0], atol=5e-6)
+    assert_same(x, [4.16025, 0.83205, 0], atol=5e-6)
     found = ((augment_keys(keys, R) - x) ** 2).sum(-1)
-    np.testing.assert_allclose(found, [19.3590, 34.3359, 6.0462], atol=5e-5)
+    assert_same(found, [19.3590, 34.3359, 6.0462], atol=5e-5)
 
 
 def test_augmented_distances_sort_keys_by_inner_product():
@@ -457,13 +458,13 @@ def test_augmented_distances_sort_keys_by_inner_product():
     R = np.linalg.norm(keys, axis=-1).max()
     distance = augment_queries(q, np.full(40, R))[:, None] - augment_keys(keys, R)
     by_distance = (distance**2).sum(-1).argsort(-1)
-    np.testing.assert_array_equal(by_distance, (-(q @ keys.T)).argsort(-1))
+    assert_same(by_distance, (-(q @ keys.T)).argsort(-1))
     raw = ((q[:, None] - keys) ** 2).sum(-1).argsort(-1)[:, :8]
     differ = [set(a) != set(b) for a, b in zip(raw, by_distance[:, :8])]
     assert np.mean(differ) > 0.9, "without augmentation, other keys are nearest"
-    np.testing.assert_array_equal(augment_queries(np.zeros(6), R), np.zeros(7))
+    assert_same(augment_queries(np.zeros(6), R), np.zeros(7))
     longer_than_R = augment_keys(np.full((1, 2), 5.0), 1.0)
-    np.testing.assert_array_equal(longer_than_R, [[5, 5, 0]])
+    assert_same(longer_than_R, [[5, 5, 0]])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
@@ -479,7 +480,7 @@ def test_no_key_is_longer_than_its_bound(family, others):
         assert bound.dtype == np.float32 and bound.shape == (attn.kv_heads,)
         lengths = np.linalg.norm(layer.keys[:, :40], axis=-1)
         assert (lengths <= bound[:, None]).all()
-        np.testing.assert_allclose(bound, key_norm_bound(before), rtol=1e-5)
+        assert_same(bound, key_norm_bound(before), tolerance=1e-5)
 
 
 def test_key_norm_bound_is_reached():
@@ -489,7 +490,7 @@ def test_key_norm_bound_is_reached():
     w = attn.norm.gain[:, None] * attn.qkv.k.w
     x = np.linalg.svd(w)[0][:, 0]
     k = attn.qkv.k(attn.norm(1e6 * x[None]))
-    np.testing.assert_allclose(np.linalg.norm(k), key_norm_bound(attn)[0], rtol=2e-4)
+    assert_same(np.linalg.norm(k), key_norm_bound(attn)[0], tolerance=2e-4)
 
 
 def test_key_norm_bound_is_none_where_keys_come_from_a_table():
@@ -536,8 +537,8 @@ def test_lsh_may_miss_keys_but_never_gives_a_wrong_score():
         lsh = random_lsh(8, 4, tables, R, 0, np.float64)
         kept, p = top_k_of_candidates(lsh, 8, q, k, lsh.precompute(k), Visible(200, 200))
         scored = p > fast.MASKED
-        np.testing.assert_array_equal(p[scored], exact[scored])
-        np.testing.assert_array_equal(kept.sum(-1), full.sum(-1))
+        assert_same(p[scored], exact[scored])
+        assert_same(kept.sum(-1), full.sum(-1))
         assert (np.sort(np.where(kept, p, -9e9), -1) <= np.sort(np.where(full, p, -9e9), -1)).any()
         recalls.append((kept & full).sum() / full.sum())
     assert recalls[0] < recalls[1] < recalls[2] <= 1 and recalls[2] > 0.95, "recall by tables"
@@ -720,14 +721,14 @@ def test_model_in_chunks_and_after_rewind_equals_one_pass(family, options):
     whole = lm.logits(IDS)
     state = lm.model.new_state()
     found = [lm.model(IDS[a:b], state) for a, b in ((0, 7), (7, 8), (8, 30), (30, 40))]
-    np.testing.assert_allclose(np.concatenate(found), whole, atol=1e-10 * abs(whole).max())
+    assert_same(np.concatenate(found), whole, atol=1e-10 * abs(whole).max())
     once = [lm.model(IDS[t : t + 1], state) for t in range(8)]
     state.rewind(40)
     again = [lm.model(IDS[t : t + 1], state) for t in range(8)]
-    np.testing.assert_array_equal(again, once)
+    assert_same(again, once)
     state.rewind(23)
     found = lm.model(IDS[23:40], state)
-    np.testing.assert_allclose(found, whole[23:], atol=1e-10 * abs(whole).max())
+    assert_same(found, whole[23:], atol=1e-10 * abs(whole).max())
     dense = tiny_lm(family, dtype=np.float64).logits(IDS)
     assert abs(whole - dense).max() > 1e-3, "nothing was skipped"
 
@@ -760,7 +761,7 @@ def test_kd_trees_of_a_batch_are_those_of_its_prompts_alone():
     alone = lm.generate(IDS[:12].tolist(), 24)
     assert lm.generate([IDS[:12].tolist()] * 3, 24) == [alone] * 3
     batch = lm.logits(np.stack([IDS, IDS]))
-    np.testing.assert_allclose(batch, np.stack([lm.logits(IDS)] * 2), atol=1e-12)
+    assert_same(batch, np.stack([lm.logits(IDS)] * 2), atol=1e-12)
 
 
 @pytest.mark.parametrize("before", ["separate_signs", "absorb_products"])
@@ -792,8 +793,8 @@ def test_folded_and_fused_weights_give_the_same_bound_and_keys(other, index):
     alone = apply(lm, {"sparse_memory": options})
     both = apply(lm, {"sparse_memory": options, other: True})
     found, before = (m.model.stack.blocks[1].attn.attend.selector.index for m in (both, alone))
-    np.testing.assert_allclose(found.R, before.R, rtol=1e-9)
-    np.testing.assert_allclose(both.logits(IDS), alone.logits(IDS), atol=1e-8)
+    assert_same(found.R, before.R, tolerance=1e-9)
+    assert_same(both.logits(IDS), alone.logits(IDS), atol=1e-8)
 
 
 @pytest.mark.parametrize(

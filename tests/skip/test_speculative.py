@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from enumeration import exact_distribution, model_distribution, total_variation
 from markov import constant, markov
+from same import assert_same
 from tiny import FAMILIES, decode, tiny_folder, tiny_lm, tiny_model
 
 import minitx
@@ -78,7 +79,7 @@ def emitted(run):
 
 
 def test_accept_or_resample_emits_the_target_distribution():
-    np.testing.assert_allclose(emitted(propose_and_verify), P)
+    assert_same(emitted(propose_and_verify), P, tolerance=1e-7)
     for x in range(3):  # a draft that always proposes x
         one_hot = np.eye(3)[x]
         found = exact_distribution(lambda s, x=x, q=one_hot: accept_or_resample(P, q, x, s))
@@ -93,16 +94,16 @@ def test_acceptance_rate_is_the_overlap_of_p_and_q():
 
 
 def test_residual_distribution_is_the_normalized_excess():
-    np.testing.assert_allclose(residual_distribution(P, Q), [1, 0, 0])
-    np.testing.assert_allclose(residual_distribution(Q, P), [0, 2 / 3, 1 / 3])
+    assert_same(residual_distribution(P, Q), [1, 0, 0], tolerance=1e-7)
+    assert_same(residual_distribution(Q, P), [0, 2 / 3, 1 / 3], tolerance=1e-7)
     one_hot = np.array([0, 1, 0])
-    np.testing.assert_allclose(residual_distribution(P, one_hot), [5 / 7, 0, 2 / 7])
+    assert_same(residual_distribution(P, one_hot), [5 / 7, 0, 2 / 7], tolerance=1e-7)
 
 
 def test_residual_distribution_of_equal_distributions_is_p():
-    np.testing.assert_array_equal(residual_distribution(P, P), P)
+    assert_same(residual_distribution(P, P), P)
     certain = np.array([1.0, 0, 0])
-    np.testing.assert_array_equal(residual_distribution(certain, certain), certain)
+    assert_same(residual_distribution(certain, certain), certain)
 
 
 def test_two_common_bugs_change_the_distribution(monkeypatch):
@@ -111,7 +112,7 @@ def test_two_common_bugs_change_the_distribution(monkeypatch):
     greedy = exact_distribution(lambda s: accept_or_resample(P, Q, int(Q.argmax()), s))
     assert [greedy[i] for i in range(3)] == pytest.approx([0.4, 0.6, 0])
     monkeypatch.setattr(module, "residual_distribution", lambda p, q: p)
-    np.testing.assert_allclose(emitted(propose_and_verify), [0.35, 0.39, 0.26])
+    assert_same(emitted(propose_and_verify), [0.35, 0.39, 0.26], tolerance=1e-7)
 
 
 def test_token_with_target_probability_zero_is_never_accepted():
@@ -356,8 +357,8 @@ def assert_cache_equals_prefill(model, state, text):
     for kept, new in zip(state.layers, fresh.layers):
         n = len(text)
         assert kept.count == new.count == n
-        np.testing.assert_allclose(kept.keys[..., :n, :], new.keys[..., :n, :], atol=1e-10)
-        np.testing.assert_allclose(kept.values[..., :n, :], new.values[..., :n, :], atol=1e-10)
+        assert_same(kept.keys[..., :n, :], new.keys[..., :n, :], atol=1e-10)
+        assert_same(kept.values[..., :n, :], new.values[..., :n, :], atol=1e-10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -622,7 +623,7 @@ def with_technique(name, family):
         lm = apply(tiny_lm(family, dtype=np.float64), {name: options})
     except MinitxError:
         return None
-    return (lm, lm.generate(PROMPT, 20)) if decides(lm.model) == "token" else None
+    return (lm, lm.generate(PROMPT, 12)) if decides(lm.model) == "token" else None
 
 
 INSIDE = [t for t in techniques() if t.level not in ("decode", "answer")]
@@ -642,7 +643,7 @@ def test_another_technique_in_the_target_keeps_its_text(technique, loop):
                 both = apply(alone, {loop: LOOPS[loop]})
             except MinitxError:
                 continue
-            assert both.generate(PROMPT, 20) == text
+            assert both.generate(PROMPT, 12) == text
             return
 
 

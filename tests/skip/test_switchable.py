@@ -9,6 +9,7 @@ import literal_switchable as literal
 import numpy as np
 import pytest
 from random_sets import broken_law
+from same import assert_same
 from tiny import FAMILIES, TOKENIZER, check_close, in_chunks, tiny_model
 
 import minitx
@@ -93,13 +94,13 @@ def test_decision_by_hand():
         np.array([[1.0], [-1.0]]), np.array([-1.5]), np.array([[1.0, -1.0]]), np.zeros(2)
     )
     lm = switched(lm, network)
-    np.testing.assert_allclose(network.logits(np.array([[2.0, 0]])), [[0.4621, -0.4621]], atol=1e-4)
+    assert_same(network.logits(np.array([[2.0, 0]])), [[0.4621, -0.4621]], atol=1e-4)
     for prompt, expected in (([0, 0], [[12, 0], [12, 0]]), ([0, 1], [[2, 100], [1, 101]])):
         state = lm.model.new_state()
-        np.testing.assert_array_equal(lm.model.hidden(prompt, state), expected)
+        assert_same(lm.model.hidden(prompt, state), expected)
         later = lm.model.hidden([1], state)  # (1, 1) after layer 0, which would decide otherwise
         decided_now = (11, 1) if prompt == [0, 0] else (1, 101)
-        np.testing.assert_array_equal(later, [decided_now], "the decision changed after the prompt")
+        assert_same(later, [decided_now], "the decision changed after the prompt")
 
 
 def test_units_within_by_hand():
@@ -137,7 +138,7 @@ def test_all_units_kept_equals_dense_bit_for_bit(family):
     dense = dense_lm(family, np.float32)
     lm = switched(dense, FixedPlan(np.ones(U, bool)))
     for sizes in ((40,), STEPS):
-        np.testing.assert_array_equal(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes))
+        assert_same(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes))
     assert repr(apply(dense, {"switchable": {"tolerance": 0}})) == repr(dense)
 
 
@@ -147,14 +148,14 @@ def test_all_units_skipped_is_the_head_on_layer_0(family):
     lm, model = switched(dense, FixedPlan(np.zeros(U, bool))), dense.model
     state = model.new_state(remember=False)
     h = model.stack.run(model.embed(IDS, state.take(40).lookup), state, 0, 1)
-    np.testing.assert_array_equal(lm.logits(IDS), model.head(model.norm(h)))
+    assert_same(lm.logits(IDS), model.head(model.norm(h)))
 
 
 def test_all_tokens_kept_equals_dense_bit_for_bit():
     dense, none = dense_lm("llama", np.float32), np.zeros((16, 1), np.float32)
     everything = TokenPolicy(none, none, np.ones(1, np.float32))
     lm = switched(dense, FixedPlan(np.ones(U, bool)), everything)
-    np.testing.assert_array_equal(in_chunks(lm, IDS, STEPS), in_chunks(dense, IDS, STEPS))
+    assert_same(in_chunks(lm, IDS, STEPS), in_chunks(dense, IDS, STEPS))
 
 
 # A decision per sequence -------------------------------------------------------------------------
@@ -174,11 +175,11 @@ def test_decision_is_forgotten_by_rewind_to_0_only():
     state = lm.model.new_state()
     decided(lm, IDS[:12], state)
     state.rewind(5)  # into the prompt: the rest cannot change what was decided
-    assert (decided(lm, OTHER[:12], state) == once).all(), "decided again in the middle"
+    assert_same(decided(lm, OTHER[:12], state), once, "decided again in the middle")
     fork = state.fork()
     state.rewind(0)
-    assert (decided(lm, OTHER[:12], state) == other).all(), "the old decision is still there"
-    assert (decided(lm, IDS[:3], fork) == once).all(), "a fork lost the decision"
+    assert_same(decided(lm, OTHER[:12], state), other, "the old decision is still there")
+    assert_same(decided(lm, IDS[:3], fork), once, "a fork lost the decision")
 
 
 def test_layer_without_attention_has_no_cache_rows():
@@ -201,7 +202,7 @@ def test_batch_rows_run_their_own_units():
     lm = switched(dense_lm(), random_network())
     batch = lm.logits(np.stack([IDS, OTHER]))
     for row, ids in zip(batch, (IDS, OTHER)):
-        np.testing.assert_array_equal(row, lm.logits(ids))
+        assert_same(row, lm.logits(ids))
     with pytest.raises(MinitxError, match="switchable runs other sub-layers for each sequence and"):
         lm.model(np.stack([IDS, OTHER]), lm.model.new_state())
 
@@ -232,7 +233,7 @@ def test_tokens_after_the_prompt_in_the_first_step_decide_nothing(prompt, tokens
         expected = in_chunks(lm, IDS[:20], (prompt, 20 - prompt), alone)
         state.prompt = prompt
         check_close(lm.model(IDS[:20], state), expected, 1e-10, "logits")
-        assert (decision_of(state.shared).keep == decision_of(alone.shared).keep).all()
+        assert_same(decision_of(state.shared).keep, decision_of(alone.shared).keep)
         assert [x.count for x in state.layers] == [x.count for x in alone.layers], "drafts dropped"
 
 
@@ -321,7 +322,7 @@ def test_gradients_equal_exact_enumeration():
 
     costs = rng.random(6)
     exact = derivative(lambda x: float(costs @ train.sigmoid(x)), logits)
-    np.testing.assert_allclose(train.cost_gradient(p[:1], costs)[0], exact, rtol=1e-6)
+    assert_same(train.cost_gradient(p[:1], costs)[0], exact, tolerance=1e-6)
 
 
 def derivative(f, x, h=1e-5):
@@ -334,7 +335,9 @@ def test_backward_equals_finite_differences():
     rng = np.random.default_rng(1)
     weights = train.initial(5, np.array([1, 0, 1]), rng)
     s, wanted = rng.standard_normal((4, 5)), rng.standard_normal((4, 3))
-    assert ((train.logits_of(weights, s) > 0) == [1, 0, 1]).all(), "does not start at the plan"
+    assert_same(
+        train.logits_of(weights, s) > 0, [[True, False, True]] * 4, "does not start at the plan"
+    )
     found = train.backward(weights, s, wanted)
     for name, w in weights.items():
 
@@ -343,7 +346,7 @@ def test_backward_equals_finite_differences():
             return float((train.logits_of(changed, s) * wanted).sum())
 
         exact = derivative(loss, w.ravel()).reshape(w.shape)
-        np.testing.assert_allclose(found[name], exact, atol=1e-7, err_msg=f"gradient of {name}")
+        assert_same(found[name], exact, f"gradient of {name}", atol=1e-7)
 
 
 def test_barrier_by_hand():
@@ -354,9 +357,9 @@ def test_barrier_by_hand():
     above it by 0.4: phi = 2, lambda = 3/2, v = (-1/2, 3/2): against v, q falls by 2 per length
     """
     e, q = np.array([1.0, 0]), np.array([-1.0, 1])
-    np.testing.assert_allclose(train.barrier(e, q, -1.0), e)
-    np.testing.assert_allclose(train.barrier(e, q, 0.0), [0.5, 0.5])
-    np.testing.assert_allclose(train.barrier(e, q, 0.4), [-0.5, 1.5])
+    assert_same(train.barrier(e, q, -1.0), e, tolerance=1e-7)
+    assert_same(train.barrier(e, q, 0.0), [0.5, 0.5], tolerance=1e-7)
+    assert_same(train.barrier(e, q, 0.4), [-0.5, 1.5], tolerance=1e-7)
 
 
 class TwoClasses:
@@ -425,7 +428,7 @@ def test_frozen_model_measures_what_the_technique_does():
     network = random_network()
     reads = frozen.pooled * frozen.scale + frozen.mean
     for i, prompt in enumerate((IDS[:20], OTHER[:4])):
-        assert (decided(switched(dense, network), prompt) == network(reads[i])).all()
+        assert_same(decided(switched(dense, network), prompt), network(reads[i]))
 
 
 @part
@@ -500,7 +503,7 @@ def test_random_plans_follow_prompt_and_seed_and_cost_their_share():
     prompts = rng.standard_normal((200, 16))
     plans = np.array([RandomPlans(costs, 0.5, 0)(s) for s in prompts])
     again = np.array([RandomPlans(costs, 0.5, 0)(s) for s in prompts])
-    np.testing.assert_array_equal(plans, again)
+    assert_same(plans, again)
     assert (plans != np.array([RandomPlans(costs, 0.5, 1)(s) for s in prompts])).any()
     assert len({x.tobytes() for x in plans}) > 20
     share = plans @ costs / costs.sum()
@@ -532,7 +535,7 @@ def test_written_policies_are_read_again(tmp_path):
     found = read_policies(folder, 128, 14)
     assert [p.tolerance for p in found.policies] == pytest.approx([0.1, 0.2]), "not ascending"
     for name, w in vars(random_network(0, 128, 14, np.float32)).items():
-        np.testing.assert_array_equal(getattr(found.policies[0].network, name), w)
+        assert_same(getattr(found.policies[0].network, name), w)
     assert sorted(found.order) == list(range(14))
     assert found.within(0.0999) is None
     assert found.within(0.1) is found.within(0.19) is found.policies[0]
@@ -744,7 +747,7 @@ def test_policies_keep_their_tolerance_on_held_out_stories():
         assert 0.5 * p.tolerance < loss < 1.25 * p.tolerance, f"{loss:.4f} at {p.tolerance:g} nats"
         skipped.append((~keep @ frozen.costs).mean())
     assert [p.tolerance for p in policies.policies] == pytest.approx([0.005, 0.01, 0.02, 0.05])
-    np.testing.assert_allclose(skipped, [0.232, 0.41, 0.467, 0.55], atol=0.03)
+    assert_same(skipped, [0.232, 0.41, 0.467, 0.55], atol=0.03)
 
 
 def test_policy_is_far_better_than_random_units_and_better_than_a_static_plan():

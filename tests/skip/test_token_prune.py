@@ -4,6 +4,7 @@ what it costs, and figures on the shipped weights."""
 import numpy as np
 import pytest
 from literal_token_prune import SpAtten
+from same import assert_same
 from tiny import FAMILIES, KINDS, TOKENIZER, error, in_chunks, tiny_model
 
 import minitx
@@ -73,11 +74,11 @@ def test_uniform_attention_favors_early_tokens_unless_it_is_corrected():
     WeightsAdded(1.0)(zeros, zeros, zeros, layer)
     attention, alive = received_attention(layer), np.arange(3)
     sums = [11 / 6, 5 / 6, 2 / 6]
-    np.testing.assert_allclose(attention.received, sums, err_msg="column sums")
-    np.testing.assert_allclose(attention.uniform, sums, err_msg="column sums if it is uniform")
+    assert_same(attention.received, sums, "column sums", tolerance=1e-7)
+    assert_same(attention.uniform, sums, "column sums if it is uniform", tolerance=1e-7)
     for correct, expected in ((False, sums), (True, [1, 1, 1])):
         scores = PruningStack(Stack(()), (1,), correct).scores(alive, layer)
-        np.testing.assert_allclose(scores, expected, rtol=1e-6, err_msg=f"correct={correct}")
+        assert_same(scores, expected, f"correct={correct}", tolerance=1e-6)
 
 
 def test_received_attention_adds_up_heads_queries_and_steps():
@@ -97,9 +98,9 @@ def test_received_attention_adds_up_heads_queries_and_steps():
         attend(np.array(q)[..., None], *layer.rows(), layer)
     attention = received_attention(layer)
     expected = np.array([79, 42, 23]) / 24
-    np.testing.assert_allclose(attention.received, expected, err_msg="attention received")
+    assert_same(attention.received, expected, "attention received", tolerance=1e-7)
     expected = np.array([11, 5, 2]) / 3
-    np.testing.assert_allclose(attention.uniform, expected, err_msg="that of uniform attention")
+    assert_same(attention.uniform, expected, "that of uniform attention", tolerance=1e-7)
 
 
 @part
@@ -153,7 +154,7 @@ def test_default_schedule_runs_three_layers_or_15_percent_and_falls_linearly(lay
     found = layer_shares(layers, 0.5, first, "linear")
     assert len(found) == layers and found[-1] == (1 if layers == 1 else 0.5)
     if shares is not None:
-        np.testing.assert_allclose(found, shares)
+        assert_same(found, shares, tolerance=1e-7)
 
 
 def test_constant_schedule_keeps_the_same_share_in_all_later_layers():
@@ -165,7 +166,7 @@ def test_constant_schedule_keeps_the_same_share_in_all_later_layers():
 def test_uniform_attention_of_some_queries_equals_the_sum_in_loops(seen):
     queries = [q for q in (2, 4) if q in seen]
     expected = [sum(1 / sum(j <= q for j in seen) for q in queries if i <= q) for i in seen]
-    np.testing.assert_allclose(uniform_attention(np.array(queries), np.array(seen)), expected)
+    assert_same(uniform_attention(np.array(queries), np.array(seen)), expected, tolerance=1e-7)
 
 
 # The literal version -----------------------------------------------------------------------------
@@ -184,12 +185,15 @@ def test_every_step_equals_the_literal_version(family, options):
     with counting(lm) as counts:
         for number, ids in enumerate(steps_of(IDS)):
             found, expected = lm.model.hidden(ids, state), literal.step(ids)
-            assert error(found, expected) < 1e-12, f"hidden states differ in step {number}"
+            assert_same(found, expected, f"hidden states differ in step {number}", tolerance=1e-12)
             attention = received_attention(state.layers[0])
             for name in ("received", "uniform"):
                 sums = [getattr(literal, name)[i] for i in range(literal.n)]
-                np.testing.assert_allclose(
-                    getattr(attention, name)[: literal.n], sums, err_msg=f"{name}, step {number}"
+                assert_same(
+                    getattr(attention, name)[: literal.n],
+                    sums,
+                    f"{name}, step {number}",
+                    tolerance=1e-7,
                 )
     lm.model([7], state)  # frees the rows of what the last step has pruned
     literal.step([7])
@@ -202,7 +206,7 @@ def test_every_step_equals_the_literal_version(family, options):
         )
         for row, i in enumerate(held(layer)):
             for cached, expected in zip((layer.keys, layer.values), literal.KV[index].get(i, ())):
-                np.testing.assert_allclose(cached[:, row], expected, atol=1e-12)
+                assert_same(cached[:, row], expected, atol=1e-12)
 
 
 # Keeping everything, steps -----------------------------------------------------------------------
@@ -214,15 +218,15 @@ def test_every_step_equals_the_literal_version(family, options):
 def test_as_long_as_no_token_is_pruned_it_is_dense(family, sizes, choose):
     dense, lm = models(family, context=120, keep=0.99, choose=choose)  # ceil(0.99 * 40) = 40
     assert type(lm.model.stack) is PruningStack
-    assert error(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes)) < 1e-12
-    assert error(lm.logits(IDS), dense.logits(IDS)) < 1e-12
+    assert_same(in_chunks(lm, IDS, sizes), in_chunks(dense, IDS, sizes), tolerance=1e-12)
+    assert_same(lm.logits(IDS), dense.logits(IDS), tolerance=1e-12)
 
 
 @kind
 def test_pass_without_memory_equals_the_same_step_with_memory(family):
     _, lm = models(family)
     whole = lm.model(IDS, lm.model.new_state())
-    assert error(lm.logits(IDS), whole) < 1e-12
+    assert_same(lm.logits(IDS), whole, tolerance=1e-12)
 
 
 def test_nothing_before_a_changed_token_moves():
@@ -232,7 +236,7 @@ def test_nothing_before_a_changed_token_moves():
     changed = IDS.copy()
     changed[25] = (changed[25] + 1) % 258
     before, after = lm.logits(IDS), lm.logits(changed)
-    np.testing.assert_allclose(after[:25], before[:25], atol=1e-12)
+    assert_same(after[:25], before[:25], atol=1e-12)
     assert error(after[25:], before[25:]) > 1e-3
 
 
@@ -271,10 +275,10 @@ def test_rewind_to_where_the_last_step_began_leaves_no_trace():
     assert any((pruned_tokens(layer).step[:28] == 28).any() for layer in state.layers)
     state.rewind(28)
     for layer, before in zip(state.layers, pruned):
-        np.testing.assert_array_equal(pruned_tokens(layer).step, before, "a token stays pruned")
+        assert_same(pruned_tokens(layer).step, before, "a token stays pruned")
     after = received_attention(state.layers[0]).received
-    np.testing.assert_array_equal(after, sums, "the attention that the step gave still counts")
-    np.testing.assert_array_equal(in_chunks(lm, IDS[28:], (1,) * 12, state), expected)
+    assert_same(after, sums, "the attention that the step gave still counts")
+    assert_same(in_chunks(lm, IDS[28:], (1,) * 12, state), expected)
 
 
 def test_rewind_before_the_last_step_is_refused_by_name():
@@ -285,7 +289,7 @@ def test_rewind_before_the_last_step_is_refused_by_name():
         state.rewind(11)
     state.rewind(0)
     found = lm.model(IDS[:9], state)
-    np.testing.assert_allclose(found, lm.logits(IDS[:9]), atol=1e-12, err_msg="not as if new")
+    assert_same(found, lm.logits(IDS[:9]), "not as if new", atol=1e-12)
 
 
 @pytest.mark.parametrize("back_to", [13, 16, 19])
@@ -320,7 +324,7 @@ def test_batch_without_cache_runs_its_rows_one_after_another_and_with_one_is_ref
     _, lm = models()
     found = lm.logits(np.stack([IDS, OTHER]))
     for row, ids in zip(found, (IDS, OTHER)):
-        np.testing.assert_array_equal(row, lm.logits(ids))
+        assert_same(row, lm.logits(ids))
     with pytest.raises(MinitxError, match=r"token_prune .* batch of shape \(2, 40\).* lm.generate"):
         lm.model(np.stack([IDS, OTHER]), lm.model.new_state())
 

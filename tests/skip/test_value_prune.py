@@ -3,6 +3,7 @@
 import literal_value_prune as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import FAMILIES, check_close, in_chunks, tiny_lm
 
 import minitx
@@ -52,14 +53,14 @@ def test_equals_the_literal_version(keep, steps):
     q, k, v = (RNG.standard_normal((n, 14, 4)) for n in (6, 2, 2))
     found = attend(q, k, v, keep, steps)
     expected = literal.attend(q.tolist(), k.tolist(), v.tolist(), 0.5, [0, 0, 0, 1, 1, 1], keep)
-    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="attention output")
+    assert_same(found, expected, "attention output", atol=1e-12)
 
 
 def test_several_blocks_of_queries_equal_one(monkeypatch):
     q, k, v = (RNG.standard_normal((n, 30, 4)) for n in (2, 1, 1))
     whole = attend(q, k, v, 0.4)
     monkeypatch.setattr(fast, "ROWS", 8)
-    np.testing.assert_allclose(attend(q, k, v, 0.4), whole, atol=1e-12)
+    assert_same(attend(q, k, v, 0.4), whole, atol=1e-12)
 
 
 def test_number_of_values_is_rounded_up_safely():
@@ -68,7 +69,7 @@ def test_number_of_values_is_rounded_up_safely():
     q, k, v = (RNG.standard_normal((1, 5, 4)) for _ in range(3))
     one = attend(q, k, v, 1e-300)
     p = np.exp(0.5 * q[0, 4] @ k[0].T)
-    np.testing.assert_allclose(one[0, 4], p.max() / p.sum() * v[0, p.argmax()])
+    assert_same(one[0, 4], p.max() / p.sum() * v[0, p.argmax()], tolerance=1e-7)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,7 +95,7 @@ def test_missing_weight_is_missing_from_the_output():
     assert out[0] == pytest.approx(1) and (out[1:] < 1).all()
     values = (q.tolist(), k.tolist(), np.ones((1, 20, 1)).tolist())
     again = literal.attend(*values, 0.5, [0], 0.3, renormalize=True)
-    np.testing.assert_allclose(again, 1.0)
+    assert_same(again, 1.0, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("mean, better", [(0.0, "full"), (2.0, "renormalized")])
@@ -110,9 +111,8 @@ def test_renormalizing_helps_if_values_have_a_common_mean(mean, better):
         for renormalize in (False, True)
     ]
     assert ("full", "renormalized")[int(np.argmin(errors))] == better, errors
-    np.testing.assert_allclose(
-        attend(q, k, v, 0.4, scale=0.35), literal.attend(*arrays, 0.35, [0], 0.4)
-    )
+    expected = literal.attend(*arrays, 0.35, [0], 0.4)
+    assert_same(attend(q, k, v, 0.4, scale=0.35), expected, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])

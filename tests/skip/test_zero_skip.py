@@ -5,6 +5,7 @@ from functools import cache
 import literal_zero_skip as literal
 import numpy as np
 import pytest
+from same import assert_same
 from tiny import WIDE, check_close, tiny_lm, tiny_model
 
 import minitx
@@ -51,7 +52,7 @@ def test_equals_the_literal_version(sparsity):
     found, work, _, events = run(ZeroSkippingLinear(w, b, 0.0), h)
     rows = [literal.down(row.tolist(), w.tolist(), b.tolist()) for row in h.reshape(-1, 30)]
     expected = np.reshape([y for y, _ in rows], (3, 5, 7))
-    np.testing.assert_allclose(found, expected, atol=1e-12, err_msg="W_down's output")
+    assert_same(found, expected, "W_down's output", atol=1e-12)
     read = sum(n for _, n in rows)
     assert events["rows of W_down read"] == read, "other rows were read"
     assert work == read * 7 + 15 * 30, "r D + F multiply-adds per token"
@@ -65,7 +66,7 @@ def test_token_with_too_few_zeros_is_dense(zeros, read):
     w = RNG.standard_normal((10, 3))
     y, work, _, events = run(ZeroSkippingLinear(w, None, 0.6), h)
     assert events["rows of W_down read"] == read and work == 10 + 3 * read
-    np.testing.assert_allclose(y, h @ w)
+    assert_same(y, h @ w, tolerance=1e-7)
 
 
 def test_prompt_is_dense_if_asked_and_a_single_token_is_not():
@@ -73,7 +74,7 @@ def test_prompt_is_dense_if_asked_and_a_single_token_is_not():
     part = DensePrompts(w, None, 0.0)
     y, work, _, events = run(part, h)
     assert work == 6 * 12 * 4 and events["rows of W_down read"] == 72
-    np.testing.assert_array_equal(y, h @ w)
+    assert_same(y, h @ w)
     assert run(part, h[:1])[1] == 12 + 4 * np.count_nonzero(h[0])
 
 

@@ -1,4 +1,4 @@
-"""The tables, text charts and PNG of ``minitx frontier attention`` (attention.py)."""
+"""The tables, text charts and picture of ``minitx frontier attention`` (attention.py)."""
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -7,8 +7,10 @@ from minitx.lab.evaluate import hops_name, percent, table
 from minitx.lab.frontier.attention import AttentionComparison, Point, Quality, bytes_read
 from minitx.lab.frontier.attention_baselines import BASELINES
 from minitx.lab.frontier.attention_published import NOTES, PUBLISHED
-from minitx.lab.frontier.chart import Series, chart, draw, drawing, style
+from minitx.lab.frontier.chart import Series, chart, curves
 from minitx.lab.reading import TextReport
+from minitx.pictures.output import write_picture
+from minitx.pictures.scatter import Panel, draw
 
 
 def as_text(c: AttentionComparison) -> str:
@@ -201,19 +203,29 @@ def speed_series(c: AttentionComparison) -> Series:
 
 
 def picture(c: AttentionComparison, path) -> None:
-    """The curves as a PNG file; needs the ``plot`` extra."""
-    title = f"{c.model}: keys selected by each method"
-    with drawing(path, title, 3) as (left, middle, right):
-        kept = "share of keys kept"
-        draw(left, masses(c), kept, "share of the attention mass kept", BASELINES)
-        draw(middle, accuracies(c), kept, "accuracy of answers", BASELINES)
-        middle.axhline(c.dense.accuracy, color="black", linewidth=0.8, linestyle=":")
-        for method, points in speed_series(c).items():
-            ratios = [ratio for _, ratio in points]
-            right.plot(c.plan.contexts, ratios, style(method, BASELINES), label=method)
-        right.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        right.set(xscale="log", yscale="log", xlabel="context (keys that the query sees)")
-        right.set_xticks(c.plan.contexts, [f"{S:,}" for S in c.plan.contexts])
-        right.minorticks_off()
-        right.set_ylabel(f"speedup over dense attention, share {fraction(smallest(c))}")
-        left.legend()
+    """The curves as an SVG or PNG file (output.py)."""
+    write_picture(draw(panels(c), f"{c.model}: keys selected by each method"), path)
+
+
+def panels(c: AttentionComparison) -> list[Panel]:
+    kept = "share of keys kept"
+    contexts = c.plan.contexts
+    speeds = {
+        method: [(contexts[i], ratio) for i, ratio in points]
+        for method, points in speed_series(c).items()
+    }
+    return [
+        Panel(curves(masses(c), BASELINES), kept, "share of the attention mass kept"),
+        Panel(
+            curves(accuracies(c), BASELINES), kept, "accuracy of answers", level=c.dense.accuracy
+        ),
+        Panel(
+            curves(speeds, BASELINES),
+            "context (keys that the query sees)",
+            f"speedup over dense attention, share {fraction(smallest(c))}",
+            log_x=True,
+            log_y=True,
+            level=1.0,
+            ticks=[(S, f"{S:,}") for S in contexts],
+        ),
+    ]

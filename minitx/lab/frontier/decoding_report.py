@@ -1,11 +1,13 @@
-"""The tables, text chart and PNG of ``minitx frontier decoding`` (decoding.py measures)."""
+"""The tables, text chart and picture of ``minitx frontier decoding`` (decoding.py measures)."""
 
 from textwrap import fill
 
-from minitx.lab.frontier.chart import Series, chart, drawing, style
+from minitx.lab.frontier.chart import Series, chart, curves
 from minitx.lab.frontier.decoding import GREEDY, SAMPLED, SAMPLERS, Decoding, Figures, Row
 from minitx.lab.frontier.decoding_methods import PLAIN
 from minitx.lab.layout import COLUMNS, table
+from minitx.pictures.output import write_picture
+from minitx.pictures.scatter import Panel, draw
 
 
 def as_text(d: Decoding) -> str:
@@ -123,13 +125,19 @@ def series(d: Decoding, sampling: str) -> Series:
 
 
 def picture(d: Decoding, path) -> None:
-    """Both ways of sampling side by side as a PNG file; needs the ``plot`` extra."""
-    with drawing(path, f"{d.model}: ways to decode", 2) as axes:
-        for one, sampling in zip(axes, (GREEDY, SAMPLED)):
-            for number, (method, points) in enumerate(series(d, sampling).items()):
-                look = style(method, (), number).rstrip("-")  # points, without a line
-                one.plot(*zip(*points), look, label=method)
-            one.axhline(1, color="black", linewidth=0.8, linestyle=":")
-            one.set(title=sampling, xlabel="new tokens per call of the model")
-            one.set_ylabel("tokens per second, relative to plain decoding")
-        axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    """Both ways of sampling side by side, as an SVG or PNG file (output.py)."""
+    write_picture(draw(panels(d), f"{d.model}: ways to decode"), path)
+
+
+def panels(d: Decoding) -> list[Panel]:
+    speed = "tokens per second, relative to plain decoding"
+    return [
+        Panel(
+            curves(series(d, sampling), line=False),
+            "new tokens per call of the model",
+            speed,
+            level=1.0,
+            title=f"{sampling}: {speed}",
+        )
+        for sampling in (GREEDY, SAMPLED)
+    ]

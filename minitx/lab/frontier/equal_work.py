@@ -85,6 +85,7 @@ class Figures:
     cache: float  # of keys and values, held per token
     memory: float  # of all arrays
     speed: float  # of generating
+    additions: float = 0.0  # per new token, to the dense model's multiply-adds: of table entries
 
     @classmethod
     def of(cls, c: Comparison, executed: float, tuned: float) -> "Figures":
@@ -102,6 +103,7 @@ class Figures:
             c.cache,
             c.memory,
             c.generation.speed[0],
+            additions(c),
         )
 
     @classmethod
@@ -167,6 +169,12 @@ class Frontier:
         from minitx.lab.frontier.work_report import picture
 
         picture(self, path)
+
+
+def additions(c: Comparison) -> float:
+    """Additions of table entries, which replace multiply-adds, over those of the dense model."""
+    changed = sum((entry.additions for entry in c.generation.changed.values()), 0)
+    return changed / max(sum(entry.multiply_adds for entry in c.generation.dense.values()), 1)
 
 
 def compare_work(dense, family: Family, plan: Plan, bar: bool = True) -> Frontier:

@@ -1,13 +1,15 @@
-"""The tables, text chart and PNG of the families that equal_work.py measures."""
+"""The tables, text chart and picture of the families that equal_work.py measures."""
 
 from collections.abc import Sequence
 from textwrap import fill
 
 from minitx.lab.evaluate import table
-from minitx.lab.frontier.chart import Series, chart, draw, drawing
+from minitx.lab.frontier.chart import Series, chart, curves
 from minitx.lab.frontier.equal_work import Frontier, Row
 from minitx.lab.frontier.families import family_of
 from minitx.lab.layout import COLUMNS
+from minitx.pictures.output import write_picture
+from minitx.pictures.scatter import Panel, draw
 
 OWN = "What saves bytes rather than multiply-adds, or hardly any of these, at settings of its own"
 FAR = 0.05  # from the wanted share: too far to be compared without a word
@@ -169,21 +171,24 @@ def answers_right(accuracy: dict[str, float], hops: Sequence[str]) -> float:
 
 
 def picture(f: Frontier, path) -> None:
-    """The curves as a PNG file; needs the ``plot`` extra."""
-    title, share = f"{f.model}: {f.family}", "executed share of multiply-adds"
-    baselines = family_of(f.family).baselines
-    with drawing(path, title, 2) as (left, right):
-        draw(left, series(f), share, "loss above dense (nats per token)", baselines)
-        left.set_yscale("symlog", linthresh=0.01)
-        if hops_of(f):
-            hops = hops_of(f)
-            right_answers = series(f, lambda g: answers_right(g.accuracy, hops))
-            draw(right, right_answers, share, "answers right, mean over hops", baselines)
-            right.axhline(
-                answers_right(f.accuracy, hops), color="black", linewidth=0.8, linestyle=":"
-            )
-        else:
-            agreement = series(f, lambda g: g.agreement)
-            draw(right, agreement, share, "share of tokens with the same argmax", baselines)
-        left.axhline(0, color="black", linewidth=0.8, linestyle=":")
-        right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    """The curves as an SVG or PNG file (output.py)."""
+    write_picture(draw(panels(f), f"{f.model}: {f.family}"), path)
+
+
+def panels(f: Frontier) -> list[Panel]:
+    """Loss, and right answers (on a text: how often the argmax agrees), over the executed share."""
+    share, baselines = "executed share of multiply-adds", family_of(f.family).baselines
+    loss = Panel(
+        curves(series(f), baselines),
+        share,
+        "loss above dense (nats per token)",
+        log_y=True,
+        least=LEAST,
+    )
+    if hops := hops_of(f):
+        found = series(f, lambda g: answers_right(g.accuracy, hops))
+        level, what = answers_right(f.accuracy, hops), "answers right, mean over hops"
+    else:
+        found = series(f, lambda g: g.agreement)
+        level, what = 1.0, "share of tokens with the same argmax"
+    return [loss, Panel(curves(found, baselines), share, what, level=level)]
