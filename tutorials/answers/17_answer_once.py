@@ -125,7 +125,7 @@ def state_and_answer(ids):
 
 
 similar, same = [], []
-for question, *others in requests(big, 5, changes=2):
+for question, *others in requests(big, 6, changes=2):
     state, answer = state_and_answer(question)
     for ids in others:
         other_state, other_answer = state_and_answer(ids)
