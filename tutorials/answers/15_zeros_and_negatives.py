@@ -37,7 +37,7 @@ texts = [lm.encode(story.text) for story in held_out_stories(6)]
 # For (1, 0, 2, 0). No input is negative, so rule 1 has nothing to shift. Both inputs with positive
 # weights are 0, so after these two terms the sum is 0 and can only fall: it stops. (At 0, since
 # ReLU makes 0 of 0.) Rule 2 does not look at the signs of the inputs. After two terms it still
-# fears the 2, whose weight is in fact negative.
+# still fears the 2, whose weight is negative. (For (2, 0, 1, 0) it stops after one term.)
 #
 # Of all inputs from -3 to 3 whose sum is at most 0, how many does each rule stop sooner? With any
 # sign, neither rule is much better. Without negative inputs, rule 1 is: it need not shift.
@@ -63,9 +63,9 @@ def bound(x, w):
 # %%
 title("Question 1. Rule 1 before rule 2")
 w = np.array([-2, 1, -1, 1])
-for x in (np.array([4, -1, 2, 2]), np.array([1, 0, 2, 0])):
+for x in (np.array([4, -1, 2, 2]), np.array([2, 0, 1, 0]), np.array([1, 0, 2, 0])):
     print(f"inputs {x}: rule 1 stops after {shift(x, w)} terms, rule 2 after {bound(x, w)}")
-assert (shift(x, w), bound(x, w)) == (2, 3)
+assert (shift(x, w), bound(x, w)) == (2, 3) and bound(np.array([2, 0, 1, 0]), w) == 1
 inputs = np.indices((7,) * 4).reshape(4, -1).T - 3  # all of -3 to 3
 sooner = {}
 for name, some in (("any sign", inputs), ("no negative", inputs[inputs.min(1) >= 0])):
