@@ -410,7 +410,7 @@ for hops in numbers:
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 20`: Which token is in which cache?
+# - `minitx learn 20`: LazyLLM's bookkeeping
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/14_which_tokens_matter.py`.
