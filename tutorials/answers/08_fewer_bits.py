@@ -126,8 +126,8 @@ assert says == {(-0.06, 0.06): 1, (0.2, 0.2): 0}
 #
 # Which matrices need their bits most?
 #
-# For each weight, W_v and W_o, which make what a head adds to the residual stream: two query
-# heads share each head of W_v, and an error of a query only moves attention weights. The gates need their
+# For each weight, W_v and W_o, which make what a head adds to the residual stream: two query heads
+# share each head of W_v, and an error of a query only moves attention weights. The gates need their
 # bits least, and they are many: there, few bits save the most memory for the least loss.
 
 # %%
