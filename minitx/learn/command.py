@@ -206,7 +206,8 @@ def make_handout(args) -> None:
 
     chosen = chosen_exercises(args.only)
     hand_out(args.folder, chosen)
-    print(f"{args.folder}: {len(chosen)} exercises and a README.md for students, no solutions.")
+    count = "1 exercise" if len(chosen) == 1 else f"{len(chosen)} exercises"
+    print(f"{args.folder}: {count} and a README.md for students, no solutions.")
 
 
 def grade_class(args) -> None:
