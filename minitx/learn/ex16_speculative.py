@@ -246,7 +246,8 @@ def explain(case, found, expected) -> Verdict:
         "wrong",
         f"Your function returns {[*tokens]} with probability {found.get(tokens, 0):.4f}; expected "
         f"{expected.get(tokens, 0):.4f}. The draft proposed {drafted.tolist()}, with the target's "
-        f"probabilities {chances(p, drafted)} and the draft's {chances(q, drafted)}.",
+        f"probabilities {chances(p, drafted)} and the draft's {chances(q, drafted)}. (All draws "
+        "must come from rng; np.random is not followed.)",
     )
 
 
