@@ -95,7 +95,8 @@ def grade_one(student: Path, exercise: Exercise, seed, seconds, megabytes) -> Gr
     if trouble is None:
         limits = dict(seconds=seconds, megabytes=megabytes)
         trouble, _ = judge_apart(exercise, files[0], seed, **limits, shown=False)
-    return Graded(student.name, exercise, trouble, imports_minitx(source))
+    copies = exercise.difficulty != "open" and imports_minitx(source)  # the open one may import it
+    return Graded(student.name, exercise, trouble, copies)
 
 
 def files_of(student: Path, name: str) -> list[Path]:
