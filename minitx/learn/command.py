@@ -15,7 +15,7 @@ def add_learn(names, add) -> None:
     """Declare ``minitx learn`` and its subcommands. add: as in arguments.py."""
     learn = add(names, "learn", show_table, "exercises, checked by a program that names mistakes")
     learn.choice = "command of minitx learn"
-    add_folder(learn)
+    add_folder(learn, None)
     learn.add_argument("--json", action="store_true", help="print JSON")
     commands = learn.add_subparsers(metavar="COMMAND")
 
@@ -90,9 +90,11 @@ def number(word: str) -> float:
     return float(word)
 
 
-def add_folder(command) -> None:
+def add_folder(command, default=argparse.SUPPRESS) -> None:
+    """--dir, before a subcommand or after it: without a default there, which would overwrite what
+    stands before."""
     text = "the workbook (default: the current folder if it is one, or the last one used)"
-    command.add_argument("--dir", metavar="DIR", help=text)
+    command.add_argument("--dir", metavar="DIR", default=default, help=text)
 
 
 def add_exercise(command) -> None:
@@ -211,7 +213,8 @@ def make_handout(args) -> None:
 
     chosen = chosen_exercises(args.only)
     hand_out(args.folder, chosen)
-    print(f"{args.folder}: {len(chosen)} exercises and a README.md for students, no solutions.")
+    count = "1 exercise" if len(chosen) == 1 else f"{len(chosen)} exercises"
+    print(f"{args.folder}: {count} and a README.md for students, no solutions.")
 
 
 def grade_class(args) -> None:

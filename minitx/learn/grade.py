@@ -238,7 +238,7 @@ class Grades:
         """How often each named mistake occurs in the class."""
         rows = self.mistakes()
         if not rows:
-            return "No mistake that has a name."
+            return "None of the mistakes that the checker knows by name."
         lines, before = ["Mistakes of the class:"], None
         for exercise, sentence, count in rows:
             if exercise is not before:

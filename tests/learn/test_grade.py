@@ -73,6 +73,15 @@ def test_class_is_graded_one_folder_per_student(tmp_path):
     assert "take their mean" in str(found) and "cleo: ex01_rms_norm" in str(found)
 
 
+def test_open_exercise_may_import_minitx(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "judge_apart", lambda *_, **limits: (Verdict("wrong", "No."), ""))
+    (tmp_path / "anna").mkdir()
+    for name in ("ex01_rms_norm.py", "ex18_budget.py"):
+        (tmp_path / "anna" / name).write_text("from minitx import technique\n")
+    found = grading.grade(tmp_path, (FIRST, find_exercise(18)))
+    assert [g.exercise.number for g in found.graded if g.imports_minitx] == [1]
+
+
 def test_grading_uses_the_seed_that_is_given(tmp_path, monkeypatch):
     """An answer that knows the public cases by heart fails with another seed."""
     seeds = []

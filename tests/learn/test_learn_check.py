@@ -106,6 +106,19 @@ def test_replaced_library_function_is_reported_and_undone(monkeypatch):
     assert np.abs is absolute, "the next answer would be judged with it"
 
 
+def test_message_names_the_arguments_and_the_part_that_is_wrong():
+    said = verdict_on(lambda x, gain, eps: 3 * right(x, gain, eps)).message
+    assert "x (4, 4), gain = [" in said and "eps = 0.1" in said
+    cost = SimpleNamespace(multiply_adds=lambda config, T, S: 7, cache_bytes=lambda config, S: 7)
+    said = judge(find_exercise(6), cost).message
+    assert "in multiply_adds" in said and "T = " in said
+
+
+def test_error_of_numpy_is_told_to_its_end():
+    said = verdict_on(lambda x, gain, eps: x + np.zeros((2, 7))).message
+    assert "(4,4) (2,7)" in said
+
+
 def test_changed_input_is_reported():
     def changes(x, gain, eps):
         x *= 2

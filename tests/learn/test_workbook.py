@@ -169,6 +169,15 @@ def test_command_leads_from_the_start_to_the_solution(run, tmp_path):
     assert "1 of" in out and "Next: open" in out
 
 
+@pytest.mark.parametrize("words", [("--dir", "first", "1"), ("1", "--dir", "first")])
+def test_folder_on_either_side_of_the_number_is_used(run, tmp_path, words):
+    run("learn", "start", "first")
+    run("learn", "start", "last used")
+    (tmp_path / "first" / "ex01_rms_norm.py").write_text(ANSWER)
+    status, out, _ = run("learn", *words)
+    assert status == 0 and "solved" in out, "the folder that is named, not the one last used"
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
