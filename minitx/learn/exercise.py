@@ -21,7 +21,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -109,7 +108,7 @@ class Exercise:
 
     @cached_property
     def source(self) -> str:
-        return Path(self.module.__file__).read_text("utf-8")
+        return inspect.getsource(self.module)
 
     def run(self, answer: SimpleNamespace, case: Case):
         """What the answer does with one case."""
