@@ -61,11 +61,13 @@ def add_teacher(commands, add) -> None:
     )
     add_only(grade)
     grade.add_argument("--csv", metavar="FILE", help="also write a table for a spreadsheet")
+    text = "also draw the class's Pareto chart of the open exercise (18)"
+    grade.add_argument("--svg", metavar="FILE", help=text)
     grade.add_argument("--json", action="store_true", help="print JSON")
     text = "draws the numbers that answers are tried on (default 1; the student's own check has 0)"
     grade.add_argument("--seed", type=integer, default=1, metavar="N", help=text)
-    text = "limit of each answer (default 20)"
-    grade.add_argument("--seconds", type=number, default=20.0, metavar="S", help=text)
+    text = "limit of each answer (default: that of the exercise, mostly 20)"
+    grade.add_argument("--seconds", type=number, metavar="S", help=text)
     text = "memory limit of each answer (default 4096)"
     grade.add_argument("--megabytes", type=number, default=4096.0, metavar="MB", help=text)
 
@@ -216,11 +218,16 @@ def grade_class(args) -> None:
     from minitx.checkpoints.common import need_writable_file
     from minitx.learn.grade import grade
     from minitx.learn.handout import chosen_exercises
+    from minitx.pictures.output import check_output, write_picture
 
     chosen = chosen_exercises(args.only)
     if args.csv is not None:
         need_writable_file(Path(args.csv))  # now, not after half an hour
+    if args.svg is not None:
+        check_output(args.svg, ".svg")
     found = grade(args.folder, chosen, args.seed, args.seconds, args.megabytes)
     if args.csv is not None:
         found.write_csv(args.csv)
+    if args.svg is not None:
+        write_picture(found.chart(), args.svg)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)

@@ -307,6 +307,7 @@ EXERCISE = Exercise(
     names=("recipe",),
     judge=judge,
     seconds=120,
+    uses_minitx=True,
     hints=(
         "Where do the multiply-adds go? `minitx compare` prints them by part. Some techniques are "
         "exact and still save; take those first, and then what is approximate.",

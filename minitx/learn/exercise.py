@@ -69,6 +69,7 @@ class Exercise:
     show: ``show(answer)``, text to print when it is solved; for an exercise that has no
         ``into_model``.
     seconds: that a check may take.
+    uses_minitx: an answer may import minitx.
     """
 
     title: str
@@ -90,6 +91,7 @@ class Exercise:
     judge: Callable[[SimpleNamespace, int], Verdict] | None = None
     show: Callable[[SimpleNamespace], str] | None = None
     seconds: float = 20.0
+    uses_minitx: bool = False
     module: ModuleType | None = None  # the master; set by ``exercises``
 
     @cached_property

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from minitx.errors import MinitxError
 from minitx.learn import grade as grading
 from minitx.learn.apart import judge_apart
 from minitx.learn.exercise import find_exercise
@@ -110,6 +111,29 @@ def test_open_exercises_are_ranked_by_multiply_adds():
     found = Grades(["anna", "ben", "cleo"], (THIRD,), graded)
     assert [g.student for g in found.ranking()] == ["ben", "anna"]
     assert "1 ben" in found.ranks() and "0.500x" in found.ranks()
+    chart = str(found.chart())
+    assert "cleo (beyond the limits)" in chart and "anna" in chart
+    with pytest.raises(MinitxError, match="no chart"):
+        Grades(["anna"], (FIRST,), [Graded("anna", FIRST, Verdict("passed", ""))]).chart()
+
+
+def test_limits_are_those_of_the_exercise_unless_given(tmp_path, monkeypatch):
+    """And the project may import minitx, which others may not."""
+    limits = []
+
+    def judge(exercise, path, seed, seconds, **more):
+        limits.append(seconds)
+        return Verdict("passed", "Right."), ""
+
+    project = find_exercise(18)
+    (tmp_path / "anna").mkdir()
+    for exercise in (FIRST, project):
+        (tmp_path / "anna" / f"{exercise.stem}.py").write_text("import minitx\n")
+    monkeypatch.setattr(grading, "judge_apart", judge)
+    monkeypatch.setattr(grading.os, "cpu_count", lambda: 1)
+    found = grading.grade(tmp_path, (FIRST, project))
+    assert limits == [None, None], "None: the exercise's own"
+    assert [g.exercise.number for g in found.graded if g.imports_minitx] == [1]
 
 
 def test_links_to_the_work_of_others_are_not_followed(tmp_path):

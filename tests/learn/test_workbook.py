@@ -206,3 +206,20 @@ def test_watch_checks_again_when_the_file_is_saved(book, monkeypatch, capfd):
     assert verdicts == [WRONG, WRONG, WRONG, PASSED]
     out = capfd.readouterr().out
     assert "Ctrl-C to stop" in out and "solved" in out
+
+
+def test_teaching_page_has_the_minutes_of_the_exercises_and_commands_that_exist():
+    import re
+
+    from minitx.arguments import read_arguments
+    from minitx.lab.reference import CHECKOUT
+    from minitx.learn.handout import chosen_exercises
+
+    text = (CHECKOUT / "tutorials" / "TEACHING.md").read_text("utf-8")
+    labs = re.findall(r"^\| \S.*? \| ([\d, to]+) \| (\d+)\b", text, re.MULTILINE)
+    assert len(labs) == 6
+    for numbers, minutes in labs:
+        chosen = chosen_exercises(numbers.replace(" to ", "-").replace(" ", ""))
+        assert sum(exercise.minutes for exercise in chosen) == int(minutes), numbers
+    for line in re.findall(r"^ +minitx (learn .*)$|`minitx (learn [^`]+)`", text, re.MULTILINE):
+        read_arguments("".join(line).split())
