@@ -6,7 +6,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 from minitx.errors import abbreviate
+from minitx.learn.check import changes_library, verdict_on_error
 from minitx.learn.exercise import Exercise
+from minitx.learn.libraries import contents, restore
 from minitx.learn.verdict import Verdict
 
 MAX_BYTES = 2**20  # of a file that someone wrote by hand
@@ -23,15 +25,18 @@ def read_answer(exercise: Exercise, path) -> tuple[SimpleNamespace | None, Verdi
         line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
         what = abbreviate(getattr(error, "msg", None) or str(error))[1:-1]
         return None, Verdict("error", f"Python cannot read {Path(path).name}: {what}{line}.")
-    module = ModuleType(exercise.stem)
+    module, before = ModuleType(exercise.stem), contents()
     module.__file__ = str(path)
     sys.modules[exercise.stem] = module  # where dataclasses look for the names in it
     try:
         exec(code, vars(module))
-    except (Exception, SystemExit) as error:
-        from minitx.learn.check import verdict_on_error
-
+    except KeyboardInterrupt:  # Ctrl-C
+        raise
+    except BaseException as error:
+        restore(before)
         return None, verdict_on_error(error)
+    if changed := restore(before):
+        return None, changes_library(changed)
     missing = [name for name in exercise.names if not callable(vars(module).get(name))]
     if missing:
         message = f"There is no {missing[0]} in {Path(path).name}; it must have that name."

@@ -23,6 +23,7 @@ import numpy as np
 from minitx.differences import describe
 from minitx.errors import MinitxError, abbreviate
 from minitx.learn.exercise import Case, Exercise, Mistake
+from minitx.learn.libraries import contents, restore
 from minitx.learn.outcomes import (
     TOLERANCE,
     BadForm,
@@ -30,6 +31,7 @@ from minitx.learn.outcomes import (
     as_leaves,
     comparable,
     is_number,
+    rows_as_list,
     same,
     same_leaves,
     with_arrays,
@@ -53,23 +55,34 @@ def judge(exercise: Exercise, answer: SimpleNamespace, seed: int = 0) -> Verdict
 
     seed: of the cases; another one draws other numbers and shapes."""
     with np.errstate(all="ignore"):  # overflow is found by its result
-        if exercise.judge is not None:
-            return judged_by_itself(exercise, answer, seed)
-        cases = drawn(exercise, seed)
-        found = []
-        for case in cases:
-            outcome, trouble = attempt(exercise, answer, case)
-            if trouble is not None:
-                return trouble
-            found.append(outcome)
-        expected = right(exercise, seed)
-        wrong = [i for i in range(len(cases)) if not same(found[i], expected[i])]
-        if not wrong:
-            return Verdict("passed", "Right.")
-        named = name_mistakes(exercise, seed, found)
-        if named:
-            return named_verdict(named)
-        return generic(exercise, cases[wrong[0]], found[wrong[0]], expected[wrong[0]])
+        before = contents()
+        try:
+            verdict = judged(exercise, answer, seed)
+        except Exception:
+            if changed := restore(before):
+                return changes_library(changed)
+            raise
+        changed = restore(before)
+        return changes_library(changed) if changed else verdict
+
+
+def judged(exercise: Exercise, answer: SimpleNamespace, seed: int) -> Verdict:
+    if exercise.judge is not None:
+        return judged_by_itself(exercise, answer, seed)
+    cases, expected = drawn(exercise, seed), right(exercise, seed)
+    found = []
+    for case, theirs in zip(cases, expected):
+        outcome, trouble = attempt(exercise, answer, case)
+        if trouble is not None:
+            return trouble
+        found.append(rows_as_list(outcome, theirs))
+    wrong = [i for i in range(len(cases)) if not same(found[i], expected[i])]
+    if not wrong:
+        return Verdict("passed", "Right.")
+    named = name_mistakes(exercise, seed, found)
+    if named:
+        return named_verdict(named)
+    return generic(exercise, cases[wrong[0]], found[wrong[0]], expected[wrong[0]])
 
 
 def judged_by_itself(exercise: Exercise, answer: SimpleNamespace, seed: int) -> Verdict:
@@ -77,7 +90,9 @@ def judged_by_itself(exercise: Exercise, answer: SimpleNamespace, seed: int) -> 
         return exercise.judge(answer, seed)
     except NotImplementedError as error:
         return hole(error) or verdict_on_error(error)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return verdict_on_error(error)
 
 
@@ -99,12 +114,18 @@ def attempt(exercise: Exercise, answer: SimpleNamespace, case: Case):
     """(outcome, None), or (None, verdict) if no comparison is needed: a hole, a changed input."""
     mine = copy.deepcopy(case)
     try:
-        outcome = exercise.run(answer, mine)
+        with np.errstate():  # what a function sets with np.seterr ends with it
+            outcome = exercise.run(answer, mine)
+        if inspect.iscoroutine(outcome):
+            outcome.close()  # nobody awaits it
+        as_leaves(outcome)  # BadForm if that is impossible
     except NotImplementedError as error:
         return Raised(error), hole(error)
     except BadForm as error:
         return None, Verdict("form", str(error))
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:  # Ctrl-C
+        raise
+    except BaseException as error:
         return Raised(error), None
     changed = changed_input(case, mine)
     if changed is not None:
@@ -129,7 +150,7 @@ def outcomes(exercise: Exercise, answer: SimpleNamespace, cases: Sequence[Case])
 
 def hole(error: BaseException) -> Verdict | None:
     """The verdict on a function that is not written, if that is what was raised."""
-    if NOT_WRITTEN not in str(error):
+    if NOT_WRITTEN not in text_of(error):
         return None
     name = traceback.extract_tb(error.__traceback__)[-1].name
     return Verdict("not written", f"{name} is not written yet.")
@@ -267,9 +288,26 @@ def verdict_on_error(error: BaseException, given: str = "") -> Verdict:
         return Verdict("error", f"{error}{at and f' That was{at}.'}{given}")
     if isinstance(error, MemoryError):
         return Verdict("limit", f"Your code needs more memory than there is{at}.{given}")
-    said = " ".join(ascii(str(error)[:LONGEST_ERROR])[1:-1].split())
+    said = " ".join(ascii(text_of(error)[:LONGEST_ERROR])[1:-1].split())
     what = f"{type(error).__name__}: {said or 'no message'}"
     return Verdict("error", f"Your code raised {what}{at}.{given}")
+
+
+def text_of(error: BaseException) -> str:
+    """str(error), whatever a student's own exception does there."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
+def changes_library(name: str) -> Verdict:
+    """name: what the answer has replaced, such as ``numpy.abs``."""
+    return Verdict(
+        "error",
+        f"Your code replaces {name}, which the checker and everybody else's code need as it is. "
+        "Give your own function or value another name.",
+    )
 
 
 def is_library(filename: str) -> bool:
@@ -306,6 +344,12 @@ def form(value) -> str:
         return f"an array of shape {value.shape}" if value.ndim else str(value)
     if isinstance(value, list):
         return f"{len(value)} values"
+    if inspect.iscoroutine(value):
+        return "a coroutine (write def instead of async def)"
+    if inspect.isgenerator(value):
+        return "a generator (was there a yield, or a for in round brackets?)"
     if callable(value):
         return "a function"
+    if type(value).__repr__ is object.__repr__:  # which would show an address in memory
+        return f"an object of the class {type(value).__name__}"
     return abbreviate(value)

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from minitx.errors import MinitxError
 from minitx.lab.layout import table
 
 CHECK = "check"  # what `minitx learn 3` is short for
@@ -154,6 +155,8 @@ def show_table(args) -> None:
 def start_workbook(args) -> None:
     from minitx.learn.workbook import start
 
+    if not args.folder:
+        raise MinitxError("The name of the folder is empty; give the name of a new folder.")
     new = start(args.folder)
     exercises = [path for path in new if path.name.startswith("ex")]
     if not exercises:

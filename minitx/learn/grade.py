@@ -15,10 +15,10 @@ from pathlib import Path
 
 from minitx import progress
 from minitx.checkpoints.common import atomic_write
-from minitx.errors import MinitxError
+from minitx.errors import MinitxError, one_line
 from minitx.lab.layout import COLUMNS, fit, table
 from minitx.learn.answer import imports_minitx, read_source
-from minitx.learn.apart import judge_apart
+from minitx.learn.apart import end_running, judge_apart
 from minitx.learn.exercise import Exercise
 from minitx.learn.holes import student_file
 from minitx.learn.verdict import Verdict
@@ -27,6 +27,7 @@ from minitx.pictures.svg import INK, Svg
 
 SEED = 1  # a student's own check uses 0
 DEEPEST = 3  # folders below a student's folder that are searched: an unpacked archive adds some
+LONGEST_NAME = 32  # in the table; JSON and CSV have all of it
 MISSING = Verdict("missing", "There is no such file.")
 
 
@@ -68,8 +69,9 @@ def grade(
                 found.append(graded)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            end_running()
             raise
-    return Grades([student.name for student in students], tuple(chosen), found)
+    return Grades([name_of(student) for student in students], tuple(chosen), found)
 
 
 def students_in(folder: Path) -> list[Path]:
@@ -90,7 +92,7 @@ def grade_one(student: Path, exercise: Exercise, seed, seconds, megabytes) -> Gr
     if len(files) != 1:
         several = "There are several: " + ", ".join(str(f.relative_to(student)) for f in files)
         verdict = Verdict("missing", f"{several}.") if files else MISSING
-        return Graded(student.name, exercise, verdict)
+        return Graded(name_of(student), exercise, verdict)
     source, trouble = read_source(files[0])
     if trouble is None and source == student_file(exercise):
         trouble = Verdict("not written", "The file is as it was handed out.")
@@ -98,7 +100,13 @@ def grade_one(student: Path, exercise: Exercise, seed, seconds, megabytes) -> Gr
         limits = dict(seconds=seconds, megabytes=megabytes)
         trouble, _ = judge_apart(exercise, files[0], seed, **limits, shown=False)
     suspicious = imports_minitx(source) and not exercise.uses_minitx
-    return Graded(student.name, exercise, trouble, suspicious)
+    return Graded(name_of(student), exercise, trouble, suspicious)
+
+
+def name_of(student: Path) -> str:
+    """The folder's name as it can be printed: line breaks, escape sequences, and what is no UTF-8
+    are escaped."""
+    return one_line(student.name)
 
 
 def files_of(student: Path, name: str) -> list[Path]:
@@ -215,13 +223,14 @@ class Grades:
 
     def table(self) -> str:
         """A row per student, a column per exercise, a sign per verdict."""
-        width = max(map(len, ["student", *self.students])) + 2
+        names = {name: shortened(name) for name in self.students}
+        width = max(map(len, ["student", *names.values()])) + 2
         numbers = "".join(f"{exercise.number:>3}" for exercise in self.exercises)
         lines = [f"{'student':{width}}points{numbers}"]
         for student in self.students:
             of = self.of(student)
             signs = "".join(f"{SIGNS[of[e.stem].verdict.kind]:>3}" for e in self.exercises)
-            lines.append(f"{student:{width}}{self.points(student):>6}{signs}")
+            lines.append(f"{names[student]:{width}}{self.points(student):>6}{signs}")
         lines.append(fit(", ".join(f"{sign} {kind}" for kind, sign in SIGNS.items())))
         return "\n".join(lines)
 
@@ -264,6 +273,10 @@ SIGNS = {
     "not written": ".",
     "missing": "-",
 }
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
 def harmless(name: str) -> str:

@@ -52,8 +52,8 @@ def chosen_exercises(words: str | None) -> tuple[Exercise, ...]:
     if words is None:
         return exercises()
     wanted = []
-    for word in filter(None, words.split(",")):
-        ends = re.fullmatch(r"(\d+)-(\d+)", word)
+    for word in filter(None, map(str.strip, words.split(","))):
+        ends = re.fullmatch(r"(\d+) *- *(\d+)", word)
         if ends:
             first, last = find_exercise(ends[1]), find_exercise(ends[2])
             if first.number > last.number:

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
+
 import minitx
 from minitx import ledger
 from minitx.learn.check import verdict_on_error
 from minitx.learn.exercise import Exercise
+from minitx.learn.outcomes import with_arrays
 from minitx.lm import LM
 from minitx.technique import apply
 from minitx.tree import nbytes
@@ -19,16 +22,34 @@ SAMPLED = dict(temperature=0.8, seed=0)  # a story that does not repeat itself
 def demonstration(exercise: Exercise, answer: SimpleNamespace) -> str:
     """The text that the model generates with the answer inside, what that saved, and where minitx
     does the same."""
-    parts = []
+    parts, answer = [], with_plain_arrays(answer)
     try:
-        if exercise.into_model is not None:
-            parts.append(swapped_in(exercise, answer))
-        if exercise.show is not None:
-            parts.append(exercise.show(answer))
+        with np.errstate(all="warn", under="ignore"):  # as usual, whatever np.seterr was told
+            if exercise.into_model is not None:
+                parts.append(swapped_in(exercise, answer))
+            if exercise.show is not None:
+                parts.append(exercise.show(answer))
     except Exception as error:  # the answer is right on every case, and still does not fit in
         parts.append(f"In the model it did not work, though. {verdict_on_error(error).message}")
     parts += [exercise.saves, f"minitx does the same in {exercise.library}."]
     return "\n\n".join(parts)
+
+
+def with_plain_arrays(answer: SimpleNamespace) -> SimpleNamespace:
+    """The answer for the model, which needs arrays: the check also takes lists of numbers, or
+    arrays of another class."""
+
+    def plain(result):
+        if isinstance(result, np.ndarray):
+            return np.asarray(result)
+        return list(map(plain, result)) if isinstance(result, list) else result
+
+    def returns_arrays(function):
+        return lambda *args: plain(with_arrays(function(*args)))
+
+    return SimpleNamespace(
+        **{n: f if isinstance(f, type) else returns_arrays(f) for n, f in vars(answer).items()}
+    )
 
 
 def swapped_in(exercise: Exercise, answer: SimpleNamespace) -> str:

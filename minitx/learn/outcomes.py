@@ -63,19 +63,39 @@ def same_leaves(mine, theirs) -> bool:
 
 def as_leaves(result) -> list[tuple[str, object]]:
     """The leaves of a result. A list of numbers, or of rows of numbers, counts as one array."""
-    return leaves(with_arrays(result))
+    try:
+        return leaves(with_arrays(result))
+    except RecursionError:
+        raise BadForm("The result is nested too deeply; does a list contain itself?") from None
 
 
 def with_arrays(result):
     if isinstance(result, (list, tuple)):
         inside = [with_arrays(value) for value in result]
         shapes = {np.shape(value) if is_number(value) else None for value in inside}
-        if len(shapes) == 1 and None not in shapes and (isinstance(result, list) or () in shapes):
+        rows = len(shapes) == 1 and None not in shapes and not mixed(inside)
+        if rows and (isinstance(result, list) or () in shapes):
             return np.array(inside)
         return inside
     if isinstance(result, dict):
         return {key: with_arrays(value) for key, value in result.items()}
     return result
+
+
+def rows_as_list(result, expected):
+    """The result with a tuple of rows as a list, where one array is expected: of a tuple,
+    ``with_arrays`` thinks that it holds several results."""
+    if isinstance(expected, dict) and isinstance(result, dict):
+        return {name: rows_as_list(value, expected.get(name)) for name, value in result.items()}
+    return (
+        list(result) if isinstance(expected, np.ndarray) and isinstance(result, tuple) else result
+    )
+
+
+def mixed(values) -> bool:
+    """Are some of them booleans and some numbers? Then they are several results in a list, not the
+    rows of one."""
+    return len({np.asarray(value).dtype.kind == "b" for value in values}) > 1
 
 
 def same_value(a, b) -> bool:

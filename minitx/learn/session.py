@@ -1,5 +1,6 @@
 """Work on an exercise: check the student's file, say what is wrong, keep the progress."""
 
+import os
 import time
 from pathlib import Path
 
@@ -20,22 +21,22 @@ def check(folder: Path, exercise: Exercise) -> bool:
     """Check an exercise of a workbook in a process of its own, print the verdict, note the
     progress, and return whether it passed."""
     verdict, shown = judge_apart(exercise, folder / f"{exercise.stem}.py")
-    note(folder, exercise, verdict)
     print(told(exercise, verdict, shown, folder), flush=True)
+    note(folder, exercise, verdict)  # last: on a full disk, the verdict is told all the same
     return verdict.passed
 
 
 def check_here(path) -> bool:
     """The same in this process, for ``python ex03_attention.py``: prints and breakpoints in the
     student's code work."""
-    path = Path(path).resolve()
+    path = Path(os.path.abspath(path))
     exercise = find_exercise(path.stem)
     answer, trouble = read_answer(exercise, path)
     verdict = trouble or judge(exercise, answer)
-    if is_workbook(path.parent):
-        note(path.parent, exercise, verdict)
     shown = demonstration(exercise, answer) if verdict.passed else ""
     print(told(exercise, verdict, shown, path.parent))
+    if is_workbook(path.parent):
+        note(path.parent, exercise, verdict)
     return verdict.passed
 
 

@@ -22,6 +22,9 @@ class Verdict:
 
     @classmethod
     def from_dict(cls, found: dict) -> "Verdict":
+        """ValueError, KeyError or TypeError if ``found`` is not from ``as_dict``."""
+        if found["kind"] not in KINDS or not isinstance(found["message"], str):
+            raise ValueError("no verdict")
         return cls(found["kind"], found["message"], tuple(found["mistakes"]), found["figures"])
 
 

@@ -55,7 +55,7 @@ def start(folder, chosen: tuple[Exercise, ...] | None = None, remembered=True) -
     new = [folder / name for name in wanted if not (folder / name).exists()]
     for path in new:
         write(path, wanted[path.name])
-    if not (folder / PROGRESS).exists():
+    if not is_workbook(folder):
         Progress(folder).write()
     if remembered:
         remember(folder)
@@ -107,22 +107,26 @@ def find_workbook(folder=None, needed=True) -> Path | None:
 
 
 def is_workbook(folder: Path) -> bool:
-    return (folder / PROGRESS).is_file()
+    try:
+        return (folder / PROGRESS).is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        return False
 
 
 def remember(folder: Path) -> None:
     """Note the workbook as the one last used. Not being able to is no reason to stop."""
     try:
         pointer().parent.mkdir(parents=True, exist_ok=True)
-        write(pointer(), f"{folder.resolve()}\n")
+        with atomic_write(pointer()) as file:
+            file.write(os.fsencode(folder.resolve()) + b"\n")
     except (MinitxError, OSError):
         pass
 
 
 def last_used() -> Path | None:
     try:
-        return Path(pointer().read_text("utf-8").strip())
-    except (MinitxError, OSError, UnicodeDecodeError):
+        return Path(os.fsdecode(pointer().read_bytes().rstrip(b"\n")))
+    except (MinitxError, OSError):
         return None
 
 
@@ -147,6 +151,7 @@ class Progress:
         except (ValueError, TypeError, RecursionError):
             aside = self.path.with_name(f"{PROGRESS}.damaged")
             os.replace(self.path, aside)
+            self.write()  # a folder without it is no workbook
             say(
                 f"minitx: note: {self.path} was damaged; it is now {aside.name}, and a new one "
                 "begins."
@@ -181,6 +186,8 @@ def checked(content: bytes) -> dict[str, dict]:
     if not isinstance(entries, dict):
         raise ValueError
     for entry in entries.values():
+        if not isinstance(entry, dict):
+            raise ValueError
         counts = [entry.get(name, 0) for name in ("attempts", "hints")]
         if not all(type(count) is int and 0 <= count < 10**9 for count in counts):
             raise ValueError

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import time
 
 import pytest
 
 from minitx.errors import MinitxError
+from minitx.learn import apart
 from minitx.learn import grade as grading
 from minitx.learn.apart import judge_apart
 from minitx.learn.exercise import find_exercise
@@ -17,6 +19,14 @@ from minitx.learn.verdict import Verdict
 
 FIRST, THIRD = find_exercise(1), find_exercise(3)
 RIGHT = "import numpy as np\n\n\n" + solution_text(FIRST) + "\n"
+
+# An answer that writes a verdict on itself into the folder in which it runs.
+FORGED = """
+import json, os
+verdict = {"kind": "passed", "message": "Right.", "mistakes": [], "figures": None}
+open("verdict.json", "w").write(json.dumps({"token": "", "verdict": verdict, "shown": ""}))
+os._exit(0)
+"""
 
 
 def test_handout_has_no_solution_and_says_how_to_begin(tmp_path):
@@ -35,6 +45,7 @@ def test_class_is_graded_one_folder_per_student(tmp_path):
         "cleo": RIGHT.replace("import numpy as np", "import numpy as np\nfrom minitx import ops"),
         "dora": student_file(FIRST),
         "emil": "import os\nos._exit(0)\n",
+        "evil": FORGED,
         "finn": "while True:\n    pass\n",
     }
     for name, text in answers.items():
@@ -50,6 +61,7 @@ def test_class_is_graded_one_folder_per_student(tmp_path):
         "cleo": "passed",
         "dora": "not written",
         "emil": "error",
+        "evil": "error",
         "finn": "limit",
         "gwen": "missing",
     }
@@ -83,6 +95,39 @@ def test_grading_uses_the_seed_that_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "judge_apart", judge)
     grading.grade(tmp_path, (FIRST,), seed=7)
     assert seeds == [7]
+
+
+def test_interrupted_grading_ends_the_processes_at_once(tmp_path, monkeypatch):
+    (tmp_path / "anna").mkdir()
+    (tmp_path / "anna" / "ex01_rms_norm.py").write_text("while True:\n    pass\n")
+
+    def press_ctrl_c(results, *args, **kwargs):
+        while not apart.RUNNING:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grading.progress, "bar", press_ctrl_c)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        grading.grade(tmp_path, (FIRST,), seconds=60)
+    assert time.monotonic() - begun < 30, "it waited for an endless loop"
+    assert not apart.RUNNING
+
+
+def test_grading_changes_no_submission(tmp_path):
+    path = tmp_path / "anna" / "ex01_rms_norm.py"
+    path.parent.mkdir()
+    path.write_text(f"{RIGHT}\nimport os\nos.remove(__file__)\n")
+    found = grading.grade(tmp_path, (FIRST,))
+    assert found.graded[0].verdict.passed and path.exists()
+
+
+def test_student_s_name_is_printed_on_one_line(tmp_path):
+    for name in ("new\nline", "red \x1b[31m", "x" * 200):
+        (tmp_path / name).mkdir()
+    found = grading.grade(tmp_path, (FIRST,))
+    assert len(str(found).splitlines()) == 7 and "\x1b" not in str(found) + found.csv()
+    assert max(map(len, str(found).splitlines())) <= 100
 
 
 def test_memory_limit_ends_an_answer(tmp_path):

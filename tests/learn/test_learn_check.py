@@ -30,6 +30,39 @@ def test_answer_as_lists_of_numbers_passes():
     assert verdict_on(lambda x, gain, eps: right(x, gain, eps).tolist()).passed
 
 
+def test_answer_as_tuples_of_numbers_passes():
+    assert verdict_on(lambda x, gain, eps: tuple(map(tuple, right(x, gain, eps)))).passed
+
+
+def test_two_results_of_one_shape_in_a_list_are_two_results():
+    greedy = find_exercise(15)
+    answer = SimpleNamespace(greedy=lambda *case: list(greedy.solution.greedy(*case)))
+    assert judge(greedy, answer).passed, "sums and kept are not the rows of one array"
+
+
+def raise_base(x, gain, eps):
+    raise BaseException("boo")
+
+
+def endless(x, gain, eps):
+    rows = []
+    rows.append(rows)
+    return rows
+
+
+async def later(x, gain, eps):
+    return x
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+def raise_unprintable(x, gain, eps):
+    raise Unprintable
+
+
 @pytest.mark.parametrize(
     "wrong, kind, said",
     [
@@ -48,11 +81,29 @@ def test_answer_as_lists_of_numbers_passes():
         (lambda x, gain, eps: exit(3), "error", "SystemExit"),
         (lambda x, gain, eps: np.zeros(10**15), "limit", "memory"),
         (lambda x, gain, eps: (right(x, gain, eps),), "form", "Expected"),
+        (lambda x, gain, eps: (row for row in x), "wrong", "generator"),
+        (later, "wrong", "async def"),
+        (endless, "form", "contain itself"),
+        (raise_base, "error", "boo"),
+        (raise_unprintable, "error", "Unprintable"),
     ],
 )
 def test_wrong_answer_without_a_name_is_described(wrong, kind, said):
     verdict = verdict_on(wrong)
     assert (verdict.kind, said.lower() in verdict.message.lower()) == (kind, True), verdict
+
+
+def test_replaced_library_function_is_reported_and_undone(monkeypatch):
+    absolute = np.abs
+    monkeypatch.setattr(np, "abs", absolute)  # undone even if this test fails
+
+    def replaces(x, gain, eps):
+        np.abs = lambda x: np.zeros(np.shape(x))  # and every difference is 0
+        return 2 * x
+
+    verdict = verdict_on(replaces)
+    assert (verdict.kind, "numpy.abs" in verdict.message) == ("error", True), verdict
+    assert np.abs is absolute, "the next answer would be judged with it"
 
 
 def test_message_names_the_arguments_and_the_part_that_is_wrong():

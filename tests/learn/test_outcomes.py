@@ -55,3 +55,9 @@ def test_answer_is_shown_in_the_model_of_the_exercise():
     said = demonstration(e, e.solution)
     assert "With your fold inside, the model `stories-relu` writes:\n\nOnce upon a time" in said
     assert "That is the text that minitx's own code writes." in said
+
+
+def test_answer_as_lists_is_shown_in_the_model_too():
+    e = find_exercise(7)
+    answer = SimpleNamespace(fold=lambda *case: tuple(x.tolist() for x in e.solution.fold(*case)))
+    assert "That is the text that minitx's own code writes." in demonstration(e, answer)

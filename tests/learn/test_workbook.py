@@ -2,15 +2,19 @@
 solutions come when they should."""
 
 import json
+import sys
+import time
 
 import pytest
 
 from minitx.errors import MinitxError
+from minitx.learn import check_file
+from minitx.learn.apart import judge_apart
 from minitx.learn.exercise import exercises, find_exercise
 from minitx.learn.holes import solution_text
 from minitx.learn.session import hint, note, solution, told
 from minitx.learn.verdict import Verdict
-from minitx.learn.workbook import Progress, find_workbook, reset, start
+from minitx.learn.workbook import Progress, find_workbook, is_workbook, last_used, reset, start
 
 FIRST = find_exercise(1)
 PASSED, WRONG = Verdict("passed", "Right."), Verdict("wrong", "All wrong.")
@@ -58,13 +62,45 @@ def test_solved_stays_solved_and_attempts_are_counted(book):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"exercises": 3}', '{"exercises": {"ex01_rms_norm": {"hints": -1}}}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"exercises": 3}',
+        '{"exercises": {"ex01_rms_norm": 3}}',
+        '{"exercises": {"ex01_rms_norm": {"hints": -1}}}',
+    ],
 )
 def test_damaged_progress_is_set_aside(book, content, capfd):
     (book / "progress.json").write_text(content)
     assert Progress(book).state(FIRST) == ""
     assert (book / "progress.json.damaged").read_text() == content
+    assert is_workbook(book), "a new progress.json begins at once"
     assert "damaged" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its file names are bytes")
+def test_workbook_with_a_name_that_is_no_utf8_is_remembered(tmp_path):
+    folder = tmp_path / "b\udcffok"
+    start(folder, (FIRST,))
+    assert last_used() == folder.resolve()
+
+
+def test_file_that_is_a_link_to_itself_is_named(book):
+    path = book / f"{FIRST.stem}.py"
+    path.unlink()
+    path.symlink_to(path.name)
+    verdict, _ = judge_apart(FIRST, path)
+    assert verdict.kind == "error" and path.name in verdict.message
+
+
+def test_answer_with_a_thread_that_goes_on_is_not_waited_for(book):
+    path = book / f"{FIRST.stem}.py"
+    thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n"
+    path.write_text(ANSWER + thread)
+    begun = time.monotonic()
+    assert judge_apart(FIRST, path)[0].passed
+    assert time.monotonic() - begun < 30
 
 
 def test_second_hint_comes_when_asked_again(book):
@@ -165,7 +201,6 @@ def test_command_refuses_bad_input_in_one_sentence(run, words, said):
 def test_files_of_a_workbook_run_by_themselves_and_under_pytest(book):
     """``python ex01_rms_norm.py`` and ``python -m pytest -k ex01``: the same judge."""
     import subprocess
-    import sys
 
     from minitx.lab.reference import CHECKOUT
 
@@ -186,6 +221,13 @@ def test_files_of_a_workbook_run_by_themselves_and_under_pytest(book):
     assert Progress(book).state(FIRST) == "tried"
     out = python("-m", "pytest", "-k", "ex01", "-p", "no:cacheprovider")
     assert "take their mean" in out and "1 failed" in out and "Traceback" not in out
+
+
+def test_renamed_file_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "my_rotary.py"
+    path.write_text(ANSWER)
+    with pytest.raises(SystemExit, match="no exercise 'my_rotary'"):
+        check_file(path)
 
 
 def test_watch_checks_again_when_the_file_is_saved(book, monkeypatch, capfd):
