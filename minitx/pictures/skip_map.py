@@ -29,7 +29,7 @@ STATES = {  # the character of a cell, and its meaning
     "no attention": ("▄", "attention skipped"),
     "kv": ("▔", "only keys and values cached"),
     "skipped": ("·", "not run"),
-    "none": (" ", "not read by the model"),
+    "none": (" ", "a token that the model did not read"),
 }
 
 
