@@ -116,6 +116,28 @@ def test_file_without_results_is_refused(tmp_path, content):
         read_results(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        (("about", "dense"), "x"),
+        (("about", "tokens_per_second"), None),
+        (("work", "defaults", "fold_norms", 0, "method"), [1]),
+        (("work", "structure", "layer_skip both", 0, "figures", "added_loss"), None),
+    ],
+)
+def test_file_with_a_damaged_value_is_refused_before_anything_is_measured(
+    found, tmp_path, place, value
+):
+    content = json.loads(json.dumps(found.as_dict()))
+    inside = content
+    for name in place[:-1]:
+        inside = inside[name]
+    inside[place[-1]] = value
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(MinitxError, match="a.json is damaged"):
+        read_results(tmp_path / "a.json")
+
+
 # Points ------------------------------------------------------------------------------------------
 
 

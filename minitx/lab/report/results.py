@@ -86,13 +86,28 @@ def read_results(path) -> Results:
             for family, methods in found["work"].items()
         }
         whole = [dict(found[name]) for name in ("made_of", "about", "others", "refused")]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        made_of, about, others, refused = whole
+        results = Results(made_of, about, work, others, refused, path)
+        need_drawable(results)
+    except MinitxError:
+        raise
+    except Exception as error:  # of any kind: any value may be of another kind than expected
         raise MinitxError(
             f"{path} is damaged ({type(error).__name__}: {abbreviate(str(error))}); measure again "
             "with --restart."
         ) from None
-    made_of, about, others, refused = whole
-    return Results(made_of, about, work, others, refused, path)
+    return results
+
+
+def need_drawable(results: Results) -> None:
+    """Draw all that is drawn of results. Some exception if a value in the file is of the wrong
+    kind: better now than after another hour of measuring."""
+    from minitx.lab.report.page import html
+    from minitx.lab.report.points import points_of
+    from minitx.lab.report.summary import summary
+
+    html(results)
+    summary(points_of(results), results.about)
 
 
 def started(path: Path | None, made_of: dict, about: dict, restart: bool) -> Results:
