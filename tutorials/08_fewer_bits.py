@@ -478,8 +478,8 @@ say(
 # 2. A smaller scale, and what is too large gets the largest code (clipping): in round_weights,
 #    multiply `scales` by a factor below 1, and use np.rint(groups / scales).clip(-m, m). With the
 #    factor 0.6, the loss of 2 bits in groups of 32 falls from 4.0 to about 1.9. How many weights
-#    are 0 then? Which factor is best for 3 bits, and why is it closer to 1?
-# 3. In section 6, exchange the two inputs: x = np.array([1.0, 10.0]). Which ratio is best now?
+#    are 0 then? Try 0.9 and 0.6 for 3 bits, too: why is the best factor closer to 1 there?
+# 3. In section 6, exchange the two inputs: x = np.array([1.0, 10.0]). Which of the ratios is best?
 #    As AWQ tries ratio 0 too, it never increases the error of a matrix on its calibration text. How
 #    can the loss of the model be larger nevertheless?
 # 4. Which matrices need their bits most? In rounded_model, round only those whose path contains

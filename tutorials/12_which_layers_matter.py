@@ -304,9 +304,12 @@ print_table(["", "multiply-adds", "memory", "speed"], table)
 #
 # 1. In section 1, choose what C adds so that the influence is right: dropping B should do less harm
 #    than dropping A.
-# 2. In section 4, let choose be "last". At which n is its loss first clearly higher than that of
-#    influence, and which layer is to blame? And the answers with three hops?
+# 2. In section 4, let choose be "last" (it keeps the very last layer, so `count` layers before that
+#    go). At which n is its loss first clearly higher than that of influence, and which layer is to
+#    blame? And the answers with three hops?
 # 3. Run all middle layers backwards: apply(lm, {"layer_reorder": {"order": "reverse"}}). Then only
 #    5 to 7: {"order": "reverse", "first": 4, "last": 1}. Can you say beforehand what happens?
-# 4. `minitx frontier structure` compares these techniques, and many others, at the same share of
-#    multiply-adds. Which is best at three quarters, and does it stay the best at a half?
+# 4. Which costs least at about three quarters of the multiply-adds: without layers 6 and 7 (drop is
+#    "5,6"), without the FFNs of layers 6 to 8, or without the attentions of 3 to 8? And at about a
+#    half, without layers 5 to 8 or without the FFNs of 3 to 8? Look at the answers, too. (`minitx
+#    frontier structure` does this with many techniques. It takes long.)

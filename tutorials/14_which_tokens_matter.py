@@ -410,7 +410,7 @@ for hops in numbers:
 # Write it yourself: this exercise continues the tutorial, and a checker names your mistakes
 # (`minitx learn start exercises` writes the files).
 #
-# - `minitx learn 20`: Which token is in which cache?
+# - `minitx learn 20`: LazyLLM's bookkeeping
 #
 # Questions to think about, or to try in this file. The answers are computed in
 # `tutorials/answers/14_which_tokens_matter.py`.
@@ -418,12 +418,14 @@ for hops in numbers:
 # (An assertion may stop a script that you changed, as it guards what the text says of the original.
 # Delete it then.)
 #
-# 1. In section 1, let C attend to itself alone: 0, 0, 1. Find the corrected numbers on paper first.
-#    Why may such a number of the last token not be trusted? (How many have seen it?)
+# 1. In the second table of section 1, let C attend to itself alone: 0, 0, 1. Find the corrected
+#    numbers on paper first. Why may such a number of the last token not be trusted? (How many
+#    have seen it?)
 # 2. In section 4, let the model write 1 token instead of 48, then 3, then 6: range(1) and so on.
 #    How much of the prompt is revived? Which costs of section 5 does that explain?
 # 3. In section 6, draw other random tokens: add "seed": 1, then 2 and 3. How far apart are they?
-#    Which differences in the table would you still believe?
+#    What is the standard error of a share of n answers? Which differences in the table would you
+#    still believe?
 # 4. Prune earlier: add "first": 1 to both lines of LazyLLM in section 6. The work falls, too (to
 #    what?), so compare with random tokens. Which answers suffer most? By which layer does the model
 #    know an answer? (Tutorial 4.)

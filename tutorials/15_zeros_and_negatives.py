@@ -641,7 +641,7 @@ assert min(left) == left[-1] < 0.35
 # W_down drops three quarters: its inputs are the numbers of the chart above, most of them small.
 # W_k and W_v drop nothing at all (above 1, since comparisons are counted, too), which is partly an
 # accident: they are half as large as W_q, and one step of this quick greedy would empty them. The
-# paper takes steps a tenth as large, which takes ten times as long. Exercise 3 tries smaller ones.
+# paper takes steps a tenth as large, which takes ten times as long. Question 3 tries smaller ones.
 
 # %% [markdown]
 # ## 6. Guess the active neurons before W_up
@@ -839,11 +839,14 @@ save_picture("15_prices", draw_prices)
 #    terms and rule 2 only after three. (What if no input is negative, and most are 0?)
 # 2. In section 4, check after every 4, 8 or 32 terms: add "every": 4 to the options of "bound".
 #    Terms and multiply-adds do not have the same best setting: why?
-# 3. In section 5, add "step": 0.125 to "teal 0.4, greedy" (it takes a few seconds). What is left of
-#    W_k and W_v now? Does TEAL catch up with CATS?
-# 4. The thresholds of negative_predict come from 4 stories only. Read 6 stories in section 2, let
-#    `relu` judge on all of them, and print the largest KL of a single token beside the mean (in
-#    `price`, of np.concatenate(divergences)). Look at 10% of misses. Then calibrate on 8 stories.
-#    What does a mean hide?
-# 5. Where is the break-even on your machine?
-#    python -m minitx.lab.product_times zero_skip 4096 1024
+# 3. In section 5, W_k has 8,192 weights, and a step of greedy drops half as many as W_q has. What
+#    can greedy do to W_k, and what with steps a quarter as large, in layer 3 on 48 tokens? (In the
+#    whole model: add "step": 0.125 to "teal 0.4, greedy", which takes a while. Does TEAL catch up
+#    with CATS?)
+# 4. In section 4, the thresholds of negative_predict come from 4 stories only. Take 10% of misses
+#    and the fifth held-out story, and look for the largest KL of a single token. Then calibrate on
+#    8 stories. What does a mean hide?
+# 5. In section 2, gathering half of the rows of the large matrix took 1.75 times as long as the
+#    dense product. How long does a gathered row take, then? Where is the break-even? And what does
+#    that predict for 75%, 90% and 99%? (On your machine:
+#    python -m minitx.lab.product_times zero_skip 4096 1024)

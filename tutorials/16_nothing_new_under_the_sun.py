@@ -335,7 +335,7 @@ assert abs(rise_of("equal vectors")) < 1e-5 and rise_of("equal hashes") < 0.03
 # %% [markdown]
 # A hundredth of the work, since only one layer has equal vectors. LSH saves an eighth, and the loss
 # rises: a third of its hits are another word. That it does not rise more may be due to the hash, or
-# to the late layers, which forgive much. Exercise 3 tells.
+# to the late layers, which forgive much. Question 3 tells.
 
 # %% [markdown]
 # ## 5. Near one in a table
@@ -517,9 +517,13 @@ for fill in ("none", "rate"):
     judge(f"stride, {fill}", perforate(rate=0.1, pattern="stride", fill=fill))
     table.append(cells(f"stride, {fill}"))
 print_table(HEADINGS, table)
-# The pattern: at least five times the loss if the inputs are skipped without looking, and equal
+
+# %% [markdown]
+# The pattern: more than four times the loss if the inputs are skipped without looking, and equal
 # distances are no better than chance. What stands for them matters less here. How much of an input
 # does its mean explain?
+
+# %%
 share = []
 for block in blocks:
     xs = known[id(block.attn.qkv.q)].all
@@ -704,15 +708,14 @@ assert min(reuse, key=work_of) == "radius 0.35"
 # (An assertion may stop a script that you changed, as it guards what the text says of the original.
 # Delete it then.)
 #
-# 1. In section 1, let x go up and down: 10, 12, 14, 12, 10. What is the naive error at the end? For
-#    which sequences does it come back to 0?
-# 2. Let lm be minitx.load("stories-relu") (and import minitx), whose previous tokens are nearer
-#    (section 2). Does delta now beat zero in the FFN?
+# 1. In section 1, let x go up and down: 10, 12, 14, 12, 10. What is the naive error at the end? And
+#    for 10, 12, 14, 10, which comes back to 10 at once? When is the naive error 0 again?
+# 2. Let lm be minitx.load("stories-relu"). Does delta beat zero in its FFNs, at thresholds of 0.3
+#    and 0.5?
 # 3. In section 4, use {"form": "lsh", "choose": "random"}: the product of any earlier token. How
 #    much of the result is due to the hash? Then {"form": "lsh", "first": 0}: what do the first four
 #    layers say to another word's product?
 # 4. In section 5, write other_text in the words of the stories (Tom went to the park ...), but of
-#    things that do not happen in them. How many hits are there? (How many are false, you find as in
-#    the first cell of the section, with seen_there instead of seen.)
-# 5. Let the monitor of section 7 begin at 0.35 instead of 0.7. What does it cost now beside the
-#    fixed radius, and what is it still good for?
+#    things that do not happen in them. How many hits are there, and how many are false?
+# 5. Let the monitor of section 7 begin at 0.35 instead of 0.7 (with two halvings). What does it
+#    cost now beside the fixed radius, and what is it still good for?

@@ -473,9 +473,11 @@ assert brought["random n-grams"] < brought["lookahead"]
 # 1. In section 1, change one number so that token A's exit after layer 1 is wrong. Then say that
 #    layer 3 is known to add 0, 1 or 2 to each number. Which hidden states after layer 2 leave no
 #    doubt about the result? Do those of A and B?
-# 2. In section 3, set gamma to 1 and to 8. Which E is best then, and why does it move?
+# 2. In section 3, set gamma to 1 and to 8. Which E takes the fewest runs of a layer then, and why
+#    does it move? (What section 2 measures is enough to count them: all guesses that are kept were
+#    made from the model's own text.)
 # 3. In section 5, add a function that returns (x * x) % 7, and solve its chain from 3 with your own
 #    six guesses. Which numbers are right after the first pass although the guess before them was
 #    wrong? (Which x have the same square mod 7?)
-# 4. In section 8, give lookahead more to do: {"window": 8}, then {"window": 8, "ngram": 4}. By how
-#    much do tokens per pass rise, and by how much the multiply-adds?
+# 4. In section 8, give lookahead more to do: {"window": 8}, then {"window": 8, "ngram": 4}. What
+#    does that do to tokens per pass, and to the multiply-adds?

@@ -63,12 +63,14 @@ class Waterfall:
     def __str__(self) -> str:
         name = self.model or "The model"
         parts = [f"{name} continues {self.measured} by {NEW} tokens each, prefill included."]
-        for words, steps in self.panels():
+        panels = self.panels()
+        names = list(dict.fromkeys(p for _, steps in panels for _, each in steps for p in each))
+        for words, steps in panels:
             totals = [in_short(sum(amounts.values())) for _, amounts in steps]
             wide = max(map(len, totals))
             rows = [(f"{label}  {total:>{wide}}", amounts)
                     for (label, amounts), total in zip(padded(steps), totals)]  # fmt: skip
-            parts.append(f"{words[0].upper() + words[1:]}:\n{stacked(rows)}")
+            parts.append(f"{words[0].upper() + words[1:]}:\n{stacked(rows, parts=names)}")
         return "\n\n".join(parts)
 
     def picture(self, path) -> None:

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from minitx.errors import abbreviate
+from minitx.checkpoints.common import read
+from minitx.errors import MinitxError, abbreviate
 from minitx.learn.check import changes_library, verdict_on_error
 from minitx.learn.exercise import Exercise
 from minitx.learn.libraries import contents, restore
@@ -51,13 +52,15 @@ def read_source(path) -> tuple[str, Verdict | None]:
             return "", Verdict("error", f"{path.name} has more than {MAX_BYTES:,} bytes.")
         if not path.is_file():
             return "", Verdict("error", f"{path.name} is not a file.")
-        return path.read_bytes().decode("utf-8-sig"), None
+        return read(path, MAX_BYTES).decode("utf-8-sig"), None
     except FileNotFoundError:
         return "", Verdict("error", f"There is no file {path.name}.")
     except UnicodeDecodeError:
         return "", Verdict("error", f"{path.name} is not UTF-8 text.")
     except OSError as error:
         return "", Verdict("error", f"{path.name} cannot be read ({error.strerror or error}).")
+    except MinitxError as error:
+        return "", Verdict("error", str(error))
 
 
 def imports_minitx(source: str) -> bool:

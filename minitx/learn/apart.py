@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 
+from minitx.checkpoints.common import read
 from minitx.errors import abbreviate
 from minitx.learn.answer import read_answer
 from minitx.learn.check import judge, text_of
@@ -22,6 +23,7 @@ from minitx.learn.in_model import demonstration
 from minitx.learn.verdict import Verdict
 
 MEGABYTES = 4096.0
+MOST_BYTES = 2**24  # of a verdict, with what the answer shows
 INTERRUPTED, OUT_OF_MEMORY = 130, 137  # exit statuses, as shells have them
 ROOT = Path(__file__).resolve().parents[2]
 RUNNING = []  # (process, has it a group of its own?), of all threads
@@ -58,7 +60,7 @@ def judge_apart(
         order.write_text(json.dumps(wanted), "utf-8")
         ended = run_limited(str(order), seconds, None if shown else folder)
         try:
-            found = json.loads(out.read_bytes())
+            found = json.loads(read(out, MOST_BYTES))
             if found["token"] != token or not isinstance(found["shown"], str):
                 raise ValueError("the answer wrote this, not main")
             return Verdict.from_dict(found["verdict"]), found["shown"]
@@ -138,7 +140,7 @@ def too_large(megabytes: float) -> Verdict:
 
 def main() -> None:
     order = Path(sys.argv.pop())
-    wanted = json.loads(order.read_bytes())
+    wanted = json.loads(read(order, MOST_BYTES))
     order.unlink()  # so that an answer finds no token, with which it could write its own verdict
     exercise = find_exercise(wanted["exercise"])  # imports all that is needed, before the limits
     limit_resources(wanted["seconds"], wanted["megabytes"])

@@ -10,6 +10,7 @@ distribution, not by counting draws.
 
 import copy
 import inspect
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -45,6 +46,8 @@ LIBRARIES = (
 )
 ROUNDS = 2  # how often cases are drawn
 NOT_WRITTEN = "not written yet"  # what a hole raises
+SHORT = 5  # as many numbers of an argument are shown
+LONGEST_ERROR = 160  # characters: NumPy names the two shapes that do not fit at the end
 
 
 def judge(exercise: Exercise, answer: SimpleNamespace, seed: int = 0) -> Verdict:
@@ -218,24 +221,38 @@ def named_verdict(mistakes: Sequence[Mistake]) -> Verdict:
 def generic(exercise: Exercise, case: Case, found, expected) -> Verdict:
     """What is wrong with an outcome, if no known mistake explains it."""
     if isinstance(found, Raised):
-        return verdict_on_error(found.error, case)
-    given = f" The arguments were {arguments(case)}."
+        return verdict_on_error(found.error, arguments(exercise, case))
+    given = f" The arguments were {arguments(exercise, case)}."
     if found is None and expected is not None:
         return Verdict("form", "Your function returns None; is there a return missing?")
     if exercise.explain is not None:
         return exercise.explain(case, found, expected)
     mine, theirs = as_leaves(found), as_leaves(expected)
     if [name for name, _ in mine] != [name for name, _ in theirs]:
-        message = f"Expected {form(expected)} as the result, got {form(found)}."
+        name, a, b = first_of_other_form(found, expected)
+        where = f"in {in_words(name)}" if name else "as the result"
+        message = f"Expected {form(b)} {where}, got {form(a)}."
         return Verdict("form", message + given)
     for (name, a), (_, b) in zip(mine, theirs):
         if same(a, b):
             continue
-        where = f" in part {name} of the result" if name else ""
+        where = f" in {in_words(name)}" if name else ""
         if not is_number(a) or not is_number(b):
             return Verdict("wrong", f"Expected {form(b)}{where}, got {form(a)}." + given)
         return compare_arrays(exercise, np.asarray(a), np.asarray(b), where, given)
     raise AssertionError("generic is for outcomes that differ")
+
+
+def first_of_other_form(found, expected, name: str = ""):
+    """(name, found, expected) of the first part that does not have the form it should have."""
+    if isinstance(found, dict) and isinstance(expected, dict) and [*found] == [*expected]:
+        for key in expected:
+            inside = first_of_other_form(found[key], expected[key], f"{name}[{key!r}]")
+            if inside is not None:
+                return inside
+        return None
+    mine, theirs = ([where for where, _ in as_leaves(x)] for x in (found, expected))
+    return None if mine == theirs else (name, found, expected)
 
 
 def compare_arrays(exercise: Exercise, a, b, where: str, given: str) -> Verdict:
@@ -254,18 +271,25 @@ def compare_arrays(exercise: Exercise, a, b, where: str, given: str) -> Verdict:
     return Verdict(kind, f"{message}{where and f' That is{where}.'}" + given)
 
 
-def verdict_on_error(error: BaseException, case: Case | None = None) -> Verdict:
+def in_words(name: str) -> str:
+    """A part of a result, in words: ``codes``, ``tokens[0][1]``, ``step 0, result``."""
+    words = re.sub(r"\['([^']*)'\]", r", \1", name).removeprefix(", ")
+    return words if name.startswith("['") else f"result{words}"
+
+
+def verdict_on_error(error: BaseException, given: str = "") -> Verdict:
     """The verdict on an exception: what it says, and the student's line that raised it. The
-    sentence of a MinitxError is ours, so it is told as it is."""
+    sentence of a MinitxError is ours, so it is told as it is. given: the arguments, in words."""
     lines = traceback.extract_tb(error.__traceback__)
     own = [line for line in lines if line.line and not is_library(line.filename)]
     at = f" in line {own[-1].lineno}: {own[-1].line}" if own else ""
-    given = f" The arguments were {arguments(case)}." if case is not None else ""
+    given = given and f" The arguments were {given}."
     if isinstance(error, MinitxError):
         return Verdict("error", f"{error}{at and f' That was{at}.'}{given}")
     if isinstance(error, MemoryError):
         return Verdict("limit", f"Your code needs more memory than there is{at}.{given}")
-    what = f"{type(error).__name__}: {abbreviate(text_of(error))[1:-1] or 'no message'}"
+    said = " ".join(ascii(text_of(error)[:LONGEST_ERROR])[1:-1].split())
+    what = f"{type(error).__name__}: {said or 'no message'}"
     return Verdict("error", f"Your code raised {what}{at}.{given}")
 
 
@@ -290,8 +314,27 @@ def is_library(filename: str) -> bool:
     return any(folder in Path(filename).parents for folder in LIBRARIES)
 
 
-def arguments(case: Case) -> str:
-    return ", ".join(form(value) for value in case)
+def arguments(exercise: Exercise, case: Case) -> str:
+    """The arguments of a case with their names: x (4, 4), gain (4,), eps = 0.1"""
+    called = exercise.observe or getattr(exercise.solution, exercise.names[0])
+    names = [*inspect.signature(called).parameters][exercise.observe is not None :]
+    return ", ".join(argument(name, value) for name, value in zip(names, case))
+
+
+def argument(name: str, value) -> str:
+    value = with_arrays(value)
+    if isinstance(value, np.ndarray) and value.ndim:
+        if value.ndim == 1 and value.size <= SHORT:
+            return f"{name} = {[number(x) for x in value.tolist()]}"
+        return f"{name} {value.shape}"
+    if isinstance(value, list) or callable(value) or isinstance(value, SimpleNamespace):
+        return f"{name} ({form(value)})"
+    return f"{name} = {form(value)}"
+
+
+def number(x):
+    """A float with 4 digits."""
+    return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
 def form(value) -> str:

@@ -15,7 +15,7 @@ def add_learn(names, add) -> None:
     """Declare ``minitx learn`` and its subcommands. add: as in arguments.py."""
     learn = add(names, "learn", show_table, "exercises, checked by a program that names mistakes")
     learn.choice = "command of minitx learn"
-    add_folder(learn)
+    add_folder(learn, None)
     learn.add_argument("--json", action="store_true", help="print JSON")
     commands = learn.add_subparsers(metavar="COMMAND")
 
@@ -62,11 +62,13 @@ def add_teacher(commands, add) -> None:
     )
     add_only(grade)
     grade.add_argument("--csv", metavar="FILE", help="also write a table for a spreadsheet")
+    text = "also draw the class's Pareto chart of the open exercise (18)"
+    grade.add_argument("--svg", metavar="FILE", help=text)
     grade.add_argument("--json", action="store_true", help="print JSON")
     text = "draws the numbers that answers are tried on (default 1; the student's own check has 0)"
     grade.add_argument("--seed", type=integer, default=1, metavar="N", help=text)
-    text = "limit of each answer (default 20)"
-    grade.add_argument("--seconds", type=number, default=20.0, metavar="S", help=text)
+    text = "limit of each answer (default: that of the exercise, mostly 20)"
+    grade.add_argument("--seconds", type=number, metavar="S", help=text)
     text = "memory limit of each answer (default 4096)"
     grade.add_argument("--megabytes", type=number, default=4096.0, metavar="MB", help=text)
 
@@ -88,9 +90,11 @@ def number(word: str) -> float:
     return float(word)
 
 
-def add_folder(command) -> None:
+def add_folder(command, default=argparse.SUPPRESS) -> None:
+    """--dir, before a subcommand or after it: without a default there, which would overwrite what
+    stands before."""
     text = "the workbook (default: the current folder if it is one, or the last one used)"
-    command.add_argument("--dir", metavar="DIR", help=text)
+    command.add_argument("--dir", metavar="DIR", default=default, help=text)
 
 
 def add_exercise(command) -> None:
@@ -209,18 +213,24 @@ def make_handout(args) -> None:
 
     chosen = chosen_exercises(args.only)
     hand_out(args.folder, chosen)
-    print(f"{args.folder}: {len(chosen)} exercises and a README.md for students, no solutions.")
+    count = "1 exercise" if len(chosen) == 1 else f"{len(chosen)} exercises"
+    print(f"{args.folder}: {count} and a README.md for students, no solutions.")
 
 
 def grade_class(args) -> None:
     from minitx.checkpoints.common import need_writable_file
     from minitx.learn.grade import grade
     from minitx.learn.handout import chosen_exercises
+    from minitx.pictures.output import check_output, write_picture
 
     chosen = chosen_exercises(args.only)
     if args.csv is not None:
         need_writable_file(Path(args.csv))  # now, not after half an hour
+    if args.svg is not None:
+        check_output(args.svg, ".svg")
     found = grade(args.folder, chosen, args.seed, args.seconds, args.megabytes)
     if args.csv is not None:
         found.write_csv(args.csv)
+    if args.svg is not None:
+        write_picture(found.chart(), args.svg)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)

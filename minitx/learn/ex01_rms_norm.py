@@ -2,7 +2,7 @@
 
 Between its layers, a transformer adds to the residual stream, so the numbers in it grow. Before
 each layer reads a token, a norm brings the token's row back to a common size: it divides the row by
-its root mean square (RMS). Then a learned gain weighs the columns.
+its root mean square (RMS). Then a learned gain scales the columns.
 
     rms(x) = sqrt(mean(x_1^2, ..., x_D^2) + eps)
     y_j    = x_j / rms(x) * gain_j

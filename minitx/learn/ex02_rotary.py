@@ -1,9 +1,9 @@
 """Exercise 2: Rotary positions (20 minutes)
 
-Attention compares a query with keys by dot products, which do not know where a token stands. Rotary
-position embedding (RoPE) tells them: it rotates each query and each key by an angle that grows with
-its position. What the dot product of two rotated rows still sees is the difference of the angles,
-and so the distance between the two tokens.
+Attention compares a query with keys by dot products, which do not depend on where a token stands.
+Rotary position embedding (RoPE) changes that: it rotates each query and each key by an angle that
+grows with its position. The dot product of two rotated rows depends on the difference of the
+angles, and so on the distance between the two tokens.
 
 A row has d columns, d even. Column i of the first half and column i + d/2 of the second half are
 the coordinates of a point in the plane. The point is rotated counterclockwise:
@@ -198,6 +198,7 @@ EXERCISE = Exercise(
     into_model=into_model,
     saves=(
         "A key is rotated once, when it is cached, and never again (exercise 5). No position is "
-        "learned, and no row is added to the embedding."
+        "learned, and no row is added to the embedding. The bytes saved here are minitx's tables "
+        "of cosines and sines: your function computes them each time."
     ),
 )

@@ -1,7 +1,7 @@
 """Exercise 3: Causal attention with grouped heads (30 minutes)
 
-A token looks back: its query is compared with the keys of all tokens up to itself, and the values
-of these tokens are averaged by how well their keys fit. For one head,
+A token attends to the past: its query is compared with the keys of all tokens up to itself, which
+gives each an attention weight, and the output is the weighted sum of their values. For one head,
 
     scores[t, s]  = q[t] . k[s] / sqrt(d)             for the keys s that query t may see
     weights[t, :] = softmax(scores[t, :])             exp(score) / sum of exp(score)

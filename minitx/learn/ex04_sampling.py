@@ -10,9 +10,9 @@ distribution that the next token is drawn from:
    decoding: the token with the largest logit has probability 1.
 2. top_k: keep the k likeliest tokens. All others get probability 0, and the probabilities of those
    that are left are divided by their sum, so that they add up to 1 again.
-3. top_p (nucleus sampling), with these new probabilities: go through the tokens from the likeliest
-   on, and add up their probabilities until the sum reaches top_p. Keep these tokens, including the
-   one with which the sum reaches top_p. Again, the others get 0 and those left are divided by their
+3. top_p (nucleus sampling), with these new probabilities: sort the tokens by descending
+   probability, and keep the fewest whose probabilities sum to at least top_p. So the token with
+   which the sum reaches top_p is kept. Again, the others get 0 and those left are divided by their
    sum.
 
     logits       (V,)
@@ -30,8 +30,8 @@ With top_p = 0.5, the likeliest token alone (0.444) does not reach 0.5. With the
     >>> probabilities(logits, 1.0, 3, 0.5).round(3).tolist()
     [0.0, 0.571, 0.429, 0.0]
 
-Two things to mind. Logits can be large, and exp(1000) is infinite in float64; subtracting the
-largest logit from all of them changes nothing in the softmax. And sums of floats are rounded: ten
+Two pitfalls: logits can be large, and exp(1000) is infinite in float64; subtracting the
+largest logit from all of them changes nothing in the softmax. Sums of floats are rounded: ten
 times 0.1 add up to 0.9999999999999999, which does not reach top_p = 1. No two logits are equal.
 
 Sources: Fan, Lewis and Dauphin, "Hierarchical Neural Story Generation", ACL 2018 (top-k); Holtzman

@@ -1,6 +1,6 @@
 """Exercise 5: The KV cache (30 minutes)
 
-A text is generated token by token. Each new token's query meets the keys and values of all tokens
+A text is generated token by token. Each new token attends to the keys and values of all tokens
 before it, and these never change: a token does not see what comes after it. So they are computed
 once and kept, in the KV cache. Write the class, for one layer and one text:
 

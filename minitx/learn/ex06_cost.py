@@ -22,8 +22,8 @@ In each layer, every new token goes through seven matrices:
 
 Also in each layer, every query head compares its query with the keys that it may see (d
 multiply-adds per key), and adds up their values (d more per key). The query of a token sees the
-token itself and everything before it; what is masked is not computed, so it does not count. In the
-end, the head (D, V) computes logits, once: only those after the last token are needed.
+token itself and everything before it; what is masked is not computed, so it does not count. At the
+end, the output head, a matrix (D, V), computes the logits of the last token only.
 
 Norms, softmax, rotations, activations and the lookup of embeddings are not counted.
 
@@ -34,8 +34,8 @@ Norms, softmax, rotations, activations and the lookup of embeddings are not coun
 By hand: L = 1, D = 4, H = 2, K = 1, d = 3, F = 5, V = 10. The matrices take 24 + 12 + 12 + 24 for
 attention and 3 * 20 for the feed-forward network, 132 per token. With T = 2 and S = 3, the first
 new token sees 2 keys and the second one 3, so each of the 2 heads sees 5, and each costs 3 + 3: 60.
-The head takes 40. Together: 2 * 132 + 60 + 40 = 364. The cache holds 3 tokens, each with a key and
-a value of 3 numbers: 18 numbers, 72 bytes.
+The output head takes 40. Together: 2 * 132 + 60 + 40 = 364. The cache holds 3 tokens, each with a
+key and a value of 3 numbers: 18 numbers, 72 bytes.
 
     >>> from types import SimpleNamespace
     >>> config = SimpleNamespace(

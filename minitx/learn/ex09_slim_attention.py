@@ -16,7 +16,7 @@ Make the product of these two matrices once. Then the cache needs only keys: hal
 
 But which keys? Attention rotates each head of a key to its position (exercise 2), and a key that is
 rotated is no longer n Wk. So the cache holds the keys as they come out of the matrix, the raw keys.
-Whoever reads the cache makes both from them: keys, by rotating, and values.
+When it is read, both are computed from them: keys by rotating, values by multiplying with W_kv.
 
     keys_and_values(raw, W_kv, H, rotate) -> k, v
 
@@ -54,8 +54,8 @@ you see what was rotated:
     >>> k.tolist(), v.tolist()
     ([[[-4.0]], [[-2.0]]], [[[1.0]], [[6.0]]])
 
-And with a second token, whose key is (2, 0), so its value is (1, 0). Head 0 looks at both tokens
-alike, 0.5 * 1 + 0.5 * 1 = 1; head 1 looks only at the first, 1 * 6 = 6.
+And with a second token, whose key is (2, 0), so its value is (1, 0). Head 0 gives both tokens the
+same weight, 0.5 * 1 + 0.5 * 1 = 1; head 1 attends only to the first, 1 * 6 = 6.
 
     >>> weights = np.array([[0.5, 0.5], [1.0, 0.0]])
     >>> attend(weights, np.array([[4.0, 2.0], [2.0, 0.0]]), W_kv).tolist()

@@ -37,7 +37,7 @@ which code stands for the weight 0, the zero point:
     W            (inputs, outputs)           floats
 
 Codes and zero points use all of np.int8, from -128 to 127, and so a difference of two may not fit
-into np.int8: 100 - (-100) is 200, and NumPy makes -56 of it without a word.
+into np.int8: 100 - (-100) is 200, which NumPy silently turns into -56.
 
 By hand, four inputs, one output, 4 bits (q = 7), groups of two: the largest in the first group is
 1.4, so its scale is 0.2, and 0.6 / 0.2 = 3. In the second group the scale is 0.1, and 0.32 / 0.1 =
@@ -311,7 +311,7 @@ EXERCISE = Exercise(
     same_as={"quantize": {"bits": 8, "group_size": 32, "run": "load"}},
     show=show,
     saves=(
-        "Memory, and what is read of it for each token: a quarter with 8 bits. No multiply-adds, "
-        "unless codes are multiplied with codes; exercise 11 does that by table."
+        "It saves memory and memory reads: 8 bits take about a quarter of them. It saves no "
+        "multiply-adds, unless codes are multiplied with codes; exercise 11 does that by table."
     ),
 )

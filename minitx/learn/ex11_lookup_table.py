@@ -1,12 +1,12 @@
 """Exercise 11: Lookup tables (35 minutes)
 
-Exercise 10 made small integers of the weights. If the inputs are small integers as well, there are
+Exercise 10 quantized the weights to small integers. If the inputs are integers as well, there are
 few different products, and few different dot products of short vectors: compute them all once, and
 look them up. That is what LUTIN does, and one table serves all matrices of a model.
 
 Integers of b bits go from -2^(b-1) to 2^(b-1) - 1: with 3 bits from -4 to 3. d of them are packed
-into one code. First each integer becomes a digit that is not negative, then the digits are lined
-up, the first integer in the lowest bits:
+into one code. First each integer becomes a digit that is not negative, then the bits of the digits
+are concatenated, the first integer in the lowest bits:
 
     digit_j = v_j + 2^(b-1)                              from 0 to 2^b - 1
     code    = digit_0 + digit_1 * 2^b + ... + digit_(d-1) * 2^(b (d-1))

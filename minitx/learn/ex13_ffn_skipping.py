@@ -1,9 +1,9 @@
 """Exercise 13: FFN skipping (25 minutes)
 
-In the middle layers, many feed-forward networks (FFNs) hardly turn the state of a token. If one
-does not, the next ones probably will not either. So measure the angle, and after a small one leave
-out the next k FFNs. Attention always runs: so unlike with early exit, every layer has a key and a
-value of every token, and the KV cache has no hole.
+In the middle layers, many feed-forward networks (FFNs) hardly change the direction of a token's
+hidden state. If one does not, the next ones probably will not either. So measure the angle, and
+after a small one skip the next k FFNs. Attention always runs: so unlike with early exit, every
+layer has a key and a value of every token, and the KV cache has no hole.
 
 Write ``skip_ffns``, which takes one token through all L layers. In each layer,
 

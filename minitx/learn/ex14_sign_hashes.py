@@ -1,8 +1,8 @@
 """Exercise 14: Sign hashes (40 minutes)
 
 A query gets most of its attention from a few keys. If we knew beforehand which keys will have high
-scores, the others would not have to be scored. ELSA guesses with bits. It projects a vector onto k
-random directions (the rows of A) and keeps only the signs, which are the hash of the vector:
+scores, the others would not have to be scored. ELSA predicts them from bits. It projects a vector
+onto k random directions (the rows of A) and keeps only the signs, which are the hash of the vector:
 
     hash(x) = (A x >= 0)              k booleans
 

@@ -1,7 +1,7 @@
 """Exercise 15: Greedy search (40 minutes)
 
-A score q . key is a sum of d products, q[j] * key[j]. A3 guesses which keys have high scores from
-the most extreme of these products, and looks at nothing else. For one query it repeats M times:
+A score q . key is a sum of d products, q[j] * key[j]. A3 predicts which keys have high scores from
+the most extreme of these products alone. For one query it repeats M times:
 
 1. Take the largest product that is left, of all keys and columns. If it is positive, add it to the
    sum of its key.

@@ -5,7 +5,7 @@ of them in one pass. How many may we keep, so that the text is distributed exact
 had written it alone?
 
 Row i of q is the distribution that drafted[i] was drawn from. Row i of p is the target's
-distribution at the same place. p has one row more: p[g] is the target's distribution after all g
+distribution at the same position. p has one row more: p[g] is the target's distribution after all g
 tokens.
 
     p        (g + 1, V)   each row sums to 1
@@ -21,7 +21,7 @@ For i = 0, 1, ..., g - 1, with x = drafted[i]:
 
         max(0, p[i] - q[i])  divided by its sum
 
-    and stop: the other proposals were made for a text that is no more.
+    and stop: the later proposals continue a token that was rejected.
 
 If all g tokens were accepted, draw one more from p[g] (the bonus token). So a round always ends
 with a token that the target has drawn.
@@ -246,7 +246,8 @@ def explain(case, found, expected) -> Verdict:
         "wrong",
         f"Your function returns {[*tokens]} with probability {found.get(tokens, 0):.4f}; expected "
         f"{expected.get(tokens, 0):.4f}. The draft proposed {drafted.tolist()}, with the target's "
-        f"probabilities {chances(p, drafted)} and the draft's {chances(q, drafted)}.",
+        f"probabilities {chances(p, drafted)} and the draft's {chances(q, drafted)}. (All draws "
+        "must come from rng; np.random is not followed.)",
     )
 
 

@@ -48,7 +48,7 @@ are replaced with ``wrap`` and ``swap`` of minitx/technique.py. This one skips s
     def recipe():
         return {}, without_two_ffns
 
-Products inside the model's own parts are counted by themselves; count what you multiply yourself:
+Products inside the model's own parts are counted automatically; count what you multiply yourself:
 minitx.ledger.count(multiply_adds). Your technique must keep three promises. The same prompt gives
 the same text. A text that is run in chunks gives the same logits as in one pass (unless your part
 has the attribute decides = "step"; then the stories are read token by token). After
@@ -307,6 +307,7 @@ EXERCISE = Exercise(
     names=("recipe",),
     judge=judge,
     seconds=120,
+    uses_minitx=True,
     hints=(
         "Where do the multiply-adds go? `minitx compare` prints them by part. Some techniques are "
         "exact and still save; take those first, and then what is approximate.",

@@ -26,7 +26,7 @@ The arguments:
     layers   L layers. layers[l](positions, states, candidates) runs the tokens at these positions
              with these states (n, D), in the same order, stores their keys and values in its cache,
              and returns their new states (n, D). They attend only to candidates. So all candidates
-             must be in the cache, or among the tokens that run. Both lists ascending.
+             must be in the cache, or among the tokens that run. Both lists are ascending.
     select   L functions; select[l](candidates) returns a list of positions, ascending.
     waiting  L + 1 dicts {position: state (D,)}. Your function changes them; the next step gets them
              as they are. waiting[L] collects what has run through all layers; only the last token's

@@ -6,15 +6,15 @@ x changes in a few columns only, so does its product, and we need not multiply t
 
     x' W  =  x W + (x' - x) W
 
-Let ref be what the product has been told so far, and y = ref W. For the first token, ref = x[0],
-and everything is multiplied: y = x[0] W. For every later token t = 1, 2, ...:
+Let ref be the input for which the product is known so far: y = ref W. For the first token, ref =
+x[0], and everything is multiplied: y = x[0] W. For every later token t = 1, 2, ...:
 
     send column i     if  |x[t, i] - ref[i]| > threshold
     y   = y + the sum over the columns i that are sent of (x[t, i] - ref[i]) W[i]
     ref[i] = x[t, i]  for the columns that are sent; the others keep their old value
 
 The last line is the point of the exercise. A column that is not sent keeps its difference, which
-can grow until it is sent. So no column of ref is ever further than the threshold from the truth, in
+can grow until it is sent. So no column of ref is ever further than the threshold from x[t], in
 however long a text. If ref became x[t] in all columns, the differences that were not sent would be
 forgotten, and would add up: the result drifts away.
 

@@ -1,11 +1,11 @@
 """Exercise 24: Big-little decoding's rollback (25 minutes)
 
-A small model writes as long as it is sure of itself, and so it has drafted m tokens. Now the big
-model reads them in one pass. It does not insist on its own words: it corrects only what it finds
-very unlikely. Where must the text roll back to, and which token comes next?
+A small model writes as long as it is confident, and so it has drafted m tokens. Now the big model
+verifies them in one pass. It accepts tokens that it would not write itself, and rejects only what
+it finds very unlikely. Where must the text roll back to, and which token comes next?
 
-P[i] is the big model's distribution at the place of drafted[i], given all drafted tokens before it.
-P has one row more than there are drafted tokens: P[m] is its distribution after all of them.
+P[i] is the big model's distribution at the position of drafted[i], given all drafted tokens before
+it. P has one row more than there are drafted tokens: P[m] is its distribution after all of them.
 
     P          (m + 1, V)   each row sums to 1
     drafted    (m,)         integers from 0 to V - 1; m may be 0
@@ -15,15 +15,15 @@ A drafted token is far if it is unlikely, and not what the big model would write
 
     far(i)  =  -ln P[i, drafted[i]] > threshold   and   drafted[i] != argmax P[i]
 
-ln is the natural logarithm. The second condition spares useless work: the big model would replace
-the token by itself.
+ln is the natural logarithm. The second condition avoids useless work: the big model would replace
+the token by the same token.
 
     result (kept, token):
     if some token is far, take the first one, i:    kept = i,  token = argmax P[i]
     if no token is far:                             kept = m,  token = argmax P[m]
 
 So the first ``kept`` tokens of the draft stay, one token of the big model follows, and everything
-after it is forgotten: it was drafted for another text. (No two numbers of a row are equal in the
+after it is forgotten: it continues a rejected token. (No two numbers of a row are equal in the
 checks, so the argmax has no ties.)
 
 By hand, with threshold 2: the draft is 0, 2, 1.

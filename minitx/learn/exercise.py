@@ -21,7 +21,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -69,6 +68,7 @@ class Exercise:
     show: ``show(answer)``, text to print when it is solved; for an exercise that has no
         ``into_model``.
     seconds: that a check may take.
+    uses_minitx: an answer may import minitx.
     """
 
     title: str
@@ -90,6 +90,7 @@ class Exercise:
     judge: Callable[[SimpleNamespace, int], Verdict] | None = None
     show: Callable[[SimpleNamespace], str] | None = None
     seconds: float = 20.0
+    uses_minitx: bool = False
     module: ModuleType | None = None  # the master; set by ``exercises``
 
     @cached_property
@@ -107,7 +108,7 @@ class Exercise:
 
     @cached_property
     def source(self) -> str:
-        return Path(self.module.__file__).read_text("utf-8")
+        return inspect.getsource(self.module)
 
     def run(self, answer: SimpleNamespace, case: Case):
         """What the answer does with one case."""

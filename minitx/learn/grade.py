@@ -22,6 +22,8 @@ from minitx.learn.apart import end_running, judge_apart
 from minitx.learn.exercise import Exercise
 from minitx.learn.holes import student_file
 from minitx.learn.verdict import Verdict
+from minitx.pictures.scatter import Curve, Panel, Point, draw
+from minitx.pictures.svg import INK, Svg
 
 SEED = 1  # a student's own check uses 0
 DEEPEST = 3  # folders below a student's folder that are searched: an unpacked archive adds some
@@ -47,11 +49,11 @@ def grade(
     folder,
     chosen: Sequence[Exercise],
     seed: int = SEED,
-    seconds: float = 20.0,
+    seconds: float | None = None,
     megabytes: float = 4096.0,
 ) -> "Grades":
     """Judge all answers in ``folder``, which has one folder per student. MinitxError if it has
-    none. seconds, megabytes: the limits of each answer."""
+    none. seconds, megabytes: the limits of each answer; None: the exercise's own."""
     students = students_in(Path(folder))
     work = [(student, exercise) for student in students for exercise in chosen]
 
@@ -97,7 +99,8 @@ def grade_one(student: Path, exercise: Exercise, seed, seconds, megabytes) -> Gr
     if trouble is None:
         limits = dict(seconds=seconds, megabytes=megabytes)
         trouble, _ = judge_apart(exercise, files[0], seed, **limits, shown=False)
-    return Graded(name_of(student), exercise, trouble, imports_minitx(source))
+    suspicious = imports_minitx(source) and not exercise.uses_minitx
+    return Graded(name_of(student), exercise, trouble, suspicious)
 
 
 def name_of(student: Path) -> str:
@@ -185,6 +188,27 @@ class Grades:
         with atomic_write(Path(path)) as file:
             file.write(self.csv().encode())
 
+    def chart(self) -> Svg:
+        """The class's Pareto chart of the open exercise: loss against multiply-adds, and the best
+        of them joined."""
+        points = []
+        for g in self.graded:
+            if (f := g.verdict.figures) is not None:
+                failed = "" if g.verdict.passed else " (beyond the limits)"
+                points.append(Point(f["multiply_adds"], f["loss"], g.student + failed, g.student))
+        if not points:
+            raise MinitxError("No answer to an open exercise has figures, so there is no chart.")
+        front = [p for p in points if not any(better(other, p) for other in points)]
+        front.sort(key=lambda point: point.x)
+        curves = [
+            Curve("the class", points, listed=False),
+            Curve("front", [Point(p.x, p.y) for p in front], line=True, shape="none", listed=False),
+            Curve("dense", [Point(1.0, 0.0, "dense")], color=INK, listed=False),
+        ]
+        x = "multiply-adds per token, relative to dense"
+        panel = Panel(curves, x, "loss above dense, nats per token")
+        return draw([panel], "The budget", width=560, legend=False)
+
     def __str__(self) -> str:
         parts = [self.table(), self.histogram()]
         suspicious = [g for g in self.graded if g.imports_minitx]
@@ -214,7 +238,7 @@ class Grades:
         """How often each named mistake occurs in the class."""
         rows = self.mistakes()
         if not rows:
-            return "No mistake that has a name."
+            return "None of the mistakes that the checker knows by name."
         lines, before = ["Mistakes of the class:"], None
         for exercise, sentence, count in rows:
             if exercise is not before:
@@ -231,6 +255,12 @@ class Grades:
             cells = [f"{f['multiply_adds']:.3f}x", f"{f['loss']:+.4f}", f"{f['two_hops']:+.1f}"]
             rows.append([f"{rank} {g.student}", *cells])
         return f"The budget, by multiply-adds:\n{table(rows)}"
+
+
+def better(other: Point, point: Point) -> bool:
+    """Does the other one cost less and lose less (or one of these, and the other equally)?"""
+    no_worse = other.x <= point.x and other.y <= point.y
+    return no_worse and (other.x < point.x or other.y < point.y)
 
 
 SIGNS = {

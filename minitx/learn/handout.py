@@ -19,9 +19,10 @@ exercises, if you run it in this folder.
 
 **How to work.** Open a file in an editor and read the text at its top. Work the example out by
 hand. Then replace the `raise NotImplementedError` by your code. NumPy is all you need; do not
-import minitx. Check your answer, as often as you like, in one of three ways:
+import minitx, unless the text allows it. Check your answer, as often as you like, in one of three
+ways:
 
-    minitx learn {first}             or with --watch: checks again whenever you save
+    minitx learn {first:<2}            or with --watch: checks again whenever you save
     python {stem}.py
     python -m pytest -k {ex}
 

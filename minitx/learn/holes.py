@@ -14,7 +14,10 @@ def student_file(exercise: Exercise) -> str:
     """The source of ``exNN_name.py`` as the student gets it."""
     parts = [f'"""{exercise.text}\n"""', "import numpy as np"]
     for kind, code in sections(exercise.source):
-        parts.append(code if kind == "given" else with_holes(code))
+        if kind == "given" and code.startswith("import "):
+            parts[1] = f"{code}\n\n{parts[1]}"  # Python's own modules come first
+        else:
+            parts.append(code if kind == "given" else with_holes(code))
     return "\n\n\n".join(parts).rstrip() + "\n\n" + FOOTER
 
 

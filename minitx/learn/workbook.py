@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from minitx.checkpoints.common import atomic_write, unwritable
+from minitx.checkpoints.common import atomic_write, read, unwritable
 from minitx.errors import MinitxError
 from minitx.learn.exercise import Exercise, exercises
 from minitx.learn.holes import student_file
@@ -125,7 +125,7 @@ def remember(folder: Path) -> None:
 
 def last_used() -> Path | None:
     try:
-        return Path(os.fsdecode(pointer().read_bytes().rstrip(b"\n")))
+        return Path(os.fsdecode(read(pointer(), MOST_BYTES).rstrip(b"\n")))
     except (MinitxError, OSError):
         return None
 
@@ -144,10 +144,13 @@ class Progress:
     def __init__(self, folder: Path):
         self.path = Path(folder) / PROGRESS
         self.entries: dict[str, dict] = {}
+        if not self.path.exists():
+            return
+        too_large = self.path.stat().st_size > MOST_BYTES  # then we did not write it
         try:
-            self.entries = checked(self.path.read_bytes()[: MOST_BYTES + 1])
-        except FileNotFoundError:
-            pass
+            self.entries = checked(b"" if too_large else read(self.path, MOST_BYTES))
+        except MinitxError:  # it cannot be read
+            raise
         except (ValueError, TypeError, RecursionError):
             aside = self.path.with_name(f"{PROGRESS}.damaged")
             os.replace(self.path, aside)
@@ -156,8 +159,6 @@ class Progress:
                 f"minitx: note: {self.path} was damaged; it is now {aside.name}, and a new one "
                 "begins."
             )
-        except OSError as error:
-            raise MinitxError(f"{self.path}: cannot be read ({error.strerror or error}).") from None
 
     def of(self, exercise: Exercise) -> dict:
         return self.entries.setdefault(exercise.stem, {})
@@ -182,7 +183,7 @@ class Progress:
 
 def checked(content: bytes) -> dict[str, dict]:
     """The entries in progress.json; ValueError if it is not what ``write`` writes."""
-    entries = json.loads(content)["exercises"] if len(content) <= MOST_BYTES else None
+    entries = json.loads(content)["exercises"]
     if not isinstance(entries, dict):
         raise ValueError
     for entry in entries.values():

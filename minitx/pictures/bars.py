@@ -10,10 +10,16 @@ CHARACTERS = "#=-+o*%:@x"  # of the parts, in order
 WIDTH = 50  # characters of the longest bar
 
 
-def stacked(rows: Sequence[tuple[str, Mapping[str, float]]], width: int = WIDTH) -> str:
+def stacked(
+    rows: Sequence[tuple[str, Mapping[str, float]]],
+    width: int = WIDTH,
+    parts: Sequence[str] | None = None,
+) -> str:
     """A bar for each (label, {part: amount}), with its length relative to the first one's total;
-    then a line that names the parts. Amounts must not be negative."""
-    parts = list(dict.fromkeys(part for _, amounts in rows for part in amounts))
+    then a line that names the parts. Amounts must not be negative. parts: those of several charts,
+    so that a part has the same character in each."""
+    own = dict.fromkeys(part for _, amounts in rows for part in amounts)
+    parts = list(own if parts is None else parts)
     totals = [sum(amounts.values()) for _, amounts in rows]
     longest = max(max(totals), 1e-30)
     wide = max(len(label) for label, _ in rows)
@@ -23,7 +29,7 @@ def stacked(rows: Sequence[tuple[str, Mapping[str, float]]], width: int = WIDTH)
         bar = "".join(character(parts.index(p)) * n for p, n in zip(parts, lengths))
         ratio = f"{total / totals[0]:.2f}x" if totals[0] else "-"
         lines.append(f"{label:{wide}}  {ratio:>6}  {bar}".rstrip())
-    names = ", ".join(f"{character(i)} {part}" for i, part in enumerate(parts))
+    names = ", ".join(f"{character(i)} {part}" for i, part in enumerate(parts) if part in own)
     return "\n".join([*lines, f"({names})"])
 
 

@@ -75,11 +75,11 @@ class KeysKept:
             lines.append(f"{label} {self.row(i, group):{wide}}  {end:>7}  {missed}")
         weights = "  ".join(f"{c} {p:.0%}" for p, c in LEVELS)
         legend = [
-            f"A kept key, by the weight that it has in the dense model: {weights} or more.",
-            f"A key left out that has: X {MISSED[0][0]:.0%}, x {MISSED[1][0]:.0%} or more.",
+            f"A kept key, by its attention weight in the dense model: {weights} or more.",
+            f"A skipped key with a weight of: X {MISSED[0][0]:.0%}, x {MISSED[1][0]:.0%} or more.",
         ]
         if group > 1:
-            legend.append(f"A character stands for {group} keys, and for the one that matters most")
+            legend.append(f"A character stands for {group} keys, and shows the largest weight.")
         return "\n".join([self.title, "", *lines, "", *legend, "", self.sentence])
 
     def row(self, i: int, group: int) -> str:

@@ -92,9 +92,12 @@ class SkipMap:
                     found.append(f"{label:{wide}}{words}")
             parts.append("\n".join(word.rstrip() for word in found))
         legend = [f"{STATES[s][0]} {STATES[s][1]}" for s in self.states if s != "none"]
+        if legend and "none" in self.states:
+            legend.append(f"blank: {STATES['none'][1]}")
         parts.append("   ".join(legend) or "No block of the model ran for any of these tokens.")
         if was_speculative(self.work.rounds):
-            parts[-1] += f"\n{ACCEPTED} accepted guess   {SAMPLED} token sampled from the logits"
+            sampled = "token sampled from the logits, in [] below"
+            parts[-1] += f"\n{ACCEPTED} accepted guess   {SAMPLED} {sampled}"
             parts.append(rounds_text(self.work.rounds, self.texts))
         return "\n\n".join([self.title, *parts, self.sentence])
 

@@ -51,8 +51,8 @@ class Svg:
     ) -> None:
         """Text whose baseline is at y; anchor: which part of it is at x, start, middle or end.
         halo: lines behind it stop short of its letters."""
-        if halo:
-            more = {"stroke": PAPER, "stroke_width": 3, "paint_order": "stroke"} | more
+        if halo:  # the same text, wider and in the color of the paper
+            self.text(x, y, text, size, anchor, PAPER, stroke=PAPER, stroke_width=3, **more)
         space = {"xml:space": "preserve"} if text != text.strip() else {}
         more = {"font_size": size, "text_anchor": anchor, "fill": fill} | more | space
         self.elements.append(f"<text{_attributes(x=x, y=y, **more)}>{escape(text)}</text>")

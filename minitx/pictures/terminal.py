@@ -77,7 +77,7 @@ def in_one_place(cells: dict, x_words, y_words) -> list[str]:
         if len(names) > 1:
             about = f"x={x_words(here[0].x)}, y={y_words(here[0].y)}: "
             found.append(listed(about, names, "    "))
-    return ["Points in one place:", *found] if found else []
+    return ["Overlapping points:", *found] if found else []
 
 
 def listed(about: str, names: Iterable[str], indent: str = "") -> str:

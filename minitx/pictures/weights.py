@@ -143,7 +143,8 @@ class Weights:
     def mask_text(self, m: Matrix) -> str:
         rows = m.zero_share(*MASK)
         shades = ["".join(SHADES[shade(p)] for p in row) for row in rows]
-        return "\n".join(["Zeros: none ' ', some ░▒▓, all █ of a patch", *shades])
+        legend = "Share of zeros in each patch of the matrix: ' ' none, ░▒▓ some, █ all"
+        return "\n".join([legend, *shades])
 
     def spectrum_text(self) -> str:
         first = self.before.singular_values[0] or 1.0

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from minitx.errors import MinitxError
 from minitx.learn import apart
 from minitx.learn import grade as grading
 from minitx.learn.apart import judge_apart
@@ -70,6 +71,15 @@ def test_class_is_graded_one_folder_per_student(tmp_path):
     assert [(r["student"], r["points"]) for r in rows][:2] == [("anna", "1"), ("ben", "0")]
     assert json.loads(json.dumps(found.as_dict()))["mistakes"][0]["students"] == 1
     assert "take their mean" in str(found) and "cleo: ex01_rms_norm" in str(found)
+
+
+def test_open_exercise_may_import_minitx(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "judge_apart", lambda *_, **limits: (Verdict("wrong", "No."), ""))
+    (tmp_path / "anna").mkdir()
+    for name in ("ex01_rms_norm.py", "ex18_budget.py"):
+        (tmp_path / "anna" / name).write_text("from minitx import technique\n")
+    found = grading.grade(tmp_path, (FIRST, find_exercise(18)))
+    assert [g.exercise.number for g in found.graded if g.imports_minitx] == [1]
 
 
 def test_grading_uses_the_seed_that_is_given(tmp_path, monkeypatch):
@@ -146,6 +156,29 @@ def test_open_exercises_are_ranked_by_multiply_adds():
     found = Grades(["anna", "ben", "cleo"], (THIRD,), graded)
     assert [g.student for g in found.ranking()] == ["ben", "anna"]
     assert "1 ben" in found.ranks() and "0.500x" in found.ranks()
+    chart = str(found.chart())
+    assert "cleo (beyond the limits)" in chart and "anna" in chart
+    with pytest.raises(MinitxError, match="no chart"):
+        Grades(["anna"], (FIRST,), [Graded("anna", FIRST, Verdict("passed", ""))]).chart()
+
+
+def test_limits_are_those_of_the_exercise_unless_given(tmp_path, monkeypatch):
+    """And the project may import minitx, which others may not."""
+    limits = []
+
+    def judge(exercise, path, seed, seconds, **more):
+        limits.append(seconds)
+        return Verdict("passed", "Right."), ""
+
+    project = find_exercise(18)
+    (tmp_path / "anna").mkdir()
+    for exercise in (FIRST, project):
+        (tmp_path / "anna" / f"{exercise.stem}.py").write_text("import minitx\n")
+    monkeypatch.setattr(grading, "judge_apart", judge)
+    monkeypatch.setattr(grading.os, "cpu_count", lambda: 1)
+    found = grading.grade(tmp_path, (FIRST, project))
+    assert limits == [None, None], "None: the exercise's own"
+    assert [g.exercise.number for g in found.graded if g.imports_minitx] == [1]
 
 
 def test_links_to_the_work_of_others_are_not_followed(tmp_path):

@@ -1,13 +1,15 @@
 """What the checker says about answers that no master foresees: as a student, one would like to know
 where and how it is wrong. The answers here are written independently of the flawed versions."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from minitx.learn.check import judge
-from minitx.learn.exercise import find_exercise
+from minitx.learn.exercise import Mistake, find_exercise
+from minitx.learn.in_model import demonstration
 
 NORM, ATTENTION = find_exercise(1), find_exercise(3)
 
@@ -104,6 +106,19 @@ def test_replaced_library_function_is_reported_and_undone(monkeypatch):
     assert np.abs is absolute, "the next answer would be judged with it"
 
 
+def test_message_names_the_arguments_and_the_part_that_is_wrong():
+    said = verdict_on(lambda x, gain, eps: 3 * right(x, gain, eps)).message
+    assert "x (4, 4), gain = [" in said and "eps = 0.1" in said
+    cost = SimpleNamespace(multiply_adds=lambda config, T, S: 7, cache_bytes=lambda config, S: 7)
+    said = judge(find_exercise(6), cost).message
+    assert "in multiply_adds" in said and "T = " in said
+
+
+def test_error_of_numpy_is_told_to_its_end():
+    said = verdict_on(lambda x, gain, eps: x + np.zeros((2, 7))).message
+    assert "(4,4) (2,7)" in said
+
+
 def test_changed_input_is_reported():
     def changes(x, gain, eps):
         x *= 2
@@ -192,3 +207,29 @@ def test_imports_of_minitx_are_found_without_running_the_file(source, found):
     from minitx.learn.answer import imports_minitx
 
     assert imports_minitx(source) == found
+
+
+def test_answer_that_is_wrong_in_a_single_case_is_wrong():
+    seen = []
+
+    def wrong_once(x, gain, eps):
+        seen.append(x)
+        return right(x, gain, eps) * (2 if len(seen) == 1 else 1)
+
+    assert not verdict_on(wrong_once).passed, "a single wrong case passes"
+
+
+def test_exception_everywhere_is_not_taken_for_a_mistake_that_raises_too():
+    def flawed(x, gain, eps, *, broken=False):
+        return x[:, 99] if broken else right(x, gain, eps)
+
+    raising = replace(NORM, flawed=flawed, mistakes=(Mistake("It is broken.", broken=True),))
+    verdict = judge(raising, SimpleNamespace(rms_norm=lambda x, gain, eps: x[99]))
+    assert verdict.kind == "error" and "IndexError" in verdict.message
+
+
+def test_answer_that_writes_another_text_in_the_model_is_told_so():
+    wrong = SimpleNamespace(rms_norm=lambda x, gain, eps: 2 * right(x, gain, eps))
+    assert "minitx's own code writes another text" in demonstration(NORM, wrong)
+    same = SimpleNamespace(rms_norm=NORM.solution.rms_norm)
+    assert "That is the text that minitx's own code writes." in demonstration(NORM, same)

@@ -169,6 +169,15 @@ def test_command_leads_from_the_start_to_the_solution(run, tmp_path):
     assert "1 of" in out and "Next: open" in out
 
 
+@pytest.mark.parametrize("words", [("--dir", "first", "1"), ("1", "--dir", "first")])
+def test_folder_on_either_side_of_the_number_is_used(run, tmp_path, words):
+    run("learn", "start", "first")
+    run("learn", "start", "last used")
+    (tmp_path / "first" / "ex01_rms_norm.py").write_text(ANSWER)
+    status, out, _ = run("learn", *words)
+    assert status == 0 and "solved" in out, "the folder that is named, not the one last used"
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -239,3 +248,20 @@ def test_watch_checks_again_when_the_file_is_saved(book, monkeypatch, capfd):
     assert verdicts == [WRONG, WRONG, WRONG, PASSED]
     out = capfd.readouterr().out
     assert "Ctrl-C to stop" in out and "solved" in out
+
+
+def test_teaching_page_has_the_minutes_of_the_exercises_and_commands_that_exist():
+    import re
+
+    from minitx.arguments import read_arguments
+    from minitx.lab.reference import CHECKOUT
+    from minitx.learn.handout import chosen_exercises
+
+    text = (CHECKOUT / "tutorials" / "TEACHING.md").read_text("utf-8")
+    labs = re.findall(r"^\| \S.*? \| ([\d, to]+) \| (\d+)\b", text, re.MULTILINE)
+    assert len(labs) == 6
+    for numbers, minutes in labs:
+        chosen = chosen_exercises(numbers.replace(" to ", "-").replace(" ", ""))
+        assert sum(exercise.minutes for exercise in chosen) == int(minutes), numbers
+    for line in re.findall(r"^ +minitx (learn .*)$|`minitx (learn [^`]+)`", text, re.MULTILINE):
+        read_arguments("".join(line).split())

@@ -30,7 +30,7 @@ def test_show_diff_prints_text_or_json(run):
     "words, message",
     [
         (["map", "Once", "--svg", "none/a.svg"], "there is no folder none; create it first"),
-        (["map", "Once", "--svg", "a.png"], "--svg takes a file name that ends in .svg"),
+        (["map", "Once", "--svg", "a.png"], "expected a file name that ends in .svg"),
         (["keys", "Once", "--svg", "."], "expected a file name that ends in .svg, got '.'"),
         (["map", "x" * 60], "The prompt has 61 tokens but the context is 48; shorten it."),
         (["map", "Once", "-n", "99"], "exceeds the context of 48"),

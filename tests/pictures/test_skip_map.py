@@ -67,7 +67,7 @@ def test_text_shows_each_block_under_each_token_of_a_wrapped_text():
         assert set(first[9:]) <= {"█", " "} and set(second[9:]) <= {"▀", " "}
         for above, cell in zip(text[9:], first[9:]):
             assert cell != " " or above == " ", "a gap only where a token begins with a space"
-    assert legend == "█ ran   ▀ FFN skipped"
+    assert legend == "█ ran   ▀ FFN skipped   blank: a token that the model did not read"
     assert sentence.startswith(f"{found.blocks:.2f}x of the dense multiply-adds in the blocks")
 
 

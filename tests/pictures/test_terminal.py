@@ -13,7 +13,7 @@ def test_points_of_several_methods_in_one_place_are_listed():
     series = {"one": [(0, 0), (1, 1)], "two": [(1, 1.001), (0.5, 0)], "three": [(0.501, 0)]}
     chart = plot(marks_of(series), "x")
     assert chart.splitlines()[-3:] == [
-        "Points in one place:",
+        "Overlapping points:",
         "x=0.5, y=0: b two, c three",
         "x=1, y=1: a one, b two",
     ]

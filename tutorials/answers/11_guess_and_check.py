@@ -26,8 +26,9 @@ from minitx.ledger import counting
 #
 # The sum of min(p, q) is 3/10, and p still comes out, exactly: the rule holds for any q. A bad
 # draft model costs time but never changes the text. The closer q is to p, the more is accepted, but
-# always only if q = p. The numbers of both sum to 1, so if q differs, it gives too much to some
-# word, and that word is rejected at times. (Here p has a 0, so a q without a 0 cannot be p.)
+# all guesses are accepted only if q = p. The numbers of both sum to 1, so if q differs, it gives
+# too much to some word, and that word is rejected at times. (Here p has a 0, so a q without a 0
+# cannot be p.)
 
 # %%
 title("Question 1. A bad draft model, and a good one")

@@ -60,7 +60,7 @@ def test_pruning_shows_its_zeros_and_nothing_else_changes():
     assert found.after.zeros.mean() == pytest.approx(0.5, abs=0.05)
     kept = ~found.after.zeros
     assert (found.after.w[kept] == found.before.w[kept]).all()
-    assert "50.0%" in found.text() and "Zeros: none" in found.text()
+    assert "50.0%" in found.text() and "Share of zeros" in found.text()
 
 
 @pytest.mark.parametrize(
