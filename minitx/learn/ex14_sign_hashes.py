@@ -214,6 +214,9 @@ def cases(rng):
         if t == 0.6:
             keys[1:3] = 1.2 * keys[0], -3 * keys[0]
         yield q, size * keys, rng.standard_normal((k, d)), bias, t
+    # Projections that are exactly 0, one of the query and two of keys: their bit is True.
+    keys = np.array([[2.0, 0.0], [1.0, -1.0], [0.0, 3.0]])
+    yield np.array([1.0, 1.0]), keys, np.array([[1.0, -1.0], [1.0, 0.0], [0.0, 1.0]]), 0.1, 0.3
 
 
 def observe(answer, q, keys, A, bias, t):

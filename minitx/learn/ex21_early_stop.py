@@ -217,6 +217,7 @@ def cases(rng):
         ([1, -1, 1, -2], [3, 1, 2, 1], -4),  # below 0 amid the positive weights, 1 after them
         ([1, 3, 2, 2], [1, 1, 0, 2], -1),  # no other weights
         ([-2, 1, -1], [1, 3, 3], 1),  # 1 + 3 = 4, then 2, then -1: all are needed
+        ([1, -2, 0], [1, 1, 1], 0),  # below 0 before a weight that is 0
     ):
         w = np.array(weights, float)
         yield np.array(x, float), w, float(b), sort_weights(w)
