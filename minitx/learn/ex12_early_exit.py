@@ -16,7 +16,7 @@ Write ``run``, which takes one token through the layers:
   confidence(h, previous) >= threshold. Here h is the state now, and ``previous`` the state before
   the layer that has just run. Before ``first`` layers have run, do not ask. Whether you ask after
   all L layers makes no difference.
-- When it exits, append a key and a value to the cache of every layer that has not run. The layers
+- When it exits, call cache.append(k, v) for each layer that has not run, with its cache. The layers
   read their input through their own norm, so the key and value of a skipped layer are
 
       n = block.norm(h)                        with h the state at the exit
