@@ -55,10 +55,21 @@ def in_loops(x, gain, eps):
     return y
 
 
-def flawed(x, gain, eps, *, average="mean", eps_at="inside", center=False, axis=-1, use_gain=True):
+def flawed(
+    x,
+    gain,
+    eps,
+    *,
+    average="mean",
+    eps_at="inside",
+    center=False,
+    axis=-1,
+    keep=True,
+    use_gain=True,
+):
     if center:
         x = x - x.mean(axis, keepdims=True)
-    size = getattr(np, average)(x**2, axis, keepdims=True)
+    size = getattr(np, average)(x**2, axis, keepdims=keep)
     rms = np.sqrt(size + eps) if eps_at == "inside" else np.sqrt(size) + eps
     return x / rms * gain if use_gain else x / rms
 
@@ -71,6 +82,14 @@ MISTAKES = (
         center=True,
     ),
     Mistake("You normalize the columns; each row (token) is normalized by itself.", axis=0),
+    Mistake(
+        "You take one mean over all tokens; each row is normalized by itself (axis=-1).", axis=None
+    ),
+    Mistake(
+        "The means have the shape (T,), so they are divided along the columns; keepdims=True makes "
+        "them (T, 1), one for each row.",
+        keep=False,
+    ),
     Mistake("The gain is missing: multiply column j by gain[j].", use_gain=False),
 )
 
