@@ -101,7 +101,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
 
     path = tmp_path / "report.json"
     monkeypatch.setattr(Measuring, "rows_or_reasons", interrupted)
-    stopped = measure(tiny_lm(name="tiny"), PLAN, path, bar=False)
+    stopped = measure(tiny_lm(name="tiny"), PLAN, str(path), bar=False)
     assert stopped.about["stopped"] and "goes on" in summary(points_of(stopped), stopped.about)
     assert [*read_results(path).work["defaults"]] == ["fold_norms"]
     assert "it was the first." in html(stopped)

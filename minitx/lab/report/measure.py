@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import minitx
 from minitx import progress
@@ -73,6 +74,7 @@ def measure(
     MinitxError for a plan that does not fit the model, or a file with results of something else."""
     check(plan)
     jobs = Jobs.of(dense, plan)
+    path = None if path is None else Path(path)
     results = started(path, jobs.made_of(), jobs.about(), restart)
     waiting = [job for job in jobs.all() if not job.done(results)]
     results.about["stopped"] = False
