@@ -95,6 +95,8 @@ def flawed(
         return x * cos + np.concatenate([sign * x[:, half:], x[:, :half]], -1) * sin
     columns = (slice(0, d, 2), slice(1, d, 2)) if pairs == "adjacent" else (i, i + half)
     first, second = x[:, columns[0]], x[:, columns[1]]
+    if pairs == "read apart":
+        first, second = x[:, ::2], x[:, 1::2]
     y = np.empty_like(x)
     y[:, columns[0]] = first * cos + sign * second * sin
     if overwrites:
@@ -123,6 +125,11 @@ MISTAKES = (
         "The two columns of a pair turn by different angles: columns i and i + d/2 share angle i, "
         "so repeat the angles with np.concatenate([angle, angle], -1), not with np.repeat.",
         pairs="torn",
+    ),
+    Mistake(
+        "You read neighbouring columns as pairs (x[:, ::2] and x[:, 1::2]), and write the results "
+        "as halves; column i is paired with column i + d/2 on both sides.",
+        pairs="read apart",
     ),
     Mistake("The exponent is i/d; it must be 2i/d, from 0 to nearly 1.", exponent=1.0),
     Mistake(

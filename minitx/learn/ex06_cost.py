@@ -130,7 +130,13 @@ def flawed_count(
     feed_forward = matrices * D * config.hidden
     S = S if new_included else S + T
     visible = T * S - T * (T - 1) // 2
-    keys_seen = {"visible": visible, "masked": T * S, "own hidden": visible - T, "one": S}[pairs]
+    keys_seen = {
+        "visible": visible,
+        "masked": T * S,
+        "own hidden": visible - T,
+        "one": S,
+        "new": T * (T + 1) // 2,
+    }[pairs]
     rows = {"T": T, "S": S, "one": 1}[passed]
     layer = rows * (projections + feed_forward)
     layer += (H if attending == "H" else K) * keys_seen * halves * d
@@ -164,6 +170,11 @@ MISTAKES = (
     Mistake(
         "multiply_adds: a token sees its own key, too, so the last one sees S keys, not S - 1.",
         pairs="own hidden",
+    ),
+    Mistake(
+        "multiply_adds: the new tokens also see the S - T tokens in the KV cache, not only each "
+        "other.",
+        pairs="new",
     ),
     Mistake("multiply_adds: you count one new token; there are T.", pairs="one", passed="one"),
     Mistake(
