@@ -214,9 +214,12 @@ print(f"weights {counts.weight_bytes / 1e6:.2f} MB, KV cache at S = 512", end=" 
 print(f"{counts.cache_bytes / 1e6:.2f} MB ({per_token:,} bytes a token)")
 print(f"multiply-adds per byte: {counts.multiply_adds / read:.2f}")
 
+# %% [markdown]
 # About one multiply-add for a number of 4 bytes. Is that little? We multiply one row by a matrix
 # that is too large for the caches of the processor, so that it has to come from memory, and then 64
 # rows. Were arithmetic the limit, they would take 64 times as long.
+
+# %%
 big = np.ones((2048, 12288), np.float32)
 one_row, many_rows = np.ones((1, 2048), np.float32), np.ones((64, 2048), np.float32)
 tasks = partial(np.matmul, one_row, big), partial(np.matmul, many_rows, big)

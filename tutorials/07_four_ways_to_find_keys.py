@@ -30,8 +30,11 @@ import minitx
 from minitx.lab.frontier.attention_baselines import baseline
 from minitx.ledger import counting
 
+# %% [markdown]
 # One query and four keys of three columns. The exact scores take 4 * 3 products. Keys 0 and 2 have
 # large scores; the others will get nearly no weight. How can one see that with less work?
+
+# %%
 q = np.array([2.0, -1.0, 1.0])
 keys = np.array([[3.0, 1.0, 0.0], [-2.0, 0.0, 1.0], [1.0, -3.0, -1.0], [0.0, 2.0, -2.0]])
 scores = keys @ q
@@ -155,10 +158,13 @@ x = rng.integers(-2, 3, (6, 4)).astype(float)  # six tokens
 y = x @ P
 print("x of the last token:", x[-1], " y:", y[-1])
 
+# %% [markdown]
 # A head whose scores are to be estimated. It depends on x mostly through y: as in P, rows 0 and 2
 # of W_q and W_k are nearly equal, and rows 1 and 3 nearly opposite. What is lost in y no detector
 # can estimate. So in the paper model and detector are trained together, and the model learns heads
 # for which little is lost.
+
+# %%
 W_q = np.array([[1.0, 0.0, 0.2], [0.0, 1.0, 0.0], [1.0, 0.0, -0.2], [0.0, -1.0, 0.1]])
 W_k = np.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.2], [0.8, 1.0, 0.0], [-1.0, 1.0, 0.1]])
 exact = (x @ W_q) @ (x @ W_k).T  # (6, 6)
@@ -327,6 +333,8 @@ for i, (name, model) in enumerate(all_models.items()):
 print_table(["", "keys kept", "multiply-adds", "dense = 1", "speed, dense = 1"], table)
 assert work["dense"] == c.layers * c.heads * 2 * len(ids) * c.head_width
 assert max(work[name] for name in work if name != "dense") < work["dense"]
+
+# %% [markdown]
 # The kept keys cost a fifth of dense attention. What comes on top is the price of finding them:
 # - Window and random keys do not look. ELSA compares bits, which are no multiply-adds (and here it
 #   keeps fewer keys than in section 5: a threshold decides, not a number).
@@ -337,6 +345,8 @@ assert max(work[name] for name in work if name != "dense") < work["dense"]
 #   for hardware that has such multipliers.
 # - Sparse memory has only 64 keys to look at. With more slots, an index of near neighbours can tell
 #   which to score (its option `index`: k-d trees or hashing).
+
+# %%
 say(
     "In NumPy, selecting costs more time than it saves at this length: many small calls instead",
     "of two matrix products, and A3 pops its products one by one in Python. The papers of ELSA, A3",

@@ -120,8 +120,11 @@ for name, groups in (("one group", w.reshape(1, 8)), ("two groups", w.reshape(2,
     print(f"{name:10}  {np.array(restored).round(2)}")
     print(f"    mean error of the first four {error[:4].mean():.4f}, of the others", end=" ")
     print(f"{error[4:].mean():.4f}")
+# %% [markdown]
 # In a group of its own, the first half has the errors of section 1 again. But each scale has to be
 # stored too. If it is a float32, a weight costs b + 32 / g bits:
+
+# %%
 table = []
 for g in (4, 16, 32, 128):
     table.append([g, *(f"{bits + 32 / g:.2f}" for bits in (8, 4, 3))])
@@ -333,8 +336,11 @@ aware = minitx.load("stories", quantize={"bits": 4, "awq": True})
 judge("4 bits, awq", aware, nbytes(aware.model))
 print(f"loss in 4 bits {losses['4 bits']:.4f}, with awq {losses['4 bits, awq']:.4f}")
 
+# %% [markdown]
 # What enters block 1: a row of the embedding table for each token. (None: rotary positions come
 # later, in attention.) Layer.once(T) stands for a KV cache that is used for one pass over T tokens.
+
+# %%
 ratios, x = [], lm.model.embed(ids, None)
 for block in lm.model.stack.blocks:
     size = abs(block.attn.norm(x)).mean(0)  # mean |input| for each input
